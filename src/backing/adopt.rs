@@ -1,0 +1,229 @@
+//! Adopting a descriptor that came from elsewhere: everything is checked, nothing is believed.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use nix::sys::statfs::fstatfs;
+
+use super::{BackingKind, Seals, ShmBacking, base_page_size, seals};
+use crate::error::{AdoptError, Error, Result};
+
+// From linux/magic.h; memfds and POSIX shared memory are files on a tmpfs.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// What is demanded of a descriptor that is to be adopted.
+///
+/// ```
+/// use std::os::fd::AsFd;
+///
+/// use guest_memory_shm::{AdoptPolicy, RamOptions, SealPolicy, ShmBacking};
+///
+/// let theirs = ShmBacking::create(&RamOptions::new(), 1 << 20)?;
+/// let fd = theirs.as_fd().try_clone_to_owned().expect("a descriptor is free");
+/// let policy = AdoptPolicy::new()
+///     .with_min_len(1 << 20)
+///     .with_seals(SealPolicy::Require);
+/// let ours = ShmBacking::adopt(fd, &policy)?;
+/// assert_eq!(ours, theirs);
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AdoptPolicy {
+    min_len: u64,
+    disk_files: bool,
+    seals: SealPolicy,
+}
+
+/// What is demanded of the seals of a descriptor that is to be adopted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum SealPolicy {
+    /// Any that allow writing. A file that is not sealed can be truncated by everybody who holds
+    /// it, and touching the lost pages is then SIGBUS: only for trusted owners.
+    #[default]
+    Any,
+    /// The size must be sealed ([`Seals::RESIZE`]) already.
+    Require,
+    /// The size is sealed now, if it is not yet.
+    Add,
+}
+
+impl AdoptPolicy {
+    /// Accepts memfds, POSIX shared memory and hugetlbfs files of any length, sealed or not.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Demands a file of at least `len` bytes; any length unless set.
+    #[must_use]
+    pub fn with_min_len(mut self, len: u64) -> Self {
+        self.min_len = len;
+        self
+    }
+
+    /// Accepts files on a disk (on any file system) too, whose pages are written back; refused
+    /// unless set.
+    #[must_use]
+    pub fn with_disk_files(mut self) -> Self {
+        self.disk_files = true;
+        self
+    }
+
+    /// Sets what is demanded of the seals; any unless set.
+    #[must_use]
+    pub fn with_seals(mut self, seals: SealPolicy) -> Self {
+        self.seals = seals;
+        self
+    }
+}
+
+pub(super) fn adopt(
+    fd: OwnedFd,
+    policy: &AdoptPolicy,
+) -> std::result::Result<ShmBacking, AdoptError> {
+    let file = File::from(fd);
+    match check(&file, policy) {
+        Ok(found) => {
+            let Found {
+                metadata,
+                page_size,
+                kind,
+                seals,
+            } = found;
+            let backing = ShmBacking::new(file, metadata.len(), page_size, kind, seals, &metadata);
+            log::debug!("adopted {backing:?}");
+            Ok(backing)
+        }
+        Err(error) => Err(AdoptError {
+            error: Box::new(error),
+            fd: file.into(),
+        }),
+    }
+}
+
+struct Found {
+    metadata: std::fs::Metadata,
+    page_size: u64,
+    kind: BackingKind,
+    seals: Seals,
+}
+
+fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
+    let metadata = file.metadata().map_err(|source| Error::Adopt {
+        doing: "fstat",
+        source,
+    })?;
+    if !metadata.is_file() {
+        return Err(Error::AdoptNotMemory {
+            found: type_name(metadata.file_type()),
+        });
+    }
+    check_read_write(file)?;
+    let (kind, page_size) = file_system(file, policy)?;
+    let len = metadata.len();
+    if len == 0 || len < policy.min_len {
+        return Err(Error::AdoptTooShort {
+            len,
+            needed: policy.min_len.max(page_size),
+        });
+    }
+    if !len.is_multiple_of(page_size) {
+        return Err(Error::UnalignedSize {
+            size: len,
+            page_size,
+        });
+    }
+    let seals = check_seals(file, policy.seals)?;
+    Ok(Found {
+        metadata,
+        page_size,
+        kind,
+        seals,
+    })
+}
+
+fn type_name(found: std::fs::FileType) -> &'static str {
+    if found.is_fifo() {
+        "pipe"
+    } else if found.is_socket() {
+        "socket"
+    } else if found.is_dir() {
+        "directory"
+    } else if found.is_char_device() {
+        "character device"
+    } else if found.is_block_device() {
+        "block device"
+    } else {
+        // eventfd, epoll and the like: anonymous inodes have no type.
+        "special file"
+    }
+}
+
+fn check_read_write(file: &File) -> Result<()> {
+    let bits = fcntl(file, FcntlArg::F_GETFL).map_err(|errno| Error::Adopt {
+        doing: "F_GETFL",
+        source: errno.into(),
+    })?;
+    if OFlag::from_bits_retain(bits) & OFlag::O_ACCMODE != OFlag::O_RDWR {
+        return Err(Error::AdoptReadOnly);
+    }
+    Ok(())
+}
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn file_system(file: &File, policy: &AdoptPolicy) -> Result<(BackingKind, u64)> {
+    let stat = fstatfs(file).map_err(|errno| Error::Adopt {
+        doing: "fstatfs",
+        source: errno.into(),
+    })?;
+    // The width and the sign of f_type differ between architectures; its value has 32 bits.
+    #[allow(clippy::unnecessary_cast, clippy::cast_sign_loss)]
+    let fs_type = stat.filesystem_type().0 as u64 & 0xffff_ffff;
+    match fs_type {
+        TMPFS_MAGIC => Ok((BackingKind::AdoptedShm, base_page_size())),
+        HUGETLBFS_MAGIC => {
+            // hugetlbfs names its page size as its block size.
+            let page_size = u64::try_from(stat.block_size()).unwrap_or_else(|_| base_page_size());
+            Ok((BackingKind::AdoptedHugetlb, page_size))
+        }
+        _ if policy.disk_files => Ok((BackingKind::AdoptedFile, base_page_size())),
+        _ => Err(Error::AdoptDiskFile { fs_type }),
+    }
+}
+
+/// Elsewhere POSIX shared memory is no file of a file system that could be told apart.
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+fn file_system(_file: &File, _policy: &AdoptPolicy) -> Result<(BackingKind, u64)> {
+    Ok((BackingKind::AdoptedShm, base_page_size()))
+}
+
+fn check_seals(file: &impl AsFd, policy: SealPolicy) -> Result<Seals> {
+    let read = || {
+        seals::read(file).map_err(|source| Error::Adopt {
+            doing: "F_GET_SEALS",
+            source,
+        })
+    };
+    let found = read()?;
+    if found.intersects(Seals::WRITE | Seals::FUTURE_WRITE) {
+        return Err(Error::AdoptSeals {
+            found,
+            remedy: "RAM must be writable, ask its owner for one without write seals",
+        });
+    }
+    if found.contains(Seals::RESIZE) || policy == SealPolicy::Any {
+        return Ok(found);
+    }
+    if policy == SealPolicy::Add && seals::add(file, seals::RAM).is_ok() {
+        return read();
+    }
+    Err(Error::AdoptSeals {
+        found,
+        remedy: "its size must be sealed, ask its owner for a memfd sealed against shrinking and \
+                 growing, or trust the owner with SealPolicy::Any",
+    })
+}

@@ -1,0 +1,137 @@
+//! Huge pages of a pool: which sizes the kernel offers, and whether enough are left
+//! (`/sys/kernel/mm/hugepages`, Documentation/admin-guide/mm/hugetlbpage.rst).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::sys::memfd::MFdFlags;
+
+use crate::error::{Error, Result};
+
+const POOLS: &str = "/sys/kernel/mm/hugepages";
+
+/// The page size in bytes that was asked for, or the default one, if the kernel offers it.
+pub(super) fn page_size(asked: Option<u64>) -> Result<u64> {
+    let offered = offered_sizes();
+    // Without any pool there is no default either, and no size is offered.
+    let page_size = asked.or_else(default_size).unwrap_or_default();
+    if !offered.contains(&page_size) {
+        return Err(Error::NoSuchHugePageSize { page_size, offered });
+    }
+    Ok(page_size)
+}
+
+/// The flags of memfd_create(2) for pages of this size, a power of two.
+pub(super) fn memfd_flags(page_size: u64) -> MFdFlags {
+    // The base-2 logarithm of the size stands in the upper bits of the flags.
+    const MFD_HUGE_SHIFT: u32 = 26;
+    MFdFlags::MFD_HUGETLB | MFdFlags::from_bits_retain(page_size.ilog2() << MFD_HUGE_SHIFT)
+}
+
+/// Checks that `needed` pages of `page_size` bytes can still be had.
+///
+/// Others may take them right after; the reservation at mmap time is what decides, this gives the
+/// clear answer beforehand.
+pub(crate) fn check_pool(needed: u64, page_size: u64) -> Result<()> {
+    let pool = Pool::read(page_size);
+    if needed > pool.available() {
+        return Err(Error::HugePoolShort {
+            needed,
+            available: pool.available(),
+            free: pool.free,
+            reserved: pool.reserved,
+            page_size,
+        });
+    }
+    Ok(())
+}
+
+/// The state of a pool, in pages.
+struct Pool {
+    free: u64,
+    reserved: u64,
+    surplus: u64,
+    overcommit: u64,
+}
+
+impl Pool {
+    fn read(page_size: u64) -> Self {
+        let dir = pool_dir(page_size);
+        let number = |name: &str| {
+            fs::read_to_string(dir.join(name))
+                .ok()
+                .and_then(|text| text.trim().parse().ok())
+                .unwrap_or(0)
+        };
+        Self {
+            free: number("free_hugepages"),
+            reserved: number("resv_hugepages"),
+            surplus: number("surplus_hugepages"),
+            overcommit: number("nr_overcommit_hugepages"),
+        }
+    }
+
+    /// Pages that a new mapping can reserve: what is free and not promised, and what the kernel
+    /// may still add beyond the pool.
+    fn available(&self) -> u64 {
+        self.free.saturating_sub(self.reserved) + self.overcommit.saturating_sub(self.surplus)
+    }
+}
+
+fn pool_dir(page_size: u64) -> PathBuf {
+    Path::new(POOLS).join(format!("hugepages-{}kB", page_size / 1024))
+}
+
+/// The sizes in bytes that the kernel has pools for, smallest first.
+fn offered_sizes() -> Vec<u64> {
+    let Ok(dirs) = fs::read_dir(POOLS) else {
+        return Vec::new();
+    };
+    let mut sizes: Vec<u64> = dirs
+        .flatten()
+        .filter_map(|dir| {
+            let name = dir.file_name();
+            let kib = name
+                .to_str()?
+                .strip_prefix("hugepages-")?
+                .strip_suffix("kB")?;
+            Some(kib.parse::<u64>().ok()? * 1024)
+        })
+        .collect();
+    sizes.sort_unstable();
+    sizes
+}
+
+fn default_size() -> Option<u64> {
+    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("Hugepagesize:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overcommitted_pages_count_and_reserved_ones_do_not() {
+        let pool = |free, reserved, surplus, overcommit| Pool {
+            free,
+            reserved,
+            surplus,
+            overcommit,
+        };
+        assert_eq!(pool(10, 4, 0, 0).available(), 6);
+        assert_eq!(pool(10, 4, 1, 3).available(), 8);
+        assert_eq!(pool(0, 0, 5, 3).available(), 0);
+    }
+
+    #[test]
+    fn the_page_size_goes_into_the_flags_as_a_logarithm() {
+        let bits = memfd_flags(2 << 20).bits();
+        assert_eq!((bits >> 26, bits & 4), (21, 4));
+        assert_eq!(memfd_flags(1 << 30).bits() >> 26, 30);
+    }
+}

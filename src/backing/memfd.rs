@@ -1,0 +1,98 @@
+//! Sealed memfds, of base pages or from a hugetlb pool (memfd_create(2)).
+
+use std::fs::File;
+
+use nix::errno::Errno;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::{descriptor_error, hugetlb, seals};
+use crate::error::{Error, Result};
+use crate::options::Backing;
+
+/// The name in `/proc/PID/maps` and `/proc/PID/fd`; it need not be unique.
+const NAME: &str = "guest-memory-shm";
+
+/// A memfd of `len` bytes, sealed, with pages from the hugetlb pool of `huge` bytes if given.
+///
+/// The order is the point: the size is fixed by seals before anybody can map it or be sent it.
+pub(super) fn create(len: u64, huge: Option<u64>) -> Result<File> {
+    let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    if let Some(page_size) = huge {
+        flags |= hugetlb::memfd_flags(page_size);
+    }
+    let step = |doing, errno| descriptor_error(doing, Backing::Memfd, len, errno);
+    let file = File::from(create_noexec(flags).map_err(|errno| step("create the memfd", errno))?);
+    file.set_len(len)
+        .map_err(|source| set_len_error(len, source))?;
+    seals::add(&file, seals::RAM).map_err(|source| Error::CreateBacking {
+        doing: "seal the memfd",
+        kind: "memfd",
+        size: len,
+        source,
+    })?;
+    Ok(file)
+}
+
+/// Creates the memfd non-executable where the kernel knows `MFD_NOEXEC_SEAL` (Linux 6.3).
+///
+/// Older kernels reject the flag with EINVAL; then only that flag is dropped.
+fn create_noexec(flags: MFdFlags) -> nix::Result<std::os::fd::OwnedFd> {
+    // nix has no name for the flag yet; the value is from linux/memfd.h.
+    const MFD_NOEXEC_SEAL: u32 = 0x8;
+    let noexec = flags | MFdFlags::from_bits_retain(MFD_NOEXEC_SEAL);
+    match memfd_create(NAME, noexec) {
+        Err(Errno::EINVAL) => memfd_create(NAME, flags),
+        answer => answer,
+    }
+}
+
+fn set_len_error(len: u64, source: std::io::Error) -> Error {
+    Error::CreateBacking {
+        doing: "set the size",
+        kind: "memfd",
+        size: len,
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use nix::fcntl::{FcntlArg, fcntl};
+
+    use super::*;
+    use crate::backing::Seals;
+
+    #[test]
+    fn a_memfd_is_sealed_against_any_change_of_size() {
+        let file = create(1 << 20, None).unwrap();
+        assert!(seals::read(&file).unwrap().contains(seals::RAM));
+        for len in [0, 4096, 2 << 20] {
+            let refused = file.set_len(len).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(Errno::EPERM as i32), "{len}");
+        }
+        assert_eq!(file.metadata().unwrap().len(), 1 << 20);
+    }
+
+    #[test]
+    fn no_seal_can_be_added_later() {
+        let file = create(1 << 20, None).unwrap();
+        let refused = seals::add(&file, Seals::FUTURE_WRITE).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(Errno::EPERM as i32));
+    }
+
+    #[test]
+    fn a_memfd_is_not_executable_where_the_kernel_knows_the_flag() {
+        let file = create(4096, None).unwrap();
+        if seals::read(&file).unwrap().contains(Seals::EXEC) {
+            assert_eq!(file.metadata().unwrap().permissions().mode() & 0o111, 0);
+        }
+    }
+
+    #[test]
+    fn a_memfd_is_closed_on_exec() {
+        let file = create(4096, None).unwrap();
+        assert_eq!(fcntl(&file, FcntlArg::F_GETFD).unwrap(), 1);
+    }
+}

@@ -1,0 +1,463 @@
+//! Backings: the objects behind RAM, each a descriptor of known size whose pages can be shared.
+//!
+//! A [`ShmBacking`] is created from [`RamOptions`], or adopted from a descriptor that came from
+//! elsewhere. Either way its length, its page size and its seals are known and checked before
+//! anything is mapped, because a mapping that reaches past the end of its file is SIGBUS.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit};
+use nix::unistd::{SysconfVar, sysconf};
+
+use crate::error::{AdoptError, Error, Result};
+use crate::options::{Backing, PageSize, RamOptions};
+use crate::units::HumanSize;
+
+mod adopt;
+mod hugetlb;
+mod memfd;
+mod posix_shm;
+mod seals;
+
+pub use adopt::{AdoptPolicy, SealPolicy};
+pub(crate) use hugetlb::check_pool;
+pub use seals::Seals;
+
+/// The object behind guest RAM: a descriptor of known length, cheap to clone.
+///
+/// Clones share the descriptor; the pages live as long as any clone, any region on it, or any
+/// other process's copy of it.
+///
+/// ```
+/// use guest_memory_shm::{RamOptions, Seals, ShmBacking};
+///
+/// let backing = ShmBacking::create(&RamOptions::new(), 64 << 20)?;
+/// assert_eq!(backing.len(), 64 << 20);
+/// assert_eq!(backing.allocated()?, 0);
+/// assert!(backing.seals().contains(Seals::SHRINK | Seals::GROW));
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct ShmBacking {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    file: Arc<File>,
+    len: u64,
+    page_size: u64,
+    kind: BackingKind,
+    seals: Seals,
+    identity: FileIdentity,
+}
+
+/// What a backing turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum BackingKind {
+    /// A memfd of base pages that this crate created.
+    Memfd,
+    /// A memfd of huge pages that this crate created.
+    HugetlbMemfd,
+    /// A POSIX shared memory object that this crate created.
+    PosixShm,
+    /// An adopted memfd, POSIX shared memory object or other file on a tmpfs.
+    AdoptedShm,
+    /// An adopted memfd of huge pages or file on a hugetlbfs.
+    AdoptedHugetlb,
+    /// An adopted file on another file system.
+    AdoptedFile,
+}
+
+impl fmt::Display for BackingKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Memfd => "memfd",
+            Self::HugetlbMemfd => "hugetlb memfd",
+            Self::PosixShm => "posix-shm",
+            Self::AdoptedShm => "adopted shm",
+            Self::AdoptedHugetlb => "adopted hugetlb",
+            Self::AdoptedFile => "adopted file",
+        })
+    }
+}
+
+/// Which file a descriptor stands for, whatever its number: `st_dev` and `st_ino` of fstat(2).
+///
+/// Two descriptors with the same identity give access to the same pages, in this process or
+/// another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FileIdentity {
+    /// The device number of the file system.
+    pub dev: u64,
+    /// The inode number on it.
+    pub ino: u64,
+}
+
+impl ShmBacking {
+    /// Creates a backing of `len` bytes; no page of it is allocated.
+    ///
+    /// A memfd is sealed against any change of its size before this returns.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BackingTooLong`] and [`Error::UnalignedSize`] for a bad `len`;
+    /// [`Error::HugePosixShm`], [`Error::NoSuchHugePageSize`] and [`Error::HugePoolShort`] for huge
+    /// pages that cannot be had; [`Error::FileSizeLimit`], [`Error::NoDescriptors`],
+    /// [`Error::ShmTooSmall`], [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits
+    /// of the system; [`Error::CreateBacking`] if a system call fails for another reason. Nothing
+    /// is left behind.
+    pub fn create(options: &RamOptions, len: u64) -> Result<Self> {
+        let page_size = check_creation(options, len)?;
+        let (file, kind) = match (options.backing(), options.page_size()) {
+            (Backing::Memfd, PageSize::Huge(_)) => (
+                memfd::create(len, Some(page_size))?,
+                BackingKind::HugetlbMemfd,
+            ),
+            (Backing::Memfd, _) => (memfd::create(len, None)?, BackingKind::Memfd),
+            (Backing::PosixShm, _) => (posix_shm::create(len)?, BackingKind::PosixShm),
+        };
+        let step = |doing, source| Error::CreateBacking {
+            doing,
+            kind: kind_name(options.backing()),
+            size: len,
+            source,
+        };
+        let metadata = file
+            .metadata()
+            .map_err(|source| step("fstat the descriptor", source))?;
+        let seals = seals::read(&file).map_err(|source| step("read the seals", source))?;
+        let backing = Self::new(file, len, page_size, kind, seals, &metadata);
+        log::debug!("created {backing:?}");
+        Ok(backing)
+    }
+
+    /// Adopts a descriptor that came from elsewhere, after checking that it can be RAM.
+    ///
+    /// Checked are: a regular file, open for reading and writing, on a tmpfs (that is a memfd or
+    /// POSIX shared memory), a hugetlbfs, or, if the policy allows it, any other file system; a
+    /// length that is not 0, whole pages, and at least what the policy asks for; seals that forbid
+    /// no writing and are what the policy demands.
+    ///
+    /// ```
+    /// use guest_memory_shm::{AdoptPolicy, Error, ShmBacking};
+    ///
+    /// let (pipe, _) = std::io::pipe()?;
+    /// let refused = ShmBacking::adopt(pipe.into(), &AdoptPolicy::new()).unwrap_err();
+    /// assert!(matches!(refused.error(), Error::AdoptNotMemory { found: "pipe" }));
+    /// let pipe_again = refused.into_fd();
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// An [`AdoptError`] that gives the descriptor back and holds the reason:
+    /// [`Error::AdoptNotMemory`], [`Error::AdoptReadOnly`], [`Error::AdoptDiskFile`],
+    /// [`Error::AdoptTooShort`], [`Error::UnalignedSize`], [`Error::AdoptSeals`], or
+    /// [`Error::Adopt`] if a system call fails.
+    pub fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> std::result::Result<Self, AdoptError> {
+        adopt::adopt(fd, policy)
+    }
+
+    fn new(
+        file: File,
+        len: u64,
+        page_size: u64,
+        kind: BackingKind,
+        seals: Seals,
+        metadata: &std::fs::Metadata,
+    ) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                file: Arc::new(file),
+                len,
+                page_size,
+                kind,
+                seals,
+                identity: FileIdentity {
+                    dev: metadata.dev(),
+                    ino: metadata.ino(),
+                },
+            }),
+        }
+    }
+
+    /// The length in bytes, as it was when the backing was made; sealed backings keep it.
+    #[expect(clippy::len_without_is_empty, reason = "a backing is never empty")]
+    pub fn len(&self) -> u64 {
+        self.inner.len
+    }
+
+    /// The size of its pages in bytes: offsets and sizes of regions are multiples of it.
+    pub fn page_size(&self) -> u64 {
+        self.inner.page_size
+    }
+
+    /// What the backing is.
+    pub fn kind(&self) -> BackingKind {
+        self.inner.kind
+    }
+
+    /// Whether its pages come from a hugetlb pool.
+    pub fn is_hugetlb(&self) -> bool {
+        matches!(
+            self.inner.kind,
+            BackingKind::HugetlbMemfd | BackingKind::AdoptedHugetlb
+        )
+    }
+
+    /// The seals on it, empty where the file cannot be sealed.
+    pub fn seals(&self) -> Seals {
+        self.inner.seals
+    }
+
+    /// Which file it is, the same in every process that holds a descriptor of it.
+    pub fn identity(&self) -> FileIdentity {
+        self.inner.identity
+    }
+
+    /// The memory that is allocated for it now, in bytes (`st_blocks` of fstat(2)).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::CreateBacking`] if fstat(2) fails.
+    pub fn allocated(&self) -> Result<u64> {
+        // st_blocks counts units of 512 bytes, whatever the page size (stat(3type)).
+        const BLOCK: u64 = 512;
+        match self.inner.file.metadata() {
+            Ok(metadata) => Ok(metadata.blocks() * BLOCK),
+            Err(source) => Err(Error::CreateBacking {
+                doing: "fstat the descriptor",
+                kind: "shared memory",
+                size: self.inner.len,
+                source,
+            }),
+        }
+    }
+
+    /// The file, for vm-memory's `FileOffset`.
+    pub(crate) fn file(&self) -> &Arc<File> {
+        &self.inner.file
+    }
+
+    /// Checks that `size` bytes at `offset` lie inside it, at page boundaries.
+    pub(crate) fn check_inside(&self, offset: u64, size: u64) -> Result<()> {
+        if !offset.is_multiple_of(self.page_size()) {
+            return Err(Error::UnalignedOffset {
+                offset,
+                page_size: self.page_size(),
+            });
+        }
+        if !size.is_multiple_of(self.page_size()) {
+            return Err(Error::UnalignedSize {
+                size,
+                page_size: self.page_size(),
+            });
+        }
+        match offset.checked_add(size) {
+            Some(end) if end <= self.len() => Ok(()),
+            _ => Err(Error::OutsideBacking {
+                offset,
+                size,
+                len: self.len(),
+            }),
+        }
+    }
+}
+
+impl AsFd for ShmBacking {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.file.as_fd()
+    }
+}
+
+impl fmt::Debug for ShmBacking {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ShmBacking")
+            .field("kind", &self.inner.kind)
+            .field("len", &format_args!("{}", HumanSize(self.inner.len)))
+            .field(
+                "page_size",
+                &format_args!("{}", HumanSize(self.inner.page_size)),
+            )
+            .field("seals", &self.inner.seals)
+            .field("fd", &self.inner.file)
+            .finish()
+    }
+}
+
+/// Two backings are equal if they are the same file.
+impl PartialEq for ShmBacking {
+    fn eq(&self, other: &Self) -> bool {
+        self.identity() == other.identity()
+    }
+}
+
+impl Eq for ShmBacking {}
+
+/// The size of base pages in bytes.
+pub(crate) fn base_page_size() -> u64 {
+    // POSIX requires the variable; a system without it would have no page size at all.
+    let size = sysconf(SysconfVar::PAGE_SIZE)
+        .ok()
+        .flatten()
+        .unwrap_or(4096);
+    size.unsigned_abs()
+}
+
+/// The size in bytes of the pages that backings with these options have.
+pub(crate) fn page_size_of(options: &RamOptions) -> Result<u64> {
+    match options.page_size() {
+        PageSize::Base | PageSize::Transparent => Ok(base_page_size()),
+        PageSize::Huge(_) if options.backing() == Backing::PosixShm => Err(Error::HugePosixShm),
+        PageSize::Huge(size) => hugetlb::page_size(size),
+    }
+}
+
+/// Everything about a new backing that can be checked without creating it; gives its page size.
+pub(crate) fn check_creation(options: &RamOptions, len: u64) -> Result<u64> {
+    let page_size = page_size_of(options)?;
+    if len == 0 || i64::try_from(len).is_err() {
+        return Err(Error::BackingTooLong {
+            size: len,
+            limit: i64::MAX.unsigned_abs(),
+        });
+    }
+    if !len.is_multiple_of(page_size) {
+        return Err(Error::UnalignedSize {
+            size: len,
+            page_size,
+        });
+    }
+    check_file_size_limit(len)?;
+    if let PageSize::Huge(_) = options.page_size() {
+        check_pool(len / page_size, page_size)?;
+    }
+    Ok(page_size)
+}
+
+/// Refuses what ftruncate(2) would answer with SIGXFSZ, which ends a process that does not
+/// expect it.
+fn check_file_size_limit(len: u64) -> Result<()> {
+    match getrlimit(Resource::RLIMIT_FSIZE) {
+        Ok((limit, _)) if len > limit => Err(Error::FileSizeLimit { size: len, limit }),
+        // Without an answer the limit is left to the kernel.
+        _ => Ok(()),
+    }
+}
+
+fn kind_name(backing: Backing) -> &'static str {
+    match backing {
+        Backing::Memfd => "memfd",
+        Backing::PosixShm => "POSIX shm",
+    }
+}
+
+/// The error of a failed step that makes a descriptor.
+fn descriptor_error(doing: &'static str, backing: Backing, size: u64, errno: Errno) -> Error {
+    let source = io::Error::from(errno);
+    match errno {
+        Errno::EMFILE | Errno::ENFILE => Error::NoDescriptors {
+            doing: kind_name(backing),
+            limit: getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft),
+            source,
+        },
+        _ => Error::CreateBacking {
+            doing,
+            kind: kind_name(backing),
+            size,
+            source,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn create(options: &RamOptions, len: u64) -> Result<ShmBacking> {
+        ShmBacking::create(options, len)
+    }
+
+    #[test]
+    fn a_created_backing_has_its_size_and_no_page() {
+        for kind in [Backing::Memfd, Backing::PosixShm] {
+            let backing = create(&RamOptions::new().with_backing(kind), 1 << 20).unwrap();
+            assert_eq!(backing.file().metadata().unwrap().len(), 1 << 20);
+            assert_eq!(backing.allocated().unwrap(), 0);
+            assert_eq!(backing.page_size(), base_page_size());
+        }
+    }
+
+    #[test]
+    fn a_bad_length_is_refused() {
+        for kind in [Backing::Memfd, Backing::PosixShm] {
+            let options = RamOptions::new().with_backing(kind);
+            assert!(matches!(
+                create(&options, 0),
+                Err(Error::BackingTooLong { size: 0, .. })
+            ));
+            assert!(matches!(
+                create(&options, 5000),
+                Err(Error::UnalignedSize { size: 5000, .. })
+            ));
+            assert!(matches!(
+                create(&options, 1 << 63),
+                Err(Error::BackingTooLong { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn huge_pages_of_posix_shm_are_refused() {
+        let options = RamOptions::new()
+            .with_backing(Backing::PosixShm)
+            .with_page_size(PageSize::Huge(None));
+        assert!(matches!(
+            create(&options, 2 << 20),
+            Err(Error::HugePosixShm)
+        ));
+    }
+
+    #[test]
+    fn a_huge_page_size_that_does_not_exist_is_refused() {
+        let options = RamOptions::new().with_page_size(PageSize::Huge(Some(3 << 20)));
+        assert!(matches!(
+            create(&options, 3 << 20),
+            Err(Error::NoSuchHugePageSize { page_size, .. }) if page_size == 3 << 20
+        ));
+    }
+
+    #[test]
+    fn a_range_outside_the_backing_is_refused() {
+        let page = base_page_size();
+        let backing = create(&RamOptions::new(), 4 * page).unwrap();
+        assert!(backing.check_inside(0, 4 * page).is_ok());
+        assert!(matches!(
+            backing.check_inside(page, 4 * page),
+            Err(Error::OutsideBacking { .. })
+        ));
+        assert!(matches!(
+            backing.check_inside(u64::MAX - page + 1, page),
+            Err(Error::OutsideBacking { .. })
+        ));
+        assert!(matches!(
+            backing.check_inside(1, page),
+            Err(Error::UnalignedOffset { offset: 1, .. })
+        ));
+    }
+
+    #[test]
+    fn clones_are_the_same_file_and_others_are_not() {
+        let one = create(&RamOptions::new(), 1 << 20).unwrap();
+        let other = create(&RamOptions::new(), 1 << 20).unwrap();
+        assert_eq!(one, one.clone());
+        assert_ne!(one, other);
+    }
+}

@@ -1,0 +1,116 @@
+//! Seals on a file: what nobody may do to it any more (fcntl(2), "File Sealing").
+
+use std::fmt;
+use std::io;
+use std::os::fd::AsFd;
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use nix::errno::Errno;
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+
+bitflags::bitflags! {
+    /// What nobody may do to a file any more, whichever descriptor they hold.
+    ///
+    /// ```
+    /// use guest_memory_shm::{RamOptions, Seals, ShmBacking};
+    ///
+    /// let backing = ShmBacking::create(&RamOptions::new(), 4096)?;
+    /// assert_eq!(backing.seals() & Seals::RESIZE, Seals::RESIZE);
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct Seals: u32 {
+        /// No more seals can be added. Alone, the mark of a tmpfs file that cannot be sealed.
+        #[doc(alias = "F_SEAL_SEAL")]
+        const SEAL = 0x1;
+        /// The file cannot become shorter: nobody can take pages away from under a mapping.
+        #[doc(alias = "F_SEAL_SHRINK")]
+        const SHRINK = 0x2;
+        /// The file cannot become longer.
+        #[doc(alias = "F_SEAL_GROW")]
+        const GROW = 0x4;
+        /// The file cannot be written.
+        #[doc(alias = "F_SEAL_WRITE")]
+        const WRITE = 0x8;
+        /// No new writable mapping can be made.
+        #[doc(alias = "F_SEAL_FUTURE_WRITE")]
+        const FUTURE_WRITE = 0x10;
+        /// The file cannot become executable.
+        #[doc(alias = "F_SEAL_EXEC")]
+        const EXEC = 0x20;
+        /// The file keeps its size.
+        const RESIZE = Self::SHRINK.bits() | Self::GROW.bits();
+    }
+}
+
+/// The seals of RAM: its size is fixed, and no more seals follow, because `F_SEAL_WRITE` or
+/// `F_SEAL_FUTURE_WRITE` from a daemon would stop discards and later daemons.
+pub(super) const RAM: Seals = Seals::RESIZE.union(Seals::SEAL);
+
+impl fmt::Display for Seals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = [
+            (Self::SEAL, "seal"),
+            (Self::SHRINK, "shrink"),
+            (Self::GROW, "grow"),
+            (Self::WRITE, "write"),
+            (Self::FUTURE_WRITE, "future-write"),
+            (Self::EXEC, "exec"),
+        ];
+        let set: Vec<&str> = names
+            .iter()
+            .filter(|(seal, _)| self.contains(*seal))
+            .map(|(_, name)| *name)
+            .collect();
+        f.pad(&if set.is_empty() {
+            "none".to_owned()
+        } else {
+            set.join("|")
+        })
+    }
+}
+
+/// The seals on a file; none where the file system has no seals.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(super) fn read(file: &impl AsFd) -> io::Result<Seals> {
+    match fcntl(file, FcntlArg::F_GET_SEALS) {
+        Ok(bits) => Ok(Seals::from_bits_retain(bits.unsigned_abs())),
+        Err(Errno::EINVAL) => Ok(Seals::empty()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Adds seals to a file.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(super) fn add(file: &impl AsFd, seals: Seals) -> io::Result<()> {
+    let bits = seals.bits().cast_signed();
+    fcntl(
+        file,
+        FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(bits)),
+    )?;
+    Ok(())
+}
+
+/// Seals exist on Linux only.
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(super) fn read(_file: &impl AsFd) -> io::Result<Seals> {
+    Ok(Seals::empty())
+}
+
+/// Seals exist on Linux only.
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(super) fn add(_file: &impl AsFd, _seals: Seals) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seals_print_by_name() {
+        assert_eq!(Seals::empty().to_string(), "none");
+        assert_eq!(RAM.to_string(), "seal|shrink|grow");
+    }
+}

@@ -1,0 +1,644 @@
+//! The crate's one error type: each variant names the operation, the values and the way out.
+
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use vm_memory::GuestAddress;
+
+use crate::layout::GuestRange;
+use crate::units::HumanSize;
+
+/// The result of this crate's operations.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong, with the values that were asked for, the limit they met, and what to do.
+///
+/// `Display` says what failed and how to mend it; [`source`](std::error::Error::source) says why
+/// the system refused, where it did.
+///
+/// ```
+/// use guest_memory_shm::{Error, GuestMemoryShm};
+/// use vm_memory::GuestAddress;
+///
+/// let error = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 5000)]).unwrap_err();
+/// assert!(matches!(error, Error::UnalignedSize { size: 5000, .. }));
+/// ```
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A range of guest addresses is empty.
+    #[error("the range at guest address {:#x} has size 0: give it at least one page", .start.0)]
+    EmptyRange {
+        /// Where the range was to start.
+        start: GuestAddress,
+    },
+
+    /// A range of guest addresses runs past 2^64.
+    #[error(
+        "the range of {} at guest address {:#x} ends past the 64-bit address space: \
+         lower its address or its size",
+        HumanSize(*.size), .start.0
+    )]
+    RangeOverflow {
+        /// Where the range was to start.
+        start: GuestAddress,
+        /// Its size in bytes.
+        size: u64,
+    },
+
+    /// A guest address is not a multiple of the page size of its backing.
+    #[error(
+        "guest address {:#x} is not a multiple of the page size {}: the nearest is {:#x}",
+        .range.start_addr().0, HumanSize(*.page_size),
+        .range.start_addr().0 - .range.start_addr().0 % .page_size
+    )]
+    UnalignedAddress {
+        /// The range that starts there.
+        range: GuestRange,
+        /// The page size of the backing in bytes.
+        page_size: u64,
+    },
+
+    /// A size is not a multiple of the page size of its backing.
+    #[error(
+        "size {} is not a multiple of the page size {}: the nearest larger is {}",
+        HumanSize(*.size), HumanSize(*.page_size),
+        HumanSize(.size.checked_next_multiple_of(*.page_size).unwrap_or(*.size - *.size % *.page_size))
+    )]
+    UnalignedSize {
+        /// The size in bytes.
+        size: u64,
+        /// The page size of the backing in bytes.
+        page_size: u64,
+    },
+
+    /// Two ranges of guest addresses have addresses in common.
+    #[error("guest ranges {first} and {second} overlap: move or shorten one of them")]
+    Overlap {
+        /// The lower one.
+        first: GuestRange,
+        /// The higher one.
+        second: GuestRange,
+    },
+
+    /// Guest memory without any range was asked for.
+    #[error("no range of guest RAM was given: give at least one")]
+    NoRanges,
+
+    /// No region has exactly this address and size.
+    #[error("no region starts at guest address {:#x} with size {}", .start.0, HumanSize(*.size))]
+    NoSuchRegion {
+        /// The address that was looked for.
+        start: GuestAddress,
+        /// The size that was looked for, in bytes.
+        size: u64,
+    },
+
+    /// A backing of size 0, or longer than a file can be.
+    #[error("a backing of {} cannot exist: it must have 1 to {limit} bytes", HumanSize(*.size))]
+    BackingTooLong {
+        /// The size that was asked for, in bytes.
+        size: u64,
+        /// The largest size of a file, in bytes.
+        limit: u64,
+    },
+
+    /// A page size that the kernel does not offer for huge pages.
+    #[error(
+        "huge pages of {} are not offered by this kernel, which has {}",
+        HumanSize(*.page_size), human_sizes(.offered)
+    )]
+    NoSuchHugePageSize {
+        /// The page size that was asked for, in bytes.
+        page_size: u64,
+        /// The sizes that the kernel offers, in bytes, smallest first.
+        offered: Vec<u64>,
+    },
+
+    /// Huge pages of a pool were asked for in POSIX shared memory, which has none.
+    #[error(
+        "POSIX shared memory has no huge pages of a pool: use a memfd backing, or page size \
+         transparent"
+    )]
+    HugePosixShm,
+
+    /// The pool of huge pages is too small for the RAM.
+    #[error(
+        "needs {needed} huge pages of {}, {available} are free ({free} unused, {reserved} of them \
+         reserved by others): raise /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages by {} or \
+         use page size base",
+        HumanSize(*.page_size), .page_size / 1024, .needed.saturating_sub(*.available)
+    )]
+    HugePoolShort {
+        /// Pages that the RAM needs.
+        needed: u64,
+        /// Pages that can still be promised: unused, less reserved, plus what may be overcommitted.
+        available: u64,
+        /// Unused pages in the pool.
+        free: u64,
+        /// Unused pages that are promised to somebody already.
+        reserved: u64,
+        /// The page size in bytes.
+        page_size: u64,
+    },
+
+    /// The size exceeds the process's limit on file sizes, which shared memory obeys too.
+    #[error(
+        "a backing of {} exceeds RLIMIT_FSIZE, which is {}: raise it (ulimit -f)",
+        HumanSize(*.size), HumanSize(*.limit)
+    )]
+    FileSizeLimit {
+        /// The size that was asked for, in bytes.
+        size: u64,
+        /// The soft limit in bytes.
+        limit: u64,
+    },
+
+    /// No more file descriptors.
+    #[error(
+        "no file descriptor is left for {doing}: the process may have {limit}, \
+         raise RLIMIT_NOFILE (ulimit -n)"
+    )]
+    NoDescriptors {
+        /// What needed one.
+        doing: &'static str,
+        /// The soft limit on descriptors of this process.
+        limit: u64,
+        /// The system's answer: `EMFILE`, or `ENFILE` for the limit of the whole system.
+        source: io::Error,
+    },
+
+    /// The file system behind POSIX shm can never hold the RAM.
+    #[error(
+        "POSIX shared memory of {} does not fit into the file system behind it, which holds {} \
+         ({} of them free): remount /dev/shm with a larger size or use a memfd backing",
+        HumanSize(*.size), HumanSize(*.capacity), HumanSize(*.free)
+    )]
+    ShmTooSmall {
+        /// The size that was asked for, in bytes.
+        size: u64,
+        /// The size of the file system in bytes.
+        capacity: u64,
+        /// What is free of it, in bytes.
+        free: u64,
+    },
+
+    /// POSIX shared memory cannot be had at all: `/dev/shm` is missing, read-only or forbidden.
+    #[error(
+        "cannot create POSIX shared memory: {}; or use a memfd backing",
+        shm_remedy(.source)
+    )]
+    ShmUnavailable {
+        /// The answer of `shm_open`.
+        source: io::Error,
+    },
+
+    /// Every name that was tried for a POSIX shared memory object exists already.
+    #[error("{tried} names for POSIX shared memory exist already, the last is {last}: remove them")]
+    ShmNamesTaken {
+        /// How many names were tried.
+        tried: usize,
+        /// The last of them.
+        last: String,
+    },
+
+    /// A system call on the way to a backing failed.
+    #[error("cannot {doing} for a {kind} backing of {}", HumanSize(*.size))]
+    CreateBacking {
+        /// The step that failed.
+        doing: &'static str,
+        /// The kind of backing.
+        kind: &'static str,
+        /// The size that was asked for, in bytes.
+        size: u64,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// A descriptor that was to be adopted is no file with pages that can be shared.
+    #[error(
+        "cannot adopt a descriptor of a {found}: RAM needs a memfd, POSIX shm or hugetlbfs file"
+    )]
+    AdoptNotMemory {
+        /// What the descriptor is.
+        found: &'static str,
+    },
+
+    /// A descriptor that was to be adopted is a file on disk (or on a file system that this crate
+    /// does not know), and the policy does not allow that.
+    #[error(
+        "cannot adopt a file on a file system of type {fs_type:#x}: RAM on disk is slow and is \
+         written back, allow it with AdoptPolicy::with_disk_files if that is meant"
+    )]
+    AdoptDiskFile {
+        /// The type of the file system (`f_type` of statfs(2)).
+        fs_type: u64,
+    },
+
+    /// A descriptor that was to be adopted is not open for reading and writing.
+    #[error("cannot adopt a descriptor that is not open for reading and writing: open it O_RDWR")]
+    AdoptReadOnly,
+
+    /// A file that was to be adopted is shorter than the RAM.
+    #[error(
+        "cannot adopt a file of {} for RAM of {}: touching RAM behind the end of the file would \
+         be SIGBUS, make the file longer first",
+        HumanSize(*.len), HumanSize(*.needed)
+    )]
+    AdoptTooShort {
+        /// The length of the file in bytes.
+        len: u64,
+        /// The length that is needed, in bytes.
+        needed: u64,
+    },
+
+    /// A file that was to be adopted is not sealed as the policy demands, or is sealed against
+    /// writing.
+    #[error("cannot adopt a file with the seals {found}: {remedy}")]
+    AdoptSeals {
+        /// The seals that the file has.
+        found: crate::backing::Seals,
+        /// What would be accepted.
+        remedy: &'static str,
+    },
+
+    /// A system call on a descriptor that was to be adopted failed.
+    #[error("cannot adopt a descriptor: {doing} failed")]
+    Adopt {
+        /// The step that failed.
+        doing: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// A region reaches past the end of its backing.
+    #[error(
+        "a region of {} at offset {offset:#x} ends past its backing of {}: touching it there \
+         would be SIGBUS",
+        HumanSize(*.size), HumanSize(*.len)
+    )]
+    OutsideBacking {
+        /// The offset in the backing, in bytes.
+        offset: u64,
+        /// The size of the region in bytes.
+        size: u64,
+        /// The length of the backing in bytes.
+        len: u64,
+    },
+
+    /// An offset into a backing is not a multiple of its page size.
+    #[error(
+        "offset {offset:#x} in the backing is not a multiple of its page size {}",
+        HumanSize(*.page_size)
+    )]
+    UnalignedOffset {
+        /// The offset in bytes.
+        offset: u64,
+        /// The page size of the backing in bytes.
+        page_size: u64,
+    },
+
+    /// Memory could not be mapped.
+    #[error(
+        "cannot {doing} of {}: the address space of this process is limited by RLIMIT_AS and \
+         vm.max_map_count",
+        HumanSize(*.size)
+    )]
+    Map {
+        /// The step that failed.
+        doing: &'static str,
+        /// The size in bytes.
+        size: u64,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// A second view on the RAM, as vm-memory's own type, could not be made.
+    #[error("cannot map {range} once more as vm-memory's GuestMemoryMmap")]
+    Remap {
+        /// The range of the region.
+        range: GuestRange,
+        /// vm-memory's answer.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+
+    /// A memory table has more regions than the daemon takes; nothing was sent.
+    #[error(
+        "the memory table has {regions} regions, {}; nothing was sent",
+        too_many(*.limit, *.slots)
+    )]
+    TooManyRegions {
+        /// The number of regions.
+        regions: usize,
+        /// The number that the daemon takes.
+        limit: u64,
+        /// Which limit was met.
+        slots: SlotLimit,
+    },
+
+    /// The daemon refused a change of its memory table; the share is broken.
+    #[error("the daemon refused to {change}: it may be out of memory or slots, reconnect to it")]
+    DaemonRefused {
+        /// The change.
+        change: MemTableChange,
+        /// vhost's answer.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+
+    /// The daemon hung up during a change or right after it; the share is broken.
+    #[error(
+        "the daemon hung up when told to {change}: it died, or that is how it refuses; \
+         restart it or reconnect to it"
+    )]
+    DaemonHungUp {
+        /// The change that was not, or not lastingly, acknowledged.
+        change: MemTableChange,
+        /// vhost's answer.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+
+    /// The daemon did not answer in time; the connection was closed, the share is broken.
+    #[error(
+        "the daemon did not answer within {limit:?} when told to {change}: the connection was \
+         closed, restart the daemon or allow more with VhostUserShare::with_time_limit"
+    )]
+    DaemonSilent {
+        /// The change that was not acknowledged.
+        change: MemTableChange,
+        /// The time that it had.
+        limit: Duration,
+    },
+
+    /// The exchange with the daemon failed in another way; the share is broken.
+    #[error("cannot {change}: the exchange with the daemon failed")]
+    DaemonProtocol {
+        /// The change.
+        change: MemTableChange,
+        /// vhost's answer.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+
+    /// A call on the connection to a daemon took too long; the connection was closed.
+    #[error(
+        "the daemon did not answer within {limit:?}: the connection was closed, restart the \
+         daemon or allow more time"
+    )]
+    TimeLimit {
+        /// The time that it had.
+        limit: Duration,
+    },
+
+    /// A share was used after it broke.
+    #[error("the share with this daemon is broken ({reason}): reconnect first")]
+    ShareBroken {
+        /// Why it broke.
+        reason: String,
+    },
+
+    /// The mock daemon could not do its part.
+    #[error("mock daemon: cannot {doing}")]
+    Mock {
+        /// The step that failed.
+        doing: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+/// Which limit on the number of regions a table met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SlotLimit {
+    /// SET_MEM_TABLE carries at most 8 regions, and the daemon did not negotiate
+    /// CONFIGURE_MEM_SLOTS, which would allow more.
+    Message,
+    /// The daemon's answer to GET_MAX_MEM_SLOTS.
+    Daemon,
+}
+
+/// A step on the way to a daemon's new memory table, for errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MemTableChange {
+    /// GET_MAX_MEM_SLOTS: ask how many regions it takes.
+    QuerySlots,
+    /// SET_MEM_TABLE with this many regions.
+    SetTable(usize),
+    /// ADD_MEM_REG of this range.
+    Add(GuestRange),
+    /// REM_MEM_REG of this range.
+    Remove(GuestRange),
+}
+
+impl fmt::Display for MemTableChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::QuerySlots => f.write_str("tell its number of memory slots"),
+            Self::SetTable(regions) => write!(f, "take a memory table of {regions} regions"),
+            Self::Add(range) => write!(f, "add the region {range}"),
+            Self::Remove(range) => write!(f, "remove the region {range}"),
+        }
+    }
+}
+
+/// A descriptor that was not adopted, given back, and the reason.
+#[derive(Debug)]
+pub struct AdoptError {
+    pub(crate) error: Box<Error>,
+    pub(crate) fd: OwnedFd,
+}
+
+impl AdoptError {
+    /// Why the descriptor was not adopted.
+    pub fn error(&self) -> &Error {
+        &self.error
+    }
+
+    /// Takes the descriptor back, as it was given.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+}
+
+impl fmt::Display for AdoptError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for AdoptError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
+}
+
+impl From<AdoptError> for Error {
+    /// Keeps the reason and closes the descriptor.
+    fn from(refused: AdoptError) -> Self {
+        *refused.error
+    }
+}
+
+fn human_sizes(sizes: &[u64]) -> String {
+    if sizes.is_empty() {
+        return "none".to_owned();
+    }
+    sizes
+        .iter()
+        .map(|size| HumanSize(*size).to_string())
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+fn shm_remedy(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => "/dev/shm does not exist, mount a tmpfs there",
+        io::ErrorKind::ReadOnlyFilesystem => "/dev/shm is read-only, remount it read-write",
+        io::ErrorKind::PermissionDenied => "/dev/shm may not be written, check its mode",
+        io::ErrorKind::StorageFull => "/dev/shm is full, remove files from it or remount it larger",
+        _ => "check /dev/shm",
+    }
+}
+
+fn too_many(limit: u64, slots: SlotLimit) -> String {
+    match slots {
+        SlotLimit::Message => format!(
+            "SET_MEM_TABLE carries {limit}: negotiate CONFIGURE_MEM_SLOTS with the daemon or use \
+             fewer regions"
+        ),
+        SlotLimit::Daemon => {
+            format!("the daemon has {limit} memory slots: use fewer regions or another daemon")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_name_the_values_and_the_way_out() {
+        let range = |start, size| GuestRange::new(GuestAddress(start), size).unwrap();
+        let cases: Vec<(Error, &str)> = vec![
+            (
+                Error::EmptyRange {
+                    start: GuestAddress(0x1000),
+                },
+                "the range at guest address 0x1000 has size 0: give it at least one page",
+            ),
+            (
+                Error::RangeOverflow {
+                    start: GuestAddress(u64::MAX - 4095),
+                    size: 8192,
+                },
+                "the range of 8 KiB at guest address 0xfffffffffffff000 ends past the 64-bit \
+                 address space: lower its address or its size",
+            ),
+            (
+                Error::UnalignedAddress {
+                    range: range(0x30_0000, 0x20_0000),
+                    page_size: 2 << 20,
+                },
+                "guest address 0x300000 is not a multiple of the page size 2 MiB: the nearest is \
+                 0x200000",
+            ),
+            (
+                Error::UnalignedSize {
+                    size: 5000,
+                    page_size: 4096,
+                },
+                "size 4.8 KiB (5000 bytes) is not a multiple of the page size 4 KiB: the nearest \
+                 larger is 8 KiB",
+            ),
+            (
+                Error::Overlap {
+                    first: range(0, 8192),
+                    second: range(4096, 4096),
+                },
+                "guest ranges 0x0..=0x1fff (8 KiB) and 0x1000..=0x1fff (4 KiB) overlap: move or \
+                 shorten one of them",
+            ),
+            (
+                Error::HugePoolShort {
+                    needed: 512,
+                    available: 40,
+                    free: 44,
+                    reserved: 4,
+                    page_size: 2 << 20,
+                },
+                "needs 512 huge pages of 2 MiB, 40 are free (44 unused, 4 of them reserved by \
+                 others): raise /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472 or \
+                 use page size base",
+            ),
+            (
+                Error::NoSuchHugePageSize {
+                    page_size: 3 << 20,
+                    offered: vec![2 << 20, 1 << 30],
+                },
+                "huge pages of 3 MiB are not offered by this kernel, which has 2 MiB, 1 GiB",
+            ),
+            (
+                Error::FileSizeLimit {
+                    size: 1 << 30,
+                    limit: 1 << 20,
+                },
+                "a backing of 1 GiB exceeds RLIMIT_FSIZE, which is 1 MiB: raise it (ulimit -f)",
+            ),
+            (
+                Error::ShmTooSmall {
+                    size: 1 << 30,
+                    capacity: 64 << 20,
+                    free: 60 << 20,
+                },
+                "POSIX shared memory of 1 GiB does not fit into the file system behind it, which \
+                 holds 64 MiB (60 MiB of them free): remount /dev/shm with a larger size or use a \
+                 memfd backing",
+            ),
+            (
+                Error::ShmUnavailable {
+                    source: io::Error::from_raw_os_error(30),
+                },
+                "cannot create POSIX shared memory: /dev/shm is read-only, remount it read-write; \
+                 or use a memfd backing",
+            ),
+            (
+                Error::TooManyRegions {
+                    regions: 9,
+                    limit: 8,
+                    slots: SlotLimit::Message,
+                },
+                "the memory table has 9 regions, SET_MEM_TABLE carries 8: negotiate \
+                 CONFIGURE_MEM_SLOTS with the daemon or use fewer regions; nothing was sent",
+            ),
+            (
+                Error::TooManyRegions {
+                    regions: 33,
+                    limit: 32,
+                    slots: SlotLimit::Daemon,
+                },
+                "the memory table has 33 regions, the daemon has 32 memory slots: use fewer \
+                 regions or another daemon; nothing was sent",
+            ),
+            (
+                Error::DaemonSilent {
+                    change: MemTableChange::Add(range(1 << 32, 1 << 30)),
+                    limit: Duration::from_secs(5),
+                },
+                "the daemon did not answer within 5s when told to add the region \
+                 0x100000000..=0x13fffffff (1 GiB): the connection was closed, restart the daemon \
+                 or allow more with VhostUserShare::with_time_limit",
+            ),
+        ];
+        for (error, text) in cases {
+            assert_eq!(error.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn the_error_is_small_enough_to_return() {
+        assert!(size_of::<Error>() <= 64, "{}", size_of::<Error>());
+        assert!(size_of::<AdoptError>() <= 16);
+    }
+}

@@ -1,0 +1,95 @@
+//! Guest RAM for rust-vmm based VMMs, shared with vhost-user daemons.
+//!
+//! [`GuestMemoryShm`] is built from shared-memory descriptors, implements the
+//! [`vm-memory`](vm_memory) traits, and advertises the very same descriptors to vhost-user device
+//! processes.
+//!
+//! ```
+//! use guest_memory_shm::{GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
+//! use vm_memory::{Bytes, GuestAddress};
+//!
+//! let pci_hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
+//! let memory = GuestMemoryShm::<()>::builder()
+//!     .with_ram(RamOptions::new(), ram_around_hole(4 << 30, pci_hole)?)
+//!     .build()?;
+//!
+//! memory.write_obj(0xcafe_u16, GuestAddress(4 << 30)).expect("there is RAM");
+//! println!("{memory}"); // two regions on one sealed memfd
+//! # Ok::<(), guest_memory_shm::Error>(())
+//! ```
+//!
+//! # Three ideas
+//!
+//! - A **backing** ([`ShmBacking`]) is the object behind RAM: a descriptor of known size, a sealed
+//!   memfd unless asked otherwise ([`RamOptions`]). Daemons get this descriptor.
+//! - A **region** ([`GuestRegionShm`]) is one mapping of a part of a backing, placed at a guest
+//!   address.
+//! - A **memory** ([`GuestMemoryShm`]) is an immutable, sorted set of regions with a constant-time
+//!   index. Hotplug makes a new one, published through vm-memory's `GuestMemoryAtomic`.
+//!
+#![cfg_attr(
+    feature = "vhost-user",
+    doc = "With the feature `vhost-user` a memory has a [`MemoryTable`], and a [`VhostUserShare`]",
+    doc = "keeps a daemon's view equal to it."
+)]
+//!
+//! # Map of modules
+//!
+//! In reading order; each uses only those above it.
+//!
+//! | module | owns |
+//! |---|---|
+//! | `error` | the one [`Error`] type |
+//! | `layout` | guest ranges: alignment, overlap, holes, offsets in a backing |
+//! | `options` | [`RamOptions`]: what RAM is asked for |
+//! | `backing` | [`ShmBacking`]: a sized descriptor, its seals, page size, allocation; adoption |
+//! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
+//! | `region` | [`GuestRegionShm`]: a mapping placed at a guest address |
+//! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
+//! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it |
+//! | `share` | `VhostUserShare`: one daemon's view kept equal to a table |
+//! | `mock` | with the feature `mock`: an in-process daemon and a driver, for tests |
+//!
+//! # Invariants
+//!
+//! 1. A [`GuestMemoryShm`] never changes once built.
+//! 2. Every region is `MAP_SHARED`, has a descriptor, and lies inside its backing's size. Memory
+//!    that cannot be shared cannot be expressed, so no daemon is ever sent a private mapping.
+//! 3. A created memfd is sealed (`SHRINK|GROW|SEAL`) before it is first mapped. POSIX shm and plain
+//!    files cannot be sealed: [`Seals`] says so, nothing pretends.
+//! 4. No `&[u8]` or `&mut [u8]` over guest RAM, ever: `VolatileSlice`, or an address.
+//! 5. No call of this crate raises SIGBUS or SIGXFSZ in its caller: capacity is checked or
+//!    allocated by calls that return an error.
+//! 6. Order at creation: size, seal, map, advise. Advice after the first page is silently useless.
+//! 7. Failure leaves nothing: no name in `/dev/shm`, no descriptor, no mapping, no page.
+//! 8. nix and libc types stay out of public signatures; vhost types are only in `share` and `mock`.
+//!
+//! # Safety model
+//!
+//! Guest RAM is written by the guest and by other processes at any time, so this crate never makes
+//! a reference to it: accesses go through vm-memory's volatile and atomic operations. A mapping
+//! inside a sealed file cannot fault. A mapping of an unsealed file (POSIX shm, an adopted file)
+//! faults with SIGBUS when somebody truncates the file: hand those descriptors to trusted
+//! processes only. Unsafe code is in `mapping` (mmap and its kin), in `region` (the volatile slice
+//! that vm-memory wants made from a pointer), and in the mock (descriptors received from a socket).
+//!
+//! # What it does not do
+//!
+//! It maps no device windows, no private memory, no memory of confidential guests (guest_memfd),
+//! and it does not talk to a hypervisor yet: the address and the size of each region are there to
+//! be registered as a memory slot.
+
+mod error;
+mod layout;
+mod units;
+
+mod options;
+
+mod backing;
+
+
+
+pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
+pub use error::{AdoptError, Error, MemTableChange, Result, SlotLimit};
+pub use layout::{GuestRange, ram_around_hole};
+pub use options::{Backing, CoreDump, PageSize, RamOptions};

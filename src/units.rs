@@ -1,0 +1,59 @@
+//! Sizes for people: `4 GiB` where that is exact, with the bytes beside it where it is not.
+
+use std::fmt;
+
+/// A number of bytes that prints in binary units.
+#[derive(Clone, Copy)]
+pub(crate) struct HumanSize(pub(crate) u64);
+
+const UNITS: [(u64, &str); 6] = [
+    (1 << 60, "EiB"),
+    (1 << 50, "PiB"),
+    (1 << 40, "TiB"),
+    (1 << 30, "GiB"),
+    (1 << 20, "MiB"),
+    (1 << 10, "KiB"),
+];
+
+impl fmt::Display for HumanSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The largest unit that divides the size exactly, unless that needs a long number.
+        let exact = UNITS
+            .iter()
+            .find(|(unit, _)| self.0 >= *unit && self.0.is_multiple_of(*unit));
+        let text = match exact {
+            Some((unit, name)) if self.0 / unit < 10_000 => format!("{} {name}", self.0 / unit),
+            _ => match UNITS.iter().find(|(unit, _)| self.0 >= *unit) {
+                Some((unit, name)) => {
+                    let tenths = u128::from(self.0) * 10 / u128::from(*unit);
+                    format!("{}.{} {name} ({} bytes)", tenths / 10, tenths % 10, self.0)
+                }
+                None => format!("{} bytes", self.0),
+            },
+        };
+        f.pad(&text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_print_exactly() {
+        for (bytes, text) in [
+            (0, "0 bytes"),
+            (1, "1 bytes"),
+            (1024, "1 KiB"),
+            (5000, "4.8 KiB (5000 bytes)"),
+            (64 << 20, "64 MiB"),
+            (1536 << 20, "1536 MiB"),
+            (4 << 30, "4 GiB"),
+            ((4 << 30) + 4096, "4.0 GiB (4294971392 bytes)"),
+            (1 << 40, "1 TiB"),
+            (u64::MAX, "15.9 EiB (18446744073709551615 bytes)"),
+        ] {
+            assert_eq!(HumanSize(bytes).to_string(), text);
+        }
+    }
+}
