@@ -86,10 +86,15 @@ mod units;
 mod options;
 
 mod backing;
+mod mapping;
+mod region;
 
+mod memory;
 
 
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use error::{AdoptError, Error, MemTableChange, Result, SlotLimit};
 pub use layout::{GuestRange, ram_around_hole};
+pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{Backing, CoreDump, PageSize, RamOptions};
+pub use region::GuestRegionShm;

@@ -1,0 +1,187 @@
+//! Building guest memory: everything is checked before anything is created.
+
+use std::marker::PhantomData;
+
+use vm_memory::GuestAddress;
+use vm_memory::bitmap::NewBitmap;
+
+use super::GuestMemoryShm;
+use crate::backing::{ShmBacking, check_creation, check_pool, page_size_of};
+use crate::error::{Error, Result};
+use crate::layout::{GuestRange, check_disjoint, pack};
+use crate::mapping::Advice;
+use crate::options::{PageSize, RamOptions};
+use crate::region::GuestRegionShm;
+
+/// Builds a [`GuestMemoryShm`] of several backings, each of which can carry several ranges.
+///
+/// ```
+/// use guest_memory_shm::{Backing, GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
+/// use vm_memory::{GuestAddress, GuestMemoryBackend};
+///
+/// let hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
+/// let memory = GuestMemoryShm::<()>::builder()
+///     // One descriptor carries the RAM below and above the hole.
+///     .with_ram(RamOptions::new(), ram_around_hole(4 << 30, hole)?)
+///     // Another one carries RAM that an untrusted daemon may see.
+///     .with_ram(
+///         RamOptions::new().with_backing(Backing::PosixShm),
+///         [(GuestAddress(1 << 40), 16 << 20)],
+///     )
+///     .build()?;
+/// assert_eq!(memory.num_regions(), 3);
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
+#[derive(Debug)]
+#[must_use = "nothing is created before build()"]
+pub struct GuestMemoryShmBuilder<B = ()> {
+    parts: Vec<Part>,
+    bitmap: PhantomData<fn() -> B>,
+}
+
+/// One backing, existing or to be created, and the ranges on it.
+#[derive(Debug)]
+struct Part {
+    source: Source,
+    ranges: Vec<(GuestAddress, u64)>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Create(RamOptions),
+    Use { backing: ShmBacking, offset: u64 },
+}
+
+/// A part whose numbers are checked.
+struct Plan<'a> {
+    source: &'a Source,
+    ranges: Vec<GuestRange>,
+    offsets: Vec<u64>,
+    /// The length of the backing that the ranges need.
+    len: u64,
+}
+
+impl<B> GuestMemoryShmBuilder<B> {
+    pub(super) fn new() -> Self {
+        Self {
+            parts: Vec::new(),
+            bitmap: PhantomData,
+        }
+    }
+
+    /// Adds RAM in these ranges (guest address, size in bytes), all on one new backing.
+    ///
+    /// The ranges lie in the backing one behind the other, in the order given: the offset of the
+    /// second is the size of the first. Huge pages need a guest address and an offset that are
+    /// congruent modulo the size of a huge page.
+    pub fn with_ram(
+        mut self,
+        options: RamOptions,
+        ranges: impl IntoIterator<Item = (GuestAddress, u64)>,
+    ) -> Self {
+        self.parts.push(Part {
+            source: Source::Create(options),
+            ranges: ranges.into_iter().collect(),
+        });
+        self
+    }
+
+    /// Adds RAM in these ranges on a backing that exists, for example an adopted one, one behind
+    /// the other from `offset` bytes on.
+    pub fn with_backing(
+        mut self,
+        backing: &ShmBacking,
+        offset: u64,
+        ranges: impl IntoIterator<Item = (GuestAddress, u64)>,
+    ) -> Self {
+        self.parts.push(Part {
+            source: Source::Use {
+                backing: backing.clone(),
+                offset,
+            },
+            ranges: ranges.into_iter().collect(),
+        });
+        self
+    }
+}
+
+impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
+    /// Creates the backings, maps them and places the regions.
+    ///
+    /// Costs per region, not per byte: no page is allocated.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoRanges`] without any range (or with a backing that has none);
+    /// [`Error::EmptyRange`], [`Error::RangeOverflow`], [`Error::UnalignedAddress`],
+    /// [`Error::UnalignedSize`], [`Error::Overlap`], [`Error::UnalignedOffset`],
+    /// [`Error::OutsideBacking`] for bad places; those of [`ShmBacking::create`]; and
+    /// [`Error::Map`]. All numbers, and the pools of huge pages, are checked before anything is
+    /// created, and a failure leaves nothing behind.
+    pub fn build(self) -> Result<GuestMemoryShm<B>> {
+        let plans: Vec<Plan<'_>> = self.parts.iter().map(Part::plan).collect::<Result<_>>()?;
+        let all: Vec<GuestRange> = plans.iter().flat_map(|plan| plan.ranges.clone()).collect();
+        check_disjoint(&all)?;
+        check_creations(&plans)?;
+
+        let mut regions = Vec::with_capacity(all.len());
+        for plan in &plans {
+            let (backing, advice) = match plan.source {
+                Source::Create(options) => (ShmBacking::create(options, plan.len)?, options.into()),
+                Source::Use { backing, .. } => (backing.clone(), Advice::default()),
+            };
+            for (range, offset) in plan.ranges.iter().zip(&plan.offsets) {
+                regions.push(GuestRegionShm::place(&backing, *offset, *range, advice)?);
+            }
+        }
+        GuestMemoryShm::from_regions(regions)
+    }
+}
+
+impl Part {
+    fn plan(&self) -> Result<Plan<'_>> {
+        let (page_size, start) = match &self.source {
+            Source::Create(options) => (page_size_of(options)?, 0),
+            Source::Use { backing, offset } => (backing.page_size(), *offset),
+        };
+        if self.ranges.is_empty() {
+            return Err(Error::NoRanges);
+        }
+        let mut ranges = Vec::with_capacity(self.ranges.len());
+        for (addr, size) in &self.ranges {
+            let range = GuestRange::new(*addr, *size)?;
+            range.check_aligned(page_size)?;
+            ranges.push(range);
+        }
+        let (offsets, len) = pack(start, &ranges)?;
+        if let Source::Use { backing, offset } = &self.source {
+            backing.check_inside(*offset, len - start)?;
+        }
+        Ok(Plan {
+            source: &self.source,
+            ranges,
+            offsets,
+            len,
+        })
+    }
+}
+
+/// Checks all backings to be created, together where they draw on the same pool.
+fn check_creations(plans: &[Plan<'_>]) -> Result<()> {
+    let mut huge: Vec<(u64, u64)> = Vec::new();
+    for plan in plans {
+        let Source::Create(options) = plan.source else {
+            continue;
+        };
+        let page_size = check_creation(options, plan.len)?;
+        if let PageSize::Huge(_) = options.page_size() {
+            let pages = plan.len / page_size;
+            match huge.iter_mut().find(|(size, _)| *size == page_size) {
+                Some((_, needed)) => *needed += pages,
+                None => huge.push((page_size, pages)),
+            }
+        }
+    }
+    huge.iter()
+        .try_for_each(|(page_size, needed)| check_pool(*needed, *page_size))
+}

@@ -1,0 +1,331 @@
+//! Guest memory: an immutable, sorted set of regions, found by guest address in constant time.
+
+use std::fmt;
+use std::sync::Arc;
+
+use vm_memory::bitmap::{Bitmap, MS, NewBitmap};
+use vm_memory::guest_memory::{Error as AccessError, Result as AccessResult};
+use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestUsize,
+    MemoryRegionAddress, VolatileSlice,
+};
+
+use crate::error::{Error, Result};
+use crate::layout::GuestRange;
+use crate::mapping::to_usize;
+use crate::options::RamOptions;
+use crate::region::GuestRegionShm;
+
+mod builder;
+mod index;
+mod report;
+
+pub use builder::GuestMemoryShmBuilder;
+use index::Index;
+
+/// The RAM of a guest: shared-memory regions behind vm-memory's traits.
+///
+/// Takes the place of vm-memory's `GuestMemoryMmap`: a VMM changes its type alias and keeps its
+/// code. `B` is the dirty bitmap of each region, `()` for none. It never changes: hotplug makes a
+/// new memory ([`insert_region`](Self::insert_region)), which shares the regions and is published
+/// through vm-memory's `GuestMemoryAtomic`. Cloning it clones references to the regions.
+///
+/// `Display` prints the regions as a table.
+///
+/// ```
+/// use guest_memory_shm::GuestMemoryShm;
+/// use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+///
+/// type GuestMemory = GuestMemoryShm; // was: vm_memory::GuestMemoryMmap
+///
+/// let memory = GuestMemory::from_ranges(&[
+///     (GuestAddress(0), 1 << 20),
+///     (GuestAddress(4 << 30), 1 << 20),
+/// ])?;
+/// memory.write_obj(42u64, GuestAddress(0x1000)).expect("there is RAM");
+/// assert_eq!(memory.last_addr(), GuestAddress((4 << 30) + (1 << 20) - 1));
+/// println!("{memory}");
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
+///
+/// # Differences from `GuestMemoryMmap`
+///
+/// Sizes and addresses must be multiples of the page size; regions that are not sorted are sorted
+/// instead of refused; the errors are this crate's.
+pub struct GuestMemoryShm<B = ()> {
+    entries: Vec<Entry<B>>,
+    index: Index,
+}
+
+/// A region, with its place copied out of it: a look-up reads one cache line.
+struct Entry<B> {
+    start: u64,
+    size: u64,
+    region: Arc<GuestRegionShm<B>>,
+}
+
+impl<B: NewBitmap> GuestMemoryShm<B> {
+    /// RAM in the given ranges (guest address, size in bytes), all on one sealed memfd, in the
+    /// order of their addresses.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoRanges`] without any range, and those of [`GuestMemoryShmBuilder::build`].
+    pub fn from_ranges(ranges: &[(GuestAddress, usize)]) -> Result<Self> {
+        let mut sorted = ranges.to_vec();
+        sorted.sort_unstable();
+        let ranges = sorted.into_iter().map(|(addr, size)| (addr, size as u64));
+        Self::builder().with_ram(RamOptions::new(), ranges).build()
+    }
+
+    /// A builder, for RAM of several backings, or of other kinds than a memfd.
+    pub fn builder() -> GuestMemoryShmBuilder<B> {
+        GuestMemoryShmBuilder::new()
+    }
+}
+
+impl<B> GuestMemoryShm<B> {
+    /// Memory without any region.
+    pub fn new() -> Self {
+        Self {
+            entries: Vec::new(),
+            index: Index::default(),
+        }
+    }
+
+    /// Memory of these regions, which are sorted by address.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoRanges`] without any region, [`Error::Overlap`] if two of them overlap.
+    pub fn from_regions(regions: Vec<GuestRegionShm<B>>) -> Result<Self> {
+        Self::from_arc_regions(regions.into_iter().map(Arc::new).collect())
+    }
+
+    /// Memory of these regions, as [`from_regions`](Self::from_regions), which other memories may
+    /// share.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoRanges`] without any region, [`Error::Overlap`] if two of them overlap.
+    pub fn from_arc_regions(mut regions: Vec<Arc<GuestRegionShm<B>>>) -> Result<Self> {
+        if regions.is_empty() {
+            return Err(Error::NoRanges);
+        }
+        regions.sort_unstable_by_key(|region| region.range());
+        let ranges: Vec<GuestRange> = regions.iter().map(|region| region.range()).collect();
+        if let Some(pair) = ranges.windows(2).find(|pair| pair[0].overlaps(&pair[1])) {
+            return Err(Error::Overlap {
+                first: pair[0],
+                second: pair[1],
+            });
+        }
+        Ok(Self::index(regions))
+    }
+
+    /// This memory and one region more, as a new memory.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Overlap`] if a region is there already.
+    pub fn insert_region(&self, region: Arc<GuestRegionShm<B>>) -> Result<Self> {
+        let mut regions = self.arc_regions();
+        regions.push(region);
+        Self::from_arc_regions(regions)
+    }
+
+    /// This memory without the region of `size` bytes at `start`, as a new memory, and the region.
+    ///
+    /// The region stays mapped until its last user drops it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchRegion`] if no region starts there, or it has another size.
+    pub fn remove_region(
+        &self,
+        start: GuestAddress,
+        size: GuestUsize,
+    ) -> Result<(Self, Arc<GuestRegionShm<B>>)> {
+        let at = self
+            .entries
+            .binary_search_by_key(&start.0, |entry| entry.start)
+            .ok()
+            .filter(|at| self.entries[*at].size == size)
+            .ok_or(Error::NoSuchRegion { start, size })?;
+        let mut regions = self.arc_regions();
+        let removed = regions.remove(at);
+        Ok((Self::index(regions), removed))
+    }
+
+    /// The regions, sorted by address, to make other memories of.
+    pub fn arc_regions(&self) -> Vec<Arc<GuestRegionShm<B>>> {
+        self.entries
+            .iter()
+            .map(|entry| entry.region.clone())
+            .collect()
+    }
+
+    /// The regions must be sorted and disjoint.
+    fn index(regions: Vec<Arc<GuestRegionShm<B>>>) -> Self {
+        let ranges: Vec<GuestRange> = regions.iter().map(|region| region.range()).collect();
+        let entries = regions
+            .into_iter()
+            .map(|region| Entry {
+                start: region.range().start_addr().0,
+                size: region.range().size(),
+                region,
+            })
+            .collect();
+        Self {
+            entries,
+            index: Index::new(&ranges),
+        }
+    }
+
+    /// The entry that holds `addr`, and the offset of `addr` in it.
+    #[inline]
+    fn find(&self, addr: GuestAddress) -> Option<(&Entry<B>, u64)> {
+        let (first, last) = self.index.candidates(addr.0)?;
+        let entry = self.entries.get(first)?;
+        let offset = addr.0.wrapping_sub(entry.start);
+        if offset < entry.size {
+            return Some((entry, offset));
+        }
+        if last > first {
+            return self.find_behind(addr.0, first + 1, last);
+        }
+        None
+    }
+
+    /// Several regions touch the bucket of `addr`: looks for it among those behind the first.
+    fn find_behind(&self, addr: u64, first: usize, last: usize) -> Option<(&Entry<B>, u64)> {
+        let last = last.min(self.entries.len() - 1);
+        let rest = self.entries.get(first..=last)?;
+        let behind = rest.partition_point(|entry| entry.start <= addr);
+        let entry = rest.get(behind.checked_sub(1)?)?;
+        let offset = addr - entry.start;
+        (offset < entry.size).then_some((entry, offset))
+    }
+}
+
+impl<B: Bitmap> GuestMemoryShm<B> {
+    /// The same RAM as vm-memory's own type, for code that is pinned to it.
+    ///
+    /// Each region is mapped once more, shared, at another host address: both memories see the
+    /// same bytes, and each lives as long as it is used. The bitmaps are separate: writes through
+    /// one are not marked in the other. Its host addresses are not those of
+    /// [`memory_table`](Self::memory_table).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoRanges`] if this memory is empty, [`Error::Remap`] if a region cannot be mapped.
+    pub fn to_guest_memory_mmap<C: NewBitmap>(&self) -> Result<GuestMemoryMmap<C>> {
+        if self.entries.is_empty() {
+            return Err(Error::NoRanges);
+        }
+        let regions: Vec<_> = self.iter().map(remap).collect::<Result<_>>()?;
+        // They are sorted and disjoint, as here.
+        GuestMemoryMmap::from_regions(regions).map_err(|_| Error::NoRanges)
+    }
+}
+
+fn remap<B: Bitmap, C: NewBitmap>(region: &GuestRegionShm<B>) -> Result<GuestRegionMmap<C>> {
+    let range = region.range();
+    let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Remap { range, source };
+    let file_offset = GuestMemoryRegion::file_offset(region)
+        .cloned()
+        .ok_or_else(|| failed("the region has no file".into()))?;
+    let mapping = MmapRegion::from_file(file_offset, to_usize(range.size()))
+        .map_err(|error| failed(Box::new(error)))?;
+    GuestRegionMmap::new(mapping, range.start_addr())
+        .ok_or_else(|| failed("the range runs past the address space".into()))
+}
+
+impl<B: Bitmap> GuestMemoryBackend for GuestMemoryShm<B> {
+    type R = GuestRegionShm<B>;
+
+    #[inline]
+    fn num_regions(&self) -> usize {
+        self.entries.len()
+    }
+
+    #[inline]
+    fn find_region(&self, addr: GuestAddress) -> Option<&Self::R> {
+        self.find(addr).map(|(entry, _)| &*entry.region)
+    }
+
+    #[inline]
+    fn iter(&self) -> impl Iterator<Item = &Self::R> {
+        self.entries.iter().map(|entry| &*entry.region)
+    }
+
+    #[inline]
+    fn last_addr(&self) -> GuestAddress {
+        self.entries
+            .last()
+            .map_or(GuestAddress(0), |entry| entry.region.last_addr())
+    }
+
+    #[inline]
+    fn to_region_addr(&self, addr: GuestAddress) -> Option<(&Self::R, MemoryRegionAddress)> {
+        self.find(addr)
+            .map(|(entry, offset)| (&*entry.region, MemoryRegionAddress(offset)))
+    }
+
+    #[inline]
+    fn get_host_address(&self, addr: GuestAddress) -> AccessResult<*mut u8> {
+        match self.find(addr) {
+            Some((entry, offset)) => Ok(entry.region.as_ptr().wrapping_add(to_usize(offset))),
+            None => Err(AccessError::InvalidGuestAddress(addr)),
+        }
+    }
+
+    #[inline]
+    fn get_slice(
+        &self,
+        addr: GuestAddress,
+        count: usize,
+    ) -> AccessResult<VolatileSlice<'_, MS<'_, Self>>> {
+        match self.find(addr) {
+            Some((entry, offset)) => entry.region.get_slice(MemoryRegionAddress(offset), count),
+            None => Err(AccessError::InvalidGuestAddress(addr)),
+        }
+    }
+}
+
+impl<B> Default for GuestMemoryShm<B> {
+    /// Memory without any region.
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<B> Clone for GuestMemoryShm<B> {
+    /// The same regions: no memory is copied or mapped.
+    fn clone(&self) -> Self {
+        Self {
+            entries: self.entries.clone(),
+            index: self.index.clone(),
+        }
+    }
+}
+
+impl<B> Clone for Entry<B> {
+    fn clone(&self) -> Self {
+        Self {
+            start: self.start,
+            size: self.size,
+            region: self.region.clone(),
+        }
+    }
+}
+
+impl<B> fmt::Debug for GuestMemoryShm<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("GuestMemoryShm ")?;
+        f.debug_list()
+            .entries(self.entries.iter().map(|entry| entry.region.range()))
+            .finish()
+    }
+}

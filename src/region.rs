@@ -1,0 +1,191 @@
+//! Regions: contiguous guest RAM, one mapping of one backing, placed at a guest address.
+#![expect(
+    unsafe_code,
+    reason = "vm-memory's VolatileSlice is made from a raw pointer"
+)]
+
+use vm_memory::bitmap::{BS, Bitmap, NewBitmap};
+use vm_memory::guest_memory::{Error as AccessError, Result as AccessResult};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryRegion, GuestMemoryRegionBytes, GuestUsize,
+    MemoryRegionAddress, VolatileSlice,
+};
+
+use crate::backing::{ShmBacking, page_size_of};
+use crate::error::Result;
+use crate::layout::GuestRange;
+use crate::mapping::{Advice, Mapping, to_usize};
+use crate::options::RamOptions;
+
+/// A contiguous range of guest RAM: one shared mapping of a part of a [`ShmBacking`].
+///
+/// Implements vm-memory's `GuestMemoryRegion`; `B` is the dirty bitmap, `()` for none. It is
+/// always shared (`MAP_SHARED`), always has a descriptor, and always lies inside its backing.
+/// Dropping it unmaps it.
+///
+/// ```
+/// use guest_memory_shm::{GuestMemoryShm, GuestRegionShm, RamOptions};
+/// use std::sync::Arc;
+/// use vm_memory::{Bytes, GuestAddress};
+///
+/// // Hotplug: immutable memory plus a region is a new memory.
+/// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+/// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
+/// let larger = memory.insert_region(Arc::new(region))?;
+/// larger.write_obj(42u32, GuestAddress(4 << 30)).expect("there is RAM now");
+/// assert!(memory.write_obj(42u32, GuestAddress(4 << 30)).is_err());
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct GuestRegionShm<B = ()> {
+    range: GuestRange,
+    mapping: Mapping,
+    bitmap: B,
+    file_offset: FileOffset,
+    backing: ShmBacking,
+}
+
+impl<B: NewBitmap> GuestRegionShm<B> {
+    /// A region of `size` bytes at `start`, with a new backing of its own.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::EmptyRange`](crate::Error::EmptyRange),
+    /// [`Error::RangeOverflow`](crate::Error::RangeOverflow),
+    /// [`Error::UnalignedAddress`](crate::Error::UnalignedAddress) and
+    /// [`Error::UnalignedSize`](crate::Error::UnalignedSize) for a bad place, and those of
+    /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing).
+    pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {
+        let range = GuestRange::new(start, size)?;
+        range.check_aligned(page_size_of(options)?)?;
+        let backing = ShmBacking::create(options, size)?;
+        Self::place(&backing, 0, range, options.into())
+    }
+
+    /// A region of `size` bytes at `start`, on the part of `backing` at `offset`.
+    ///
+    /// # Errors
+    ///
+    /// Those of a bad place, as [`new`](Self::new);
+    /// [`Error::UnalignedOffset`](crate::Error::UnalignedOffset) and
+    /// [`Error::OutsideBacking`](crate::Error::OutsideBacking) for a part that the backing does not
+    /// have; [`Error::HugePoolShort`](crate::Error::HugePoolShort) and
+    /// [`Error::Map`](crate::Error::Map) if it cannot be mapped.
+    pub fn from_backing(
+        backing: &ShmBacking,
+        offset: u64,
+        start: GuestAddress,
+        size: u64,
+    ) -> Result<Self> {
+        let range = GuestRange::new(start, size)?;
+        range.check_aligned(backing.page_size())?;
+        Self::place(backing, offset, range, Advice::default())
+    }
+
+    /// The range must be aligned to the pages of the backing.
+    pub(crate) fn place(
+        backing: &ShmBacking,
+        offset: u64,
+        range: GuestRange,
+        advice: Advice,
+    ) -> Result<Self> {
+        let mapping = Mapping::new(backing, offset, range.size(), advice)?;
+        Ok(Self {
+            range,
+            bitmap: B::with_len(mapping.len()),
+            mapping,
+            file_offset: FileOffset::from_arc(backing.file().clone(), offset),
+            backing: backing.clone(),
+        })
+    }
+}
+
+impl<B> GuestRegionShm<B> {
+    /// The guest addresses of the region.
+    pub fn range(&self) -> GuestRange {
+        self.range
+    }
+
+    /// The backing that the region is a part of.
+    pub fn backing(&self) -> &ShmBacking {
+        &self.backing
+    }
+
+    /// Where the region starts in its backing, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.file_offset.start()
+    }
+
+    /// The host address of the first byte, for hypervisors and the wire.
+    ///
+    /// The memory is valid as long as the region lives. The guest and other processes write to
+    /// it: no reference to it may be made, and it is accessed by volatile or atomic operations.
+    #[inline]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.mapping.as_ptr()
+    }
+}
+
+impl<B: Bitmap> GuestMemoryRegion for GuestRegionShm<B> {
+    type B = B;
+
+    #[inline]
+    fn len(&self) -> GuestUsize {
+        self.range.size()
+    }
+
+    #[inline]
+    fn start_addr(&self) -> GuestAddress {
+        self.range.start_addr()
+    }
+
+    #[inline]
+    fn last_addr(&self) -> GuestAddress {
+        self.range.last_addr()
+    }
+
+    #[inline]
+    fn bitmap(&self) -> BS<'_, Self::B> {
+        self.bitmap.slice_at(0)
+    }
+
+    #[inline]
+    fn get_host_address(&self, addr: MemoryRegionAddress) -> AccessResult<*mut u8> {
+        if addr.0 < self.range.size() {
+            Ok(self.as_ptr().wrapping_add(to_usize(addr.0)))
+        } else {
+            Err(AccessError::InvalidBackendAddress)
+        }
+    }
+
+    fn file_offset(&self) -> Option<&FileOffset> {
+        Some(&self.file_offset)
+    }
+
+    #[inline]
+    fn get_slice(
+        &self,
+        offset: MemoryRegionAddress,
+        count: usize,
+    ) -> AccessResult<VolatileSlice<'_, BS<'_, B>>> {
+        let at = to_usize(offset.0);
+        let inside = at
+            .checked_add(count)
+            .is_some_and(|end| end <= self.mapping.len());
+        if !inside {
+            return Err(AccessError::InvalidBackendAddress);
+        }
+        let start = self.as_ptr().wrapping_add(at);
+        // SAFETY: `start..start + count` lies in the mapping, as just checked, and the mapping
+        // lives as long as `self`, which the slice borrows. The RAM is only ever accessed by
+        // volatile or atomic operations: this crate makes no reference to it.
+        Ok(unsafe { VolatileSlice::with_bitmap(start, count, self.bitmap.slice_at(at), None) })
+    }
+
+    #[cfg(target_os = "linux")]
+    fn is_hugetlbfs(&self) -> Option<bool> {
+        Some(self.backing.is_hugetlb())
+    }
+}
+
+impl<B: Bitmap> GuestMemoryRegionBytes for GuestRegionShm<B> {}
