@@ -91,6 +91,10 @@ mod region;
 
 mod memory;
 
+#[cfg(feature = "vhost-user")]
+mod share;
+#[cfg(feature = "vhost-user")]
+mod table;
 
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use error::{AdoptError, Error, MemTableChange, Result, SlotLimit};
@@ -98,3 +102,7 @@ pub use layout::{GuestRange, ram_around_hole};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{Backing, CoreDump, PageSize, RamOptions};
 pub use region::GuestRegionShm;
+#[cfg(feature = "vhost-user")]
+pub use share::{HangUp, MemTableSink, ShareReport, SinkError, TimeLimit, VhostUserShare};
+#[cfg(feature = "vhost-user")]
+pub use table::{MemoryTable, TableChange, TableRegion};

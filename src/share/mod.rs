@@ -1,0 +1,347 @@
+//! Sharing guest RAM with one vhost-user daemon: its memory table is kept equal to ours.
+//!
+//! A [`VhostUserShare`] knows what the daemon was told and has acknowledged, and sends only the
+//! difference. Limits are checked before a byte is sent. A failure on the wire breaks the share:
+//! what the daemon holds is not known any more, so it has to be connected to anew.
+
+use std::time::Duration;
+
+use vhost::vhost_user::VhostUserProtocolFeatures as Features;
+use vm_memory::GuestAddress;
+
+use crate::error::{Error, MemTableChange, Result, SlotLimit};
+use crate::table::{MemoryTable, TableChange, TableRegion};
+
+mod sink;
+mod time_limit;
+
+pub use sink::{MemTableSink, SinkError};
+pub use time_limit::{HangUp, TimeLimit};
+
+/// How many regions SET_MEM_TABLE carries (vhost-user specification, "Memory regions
+/// description"). vhost would let 32 through, which daemons refuse.
+const MAX_TABLE_REGIONS: usize = 8;
+
+/// How long a daemon may take to answer, unless set otherwise: mapping a region takes it
+/// microseconds, but it may be busy with I/O.
+const TIME_LIMIT: Duration = Duration::from_secs(10);
+
+/// One daemon's memory table, kept equal to a [`MemoryTable`].
+///
+/// The front-end negotiates features with the daemon and hands the acknowledged protocol features
+/// over. With CONFIGURE_MEM_SLOTS regions are added and removed one by one (ADD_MEM_REG,
+/// REM_MEM_REG), up to the daemon's GET_MAX_MEM_SLOTS; without it the whole table is sent
+/// (SET_MEM_TABLE), at most 8 regions. Every change is acknowledged by the daemon before
+/// [`update`](Self::update) returns: by REPLY_ACK where it was negotiated, otherwise by a round
+/// trip. No call waits longer than the [time limit](Self::with_time_limit) for an answer.
+///
+/// ```
+/// # use guest_memory_shm::{GuestMemoryShm, mock::MockDaemon};
+/// # use vhost::VhostBackend;
+/// # use vhost::vhost_user::{Frontend, VhostUserFrontend};
+/// # use vm_memory::GuestAddress;
+/// use guest_memory_shm::VhostUserShare;
+/// use vhost::vhost_user::VhostUserProtocolFeatures as Features;
+///
+/// # let daemon = MockDaemon::builder().start_unnamed()?;
+/// # let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
+/// # frontend.set_owner()?;
+/// # frontend.set_features(frontend.get_features()?)?;
+/// # let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+/// let features = frontend.get_protocol_features()?
+///     & (Features::CONFIGURE_MEM_SLOTS | Features::REPLY_ACK);
+/// frontend.set_protocol_features(features)?;
+///
+/// let mut share = VhostUserShare::new(frontend, features);
+/// share.update(&memory.memory_table())?;
+/// assert_eq!(daemon.table().len(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct VhostUserShare<F> {
+    sink: F,
+    /// Absent only if no call of the sink ever waits.
+    time_limit: Option<TimeLimit>,
+    limit: Duration,
+    mem_slots: bool,
+    reply_ack: bool,
+    /// The daemon's answer to GET_MAX_MEM_SLOTS, once it was asked.
+    slots: Option<u64>,
+    /// What the daemon has acknowledged.
+    held: MemoryTable,
+    broken: Option<String>,
+}
+
+/// What an update did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[must_use = "bases that the daemon returned must be used"]
+pub struct ShareReport {
+    removed: usize,
+    added: usize,
+    bases: Vec<(GuestAddress, u64)>,
+}
+
+impl ShareReport {
+    /// The number of regions that the daemon was told to forget.
+    pub fn removed(&self) -> usize {
+        self.removed
+    }
+
+    /// The number of regions that the daemon was told of newly.
+    pub fn added(&self) -> usize {
+        self.added
+    }
+
+    /// Where the daemon mapped the new regions: guest address and address in the daemon. Only
+    /// while postcopy listens; the front-end must acknowledge them
+    /// (vhost-user specification, VHOST_USER_SET_MEM_TABLE).
+    pub fn bases(&self) -> &[(GuestAddress, u64)] {
+        &self.bases
+    }
+}
+
+impl<F: MemTableSink> VhostUserShare<F> {
+    /// A share with a daemon that is connected and holds no region yet.
+    ///
+    /// `features` are the protocol features that were acknowledged (SET_PROTOCOL_FEATURES).
+    pub fn new(sink: F, features: Features) -> Self {
+        let mut share = Self {
+            sink,
+            time_limit: None,
+            limit: TIME_LIMIT,
+            mem_slots: false,
+            reply_ack: false,
+            slots: None,
+            held: MemoryTable::default(),
+            broken: None,
+        };
+        share.begin(features);
+        share
+    }
+
+    /// Sets how long the daemon may take for each answer; 10 seconds unless set.
+    #[must_use]
+    pub fn with_time_limit(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self.watch();
+        self
+    }
+
+    /// Goes on with a new connection to the daemon, which holds no region yet; gives back the old
+    /// one. The next [`update`](Self::update) sends the whole table.
+    pub fn reconnect(&mut self, sink: F, features: Features) -> F {
+        let old = std::mem::replace(&mut self.sink, sink);
+        self.begin(features);
+        old
+    }
+
+    fn begin(&mut self, features: Features) {
+        self.mem_slots = features.contains(Features::CONFIGURE_MEM_SLOTS);
+        self.reply_ack = features.contains(Features::REPLY_ACK);
+        self.slots = None;
+        self.held = MemoryTable::default();
+        self.broken = None;
+        self.watch();
+        if self.reply_ack {
+            self.sink.request_acks();
+        }
+    }
+
+    fn watch(&mut self) {
+        let hang_up = self.sink.hang_up();
+        self.time_limit = hang_up.map(|hang_up| TimeLimit::with_hang_up(hang_up, self.limit));
+    }
+
+    /// Makes the daemon's table equal to `table`, by telling it the difference: everything on a
+    /// new connection, nothing if it is equal already.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooManyRegions`], and [`Error::NoRanges`] for an empty table that only
+    /// SET_MEM_TABLE could carry: nothing was sent, the share goes on as before.
+    ///
+    /// [`Error::DaemonRefused`], [`Error::DaemonHungUp`], [`Error::DaemonSilent`],
+    /// [`Error::DaemonProtocol`]: the share is broken, and every later update is
+    /// [`Error::ShareBroken`] until [`reconnect`](Self::reconnect). A daemon that acknowledges a
+    /// change and hangs up right after it, as libvhost-user does to refuse one, counts as hung up;
+    /// among several changes the error may then name the change behind the refused one.
+    pub fn update(&mut self, table: &MemoryTable) -> Result<ShareReport> {
+        if let Some(reason) = &self.broken {
+            return Err(Error::ShareBroken {
+                reason: reason.clone(),
+            });
+        }
+        let change = self.held.change_to(table);
+        if change.is_empty() {
+            return Ok(ShareReport::default());
+        }
+        let mut report = ShareReport {
+            removed: change.removals().len(),
+            added: change.additions().len(),
+            bases: Vec::new(),
+        };
+        if self.mem_slots {
+            self.check_slots(table)?;
+            self.send_difference(&change, &mut report)?;
+        } else {
+            check_whole(table)?;
+            self.send_whole(table, &mut report)?;
+        }
+        log::debug!(
+            "daemon took {} regions less, {} more",
+            report.removed,
+            report.added
+        );
+        Ok(report)
+    }
+
+    /// What the daemon has acknowledged. After a failure this may be part of a change; what a
+    /// daemon does about the change at which it failed is not known.
+    pub fn table(&self) -> &MemoryTable {
+        &self.held
+    }
+
+    /// Why the share is broken, if it is.
+    pub fn broken(&self) -> Option<&str> {
+        self.broken.as_deref()
+    }
+
+    /// How many regions the daemon takes, if it was asked yet.
+    pub fn max_regions(&self) -> Option<u64> {
+        self.slots
+    }
+
+    /// The connection.
+    pub fn sink(&self) -> &F {
+        &self.sink
+    }
+
+    /// The connection, for other requests (rings, configuration).
+    pub fn sink_mut(&mut self) -> &mut F {
+        &mut self.sink
+    }
+
+    /// Gives the connection back.
+    pub fn into_sink(self) -> F {
+        self.sink
+    }
+
+    fn check_slots(&mut self, table: &MemoryTable) -> Result<()> {
+        let limit = match self.slots {
+            Some(limit) => limit,
+            None => {
+                let limit = self.call(MemTableChange::QuerySlots, F::max_mem_slots)?;
+                *self.slots.insert(limit)
+            }
+        };
+        let regions = table.regions().len();
+        // Removals come first, so there are never more regions than in one of the two tables.
+        if regions as u64 > limit {
+            return Err(Error::TooManyRegions {
+                regions,
+                limit,
+                slots: SlotLimit::Daemon,
+            });
+        }
+        Ok(())
+    }
+
+    fn send_difference(&mut self, change: &TableChange, report: &mut ShareReport) -> Result<()> {
+        let mut last = None;
+        for region in change.removals() {
+            let step = MemTableChange::Remove(region.range());
+            self.call(step, |sink| sink.remove_mem_region(region))?;
+            self.confirm(step)?;
+            self.held.remove(region);
+            last = Some(step);
+        }
+        for region in change.additions() {
+            let step = MemTableChange::Add(region.range());
+            let base = self.call(step, |sink| sink.add_mem_region(region))?;
+            self.confirm(step)?;
+            self.held.insert(region);
+            report.bases.extend(base.map(|base| base_of(region, base)));
+            last = Some(step);
+        }
+        last.map_or(Ok(()), |step| self.confirm_lasting(step))
+    }
+
+    fn send_whole(&mut self, table: &MemoryTable, report: &mut ShareReport) -> Result<()> {
+        let step = MemTableChange::SetTable(table.regions().len());
+        let bases = self.call(step, |sink| sink.set_mem_table(table.regions()))?;
+        self.confirm(step)?;
+        self.confirm_lasting(step)?;
+        self.held = table.clone();
+        let bases = bases.into_iter().flatten();
+        report.bases = table
+            .regions()
+            .iter()
+            .zip(bases)
+            .map(|(r, b)| base_of(r, b))
+            .collect();
+        Ok(())
+    }
+
+    /// Without REPLY_ACK nothing says whether the daemon took a change: asks whether it is there.
+    fn confirm(&mut self, step: MemTableChange) -> Result<()> {
+        if self.reply_ack {
+            return Ok(());
+        }
+        self.call(step, F::barrier)
+    }
+
+    /// libvhost-user acknowledges a change that it refuses, and hangs up then: only an answer
+    /// after the acknowledgement shows that the daemon took it.
+    fn confirm_lasting(&mut self, step: MemTableChange) -> Result<()> {
+        if !self.reply_ack {
+            return Ok(());
+        }
+        self.call(step, F::barrier)
+    }
+
+    /// Makes one call on the connection, within the time limit; a failure breaks the share.
+    fn call<T>(
+        &mut self,
+        change: MemTableChange,
+        call: impl FnOnce(&mut F) -> std::result::Result<T, SinkError>,
+    ) -> Result<T> {
+        if let Some(limit) = &self.time_limit {
+            limit.start();
+        }
+        let answer = call(&mut self.sink);
+        let expired = self.time_limit.as_ref().is_some_and(TimeLimit::stop);
+        let error = match answer {
+            Ok(answer) if !expired => return Ok(answer),
+            _ if expired => Error::DaemonSilent {
+                change,
+                limit: self.limit,
+            },
+            Err(SinkError::Refused(source)) => Error::DaemonRefused { change, source },
+            Err(SinkError::HungUp(source)) => Error::DaemonHungUp { change, source },
+            Err(SinkError::Protocol(source)) => Error::DaemonProtocol { change, source },
+            Ok(_) => unreachable!("an answer in time was returned above"),
+        };
+        log::warn!("share broken: {error}");
+        self.broken = Some(error.to_string());
+        Err(error)
+    }
+}
+
+fn base_of(region: &TableRegion, base: u64) -> (GuestAddress, u64) {
+    (region.range().start_addr(), base)
+}
+
+fn check_whole(table: &MemoryTable) -> Result<()> {
+    match table.regions().len() {
+        0 => Err(Error::NoRanges),
+        regions if regions > MAX_TABLE_REGIONS => Err(Error::TooManyRegions {
+            regions,
+            limit: MAX_TABLE_REGIONS as u64,
+            slots: SlotLimit::Message,
+        }),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,139 @@
+//! Where memory tables go: a small trait, and its implementation for vhost's `Frontend`.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use vhost::vhost_user::message::VhostUserHeaderFlag;
+use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
+
+use super::time_limit::{HangUp, hang_up};
+use crate::table::TableRegion;
+
+/// The front-end's side of a connection to a daemon, as far as memory tables need it.
+///
+/// vhost's `Frontend` implements it; another front-end, or a test without a socket, can.
+pub trait MemTableSink {
+    /// Has every later change acknowledged by the daemon before it returns. Called only if
+    /// REPLY_ACK was negotiated.
+    fn request_acks(&mut self);
+
+    /// SET_MEM_TABLE: replaces the whole table, by at most 8 regions.
+    ///
+    /// While postcopy listens the daemon answers with the addresses at which it mapped the
+    /// regions, in their order.
+    ///
+    /// # Errors
+    ///
+    /// The way in which the daemon did not take it.
+    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError>;
+
+    /// ADD_MEM_REG: adds one region.
+    ///
+    /// While postcopy listens the daemon answers with the address at which it mapped it.
+    ///
+    /// # Errors
+    ///
+    /// The way in which the daemon did not take it.
+    fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, SinkError>;
+
+    /// REM_MEM_REG: removes one region.
+    ///
+    /// # Errors
+    ///
+    /// The way in which the daemon did not take it.
+    fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), SinkError>;
+
+    /// GET_MAX_MEM_SLOTS: how many regions the daemon takes.
+    ///
+    /// # Errors
+    ///
+    /// The way in which the daemon did not answer.
+    fn max_mem_slots(&mut self) -> Result<u64, SinkError>;
+
+    /// A round trip (GET_FEATURES): messages are handled in order, so its answer says that all
+    /// before it were handled, and that the daemon is still there.
+    ///
+    /// # Errors
+    ///
+    /// The way in which the daemon did not answer.
+    fn barrier(&mut self) -> Result<(), SinkError>;
+
+    /// What ends the connection from another thread, so that a call that waits returns with an
+    /// error. `None` if no call of this sink ever waits.
+    fn hang_up(&self) -> Option<HangUp>;
+}
+
+/// In which way a daemon did not take a message.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SinkError {
+    /// It answered, with a refusal.
+    #[error("refused")]
+    Refused(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The connection is gone.
+    #[error("hung up")]
+    HungUp(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Anything else; the two sides may be out of step.
+    #[error("protocol error")]
+    Protocol(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl From<vhost::Error> for SinkError {
+    fn from(error: vhost::Error) -> Self {
+        let make = match &error {
+            vhost::Error::VhostUserProtocol(ProtocolError::BackendInternalError) => Self::Refused,
+            vhost::Error::VhostUserProtocol(
+                ProtocolError::Disconnected
+                // An answer that ends before it is complete, or that never began.
+                | ProtocolError::PartialMessage
+                | ProtocolError::SocketBroken(_),
+            ) => Self::HungUp,
+            _ => Self::Protocol,
+        };
+        make(Box::new(error))
+    }
+}
+
+impl MemTableSink for Frontend {
+    /// Sets the header flag `NEED_REPLY` on all messages from now on.
+    fn request_acks(&mut self) {
+        self.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    }
+
+    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError> {
+        let infos: Vec<_> = regions.iter().map(info).collect();
+        Ok(VhostBackend::set_mem_table(self, &infos)?)
+    }
+
+    fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, SinkError> {
+        Ok(VhostUserFrontend::add_mem_region(self, &info(region))?)
+    }
+
+    fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), SinkError> {
+        Ok(VhostUserFrontend::remove_mem_region(self, &info(region))?)
+    }
+
+    fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
+        Ok(VhostUserFrontend::get_max_mem_slots(self)?)
+    }
+
+    fn barrier(&mut self) -> Result<(), SinkError> {
+        self.get_features()?;
+        Ok(())
+    }
+
+    fn hang_up(&self) -> Option<HangUp> {
+        Some(hang_up(self))
+    }
+}
+
+/// The region in vhost's terms. The descriptor in it is valid as long as `region` lives.
+fn info(region: &TableRegion) -> VhostUserMemoryRegionInfo {
+    VhostUserMemoryRegionInfo {
+        guest_phys_addr: region.range().start_addr().0,
+        memory_size: region.range().size(),
+        userspace_addr: region.userspace_addr(),
+        mmap_offset: region.mmap_offset(),
+        mmap_handle: region.as_fd().as_raw_fd(),
+    }
+}

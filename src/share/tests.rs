@@ -1,0 +1,264 @@
+//! The share without a socket: a sink that plays a daemon by a script.
+
+use vm_memory::GuestAddress;
+
+use super::*;
+use crate::memory::GuestMemoryShm;
+use crate::options::RamOptions;
+
+/// What the share told the daemon, in order; addresses in MiB.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Said {
+    Acks,
+    Slots,
+    Set(Vec<u64>),
+    Add(u64),
+    Remove(u64),
+    Barrier,
+}
+
+#[derive(Debug, Default)]
+struct Script {
+    said: Vec<Said>,
+    slots: u64,
+    /// The n-th message after `Acks`, counted from 0, is answered like this.
+    fail: Option<(usize, fn() -> SinkError)>,
+    base: Option<u64>,
+}
+
+impl Script {
+    fn say(&mut self, what: Said) -> std::result::Result<(), SinkError> {
+        self.said.push(what);
+        let at = self.said.iter().filter(|said| **said != Said::Acks).count() - 1;
+        match self.fail {
+            Some((fail, error)) if fail == at => Err(error()),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn mib(region: &TableRegion) -> u64 {
+    region.range().start_addr().0 >> 20
+}
+
+impl MemTableSink for Script {
+    fn request_acks(&mut self) {
+        self.said.push(Said::Acks);
+    }
+    fn set_mem_table(
+        &mut self,
+        regions: &[TableRegion],
+    ) -> std::result::Result<Option<Vec<u64>>, SinkError> {
+        self.say(Said::Set(regions.iter().map(mib).collect()))?;
+        Ok(self.base.map(|base| (base..).take(regions.len()).collect()))
+    }
+    fn add_mem_region(
+        &mut self,
+        region: &TableRegion,
+    ) -> std::result::Result<Option<u64>, SinkError> {
+        self.say(Said::Add(mib(region)))?;
+        Ok(self.base)
+    }
+    fn remove_mem_region(&mut self, region: &TableRegion) -> std::result::Result<(), SinkError> {
+        self.say(Said::Remove(mib(region)))
+    }
+    fn max_mem_slots(&mut self) -> std::result::Result<u64, SinkError> {
+        self.say(Said::Slots)?;
+        Ok(self.slots)
+    }
+    fn barrier(&mut self) -> std::result::Result<(), SinkError> {
+        self.say(Said::Barrier)
+    }
+    fn hang_up(&self) -> Option<HangUp> {
+        None
+    }
+}
+
+fn table(starts: &[u64]) -> MemoryTable {
+    let ranges: Vec<_> = starts
+        .iter()
+        .map(|start| (GuestAddress(start << 20), 1 << 20))
+        .collect();
+    GuestMemoryShm::<()>::builder()
+        .with_ram(RamOptions::new(), ranges)
+        .build()
+        .unwrap()
+        .memory_table()
+}
+
+fn share(slots: u64, features: Features) -> VhostUserShare<Script> {
+    let script = Script {
+        slots,
+        ..Script::default()
+    };
+    VhostUserShare::new(script, features)
+}
+
+const SLOTS: Features = Features::CONFIGURE_MEM_SLOTS;
+const ACK: Features = Features::REPLY_ACK;
+
+#[test]
+fn with_slots_and_acks_only_the_difference_is_sent_and_confirmed_once() {
+    use Said::*;
+    let mut share = share(8, SLOTS | ACK);
+    let _ = share.update(&table(&[0, 2])).unwrap();
+    assert_eq!(share.sink().said, [Acks, Slots, Add(0), Add(2), Barrier]);
+
+    share.sink_mut().said.clear();
+    let report = share.update(&table(&[1, 3, 5])).unwrap();
+    assert_eq!((report.removed(), report.added()), (2, 3));
+    assert_eq!(
+        share.sink().said,
+        [Remove(2), Remove(0), Add(1), Add(3), Add(5), Barrier]
+    );
+
+    share.sink_mut().said.clear();
+    let held = share.table().clone();
+    assert_eq!(share.update(&held).unwrap(), ShareReport::default());
+    assert_eq!(share.sink().said, []);
+}
+
+#[test]
+fn without_acks_every_change_is_followed_by_a_round_trip() {
+    use Said::*;
+    let mut share = share(8, SLOTS);
+    let _ = share.update(&table(&[0, 2])).unwrap();
+    assert_eq!(share.sink().said, [Slots, Add(0), Barrier, Add(2), Barrier]);
+}
+
+#[test]
+fn without_slots_the_whole_table_is_sent() {
+    use Said::*;
+    let mut share = share(0, ACK);
+    let _ = share.update(&table(&[0, 2])).unwrap();
+    let _ = share.update(&table(&[0, 2, 4])).unwrap();
+    assert_eq!(
+        share.sink().said,
+        [Acks, Set(vec![0, 2]), Barrier, Set(vec![0, 2, 4]), Barrier]
+    );
+}
+
+#[test]
+fn too_many_regions_are_refused_before_anything_is_sent() {
+    let nine: Vec<u64> = (0..9).collect();
+    let mut plain = share(0, ACK);
+    let _ = plain.update(&table(&nine[..8])).unwrap();
+    let said = plain.sink().said.len();
+    assert!(matches!(
+        plain.update(&table(&nine)),
+        Err(Error::TooManyRegions {
+            regions: 9,
+            limit: 8,
+            slots: SlotLimit::Message
+        })
+    ));
+    assert!(matches!(
+        plain.update(&MemoryTable::default()),
+        Err(Error::NoRanges)
+    ));
+    assert_eq!(plain.sink().said.len(), said);
+    assert_eq!(plain.broken(), None);
+
+    let mut slots = share(8, SLOTS | ACK);
+    assert!(matches!(
+        slots.update(&table(&nine)),
+        Err(Error::TooManyRegions {
+            regions: 9,
+            limit: 8,
+            slots: SlotLimit::Daemon
+        })
+    ));
+    // The share goes on: 8 other regions take the place of 8.
+    let _ = slots.update(&table(&nine[..8])).unwrap();
+    let _ = slots
+        .update(&table(&[10, 11, 12, 13, 14, 15, 16, 17]))
+        .unwrap();
+    let _ = slots.update(&MemoryTable::default()).unwrap();
+    assert_eq!(slots.table(), &MemoryTable::default());
+}
+
+#[test]
+fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
+    type Make = fn() -> SinkError;
+    let ways: [(Make, &str); 3] = [
+        (|| SinkError::Refused("no".into()), "refused"),
+        (|| SinkError::HungUp("gone".into()), "hung up"),
+        (|| SinkError::Protocol("what".into()), "failed"),
+    ];
+    for features in [SLOTS | ACK, SLOTS, ACK, Features::empty()] {
+        // How many messages a good exchange of two updates takes.
+        let (first, second) = (table(&[0, 2]), table(&[2, 3]));
+        let mut good = share(8, features);
+        let _ = good.update(&first).unwrap();
+        let _ = good.update(&second).unwrap();
+        let steps = good
+            .sink()
+            .said
+            .iter()
+            .filter(|said| **said != Said::Acks)
+            .count();
+
+        for (make, word) in ways {
+            for step in 0..steps {
+                let mut share = share(8, features);
+                share.sink_mut().fail = Some((step, make));
+                let error = share
+                    .update(&first)
+                    .err()
+                    .or_else(|| share.update(&second).err());
+                let error = error.expect("a step fails").to_string();
+                assert!(error.contains(word), "{error}");
+                assert_eq!(share.broken(), Some(error.as_str()));
+
+                let said = share.sink().said.len();
+                assert!(matches!(
+                    share.update(&first),
+                    Err(Error::ShareBroken { .. })
+                ));
+                assert_eq!(
+                    share.sink().said.len(),
+                    said,
+                    "a broken share sends nothing"
+                );
+
+                let fresh = Script {
+                    slots: 8,
+                    ..Script::default()
+                };
+                let _ = share.reconnect(fresh, features);
+                assert_eq!(share.update(&second).unwrap().added(), 2);
+                assert_eq!((share.broken(), share.table()), (None, &second));
+            }
+        }
+    }
+}
+
+#[test]
+fn what_was_acknowledged_before_a_failure_is_known() {
+    let mut share = share(8, SLOTS | ACK);
+    share.sink_mut().fail = Some((2, || SinkError::Refused("no".into())));
+    assert!(matches!(
+        share.update(&table(&[0, 2])),
+        Err(Error::DaemonRefused { change: MemTableChange::Add(range), .. })
+            if range.start_addr() == GuestAddress(2 << 20)
+    ));
+    assert_eq!(
+        share.table().regions().iter().map(mib).collect::<Vec<_>>(),
+        [0]
+    );
+}
+
+#[test]
+fn bases_of_postcopy_are_handed_on() {
+    for features in [SLOTS | ACK, ACK] {
+        let mut share = share(8, features);
+        share.sink_mut().base = Some(7);
+        let report = share.update(&table(&[1, 4])).unwrap();
+        let starts: Vec<u64> = report
+            .bases()
+            .iter()
+            .map(|(addr, _)| addr.0 >> 20)
+            .collect();
+        assert_eq!(starts, [1, 4]);
+    }
+}

@@ -1,0 +1,228 @@
+//! A time limit for calls that would wait for a silent peer for ever.
+//!
+//! A timeout on the socket does not help: vhost's `Frontend` takes `EAGAIN` for a reason to try
+//! again. What ends its wait is the end of the connection, which is also all that is left to do:
+//! an answer that came after the limit would be taken for the answer to a later request.
+
+use std::fmt;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{Shutdown, shutdown};
+use vhost::vhost_user::Frontend;
+
+use crate::error::{Error, Result};
+
+/// Ends a connection from another thread than the one that waits on it.
+pub type HangUp = Box<dyn Fn() + Send>;
+
+/// Hangs up on a daemon that does not answer in time, so that no call waits for ever.
+///
+/// [`VhostUserShare`](crate::VhostUserShare) has one of its own. A VMM that makes other calls on
+/// its `Frontend` (negotiation, rings) needs one for them too.
+///
+/// ```no_run
+/// use std::time::Duration;
+///
+/// use guest_memory_shm::TimeLimit;
+/// use vhost::VhostBackend;
+/// use vhost::vhost_user::Frontend;
+///
+/// let frontend = Frontend::connect("/run/vhost-user-blk.sock", 1)?;
+/// let limit = TimeLimit::new(&frontend, Duration::from_secs(5));
+/// let features = limit.run(|| frontend.get_features())??;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct TimeLimit {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+    limit: Duration,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// When the call that is under way must be over.
+    deadline: Option<Instant>,
+    /// The thread waits without a deadline and must be woken for a new one. While it sleeps
+    /// towards an old deadline it need not be: it looks again when that has come.
+    idle: bool,
+    expired: bool,
+    ended: bool,
+}
+
+impl TimeLimit {
+    /// A limit for each call on `frontend`.
+    ///
+    /// After the first call that takes longer the connection is closed, and every later call on
+    /// the frontend fails.
+    pub fn new(frontend: &Frontend, limit: Duration) -> Self {
+        Self::with_hang_up(hang_up(frontend), limit)
+    }
+
+    pub(super) fn with_hang_up(hang_up: HangUp, limit: Duration) -> Self {
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let watched = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("vhost-time-limit".to_owned())
+            .spawn(move || watched.watch(&hang_up))
+            .inspect_err(|error| log::error!("no thread to watch the time limit: {error}"))
+            .ok();
+        Self {
+            shared,
+            thread,
+            limit,
+        }
+    }
+
+    /// Makes a call on the frontend.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TimeLimit`] if it took longer than the limit: the connection is closed then. What
+    /// the call itself answers is inside `Ok`.
+    pub fn run<T>(&self, call: impl FnOnce() -> T) -> Result<T> {
+        self.start();
+        let answer = call();
+        if self.stop() {
+            return Err(Error::TimeLimit { limit: self.limit });
+        }
+        Ok(answer)
+    }
+
+    /// The time that each call has.
+    pub fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    /// Starts the clock, or sets it back if it runs.
+    pub(super) fn start(&self) {
+        // Without a thread to end it, a call must not even begin to wait.
+        let mut state = self.shared.lock();
+        state.expired |= self.thread.is_none();
+        state.deadline = Instant::now().checked_add(self.limit);
+        if state.idle {
+            state.idle = false;
+            self.shared.changed.notify_one();
+        }
+    }
+
+    /// Stops the clock, and tells whether it had run out.
+    pub(super) fn stop(&self) -> bool {
+        let mut state = self.shared.lock();
+        state.deadline = None;
+        state.expired
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code that can panic runs under the lock but `hang_up`, which leaves it consistent.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn watch(&self, hang_up: &HangUp) {
+        let mut state = self.lock();
+        while !state.ended {
+            state = match state.deadline {
+                None => {
+                    state.idle = true;
+                    let woken = self.changed.wait(state);
+                    woken.unwrap_or_else(PoisonError::into_inner)
+                }
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        state.expired = true;
+                        state.deadline = None;
+                        hang_up();
+                        continue;
+                    }
+                    let woken = self.changed.wait_timeout(state, left);
+                    woken.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+}
+
+impl Drop for TimeLimit {
+    fn drop(&mut self) {
+        self.shared.lock().ended = true;
+        self.shared.changed.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // It panics only if `hang_up` did, which was reported then.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for TimeLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "TimeLimit({:?})", self.limit)
+    }
+}
+
+/// Ends the connection of a frontend, from any thread.
+pub(super) fn hang_up(frontend: &Frontend) -> HangUp {
+    // Asking for the number takes the frontend's lock, which a call that waits holds: it must be
+    // known beforehand. The clone keeps the number from being reused.
+    let (fd, keep) = (frontend.as_raw_fd(), frontend.clone());
+    Box::new(move || {
+        let _ = &keep;
+        if let Err(errno) = shutdown(fd, Shutdown::Both) {
+            log::debug!("the connection was closed already: {errno}");
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    fn limit(limit: Duration) -> (TimeLimit, mpsc::Receiver<()>) {
+        let (sender, receiver) = mpsc::channel();
+        let hang_up = move || sender.send(()).unwrap();
+        (TimeLimit::with_hang_up(Box::new(hang_up), limit), receiver)
+    }
+
+    #[test]
+    fn a_call_that_waits_too_long_is_ended() {
+        let (limit, hung_up) = limit(Duration::from_millis(5));
+        let refused = limit.run(|| hung_up.recv()).unwrap_err();
+        assert!(matches!(refused, Error::TimeLimit { .. }));
+        // It stays expired: the connection is gone.
+        assert!(limit.run(|| ()).is_err());
+    }
+
+    #[test]
+    fn calls_in_time_are_left_alone_however_many() {
+        let (limit, hung_up) = limit(Duration::from_secs(3600));
+        for call in 0..1000 {
+            assert_eq!(limit.run(|| call).unwrap(), call);
+        }
+        drop(limit);
+        assert!(hung_up.try_recv().is_err());
+    }
+
+    #[test]
+    fn each_call_has_the_whole_time() {
+        let (limit, hung_up) = limit(Duration::from_millis(200));
+        // The thread now sleeps towards a deadline that later calls push away.
+        for _ in 0..4 {
+            let answer = limit.run(|| hung_up.recv_timeout(Duration::from_millis(80)));
+            assert!(answer.unwrap().is_err(), "hung up too early");
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! Memory tables: what a vhost-user daemon is told of guest RAM, as plain data.
+//!
+//! A table keeps the backings of its regions alive, so the descriptors in it stay valid however
+//! the guest's memory changes meanwhile. Two tables have a difference, in the order in which
+//! daemons take it.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use crate::backing::ShmBacking;
+use crate::layout::GuestRange;
+use crate::memory::GuestMemoryShm;
+use crate::region::GuestRegionShm;
+
+/// The regions that a daemon is told of, sorted by guest address.
+///
+/// ```
+/// use guest_memory_shm::{GuestMemoryShm, MemoryTable};
+/// use vm_memory::{GuestAddress, GuestMemoryBackend};
+///
+/// let memory = GuestMemoryShm::<()>::from_ranges(&[
+///     (GuestAddress(0), 1 << 20),
+///     (GuestAddress(1 << 32), 1 << 20),
+/// ])?;
+/// let table = memory.memory_table();
+/// assert_eq!(table.regions().len(), 2);
+///
+/// // SET_VRING_ADDR carries user addresses, in terms of the table that was sent.
+/// let ring = GuestAddress((1 << 32) + 0x1000);
+/// let host = memory.get_host_address(ring).expect("there is RAM");
+/// assert_eq!(table.user_addr(ring), Some(host as u64));
+///
+/// let change = MemoryTable::default().change_to(&table);
+/// assert_eq!((change.removals().len(), change.additions().len()), (0, 2));
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MemoryTable {
+    regions: Vec<TableRegion>,
+}
+
+/// A region as a daemon is told of it.
+///
+/// Equal regions are the same part of the same file at the same guest and user address: a daemon
+/// that holds one need not be told of the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableRegion {
+    range: GuestRange,
+    userspace_addr: u64,
+    mmap_offset: u64,
+    backing: ShmBacking,
+}
+
+/// What turns one table into another, in the order in which it is sent: all removals, highest
+/// address first, then all additions, lowest first.
+///
+/// That is QEMU's order, which daemons rely on: a region that shrinks, grows or moves never
+/// overlaps its successor on the way, and no more memory slots are used than one of the tables
+/// has.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TableChange {
+    removals: Vec<TableRegion>,
+    additions: Vec<TableRegion>,
+}
+
+impl<B: Bitmap> GuestMemoryShm<B> {
+    /// The table that tells a daemon of all regions; user addresses are host addresses.
+    pub fn memory_table(&self) -> MemoryTable {
+        MemoryTable {
+            regions: self.iter().map(TableRegion::from).collect(),
+        }
+    }
+}
+
+impl<B> From<&GuestRegionShm<B>> for TableRegion {
+    fn from(region: &GuestRegionShm<B>) -> Self {
+        Self {
+            range: region.range(),
+            userspace_addr: region.as_ptr().addr() as u64,
+            mmap_offset: region.offset(),
+            backing: region.backing().clone(),
+        }
+    }
+}
+
+impl MemoryTable {
+    /// The regions, sorted by guest address.
+    pub fn regions(&self) -> &[TableRegion] {
+        &self.regions
+    }
+
+    /// The user address of a guest address, in terms of this table.
+    ///
+    /// The addresses of rings in SET_VRING_ADDR are user addresses: translate them by the table
+    /// that the daemon was sent. `None` if the address is not in the table.
+    pub fn user_addr(&self, addr: GuestAddress) -> Option<u64> {
+        let behind = self
+            .regions
+            .partition_point(|region| region.range.start_addr() <= addr);
+        let region = self.regions.get(behind.checked_sub(1)?)?;
+        let offset = addr.0 - region.range.start_addr().0;
+        (offset < region.range.size()).then(|| region.userspace_addr + offset)
+    }
+
+    /// What turns this table into `next`.
+    pub fn change_to(&self, next: &Self) -> TableChange {
+        let missing = |from: &[TableRegion], of: &Self| -> Vec<TableRegion> {
+            from.iter()
+                .filter(|region| !of.contains(region))
+                .cloned()
+                .collect()
+        };
+        let mut removals = missing(&self.regions, next);
+        removals.reverse();
+        TableChange {
+            removals,
+            additions: missing(&next.regions, self),
+        }
+    }
+
+    fn contains(&self, region: &TableRegion) -> bool {
+        let place = self.place_of(region);
+        place.is_ok_and(|at| self.regions[at] == *region)
+    }
+
+    fn place_of(&self, region: &TableRegion) -> std::result::Result<usize, usize> {
+        let start = region.range.start_addr();
+        self.regions
+            .binary_search_by_key(&start, |region| region.range.start_addr())
+    }
+
+    /// Puts a region in its place; one that starts there already is replaced.
+    pub(crate) fn insert(&mut self, region: &TableRegion) {
+        match self.place_of(region) {
+            Ok(at) => self.regions[at] = region.clone(),
+            Err(at) => self.regions.insert(at, region.clone()),
+        }
+    }
+
+    /// Takes a region out, if it is there.
+    pub(crate) fn remove(&mut self, region: &TableRegion) {
+        if let Ok(at) = self.place_of(region) {
+            self.regions.remove(at);
+        }
+    }
+}
+
+impl TableRegion {
+    /// The guest addresses.
+    pub fn range(&self) -> GuestRange {
+        self.range
+    }
+
+    /// The user address of the first byte: how ring addresses are told apart on the wire.
+    pub fn userspace_addr(&self) -> u64 {
+        self.userspace_addr
+    }
+
+    /// Where the region starts in its file, in bytes.
+    pub fn mmap_offset(&self) -> u64 {
+        self.mmap_offset
+    }
+
+    /// The file that the daemon maps.
+    pub fn backing(&self) -> &ShmBacking {
+        &self.backing
+    }
+}
+
+impl AsFd for TableRegion {
+    /// The descriptor that is sent, valid as long as the region is.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.backing.as_fd()
+    }
+}
+
+impl TableChange {
+    /// The regions to remove, highest guest address first.
+    pub fn removals(&self) -> &[TableRegion] {
+        &self.removals
+    }
+
+    /// The regions to add after that, lowest guest address first.
+    pub fn additions(&self) -> &[TableRegion] {
+        &self.additions
+    }
+
+    /// Whether the tables are equal.
+    pub fn is_empty(&self) -> bool {
+        self.removals.is_empty() && self.additions.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::options::RamOptions;
+
+    const MIB: u64 = 1 << 20;
+
+    fn memory(starts: &[u64]) -> GuestMemoryShm {
+        let ranges: Vec<_> = starts
+            .iter()
+            .map(|start| (GuestAddress(start * MIB), 1 << 20))
+            .collect();
+        GuestMemoryShm::from_ranges(&ranges).unwrap()
+    }
+
+    fn starts(regions: &[TableRegion]) -> Vec<u64> {
+        regions
+            .iter()
+            .map(|region| region.range().start_addr().0 / MIB)
+            .collect()
+    }
+
+    #[test]
+    fn the_difference_is_removals_from_above_then_additions_from_below() {
+        let old = memory(&[0, 2, 4, 6]);
+        let (keep, _) = old.remove_region(GuestAddress(2 * MIB), MIB).unwrap();
+        let (keep, _) = keep.remove_region(GuestAddress(6 * MIB), MIB).unwrap();
+        let mut new = keep;
+        for start in [9, 1, 6] {
+            let region =
+                GuestRegionShm::new(GuestAddress(start * MIB), MIB, &RamOptions::new()).unwrap();
+            new = new.insert_region(Arc::new(region)).unwrap();
+        }
+        let (old, new) = (old.memory_table(), new.memory_table());
+
+        let change = old.change_to(&new);
+        assert_eq!(starts(change.removals()), [6, 2]);
+        // 6 is there again, but on another file.
+        assert_eq!(starts(change.additions()), [1, 6, 9]);
+        assert!(old.change_to(&old).is_empty());
+    }
+
+    #[test]
+    fn a_table_keeps_its_descriptors_alive() {
+        let memory = memory(&[0]);
+        let table = memory.memory_table();
+        let fd = table.regions()[0].as_fd().as_raw_fd();
+        drop(memory);
+        assert_eq!(
+            nix::sys::stat::fstat(table.regions()[0].as_fd())
+                .unwrap()
+                .st_size,
+            1 << 20
+        );
+        assert_eq!(table.regions()[0].as_fd().as_raw_fd(), fd);
+    }
+
+    #[test]
+    fn user_addresses_are_host_addresses_and_holes_have_none() {
+        let memory = memory(&[1, 4]);
+        let table = memory.memory_table();
+        for addr in [MIB, 2 * MIB - 1, 4 * MIB, 5 * MIB - 1] {
+            let host = memory.get_host_address(GuestAddress(addr)).unwrap();
+            assert_eq!(
+                table.user_addr(GuestAddress(addr)),
+                Some(host.addr() as u64)
+            );
+        }
+        for addr in [0, MIB - 1, 2 * MIB, 4 * MIB - 1, 5 * MIB, u64::MAX] {
+            assert_eq!(table.user_addr(GuestAddress(addr)), None);
+        }
+        assert_eq!(MemoryTable::default().user_addr(GuestAddress(0)), None);
+    }
+
+    #[test]
+    fn a_table_that_is_patched_step_by_step_becomes_the_other() {
+        let (old, new) = (
+            memory(&[0, 2, 4]).memory_table(),
+            memory(&[1, 2, 8]).memory_table(),
+        );
+        let mut held = old.clone();
+        let change = old.change_to(&new);
+        change
+            .removals()
+            .iter()
+            .for_each(|region| held.remove(region));
+        change
+            .additions()
+            .iter()
+            .for_each(|region| held.insert(region));
+        assert_eq!(held, new);
+    }
+}
