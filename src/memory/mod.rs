@@ -54,15 +54,9 @@ use index::Index;
 /// Sizes and addresses must be multiples of the page size; regions that are not sorted are sorted
 /// instead of refused; the errors are this crate's.
 pub struct GuestMemoryShm<B = ()> {
-    entries: Vec<Entry<B>>,
-    index: Index,
-}
-
-/// A region, with its place copied out of it: a look-up reads one cache line.
-struct Entry<B> {
-    start: u64,
-    size: u64,
-    region: Arc<GuestRegionShm<B>>,
+    /// Sorted by address, disjoint.
+    regions: Arc<[Arc<GuestRegionShm<B>>]>,
+    index: Index<Arc<GuestRegionShm<B>>>,
 }
 
 impl<B: NewBitmap> GuestMemoryShm<B> {
@@ -88,10 +82,7 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
 impl<B> GuestMemoryShm<B> {
     /// Memory without any region.
     pub fn new() -> Self {
-        Self {
-            entries: Vec::new(),
-            index: Index::default(),
-        }
+        Self::index(Vec::new())
     }
 
     /// Memory of these regions, which are sorted by address.
@@ -148,10 +139,10 @@ impl<B> GuestMemoryShm<B> {
         size: GuestUsize,
     ) -> Result<(Self, Arc<GuestRegionShm<B>>)> {
         let at = self
-            .entries
-            .binary_search_by_key(&start.0, |entry| entry.start)
+            .regions
+            .binary_search_by_key(&start, |region| region.range().start_addr())
             .ok()
-            .filter(|at| self.entries[*at].size == size)
+            .filter(|at| self.regions[*at].range().size() == size)
             .ok_or(Error::NoSuchRegion { start, size })?;
         let mut regions = self.arc_regions();
         let removed = regions.remove(at);
@@ -160,52 +151,40 @@ impl<B> GuestMemoryShm<B> {
 
     /// The regions, sorted by address, to make other memories of.
     pub fn arc_regions(&self) -> Vec<Arc<GuestRegionShm<B>>> {
-        self.entries
-            .iter()
-            .map(|entry| entry.region.clone())
-            .collect()
+        self.regions.to_vec()
     }
 
     /// The regions must be sorted and disjoint.
     fn index(regions: Vec<Arc<GuestRegionShm<B>>>) -> Self {
-        let ranges: Vec<GuestRange> = regions.iter().map(|region| region.range()).collect();
-        let entries = regions
-            .into_iter()
-            .map(|region| Entry {
-                start: region.range().start_addr().0,
-                size: region.range().size(),
-                region,
-            })
-            .collect();
         Self {
-            entries,
-            index: Index::new(&ranges),
+            index: Index::new(&regions, |region| region.range()),
+            regions: regions.into(),
         }
     }
 
-    /// The entry that holds `addr`, and the offset of `addr` in it.
+    /// The region that holds `addr`, and the offset of `addr` in it.
     #[inline]
-    fn find(&self, addr: GuestAddress) -> Option<(&Entry<B>, u64)> {
-        let (first, last) = self.index.candidates(addr.0)?;
-        let entry = self.entries.get(first)?;
-        let offset = addr.0.wrapping_sub(entry.start);
-        if offset < entry.size {
-            return Some((entry, offset));
+    fn find(&self, addr: GuestAddress) -> Option<(&GuestRegionShm<B>, u64)> {
+        let region = self.index.get(addr.0)?;
+        match region.offset_of(addr) {
+            Some(offset) => Some((region, offset)),
+            None => self.search(addr),
         }
-        if last > first {
-            return self.find_behind(addr.0, first + 1, last);
-        }
-        None
     }
 
-    /// Several regions touch the bucket of `addr`: looks for it among those behind the first.
-    fn find_behind(&self, addr: u64, first: usize, last: usize) -> Option<(&Entry<B>, u64)> {
-        let last = last.min(self.entries.len() - 1);
-        let rest = self.entries.get(first..=last)?;
-        let behind = rest.partition_point(|entry| entry.start <= addr);
-        let entry = rest.get(behind.checked_sub(1)?)?;
-        let offset = addr - entry.start;
-        (offset < entry.size).then_some((entry, offset))
+    /// Looks for `addr` in all regions: the one that the index names does not hold it.
+    ///
+    /// Kept out of line, so that `find` is small enough to be inlined into vm-memory's iterator
+    /// of slices, and that into `Bytes`: otherwise the iterator goes through memory at each step,
+    /// which costs more than the look-up.
+    #[cold]
+    #[inline(never)]
+    fn search(&self, addr: GuestAddress) -> Option<(&GuestRegionShm<B>, u64)> {
+        let behind = self
+            .regions
+            .partition_point(|region| region.range().start_addr() <= addr);
+        let region = self.regions.get(behind.checked_sub(1)?)?;
+        Some((region, region.offset_of(addr)?))
     }
 }
 
@@ -221,7 +200,7 @@ impl<B: Bitmap> GuestMemoryShm<B> {
     ///
     /// [`Error::NoRanges`] if this memory is empty, [`Error::Remap`] if a region cannot be mapped.
     pub fn to_guest_memory_mmap<C: NewBitmap>(&self) -> Result<GuestMemoryMmap<C>> {
-        if self.entries.is_empty() {
+        if self.regions.is_empty() {
             return Err(Error::NoRanges);
         }
         let regions: Vec<_> = self.iter().map(remap).collect::<Result<_>>()?;
@@ -247,36 +226,35 @@ impl<B: Bitmap> GuestMemoryBackend for GuestMemoryShm<B> {
 
     #[inline]
     fn num_regions(&self) -> usize {
-        self.entries.len()
+        self.regions.len()
     }
 
     #[inline]
     fn find_region(&self, addr: GuestAddress) -> Option<&Self::R> {
-        self.find(addr).map(|(entry, _)| &*entry.region)
+        self.find(addr).map(|(region, _)| region)
     }
 
     #[inline]
     fn iter(&self) -> impl Iterator<Item = &Self::R> {
-        self.entries.iter().map(|entry| &*entry.region)
+        self.regions.iter().map(Arc::as_ref)
     }
 
     #[inline]
     fn last_addr(&self) -> GuestAddress {
-        self.entries
-            .last()
-            .map_or(GuestAddress(0), |entry| entry.region.last_addr())
+        let last = self.regions.last();
+        last.map_or(GuestAddress(0), |region| region.range().last_addr())
     }
 
     #[inline]
     fn to_region_addr(&self, addr: GuestAddress) -> Option<(&Self::R, MemoryRegionAddress)> {
         self.find(addr)
-            .map(|(entry, offset)| (&*entry.region, MemoryRegionAddress(offset)))
+            .map(|(region, offset)| (region, MemoryRegionAddress(offset)))
     }
 
     #[inline]
     fn get_host_address(&self, addr: GuestAddress) -> AccessResult<*mut u8> {
         match self.find(addr) {
-            Some((entry, offset)) => Ok(entry.region.as_ptr().wrapping_add(to_usize(offset))),
+            Some((region, offset)) => Ok(region.as_ptr().wrapping_add(to_usize(offset))),
             None => Err(AccessError::InvalidGuestAddress(addr)),
         }
     }
@@ -288,7 +266,7 @@ impl<B: Bitmap> GuestMemoryBackend for GuestMemoryShm<B> {
         count: usize,
     ) -> AccessResult<VolatileSlice<'_, MS<'_, Self>>> {
         match self.find(addr) {
-            Some((entry, offset)) => entry.region.get_slice(MemoryRegionAddress(offset), count),
+            Some((region, offset)) => region.get_slice(MemoryRegionAddress(offset), count),
             None => Err(AccessError::InvalidGuestAddress(addr)),
         }
     }
@@ -305,18 +283,8 @@ impl<B> Clone for GuestMemoryShm<B> {
     /// The same regions: no memory is copied or mapped.
     fn clone(&self) -> Self {
         Self {
-            entries: self.entries.clone(),
+            regions: self.regions.clone(),
             index: self.index.clone(),
-        }
-    }
-}
-
-impl<B> Clone for Entry<B> {
-    fn clone(&self) -> Self {
-        Self {
-            start: self.start,
-            size: self.size,
-            region: self.region.clone(),
         }
     }
 }
@@ -325,7 +293,7 @@ impl<B> fmt::Debug for GuestMemoryShm<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("GuestMemoryShm ")?;
         f.debug_list()
-            .entries(self.entries.iter().map(|entry| entry.region.range()))
+            .entries(self.regions.iter().map(|region| region.range()))
             .finish()
     }
 }

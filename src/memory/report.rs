@@ -17,8 +17,8 @@ impl<B> fmt::Display for GuestMemoryShm<B> {
             "{:<35} {:>9} {:>7} {:>4} {:>11} {:<6} backing",
             "guest address", "size", "page", "fd", "offset", "sealed"
         )?;
-        for entry in &self.entries {
-            let (range, backing) = (entry.region.range(), entry.region.backing());
+        for region in self.regions.iter() {
+            let (range, backing) = (region.range(), region.backing());
             let addresses = format!("{:#x}..={:#x}", range.start_addr().0, range.last_addr().0);
             let sealed = backing.seals().contains(Seals::RESIZE);
             write!(
@@ -27,7 +27,7 @@ impl<B> fmt::Display for GuestMemoryShm<B> {
                 HumanSize(range.size()),
                 HumanSize(backing.page_size()),
                 backing.as_fd().as_raw_fd(),
-                entry.region.offset(),
+                region.offset(),
                 if sealed { "yes" } else { "no" },
                 backing.kind(),
             )?;
