@@ -48,7 +48,7 @@
 //! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
 //! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it |
 //! | `share` | `VhostUserShare`: one daemon's view kept equal to a table |
-//! | `mock` | with the feature `mock`: an in-process daemon and a driver, for tests |
+//! | [`mock`] | with the feature `mock`: an in-process daemon and a driver, for tests |
 //!
 //! # Invariants
 //!
@@ -79,6 +79,14 @@
 //! and it does not talk to a hypervisor yet: the address and the size of each region are there to
 //! be registered as a memory slot.
 
+#![cfg_attr(
+    test,
+    allow(
+        clippy::cast_possible_truncation,
+        reason = "patterns in tests are cut to bytes"
+    )
+)]
+
 mod error;
 mod layout;
 mod units;
@@ -95,6 +103,9 @@ mod memory;
 mod share;
 #[cfg(feature = "vhost-user")]
 mod table;
+
+#[cfg(feature = "mock")]
+pub mod mock;
 
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use error::{AdoptError, Error, MemTableChange, Result, SlotLimit};

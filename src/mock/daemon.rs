@@ -1,0 +1,384 @@
+//! The daemon's owner's side: how it is started, watched, told to fail, and ended.
+
+use std::fmt;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::sys::socket::{Shutdown, shutdown};
+
+use super::disk::{RamDisk, SECTOR_SIZE};
+use super::fault::{Fault, FaultPlan};
+use super::request::LoggedRequest;
+use super::server;
+use super::state::{MockRegion, Options, Shared};
+use crate::error::{Error, Result};
+
+/// What vhost-user-backend and libvhost-user offer.
+const DEFAULT_MEM_SLOTS: u64 = 509;
+/// One worker thread serves all queues, and the crate's mask of its queues has 32 bits set.
+const MAX_QUEUES: u16 = 32;
+
+/// A vhost-user-blk daemon inside this process, with a RAM disk.
+///
+/// It listens on a Unix socket and serves one front-end after the other; while one is connected,
+/// the next one waits. Every connection begins with an empty table of guest memory; the disk, the
+/// log of requests and the faults to come belong to the daemon and outlive connections.
+///
+/// Dropping it hangs up, ends all its threads, closes what it opened and removes the socket file.
+///
+/// ```
+/// use guest_memory_shm::mock::MockDaemon;
+/// use vhost::VhostBackend;
+/// use vhost::vhost_user::Frontend;
+///
+/// # fn main() -> guest_memory_shm::Result<()> {
+/// let daemon = MockDaemon::builder().with_disk_size(1 << 20).start_unnamed()?;
+/// let frontend = Frontend::from_stream(daemon.connect()?, 1);
+/// assert!(frontend.get_features().is_ok());
+/// assert_eq!(daemon.requests().len(), 1);
+/// # Ok(())
+/// # }
+/// ```
+pub struct MockDaemon {
+    shared: Arc<Shared>,
+    listener: Arc<UnixListener>,
+    thread: Option<JoinHandle<()>>,
+    file: Option<SocketFile>,
+}
+
+impl MockDaemon {
+    /// The options of a daemon, all at their defaults.
+    pub fn builder() -> MockDaemonBuilder {
+        MockDaemonBuilder::default()
+    }
+
+    /// A new connection to the daemon, also to one without a path.
+    ///
+    /// # Errors
+    /// [`Error::Mock`] with the cause of `connect(2)`.
+    pub fn connect(&self) -> Result<UnixStream> {
+        server::connect_to(&self.listener).map_err(failed("connect to the mock daemon"))
+    }
+
+    /// The path of the socket, if it has one.
+    pub fn path(&self) -> Option<&Path> {
+        self.file.as_ref().map(|file| file.path.as_path())
+    }
+
+    /// The table that the daemon's backend holds, ascending by guest address.
+    ///
+    /// The end of a connection leaves it as it was, so that a test can see what a daemon that hung
+    /// up had applied; the next connection begins with an empty one.
+    /// [`is_connected`](Self::is_connected) tells the two apart.
+    pub fn table(&self) -> Vec<MockRegion> {
+        self.shared.table()
+    }
+
+    /// Whether a front-end is being served. It says no once the threads of the connection are gone.
+    pub fn is_connected(&self) -> bool {
+        self.shared.is_connected()
+    }
+
+    /// Waits until a front-end is being served.
+    ///
+    /// # Errors
+    /// [`Error::Mock`] with [`ErrorKind::TimedOut`] after `limit`.
+    pub fn wait_connected(&self, limit: Duration) -> Result<()> {
+        in_time(
+            self.shared.wait_connected(true, limit),
+            limit,
+            "wait for a front-end to connect",
+        )
+    }
+
+    /// Waits until no front-end is being served.
+    ///
+    /// # Errors
+    /// [`Error::Mock`] with [`ErrorKind::TimedOut`] after `limit`.
+    pub fn wait_disconnected(&self, limit: Duration) -> Result<()> {
+        in_time(
+            self.shared.wait_connected(false, limit),
+            limit,
+            "wait for the end of the connection",
+        )
+    }
+
+    /// Waits until the log holds `count` requests, answered or not.
+    ///
+    /// # Errors
+    /// [`Error::Mock`] with [`ErrorKind::TimedOut`] after `limit`.
+    pub fn wait_requests(&self, count: usize, limit: Duration) -> Result<()> {
+        in_time(
+            self.shared.wait_requests(count, limit),
+            limit,
+            "wait for requests of the front-end",
+        )
+    }
+
+    /// The front-ends' requests in the order of their arrival, of all connections so far, with
+    /// those that a fault kept from the daemon.
+    pub fn requests(&self) -> Vec<LoggedRequest> {
+        self.shared.requests()
+    }
+
+    /// Forgets the requests so far.
+    pub fn clear_requests(&self) {
+        self.shared.clear_requests();
+    }
+
+    /// The contents of the disk.
+    pub fn disk(&self) -> &RamDisk {
+        &self.shared.disk
+    }
+
+    /// Adds a misbehaviour; its changes are counted from now on.
+    pub fn inject(&self, fault: Fault) {
+        self.shared.with_faults(|faults| faults.push(fault));
+    }
+
+    /// How many faults have not fired yet.
+    pub fn pending_faults(&self) -> usize {
+        self.shared.with_faults(|faults| faults.len())
+    }
+
+    /// Drops the faults that have not fired yet.
+    pub fn clear_faults(&self) {
+        self.shared.with_faults(FaultPlan::clear);
+    }
+
+    /// Ends the current connection, if there is one, and returns at once.
+    pub fn hang_up(&self) {
+        self.shared.hang_up();
+    }
+}
+
+impl Drop for MockDaemon {
+    fn drop(&mut self) {
+        self.shared.stop();
+        // On Linux this wakes accept(), which then fails: nothing but the drop needs to end it.
+        if let Err(errno) = shutdown(self.listener.as_raw_fd(), Shutdown::Both) {
+            log::error!("mock daemon: cannot stop listening: {errno}");
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("mock daemon: its thread panicked");
+        }
+    }
+}
+
+impl fmt::Debug for MockDaemon {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MockDaemon")
+            .field("path", &self.path())
+            .field("connected", &self.is_connected())
+            .field("table", &self.table())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The options of a [`MockDaemon`].
+#[derive(Clone, Debug)]
+pub struct MockDaemonBuilder {
+    disk: Disk,
+    options: Options,
+    faults: Vec<Fault>,
+}
+
+#[derive(Clone, Debug)]
+enum Disk {
+    Zeros(u64),
+    Contents(Vec<u8>),
+}
+
+impl Default for MockDaemonBuilder {
+    fn default() -> MockDaemonBuilder {
+        MockDaemonBuilder {
+            disk: Disk::Zeros(1 << 20),
+            options: Options {
+                queues: 1,
+                max_mem_slots: Some(DEFAULT_MEM_SLOTS),
+                reply_ack: true,
+            },
+            faults: Vec::new(),
+        }
+    }
+}
+
+impl MockDaemonBuilder {
+    /// A disk of `bytes` zero bytes, a multiple of 512. Default: 1 MiB. Pages of it that nobody
+    /// has written take no memory.
+    pub fn with_disk_size(mut self, bytes: u64) -> Self {
+        self.disk = Disk::Zeros(bytes);
+        self
+    }
+
+    /// A disk with these contents, a multiple of 512 bytes.
+    pub fn with_disk_contents(mut self, contents: Vec<u8>) -> Self {
+        self.disk = Disk::Contents(contents);
+        self
+    }
+
+    /// The number of queues, from 1 to 32. Default: 1. With more than one the device offers
+    /// VIRTIO_BLK_F_MQ; one thread serves them all.
+    pub fn with_queues(mut self, queues: u16) -> Self {
+        self.options.queues = queues;
+        self
+    }
+
+    /// Answers GET_MAX_MEM_SLOTS with `slots` and refuses an ADD_MEM_REG beyond it. Default: 509.
+    /// Undoes [`without_mem_slots`](Self::without_mem_slots).
+    pub fn with_max_mem_slots(mut self, slots: u64) -> Self {
+        self.options.max_mem_slots = Some(slots);
+        self
+    }
+
+    /// Does not offer CONFIGURE_MEM_SLOTS: the table can only be set as a whole.
+    pub fn without_mem_slots(mut self) -> Self {
+        self.options.max_mem_slots = None;
+        self
+    }
+
+    /// Does not offer REPLY_ACK: a change that fails shows as a hang-up, as with real daemons.
+    pub fn without_reply_ack(mut self) -> Self {
+        self.options.reply_ack = false;
+        self
+    }
+
+    /// Adds a misbehaviour; its changes are counted from the start of the daemon.
+    pub fn with_fault(mut self, fault: Fault) -> Self {
+        self.faults.push(fault);
+        self
+    }
+
+    /// Starts the daemon on a new socket at `path`. A file that is there already is left alone.
+    ///
+    /// # Errors
+    /// [`Error::Mock`] with the cause: options out of range (see the setters), `bind(2)` on
+    /// `path`, above all [`ErrorKind::AddrInUse`], or no thread or descriptor to be had.
+    pub fn start(self, path: impl AsRef<Path>) -> Result<MockDaemon> {
+        let path = path.as_ref();
+        self.check()?;
+        let listener = UnixListener::bind(path).map_err(failed("listen on the mock's socket"))?;
+        let file = SocketFile::at(path).map_err(failed("find the mock's socket"))?;
+        self.run(listener, Some(file))
+    }
+
+    /// Starts the daemon without a path; [`MockDaemon::connect`] leads to it.
+    ///
+    /// # Errors
+    /// [`Error::Mock`] with the cause: options out of range (see the setters), or no thread,
+    /// socket or descriptor to be had.
+    pub fn start_unnamed(self) -> Result<MockDaemon> {
+        self.check()?;
+        let listener = server::listen_unnamed().map_err(failed("listen on an abstract socket"))?;
+        self.run(listener, None)
+    }
+
+    fn check(&self) -> Result<()> {
+        let refuse = |reason: String| {
+            Err(failed("start the mock daemon")(io::Error::new(
+                ErrorKind::InvalidInput,
+                reason,
+            )))
+        };
+        let size = match &self.disk {
+            Disk::Zeros(size) => *size,
+            Disk::Contents(contents) => contents.len() as u64,
+        };
+        if !size.is_multiple_of(SECTOR_SIZE) {
+            return refuse(format!(
+                "a disk of {size} bytes has no whole sectors of 512"
+            ));
+        }
+        let queues = self.options.queues;
+        if !(1..=MAX_QUEUES).contains(&queues) {
+            return refuse(format!("{queues} queues: it must be 1 to {MAX_QUEUES}"));
+        }
+        Ok(())
+    }
+
+    fn run(self, listener: UnixListener, file: Option<SocketFile>) -> Result<MockDaemon> {
+        let doing = "start the mock daemon";
+        let contents = match self.disk {
+            Disk::Zeros(size) => {
+                vec![0; usize::try_from(size).map_err(|e| failed(doing)(io::Error::other(e)))?]
+            }
+            Disk::Contents(contents) => contents,
+        };
+        let mut faults = FaultPlan::default();
+        for fault in self.faults {
+            faults.push(fault);
+        }
+        let shared = Arc::new(Shared::new(self.options, RamDisk::new(contents), faults));
+        let listener = Arc::new(listener);
+        let thread = {
+            let (listener, shared) = (Arc::clone(&listener), Arc::clone(&shared));
+            thread::Builder::new()
+                .name("mock-gate".into())
+                .spawn(move || server::run(&listener, &shared))
+                .map_err(failed(doing))?
+        };
+        Ok(MockDaemon {
+            shared,
+            listener,
+            thread: Some(thread),
+            file,
+        })
+    }
+}
+
+/// The socket's file, removed with the daemon.
+struct SocketFile {
+    path: PathBuf,
+    /// Device and inode: another daemon's socket at the same path is not ours to remove.
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    fn at(path: &Path) -> io::Result<SocketFile> {
+        Ok(SocketFile {
+            path: path.to_owned(),
+            identity: Self::identity_at(path)?,
+        })
+    }
+
+    fn identity_at(path: &Path) -> io::Result<(u64, u64)> {
+        let metadata = fs::symlink_metadata(path)?;
+        Ok((metadata.dev(), metadata.ino()))
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if Self::identity_at(&self.path).is_ok_and(|identity| identity == self.identity)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            log::warn!(
+                "mock daemon: cannot remove {}: {error}",
+                self.path.display()
+            );
+        }
+    }
+}
+
+fn in_time(came: bool, limit: Duration, doing: &'static str) -> Result<()> {
+    match came {
+        true => Ok(()),
+        false => Err(failed(doing)(io::Error::new(
+            ErrorKind::TimedOut,
+            format!("nothing came within {limit:?}"),
+        ))),
+    }
+}
+
+fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Mock { doing, source }
+}

@@ -1,0 +1,386 @@
+//! The guest's half: a virtio-blk driver over one split virtqueue.
+
+use std::collections::BTreeMap;
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use virtio_bindings::bindings::virtio_blk::{
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+use vm_memory::{GuestAddress, GuestAddressSpace};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::blk::REQUEST_HEADER_SIZE;
+use super::blk_error::BlkError;
+use super::queue::{DriverQueue, WRITE, place};
+use super::ring::{ALIGNMENT, RingLayout};
+
+/// A request needs its header, its status and at least one buffer; a power of two holds them.
+const MIN_QUEUE_SIZE: u16 = 4;
+
+const DEFAULT_TIME_LIMIT: Duration = Duration::from_secs(10);
+
+/// What the status byte holds until the device writes it.
+const NO_STATUS: u8 = 0xff;
+
+type Result<T> = std::result::Result<T, BlkError>;
+
+/// Names a submitted request until it has been waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub(super) u64);
+
+/// A virtio-blk driver over one split virtqueue in guest memory, in the place of a guest.
+///
+/// The rings, the request headers and the status bytes lie in guest memory, see
+/// [`ring_layout`](Self::ring_layout); data buffers are wherever the caller says. Several requests
+/// may be in flight, and one request may have several buffers. EVENT_IDX and indirect descriptors
+/// are not used.
+///
+/// `memory` is anything that leads to a `GuestMemory`: a reference, an `Arc`, or a
+/// [`GuestMemoryAtomic`](vm_memory::GuestMemoryAtomic), with which the driver sees hotplug.
+/// [`BlkDevice::start_queue`](super::BlkDevice::start_queue) connects it to a daemon.
+///
+/// ```
+/// use guest_memory_shm::mock::{BlkDriver, BlkError};
+/// use std::time::Duration;
+/// use vm_memory::{GuestAddress, GuestMemoryMmap};
+///
+/// let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)])?;
+/// let mut driver = BlkDriver::new(&memory, GuestAddress(0x1000), 16)?
+///     .with_time_limit(Duration::from_millis(1));
+/// // There is no device yet.
+/// let error = driver.read(0, &[(GuestAddress(0x8000), 512)]).unwrap_err();
+/// assert!(matches!(error, BlkError::TimedOut { in_flight: 1, .. }));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct BlkDriver<S> {
+    queue: DriverQueue<S>,
+    kick: EventFd,
+    call: EventFd,
+    /// Watches `call`.
+    epoll: Epoll,
+    time_limit: Duration,
+    /// The requests in flight, by the first descriptor of their chains.
+    requests: BTreeMap<u16, RequestId>,
+    /// The status of requests that are complete and have not been waited for.
+    finished: BTreeMap<RequestId, u8>,
+    next_id: u64,
+}
+
+impl<S: GuestAddressSpace> BlkDriver<S> {
+    /// A driver whose structures are at `ring_addr`, which takes
+    /// [`RingLayout::required_size`] bytes from there on; they are zeroed.
+    ///
+    /// # Errors
+    /// - [`BlkError::QueueSize`]: `queue_size` is no power of two from 4 on.
+    /// - [`BlkError::RingAddress`]: `ring_addr` is not aligned to 16 bytes or the queue is not
+    ///   wholly in guest memory.
+    /// - [`BlkError::Event`]: no descriptors for the eventfds.
+    pub fn new(memory: S, ring_addr: GuestAddress, queue_size: u16) -> Result<BlkDriver<S>> {
+        if !queue_size.is_power_of_two() || queue_size < MIN_QUEUE_SIZE {
+            return Err(BlkError::QueueSize(queue_size));
+        }
+        let layout = RingLayout::at(ring_addr, queue_size);
+        let misplaced = BlkError::RingAddress {
+            addr: ring_addr,
+            size: layout.size,
+        };
+        if !ring_addr.0.is_multiple_of(ALIGNMENT) || ring_addr.0.checked_add(layout.size).is_none()
+        {
+            return Err(misplaced);
+        }
+        let event = |doing| move |source| BlkError::Event { doing, source };
+        let flags = EFD_NONBLOCK | EFD_CLOEXEC;
+        let mut driver = BlkDriver {
+            queue: DriverQueue::new(memory, layout, queue_size),
+            kick: EventFd::new(flags).map_err(event("create the kick eventfd"))?,
+            call: EventFd::new(flags).map_err(event("create the call eventfd"))?,
+            epoll: Epoll::new().map_err(event("create an epoll"))?,
+            time_limit: DEFAULT_TIME_LIMIT,
+            requests: BTreeMap::new(),
+            finished: BTreeMap::new(),
+            next_id: 0,
+        };
+        let readable = EpollEvent::new(EventSet::IN, 0);
+        driver
+            .epoll
+            .ctl(ControlOperation::Add, driver.call.as_raw_fd(), readable)
+            .map_err(event("watch the call eventfd"))?;
+        driver.reset().map_err(|_| misplaced)?;
+        Ok(driver)
+    }
+
+    /// How long [`wait`](Self::wait) and what builds on it wait for the device. Default: 10 s.
+    pub fn with_time_limit(mut self, limit: Duration) -> Self {
+        self.time_limit = limit;
+        self
+    }
+
+    /// Where the driver's structures lie.
+    pub fn ring_layout(&self) -> RingLayout {
+        self.queue.layout()
+    }
+
+    /// The number of descriptors.
+    pub fn queue_size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// The eventfd by which the driver wakes the device; non-blocking.
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// The eventfd by which the device wakes the driver; non-blocking.
+    pub fn call(&self) -> &EventFd {
+        &self.call
+    }
+
+    /// How many requests the device has not completed, as far as the driver has looked.
+    pub fn in_flight(&self) -> usize {
+        self.queue.in_flight()
+    }
+
+    /// The index up to which the driver has taken completions: where a device that knows nothing
+    /// of this queue has to begin, so that it carries out what an earlier one left behind.
+    pub fn used_index(&self) -> u16 {
+        self.queue.used_index()
+    }
+
+    /// Forgets all requests and zeroes the rings. Only for a queue that no device serves.
+    ///
+    /// # Errors
+    /// [`BlkError::Memory`] where the rings are not in guest memory any more.
+    pub fn reset(&mut self) -> Result<()> {
+        self.queue.reset()?;
+        self.requests.clear();
+        self.finished.clear();
+        Ok(())
+    }
+
+    /// Submits a read of the disk from `sector` (512 bytes each) on into `buffers`, and kicks.
+    ///
+    /// # Errors
+    /// - [`BlkError::QueueFull`], [`BlkError::EmptyBuffer`].
+    /// - [`BlkError::Memory`] and [`BlkError::Event`]: the rings or the eventfd cannot be used.
+    pub fn submit_read(
+        &mut self,
+        sector: u64,
+        buffers: &[(GuestAddress, u32)],
+    ) -> Result<RequestId> {
+        self.submit(VIRTIO_BLK_T_IN, sector, buffers, WRITE)
+    }
+
+    /// Submits a write of `buffers` to the disk from `sector` (512 bytes each) on, and kicks.
+    ///
+    /// # Errors
+    /// As for [`submit_read`](Self::submit_read).
+    pub fn submit_write(
+        &mut self,
+        sector: u64,
+        buffers: &[(GuestAddress, u32)],
+    ) -> Result<RequestId> {
+        self.submit(VIRTIO_BLK_T_OUT, sector, buffers, 0)
+    }
+
+    /// Submits a flush, and kicks.
+    ///
+    /// # Errors
+    /// As for [`submit_read`](Self::submit_read).
+    pub fn submit_flush(&mut self) -> Result<RequestId> {
+        self.submit(VIRTIO_BLK_T_FLUSH, 0, &[], 0)
+    }
+
+    /// Reads and waits: [`submit_read`](Self::submit_read), [`wait`](Self::wait).
+    ///
+    /// # Errors
+    /// As for these two.
+    pub fn read(&mut self, sector: u64, buffers: &[(GuestAddress, u32)]) -> Result<()> {
+        let request = self.submit_read(sector, buffers)?;
+        self.wait(request)
+    }
+
+    /// Writes and waits: [`submit_write`](Self::submit_write), [`wait`](Self::wait).
+    ///
+    /// # Errors
+    /// As for these two.
+    pub fn write(&mut self, sector: u64, buffers: &[(GuestAddress, u32)]) -> Result<()> {
+        let request = self.submit_write(sector, buffers)?;
+        self.wait(request)
+    }
+
+    /// Flushes and waits: [`submit_flush`](Self::submit_flush), [`wait`](Self::wait).
+    ///
+    /// # Errors
+    /// As for these two.
+    pub fn flush(&mut self) -> Result<()> {
+        let request = self.submit_flush()?;
+        self.wait(request)
+    }
+
+    /// Waits until the device has completed `request`. Others may complete meanwhile, in any
+    /// order; their status is kept until they are waited for.
+    ///
+    /// # Errors
+    /// - [`BlkError::TimedOut`]: not within the time limit; it may be waited for again.
+    /// - [`BlkError::Status`]: the device could not carry it out.
+    /// - [`BlkError::UnknownRequest`]: it is not in flight.
+    /// - [`BlkError::BrokenRing`], [`BlkError::Memory`], [`BlkError::Event`]: the queue cannot be
+    ///   used any more.
+    pub fn wait(&mut self, request: RequestId) -> Result<()> {
+        let deadline = Instant::now().checked_add(self.time_limit);
+        loop {
+            self.take_completions()?;
+            if let Some(status) = self.finished.remove(&request) {
+                return match u32::from(status) {
+                    VIRTIO_BLK_S_OK => Ok(()),
+                    _ => Err(BlkError::Status { request, status }),
+                };
+            }
+            if !self.requests.values().any(|id| *id == request) {
+                return Err(BlkError::UnknownRequest(request));
+            }
+            self.wait_for_call(deadline)?;
+        }
+    }
+
+    /// Waits for every request that has not been waited for, oldest first. The time limit holds
+    /// for each.
+    ///
+    /// # Errors
+    /// As for [`wait`](Self::wait); with the first error the rest is not waited for.
+    pub fn wait_all(&mut self) -> Result<()> {
+        let in_flight = self.requests.values();
+        let mut requests: Vec<_> = in_flight.chain(self.finished.keys()).copied().collect();
+        requests.sort_unstable();
+        requests
+            .into_iter()
+            .try_for_each(|request| self.wait(request))
+    }
+
+    fn submit(
+        &mut self,
+        kind: u32,
+        sector: u64,
+        buffers: &[(GuestAddress, u32)],
+        data_flags: u16,
+    ) -> Result<RequestId> {
+        if let Some((addr, _)) = buffers.iter().find(|(_, length)| *length == 0) {
+            return Err(BlkError::EmptyBuffer(*addr));
+        }
+        let head = self.queue.next_head(buffers.len() + 2)?;
+        let mut header = [0; REQUEST_HEADER_SIZE];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        let header_addr = place(
+            self.ring_layout().headers,
+            u64::from(head) * REQUEST_HEADER_SIZE as u64,
+        );
+        let status_addr = self.status_of(head);
+        self.queue.put_slice(&header, header_addr)?;
+        self.queue.put_slice(&[NO_STATUS], status_addr)?;
+
+        let mut parts = vec![(header_addr, 16, 0)];
+        let data = buffers
+            .iter()
+            .map(|(addr, length)| (*addr, *length, data_flags));
+        parts.extend(data);
+        parts.push((status_addr, 1, WRITE));
+        self.queue.publish(&parts)?;
+        let id = RequestId(self.next_id);
+        self.next_id += 1;
+        self.requests.insert(head, id);
+        if self.queue.wants_kick()? {
+            self.kick.write(1).map_err(|source| BlkError::Event {
+                doing: "kick the device",
+                source,
+            })?;
+        }
+        Ok(id)
+    }
+
+    fn take_completions(&mut self) -> Result<()> {
+        while let Some(head) = self.queue.take_completed()? {
+            let status = self.queue.load(self.status_of(head), Ordering::Relaxed)?;
+            if let Some(id) = self.requests.remove(&head) {
+                self.finished.insert(id, status);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the device signals. The used ring is looked at afterwards, never before: a
+    /// completion after the last look leaves the eventfd readable.
+    fn wait_for_call(&self, deadline: Option<Instant>) -> Result<()> {
+        let timeout = match deadline {
+            None => -1,
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(BlkError::TimedOut {
+                        limit: self.time_limit,
+                        in_flight: self.in_flight(),
+                    });
+                }
+                // Whole milliseconds, rounded up: a wait of 0 would spin.
+                i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+            }
+        };
+        let retry = |error: &io::Error| {
+            matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock)
+        };
+        let mut events = [EpollEvent::default()];
+        let waited = self.epoll.wait(timeout, &mut events);
+        match waited.and_then(|_| self.call.read()) {
+            Err(error) if !retry(&error) => Err(BlkError::Event {
+                doing: "wait for the call eventfd",
+                source: error,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn status_of(&self, head: u16) -> GuestAddress {
+        place(self.ring_layout().statuses, u64::from(head))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemoryMmap};
+
+    #[test]
+    fn a_status_is_kept_until_it_is_asked_for_and_a_reset_forgets() {
+        let memory: GuestMemoryMmap =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let mut driver = BlkDriver::new(&memory, GuestAddress(0), 8)
+            .unwrap()
+            .with_time_limit(Duration::from_millis(1));
+        let first = driver.submit_flush().unwrap();
+        let second = driver.submit_flush().unwrap();
+        assert_eq!(driver.kick.read().unwrap(), 2);
+
+        // A device that completes the first one only.
+        let layout = driver.ring_layout();
+        let head: u16 = memory.read_obj(place(layout.avail, 4)).unwrap();
+        memory.write_obj(2u8, driver.status_of(head)).unwrap();
+        memory
+            .write_obj(u32::from(head), place(layout.used, 4))
+            .unwrap();
+        memory.write_obj(1u16, place(layout.used, 2)).unwrap();
+
+        let error = driver.wait(second).unwrap_err();
+        assert!(matches!(error, BlkError::TimedOut { in_flight: 1, .. }));
+        let error = driver.wait(first).unwrap_err();
+        assert!(matches!(error, BlkError::Status { status: 2, .. }));
+        driver.reset().unwrap();
+        let error = driver.wait(second).unwrap_err();
+        assert!(matches!(error, BlkError::UnknownRequest(_)));
+        assert_eq!(driver.in_flight(), 0);
+    }
+}

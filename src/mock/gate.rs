@@ -1,0 +1,298 @@
+//! The relay between the front-end and the daemon, where faults are played.
+//!
+//! Two threads per connection, one for each direction, read blocking and pass every message on.
+//! The daemon behind stays a correct one: what it must not see is not passed on, what the
+//! front-end must not see is held back or rewritten, and the gate answers in the daemon's place.
+//!
+//! A fault needs to know when a change is applied, or that every earlier request has been
+//! answered. REPLY_ACK says so only where it was negotiated. The gate asks with a GET_FEATURES of
+//! its own instead and keeps the answer to itself: requests are handled in order, so that its
+//! answer comes after everything before it.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
+use std::ops::ControlFlow;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
+
+use super::fault::FaultKind;
+use super::request::LoggedRequest;
+use super::state::{Link, Shared, lock};
+use super::wire::{Message, Receiver};
+
+/// The specification's limit of regions in one SET_MEM_TABLE.
+const MAX_TABLE_REGIONS: usize = 8;
+
+/// The values of an acknowledgement.
+const DONE: u64 = 0;
+const REFUSED: u64 = 1;
+
+/// Relays between the two sockets of `link` until either side hangs up or a fault does.
+pub(super) fn relay(link: &Arc<Link>, shared: &Arc<Shared>) -> io::Result<()> {
+    let barrier = Arc::new(Barrier::default());
+    let answers = {
+        let (link, shared, barrier) = (Arc::clone(link), Arc::clone(shared), Arc::clone(&barrier));
+        thread::Builder::new()
+            .name("mock-answers".into())
+            .spawn(move || {
+                let result = relay_answers(&link, &shared, &barrier);
+                barrier.close();
+                link.hang_up();
+                result
+            })?
+    };
+    let requests = Gate {
+        link,
+        shared,
+        barrier: &barrier,
+        receiver: Receiver::new(),
+        reply_ack: false,
+    }
+    .relay_requests();
+    link.hang_up();
+    let answers = answers
+        .join()
+        .unwrap_or_else(|_| Err(io::Error::other("the answering thread panicked")));
+    requests.and(answers)
+}
+
+/// The direction from the front-end to the daemon.
+struct Gate<'a> {
+    link: &'a Link,
+    shared: &'a Shared,
+    barrier: &'a Barrier,
+    receiver: Receiver,
+    /// REPLY_ACK was offered and acknowledged.
+    reply_ack: bool,
+}
+
+impl Gate<'_> {
+    fn relay_requests(&mut self) -> io::Result<()> {
+        while let Some(mut message) = self.receive()? {
+            match message.code() {
+                Some(FrontendReq::SET_PROTOCOL_FEATURES) => self.note_features(&mut message),
+                Some(FrontendReq::GET_FEATURES) => self.barrier.expect(Asker::FrontEnd),
+                Some(
+                    FrontendReq::SET_MEM_TABLE
+                    | FrontendReq::ADD_MEM_REG
+                    | FrontendReq::REM_MEM_REG,
+                ) => match self.change(message)? {
+                    ControlFlow::Continue(()) => continue,
+                    ControlFlow::Break(()) => break,
+                },
+                _ => {}
+            }
+            message.send(&self.link.inner)?;
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> io::Result<Option<Message>> {
+        let message = self.receiver.receive(&self.link.front)?;
+        if let Some(message) = &message {
+            self.shared.log(LoggedRequest::of(message));
+        }
+        Ok(message)
+    }
+
+    /// The daemon behind must not think that REPLY_ACK is in use where it is not offered.
+    fn note_features(&mut self, message: &mut Message) {
+        let Some(mut bits) = message.u64_at(0) else {
+            return;
+        };
+        let reply_ack = VhostUserProtocolFeatures::REPLY_ACK.bits();
+        if !self.shared.options.reply_ack {
+            bits &= !reply_ack;
+            message.body = bits.to_ne_bytes().to_vec();
+        }
+        self.reply_ack = bits & reply_ack != 0;
+    }
+
+    /// A change of the table; `Break` ends the connection.
+    fn change(&mut self, message: Message) -> io::Result<ControlFlow<()>> {
+        let wants_answer = self.reply_ack && message.wants_answer();
+        let request = message.request;
+        let fault = match self.shared.next_change() {
+            Some(fault) => fault,
+            None if self.exceeds_limits(&message)? => FaultKind::Refuse,
+            None => {
+                message.send(&self.link.inner)?;
+                return Ok(ControlFlow::Continue(()));
+            }
+        };
+        log::debug!(
+            "mock daemon: {} meets {fault:?}",
+            LoggedRequest::of(&message)
+        );
+
+        // From here on the gate may answer: nothing of the daemon's may still be on its way.
+        self.pass_barrier()?;
+        let answer = |value| match wants_answer {
+            true => Message::answer(request, value).send(&self.link.front),
+            false => Ok(()),
+        };
+        match fault {
+            FaultKind::Refuse if wants_answer => answer(REFUSED)?,
+            FaultKind::Refuse | FaultKind::HangUpBefore => return Ok(ControlFlow::Break(())),
+            FaultKind::AnswerLate(delay) => {
+                self.apply(message)?;
+                if wait_for_hang_up(self.link, delay)? {
+                    return Ok(ControlFlow::Break(()));
+                }
+                answer(DONE)?;
+            }
+            FaultKind::NeverAnswer => {
+                while self.receive()?.is_some() {}
+                return Ok(ControlFlow::Break(()));
+            }
+            FaultKind::HangUpAfter => {
+                self.apply(message)?;
+                return Ok(ControlFlow::Break(()));
+            }
+            FaultKind::AnswerThenHangUp => {
+                answer(DONE)?;
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Whether a daemon with this mock's limits would refuse the change. vhost-user-backend itself
+    /// takes tables of 32 regions and does not count slots.
+    fn exceeds_limits(&self, message: &Message) -> io::Result<bool> {
+        Ok(match LoggedRequest::of(message) {
+            LoggedRequest::SetMemTable(regions) => regions.len() > MAX_TABLE_REGIONS,
+            LoggedRequest::AddMemRegion(_) => match self.shared.options.max_mem_slots {
+                Some(limit) => {
+                    // Earlier changes may still be under way where nobody waits for answers.
+                    if !self.reply_ack || !message.wants_answer() {
+                        self.pass_barrier()?;
+                    }
+                    self.shared.table().len() as u64 >= limit
+                }
+                None => false,
+            },
+            _ => false,
+        })
+    }
+
+    /// Has the daemon apply the change and returns once it has, without an answer to anybody.
+    fn apply(&self, message: Message) -> io::Result<()> {
+        message.without_answer().send(&self.link.inner)?;
+        self.pass_barrier()
+    }
+
+    fn pass_barrier(&self) -> io::Result<()> {
+        self.barrier.expect(Asker::Gate);
+        Message::bare(FrontendReq::GET_FEATURES).send(&self.link.inner)?;
+        self.barrier.wait()
+    }
+}
+
+/// The direction from the daemon to the front-end.
+fn relay_answers(link: &Link, shared: &Shared, barrier: &Barrier) -> io::Result<()> {
+    let mut receiver = Receiver::new();
+    while let Some(mut message) = receiver.receive(&link.inner)? {
+        let rewritten = match (message.code(), message.u64_at(0)) {
+            (Some(FrontendReq::GET_FEATURES), _) => {
+                if barrier.arrive() == Some(Asker::Gate) {
+                    continue;
+                }
+                None
+            }
+            // vhost's backend half adds REPLY_ACK whatever the device says.
+            (Some(FrontendReq::GET_PROTOCOL_FEATURES), Some(bits)) if !shared.options.reply_ack => {
+                Some(bits & !VhostUserProtocolFeatures::REPLY_ACK.bits())
+            }
+            // And it always says 509.
+            (Some(FrontendReq::GET_MAX_MEM_SLOTS), _) => shared.options.max_mem_slots,
+            _ => None,
+        };
+        if let Some(value) = rewritten {
+            message.body = value.to_ne_bytes().to_vec();
+        }
+        message.send(&link.front)?;
+    }
+    Ok(())
+}
+
+/// Waits for `delay`, or until the connection ends: then true.
+fn wait_for_hang_up(link: &Link, delay: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + delay;
+    loop {
+        // No event is asked for: a hang-up is reported all the same, data is not.
+        let mut fds = [PollFd::new(link.front.as_fd(), PollFlags::empty())];
+        let left = deadline.saturating_duration_since(Instant::now());
+        // poll counts whole milliseconds: round up, or the last one would be spun away.
+        let timeout =
+            PollTimeout::try_from(left.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, timeout) {
+            Ok(0) if Instant::now() >= deadline => return Ok(false),
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(true),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Who sent a GET_FEATURES.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asker {
+    FrontEnd,
+    Gate,
+}
+
+/// Tells the gate's own GET_FEATURES from the front-end's, and says when its answer came.
+#[derive(Debug, Default)]
+struct Barrier {
+    state: Mutex<BarrierState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct BarrierState {
+    /// The GET_FEATURES under way, oldest first.
+    asked: VecDeque<Asker>,
+    closed: bool,
+}
+
+impl Barrier {
+    /// To be called before the request is sent.
+    fn expect(&self, asker: Asker) {
+        lock(&self.state).asked.push_back(asker);
+    }
+
+    /// An answer has come. Says whose it is.
+    fn arrive(&self) -> Option<Asker> {
+        let asker = lock(&self.state).asked.pop_front();
+        if asker == Some(Asker::Gate) {
+            self.changed.notify_all();
+        }
+        asker
+    }
+
+    fn close(&self) {
+        lock(&self.state).closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits for the answer to the gate's own request.
+    fn wait(&self) -> io::Result<()> {
+        let state = self
+            .changed
+            .wait_while(lock(&self.state), |state| {
+                !state.closed && state.asked.contains(&Asker::Gate)
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        match state.asked.contains(&Asker::Gate) {
+            true => Err(ErrorKind::BrokenPipe.into()),
+            false => Ok(()),
+        }
+    }
+}

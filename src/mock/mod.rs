@@ -1,0 +1,99 @@
+//! A vhost-user daemon to test against, and a driver to put in the guest's place.
+//!
+//! Whoever shares guest memory with another process wants to know three things that the own side
+//! cannot tell: which table the *other* side holds, whether a byte that the guest wrote is the
+//! byte that the device reads, and what happens when the other side refuses, stalls or dies. This
+//! module answers them without a second process, a kernel image or a root shell.
+//!
+//! **The daemon.** [`MockDaemon`] is a vhost-user-blk daemon over a RAM disk. It is built on
+//! `vhost-user-backend`, as real daemons are, and it is reached through a real Unix socket with
+//! real file descriptors: what it maps, it maps a second time, from the descriptor that it was
+//! sent. [`MockDaemon::table`] shows the result, [`MockDaemon::requests`] how it came about.
+//!
+//! **The gate.** Between the socket and that daemon sits a relay, which passes every message on
+//! unless a [`Fault`] says otherwise. Misbehaviour lives there alone; the daemon behind is a
+//! correct one, and a table that it holds is one that a correct daemon would hold. The relay adds
+//! two hand-overs between threads to each request and nothing to the data path.
+//!
+//! **The guest.** [`BlkDriver`] drives a virtqueue in guest memory as a guest's kernel would.
+//! [`BlkDevice`] does the front-end's part around the memory table. Both work with real daemons
+//! too, such as `qemu-storage-daemon`.
+//!
+//! ```
+//! use guest_memory_shm::mock::{BlkDevice, BlkDriver, MockDaemon};
+//! use vhost::vhost_user::Frontend;
+//! use vhost::vhost_user::message::VhostUserProtocolFeatures;
+//! use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
+//! use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // Guest memory in a file. (Any backing does that has a descriptor.)
+//! let file = tempfile::tempfile()?;
+//! file.set_len(1 << 20)?;
+//! let range = (GuestAddress(0), 1 << 20, Some(FileOffset::new(file, 0)));
+//! let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges_with_files([range])?;
+//!
+//! // Negotiate, then send the table.
+//! let daemon = MockDaemon::builder().with_disk_size(4096).start_unnamed()?;
+//! let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
+//! let device = BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all())?;
+//! assert_eq!(device.capacity(), Some(4096));
+//! let region = memory.iter().next().unwrap();
+//! frontend.set_mem_table(&[VhostUserMemoryRegionInfo::from_guest_region(region)?])?;
+//! assert_eq!(daemon.table()[0].size, 1 << 20);
+//!
+//! // Drive the device. This table's user addresses are those of the mapping.
+//! let mut driver = BlkDriver::new(&memory, GuestAddress(0x1000), 16)?;
+//! device.start_queue(&mut frontend, 0, &driver, |addr| {
+//!     Some(memory.get_host_address(addr).ok()? as u64)
+//! })?;
+//! memory.write_slice(&[7; 512], GuestAddress(0x8000))?;
+//! driver.write(1, &[(GuestAddress(0x8000), 512)])?;
+//! let mut sector = [0; 512];
+//! daemon.disk().read(512, &mut sector)?;
+//! assert_eq!(sector, [7; 512]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What it does not do
+//! - It is no daemon for production: one front-end at a time, one thread for all queues, a disk
+//!   that ends with the process.
+//! - It does not look at the size of the files that it is sent, as real daemons do not: a region
+//!   beyond the end of its file is accepted, and touching it ends this process with SIGBUS.
+//! - Packed rings, postcopy, in-flight tracking, and writes to the configuration are not offered.
+//! - SET_LOG_BASE is, with the weakness of `vhost-user-backend`: regions added later are not
+//!   logged until the log is set again.
+//! - The driver uses neither EVENT_IDX nor indirect descriptors. It notices that a daemon is gone
+//!   only by its time limit.
+//! - It needs Linux: abstract sockets, eventfd, epoll.
+
+mod backend;
+mod blk;
+mod blk_error;
+mod config;
+mod daemon;
+mod device;
+mod disk;
+mod driver;
+mod fault;
+mod gate;
+mod queue;
+mod request;
+mod ring;
+mod server;
+mod state;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+pub use blk_error::BlkError;
+pub use daemon::{MockDaemon, MockDaemonBuilder};
+pub use device::BlkDevice;
+pub use disk::RamDisk;
+pub use driver::{BlkDriver, RequestId};
+pub use fault::{Fault, FaultKind};
+pub use request::{LoggedRegion, LoggedRequest};
+pub use ring::RingLayout;
+pub use state::MockRegion;

@@ -1,0 +1,204 @@
+//! What the daemon's threads and its owner share.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::disk::RamDisk;
+use super::fault::{FaultKind, FaultPlan};
+use super::request::LoggedRequest;
+
+/// One region of the table that the daemon's backend holds.
+///
+/// These are the facts of its mapping, not what the front-end said: two regions with the same
+/// `device` and `inode` are mappings of one file, and the pair can be compared with what the
+/// front-end's own descriptor says (`fstat`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MockRegion {
+    /// Where the region starts in guest memory.
+    pub guest_addr: GuestAddress,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Where it starts in the file, in bytes.
+    pub mmap_offset: u64,
+    /// The file's device, `st_dev`.
+    pub device: u64,
+    /// The file's number on that device, `st_ino`.
+    pub inode: u64,
+}
+
+impl MockRegion {
+    /// The regions of `memory` in ascending order.
+    pub(super) fn table_of<M: GuestMemoryBackend>(memory: &M) -> io::Result<Vec<MockRegion>> {
+        memory
+            .iter()
+            .map(|region| {
+                let file = region
+                    .file_offset()
+                    .ok_or_else(|| io::Error::other("a region of the table has no file"))?;
+                let metadata = file.file().metadata()?;
+                Ok(MockRegion {
+                    guest_addr: region.start_addr(),
+                    size: region.len(),
+                    mmap_offset: file.start(),
+                    device: metadata.dev(),
+                    inode: metadata.ino(),
+                })
+            })
+            .collect()
+    }
+}
+
+/// How the device looks to a front-end; fixed at the start.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Options {
+    pub(super) queues: u16,
+    /// `None`: CONFIGURE_MEM_SLOTS is not offered.
+    pub(super) max_mem_slots: Option<u64>,
+    pub(super) reply_ack: bool,
+}
+
+/// The two sockets of a connection: the front-end's, and the one to the daemon behind the gate.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) front: UnixStream,
+    pub(super) inner: UnixStream,
+}
+
+impl Link {
+    /// Ends the connection on both sides, which wakes every thread that waits for either.
+    pub(super) fn hang_up(&self) {
+        for socket in [&self.front, &self.inner] {
+            // An error says that the peer was faster.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) options: Options,
+    pub(super) disk: RamDisk,
+    state: Mutex<State>,
+    /// Signalled when a connection begins or ends, and with each request.
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    table: Vec<MockRegion>,
+    requests: Vec<LoggedRequest>,
+    faults: FaultPlan,
+    link: Option<Arc<Link>>,
+    stopping: bool,
+}
+
+impl Shared {
+    pub(super) fn new(options: Options, disk: RamDisk, faults: FaultPlan) -> Shared {
+        Shared {
+            options,
+            disk,
+            state: Mutex::new(State {
+                faults,
+                ..State::default()
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Makes `link` the current connection, with an empty table. False: the daemon is being
+    /// dropped, and nothing may start any more.
+    pub(super) fn connect(&self, link: &Arc<Link>) -> bool {
+        let mut state = lock(&self.state);
+        if state.stopping {
+            return false;
+        }
+        state.table.clear();
+        state.link = Some(Arc::clone(link));
+        self.changed.notify_all();
+        true
+    }
+
+    /// Notes that the current connection is over and its threads are gone.
+    pub(super) fn disconnect(&self) {
+        lock(&self.state).link = None;
+        self.changed.notify_all();
+    }
+
+    pub(super) fn is_connected(&self) -> bool {
+        lock(&self.state).link.is_some()
+    }
+
+    /// Waits until `is_connected` says `wanted`; false after `limit`.
+    pub(super) fn wait_connected(&self, wanted: bool, limit: Duration) -> bool {
+        self.wait(limit, |state| state.link.is_some() == wanted)
+    }
+
+    /// Waits until `count` requests are in the log; false after `limit`.
+    pub(super) fn wait_requests(&self, count: usize, limit: Duration) -> bool {
+        self.wait(limit, |state| state.requests.len() >= count)
+    }
+
+    fn wait(&self, limit: Duration, holds: impl Fn(&State) -> bool) -> bool {
+        let (_state, wait) = self
+            .changed
+            .wait_timeout_while(lock(&self.state), limit, |state| !holds(state))
+            .unwrap_or_else(PoisonError::into_inner);
+        !wait.timed_out()
+    }
+
+    pub(super) fn hang_up(&self) {
+        if let Some(link) = &lock(&self.state).link {
+            link.hang_up();
+        }
+    }
+
+    /// Forbids new connections and ends the current one.
+    pub(super) fn stop(&self) {
+        lock(&self.state).stopping = true;
+        self.hang_up();
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        lock(&self.state).stopping
+    }
+
+    pub(super) fn log(&self, request: LoggedRequest) {
+        lock(&self.state).requests.push(request);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn requests(&self) -> Vec<LoggedRequest> {
+        lock(&self.state).requests.clone()
+    }
+
+    pub(super) fn clear_requests(&self) {
+        lock(&self.state).requests.clear();
+    }
+
+    pub(super) fn table(&self) -> Vec<MockRegion> {
+        lock(&self.state).table.clone()
+    }
+
+    pub(super) fn set_table(&self, table: Vec<MockRegion>) {
+        lock(&self.state).table = table;
+    }
+
+    pub(super) fn next_change(&self) -> Option<FaultKind> {
+        lock(&self.state).faults.next_change()
+    }
+
+    pub(super) fn with_faults<T>(&self, use_them: impl FnOnce(&mut FaultPlan) -> T) -> T {
+        use_them(&mut lock(&self.state).faults)
+    }
+}
+
+/// Locks, also after a panic elsewhere: no holder of these locks leaves anything half done.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,179 @@
+//! Each misbehaviour, as the front-end meets it and as the daemon's table shows it.
+
+use super::*;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Instant;
+use vhost::vhost_user::VhostUserFrontend;
+
+/// A daemon with one region in its table, and a second region to add.
+struct Setup {
+    memory: GuestMemoryMmap,
+    daemon: MockDaemon,
+    frontend: Frontend,
+}
+
+impl Setup {
+    fn new(builder: MockDaemonBuilder) -> Setup {
+        let memory = guest(&[(0, 1 << 20), (1 << 30, 1 << 16)]);
+        let daemon = builder.start_unnamed().unwrap();
+        let (mut frontend, _) = negotiated(&daemon);
+        frontend.add_mem_region(&infos(&memory)[0]).unwrap();
+        frontend.get_features().unwrap();
+        Setup {
+            memory,
+            daemon,
+            frontend,
+        }
+    }
+
+    fn add(&mut self) -> vhost::Result<()> {
+        self.frontend
+            .add_mem_region(&infos(&self.memory)[1])
+            .map(drop)
+    }
+
+    /// How many regions the daemon holds, checked against the memory.
+    fn held(&self) -> usize {
+        let table = self.daemon.table();
+        assert_eq!(table, expected_table(&self.memory)[..table.len()]);
+        table.len()
+    }
+}
+
+#[test]
+fn a_refused_change_is_not_applied_and_the_connection_stays() {
+    let mut setup = Setup::new(MockDaemon::builder().with_fault(Fault::refuse(2)));
+    let error = setup.add().unwrap_err();
+    assert!(
+        error.to_string().contains("backend internal error"),
+        "{error}"
+    );
+    assert_eq!(setup.held(), 1);
+    assert_eq!(setup.daemon.pending_faults(), 0);
+    setup.add().unwrap();
+    assert_eq!(setup.held(), 2);
+    // Removals and whole tables are changes too.
+    setup.daemon.inject(Fault::refuse(2));
+    let regions = infos(&setup.memory);
+    setup.frontend.set_mem_table(&regions).unwrap();
+    assert!(setup.frontend.remove_mem_region(&regions[1]).is_err());
+    assert_eq!(setup.held(), 2);
+    setup.daemon.inject(Fault::refuse(1));
+    assert!(setup.frontend.set_mem_table(&regions[..1]).is_err());
+    assert_eq!(setup.held(), 2);
+    assert!(setup.daemon.is_connected());
+}
+
+#[test]
+fn without_acknowledgements_a_refusal_is_a_hang_up() {
+    let mut setup = Setup::new(MockDaemon::builder().without_reply_ack());
+    setup.daemon.inject(Fault::refuse(1));
+    setup.add().unwrap();
+    assert!(setup.frontend.get_features().is_err());
+    setup.daemon.wait_disconnected(LIMIT).unwrap();
+    assert_eq!(setup.held(), 1);
+}
+
+#[test]
+fn a_late_answer_comes_after_the_change_was_applied() {
+    let delay = Duration::from_millis(200);
+    for builder in [
+        MockDaemon::builder(),
+        MockDaemon::builder().without_reply_ack(),
+    ] {
+        let mut setup = Setup::new(builder);
+        setup.daemon.inject(Fault::answer_late(1, delay));
+        let start = Instant::now();
+        setup.add().unwrap();
+        setup.frontend.get_features().unwrap();
+        assert!(start.elapsed() >= delay, "{:?}", start.elapsed());
+        assert_eq!(setup.held(), 2);
+    }
+}
+
+#[test]
+fn a_front_end_that_leaves_ends_the_wait_for_a_late_answer() {
+    let mut setup = Setup::new(MockDaemon::builder().without_reply_ack());
+    setup
+        .daemon
+        .inject(Fault::answer_late(1, Duration::from_secs(3600)));
+    setup.add().unwrap();
+    let Setup {
+        daemon, frontend, ..
+    } = setup;
+    drop(frontend);
+    daemon.wait_disconnected(LIMIT).unwrap();
+    assert_eq!(daemon.table().len(), 2);
+}
+
+#[test]
+fn a_silent_daemon_answers_nothing_until_it_hangs_up() {
+    let mut setup = Setup::new(MockDaemon::builder());
+    setup.daemon.inject(Fault::never_answer(1));
+    setup.daemon.clear_requests();
+    let (sender, answer) = mpsc::channel();
+    let mut frontend = setup.frontend.clone();
+    let region = infos(&setup.memory)[1];
+    let waiting = thread::spawn(move || {
+        let result = frontend.add_mem_region(&region).map(drop);
+        sender.send(result).unwrap();
+    });
+    setup.daemon.wait_requests(1, LIMIT).unwrap();
+    assert!(answer.recv_timeout(Duration::from_millis(100)).is_err());
+    assert_eq!(setup.held(), 1);
+    assert!(setup.daemon.is_connected());
+    setup.daemon.hang_up();
+    assert!(answer.recv_timeout(LIMIT).unwrap().is_err());
+    waiting.join().unwrap();
+    setup.daemon.wait_disconnected(LIMIT).unwrap();
+    assert!(setup.add().is_err());
+}
+
+#[test]
+fn a_daemon_that_hangs_up_before_applied_nothing() {
+    let mut setup = Setup::new(MockDaemon::builder());
+    setup.daemon.inject(Fault::hang_up_before(1));
+    assert!(setup.add().is_err());
+    setup.daemon.wait_disconnected(LIMIT).unwrap();
+    assert_eq!(setup.held(), 1);
+}
+
+#[test]
+fn a_daemon_that_hangs_up_after_applied_the_change() {
+    for builder in [
+        MockDaemon::builder(),
+        MockDaemon::builder().without_reply_ack(),
+    ] {
+        let mut setup = Setup::new(builder);
+        setup.daemon.inject(Fault::hang_up_after(1));
+        let added = setup.add();
+        assert!(added.is_err() || setup.frontend.get_features().is_err());
+        setup.daemon.wait_disconnected(LIMIT).unwrap();
+        assert_eq!(setup.held(), 2);
+    }
+}
+
+#[test]
+fn a_daemon_may_say_done_apply_nothing_and_hang_up() {
+    let mut setup = Setup::new(MockDaemon::builder());
+    setup.daemon.inject(Fault::answer_then_hang_up(1));
+    setup.add().unwrap();
+    assert!(setup.frontend.get_features().is_err());
+    setup.daemon.wait_disconnected(LIMIT).unwrap();
+    assert_eq!(setup.held(), 1);
+}
+
+#[test]
+fn a_change_that_the_daemon_cannot_apply_is_refused_by_itself() {
+    // No fault: the second region overlaps the first, and vhost-user-backend hangs up after its
+    // answer, as it does after every error.
+    let memory = guest(&[(0, 1 << 20)]);
+    let overlapping = guest(&[(0x8000, 1 << 20)]);
+    let daemon = MockDaemon::builder().start_unnamed().unwrap();
+    let (mut frontend, _) = negotiated(&daemon);
+    frontend.add_mem_region(&infos(&memory)[0]).unwrap();
+    assert!(frontend.add_mem_region(&infos(&overlapping)[0]).is_err());
+    daemon.wait_disconnected(LIMIT).unwrap();
+    assert_eq!(daemon.table(), expected_table(&memory));
+}
