@@ -56,7 +56,7 @@ use index::Index;
 pub struct GuestMemoryShm<B = ()> {
     /// Sorted by address, disjoint.
     regions: Arc<[Arc<GuestRegionShm<B>>]>,
-    index: Index<Arc<GuestRegionShm<B>>>,
+    index: Index<GuestRegionShm<B>>,
 }
 
 impl<B: NewBitmap> GuestMemoryShm<B> {
@@ -157,7 +157,7 @@ impl<B> GuestMemoryShm<B> {
     /// The regions must be sorted and disjoint.
     fn index(regions: Vec<Arc<GuestRegionShm<B>>>) -> Self {
         Self {
-            index: Index::new(&regions, |region| region.range()),
+            index: Index::new(&regions),
             regions: regions.into(),
         }
     }
