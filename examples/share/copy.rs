@@ -59,6 +59,10 @@ impl Output {
         })
     }
 
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Copies the whole disk to the file, and gives the file its name.
     pub(crate) fn fill(mut self, session: &mut Session, bar: &ProgressBar) -> Result<u64> {
         let len = session.capacity;

@@ -1,6 +1,6 @@
 //! The daemon in this process, and the pattern on its disk.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use guest_memory_shm::mock::MockDaemon;
 use tempfile::TempDir;
@@ -32,7 +32,7 @@ impl LocalDaemon {
         Ok(Self { daemon, directory })
     }
 
-    pub(crate) fn socket(&self) -> std::path::PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.directory.path().join("blk.sock")
     }
 
@@ -87,10 +87,4 @@ pub(crate) fn check_equal(offset: u64, found: &[u8], expected: &[u8], place: &st
     Err(Failure::new(format!(
         "{place} differs at byte {at}: shared memory is not shared"
     )))
-}
-
-/// The path for the report.
-pub(crate) fn place_of(path: &Path, local: bool) -> String {
-    let place = if local { " (in this process)" } else { "" };
-    format!("{}{place}", path.display())
 }

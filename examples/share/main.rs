@@ -57,7 +57,6 @@ fn main() -> ExitCode {
 /// What is done with the disk.
 enum Job {
     SelfTest,
-    ReadTwice,
     ReadTo(Output),
     WriteFrom(Input),
 }
@@ -65,20 +64,17 @@ enum Job {
 fn run(args: &Args) -> Result<()> {
     // What can fail without the daemon fails before it is bothered.
     let ram = Ram::new(args.ram, &args.ram_options())?;
-    let job = match (&args.read_to, &args.write_from, &args.socket) {
-        (Some(file), ..) => Job::ReadTo(Output::create(file)?),
-        (_, Some(file), _) => Job::WriteFrom(Input::open(file)?),
-        (_, _, Some(_)) => Job::ReadTwice,
+    let job = match (&args.read_to, &args.write_from) {
+        (Some(file), _) => Job::ReadTo(Output::create(file)?),
+        (_, Some(file)) => Job::WriteFrom(Input::open(file)?),
         _ => Job::SelfTest,
     };
-    let local = match args.socket {
-        Some(_) => None,
-        None => Some(LocalDaemon::start(disk_size(args, &job), Pattern::Daemon)?),
-    };
-    let path = match (&args.socket, &local) {
-        (Some(path), _) => path.clone(),
-        (None, Some(daemon)) => daemon.socket(),
-        (None, None) => return Err(Failure::new("there is no daemon")),
+    let (path, local) = match &args.socket {
+        Some(path) => (path.clone(), None),
+        None => {
+            let daemon = LocalDaemon::start(disk_size(args, &job), Pattern::Daemon)?;
+            (daemon.socket(), Some(daemon))
+        }
     };
 
     let mut session = Session::start(&path, ram, args.time_limit)?;
@@ -90,7 +86,7 @@ fn run(args: &Args) -> Result<()> {
         size(session.ram.plug().size())
     ));
     report.block(session.ram.memory());
-    report.daemon(&daemon::place_of(&path, local.is_some()), &session);
+    report.daemon(&path, local.is_some(), &session);
     report.section("I/O, through buffers in all regions");
     let after = work(job, &mut session, local.as_ref(), &mut report)?;
 
@@ -134,9 +130,10 @@ fn work(
     match (job, local) {
         (Job::ReadTo(output), _) => {
             let bar = progress("reading", capacity);
+            let file = output.path().display().to_string();
             let (bytes, time) = timed(|| output.fill(session, &bar))?;
             report.io("read", bytes, time);
-            report.line("verified", "every byte passed through guest RAM once");
+            report.line("complete", file);
             Ok(Some(Pattern::Daemon))
         }
         (Job::WriteFrom(mut input), local) => {
@@ -152,7 +149,7 @@ fn work(
                     input.check(daemon)?;
                     report.line("verified", "the daemon's disk holds what the file holds");
                 }
-                None => report.line("verified", "the daemon acknowledged every byte"),
+                None => report.line("acknowledged", "each write and the flush, by the daemon"),
             }
             Ok(None)
         }
@@ -170,7 +167,7 @@ fn work(
             report.line("", "the daemon's disk holds what the guest wrote");
             Ok(Some(Pattern::Guest))
         }
-        (Job::SelfTest | Job::ReadTwice, _) => {
+        (Job::SelfTest, None) => {
             let bar = progress("reading", capacity);
             let (bytes, time) = timed(|| selftest::read_twice(session, &bar))?;
             report.io("read", bytes, time);

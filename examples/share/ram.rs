@@ -32,6 +32,9 @@ const BUFFERS_SIZE: u64 = BUFFER as u64 * BUFFERS_PER_REGION;
 /// The size of the region that is hot-added.
 const PLUG_SIZE: u64 = REGION_ALIGN;
 
+// Also the smallest region has room for all of it.
+const _: () = assert!(RINGS_END + BUFFERS_SIZE <= REGION_ALIGN);
+
 /// The RAM as the guest sees it, and the region beside it.
 #[derive(Debug)]
 pub(crate) struct Ram {
@@ -54,7 +57,6 @@ impl Ram {
             )));
         }
         debug_assert!(RingLayout::required_size(QUEUE_SIZE) <= RINGS_END - RINGS.0);
-        debug_assert!(RINGS_END + BUFFERS_SIZE <= REGION_ALIGN);
 
         let doing = || format!("cannot create {} of guest RAM", size(ram_size));
         let ranges = around_hole(ram_size).or_fail(doing)?;

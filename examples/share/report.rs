@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Write as _};
 use std::io::{self, Write as _};
+use std::path::Path;
 use std::time::Duration;
 
 use vhost::vhost_user::VhostUserProtocolFeatures;
@@ -35,9 +36,10 @@ impl Report {
     }
 
     /// What the daemon is.
-    pub(crate) fn daemon(&mut self, place: &str, session: &Session) {
+    pub(crate) fn daemon(&mut self, path: &Path, local: bool, session: &Session) {
+        let place = if local { " (in this process)" } else { "" };
         self.section("Daemon");
-        self.line("socket", place);
+        self.line("socket", format_args!("{}{place}", path.display()));
         self.line(
             "virtio features",
             virtio_features(session.device.features()),

@@ -76,6 +76,7 @@ pub(crate) fn read_into_removed(session: &mut Session) -> Result<String> {
 /// Reads a foreign disk twice through different buffers; it must be the same twice.
 pub(crate) fn read_twice(session: &mut Session, bar: &ProgressBar) -> Result<u64> {
     let len = session.capacity.min(READ_TWICE);
+    bar.set_length(len);
     let mut first = Vec::new();
     let Session { disk, ram, .. } = session;
     disk.read(ram, len, bar, |memory, _, buffers| {
