@@ -5,4 +5,5 @@
 )]
 
 mod peers;
+mod share;
 mod support;

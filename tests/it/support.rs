@@ -7,6 +7,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -122,6 +123,27 @@ impl StorageDaemon {
     }
 }
 
+/// Runs the rest of the calling test in a process of its own: true there, and false, after it has
+/// passed there, in the process that called.
+///
+/// For tests that count what belongs to the whole process while other tests run beside them.
+pub(crate) fn in_own_process(test: &str) -> bool {
+    const INSIDE: &str = "GUEST_MEMORY_SHM_TEST_INSIDE";
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(INSIDE, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}\n{errors}");
+    assert!(text.contains("1 passed"), "no test is named {test}: {text}");
+    false
+}
+
 /// More huge pages of 2 MiB than before, until it is dropped.
 ///
 /// Nobody else changes or counts the pool meanwhile: neither a test of this process nor one of
@@ -176,4 +198,11 @@ impl Drop for HugePages {
             eprintln!("the pool of huge pages stays as it is: {error}");
         }
     }
+}
+
+/// Lets this process have as many descriptors as it may; says how many.
+pub(crate) fn raise_descriptor_limit() -> u64 {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    hard
 }
