@@ -23,7 +23,7 @@ read twice, through different regions, and compared (a disk that somebody else w
 meanwhile can differ).";
 
 const EXAMPLES: &str = "\
-Examples:
+Examples (in the source tree, share is: cargo run --release --example share --):
   share
           The self-test in one process.
   share --ram 8G --backing hugetlb

@@ -59,12 +59,8 @@ impl Output {
         })
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Copies the whole disk to the file, and gives the file its name.
-    pub(crate) fn fill(mut self, session: &mut Session, bar: &ProgressBar) -> Result<u64> {
+    /// Copies the whole disk to the file.
+    pub(crate) fn fill(&mut self, session: &mut Session, bar: &ProgressBar) -> Result<u64> {
         let len = session.capacity;
         let path = self.path.display();
         if let Ok((limit, _)) = getrlimit(Resource::RLIMIT_FSIZE)
@@ -88,13 +84,18 @@ impl Output {
             }
             Ok(())
         })?;
-        let doing = || format!("cannot complete {path}");
-        self.file.as_file().sync_all().or_fail(doing)?;
-        self.file
-            .persist(&self.path)
-            .map_err(|refused| refused.error)
-            .or_fail(doing)?;
         Ok(len)
+    }
+
+    /// Has the file written back, and gives it its name, which is returned.
+    pub(crate) fn complete(self) -> Result<PathBuf> {
+        let doing = || format!("cannot complete {}", self.path.display());
+        self.file.as_file().sync_all().or_fail(doing)?;
+        let renamed = self.file.persist(&self.path);
+        renamed
+            .map_err(|refused| refused.error)
+            .or_fail(|| format!("cannot complete {}", self.path.display()))?;
+        Ok(self.path)
     }
 }
 

@@ -37,6 +37,8 @@ pub(crate) struct Disk {
     limit: Duration,
     buffers_per_request: usize,
     transfers: usize,
+    /// Bytes that passed through the hot-added region.
+    carried: u64,
 }
 
 /// A request on its way, and the part of the disk that it is about.
@@ -80,11 +82,17 @@ impl Disk {
                 .unwrap_or(BUFFERS_PER_REQUEST)
                 .clamp(1, BUFFERS_PER_REQUEST),
             transfers: 0,
+            carried: 0,
         })
     }
 
     pub(crate) fn driver(&self) -> &Driver {
         &self.driver
+    }
+
+    /// How many bytes passed through the region that was hot-added.
+    pub(crate) fn carried(&self) -> u64 {
+        self.carried
     }
 
     /// Reads `len` bytes from the start of the disk. `take` gets each part in the disk's order, as
@@ -137,6 +145,8 @@ impl Disk {
         mut after: impl FnMut(&GuestMemoryShm, u64, &[Buffer]) -> Result<()>,
     ) -> Result<()> {
         let memory = ram.memory();
+        // It lies above all other regions.
+        let plug = ram.plug().start_addr();
         let sets = self.buffer_sets(&memory);
         let mut next_set = sets.iter().cycle();
         let mut pending: VecDeque<Pending> = VecDeque::with_capacity(sets.len());
@@ -150,6 +160,8 @@ impl Disk {
                 self.wait(oldest.request, failed)?;
                 after(&memory, oldest.offset, &oldest.buffers)?;
                 bar.inc(total(&oldest.buffers));
+                let plugged = oldest.buffers.iter().filter(|(addr, _)| *addr >= plug);
+                self.carried += plugged.map(|(_, length)| u64::from(*length)).sum::<u64>();
                 log::debug!("{direction} {} of {}", size(oldest.offset), size(len));
             } else if offset < len
                 && let Some(set) = next_set.next()

@@ -96,6 +96,10 @@ fn run(args: &Args) -> Result<()> {
         "added",
         format_args!("{plug}, the daemon took {} region", plugged.added()),
     );
+    report.line(
+        "carried",
+        format_args!("{} of the I/O", size(session.disk.carried())),
+    );
     let removed = session.unplug()?;
     report.line(
         "removed",
@@ -128,12 +132,13 @@ fn work(
 ) -> Result<Option<Pattern>> {
     let capacity = session.capacity;
     match (job, local) {
-        (Job::ReadTo(output), _) => {
+        (Job::ReadTo(mut output), _) => {
             let bar = progress("reading", capacity);
-            let file = output.path().display().to_string();
             let (bytes, time) = timed(|| output.fill(session, &bar))?;
             report.io("read", bytes, time);
-            report.line("complete", file);
+            let (path, time) = timed(|| output.complete())?;
+            let value = format!("{}, written back in {time:.1?}", path.display());
+            report.line("complete", value);
             Ok(Some(Pattern::Daemon))
         }
         (Job::WriteFrom(mut input), local) => {
@@ -158,7 +163,8 @@ fn work(
             let (bytes, time) = timed(|| selftest::read_pattern(session, &bar))?;
             report.io("read", bytes, time);
             let bar = progress("writing", capacity);
-            let (bytes, time) = timed(|| selftest::write_pattern(session, daemon, &bar))?;
+            let (bytes, time) = timed(|| selftest::write_pattern(session, &bar))?;
+            selftest::check_pattern(session, daemon)?;
             report.io("written, flushed", bytes, time);
             report.line(
                 "verified",

@@ -25,6 +25,12 @@ fn copy_both_ways(backing: &str) {
         );
         run.passes();
         assert!(run.out.contains("256 MiB, "), "{}", run.out);
+        // Every third buffer of 128 KiB.
+        assert!(
+            run.out.contains("carried           87296 KiB"),
+            "{}",
+            run.out
+        );
         assert!(same(&image, file), "{option} with {backing}");
         println!("{backing} {option}:{}", rate(&run.out));
         drop(daemon);
@@ -76,6 +82,8 @@ fn the_run_without_options_reports_what_it_promises() {
         "written, flushed  64 MiB, ",
         "verified          the guest read what the daemon's disk held",
         "the daemon's disk holds what the guest wrote",
+        // Every third buffer of 128 KiB, both ways.
+        "carried           43648 KiB of the I/O",
         "the daemon gave 1 region back and holds 2",
         "out of reach",
         "with status 1",
