@@ -194,7 +194,7 @@ impl<B: Bitmap> GuestMemoryShm<B> {
     /// Each region is mapped once more, shared, at another host address: both memories see the
     /// same bytes, and each lives as long as it is used. The bitmaps are separate: writes through
     /// one are not marked in the other. Its host addresses are not those of
-    /// [`memory_table`](Self::memory_table).
+    /// `memory_table`.
     ///
     /// # Errors
     ///
