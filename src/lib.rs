@@ -117,3 +117,8 @@ pub use region::GuestRegionShm;
 pub use share::{HangUp, MemTableSink, ShareReport, SinkError, TimeLimit, VhostUserShare};
 #[cfg(feature = "vhost-user")]
 pub use table::{MemoryTable, TableChange, TableRegion};
+
+/// README's examples compile and run.
+#[cfg(all(doctest, feature = "vhost-user"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
