@@ -1,3 +1,12 @@
 //! The crate's integration tests, one binary; each module is about one topic.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "patterns in tests are cut to bytes, and addresses to usize"
+)]
+
+mod fork;
+mod mapping;
+mod mapping_huge;
+mod proc;
 mod support;

@@ -1,12 +1,18 @@
 //! What several tests need: peers that may be missing, and a look at this process.
 
+use std::fs::{self, File};
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::geteuid;
 
 /// The path of a program that a test needs, or `None` after printing why the test is skipped.
 ///
 /// With `REQUIRE_PEERS` set, as in CI, a missing program is a failure.
-pub fn peer(program: &str) -> Option<PathBuf> {
+#[allow(dead_code, reason = "for the tests with real peers")]
+pub(crate) fn peer(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path)
         .map(|dir| dir.join(program))
@@ -18,7 +24,7 @@ pub fn peer(program: &str) -> Option<PathBuf> {
 }
 
 /// Prints why a test is skipped; fails where everything is required.
-pub fn skip(reason: &str) {
+pub(crate) fn skip(reason: &str) {
     assert!(
         std::env::var_os("REQUIRE_PEERS").is_none(),
         "REQUIRE_PEERS is set, but {reason}"
@@ -28,8 +34,140 @@ pub fn skip(reason: &str) {
 
 /// Held by tests that change or count something that belongs to the whole machine or the whole
 /// process: huge pages, descriptors, mappings.
-pub fn alone() -> MutexGuard<'static, ()> {
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     // A test that failed while it held it has been reported already.
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs a test in a process of its own: this binary once more, with nothing but that test.
+///
+/// For tests that count what the process has, or change what belongs to all of it: limits, the
+/// mount namespace. To be called from the test itself, with all of it as the closure: the name of
+/// the closure's type says which test it is.
+pub(crate) fn in_own_process<F: FnOnce()>(test: F) {
+    const MARK: &str = "GUEST_MEMORY_SHM_OWN_PROCESS";
+    let path = std::any::type_name::<F>();
+    let name = path
+        .split_once("::")
+        .and_then(|(_, name)| name.strip_suffix("::{{closure}}"))
+        .expect("the closure is written in a test");
+    if std::env::var_os(MARK).is_some() {
+        return test();
+    }
+    let output = Command::new(std::env::current_exe().expect("procfs is mounted"))
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env(MARK, name)
+        .output()
+        .expect("this binary can be run");
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    // The reason of a skip is for the one who runs the tests.
+    for line in err.lines().filter(|line| line.starts_with("skipped: ")) {
+        eprintln!("{line}");
+    }
+    assert!(output.status.success(), "{}\n{out}\n{err}", output.status);
+    // Without this a wrong name would pass: then no test is run at all.
+    assert!(out.contains("1 passed"), "{name} was not run: {out}");
+}
+
+/// The base page size in bytes.
+pub(crate) const PAGE: u64 = 4096;
+
+/// A pool of huge pages that has as many to give as a test needs; it is put back on drop, also
+/// when the test fails.
+///
+/// One at a time on the whole machine: in this process ([`alone`]), and among all that use this
+/// guard (a lock on a file).
+pub(crate) struct HugePool {
+    page_size: u64,
+    total_before: u64,
+    _lock: Flock<File>,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl HugePool {
+    /// Sets the pool of `page_size` bytes so that exactly `pages` can be had, or prints why that
+    /// is not possible.
+    pub(crate) fn with_available(page_size: u64, pages: u64) -> Option<Self> {
+        let pool = Self::try_with_available(page_size, pages);
+        pool.inspect_err(|reason| skip(reason)).ok()
+    }
+
+    /// As [`with_available`](Self::with_available), but without a word on failure.
+    pub(crate) fn try_with_available(page_size: u64, pages: u64) -> Result<Self, String> {
+        if !geteuid().is_root() {
+            return Err("only root may change the pools of huge pages".to_owned());
+        }
+        if !pool_dir(page_size).is_dir() {
+            return Err(format!("the kernel has no huge pages of {page_size} bytes"));
+        }
+        let this = Self::lock(page_size);
+        let in_use = this.number("nr_hugepages") - this.available();
+        this.set_total(in_use + pages);
+        if this.available() != pages || this.number("nr_overcommit_hugepages") != 0 {
+            return Err(format!(
+                "{pages} huge pages of {page_size} bytes cannot be had"
+            ));
+        }
+        Ok(this)
+    }
+
+    fn lock(page_size: u64) -> Self {
+        let alone = alone();
+        let path = std::env::temp_dir().join("guest-memory-shm-huge-pages.lock");
+        let file = File::options().create(true).append(true).open(path);
+        let file = file.expect("the directory for temporary files can be written");
+        let lock = Flock::lock(file, FlockArg::LockExclusive);
+        let lock = lock.expect("a file can be locked");
+        Self {
+            page_size,
+            total_before: pool_number(page_size, "nr_hugepages"),
+            _lock: lock,
+            _alone: alone,
+        }
+    }
+
+    /// Unused pages.
+    pub(crate) fn free(&self) -> u64 {
+        self.number("free_hugepages")
+    }
+
+    /// Unused pages that are promised.
+    pub(crate) fn reserved(&self) -> u64 {
+        self.number("resv_hugepages")
+    }
+
+    fn available(&self) -> u64 {
+        self.free() - self.reserved()
+    }
+
+    fn number(&self, name: &str) -> u64 {
+        pool_number(self.page_size, name)
+    }
+
+    /// The kernel gives as many pages as it can, and no error.
+    fn set_total(&self, pages: u64) {
+        fs::write(
+            pool_dir(self.page_size).join("nr_hugepages"),
+            pages.to_string(),
+        )
+        .expect("we are root");
+    }
+}
+
+impl Drop for HugePool {
+    fn drop(&mut self) {
+        self.set_total(self.total_before);
+    }
+}
+
+fn pool_dir(page_size: u64) -> PathBuf {
+    let kib = page_size / 1024;
+    PathBuf::from(format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB"))
+}
+
+fn pool_number(page_size: u64, name: &str) -> u64 {
+    let text = fs::read_to_string(pool_dir(page_size).join(name)).expect("sysfs is mounted");
+    text.trim().parse().expect("it is a number")
 }
