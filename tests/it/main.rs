@@ -5,6 +5,10 @@
     reason = "patterns in tests are cut to bytes, and addresses to usize"
 )]
 
+mod bad_descriptor;
+mod bad_huge_pages;
+mod bad_input;
+mod bad_system;
 mod fork;
 mod mapping;
 mod mapping_huge;

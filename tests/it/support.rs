@@ -171,3 +171,30 @@ fn pool_number(page_size: u64, name: &str) -> u64 {
     let text = fs::read_to_string(pool_dir(page_size).join(name)).expect("sysfs is mounted");
     text.trim().parse().expect("it is a number")
 }
+
+/// Asserts that a result is an error of a variant, with exactly this text.
+macro_rules! assert_refused {
+    ($result:expr, $variant:pat, $text:expr $(,)?) => {
+        match $result {
+            Err(error) => {
+                assert!(matches!(error, $variant), "{error:?}");
+                assert_eq!(error.to_string(), $text);
+            }
+            Ok(accepted) => panic!("accepted: {accepted:?}"),
+        }
+    };
+}
+pub(crate) use assert_refused;
+
+/// Runs `scenario` in a process of its own, and asserts that it leaves nothing.
+///
+/// It runs twice: what the first call makes for good, in libraries, is not counted.
+macro_rules! in_own_process_leaving_nothing {
+    ($scenario:expr) => {
+        $crate::support::in_own_process(|| {
+            $scenario();
+            $crate::proc::leaves_nothing($scenario);
+        })
+    };
+}
+pub(crate) use in_own_process_leaving_nothing;
