@@ -5,6 +5,7 @@
     reason = "patterns in tests are cut to bytes, and addresses to usize"
 )]
 
+mod answers;
 mod bad_descriptor;
 mod bad_huge_pages;
 mod bad_input;
@@ -12,5 +13,7 @@ mod bad_system;
 mod fork;
 mod mapping;
 mod mapping_huge;
+mod model;
+mod model_collection;
 mod proc;
 mod support;
