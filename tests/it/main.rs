@@ -17,3 +17,4 @@ mod model;
 mod model_collection;
 mod proc;
 mod support;
+mod threads;
