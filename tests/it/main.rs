@@ -10,6 +10,7 @@ mod bad_descriptor;
 mod bad_huge_pages;
 mod bad_input;
 mod bad_system;
+mod drop_in;
 mod fork;
 mod mapping;
 mod mapping_huge;
