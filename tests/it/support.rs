@@ -1,6 +1,7 @@
 //! What several tests need: peers that may be missing, and a look at this process.
 
 use std::fs::{self, File};
+use std::io::{Read, Seek, Write};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -66,6 +67,9 @@ pub(crate) fn in_own_process<F: FnOnce()>(test: F) {
     for line in err.lines().filter(|line| line.starts_with("skipped: ")) {
         eprintln!("{line}");
     }
+    if !output.status.success() {
+        HugePool::restore_after_death();
+    }
     assert!(output.status.success(), "{}\n{out}\n{err}", output.status);
     // Without this a wrong name would pass: then no test is run at all.
     assert!(out.contains("1 passed"), "{name} was not run: {out}");
@@ -75,14 +79,14 @@ pub(crate) fn in_own_process<F: FnOnce()>(test: F) {
 pub(crate) const PAGE: u64 = 4096;
 
 /// A pool of huge pages that has as many to give as a test needs; it is put back on drop, also
-/// when the test fails.
+/// when the test fails, and by whoever comes next when it dies.
 ///
 /// One at a time on the whole machine: in this process ([`alone`]), and among all that use this
 /// guard (a lock on a file).
 pub(crate) struct HugePool {
     page_size: u64,
-    total_before: u64,
-    _lock: Flock<File>,
+    /// What is to be put back stands in the locked file, also when this process dies.
+    lock: Flock<File>,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -104,7 +108,7 @@ impl HugePool {
         }
         let this = Self::lock(page_size);
         let in_use = this.number("nr_hugepages") - this.available();
-        this.set_total(in_use + pages);
+        set_pool_total(page_size, in_use + pages);
         if this.available() != pages || this.number("nr_overcommit_hugepages") != 0 {
             return Err(format!(
                 "{pages} huge pages of {page_size} bytes cannot be had"
@@ -116,15 +120,28 @@ impl HugePool {
     fn lock(page_size: u64) -> Self {
         let alone = alone();
         let path = std::env::temp_dir().join("guest-memory-shm-huge-pages.lock");
-        let file = File::options().create(true).append(true).open(path);
+        let file = File::options()
+            .create(true)
+            .read(true)
+            .append(true)
+            .open(path);
         let file = file.expect("the directory for temporary files can be written");
         let lock = Flock::lock(file, FlockArg::LockExclusive);
-        let lock = lock.expect("a file can be locked");
+        let mut lock = lock.expect("a file can be locked");
+        put_back(&mut lock);
+        let total_before = pool_number(page_size, "nr_hugepages");
+        write!(lock, "{page_size} {total_before}").expect("the file can be written");
         Self {
             page_size,
-            total_before: pool_number(page_size, "nr_hugepages"),
-            _lock: lock,
+            lock,
             _alone: alone,
+        }
+    }
+
+    /// Puts back the pool that a process changed that died meanwhile.
+    fn restore_after_death() {
+        if geteuid().is_root() {
+            drop(Self::lock(2 << 20));
         }
     }
 
@@ -145,21 +162,30 @@ impl HugePool {
     fn number(&self, name: &str) -> u64 {
         pool_number(self.page_size, name)
     }
-
-    /// The kernel gives as many pages as it can, and no error.
-    fn set_total(&self, pages: u64) {
-        fs::write(
-            pool_dir(self.page_size).join("nr_hugepages"),
-            pages.to_string(),
-        )
-        .expect("we are root");
-    }
 }
 
 impl Drop for HugePool {
     fn drop(&mut self) {
-        self.set_total(self.total_before);
+        put_back(&mut self.lock);
     }
+}
+
+/// Puts the pool back that the locked file names, if it names one, and empties the file.
+fn put_back(lock: &mut File) {
+    let mut text = String::new();
+    lock.rewind().expect("a file can be rewound");
+    lock.read_to_string(&mut text).expect("a file can be read");
+    if let Some((page_size, total)) = text.split_once(' ') {
+        let page_size = page_size.parse().expect("it is a number");
+        set_pool_total(page_size, total.parse().expect("it is a number"));
+    }
+    lock.set_len(0).expect("a file can be emptied");
+}
+
+/// The kernel gives as many pages as it can, and no error.
+fn set_pool_total(page_size: u64, pages: u64) {
+    let path = pool_dir(page_size).join("nr_hugepages");
+    fs::write(path, pages.to_string()).expect("we are root");
 }
 
 fn pool_dir(page_size: u64) -> PathBuf {
