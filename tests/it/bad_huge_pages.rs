@@ -1,7 +1,10 @@
 //! Huge pages that cannot be had: refused before anything is created, with what would help.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use guest_memory_shm::{Backing, Error, GuestMemoryShm, GuestRegionShm, ShmBacking};
-use vm_memory::GuestAddress;
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{Bytes, GuestAddress, VolatileMemory};
 
 use crate::bad_input::{build, huge};
 use crate::proc::leaves_nothing;
@@ -159,5 +162,38 @@ fn a_pool_that_is_found_short_only_when_mapping_gives_the_same_error() {
         assert!(place.is_ok());
         drop((place, backing));
         assert_eq!(pool.reserved(), 0);
+    });
+}
+
+#[test]
+fn a_mapping_that_fails_takes_no_memory_of_other_threads_with_it() {
+    in_own_process(|| {
+        let Some(_pool) = HugePool::with_available(HUGE, 1) else {
+            return;
+        };
+        let backing = ShmBacking::create(&huge(HUGE), HUGE).unwrap();
+        let _rival = GuestRegionShm::<()>::new(GuestAddress(0), HUGE, &huge(HUGE)).unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // Maps the first free place, which is not aligned for a size below that of a huge
+            // page, and dies of SIGSEGV if anybody else unmaps it.
+            scope.spawn(|| {
+                while !done.load(Ordering::Acquire) {
+                    let others = MmapRegion::<()>::new((HUGE - PAGE) as usize).unwrap();
+                    let bytes = others.as_volatile_slice();
+                    for at in (0..HUGE as usize).step_by(256 << 10) {
+                        bytes.write_obj(at, at).unwrap();
+                    }
+                    for at in (0..HUGE as usize).step_by(256 << 10) {
+                        assert_eq!(bytes.read_obj::<usize>(at).unwrap(), at);
+                    }
+                }
+            });
+            for _ in 0..2_000 {
+                let place = GuestRegionShm::<()>::from_backing(&backing, 0, GuestAddress(0), HUGE);
+                assert!(matches!(place, Err(Error::HugePoolShort { .. })));
+            }
+            done.store(true, Ordering::Release);
+        });
     });
 }
