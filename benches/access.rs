@@ -6,6 +6,7 @@
 //! that a look-up cannot profit from the one before it.
 
 use std::hint::black_box;
+use std::marker::PhantomData;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -21,13 +22,16 @@ const STRIDE: u64 = 2 << 20;
 /// Addresses per measured batch.
 const BATCH: u64 = 256;
 
-const OPERATIONS: [&str; 5] = [
+const OPERATIONS: [&str; 6] = [
     "read_obj",
     "write_obj",
     "load",
     "get_slice",
     "get_host_address",
+    "virtqueue",
 ];
+
+const RAM: &str = "the address is RAM";
 
 fn main() {
     let mut criterion = Criterion::default()
@@ -36,7 +40,7 @@ fn main() {
         .sample_size(50)
         .configure_from_args();
     let mut rows = Vec::new();
-    for operation in OPERATIONS {
+    for (at, operation) in OPERATIONS.into_iter().enumerate() {
         for regions in REGIONS {
             let ranges: Vec<(GuestAddress, usize)> = (0..regions)
                 .map(|n| (GuestAddress(n * STRIDE), 1 << 20))
@@ -46,8 +50,10 @@ fn main() {
             let addresses = addresses(regions);
             let mut group = criterion.benchmark_group(format!("{operation}/{regions}"));
             group.throughput(Throughput::Elements(BATCH));
-            let theirs = measure(&mut group, "GuestMemoryMmap", operation, &mmap, &addresses);
-            let ours = measure(&mut group, "GuestMemoryShm", operation, &shm, &addresses);
+            let call = Operations::<GuestMemoryMmap>::ALL[at];
+            let theirs = measure(&mut group, "GuestMemoryMmap", call, &mmap, &addresses);
+            let call = Operations::<GuestMemoryShm>::ALL[at];
+            let ours = measure(&mut group, "GuestMemoryShm", call, &shm, &addresses);
             group.finish();
             if let (Some(theirs), Some(ours)) = (theirs, ours) {
                 rows.push((operation, regions, theirs, ours));
@@ -87,58 +93,25 @@ fn addresses(regions: u64) -> Vec<GuestAddress> {
         .collect()
 }
 
-/// Measures one operation on one memory; gives the best time of an access in ns (others
-/// use the machine too), or nothing if
-/// it was filtered out.
+/// Measures one operation on one memory; gives the best time of an access in ns (others use the
+/// machine too), or nothing if it was filtered out.
 fn measure<M: GuestMemoryBackend>(
     group: &mut BenchmarkGroup<'_, WallTime>,
     kind: &str,
-    operation: &str,
+    operation: fn(&M, &[GuestAddress]) -> u64,
     memory: &M,
     addresses: &[GuestAddress],
 ) -> Option<f64> {
     // The pages exist before the clock starts.
     for addr in addresses {
-        memory.write_obj(0u64, *addr).expect("the address is RAM");
+        memory.write_obj(0u64, *addr).expect(RAM);
     }
-    match operation {
-        "read_obj" => run(group, kind, addresses, |addr| {
-            memory.read_obj::<u64>(addr).expect("the address is RAM")
-        }),
-        "write_obj" => run(group, kind, addresses, |addr| {
-            memory.write_obj(addr.0, addr).expect("the address is RAM");
-            0
-        }),
-        "load" => run(group, kind, addresses, |addr| {
-            let value = memory.load::<u64>(addr, Ordering::Acquire);
-            value.expect("the address is RAM")
-        }),
-        "get_slice" => run(group, kind, addresses, |addr| {
-            let slice = memory.get_slice(addr, 8).expect("the address is RAM");
-            slice.ptr_guard().as_ptr().addr() as u64
-        }),
-        "get_host_address" => run(group, kind, addresses, |addr| {
-            let host = memory.get_host_address(addr);
-            host.expect("the address is RAM").addr() as u64
-        }),
-        other => unreachable!("no operation {other}"),
-    }
-}
-
-fn run(
-    group: &mut BenchmarkGroup<'_, WallTime>,
-    kind: &str,
-    addresses: &[GuestAddress],
-    access: impl Fn(GuestAddress) -> u64,
-) -> Option<f64> {
     let mut samples = Vec::new();
     group.bench_function(kind, |bencher| {
         bencher.iter_custom(|batches| {
             let start = Instant::now();
             for _ in 0..batches {
-                // Folding the answers costs less than telling the compiler that each is needed.
-                let fold = |all, addr: &GuestAddress| all ^ access(*addr);
-                black_box(black_box(addresses).iter().fold(0, fold));
+                black_box(operation(black_box(memory), addresses));
             }
             let elapsed = start.elapsed();
             samples.push(elapsed.as_secs_f64() * 1e9 / (batches * BATCH) as f64);
@@ -147,4 +120,79 @@ fn run(
     });
     samples.sort_by(f64::total_cmp);
     samples.first().copied()
+}
+
+/// The operations, as code sees them that is generic over the memory, like virtio-queue and the
+/// devices on it.
+struct Operations<M>(PhantomData<M>);
+
+impl<M: GuestMemoryBackend> Operations<M> {
+    /// In the order of `OPERATIONS`.
+    const ALL: [fn(&M, &[GuestAddress]) -> u64; OPERATIONS.len()] = [
+        Self::read_obj,
+        Self::write_obj,
+        Self::load,
+        Self::get_slice,
+        Self::get_host_address,
+        Self::virtqueue,
+    ];
+
+    #[inline(never)]
+    fn read_obj(memory: &M, addresses: &[GuestAddress]) -> u64 {
+        fold(addresses, |addr| memory.read_obj::<u64>(addr).expect(RAM))
+    }
+
+    #[inline(never)]
+    fn write_obj(memory: &M, addresses: &[GuestAddress]) -> u64 {
+        fold(addresses, |addr| {
+            memory.write_obj(addr.0, addr).expect(RAM);
+            0
+        })
+    }
+
+    #[inline(never)]
+    fn load(memory: &M, addresses: &[GuestAddress]) -> u64 {
+        fold(addresses, |addr| {
+            memory.load::<u64>(addr, Ordering::Acquire).expect(RAM)
+        })
+    }
+
+    #[inline(never)]
+    fn get_slice(memory: &M, addresses: &[GuestAddress]) -> u64 {
+        fold(addresses, |addr| {
+            let slice = GuestMemoryBackend::get_slice(memory, addr, 8).expect(RAM);
+            slice.ptr_guard().as_ptr().addr() as u64
+        })
+    }
+
+    #[inline(never)]
+    fn get_host_address(memory: &M, addresses: &[GuestAddress]) -> u64 {
+        fold(addresses, |addr| {
+            memory.get_host_address(addr).expect(RAM).addr() as u64
+        })
+    }
+
+    /// What a device does for one request: it looks for an available descriptor, reads it and
+    /// the header that it points to, writes a status and the used element, and publishes it.
+    #[inline(never)]
+    fn virtqueue(memory: &M, addresses: &[GuestAddress]) -> u64 {
+        fold(addresses, |addr| {
+            let idx: u16 = memory.load(addr, Ordering::Acquire).expect(RAM);
+            let head: u16 = memory.read_obj(addr).expect(RAM);
+            let descriptor: [u64; 2] = memory.read_obj(addr).expect(RAM);
+            let kind: u32 = memory.read_obj(addr).expect(RAM);
+            memory.write_obj(0u8, addr).expect(RAM);
+            memory.write_obj([7u32, 512], addr).expect(RAM);
+            memory.write_obj(idx, addr).expect(RAM);
+            memory.write_obj(kind, addr).expect(RAM);
+            memory.store(idx, addr, Ordering::Release).expect(RAM);
+            descriptor[0] ^ u64::from(head)
+        })
+    }
+}
+
+/// Folding the answers costs less than telling the compiler that each is needed.
+#[inline(always)]
+fn fold(addresses: &[GuestAddress], access: impl Fn(GuestAddress) -> u64) -> u64 {
+    addresses.iter().fold(0, |all, addr| all ^ access(*addr))
 }

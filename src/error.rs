@@ -397,8 +397,8 @@ pub enum Error {
         reason: String,
     },
 
-    /// The mock daemon could not do its part.
-    #[error("mock daemon: cannot {doing}")]
+    /// The mock daemon, or a driver of the mock with any daemon, could not do its part.
+    #[error("cannot {doing}")]
     Mock {
         /// The step that failed.
         doing: &'static str,

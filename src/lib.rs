@@ -48,7 +48,7 @@
 //! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
 //! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it |
 //! | `share` | `VhostUserShare`: one daemon's view kept equal to a table |
-//! | [`mock`] | with the feature `mock`: an in-process daemon and a driver, for tests |
+//! | `mock` | with the feature `mock`: an in-process daemon and a driver, for tests |
 //!
 //! # Invariants
 //!

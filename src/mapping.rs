@@ -51,6 +51,17 @@ pub(crate) struct Mapping {
     ram: Span,
 }
 
+/// Where a mapping is. Safe to have and to pass on; what is there is accessed through raw pointers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HostAddr(NonNull<u8>);
+
+impl HostAddr {
+    #[inline]
+    pub(crate) fn as_ptr(self) -> *mut u8 {
+        self.0.as_ptr()
+    }
+}
+
 /// A range of host addresses.
 #[derive(Clone, Copy)]
 struct Span {
@@ -64,6 +75,10 @@ struct Span {
 unsafe impl Send for Mapping {}
 // SAFETY: as above; through a shared reference only the address and the length can be read.
 unsafe impl Sync for Mapping {}
+// SAFETY: an address is a number; to access what is there takes unsafe code elsewhere.
+unsafe impl Send for HostAddr {}
+// SAFETY: as above.
+unsafe impl Sync for HostAddr {}
 
 impl Mapping {
     /// Maps `size` bytes at `offset` of `backing`.
@@ -94,14 +109,12 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// The host address of the first byte.
-    #[inline]
-    pub(crate) fn as_ptr(&self) -> *mut u8 {
-        self.ram.start.as_ptr().cast()
+    /// The host address of the first byte. It may be kept beside the mapping, not longer.
+    pub(crate) fn host_addr(&self) -> HostAddr {
+        HostAddr(self.ram.start.cast())
     }
 
     /// The length in bytes, without the guard pages.
-    #[inline]
     pub(crate) fn len(&self) -> usize {
         self.ram.len.get()
     }
@@ -138,7 +151,7 @@ impl Drop for Mapping {
 
 impl fmt::Debug for Mapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Mapping({:p} + {:#x})", self.as_ptr(), self.len())
+        write!(f, "Mapping({:p} + {:#x})", self.ram.start, self.len())
     }
 }
 
@@ -341,7 +354,7 @@ mod tests {
         let small = backing(16 << 20);
         for offset in [0, page, 2 << 20, (2 << 20) + 3 * page, (4 << 20) - page] {
             for size in [page, 1 << 20, 2 << 20, 4 << 20] {
-                let host = map(&small, offset, size).as_ptr().addr() as u64;
+                let host = map(&small, offset, size).ram.start.addr().get() as u64;
                 assert_eq!(
                     host % (2 << 20),
                     offset % (2 << 20),
@@ -351,7 +364,7 @@ mod tests {
         }
         let large = backing(5 << 30);
         for offset in [0, page, 1 << 30, (1 << 30) + (2 << 20)] {
-            let host = map(&large, offset, 2 << 30).as_ptr().addr() as u64;
+            let host = map(&large, offset, 2 << 30).ram.start.addr().get() as u64;
             assert_eq!(host % (1 << 30), offset % (1 << 30), "{offset:#x}");
         }
     }
@@ -364,7 +377,7 @@ mod tests {
         assert_eq!(mapping.reserved.len.get(), (4 << 20) + 2 * page);
         assert_eq!(
             mapping.reserved.start.addr().get() + page,
-            mapping.as_ptr().addr()
+            mapping.ram.start.addr().get()
         );
     }
 

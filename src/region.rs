@@ -4,6 +4,9 @@
     reason = "vm-memory's VolatileSlice is made from a raw pointer"
 )]
 
+use std::fmt;
+use std::sync::Arc;
+
 use vm_memory::bitmap::{BS, Bitmap, NewBitmap};
 use vm_memory::guest_memory::{Error as AccessError, Result as AccessResult};
 use vm_memory::{
@@ -14,14 +17,14 @@ use vm_memory::{
 use crate::backing::{ShmBacking, page_size_of};
 use crate::error::Result;
 use crate::layout::GuestRange;
-use crate::mapping::{Advice, Mapping, to_usize};
+use crate::mapping::{Advice, HostAddr, Mapping, to_usize};
 use crate::options::RamOptions;
 
 /// A contiguous range of guest RAM: one shared mapping of a part of a [`ShmBacking`].
 ///
 /// Implements vm-memory's `GuestMemoryRegion`; `B` is the dirty bitmap, `()` for none. It is
 /// always shared (`MAP_SHARED`), always has a descriptor, and always lies inside its backing.
-/// Dropping it unmaps it.
+/// It is a handle: a clone is the same region, and the last one unmaps it.
 ///
 /// ```
 /// use guest_memory_shm::{GuestMemoryShm, GuestRegionShm, RamOptions};
@@ -36,11 +39,18 @@ use crate::options::RamOptions;
 /// assert!(memory.write_obj(42u32, GuestAddress(4 << 30)).is_err());
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
-#[derive(Debug)]
-// What a look-up reads comes first, in one cache line.
-#[repr(C, align(64))]
+// All that an access reads, in half a cache line.
+#[repr(align(32))]
 pub struct GuestRegionShm<B = ()> {
     range: GuestRange,
+    host: HostAddr,
+    shared: Arc<Shared<B>>,
+}
+
+/// What the handles of a region share.
+#[derive(Debug)]
+struct Shared<B> {
+    /// Where the handles' `host` points to.
     mapping: Mapping,
     bitmap: B,
     file_offset: FileOffset,
@@ -94,10 +104,13 @@ impl<B: NewBitmap> GuestRegionShm<B> {
         let mapping = Mapping::new(backing, offset, range.size(), advice)?;
         Ok(Self {
             range,
-            bitmap: B::with_len(mapping.len()),
-            mapping,
-            file_offset: FileOffset::from_arc(backing.file().clone(), offset),
-            backing: backing.clone(),
+            host: mapping.host_addr(),
+            shared: Arc::new(Shared {
+                bitmap: B::with_len(mapping.len()),
+                mapping,
+                file_offset: FileOffset::from_arc(backing.file().clone(), offset),
+                backing: backing.clone(),
+            }),
         })
     }
 }
@@ -110,12 +123,12 @@ impl<B> GuestRegionShm<B> {
 
     /// The backing that the region is a part of.
     pub fn backing(&self) -> &ShmBacking {
-        &self.backing
+        &self.shared.backing
     }
 
     /// Where the region starts in its backing, in bytes.
     pub fn offset(&self) -> u64 {
-        self.file_offset.start()
+        self.shared.file_offset.start()
     }
 
     /// The offset of `addr` in the region, if it is in it.
@@ -131,7 +144,29 @@ impl<B> GuestRegionShm<B> {
     /// it: no reference to it may be made, and it is accessed by volatile or atomic operations.
     #[inline]
     pub fn as_ptr(&self) -> *mut u8 {
-        self.mapping.as_ptr()
+        self.host.as_ptr()
+    }
+}
+
+impl<B> Clone for GuestRegionShm<B> {
+    /// Another handle of the same region: nothing is copied or mapped.
+    fn clone(&self) -> Self {
+        Self {
+            range: self.range,
+            host: self.host,
+            shared: self.shared.clone(),
+        }
+    }
+}
+
+impl<B> fmt::Debug for GuestRegionShm<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestRegionShm")
+            .field("range", &format_args!("{}", self.range))
+            .field("mapping", &self.shared.mapping)
+            .field("offset", &format_args!("{:#x}", self.offset()))
+            .field("backing", &self.shared.backing)
+            .finish()
     }
 }
 
@@ -155,7 +190,7 @@ impl<B: Bitmap> GuestMemoryRegion for GuestRegionShm<B> {
 
     #[inline]
     fn bitmap(&self) -> BS<'_, Self::B> {
-        self.bitmap.slice_at(0)
+        self.shared.bitmap.slice_at(0)
     }
 
     #[inline]
@@ -168,7 +203,7 @@ impl<B: Bitmap> GuestMemoryRegion for GuestRegionShm<B> {
     }
 
     fn file_offset(&self) -> Option<&FileOffset> {
-        Some(&self.file_offset)
+        Some(&self.shared.file_offset)
     }
 
     #[inline]
@@ -185,15 +220,18 @@ impl<B: Bitmap> GuestMemoryRegion for GuestRegionShm<B> {
         }
         let at = to_usize(offset.0);
         let start = self.as_ptr().wrapping_add(at);
-        // SAFETY: `start..start + count` lies in the mapping, as just checked, and the mapping
-        // lives as long as `self`, which the slice borrows. The RAM is only ever accessed by
-        // volatile or atomic operations: this crate makes no reference to it.
-        Ok(unsafe { VolatileSlice::with_bitmap(start, count, self.bitmap.slice_at(at), None) })
+        // SAFETY: `start..start + count` lies in the mapping, which has the length of the range,
+        // as just checked. The mapping lives as long as `self.shared`, and so as `self`, which the
+        // slice borrows. The RAM is only ever accessed by volatile or atomic operations: this
+        // crate makes no reference to it.
+        Ok(unsafe {
+            VolatileSlice::with_bitmap(start, count, self.shared.bitmap.slice_at(at), None)
+        })
     }
 
     #[cfg(target_os = "linux")]
     fn is_hugetlbfs(&self) -> Option<bool> {
-        Some(self.backing.is_hugetlb())
+        Some(self.shared.backing.is_hugetlb())
     }
 }
 

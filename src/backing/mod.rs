@@ -115,6 +115,9 @@ impl ShmBacking {
     /// is left behind.
     pub fn create(options: &RamOptions, len: u64) -> Result<Self> {
         let page_size = check_creation(options, len)?;
+        if let PageSize::Huge(_) = options.page_size() {
+            check_pool(len / page_size, page_size)?;
+        }
         let (file, kind) = match (options.backing(), options.page_size()) {
             (Backing::Memfd, PageSize::Huge(_)) => (
                 memfd::create(len, Some(page_size))?,
@@ -328,7 +331,8 @@ pub(crate) fn page_size_of(options: &RamOptions) -> Result<u64> {
     }
 }
 
-/// Everything about a new backing that can be checked without creating it; gives its page size.
+/// Everything about a new backing that can be checked without creating it, but the pool of huge
+/// pages, which several backings may share; gives its page size.
 pub(crate) fn check_creation(options: &RamOptions, len: u64) -> Result<u64> {
     let page_size = page_size_of(options)?;
     if len == 0 || i64::try_from(len).is_err() {
@@ -344,9 +348,6 @@ pub(crate) fn check_creation(options: &RamOptions, len: u64) -> Result<u64> {
         });
     }
     check_file_size_limit(len)?;
-    if let PageSize::Huge(_) = options.page_size() {
-        check_pool(len / page_size, page_size)?;
-    }
     Ok(page_size)
 }
 

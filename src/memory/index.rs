@@ -1,35 +1,51 @@
 //! From a guest address to the region that holds it, in constant time.
 //!
 //! The span from the first region to the last is cut into at most 4,096 equal buckets of a power
-//! of two bytes. Each bucket names the region that has most of it. As long as at most one region
-//! touches each bucket, which the choice of the bucket size sees to in every realistic layout,
-//! that region holds the address, or none does; otherwise a binary search follows.
+//! of two bytes. Each bucket names the region that has most of it. Buckets are chosen so small
+//! that, in every realistic layout, nearly all RAM is named by its bucket; the little that is not
+//! (low memory of a PC, beside the RAM above it) is found by a binary search.
 
 use std::sync::Arc;
 
 use crate::layout::GuestRange;
 use crate::mapping::to_usize;
+use crate::region::GuestRegionShm;
 
-/// Enough for 509 memory slots of different sizes, and 32 KiB at most: they stay in the cache.
+/// Enough for 509 memory slots of different sizes, and 128 KiB at most.
 const MAX_BUCKETS: u64 = 4096;
 
-/// The index of a sorted set of disjoint ranges, each with what lies there.
+/// The part of the RAM that may be left to the binary search for the sake of fewer buckets, which
+/// stay in the cache: one byte in so many.
+const SEARCHED: u64 = 1024;
+
+/// The index of sorted, disjoint regions.
 ///
-/// The buckets hold the ranges' owners themselves, not numbers of them: a look-up is one load.
-#[derive(Debug)]
-pub(super) struct Index<T> {
-    /// The first address of the first range.
+/// The buckets hold handles of the regions, with all that an access needs: a look-up and the
+/// access behind it read one cache line.
+pub(super) struct Index<R> {
+    /// The first address of the first region.
     start: u64,
     /// The logarithm of the size of a bucket in bytes.
     shift: u32,
-    /// For each bucket the owner of the range that has most of it, or any if none touches it.
-    buckets: Arc<[T]>,
+    /// For each bucket the region that has most of it, or any if none touches it.
+    buckets: Arc<[R]>,
 }
 
-impl<T: Clone> Index<T> {
-    /// The index of `owners` of ranges, which must be sorted and disjoint.
-    pub(super) fn new(owners: &[T], range_of: impl Fn(&T) -> GuestRange) -> Self {
-        let ranges: Vec<GuestRange> = owners.iter().map(range_of).collect();
+/// Something at a range of addresses: a region.
+pub(super) trait Placed: Clone {
+    fn range(&self) -> GuestRange;
+}
+
+impl<B> Placed for GuestRegionShm<B> {
+    fn range(&self) -> GuestRange {
+        GuestRegionShm::range(self)
+    }
+}
+
+impl<R: Placed> Index<R> {
+    /// The index of `regions`, which must be sorted and disjoint.
+    pub(super) fn new(regions: &[Arc<R>]) -> Self {
+        let ranges: Vec<GuestRange> = regions.iter().map(|region| region.range()).collect();
         let (Some(first), Some(last)) = (ranges.first(), ranges.last()) else {
             return Self {
                 start: 0,
@@ -43,18 +59,14 @@ impl<T: Clone> Index<T> {
         let mut touching = 0;
         let buckets = (0..=span >> shift)
             .map(|bucket| {
-                let first_addr = start + (bucket << shift);
-                let last_addr = first_addr.saturating_add((1 << shift) - 1);
+                let (first_addr, last_addr) = bucket_at(start, shift, bucket);
                 while ranges[touching].last_addr().0 < first_addr {
                     touching += 1;
                 }
                 let largest = (touching..ranges.len())
                     .take_while(|at| ranges[*at].start_addr().0 <= last_addr)
-                    .max_by_key(|at| {
-                        let range = ranges[*at];
-                        range.last_addr().0.min(last_addr) - range.start_addr().0.max(first_addr)
-                    });
-                owners[largest.unwrap_or(touching)].clone()
+                    .max_by_key(|at| common(&ranges[*at], first_addr, last_addr));
+                R::clone(&regions[largest.unwrap_or(touching)])
             })
             .collect();
         Self {
@@ -64,17 +76,17 @@ impl<T: Clone> Index<T> {
         }
     }
 
-    /// The owner of the range that holds `addr`, unless a smaller one in the same bucket does, or
-    /// none.
+    /// The region that holds `addr`, if the bucket of `addr` names it; otherwise another, or none.
+    /// None if no region holds it, for all addresses behind the last region.
     #[inline]
-    pub(super) fn get(&self, addr: u64) -> Option<&T> {
-        // Below the first range this is some number, with or without a bucket.
+    pub(super) fn get(&self, addr: u64) -> Option<&R> {
+        // Below the first region this is some number, with or without a bucket.
         let bucket = addr.wrapping_sub(self.start) >> self.shift;
         self.buckets.get(to_usize(bucket))
     }
 }
 
-impl<T> Clone for Index<T> {
+impl<R> Clone for Index<R> {
     fn clone(&self) -> Self {
         Self {
             start: self.start,
@@ -84,25 +96,53 @@ impl<T> Clone for Index<T> {
     }
 }
 
-/// The logarithm of the smallest size of a bucket that gives few enough of them; larger as long as
-/// no two ranges come to touch the same bucket, because fewer buckets stay in the cache.
-fn bucket_shift(ranges: &[GuestRange], start: u64, span: u64) -> u32 {
-    let mut shift = 0;
-    while span >> shift >= MAX_BUCKETS {
-        shift += 1;
-    }
-    while shift < u64::BITS - 1 && span >> shift > 0 && separates(ranges, start, shift + 1) {
-        shift += 1;
-    }
-    shift
+/// The first and the last address of a bucket.
+fn bucket_at(start: u64, shift: u32, bucket: u64) -> (u64, u64) {
+    let first = start + (bucket << shift);
+    (first, first.saturating_add((1 << shift) - 1))
 }
 
-/// Whether at most one range touches each bucket of 2^shift bytes.
-fn separates(ranges: &[GuestRange], start: u64, shift: u32) -> bool {
+/// How many bytes a range that touches `first..=last` has of it, less one.
+fn common(range: &GuestRange, first: u64, last: u64) -> u64 {
+    range.last_addr().0.min(last) - range.start_addr().0.max(first)
+}
+
+/// The logarithm of the size of a bucket: the largest that leaves little to the binary search,
+/// but no smaller than `MAX_BUCKETS` allows.
+fn bucket_shift(ranges: &[GuestRange], start: u64, span: u64) -> u32 {
+    let smallest = (0..u64::BITS - 1)
+        .find(|shift| span >> shift < MAX_BUCKETS)
+        .unwrap_or(u64::BITS - 1);
+    let total: u64 = ranges.iter().map(GuestRange::size).sum();
+    (smallest + 1..u64::BITS)
+        .take_while(|shift| span >> (shift - 1) > 0)
+        .take_while(|shift| searched(ranges, start, *shift) <= total / SEARCHED)
+        .last()
+        .unwrap_or(smallest)
+}
+
+/// How many bytes of RAM are not named by their bucket.
+fn searched(ranges: &[GuestRange], start: u64, shift: u32) -> u64 {
     let bucket = |addr: u64| (addr - start) >> shift;
-    ranges
-        .windows(2)
-        .all(|pair| bucket(pair[0].last_addr().0) != bucket(pair[1].start_addr().0))
+    let mut searched = 0;
+    // Only the first and the last bucket that a range touches can be shared with another one.
+    let mut shared: Option<(u64, u64)> = None;
+    for pair in ranges.windows(2) {
+        let at = bucket(pair[1].start_addr().0);
+        if bucket(pair[0].last_addr().0) != at {
+            shared = None;
+            continue;
+        }
+        let (first, last) = bucket_at(start, shift, at);
+        let largest = match shared {
+            Some((before, largest)) if before == at => largest,
+            _ => common(&pair[0], first, last) + 1,
+        };
+        let next = common(&pair[1], first, last) + 1;
+        searched += largest.min(next);
+        shared = Some((at, largest.max(next)));
+    }
+    searched
 }
 
 #[cfg(test)]
@@ -110,6 +150,12 @@ mod tests {
     use vm_memory::GuestAddress;
 
     use super::*;
+
+    impl Placed for GuestRange {
+        fn range(&self) -> GuestRange {
+            *self
+        }
+    }
 
     fn ranges(places: &[(u64, u64)]) -> Vec<GuestRange> {
         places
@@ -119,7 +165,8 @@ mod tests {
     }
 
     fn index(ranges: &[GuestRange]) -> Index<GuestRange> {
-        Index::new(ranges, |range| *range)
+        let ranges: Vec<_> = ranges.iter().map(|range| Arc::new(*range)).collect();
+        Index::new(&ranges)
     }
 
     fn holds(range: &GuestRange, addr: u64) -> bool {
@@ -138,13 +185,34 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_names_the_range_that_has_most_of_it() {
-        // A PC's low memory shares the first bucket with the RAM above it.
-        let low = ranges(&[(0, 640 << 10), (1 << 20, 64 << 30)]);
+    fn low_memory_of_a_pc_costs_no_buckets() {
+        let low = ranges(&[(0, 640 << 10), (1 << 20, 3 << 30), (4 << 30, 60 << 30)]);
         let index = index(&low);
-        assert!(index.buckets.len() <= 4097, "{}", index.buckets.len());
+        assert!(index.buckets.len() <= 32, "{}", index.buckets.len());
         assert_eq!(index.get(2 << 20), Some(&low[1]));
-        assert_eq!(index.get(60 << 30), Some(&low[1]));
+        assert_eq!(index.get(60 << 30), Some(&low[2]));
+    }
+
+    #[test]
+    fn a_bucket_names_the_range_that_has_most_of_it() {
+        // More small ranges than buckets, and a hole: every bucket is shared.
+        let many: Vec<_> = (0..20_000)
+            .map(|n| (n * 0x3000, 0x1000 + (n % 2) * 0x1000))
+            .collect();
+        let many = ranges(&many);
+        let index = index(&many);
+        assert!(index.buckets.len() as u64 <= MAX_BUCKETS);
+        for (at, named) in index.buckets.iter().enumerate() {
+            let (first, last) = bucket_at(index.start, index.shift, at as u64);
+            let touching =
+                |range: &&GuestRange| range.start_addr().0 <= last && range.last_addr().0 >= first;
+            let most = many
+                .iter()
+                .filter(touching)
+                .map(|range| common(range, first, last))
+                .max();
+            assert_eq!(most, Some(common(named, first, last)));
+        }
     }
 
     #[test]

@@ -56,7 +56,7 @@ use index::Index;
 pub struct GuestMemoryShm<B = ()> {
     /// Sorted by address, disjoint.
     regions: Arc<[Arc<GuestRegionShm<B>>]>,
-    index: Index<Arc<GuestRegionShm<B>>>,
+    index: Index<GuestRegionShm<B>>,
 }
 
 impl<B: NewBitmap> GuestMemoryShm<B> {
@@ -157,7 +157,7 @@ impl<B> GuestMemoryShm<B> {
     /// The regions must be sorted and disjoint.
     fn index(regions: Vec<Arc<GuestRegionShm<B>>>) -> Self {
         Self {
-            index: Index::new(&regions, |region| region.range()),
+            index: Index::new(&regions),
             regions: regions.into(),
         }
     }
@@ -194,7 +194,7 @@ impl<B: Bitmap> GuestMemoryShm<B> {
     /// Each region is mapped once more, shared, at another host address: both memories see the
     /// same bytes, and each lives as long as it is used. The bitmaps are separate: writes through
     /// one are not marked in the other. Its host addresses are not those of
-    /// [`memory_table`](Self::memory_table).
+    /// `memory_table`.
     ///
     /// # Errors
     ///

@@ -15,7 +15,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{dup, ftruncate};
 use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 
-use crate::support::{PAGE, assert_refused, in_own_process_leaving_nothing};
+use crate::isolation::{PAGE, assert_refused, in_own_process_leaving_nothing};
 
 const MIB: u64 = 1 << 20;
 

@@ -7,10 +7,10 @@ use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, GuestAddress, VolatileMemory};
 
 use crate::bad_input::{build, huge};
-use crate::proc::leaves_nothing;
-use crate::support::{
+use crate::isolation::{
     HugePool, PAGE, assert_refused, in_own_process, in_own_process_leaving_nothing,
 };
+use crate::proc::leaves_nothing;
 
 const MIB: u64 = 1 << 20;
 const HUGE: u64 = 2 * MIB;

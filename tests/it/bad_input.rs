@@ -9,7 +9,7 @@ use guest_memory_shm::{
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::support::{PAGE, assert_refused, in_own_process_leaving_nothing};
+use crate::isolation::{PAGE, assert_refused, in_own_process_leaving_nothing};
 
 const MIB: u64 = 1 << 20;
 const HUGE: u64 = 2 * MIB;

@@ -15,8 +15,9 @@ use nix::unistd::{geteuid, pipe};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::fork::dies_of;
+use crate::isolation::{PAGE, assert_refused, in_own_process};
 use crate::proc::leaves_nothing;
-use crate::support::{PAGE, assert_refused, in_own_process, skip};
+use crate::support::skip;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;

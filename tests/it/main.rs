@@ -1,5 +1,8 @@
 //! The crate's integration tests, one binary; each module is about one topic.
-
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of tests: where they fail, the test that called them fails"
+)]
 #![allow(
     clippy::cast_possible_truncation,
     reason = "patterns in tests are cut to bytes, and addresses to usize"
@@ -12,10 +15,13 @@ mod bad_input;
 mod bad_system;
 mod drop_in;
 mod fork;
+mod isolation;
 mod mapping;
 mod mapping_huge;
 mod model;
 mod model_collection;
+mod peers;
 mod proc;
+mod share;
 mod support;
 mod threads;

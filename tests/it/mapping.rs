@@ -17,8 +17,8 @@ use vm_memory::{
 };
 
 use crate::fork::{dies_of_reading, dies_of_writing};
+use crate::isolation::{PAGE, in_own_process};
 use crate::proc::{has_vm_flag, leaves_nothing, maps_in, smaps_at};
-use crate::support::{PAGE, in_own_process};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;

@@ -14,8 +14,8 @@ use std::os::fd::AsFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::fork::dies_of_reading;
+use crate::isolation::{HugePool, PAGE, in_own_process};
 use crate::proc::{has_vm_flag, leaves_nothing, maps_in, smaps_at, smaps_value};
-use crate::support::{HugePool, PAGE, in_own_process};
 
 const MIB: u64 = 1 << 20;
 const HUGE: u64 = 2 * MIB;

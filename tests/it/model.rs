@@ -16,7 +16,7 @@ use vm_memory::{
 };
 
 use crate::answers::{ask, read_and_write};
-use crate::support::PAGE;
+use crate::isolation::PAGE;
 
 type Ours = GuestMemoryShm<AtomicBitmap>;
 type Model = GuestMemoryMmap<AtomicBitmap>;

@@ -11,9 +11,9 @@ use vm_memory::{
     GuestRegionCollection, GuestRegionCollectionError as ModelError,
 };
 
+use crate::isolation::{PAGE, in_own_process};
 use crate::model::runner;
 use crate::proc::{leaves_nothing, maps_in};
-use crate::support::{PAGE, in_own_process};
 
 type Region = Arc<GuestRegionShm>;
 type Model = GuestRegionCollection<GuestRegionShm>;
@@ -41,11 +41,15 @@ fn place() -> impl Strategy<Value = (u64, u64)> {
     (0..PAGES, prop_oneof![3 => 1..3u64, 1 => 3..9u64])
 }
 
+/// What tells regions apart: each is mapped elsewhere.
+fn place_of(region: &GuestRegionShm) -> (usize, GuestAddress, u64) {
+    (region.as_ptr().addr(), region.start_addr(), region.len())
+}
+
 /// Asserts that the two hold the very same regions, and find them alike.
 fn assert_same(ours: &GuestMemoryShm, model: &Model) {
-    let regions = |memory: Vec<&GuestRegionShm>| -> Vec<_> {
-        memory.into_iter().map(std::ptr::from_ref).collect()
-    };
+    let regions =
+        |memory: Vec<&GuestRegionShm>| -> Vec<_> { memory.into_iter().map(place_of).collect() };
     assert_eq!(
         regions(ours.iter().collect()),
         regions(model.iter().collect())
@@ -56,7 +60,7 @@ fn assert_same(ours: &GuestMemoryShm, model: &Model) {
         for addr in [page * PAGE, page * PAGE + 4095] {
             let addr = GuestAddress(addr);
             let found = [ours.find_region(addr), model.find_region(addr)];
-            let [ours, model] = found.map(|region| region.map(std::ptr::from_ref));
+            let [ours, model] = found.map(|region| region.map(place_of));
             assert_eq!(ours, model, "{addr:?}");
         }
     }

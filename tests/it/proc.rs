@@ -89,7 +89,7 @@ pub(crate) struct Holdings {
 impl Holdings {
     /// Whether the process has no more than it had before.
     ///
-    /// Only a process that does nothing else can say so: see `support::in_own_process`.
+    /// Only a process that does nothing else can say so: see `isolation::in_own_process`.
     pub(crate) fn now() -> Self {
         let mut mappings = maps();
         let reserved = mappings
@@ -152,7 +152,7 @@ pub(crate) fn leaves_nothing<R>(scenario: impl FnOnce() -> R) -> R {
 
 #[test]
 fn holdings_see_a_descriptor_a_mapping_and_a_reservation() {
-    super::support::in_own_process(|| {
+    super::isolation::in_own_process(|| {
         let nothing = Holdings::now();
         let backing =
             guest_memory_shm::ShmBacking::create(&guest_memory_shm::RamOptions::new(), 4096)

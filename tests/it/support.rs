@@ -1,18 +1,20 @@
 //! What several tests need: peers that may be missing, and a look at this process.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, Write};
-use std::path::PathBuf;
-use std::process::Command;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::{Flock, FlockArg};
-use nix::unistd::geteuid;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
 
 /// The path of a program that a test needs, or `None` after printing why the test is skipped.
 ///
 /// With `REQUIRE_PEERS` set, as in CI, a missing program is a failure.
-#[allow(dead_code, reason = "for the tests with real peers")]
 pub(crate) fn peer(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path)
@@ -41,186 +43,166 @@ pub(crate) fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs a test in a process of its own: this binary once more, with nothing but that test.
-///
-/// For tests that count what the process has, or change what belongs to all of it: limits, the
-/// mount namespace. To be called from the test itself, with all of it as the closure: the name of
-/// the closure's type says which test it is.
-pub(crate) fn in_own_process<F: FnOnce()>(test: F) {
-    const MARK: &str = "GUEST_MEMORY_SHM_OWN_PROCESS";
-    let path = std::any::type_name::<F>();
-    let name = path
-        .split_once("::")
-        .and_then(|(_, name)| name.strip_suffix("::{{closure}}"))
-        .expect("the closure is written in a test");
-    if std::env::var_os(MARK).is_some() {
-        return test();
+/// Ends and reaps a process that a test started, however the test ends.
+pub(crate) struct Process(pub(crate) Child);
+
+impl Process {
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.0.id()).unwrap())
     }
-    let output = Command::new(std::env::current_exe().expect("procfs is mounted"))
-        .args(["--exact", name, "--nocapture", "--test-threads=1"])
-        .env(MARK, name)
-        .output()
-        .expect("this binary can be run");
-    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
-    let (out, err) = (text(&output.stdout), text(&output.stderr));
-    // The reason of a skip is for the one who runs the tests.
-    for line in err.lines().filter(|line| line.starts_with("skipped: ")) {
-        eprintln!("{line}");
+
+    /// Stops it; when this returns it does not run any more.
+    pub(crate) fn stop(&self) {
+        kill(self.pid(), Signal::SIGSTOP).unwrap();
+        let status = waitpid(self.pid(), Some(WaitPidFlag::WUNTRACED)).unwrap();
+        assert_eq!(status, WaitStatus::Stopped(self.pid(), Signal::SIGSTOP));
     }
-    if !output.status.success() {
-        HugePool::restore_after_death();
+
+    /// Kills it; when this returns it is gone.
+    pub(crate) fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
     }
-    assert!(output.status.success(), "{}\n{out}\n{err}", output.status);
-    // Without this a wrong name would pass: then no test is run at all.
-    assert!(out.contains("1 passed"), "{name} was not run: {out}");
 }
 
-/// The base page size in bytes.
-pub(crate) const PAGE: u64 = 4096;
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
-/// A pool of huge pages that has as many to give as a test needs; it is put back on drop, also
-/// when the test fails, and by whoever comes next when it dies.
+/// A qemu-storage-daemon that serves an image by vhost-user-blk.
+pub(crate) struct StorageDaemon {
+    pub(crate) process: Process,
+    pub(crate) socket: PathBuf,
+    /// Keeps its monitor open.
+    _monitor: BufReader<ChildStdout>,
+}
+
+impl StorageDaemon {
+    /// Serves `image`, with at most `bytes_per_second` if given. `None`: it is not installed, and
+    /// the test is to be skipped.
+    pub(crate) fn start(image: &Path, bytes_per_second: Option<u64>) -> Option<Self> {
+        let program = peer("qemu-storage-daemon")?;
+        let socket = image.with_extension("sock");
+        let mut command = Command::new(program);
+        if let Some(rate) = bytes_per_second {
+            let group = format!("throttle-group,id=slow,x-bps-total={rate}");
+            command.args(["--object", &group]);
+        }
+        let file = format!("driver=file,node-name=file,filename={}", image.display());
+        command.args(["--blockdev", &file]);
+        let node = match bytes_per_second {
+            Some(_) => "driver=throttle,node-name=disk,throttle-group=slow,file=file",
+            None => "driver=raw,node-name=disk,file=file",
+        };
+        let export = format!(
+            "type=vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path={},writable=on",
+            socket.display()
+        );
+        // Its monitor greets when the export is there: no need to look for the socket.
+        let mut child = command
+            .args(["--blockdev", node, "--export", &export])
+            .args(["--chardev", "stdio,id=m", "--monitor", "chardev=m"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut monitor = BufReader::new(child.stdout.take().unwrap());
+        let process = Process(child);
+        let mut greeting = String::new();
+        monitor.read_line(&mut greeting).unwrap();
+        assert!(greeting.contains("QMP"), "{greeting}");
+        Some(Self {
+            process,
+            socket,
+            _monitor: monitor,
+        })
+    }
+}
+
+/// Runs the rest of the calling test in a process of its own: true there, and false, after it has
+/// passed there, in the process that called.
 ///
-/// One at a time on the whole machine: in this process ([`alone`]), and among all that use this
-/// guard (a lock on a file).
-pub(crate) struct HugePool {
-    page_size: u64,
-    /// What is to be put back stands in the locked file, also when this process dies.
-    lock: Flock<File>,
+/// For tests that count what belongs to the whole process while other tests run beside them.
+pub(crate) fn in_own_process(test: &str) -> bool {
+    const INSIDE: &str = "GUEST_MEMORY_SHM_TEST_INSIDE";
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(INSIDE, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}\n{errors}");
+    assert!(text.contains("1 passed"), "no test is named {test}: {text}");
+    false
+}
+
+/// More huge pages of 2 MiB than before, until it is dropped.
+///
+/// Nobody else changes or counts the pool meanwhile: neither a test of this process nor one of
+/// another, as far as it takes the same lock.
+pub(crate) struct HugePages {
+    before: String,
+    _file: Flock<File>,
     _alone: MutexGuard<'static, ()>,
 }
 
-impl HugePool {
-    /// Sets the pool of `page_size` bytes so that exactly `pages` can be had, or prints why that
-    /// is not possible.
-    pub(crate) fn with_available(page_size: u64, pages: u64) -> Option<Self> {
-        let pool = Self::try_with_available(page_size, pages);
-        pool.inspect_err(|reason| skip(reason)).ok()
-    }
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
-    /// As [`with_available`](Self::with_available), but without a word on failure.
-    pub(crate) fn try_with_available(page_size: u64, pages: u64) -> Result<Self, String> {
-        if !geteuid().is_root() {
-            return Err("only root may change the pools of huge pages".to_owned());
-        }
-        if !pool_dir(page_size).is_dir() {
-            return Err(format!("the kernel has no huge pages of {page_size} bytes"));
-        }
-        let this = Self::lock(page_size);
-        let in_use = this.number("nr_hugepages") - this.available();
-        set_pool_total(page_size, in_use + pages);
-        if this.available() != pages || this.number("nr_overcommit_hugepages") != 0 {
-            return Err(format!(
-                "{pages} huge pages of {page_size} bytes cannot be had"
-            ));
-        }
-        Ok(this)
-    }
-
-    fn lock(page_size: u64) -> Self {
+impl HugePages {
+    /// Adds `pages` to the pool. `None`: that cannot be, and the test is to be skipped.
+    pub(crate) fn add(pages: u64) -> Option<Self> {
         let alone = alone();
-        let path = std::env::temp_dir().join("guest-memory-shm-huge-pages.lock");
-        let file = File::options()
-            .create(true)
-            .read(true)
-            .append(true)
-            .open(path);
-        let file = file.expect("the directory for temporary files can be written");
-        let lock = Flock::lock(file, FlockArg::LockExclusive);
-        let mut lock = lock.expect("a file can be locked");
-        put_back(&mut lock);
-        let total_before = pool_number(page_size, "nr_hugepages");
-        write!(lock, "{page_size} {total_before}").expect("the file can be written");
-        Self {
-            page_size,
-            lock,
+        let lock = std::env::temp_dir().join("guest-memory-shm-hugepages.lock");
+        let file = File::create(lock).unwrap();
+        let file = Flock::lock(file, FlockArg::LockExclusive)
+            .map_err(|(_, e)| e)
+            .unwrap();
+        let Ok(before) = fs::read_to_string(POOL) else {
+            skip("there are no huge pages of 2 MiB");
+            return None;
+        };
+        let wanted = before.trim().parse::<u64>().unwrap() + pages;
+        if let Err(error) = fs::write(POOL, wanted.to_string()) {
+            skip(&format!(
+                "the pool of huge pages cannot be changed: {error}"
+            ));
+            return None;
+        }
+        let pool = Self {
+            before,
+            _file: file,
             _alone: alone,
+        };
+        let got: u64 = fs::read_to_string(POOL).unwrap().trim().parse().unwrap();
+        if got < wanted {
+            skip(&format!(
+                "the pool has {got} huge pages, {wanted} are needed"
+            ));
+            return None;
         }
-    }
-
-    /// Puts back the pool that a process changed that died meanwhile.
-    fn restore_after_death() {
-        if geteuid().is_root() {
-            drop(Self::lock(2 << 20));
-        }
-    }
-
-    /// Unused pages.
-    pub(crate) fn free(&self) -> u64 {
-        self.number("free_hugepages")
-    }
-
-    /// Unused pages that are promised.
-    pub(crate) fn reserved(&self) -> u64 {
-        self.number("resv_hugepages")
-    }
-
-    fn available(&self) -> u64 {
-        self.free() - self.reserved()
-    }
-
-    fn number(&self, name: &str) -> u64 {
-        pool_number(self.page_size, name)
+        Some(pool)
     }
 }
 
-impl Drop for HugePool {
+impl Drop for HugePages {
     fn drop(&mut self) {
-        put_back(&mut self.lock);
-    }
-}
-
-/// Puts the pool back that the locked file names, if it names one, and empties the file.
-fn put_back(lock: &mut File) {
-    let mut text = String::new();
-    lock.rewind().expect("a file can be rewound");
-    lock.read_to_string(&mut text).expect("a file can be read");
-    if let Some((page_size, total)) = text.split_once(' ') {
-        let page_size = page_size.parse().expect("it is a number");
-        set_pool_total(page_size, total.parse().expect("it is a number"));
-    }
-    lock.set_len(0).expect("a file can be emptied");
-}
-
-/// The kernel gives as many pages as it can, and no error.
-fn set_pool_total(page_size: u64, pages: u64) {
-    let path = pool_dir(page_size).join("nr_hugepages");
-    fs::write(path, pages.to_string()).expect("we are root");
-}
-
-fn pool_dir(page_size: u64) -> PathBuf {
-    let kib = page_size / 1024;
-    PathBuf::from(format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB"))
-}
-
-fn pool_number(page_size: u64, name: &str) -> u64 {
-    let text = fs::read_to_string(pool_dir(page_size).join(name)).expect("sysfs is mounted");
-    text.trim().parse().expect("it is a number")
-}
-
-/// Asserts that a result is an error of a variant, with exactly this text.
-macro_rules! assert_refused {
-    ($result:expr, $variant:pat, $text:expr $(,)?) => {
-        match $result {
-            Err(error) => {
-                assert!(matches!(error, $variant), "{error:?}");
-                assert_eq!(error.to_string(), $text);
-            }
-            Ok(accepted) => panic!("accepted: {accepted:?}"),
+        if let Err(error) = fs::write(POOL, &self.before) {
+            eprintln!("the pool of huge pages stays as it is: {error}");
         }
-    };
+    }
 }
-pub(crate) use assert_refused;
 
-/// Runs `scenario` in a process of its own, and asserts that it leaves nothing.
-///
-/// It runs twice: what the first call makes for good, in libraries, is not counted.
-macro_rules! in_own_process_leaving_nothing {
-    ($scenario:expr) => {
-        $crate::support::in_own_process(|| {
-            $scenario();
-            $crate::proc::leaves_nothing($scenario);
-        })
-    };
+/// Lets this process have as many descriptors as it may; says how many.
+pub(crate) fn raise_descriptor_limit() -> u64 {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    hard
 }
-pub(crate) use in_own_process_leaving_nothing;

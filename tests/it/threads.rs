@@ -13,8 +13,8 @@ use vm_memory::{
     GuestMemoryError, GuestMemoryRegion, Permissions,
 };
 
+use crate::isolation::{PAGE, in_own_process};
 use crate::proc::{Holdings, leaves_nothing, maps};
-use crate::support::{PAGE, in_own_process};
 
 /// Where the region comes and goes.
 const PLUGGED: GuestAddress = GuestAddress(4 << 30);

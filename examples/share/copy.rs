@@ -1,0 +1,196 @@
+//! The two copies: the disk to a file, and a file to the disk.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use guest_memory_shm::GuestMemoryShm;
+use indicatif::ProgressBar;
+use nix::sys::resource::{Resource, getrlimit};
+use tempfile::NamedTempFile;
+use vm_memory::Bytes;
+
+use crate::daemon::LocalDaemon;
+use crate::disk::{Buffer, SECTOR, total};
+use crate::failure::{Failure, OrFail, Result};
+use crate::report::size;
+use crate::session::Session;
+
+/// A file that takes the disk's contents. It has another name until it is complete.
+pub(crate) struct Output {
+    file: NamedTempFile,
+    path: PathBuf,
+}
+
+impl Output {
+    pub(crate) fn create(path: &Path) -> Result<Self> {
+        let refuse = |reason: &str| {
+            let path = path.display();
+            Err(Failure::new(format!("cannot write {path}: {reason}")))
+        };
+        // The rename at the end would put a plain file in the place of whatever is there.
+        if let Ok(metadata) = fs::metadata(path)
+            && !metadata.is_file()
+        {
+            return refuse("it exists and is no regular file, give another name");
+        }
+        let (Some(name), Some(directory)) = (path.file_name(), path.parent()) else {
+            return refuse("it has no file name");
+        };
+        let here = Path::new(".");
+        let directory = if directory.as_os_str().is_empty() {
+            here
+        } else {
+            directory
+        };
+        let mut prefix = name.to_owned();
+        prefix.push(".");
+        let file = tempfile::Builder::new()
+            .prefix(&prefix)
+            .suffix(".partial")
+            // As File::create would: the umask takes its share.
+            .permissions(fs::Permissions::from_mode(0o666))
+            .tempfile_in(directory)
+            .or_fail(|| format!("cannot write {}", path.display()))?;
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Copies the whole disk to the file.
+    pub(crate) fn fill(&mut self, session: &mut Session, bar: &ProgressBar) -> Result<u64> {
+        let len = session.capacity;
+        let path = self.path.display();
+        if let Ok((limit, _)) = getrlimit(Resource::RLIMIT_FSIZE)
+            && len > limit
+        {
+            // The kernel would end this process with SIGXFSZ.
+            return Err(Failure::new(format!(
+                "cannot write {path}: a file of {} exceeds RLIMIT_FSIZE, which is {}: raise it \
+                 (ulimit -f)",
+                size(len),
+                size(limit)
+            )));
+        }
+        let file = self.file.as_file_mut();
+        let Session { disk, ram, .. } = session;
+        disk.read(ram, len, bar, |memory, offset, buffers| {
+            for (addr, length) in buffers {
+                memory
+                    .write_all_volatile_to(*addr, file, *length as usize)
+                    .or_fail(|| format!("cannot write {path} at byte {offset}"))?;
+            }
+            Ok(())
+        })?;
+        Ok(len)
+    }
+
+    /// Has the file written back, and gives it its name, which is returned.
+    pub(crate) fn complete(self) -> Result<PathBuf> {
+        let doing = || format!("cannot complete {}", self.path.display());
+        self.file.as_file().sync_all().or_fail(doing)?;
+        let renamed = self.file.persist(&self.path);
+        renamed
+            .map_err(|refused| refused.error)
+            .or_fail(|| format!("cannot complete {}", self.path.display()))?;
+        Ok(self.path)
+    }
+}
+
+/// A file that is to be copied to the disk.
+pub(crate) struct Input {
+    file: File,
+    path: PathBuf,
+    len: u64,
+}
+
+impl Input {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let doing = || format!("cannot read {}", path.display());
+        // Opening a FIFO would wait for its writer.
+        let kind = fs::metadata(path).or_fail(doing)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let problem = "it is no regular file and no block device";
+            return Err(Failure::new(format!("{}: {problem}", doing())));
+        }
+        let mut file = File::open(path).or_fail(doing)?;
+        let len = file.seek(SeekFrom::End(0)).or_fail(doing)?;
+        file.rewind().or_fail(doing)?;
+        if !len.is_multiple_of(SECTOR) {
+            let padded = len.next_multiple_of(SECTOR);
+            let path = path.display();
+            return Err(Failure::new(format!(
+                "cannot write {path} to a disk: it has {len} bytes, which are no whole sectors of \
+                 {SECTOR}: pad it, for example with truncate -s {padded} {path}"
+            )));
+        }
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            len,
+        })
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Copies the file to the start of the disk.
+    pub(crate) fn drain(&mut self, session: &mut Session, bar: &ProgressBar) -> Result<u64> {
+        let (len, path) = (self.len, self.path.display());
+        if len > session.capacity {
+            return Err(Failure::new(format!(
+                "{path} has {} and the disk only {}: nothing was written, enlarge the disk first \
+                 or give a smaller file",
+                size(len),
+                size(session.capacity)
+            )));
+        }
+        let file = &mut self.file;
+        let Session { disk, ram, .. } = session;
+        disk.write(ram, len, bar, |memory, offset, buffers| {
+            fill(memory, file, buffers).or_fail(|| format!("cannot read {path} at byte {offset}"))
+        })?;
+        Ok(len)
+    }
+
+    /// Compares the daemon's disk with the file, without a virtqueue.
+    pub(crate) fn check(&mut self, daemon: &LocalDaemon) -> Result<()> {
+        let doing = || format!("cannot read {} once more", self.path.display());
+        self.file.rewind().or_fail(doing)?;
+        let mut expected = vec![0; 1 << 20];
+        let mut offset = 0;
+        while offset < self.len {
+            let left = usize::try_from(self.len - offset).unwrap_or(usize::MAX);
+            let part = left.min(expected.len());
+            self.file.read_exact(&mut expected[..part]).or_fail(doing)?;
+            daemon.check_disk(offset, &expected[..part])?;
+            offset += part as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Reads from `file` into guest RAM until `buffers` are full.
+fn fill(
+    memory: &GuestMemoryShm,
+    file: &mut File,
+    buffers: &[Buffer],
+) -> std::result::Result<(), Box<dyn std::error::Error>> {
+    for (addr, length) in buffers {
+        let (mut addr, mut left) = (*addr, *length as usize);
+        while left > 0 {
+            match memory.read_volatile_from(addr, file, left)? {
+                0 => return Err("it became shorter meanwhile".into()),
+                count => {
+                    addr.0 += count as u64;
+                    left -= count;
+                }
+            }
+        }
+    }
+    log::trace!("{} from the file", size(total(buffers)));
+    Ok(())
+}

@@ -1,0 +1,155 @@
+//! The guest's RAM: two regions around a PCI hole on one descriptor, and one to be hot-added.
+
+use std::sync::Arc;
+
+use guest_memory_shm::mock::RingLayout;
+use guest_memory_shm::{
+    GuestMemoryShm, GuestRange, GuestRegionShm, MemoryTable, RamOptions, ram_around_hole,
+};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
+
+use crate::failure::{Failure, OrFail, Result};
+use crate::report::size;
+
+const GIB: u64 = 1 << 30;
+/// Where a PC has its PCI hole at the latest, and where RAM goes on behind it.
+const HOLE_START: u64 = 3 * GIB;
+const HOLE_END: u64 = 4 * GIB;
+/// Regions begin and end at multiples of this, which suits huge pages too.
+const REGION_ALIGN: u64 = 2 << 20;
+
+/// Where the virtqueue lies, with the headers and the status bytes of requests.
+pub(crate) const RINGS: GuestAddress = GuestAddress(0x1000);
+pub(crate) const QUEUE_SIZE: u16 = 128;
+/// What the lowest region keeps for the virtqueue.
+const RINGS_END: u64 = 64 << 10;
+
+/// Bytes of a buffer, and how many of them each region carries.
+pub(crate) const BUFFER: u32 = 128 << 10;
+const BUFFERS_PER_REGION: u64 = 8;
+const BUFFERS_SIZE: u64 = BUFFER as u64 * BUFFERS_PER_REGION;
+
+/// The size of the region that is hot-added.
+const PLUG_SIZE: u64 = REGION_ALIGN;
+
+// Also the smallest region has room for all of it.
+const _: () = assert!(RINGS_END + BUFFERS_SIZE <= REGION_ALIGN);
+
+/// The RAM as the guest sees it, and the region beside it.
+#[derive(Debug)]
+pub(crate) struct Ram {
+    seen: GuestMemoryAtomic<GuestMemoryShm>,
+    plug: Arc<GuestRegionShm>,
+}
+
+impl Ram {
+    /// RAM of `size` bytes, and the region that will be hot-added.
+    ///
+    /// Both are made at once, so that a shortage shows now and not when the guest is running.
+    pub(crate) fn new(ram_size: u64, options: &RamOptions) -> Result<Self> {
+        if ram_size < 2 * REGION_ALIGN || !ram_size.is_multiple_of(REGION_ALIGN) {
+            return Err(Failure::new(format!(
+                "guest RAM of {} cannot be: the rings and buffers on both sides of the hole need \
+                 {}, and the regions are whole huge pages of {}: give a larger multiple with --ram",
+                size(ram_size),
+                size(2 * REGION_ALIGN),
+                size(REGION_ALIGN)
+            )));
+        }
+        debug_assert!(RingLayout::required_size(QUEUE_SIZE) <= RINGS_END - RINGS.0);
+
+        let doing = || format!("cannot create {} of guest RAM", size(ram_size));
+        let ranges = around_hole(ram_size).or_fail(doing)?;
+        let end = ranges.iter().map(|(addr, size)| addr.0 + size).max();
+        let plug_addr = end.and_then(|end| end.checked_next_multiple_of(GIB));
+        let plug_addr = GuestAddress(plug_addr.unwrap_or(u64::MAX));
+
+        let all = GuestMemoryShm::<()>::builder()
+            .with_ram(options.clone(), ranges)
+            .with_ram(options.clone(), [(plug_addr, PLUG_SIZE)])
+            .build()
+            .or_fail(doing)?;
+        let (booted, plug) = all.remove_region(plug_addr, PLUG_SIZE).or_fail(doing)?;
+        Ok(Self {
+            seen: GuestMemoryAtomic::new(booted),
+            plug,
+        })
+    }
+
+    /// For the guest's driver, which sees every change from then on.
+    pub(crate) fn atomic(&self) -> GuestMemoryAtomic<GuestMemoryShm> {
+        self.seen.clone()
+    }
+
+    /// What the guest sees now.
+    pub(crate) fn memory(&self) -> GuestMemoryShm {
+        GuestMemoryShm::clone(&self.seen.memory())
+    }
+
+    /// What a daemon is to hold now.
+    pub(crate) fn table(&self) -> MemoryTable {
+        self.seen.memory().memory_table()
+    }
+
+    /// The region that is hot-added and removed.
+    pub(crate) fn plug(&self) -> GuestRange {
+        self.plug.range()
+    }
+
+    /// The memory with the hot-added region.
+    pub(crate) fn plugged(&self) -> guest_memory_shm::Result<GuestMemoryShm> {
+        self.seen.memory().insert_region(Arc::clone(&self.plug))
+    }
+
+    /// The memory without it.
+    pub(crate) fn unplugged(&self) -> guest_memory_shm::Result<GuestMemoryShm> {
+        let plug = self.plug();
+        let (memory, _) = self
+            .seen
+            .memory()
+            .remove_region(plug.start_addr(), plug.size())?;
+        Ok(memory)
+    }
+
+    /// Makes the guest see `memory` from now on.
+    pub(crate) fn publish(&self, memory: GuestMemoryShm) -> Result<()> {
+        let seen = self.seen.lock();
+        let seen = seen.map_err(|_| Failure::new("another thread broke the guest's memory"))?;
+        seen.replace(memory);
+        Ok(())
+    }
+}
+
+/// PC-like RAM: the hole ends at 4 GiB. RAM that would fit below it is split all the same, by a
+/// hole that starts in its middle.
+fn around_hole(size: u64) -> guest_memory_shm::Result<Vec<(GuestAddress, u64)>> {
+    let half = size / 2;
+    let start = match size > HOLE_START {
+        true => HOLE_START,
+        false => half - half % REGION_ALIGN,
+    };
+    let hole = GuestRange::new(GuestAddress(start), HOLE_END - start)?;
+    ram_around_hole(size, hole)
+}
+
+/// The buffers of `memory`, one region after the other in turn, so that neighbours in the list lie
+/// in different regions.
+pub(crate) fn buffers(memory: &GuestMemoryShm) -> Vec<GuestAddress> {
+    let starts: Vec<u64> = memory
+        .arc_regions()
+        .iter()
+        .map(|region| region.range())
+        .map(|range| match range.start_addr() < RINGS {
+            true => RINGS_END,
+            false => range.start_addr().0,
+        })
+        .collect();
+    (0..BUFFERS_PER_REGION)
+        .flat_map(|index| {
+            starts
+                .iter()
+                .map(move |start| start + index * u64::from(BUFFER))
+        })
+        .map(GuestAddress)
+        .collect()
+}

@@ -1,0 +1,120 @@
+//! What a run did, for people.
+
+use std::fmt::{self, Write as _};
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::time::Duration;
+
+use vhost::vhost_user::VhostUserProtocolFeatures;
+
+use crate::failure::{OrFail, Result};
+use crate::session::Session;
+
+/// The lines of the report so far.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    text: String,
+}
+
+impl Report {
+    /// A headline, and a blank line before it.
+    pub(crate) fn section(&mut self, title: impl fmt::Display) {
+        let gap = if self.text.is_empty() { "" } else { "\n" };
+        self.add(format_args!("{gap}{title}"));
+    }
+
+    /// A line with a name and a value.
+    pub(crate) fn line(&mut self, name: &str, value: impl fmt::Display) {
+        self.add(format_args!("  {name:<18}{value}"));
+    }
+
+    /// Lines that are indented as they come.
+    pub(crate) fn block(&mut self, block: impl fmt::Display) {
+        for line in block.to_string().lines() {
+            self.add(format_args!("  {line}"));
+        }
+    }
+
+    /// What the daemon is.
+    pub(crate) fn daemon(&mut self, path: &Path, local: bool, session: &Session) {
+        let place = if local { " (in this process)" } else { "" };
+        self.section("Daemon");
+        self.line("socket", format_args!("{}{place}", path.display()));
+        self.line(
+            "virtio features",
+            virtio_features(session.device.features()),
+        );
+        let protocol = session.device.protocol_features();
+        self.line("protocol features", protocol_features(protocol));
+        match session.slots() {
+            Some(slots) => self.line("memory slots", slots),
+            None => self.line(
+                "memory slots",
+                "none: it takes whole tables of up to 8 regions",
+            ),
+        }
+        self.line("capacity", size(session.capacity));
+    }
+
+    /// How much went which way, and how fast.
+    pub(crate) fn io(&mut self, name: &str, bytes: u64, time: Duration) {
+        let rate = bytes as f64 / f64::from(1 << 20) / time.as_secs_f64().max(1e-9);
+        self.line(name, format_args!("{}, {rate:.0} MiB/s", size(bytes)));
+    }
+
+    /// Writes the report to standard output.
+    pub(crate) fn print(&self) -> Result<()> {
+        let mut out = io::stdout().lock();
+        out.write_all(self.text.as_bytes())
+            .and_then(|()| out.flush())
+            .or_fail(|| "cannot print the report")
+    }
+
+    fn add(&mut self, line: fmt::Arguments<'_>) {
+        // Writing to a string does not fail.
+        let _ = writeln!(self.text, "{line}");
+    }
+}
+
+/// A number of bytes: exactly, and in a unit that a person can read.
+pub(crate) fn size(bytes: u64) -> String {
+    let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let exact = units
+        .iter()
+        .find(|(shift, _)| bytes >= 1 << shift && bytes.is_multiple_of(1 << shift));
+    match exact {
+        Some((shift, unit)) => format!("{} {unit}", bytes >> shift),
+        None => format!("{bytes} bytes"),
+    }
+}
+
+/// The features of virtio and of virtio-blk, by the names of the virtio specification.
+fn virtio_features(bits: u64) -> String {
+    const NAMES: [(u32, &str); 14] = [
+        (1, "SIZE_MAX"),
+        (2, "SEG_MAX"),
+        (5, "RO"),
+        (6, "BLK_SIZE"),
+        (9, "FLUSH"),
+        (11, "CONFIG_WCE"),
+        (12, "MQ"),
+        (13, "DISCARD"),
+        (14, "WRITE_ZEROES"),
+        (28, "INDIRECT_DESC"),
+        (29, "EVENT_IDX"),
+        (30, "PROTOCOL_FEATURES"),
+        (32, "VERSION_1"),
+        (34, "RING_PACKED"),
+    ];
+    let set = (0..u64::BITS).filter(|bit| bits & 1 << bit != 0);
+    let names = set.map(|bit| match NAMES.iter().find(|(known, _)| *known == bit) {
+        Some((_, name)) => (*name).to_owned(),
+        None => format!("bit {bit}"),
+    });
+    format!("{} ({bits:#x})", names.collect::<Vec<_>>().join(", "))
+}
+
+fn protocol_features(features: VhostUserProtocolFeatures) -> String {
+    let names: Vec<&str> = features.iter_names().map(|(name, _)| name).collect();
+    format!("{} ({:#x})", names.join(", "), features.bits())
+}

@@ -1,0 +1,206 @@
+//! Each misbehaviour of the mock, as the share's owner meets it.
+
+use super::*;
+
+const FAULTS: [FaultKind; 5] = [
+    FaultKind::Refuse,
+    FaultKind::NeverAnswer,
+    FaultKind::HangUpBefore,
+    FaultKind::HangUpAfter,
+    FaultKind::AnswerThenHangUp,
+];
+
+/// Lets a daemon that offers all, one or none of the two features play `fault` at the first change
+/// and at later ones, and checks everything about it.
+fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) {
+    let first = memory(&[0]);
+    let more = with(&first, &[1]);
+    // Each is one change, so that it is known which change meets the fault.
+    let updates = match slots {
+        true => [
+            (&first, "add the region 0x0..=0xfffff (1 MiB)"),
+            (&more, "add the region 0x100000..=0x1fffff (1 MiB)"),
+            (&first, "remove the region 0x100000..=0x1fffff (1 MiB)"),
+        ],
+        false => [
+            (&first, "take a memory table of 1 regions"),
+            (&more, "take a memory table of 2 regions"),
+            (&first, "take a memory table of 1 regions"),
+        ],
+    };
+    for failing in 0..updates.len() {
+        let change = failing as u64 + 1;
+        let peer = Peer::start(builder.clone().with_fault(Fault::new(change, fault)));
+        let (mut share, _) = peer.share();
+        for (memory, _) in &updates[..failing] {
+            let _ = share.update(&memory.memory_table()).unwrap();
+        }
+        if fault == FaultKind::NeverAnswer {
+            share = share.with_time_limit(Duration::from_millis(100));
+        }
+        let before = share.table().clone();
+        let (memory, text) = updates[failing];
+        let error = share.update(&memory.memory_table()).unwrap_err();
+        let case = format!("{fault:?} at {change}, acks {acks}, slots {slots}: {error:?}");
+        match fault {
+            FaultKind::Refuse if acks => {
+                assert!(matches!(error, Error::DaemonRefused { .. }), "{case}");
+            }
+            FaultKind::NeverAnswer => {
+                assert!(matches!(error, Error::DaemonSilent { .. }), "{case}");
+            }
+            _ => assert!(matches!(error, Error::DaemonHungUp { .. }), "{case}"),
+        }
+        assert!(error.to_string().contains(text), "{error}");
+        assert_eq!(share.broken(), Some(error.to_string().as_str()));
+        assert_eq!(peer.daemon.pending_faults(), 0, "{case}");
+        if !slots {
+            assert_eq!(share.table(), &before, "{case}");
+        }
+
+        peer.daemon.clear_requests();
+        for (memory, _) in updates {
+            let refused = share.update(&memory.memory_table()).unwrap_err();
+            assert!(matches!(refused, Error::ShareBroken { .. }), "{refused}");
+        }
+        assert_eq!(peer.daemon.requests(), [], "a broken share sends nothing");
+
+        // It serves one front-end at a time: the broken one has to go first.
+        drop(share.into_sink());
+        let (mut share, _) = peer.share();
+        let _ = share.update(&more.memory_table()).unwrap();
+        peer.holds(&more.memory_table());
+    }
+}
+
+fn play_all() {
+    for fault in FAULTS {
+        for (acks, slots) in [(true, true), (true, false), (false, true), (false, false)] {
+            let mut builder = MockDaemon::builder();
+            if !acks {
+                builder = builder.without_reply_ack();
+            }
+            if !slots {
+                builder = builder.without_mem_slots();
+            }
+            play(fault, &builder, acks, slots);
+        }
+    }
+}
+
+#[test]
+fn each_misbehaviour_has_its_error_and_breaks_the_share() {
+    play_all();
+}
+
+/// How many descriptors and threads this process has.
+fn counts() -> (usize, usize) {
+    let count = |path| fs::read_dir(path).unwrap().count();
+    (count("/proc/self/fd"), count("/proc/self/task"))
+}
+
+#[test]
+fn misbehaviour_leaves_no_descriptor_and_no_thread() {
+    let test = "share::faults::misbehaviour_leaves_no_descriptor_and_no_thread";
+    if !support::in_own_process(test) {
+        return;
+    }
+    // What is made once stays: the second time counts.
+    play_all();
+    let before = counts();
+    play_all();
+    // The kernel forgets a thread a moment after it was joined.
+    let deadline = Instant::now() + PATIENCE;
+    while counts() != before && Instant::now() < deadline {
+        thread::yield_now();
+    }
+    assert_eq!(counts(), before);
+    // The counts count.
+    let _held = (
+        File::open("/dev/null").unwrap(),
+        Peer::start(MockDaemon::builder()),
+    );
+    let now = counts();
+    assert!(
+        now.0 >= before.0 + 2 && now.1 > before.1,
+        "{before:?} {now:?}"
+    );
+}
+
+#[test]
+fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
+    for fault in FAULTS {
+        let peer = Peer::start(MockDaemon::builder().with_fault(Fault::new(2, fault)));
+        let (mut share, _) = peer.share();
+        if fault == FaultKind::NeverAnswer {
+            share = share.with_time_limit(Duration::from_millis(100));
+        }
+        let memory = memory(&[0, 1, 2]);
+        assert!(share.update(&memory.memory_table()).is_err());
+        peer.daemon.hang_up();
+        peer.daemon.wait_disconnected(PATIENCE).unwrap();
+        let (frontend, device) = peer.connect();
+        drop(share.reconnect(frontend, device.protocol_features()));
+        assert_eq!(share.broken(), None);
+        let mut share = share.with_time_limit(PATIENCE);
+        let report = share.update(&memory.memory_table()).unwrap();
+        assert_eq!(report.added(), 3, "{fault:?}");
+        peer.holds(&memory.memory_table());
+        let _ = share
+            .update(&without(&memory, &[1]).memory_table())
+            .unwrap();
+        peer.holds(&without(&memory, &[1]).memory_table());
+    }
+}
+
+#[test]
+fn a_late_answer_within_the_limit_is_waited_for() {
+    let delay = Duration::from_millis(150);
+    for builder in [
+        MockDaemon::builder(),
+        MockDaemon::builder().without_reply_ack(),
+    ] {
+        let peer = Peer::start(builder.with_fault(Fault::answer_late(1, delay)));
+        let (mut share, _) = peer.share();
+        let memory = memory(&[0, 1]);
+        let start = Instant::now();
+        let _ = share.update(&memory.memory_table()).unwrap();
+        assert!(start.elapsed() >= delay);
+        peer.holds(&memory.memory_table());
+        assert_eq!(peer.daemon.pending_faults(), 0);
+    }
+}
+
+#[test]
+fn an_answer_after_the_limit_is_too_late() {
+    let hour = Duration::from_secs(3600);
+    let peer = Peer::start(MockDaemon::builder().with_fault(Fault::answer_late(1, hour)));
+    let (share, _) = peer.share();
+    let mut share = share.with_time_limit(Duration::from_millis(100));
+    let late = share.update(&memory(&[0]).memory_table()).unwrap_err();
+    assert!(matches!(late, Error::DaemonSilent { .. }), "{late}");
+    assert!(late.to_string().contains("within 100ms"), "{late}");
+    // It hung up, so that the answer is never taken for another one's.
+    peer.daemon.wait_disconnected(PATIENCE).unwrap();
+}
+
+#[test]
+fn after_a_hang_up_the_whole_present_table_is_sent_anew() {
+    let peer = Peer::start(MockDaemon::builder());
+    let (mut share, _) = peer.share();
+    let first = memory(&[0, 1]);
+    let _ = share.update(&first.memory_table()).unwrap();
+    peer.daemon.hang_up();
+    peer.daemon.wait_disconnected(PATIENCE).unwrap();
+    let now = with(&first, &[2, 3, 4, 5, 6, 7, 8, 9]);
+    let lost = share.update(&now.memory_table()).unwrap_err();
+    assert!(matches!(lost, Error::DaemonHungUp { .. }), "{lost}");
+
+    peer.daemon.clear_requests();
+    let (frontend, device) = peer.connect();
+    drop(share.reconnect(frontend, device.protocol_features()));
+    assert_eq!(share.table(), &MemoryTable::default());
+    let report = share.update(&now.memory_table()).unwrap();
+    assert_eq!((report.removed(), report.added()), (0, 10));
+    peer.holds(&now.memory_table());
+}

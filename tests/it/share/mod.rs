@@ -1,0 +1,151 @@
+//! `VhostUserShare` over real sockets: what the daemon holds, and what happens when it fails.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use guest_memory_shm::mock::{
+    BlkDevice, BlkDriver, BlkError, Fault, FaultKind, LoggedRequest, MockDaemon, MockDaemonBuilder,
+};
+use guest_memory_shm::{
+    Backing, Error, GuestMemoryShm, GuestRegionShm, HangUp, MemTableSink, MemoryTable, RamOptions,
+    SinkError, SlotLimit, TableRegion, VhostUserShare,
+};
+use tempfile::TempDir;
+use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::support::{self, StorageDaemon};
+
+mod daemon;
+mod faults;
+mod table;
+
+const MIB: u64 = 1 << 20;
+/// For what comes at once unless something is wrong.
+const PATIENCE: Duration = Duration::from_secs(10);
+const RINGS: GuestAddress = GuestAddress(0x1000);
+const DISK: u64 = 64 << 10;
+
+/// A mock on a socket in a directory of its own.
+struct Peer {
+    daemon: MockDaemon,
+    _directory: TempDir,
+}
+
+impl Peer {
+    fn start(builder: MockDaemonBuilder) -> Peer {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("blk.sock");
+        Peer {
+            daemon: builder.with_disk_size(DISK).start(socket).unwrap(),
+            _directory: directory,
+        }
+    }
+
+    fn connect(&self) -> (Frontend, BlkDevice) {
+        negotiate(UnixStream::connect(self.daemon.path().unwrap()).unwrap())
+    }
+
+    fn share(&self) -> (VhostUserShare<Frontend>, BlkDevice) {
+        let (frontend, device) = self.connect();
+        let share = VhostUserShare::new(frontend, device.protocol_features());
+        (share.with_time_limit(PATIENCE), device)
+    }
+
+    /// Asserts that the daemon maps exactly the parts of files that are in `table`.
+    #[track_caller]
+    fn holds(&self, table: &MemoryTable) {
+        let held: Vec<_> = self
+            .daemon
+            .table()
+            .iter()
+            .map(|r| (r.guest_addr, r.size, r.mmap_offset, r.device, r.inode))
+            .collect();
+        let expected: Vec<_> = table
+            .regions()
+            .iter()
+            .map(|region| {
+                let identity = region.backing().identity();
+                let range = region.range();
+                let offset = region.mmap_offset();
+                (
+                    range.start_addr(),
+                    range.size(),
+                    offset,
+                    identity.dev,
+                    identity.ino,
+                )
+            })
+            .collect();
+        assert_eq!(held, expected);
+    }
+
+    /// The messages about the table since the log was cleared; addresses in MiB.
+    fn changes(&self) -> Vec<(&'static str, Vec<u64>)> {
+        let mib = |addr: GuestAddress| addr.0 / MIB;
+        let requests = self.daemon.requests();
+        let changes = requests.iter().filter_map(|request| match request {
+            LoggedRequest::SetMemTable(regions) => {
+                Some(("SET", regions.iter().map(|r| mib(r.guest_addr)).collect()))
+            }
+            LoggedRequest::AddMemRegion(region) => Some(("ADD", vec![mib(region.guest_addr)])),
+            LoggedRequest::RemoveMemRegion(region) => Some(("REM", vec![mib(region.guest_addr)])),
+            _ => None,
+        });
+        changes.collect()
+    }
+}
+
+fn negotiate(stream: UnixStream) -> (Frontend, BlkDevice) {
+    let mut frontend = Frontend::from_stream(stream, 1);
+    let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
+    let device = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
+    (frontend, device)
+}
+
+/// Regions of 1 MiB at these addresses in MiB, each on a descriptor of its own.
+fn regions(starts: &[u64]) -> Vec<Arc<GuestRegionShm>> {
+    starts
+        .iter()
+        .map(|start| GuestRegionShm::new(GuestAddress(start * MIB), MIB, &RamOptions::new()))
+        .map(|region| Arc::new(region.unwrap()))
+        .collect()
+}
+
+fn memory(starts: &[u64]) -> GuestMemoryShm {
+    GuestMemoryShm::from_arc_regions(regions(starts)).unwrap()
+}
+
+/// `memory` with the regions at `starts` replaced or added by new ones.
+fn with(memory: &GuestMemoryShm, starts: &[u64]) -> GuestMemoryShm {
+    let mut all = memory.arc_regions();
+    all.retain(|region| !starts.contains(&(region.range().start_addr().0 / MIB)));
+    all.extend(regions(starts));
+    GuestMemoryShm::from_arc_regions(all).unwrap()
+}
+
+fn without(memory: &GuestMemoryShm, starts: &[u64]) -> GuestMemoryShm {
+    let mut all = memory.arc_regions();
+    all.retain(|region| !starts.contains(&(region.range().start_addr().0 / MIB)));
+    GuestMemoryShm::from_arc_regions(all).unwrap()
+}
+
+/// Starts the queue in `memory`, which the share has sent.
+fn driver<'a>(
+    memory: &'a GuestMemoryShm,
+    share: &mut VhostUserShare<Frontend>,
+    device: &BlkDevice,
+) -> BlkDriver<&'a GuestMemoryShm> {
+    let driver = BlkDriver::new(memory, RINGS, 16)
+        .unwrap()
+        .with_time_limit(PATIENCE);
+    let table = share.table().clone();
+    let started = device.start_queue(share.sink_mut(), 0, &driver, |addr| table.user_addr(addr));
+    started.unwrap();
+    driver
+}
