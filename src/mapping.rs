@@ -99,6 +99,9 @@ impl Mapping {
         advice: Advice,
     ) -> Result<Self> {
         backing.check_inside(offset, size)?;
+        if !backing.is_on_tmpfs() {
+            rehearse(backing, offset, size)?;
+        }
         let reserved = Reservation::new(size, offset, large_page(size, backing))?;
         let ram = reserved.map(backing, offset)?;
         let mapping = reserved.into_mapping(ram);
@@ -154,8 +157,8 @@ impl fmt::Debug for Mapping {
 
 impl Span {
     fn unmap(self) {
-        // SAFETY: spans are only made of address space that this module reserved and still owns,
-        // and are unmapped only when their owner is dropped or trims what it never hands out: no
+        // SAFETY: spans are only made of address space that this module reserved and still owns
+        // (no failed MAP_FIXED has torn a hole into it, see `rehearse`), and are unmapped only when their owner is dropped or trims what it never hands out: no
         // pointer into them is in use. Whole reservations hold whole hugetlb mappings, so the
         // length needs no rounding to huge pages.
         let answer = unsafe { munmap(self.start, self.len.get()) };
@@ -218,13 +221,11 @@ impl Reservation {
     }
 
     /// Maps the backing over the middle of the reservation.
+    ///
+    /// A file's own mmap must not fail here, see [`rehearse`].
     fn map(&self, backing: &ShmBacking, offset: u64) -> Result<Span> {
         let size = self.ram.len.get() as u64;
-        let at = i64::try_from(offset).map_err(|_| Error::OutsideBacking {
-            offset,
-            size,
-            len: backing.len(),
-        })?;
+        let at = file_offset(backing, offset, size)?;
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
         // No MAP_NORESERVE: hugetlb mappings must reserve their pages now, or else touching them
         // is SIGBUS when the pool is empty. Pages of a tmpfs are not accounted here anyway.
@@ -254,6 +255,35 @@ impl Reservation {
         std::mem::forget(self);
         Mapping { reserved, ram }
     }
+}
+
+/// Maps a part of a backing anywhere, and unmaps it again, to learn whether it can be mapped.
+///
+/// MAP_FIXED takes away what was there before it asks the file, and does not put it back when the
+/// file's answer is no, as that of a short hugetlb pool: then there is a hole in the reservation,
+/// another thread may map something into it, and giving the reservation back would unmap that.
+/// Where the file says yes now, it says so then too: the huge pages are promised to the inode, and
+/// stay promised. A tmpfs never says no.
+fn rehearse(backing: &ShmBacking, offset: u64, size: u64) -> Result<()> {
+    let at = file_offset(backing, offset, size)?;
+    let failed = |errno| map_error(backing, size, errno);
+    let len = NonZeroUsize::new(to_usize(size)).ok_or_else(|| failed(Errno::EINVAL))?;
+    let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses, and nobody is told
+    // of the mapping.
+    let answer = unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, backing, at) };
+    let start = answer.map_err(failed)?;
+    Span { start, len }.unmap();
+    Ok(())
+}
+
+/// An offset in a backing as mmap(2) takes it.
+fn file_offset(backing: &ShmBacking, offset: u64, size: u64) -> Result<i64> {
+    i64::try_from(offset).map_err(|_| Error::OutsideBacking {
+        offset,
+        size,
+        len: backing.len(),
+    })
 }
 
 impl Drop for Reservation {

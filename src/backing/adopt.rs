@@ -113,18 +113,36 @@ struct Found {
 }
 
 fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
-    let metadata = file.metadata().map_err(|source| Error::Adopt {
-        doing: "fstat",
-        source,
-    })?;
-    if !metadata.is_file() {
+    let found = fstat(file)?;
+    if !found.is_file() {
         return Err(Error::AdoptNotMemory {
-            found: type_name(metadata.file_type()),
+            found: type_name(found.file_type()),
         });
     }
     check_read_write(file)?;
     let (kind, page_size) = file_system(file, policy)?;
-    let len = metadata.len();
+    // Before the seals, so that a refused file is not sealed; and once more behind them, because
+    // its owner could change its length until then, and a length that is not true is SIGBUS.
+    check_len(found.len(), page_size, policy)?;
+    let seals = check_seals(file, policy.seals)?;
+    let metadata = fstat(file)?;
+    check_len(metadata.len(), page_size, policy)?;
+    Ok(Found {
+        metadata,
+        page_size,
+        kind,
+        seals,
+    })
+}
+
+fn fstat(file: &File) -> Result<std::fs::Metadata> {
+    file.metadata().map_err(|source| Error::Adopt {
+        doing: "fstat",
+        source,
+    })
+}
+
+fn check_len(len: u64, page_size: u64, policy: &AdoptPolicy) -> Result<()> {
     if len == 0 || len < policy.min_len {
         return Err(Error::AdoptTooShort {
             len,
@@ -137,13 +155,7 @@ fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
             page_size,
         });
     }
-    let seals = check_seals(file, policy.seals)?;
-    Ok(Found {
-        metadata,
-        page_size,
-        kind,
-        seals,
-    })
+    Ok(())
 }
 
 fn type_name(found: std::fs::FileType) -> &'static str {

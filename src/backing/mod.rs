@@ -215,6 +215,14 @@ impl ShmBacking {
         )
     }
 
+    /// Whether it is a file on a tmpfs: a memfd of base pages or POSIX shared memory.
+    pub(crate) fn is_on_tmpfs(&self) -> bool {
+        matches!(
+            self.inner.kind,
+            BackingKind::Memfd | BackingKind::PosixShm | BackingKind::AdoptedShm
+        )
+    }
+
     /// The seals on it, empty where the file cannot be sealed.
     pub fn seals(&self) -> Seals {
         self.inner.seals

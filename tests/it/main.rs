@@ -3,7 +3,25 @@
     clippy::unwrap_used,
     reason = "helpers of tests: where they fail, the test that called them fails"
 )]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "patterns in tests are cut to bytes, and addresses to usize"
+)]
 
+mod answers;
+mod bad_descriptor;
+mod bad_huge_pages;
+mod bad_input;
+mod bad_system;
+mod drop_in;
+mod fork;
+mod isolation;
+mod mapping;
+mod mapping_huge;
+mod model;
+mod model_collection;
 mod peers;
+mod proc;
 mod share;
 mod support;
+mod threads;

@@ -1,0 +1,321 @@
+//! Numbers that make no sense: refused before anything is created, by an error that names the
+//! value, the limit and the way out.
+
+use std::sync::Arc;
+
+use guest_memory_shm::{
+    Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, PageSize, RamOptions, ShmBacking,
+    ram_around_hole,
+};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::isolation::{PAGE, assert_refused, in_own_process_leaving_nothing};
+
+const MIB: u64 = 1 << 20;
+const HUGE: u64 = 2 * MIB;
+/// The last page that a range can have: one that ends at 2^64 cannot be expressed.
+const LAST_PAGE: u64 = u64::MAX - 2 * PAGE + 1;
+
+fn kind(kind: Backing) -> RamOptions {
+    RamOptions::new().with_backing(kind)
+}
+
+pub(crate) fn huge(size: u64) -> RamOptions {
+    RamOptions::new().with_page_size(PageSize::Huge(Some(size)))
+}
+
+/// A memory of a good range on a memfd, and of `ranges` with `options` behind it.
+pub(crate) fn build(options: RamOptions, ranges: &[(u64, u64)]) -> Result<GuestMemoryShm, Error> {
+    let ranges: Vec<_> = ranges
+        .iter()
+        .map(|(addr, size)| (GuestAddress(*addr), *size))
+        .collect();
+    GuestMemoryShm::builder()
+        .with_ram(RamOptions::new(), [(GuestAddress(1 << 50), PAGE)])
+        .with_ram(options, ranges)
+        .build()
+}
+
+#[test]
+fn what_is_accepted_here_is_what_the_refusals_are_measured_by() {
+    let memory = build(kind(Backing::PosixShm), &[(0, PAGE), (LAST_PAGE, PAGE)]).unwrap();
+    assert_eq!(memory.num_regions(), 3);
+    assert_eq!(memory.last_addr(), GuestAddress(u64::MAX - PAGE));
+}
+
+#[test]
+fn size_0_is_refused() {
+    in_own_process_leaving_nothing!(|| {
+        for options in [kind(Backing::Memfd), kind(Backing::PosixShm), huge(HUGE)] {
+            assert_refused!(
+                build(options.clone(), &[(0, HUGE), (0x1000_0000, 0)]),
+                Error::EmptyRange {
+                    start: GuestAddress(0x1000_0000)
+                },
+                "the range at guest address 0x10000000 has size 0: give it at least one page",
+            );
+            assert_refused!(
+                ShmBacking::create(&options, 0),
+                Error::BackingTooLong { size: 0, .. },
+                "a backing of 0 bytes cannot exist: it must have 1 to 9223372036854775807 bytes",
+            );
+        }
+        assert_refused!(
+            GuestRegionShm::<()>::new(GuestAddress(PAGE), 0, &RamOptions::new()),
+            Error::EmptyRange { .. },
+            "the range at guest address 0x1000 has size 0: give it at least one page",
+        );
+        let hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30).unwrap();
+        assert_refused!(
+            ram_around_hole(0, hole),
+            Error::EmptyRange { .. },
+            "the range at guest address 0x0 has size 0: give it at least one page",
+        );
+    });
+}
+
+#[test]
+fn a_size_that_is_not_whole_pages_is_refused() {
+    in_own_process_leaving_nothing!(|| {
+        for options in [kind(Backing::Memfd), kind(Backing::PosixShm)] {
+            let text = "size 4.8 KiB (5000 bytes) is not a multiple of the page size 4 KiB: \
+                        the nearest larger is 8 KiB";
+            assert_refused!(
+                build(options.clone(), &[(0, PAGE), (1 << 30, 5000)]),
+                Error::UnalignedSize {
+                    size: 5000,
+                    page_size: PAGE
+                },
+                text,
+            );
+            assert_refused!(
+                ShmBacking::create(&options, 5000),
+                Error::UnalignedSize {
+                    size: 5000,
+                    page_size: PAGE
+                },
+                text,
+            );
+        }
+        assert_refused!(
+            build(huge(HUGE), &[(0, 3 * MIB)]),
+            Error::UnalignedSize {
+                page_size: HUGE,
+                ..
+            },
+            "size 3 MiB is not a multiple of the page size 2 MiB: the nearest larger is 4 MiB",
+        );
+        // Transparent huge pages are base pages that the kernel gathers.
+        let transparent = RamOptions::new().with_page_size(PageSize::Transparent);
+        assert!(build(transparent, &[(0, 3 * MIB + PAGE)]).is_ok());
+    });
+}
+
+#[test]
+fn an_address_that_is_not_on_a_page_is_refused() {
+    in_own_process_leaving_nothing!(|| {
+        for options in [kind(Backing::Memfd), kind(Backing::PosixShm)] {
+            assert_refused!(
+                build(options, &[(0x1800, PAGE)]),
+                Error::UnalignedAddress {
+                    page_size: PAGE,
+                    ..
+                },
+                "guest address 0x1800 is not a multiple of the page size 4 KiB: the nearest is \
+                 0x1000",
+            );
+        }
+        assert_refused!(
+            build(huge(HUGE), &[(3 * MIB, HUGE)]),
+            Error::UnalignedAddress {
+                page_size: HUGE,
+                ..
+            },
+            "guest address 0x300000 is not a multiple of the page size 2 MiB: the nearest is \
+             0x200000",
+        );
+    });
+}
+
+#[test]
+fn ranges_that_overlap_are_refused_on_one_backing_and_on_two() {
+    in_own_process_leaving_nothing!(|| {
+        let text = "guest ranges 0x0..=0x1fff (8 KiB) and 0x1000..=0x1fff (4 KiB) overlap: move \
+                    or shorten one of them";
+        assert_refused!(
+            build(RamOptions::new(), &[(PAGE, PAGE), (0, 2 * PAGE)]),
+            Error::Overlap { .. },
+            text,
+        );
+        let two = GuestMemoryShm::<()>::builder()
+            .with_ram(kind(Backing::PosixShm), [(GuestAddress(PAGE), PAGE)])
+            .with_ram(RamOptions::new(), [(GuestAddress(0), 2 * PAGE)]);
+        assert_refused!(two.build(), Error::Overlap { .. }, text);
+
+        let region = |addr, size| {
+            Arc::new(
+                GuestRegionShm::<()>::new(GuestAddress(addr), size, &RamOptions::new()).unwrap(),
+            )
+        };
+        let memory = GuestMemoryShm::from_arc_regions(vec![region(0, 2 * PAGE)]).unwrap();
+        assert_refused!(
+            memory.insert_region(region(PAGE, PAGE)),
+            Error::Overlap { .. },
+            text
+        );
+        // The control: right behind it there is no overlap.
+        assert!(memory.insert_region(region(2 * PAGE, PAGE)).is_ok());
+    });
+}
+
+#[test]
+fn unsorted_ranges_are_sorted() {
+    let sorted = [
+        (0, PAGE),
+        (PAGE, 3 * PAGE),
+        (1 << 40, PAGE),
+        (1 << 50, PAGE),
+    ];
+    let starts = |memory: &GuestMemoryShm| -> Vec<_> {
+        memory
+            .iter()
+            .map(|region| (region.start_addr().0, region.len()))
+            .collect()
+    };
+    let unsorted = build(RamOptions::new(), &[sorted[2], sorted[0], sorted[1]]).unwrap();
+    assert_eq!(starts(&unsorted), sorted);
+    let mut regions = unsorted.arc_regions();
+    regions.reverse();
+    assert_eq!(
+        starts(&GuestMemoryShm::from_arc_regions(regions).unwrap()),
+        sorted
+    );
+    let ranges = [sorted[3], sorted[1], sorted[0], sorted[2]];
+    let ranges = ranges.map(|(addr, size)| (GuestAddress(addr), size as usize));
+    let memory = GuestMemoryShm::from_ranges(&ranges).unwrap();
+    assert_eq!(starts(&memory), sorted);
+    // Sorted in the file too.
+    let offsets: Vec<u64> = memory.iter().map(GuestRegionShm::offset).collect();
+    assert_eq!(offsets, [0, PAGE, 4 * PAGE, 5 * PAGE]);
+}
+
+#[test]
+fn a_range_past_the_address_space_is_refused() {
+    in_own_process_leaving_nothing!(|| {
+        assert_refused!(
+            build(RamOptions::new(), &[(u64::MAX - PAGE + 1, 2 * PAGE)]),
+            Error::RangeOverflow { .. },
+            "the range of 8 KiB at guest address 0xfffffffffffff000 ends past the 64-bit address \
+             space: lower its address or its size",
+        );
+        // Its last byte has an address, but the byte behind it has not: vhost-user and vm-memory
+        // refuse that too.
+        assert!(matches!(
+            build(RamOptions::new(), &[(u64::MAX - PAGE + 1, PAGE)]),
+            Err(Error::RangeOverflow { .. })
+        ));
+    });
+}
+
+#[test]
+fn ram_that_no_file_can_hold_is_refused() {
+    in_own_process_leaving_nothing!(|| {
+        let text = "a backing of 8 EiB cannot exist: it must have 1 to 9223372036854775807 bytes";
+        for options in [kind(Backing::Memfd), kind(Backing::PosixShm)] {
+            assert_refused!(
+                ShmBacking::create(&options, 1 << 63),
+                Error::BackingTooLong { .. },
+                text,
+            );
+            assert!(matches!(
+                build(options, &[(0, 1 << 62), (1 << 62, 1 << 62)]),
+                Err(Error::BackingTooLong { .. })
+            ));
+        }
+    });
+}
+
+#[test]
+fn no_ranges_are_refused() {
+    in_own_process_leaving_nothing!(|| {
+        let text = "no range of guest RAM was given: give at least one";
+        assert_refused!(
+            GuestMemoryShm::<()>::from_ranges(&[]),
+            Error::NoRanges,
+            text
+        );
+        assert_refused!(build(RamOptions::new(), &[]), Error::NoRanges, text);
+        let none = GuestMemoryShm::<()>::builder();
+        assert_refused!(none.build(), Error::NoRanges, text);
+        assert_refused!(
+            GuestMemoryShm::<()>::new().to_guest_memory_mmap::<()>(),
+            Error::NoRanges,
+            text,
+        );
+    });
+}
+
+#[test]
+fn a_region_that_its_backing_does_not_have_is_refused() {
+    in_own_process_leaving_nothing!(|| {
+        let backing = ShmBacking::create(&RamOptions::new(), 4 * PAGE).unwrap();
+        let place = |offset, size| {
+            let start = GuestAddress(0);
+            GuestRegionShm::<()>::from_backing(&backing, offset, start, size)
+        };
+        assert!(place(3 * PAGE, PAGE).is_ok());
+        assert_refused!(
+            place(3 * PAGE, 2 * PAGE),
+            Error::OutsideBacking { .. },
+            "a region of 8 KiB at offset 0x3000 ends past its backing of 16 KiB: touching it \
+             there would be SIGBUS",
+        );
+        assert!(matches!(
+            place(u64::MAX - PAGE + 1, PAGE),
+            Err(Error::OutsideBacking { .. })
+        ));
+        assert_refused!(
+            place(100, PAGE),
+            Error::UnalignedOffset {
+                offset: 100,
+                page_size: PAGE
+            },
+            "offset 0x64 in the backing is not a multiple of its page size 4 KiB",
+        );
+        let twice = GuestMemoryShm::<()>::builder().with_backing(
+            &backing,
+            PAGE,
+            [
+                (GuestAddress(0), 2 * PAGE),
+                (GuestAddress(1 << 30), 2 * PAGE),
+            ],
+        );
+        assert!(matches!(twice.build(), Err(Error::OutsideBacking { .. })));
+    });
+}
+
+#[test]
+fn removing_a_region_that_is_not_there_is_refused() {
+    let memory = build(RamOptions::new(), &[(0, 2 * PAGE)]).unwrap();
+    for (addr, size, text) in [
+        (
+            0,
+            PAGE,
+            "no region starts at guest address 0x0 with size 4 KiB",
+        ),
+        (
+            PAGE,
+            PAGE,
+            "no region starts at guest address 0x1000 with size 4 KiB",
+        ),
+        (
+            1 << 40,
+            0,
+            "no region starts at guest address 0x10000000000 with size 0 bytes",
+        ),
+    ] {
+        let removed = memory.remove_region(GuestAddress(addr), size);
+        assert_refused!(removed, Error::NoSuchRegion { .. }, text);
+    }
+    assert_eq!(memory.num_regions(), 2);
+}

@@ -1,0 +1,323 @@
+//! Limits of the process and of the system: met without a signal, and told by name.
+//!
+//! Each test changes what belongs to a whole process, so each has one of its own.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use guest_memory_shm::{Backing, Error, GuestMemoryShm, RamOptions, ShmBacking};
+use nix::mount::{MsFlags, mount, umount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
+use nix::unistd::{geteuid, pipe};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::fork::dies_of;
+use crate::isolation::{PAGE, assert_refused, in_own_process};
+use crate::proc::leaves_nothing;
+use crate::support::skip;
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const KINDS: [Backing; 2] = [Backing::Memfd, Backing::PosixShm];
+
+fn create(kind: Backing, size: u64) -> Result<ShmBacking, Error> {
+    ShmBacking::create(&RamOptions::new().with_backing(kind), size)
+}
+
+fn memory(kind: Backing, size: u64) -> Result<GuestMemoryShm, Error> {
+    GuestMemoryShm::builder()
+        .with_ram(
+            RamOptions::new().with_backing(kind),
+            [(GuestAddress(0), size)],
+        )
+        .build()
+}
+
+/// The text of an error and of all that caused it.
+fn chain(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut next = std::error::Error::source(error);
+    while let Some(source) = next {
+        text += &format!(": {source}");
+        next = source.source();
+    }
+    text
+}
+
+/// Runs `scenario` with the soft limit at `soft`, and asserts that it leaves nothing.
+fn with_limit<R>(resource: Resource, soft: u64, scenario: impl FnOnce() -> R) -> R {
+    let (before, hard) = getrlimit(resource).expect("limits can be read");
+    leaves_nothing(|| {
+        setrlimit(resource, soft, hard).expect("a soft limit can be lowered");
+        let result = scenario();
+        setrlimit(resource, before, hard).expect("and raised again");
+        result
+    })
+}
+
+#[test]
+fn a_file_larger_than_the_limit_is_refused_and_nobody_dies_of_sigxfsz() {
+    in_own_process(|| {
+        const SIGXFSZ_MASK: u64 = 1 << (Signal::SIGXFSZ as u64 - 1);
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        let ignored = u64::from_str_radix(ignored.unwrap().trim(), 16).unwrap();
+        assert_eq!(ignored & SIGXFSZ_MASK, 0, "the signal must be deadly here");
+
+        for kind in KINDS {
+            with_limit(Resource::RLIMIT_FSIZE, MIB, || {
+                let text = "a backing of 2 MiB exceeds RLIMIT_FSIZE, which is 1 MiB: raise it \
+                            (ulimit -f)";
+                let refused = create(kind, 2 * MIB);
+                assert_refused!(refused, Error::FileSizeLimit { limit: MIB, .. }, text);
+                assert_refused!(memory(kind, 2 * MIB), Error::FileSizeLimit { .. }, text);
+                // Up to the limit is allowed.
+                assert!(memory(kind, MIB).is_ok());
+            });
+        }
+        // The control: the system call that is not made would be the end.
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        let killer = with_limit(Resource::RLIMIT_FSIZE, MIB, || {
+            dies_of(|| {
+                let _ = nix::unistd::ftruncate(&file, 2 * MIB as i64);
+            })
+        });
+        assert_eq!(killer, Some(Signal::SIGXFSZ));
+    });
+}
+
+#[test]
+fn a_process_without_descriptors_is_told_its_limit() {
+    in_own_process(|| {
+        // The lowest number that is free: with this limit no other can be had.
+        let (reader, writer) = pipe().unwrap();
+        let next = reader.as_raw_fd().min(writer.as_raw_fd()) as u64;
+        drop((reader, writer));
+        for (kind, name) in [(Backing::Memfd, "memfd"), (Backing::PosixShm, "POSIX shm")] {
+            let text = format!(
+                "no file descriptor is left for {name}: the process may have {next}, raise \
+                 RLIMIT_NOFILE (ulimit -n)"
+            );
+            let error = with_limit(Resource::RLIMIT_NOFILE, next, || {
+                assert_refused!(memory(kind, MIB), Error::NoDescriptors { .. }, text);
+                create(kind, MIB).unwrap_err()
+            });
+            assert!(chain(&error).contains("EMFILE") || chain(&error).contains("os error 24"));
+            // The control: one more is enough.
+            let one = with_limit(Resource::RLIMIT_NOFILE, next + 1, || {
+                memory(kind, MIB).is_ok()
+            });
+            assert!(one);
+        }
+    });
+}
+
+#[test]
+fn a_process_without_address_space_is_told_which_limits_there_are() {
+    in_own_process(|| {
+        let statm = fs::read_to_string("/proc/self/statm").unwrap();
+        let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
+        let limit = pages * PAGE + 64 * MIB;
+        for kind in KINDS {
+            let error = with_limit(Resource::RLIMIT_AS, limit, || {
+                // The backing is no part of the address space, only its mapping is.
+                assert!(create(kind, GIB).is_ok());
+                assert!(memory(kind, MIB).is_ok());
+                memory(kind, GIB).unwrap_err()
+            });
+            assert_refused!(
+                Err::<(), _>(&error),
+                Error::Map { size: GIB, .. },
+                "cannot reserve address space for a region of 1 GiB: the address space of this \
+                 process is limited by RLIMIT_AS and vm.max_map_count",
+            );
+            assert!(chain(&error).contains("os error 12"), "{}", chain(&error));
+        }
+    });
+}
+
+#[test]
+fn a_memory_of_which_only_the_last_region_cannot_be_mapped_leaves_nothing() {
+    in_own_process(|| {
+        leaves_nothing(|| {
+            // x86-64 has 128 TiB of address space for a process.
+            let result = GuestMemoryShm::<()>::builder()
+                .with_ram(RamOptions::new(), [(GuestAddress(0), MIB)])
+                .with_ram(
+                    RamOptions::new(),
+                    [
+                        (GuestAddress(1 << 40), MIB),
+                        (GuestAddress(1 << 50), 1 << 49),
+                    ],
+                )
+                .build();
+            assert!(matches!(result, Err(Error::Map { size, .. }) if size == 1 << 49));
+        });
+    });
+}
+
+/// Gives this process its own mounts, to change those of /dev/shm, or prints why it cannot.
+fn own_mounts() -> bool {
+    if !geteuid().is_root() || unshare(CloneFlags::CLONE_NEWNS).is_err() {
+        skip("this process may not have its own mounts");
+        return false;
+    }
+    // Nothing of what follows reaches the other mount namespaces.
+    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>).expect("the root is a mount");
+    true
+}
+
+fn mount_tmpfs(at: &str, flags: MsFlags, data: &str) {
+    mount(Some("tmpfs"), at, Some("tmpfs"), flags, Some(data)).expect("mounted");
+}
+
+#[test]
+fn posix_shm_that_its_file_system_can_never_hold_is_refused() {
+    in_own_process(|| {
+        if !own_mounts() {
+            return;
+        }
+        mount_tmpfs("/dev/shm", MsFlags::empty(), "size=8m");
+        let names = || fs::read_dir("/dev/shm").unwrap().count();
+        leaves_nothing(|| {
+            assert_refused!(
+                memory(Backing::PosixShm, 64 * MIB),
+                Error::ShmTooSmall { .. },
+                "POSIX shared memory of 64 MiB does not fit into the file system behind it, \
+                 which holds 8 MiB (8 MiB of them free): remount /dev/shm with a larger size or \
+                 use a memfd backing",
+            );
+            fs::write("/dev/shm/ballast", vec![1; 3 * MIB as usize]).unwrap();
+            let text = create(Backing::PosixShm, 9 * MIB).unwrap_err().to_string();
+            assert!(
+                text.contains("which holds 8 MiB (5 MiB of them free)"),
+                "{text}"
+            );
+            fs::remove_file("/dev/shm/ballast").unwrap();
+
+            // What fits is accepted and works, and a memfd is not concerned.
+            let fits = memory(Backing::PosixShm, 8 * MIB).unwrap();
+            fits.write_obj(1u8, GuestAddress(8 * MIB - 1)).unwrap();
+            memory(Backing::Memfd, 64 * MIB).unwrap();
+        });
+        assert_eq!(names(), 0);
+        umount("/dev/shm").unwrap();
+    });
+}
+
+#[test]
+fn without_dev_shm_posix_shm_is_refused_and_a_memfd_is_not() {
+    in_own_process(|| {
+        if !own_mounts() {
+            return;
+        }
+        // An empty /dev: /dev/shm is not there at all.
+        mount_tmpfs("/dev", MsFlags::empty(), "size=1m");
+        assert!(!Path::new("/dev/shm").exists());
+        leaves_nothing(|| {
+            assert_refused!(
+                memory(Backing::PosixShm, MIB),
+                Error::ShmUnavailable { .. },
+                "cannot create POSIX shared memory: /dev/shm does not exist, mount a tmpfs \
+                 there; or use a memfd backing",
+            );
+            assert!(memory(Backing::Memfd, MIB).is_ok());
+        });
+        umount("/dev").unwrap();
+        assert!(memory(Backing::PosixShm, MIB).is_ok());
+    });
+}
+
+#[test]
+fn a_read_only_dev_shm_is_named() {
+    in_own_process(|| {
+        if !own_mounts() {
+            return;
+        }
+        mount_tmpfs("/dev/shm", MsFlags::MS_RDONLY, "size=8m");
+        leaves_nothing(|| {
+            let error = memory(Backing::PosixShm, MIB).unwrap_err();
+            assert!(chain(&error).contains("os error 30"), "{}", chain(&error));
+            assert_refused!(
+                Err::<(), _>(error),
+                Error::ShmUnavailable { .. },
+                "cannot create POSIX shared memory: /dev/shm is read-only, remount it \
+                 read-write; or use a memfd backing",
+            );
+        });
+        umount("/dev/shm").unwrap();
+    });
+}
+
+#[test]
+fn a_dev_shm_without_room_for_one_more_file_is_named() {
+    in_own_process(|| {
+        if !own_mounts() {
+            return;
+        }
+        // The root directory is one inode, and one file the other.
+        mount_tmpfs("/dev/shm", MsFlags::empty(), "size=8m,nr_inodes=2");
+        File::create("/dev/shm/ballast").unwrap();
+        leaves_nothing(|| {
+            assert_refused!(
+                memory(Backing::PosixShm, MIB),
+                Error::ShmUnavailable { .. },
+                "cannot create POSIX shared memory: /dev/shm is full, remove files from it or \
+                 remount it larger; or use a memfd backing",
+            );
+        });
+        fs::remove_file("/dev/shm/ballast").unwrap();
+        assert!(memory(Backing::PosixShm, MIB).is_ok());
+        umount("/dev/shm").unwrap();
+    });
+}
+
+#[test]
+fn a_name_that_a_dead_process_left_is_passed_over_and_left_alone() {
+    in_own_process(|| {
+        // The names of a process start at 0, and this one has not made any yet: that these are
+        // the ones is shown by the next test.
+        let names = [0, 1, 2].map(|count| format!("/dev/shm/gms-{}-{count}", std::process::id()));
+        for name in &names {
+            fs::write(name, "left").unwrap();
+        }
+        let made = leaves_nothing(|| create(Backing::PosixShm, MIB).map(drop));
+        let texts = names
+            .each_ref()
+            .map(|name| fs::read_to_string(name).unwrap_or_default());
+        for name in &names {
+            let _ = fs::remove_file(name);
+        }
+        assert!(made.is_ok());
+        assert_eq!(texts, ["left"; 3]);
+    });
+}
+
+#[test]
+fn when_every_name_is_taken_the_last_is_told() {
+    in_own_process(|| {
+        let name = |count| format!("gms-{}-{count}", std::process::id());
+        let path = |count| format!("/dev/shm/{}", name(count));
+        for count in 0..128 {
+            File::create(path(count)).unwrap();
+        }
+        let result = leaves_nothing(|| create(Backing::PosixShm, MIB));
+        for count in 0..128 {
+            fs::remove_file(path(count)).unwrap();
+        }
+        assert_refused!(
+            result,
+            Error::ShmNamesTaken { tried: 128, .. },
+            format!(
+                "128 names for POSIX shared memory exist already, the last is /{}: remove them",
+                name(127)
+            ),
+        );
+        // The next try takes other names.
+        assert!(create(Backing::PosixShm, MIB).is_ok());
+    });
+}
