@@ -37,8 +37,8 @@ pub enum Error {
 
     /// A range of guest addresses runs past 2^64.
     #[error(
-        "the range of {} at guest address {:#x} ends past the 64-bit address space: \
-         lower its address or its size",
+        "the range of {} at guest address {:#x} has no 64-bit address behind it: lower its address \
+         or its size",
         HumanSize(*.size), .start.0
     )]
     RangeOverflow {
@@ -142,6 +142,16 @@ pub enum Error {
         reserved: u64,
         /// The page size in bytes.
         page_size: u64,
+    },
+
+    /// The state of the pools of huge pages cannot be read.
+    #[error(
+        "cannot read the pools of huge pages in /sys/kernel/mm/hugepages: mount sysfs there, or \
+         use page size base"
+    )]
+    HugePoolUnreadable {
+        /// The system's answer.
+        source: io::Error,
     },
 
     /// The size exceeds the process's limit on file sizes, which shared memory obeys too.
@@ -533,8 +543,8 @@ mod tests {
                     start: GuestAddress(u64::MAX - 4095),
                     size: 8192,
                 },
-                "the range of 8 KiB at guest address 0xfffffffffffff000 ends past the 64-bit \
-                 address space: lower its address or its size",
+                "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address behind \
+                 it: lower its address or its size",
             ),
             (
                 Error::UnalignedAddress {

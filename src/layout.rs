@@ -159,14 +159,13 @@ pub(crate) fn pack(start: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, u64)>
     let mut offsets = Vec::with_capacity(ranges.len());
     for range in ranges {
         offsets.push(end);
-        end = end
-            .checked_add(range.size)
-            // A file is at most i64::MAX bytes long (off_t).
-            .filter(|end| i64::try_from(*end).is_ok())
-            .ok_or(Error::BackingTooLong {
-                size: u64::MAX,
-                limit: i64::MAX.unsigned_abs(),
-            })?;
+        let sum = end.saturating_add(range.size);
+        // A file is at most i64::MAX bytes long (off_t).
+        let limit = i64::MAX.unsigned_abs();
+        if sum > limit {
+            return Err(Error::BackingTooLong { size: sum, limit });
+        }
+        end = sum;
     }
     Ok((offsets, end))
 }

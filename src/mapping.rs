@@ -155,23 +155,6 @@ impl fmt::Debug for Mapping {
     }
 }
 
-impl Span {
-    fn unmap(self) {
-        // SAFETY: spans are only made of address space that this module reserved and still owns
-        // (no failed MAP_FIXED has torn a hole into it, see `rehearse`), and are unmapped only when their owner is dropped or trims what it never hands out: no
-        // pointer into them is in use. Whole reservations hold whole hugetlb mappings, so the
-        // length needs no rounding to huge pages.
-        let answer = unsafe { munmap(self.start, self.len.get()) };
-        if let Err(errno) = answer {
-            log::error!(
-                "cannot unmap {:#x} bytes at {:p}: {errno}",
-                self.len,
-                self.start
-            );
-        }
-    }
-}
-
 /// Address space that is set aside for a mapping, and given back if it comes to nothing.
 struct Reservation {
     span: Span,
@@ -293,6 +276,21 @@ impl Drop for Reservation {
 }
 
 impl Span {
+    fn unmap(self) {
+        // SAFETY: spans are only made of address space that this module mapped and still owns (no
+        // failed MAP_FIXED has torn a hole into it, see `rehearse`), and are unmapped only when
+        // their owner is dropped or trims what it never hands out: no pointer into them is in use.
+        // They hold whole hugetlb mappings, so the length needs no rounding to huge pages.
+        let answer = unsafe { munmap(self.start, self.len.get()) };
+        if let Err(errno) = answer {
+            log::error!(
+                "cannot unmap {:#x} bytes at {:p}: {errno}",
+                self.len,
+                self.start
+            );
+        }
+    }
+
     /// `len` bytes, `at` bytes into the span.
     fn part(self, at: usize, len: usize) -> Self {
         // Both stay inside the span: `Reservation::new` is the only caller.

@@ -2,17 +2,19 @@
 //! (`/sys/kernel/mm/hugepages`, Documentation/admin-guide/mm/hugetlbpage.rst).
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::sys::memfd::MFdFlags;
 
+use super::descriptor_limit;
 use crate::error::{Error, Result};
 
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 
 /// The page size in bytes that was asked for, or the default one, if the kernel offers it.
 pub(super) fn page_size(asked: Option<u64>) -> Result<u64> {
-    let offered = offered_sizes();
+    let offered = offered_sizes()?;
     // Without any pool there is no default either, and no size is offered.
     let page_size = asked.or_else(default_size).unwrap_or_default();
     if !offered.contains(&page_size) {
@@ -33,7 +35,7 @@ pub(super) fn memfd_flags(page_size: u64) -> MFdFlags {
 /// Others may take them right after; the reservation at mmap time is what decides, this gives the
 /// clear answer beforehand.
 pub(crate) fn check_pool(needed: u64, page_size: u64) -> Result<()> {
-    let pool = Pool::read(page_size);
+    let pool = Pool::read(page_size)?;
     if needed > pool.available() {
         return Err(Error::HugePoolShort {
             needed,
@@ -55,20 +57,19 @@ struct Pool {
 }
 
 impl Pool {
-    fn read(page_size: u64) -> Self {
+    fn read(page_size: u64) -> Result<Self> {
         let dir = pool_dir(page_size);
         let number = |name: &str| {
-            fs::read_to_string(dir.join(name))
-                .ok()
-                .and_then(|text| text.trim().parse().ok())
-                .unwrap_or(0)
+            let text = fs::read_to_string(dir.join(name)).map_err(unreadable)?;
+            let number = text.trim().parse();
+            number.map_err(|_| unreadable(io::ErrorKind::InvalidData.into()))
         };
-        Self {
-            free: number("free_hugepages"),
-            reserved: number("resv_hugepages"),
-            surplus: number("surplus_hugepages"),
-            overcommit: number("nr_overcommit_hugepages"),
-        }
+        Ok(Self {
+            free: number("free_hugepages")?,
+            reserved: number("resv_hugepages")?,
+            surplus: number("surplus_hugepages")?,
+            overcommit: number("nr_overcommit_hugepages")?,
+        })
     }
 
     /// Pages that a new mapping can reserve: what is free and not promised, and what the kernel
@@ -82,10 +83,12 @@ fn pool_dir(page_size: u64) -> PathBuf {
     Path::new(POOLS).join(format!("hugepages-{}kB", page_size / 1024))
 }
 
-/// The sizes in bytes that the kernel has pools for, smallest first.
-fn offered_sizes() -> Vec<u64> {
-    let Ok(dirs) = fs::read_dir(POOLS) else {
-        return Vec::new();
+/// The sizes in bytes that the kernel has pools for, smallest first; none without huge pages.
+fn offered_sizes() -> Result<Vec<u64>> {
+    let dirs = match fs::read_dir(POOLS) {
+        Ok(dirs) => dirs,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(unreadable(error)),
     };
     let mut sizes: Vec<u64> = dirs
         .flatten()
@@ -99,7 +102,19 @@ fn offered_sizes() -> Vec<u64> {
         })
         .collect();
     sizes.sort_unstable();
-    sizes
+    Ok(sizes)
+}
+
+/// What is there cannot be known: no more descriptors, or a masked /sys.
+fn unreadable(source: io::Error) -> Error {
+    match descriptor_limit(&source) {
+        Some(limit) => Error::NoDescriptors {
+            doing: "reading the pools of huge pages",
+            limit,
+            source,
+        },
+        None => Error::HugePoolUnreadable { source },
+    }
 }
 
 fn default_size() -> Option<u64> {

@@ -371,18 +371,28 @@ fn kind_name(backing: Backing) -> &'static str {
 /// The error of a failed step that makes a descriptor.
 fn descriptor_error(doing: &'static str, backing: Backing, size: u64, errno: Errno) -> Error {
     let source = io::Error::from(errno);
-    match errno {
-        Errno::EMFILE | Errno::ENFILE => Error::NoDescriptors {
+    match descriptor_limit(&source) {
+        Some(limit) => Error::NoDescriptors {
             doing: kind_name(backing),
-            limit: getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft),
+            limit,
             source,
         },
-        _ => Error::CreateBacking {
+        None => Error::CreateBacking {
             doing,
             kind: kind_name(backing),
             size,
             source,
         },
+    }
+}
+
+/// The soft limit on descriptors, if `error` says that there are no more.
+fn descriptor_limit(error: &io::Error) -> Option<u64> {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EMFILE | Errno::ENFILE) => {
+            Some(getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft))
+        }
+        _ => None,
     }
 }
 

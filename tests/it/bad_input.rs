@@ -205,8 +205,8 @@ fn a_range_past_the_address_space_is_refused() {
         assert_refused!(
             build(RamOptions::new(), &[(u64::MAX - PAGE + 1, 2 * PAGE)]),
             Error::RangeOverflow { .. },
-            "the range of 8 KiB at guest address 0xfffffffffffff000 ends past the 64-bit address \
-             space: lower its address or its size",
+            "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address behind it: \
+             lower its address or its size",
         );
         // Its last byte has an address, but the byte behind it has not: vhost-user and vm-memory
         // refuse that too.

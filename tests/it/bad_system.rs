@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use guest_memory_shm::{Backing, Error, GuestMemoryShm, RamOptions, ShmBacking};
+use guest_memory_shm::{Backing, Error, GuestMemoryShm, PageSize, RamOptions, ShmBacking};
 use nix::mount::{MsFlags, mount, umount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -112,6 +112,12 @@ fn a_process_without_descriptors_is_told_its_limit() {
             });
             assert!(one);
         }
+        // Huge pages are looked up in files first.
+        let huge = RamOptions::new().with_page_size(PageSize::Huge(None));
+        let refused = with_limit(Resource::RLIMIT_NOFILE, next, || {
+            ShmBacking::create(&huge, 1 << 30)
+        });
+        assert!(matches!(refused, Err(Error::NoDescriptors { .. })));
     });
 }
 

@@ -3,12 +3,12 @@
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::MutexGuard;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
 
-use crate::support::{alone, skip};
+use crate::support::skip;
 
 /// Runs a test in a process of its own: this binary once more, with nothing but that test.
 ///
@@ -50,8 +50,8 @@ pub(crate) const PAGE: u64 = 4096;
 /// A pool of huge pages that has as many to give as a test needs; it is put back on drop, also
 /// when the test fails, and by whoever comes next when it dies.
 ///
-/// One at a time on the whole machine: in this process ([`alone`]), and among all that use this
-/// guard (a lock on a file).
+/// One at a time on the whole machine: in this process, and among all that use this guard (a lock
+/// on a file).
 pub(crate) struct HugePool {
     page_size: u64,
     _lock: Flock<File>,
@@ -86,8 +86,9 @@ impl HugePool {
     }
 
     fn lock(page_size: u64) -> Self {
-        let alone = alone();
-        // The lock of `support::HugePages` too.
+        static ALONE: Mutex<()> = Mutex::new(());
+        // A test that failed while it held it has been reported already.
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let path = std::env::temp_dir().join("guest-memory-shm-hugepages.lock");
         let file = File::create(path).expect("the directory for temporary files can be written");
         let lock = Flock::lock(file, FlockArg::LockExclusive);

@@ -1,12 +1,9 @@
-//! What several tests need: peers that may be missing, and a look at this process.
+//! What several tests need: peers that may be missing, and processes.
 
-use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -33,14 +30,6 @@ pub(crate) fn skip(reason: &str) {
         "REQUIRE_PEERS is set, but {reason}"
     );
     eprintln!("skipped: {reason}");
-}
-
-/// Held by tests that change or count something that belongs to the whole machine or the whole
-/// process: huge pages, descriptors, mappings.
-pub(crate) fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    // A test that failed while it held it has been reported already.
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Ends and reaps a process that a test started, however the test ends.
@@ -120,83 +109,6 @@ impl StorageDaemon {
             socket,
             _monitor: monitor,
         })
-    }
-}
-
-/// Runs the rest of the calling test in a process of its own: true there, and false, after it has
-/// passed there, in the process that called.
-///
-/// For tests that count what belongs to the whole process while other tests run beside them.
-pub(crate) fn in_own_process(test: &str) -> bool {
-    const INSIDE: &str = "GUEST_MEMORY_SHM_TEST_INSIDE";
-    if std::env::var_os(INSIDE).is_some() {
-        return true;
-    }
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture", "--test-threads=1"])
-        .env(INSIDE, "1")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{text}\n{errors}");
-    assert!(text.contains("1 passed"), "no test is named {test}: {text}");
-    false
-}
-
-/// More huge pages of 2 MiB than before, until it is dropped.
-///
-/// Nobody else changes or counts the pool meanwhile: neither a test of this process nor one of
-/// another, as far as it takes the same lock.
-pub(crate) struct HugePages {
-    before: String,
-    _file: Flock<File>,
-    _alone: MutexGuard<'static, ()>,
-}
-
-const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-
-impl HugePages {
-    /// Adds `pages` to the pool. `None`: that cannot be, and the test is to be skipped.
-    pub(crate) fn add(pages: u64) -> Option<Self> {
-        let alone = alone();
-        let lock = std::env::temp_dir().join("guest-memory-shm-hugepages.lock");
-        let file = File::create(lock).unwrap();
-        let file = Flock::lock(file, FlockArg::LockExclusive)
-            .map_err(|(_, e)| e)
-            .unwrap();
-        let Ok(before) = fs::read_to_string(POOL) else {
-            skip("there are no huge pages of 2 MiB");
-            return None;
-        };
-        let wanted = before.trim().parse::<u64>().unwrap() + pages;
-        if let Err(error) = fs::write(POOL, wanted.to_string()) {
-            skip(&format!(
-                "the pool of huge pages cannot be changed: {error}"
-            ));
-            return None;
-        }
-        let pool = Self {
-            before,
-            _file: file,
-            _alone: alone,
-        };
-        let got: u64 = fs::read_to_string(POOL).unwrap().trim().parse().unwrap();
-        if got < wanted {
-            skip(&format!(
-                "the pool has {got} huge pages, {wanted} are needed"
-            ));
-            return None;
-        }
-        Some(pool)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        if let Err(error) = fs::write(POOL, &self.before) {
-            eprintln!("the pool of huge pages stays as it is: {error}");
-        }
     }
 }
 

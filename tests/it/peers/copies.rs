@@ -58,7 +58,7 @@ fn a_disk_is_copied_both_ways_through_posix_shm() {
 #[test]
 fn a_disk_is_copied_both_ways_through_huge_pages() {
     // 256 MiB of RAM and the region of 2 MiB beside it.
-    if let Some(_pool) = HugePages::add(129) {
+    if let Some(_pool) = HugePool::with_available(2 << 20, 129) {
         copy_both_ways("hugetlb");
     }
 }

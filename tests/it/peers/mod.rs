@@ -14,7 +14,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use crate::support::{self, HugePages, StorageDaemon};
+use crate::isolation::HugePool;
+use crate::support::{self, StorageDaemon};
 
 mod copies;
 mod daemons;

@@ -101,30 +101,28 @@ fn counts() -> (usize, usize) {
 
 #[test]
 fn misbehaviour_leaves_no_descriptor_and_no_thread() {
-    let test = "share::faults::misbehaviour_leaves_no_descriptor_and_no_thread";
-    if !support::in_own_process(test) {
-        return;
-    }
-    // What is made once stays: the second time counts.
-    play_all();
-    let before = counts();
-    play_all();
-    // The kernel forgets a thread a moment after it was joined.
-    let deadline = Instant::now() + PATIENCE;
-    while counts() != before && Instant::now() < deadline {
-        thread::yield_now();
-    }
-    assert_eq!(counts(), before);
-    // The counts count.
-    let _held = (
-        File::open("/dev/null").unwrap(),
-        Peer::start(MockDaemon::builder()),
-    );
-    let now = counts();
-    assert!(
-        now.0 >= before.0 + 2 && now.1 > before.1,
-        "{before:?} {now:?}"
-    );
+    in_own_process(|| {
+        // What is made once stays: the second time counts.
+        play_all();
+        let before = counts();
+        play_all();
+        // The kernel forgets a thread a moment after it was joined.
+        let deadline = Instant::now() + PATIENCE;
+        while counts() != before && Instant::now() < deadline {
+            thread::yield_now();
+        }
+        assert_eq!(counts(), before);
+        // The counts count.
+        let _held = (
+            File::open("/dev/null").unwrap(),
+            Peer::start(MockDaemon::builder()),
+        );
+        let now = counts();
+        assert!(
+            now.0 >= before.0 + 2 && now.1 > before.1,
+            "{before:?} {now:?}"
+        );
+    });
 }
 
 #[test]
