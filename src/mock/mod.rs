@@ -21,32 +21,26 @@
 //!
 //! ```
 //! use guest_memory_shm::mock::{BlkDevice, BlkDriver, MockDaemon};
-//! use vhost::vhost_user::Frontend;
-//! use vhost::vhost_user::message::VhostUserProtocolFeatures;
-//! use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
-//! use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+//! use guest_memory_shm::{GuestMemoryShm, VhostUserShare};
+//! use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures};
+//! use vm_memory::{Bytes, GuestAddress};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! // Guest memory in a file. (Any backing does that has a descriptor.)
-//! let file = tempfile::tempfile()?;
-//! file.set_len(1 << 20)?;
-//! let range = (GuestAddress(0), 1 << 20, Some(FileOffset::new(file, 0)));
-//! let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges_with_files([range])?;
+//! let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
 //!
 //! // Negotiate, then send the table.
 //! let daemon = MockDaemon::builder().with_disk_size(4096).start_unnamed()?;
 //! let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
 //! let device = BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all())?;
 //! assert_eq!(device.capacity(), Some(4096));
-//! let region = memory.iter().next().unwrap();
-//! frontend.set_mem_table(&[VhostUserMemoryRegionInfo::from_guest_region(region)?])?;
+//! let mut share = VhostUserShare::new(frontend, device.protocol_features());
+//! let _ = share.update(&memory.memory_table())?;
 //! assert_eq!(daemon.table()[0].size, 1 << 20);
 //!
-//! // Drive the device. This table's user addresses are those of the mapping.
+//! // Drive the device: its rings are told in terms of the table.
 //! let mut driver = BlkDriver::new(&memory, GuestAddress(0x1000), 16)?;
-//! device.start_queue(&mut frontend, 0, &driver, |addr| {
-//!     Some(memory.get_host_address(addr).ok()? as u64)
-//! })?;
+//! let table = share.table().clone();
+//! device.start_queue(share.sink_mut(), 0, &driver, |addr| table.user_addr(addr))?;
 //! memory.write_slice(&[7; 512], GuestAddress(0x8000))?;
 //! driver.write(1, &[(GuestAddress(0x8000), 512)])?;
 //! let mut sector = [0; 512];

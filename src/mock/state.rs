@@ -12,12 +12,13 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use super::disk::RamDisk;
 use super::fault::{FaultKind, FaultPlan};
 use super::request::LoggedRequest;
+use crate::backing::FileIdentity;
 
 /// One region of the table that the daemon's backend holds.
 ///
 /// These are the facts of its mapping, not what the front-end said: two regions with the same
-/// `device` and `inode` are mappings of one file, and the pair can be compared with what the
-/// front-end's own descriptor says (`fstat`).
+/// `identity` are mappings of one file, the front-end's if its backing has that
+/// [`identity`](crate::ShmBacking::identity) too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MockRegion {
     /// Where the region starts in guest memory.
@@ -26,10 +27,8 @@ pub struct MockRegion {
     pub size: u64,
     /// Where it starts in the file, in bytes.
     pub mmap_offset: u64,
-    /// The file's device, `st_dev`.
-    pub device: u64,
-    /// The file's number on that device, `st_ino`.
-    pub inode: u64,
+    /// Which file it is.
+    pub identity: FileIdentity,
 }
 
 impl MockRegion {
@@ -46,8 +45,10 @@ impl MockRegion {
                     guest_addr: region.start_addr(),
                     size: region.len(),
                     mmap_offset: file.start(),
-                    device: metadata.dev(),
-                    inode: metadata.ino(),
+                    identity: FileIdentity {
+                        dev: metadata.dev(),
+                        ino: metadata.ino(),
+                    },
                 })
             })
             .collect()

@@ -16,14 +16,7 @@ fn the_whole_disk_goes_through_two_regions_with_requests_in_flight() {
     assert_eq!(device.queues(), 1);
     frontend.set_mem_table(&infos(&memory)).unwrap();
 
-    let mut driver = BlkDriver::new(&memory, RINGS, 64)
-        .unwrap()
-        .with_time_limit(LIMIT);
-    device
-        .start_queue(&mut frontend, 0, &driver, |addr| {
-            user_address(&memory, addr)
-        })
-        .unwrap();
+    let mut driver = started(&memory, &mut frontend, &device, 64);
     let data = pattern(DISK, 0x5a);
     let low = GuestAddress(0x80000);
     let high = GuestAddress((1 << 30) + 0x123);
@@ -126,14 +119,7 @@ fn a_request_beyond_the_disk_is_an_io_error_and_the_queue_goes_on() {
         .unwrap();
     let (mut frontend, device) = negotiated(&daemon);
     frontend.set_mem_table(&infos(&memory)).unwrap();
-    let mut driver = BlkDriver::new(&memory, RINGS, 16)
-        .unwrap()
-        .with_time_limit(LIMIT);
-    device
-        .start_queue(&mut frontend, 0, &driver, |addr| {
-            user_address(&memory, addr)
-        })
-        .unwrap();
+    let mut driver = started(&memory, &mut frontend, &device, 16);
     let buffer = GuestAddress(0x10000);
     let error = driver.write(1, &[(buffer, 1024)]).unwrap_err();
     assert!(

@@ -59,8 +59,10 @@ fn expected_table(memory: &GuestMemoryMmap) -> Vec<MockRegion> {
                 guest_addr: region.start_addr(),
                 size: region.len(),
                 mmap_offset: file.start(),
-                device: metadata.dev(),
-                inode: metadata.ino(),
+                identity: crate::FileIdentity {
+                    dev: metadata.dev(),
+                    ino: metadata.ino(),
+                },
             }
         })
         .collect()
@@ -76,6 +78,22 @@ fn negotiated(daemon: &MockDaemon) -> (Frontend, BlkDevice) {
     (frontend, device)
 }
 
+/// A driver on queue 0, which the daemon has been told of.
+fn started<'a>(
+    memory: &'a GuestMemoryMmap,
+    frontend: &mut Frontend,
+    device: &BlkDevice,
+    queue_size: u16,
+) -> BlkDriver<&'a GuestMemoryMmap> {
+    let driver = BlkDriver::new(memory, RINGS, queue_size)
+        .unwrap()
+        .with_time_limit(LIMIT);
+    device
+        .start_queue(frontend, 0, &driver, |addr| user_address(memory, addr))
+        .unwrap();
+    driver
+}
+
 fn pattern(size: usize, seed: u8) -> Vec<u8> {
     (0..size).map(|i| (i / 7) as u8 ^ seed).collect()
 }
@@ -89,12 +107,7 @@ fn round_trip(
     buffer: GuestAddress,
     data: &[u8],
 ) {
-    let mut driver = BlkDriver::new(memory, RINGS, 16)
-        .unwrap()
-        .with_time_limit(LIMIT);
-    device
-        .start_queue(frontend, 0, &driver, |addr| user_address(memory, addr))
-        .unwrap();
+    let mut driver = started(memory, frontend, device, 16);
     let length = u32::try_from(data.len()).unwrap();
     memory.write_slice(data, buffer).unwrap();
     driver.write(0, &[(buffer, length)]).unwrap();

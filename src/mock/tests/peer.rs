@@ -63,14 +63,7 @@ fn qemu_storage_daemon_reads_and_writes_through_the_driver() {
     assert_eq!(device.features() & (1 << 32 | 1 << 30), 1 << 32 | 1 << 30);
     frontend.set_mem_table(&infos(&memory)).unwrap();
 
-    let mut driver = BlkDriver::new(&memory, RINGS, 128)
-        .unwrap()
-        .with_time_limit(LIMIT);
-    device
-        .start_queue(&mut frontend, 0, &driver, |addr| {
-            user_address(&memory, addr)
-        })
-        .unwrap();
+    let mut driver = started(&memory, &mut frontend, &device, 128);
     // The whole disk in 16 requests at once, read into one region and written from the other.
     let piece = |start: u64, index: u64| [(GuestAddress(start + index * 16384), 16384)];
     for index in 0..16 {

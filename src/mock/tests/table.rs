@@ -16,7 +16,7 @@ fn the_table_is_what_the_daemon_mapped() {
     assert!(daemon.table().is_empty());
     frontend.set_mem_table(&infos(&memory)).unwrap();
     assert_eq!(daemon.table(), expected_table(&memory));
-    assert_ne!(daemon.table()[0].inode, daemon.table()[1].inode);
+    assert_ne!(daemon.table()[0].identity, daemon.table()[1].identity);
 
     let logged = daemon.requests();
     let Some(LoggedRequest::SetMemTable(regions)) = logged.last() else {
@@ -64,14 +64,7 @@ fn regions_come_and_go_and_the_log_shows_their_order() {
         ]
     );
     // What was removed is out of the device's reach.
-    let mut driver = BlkDriver::new(&memory, RINGS, 16)
-        .unwrap()
-        .with_time_limit(LIMIT);
-    device
-        .start_queue(&mut frontend, 0, &driver, |addr| {
-            user_address(&memory, addr)
-        })
-        .unwrap();
+    let mut driver = started(&memory, &mut frontend, &device, 16);
     let error = driver.read(0, &[(GuestAddress(1 << 30), 512)]).unwrap_err();
     assert!(
         matches!(error, BlkError::Status { status: 1, .. }),
@@ -143,14 +136,7 @@ fn the_device_marks_what_it_writes_in_the_dirty_log() {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let (mut frontend, device) = negotiated(&daemon);
     frontend.set_mem_table(&infos(&memory)).unwrap();
-    let mut driver = BlkDriver::new(&memory, RINGS, 16)
-        .unwrap()
-        .with_time_limit(LIMIT);
-    device
-        .start_queue(&mut frontend, 0, &driver, |addr| {
-            user_address(&memory, addr)
-        })
-        .unwrap();
+    let mut driver = started(&memory, &mut frontend, &device, 16);
     let log = File::from(memfd_create("log", MFdFlags::MFD_CLOEXEC).unwrap());
     log.set_len(4096).unwrap();
     let region = VhostUserDirtyLogRegion {
@@ -186,14 +172,7 @@ fn the_table_changes_while_the_device_works() {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let (mut frontend, device) = negotiated(&daemon);
     frontend.add_mem_region(&regions[0]).unwrap();
-    let mut driver = BlkDriver::new(&memory, RINGS, 64)
-        .unwrap()
-        .with_time_limit(LIMIT);
-    device
-        .start_queue(&mut frontend, 0, &driver, |addr| {
-            user_address(&memory, addr)
-        })
-        .unwrap();
+    let mut driver = started(&memory, &mut frontend, &device, 64);
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let working = scope.spawn(|| {

@@ -65,22 +65,15 @@ impl Peer {
             .daemon
             .table()
             .iter()
-            .map(|r| (r.guest_addr, r.size, r.mmap_offset, r.device, r.inode))
+            .map(|r| (r.guest_addr, r.size, r.mmap_offset, r.identity))
             .collect();
         let expected: Vec<_> = table
             .regions()
             .iter()
             .map(|region| {
+                let (range, offset) = (region.range(), region.mmap_offset());
                 let identity = region.backing().identity();
-                let range = region.range();
-                let offset = region.mmap_offset();
-                (
-                    range.start_addr(),
-                    range.size(),
-                    offset,
-                    identity.dev,
-                    identity.ino,
-                )
+                (range.start_addr(), range.size(), offset, identity)
             })
             .collect();
         assert_eq!(held, expected);

@@ -22,8 +22,8 @@ fn the_daemon_maps_our_files_and_bytes_pass_both_ways() {
             panic!()
         };
         assert_eq!(
-            (low.inode, low.mmap_offset + MIB),
-            (high.inode, high.mmap_offset)
+            (low.identity, low.mmap_offset + MIB),
+            (high.identity, high.mmap_offset)
         );
 
         let mut driver = driver(&memory, &mut share, &device);
@@ -224,7 +224,7 @@ fn a_daemon_takes_509_regions_of_a_descriptor_each() {
         .daemon
         .table()
         .iter()
-        .map(|region| region.inode)
+        .map(|region| region.identity.ino)
         .collect();
     files.sort_unstable();
     files.dedup();
