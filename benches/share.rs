@@ -5,7 +5,6 @@
 //! measured in turn, because others use the machine too. `SHARE_ROUNDS` sets how often.
 
 use std::error::Error;
-use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use guest_memory_shm::mock::{BlkDevice, MockDaemon};
@@ -63,13 +62,7 @@ fn exchange(daemon: &MockDaemon, table: &MemoryTable) -> Result<Duration, Box<dy
     let infos: Vec<_> = table
         .regions()
         .iter()
-        .map(|region| VhostUserMemoryRegionInfo {
-            guest_phys_addr: region.range().start_addr().0,
-            memory_size: region.range().size(),
-            userspace_addr: region.userspace_addr(),
-            mmap_offset: region.mmap_offset(),
-            mmap_handle: region.as_fd().as_raw_fd(),
-        })
+        .map(VhostUserMemoryRegionInfo::from)
         .collect();
     let start = Instant::now();
     for info in &infos {
@@ -84,7 +77,7 @@ fn share(daemon: &MockDaemon, table: &MemoryTable) -> Result<Duration, Box<dyn E
     let (frontend, features) = connect(daemon)?;
     let mut share = VhostUserShare::new(frontend, features);
     let start = Instant::now();
-    let _ = share.update(table)?;
+    share.update(table)?;
     let elapsed = start.elapsed();
     check_and_leave(daemon, share.into_sink())?;
     Ok(elapsed)

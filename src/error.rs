@@ -88,16 +88,24 @@ pub enum Error {
     NoRanges,
 
     /// No region has exactly this address and size.
-    #[error("no region starts at guest address {:#x} with size {}", .start.0, HumanSize(*.size))]
+    #[error(
+        "no region of {} starts at guest address {:#x}, where {}",
+        HumanSize(*.size), .start.0, found_instead(*.found)
+    )]
     NoSuchRegion {
         /// The address that was looked for.
         start: GuestAddress,
         /// The size that was looked for, in bytes.
         size: u64,
+        /// The size of the region that starts there, if one does.
+        found: Option<u64>,
     },
 
     /// A backing of size 0, or longer than a file can be.
-    #[error("a backing of {} cannot exist: it must have 1 to {limit} bytes", HumanSize(*.size))]
+    #[error(
+        "a backing of {} cannot exist: it must have at least one page and at most {}",
+        HumanSize(*.size), HumanSize(*.limit)
+    )]
     BackingTooLong {
         /// The size that was asked for, in bytes.
         size: u64,
@@ -266,7 +274,7 @@ pub enum Error {
 
     /// A file that was to be adopted is not sealed as the policy demands, or is sealed against
     /// writing.
-    #[error("cannot adopt a file with the seals {found}: {remedy}")]
+    #[error("cannot adopt a file whose seals are: {found}; {remedy}")]
     AdoptSeals {
         /// The seals that the file has.
         found: crate::backing::Seals,
@@ -298,10 +306,24 @@ pub enum Error {
         len: u64,
     },
 
+    /// A backing that is not sealed became shorter since it was created or adopted.
+    #[error(
+        "the backing had {} and has {} now: somebody truncated it, touching what is gone would be \
+         SIGBUS; use a sealed memfd or a trusted peer",
+        HumanSize(*.len), HumanSize(*.now)
+    )]
+    BackingTruncated {
+        /// The length that it had, in bytes.
+        len: u64,
+        /// The length that it has, in bytes.
+        now: u64,
+    },
+
     /// An offset into a backing is not a multiple of its page size.
     #[error(
-        "offset {offset:#x} in the backing is not a multiple of its page size {}",
-        HumanSize(*.page_size)
+        "offset {offset:#x} in the backing is not a multiple of its page size {}: the nearest is \
+         {:#x}",
+        HumanSize(*.page_size), .offset - .offset % .page_size
     )]
     UnalignedOffset {
         /// The offset in bytes.
@@ -312,8 +334,8 @@ pub enum Error {
 
     /// Memory could not be mapped.
     #[error(
-        "cannot {doing} of {}: the address space of this process is limited by RLIMIT_AS and \
-         vm.max_map_count",
+        "cannot {doing} of {}: the address space of this process is limited, by the CPU, by \
+         RLIMIT_AS and by vm.max_map_count",
         HumanSize(*.size)
     )]
     Map {
@@ -334,6 +356,13 @@ pub enum Error {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 
+    /// An empty memory table, which SET_MEM_TABLE cannot carry; nothing was sent.
+    #[error(
+        "SET_MEM_TABLE cannot carry an empty memory table: keep a region in it, or negotiate \
+         CONFIGURE_MEM_SLOTS; nothing was sent"
+    )]
+    EmptyTable,
+
     /// A memory table has more regions than the daemon takes; nothing was sent.
     #[error(
         "the memory table has {regions} regions, {}; nothing was sent",
@@ -349,7 +378,10 @@ pub enum Error {
     },
 
     /// The daemon refused a change of its memory table; the share is broken.
-    #[error("the daemon refused to {change}: it may be out of memory or slots, reconnect to it")]
+    #[error(
+        "the daemon refused to {change}: it may be out of memory, address space or memory slots; \
+         the connection was closed"
+    )]
     DaemonRefused {
         /// The change.
         change: MemTableChange,
@@ -382,7 +414,10 @@ pub enum Error {
     },
 
     /// The exchange with the daemon failed in another way; the share is broken.
-    #[error("cannot {change}: the exchange with the daemon failed")]
+    #[error(
+        "the daemon could not be made to {change}: the exchange failed (the share must be given \
+         the protocol features that SET_PROTOCOL_FEATURES acknowledged); the connection was closed"
+    )]
     DaemonProtocol {
         /// The change.
         change: MemTableChange,
@@ -445,7 +480,7 @@ pub enum MemTableChange {
 impl fmt::Display for MemTableChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::QuerySlots => f.write_str("tell its number of memory slots"),
+            Self::QuerySlots => f.write_str("say how many memory slots it has"),
             Self::SetTable(regions) => write!(f, "take a memory table of {regions} regions"),
             Self::Add(range) => write!(f, "add the region {range}"),
             Self::Remove(range) => write!(f, "remove the region {range}"),
@@ -509,6 +544,13 @@ fn shm_remedy(source: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => "/dev/shm may not be written, check its mode",
         io::ErrorKind::StorageFull => "/dev/shm is full, remove files from it or remount it larger",
         _ => "check /dev/shm",
+    }
+}
+
+fn found_instead(found: Option<u64>) -> String {
+    match found {
+        Some(size) => format!("one of {} does", HumanSize(size)),
+        None => "none does".to_owned(),
     }
 }
 

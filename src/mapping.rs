@@ -20,26 +20,10 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonym
 
 use crate::backing::{ShmBacking, base_page_size};
 use crate::error::{Error, Result};
-use crate::options::{CoreDump, PageSize, RamOptions};
+use crate::options::{Advice, CoreDump};
 
 /// Sizes for which the kernel and the hypervisor can use one large mapping, largest first.
 const LARGE: [u64; 2] = [1 << 30, 2 << 20];
-
-/// What the kernel is told about a new mapping, before any page of it exists.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Advice {
-    transparent_huge: bool,
-    dump: bool,
-}
-
-impl From<&RamOptions> for Advice {
-    fn from(options: &RamOptions) -> Self {
-        Self {
-            transparent_huge: options.page_size() == PageSize::Transparent,
-            dump: options.core_dump() == CoreDump::Include,
-        }
-    }
-}
 
 /// A part of a backing, mapped shared for reading and writing, with a guard page at both ends.
 ///
@@ -90,22 +74,19 @@ impl Mapping {
     ///
     /// # Errors
     ///
-    /// [`Error::UnalignedOffset`], [`Error::UnalignedSize`], [`Error::OutsideBacking`];
+    /// [`Error::UnalignedOffset`], [`Error::UnalignedSize`], [`Error::OutsideBacking`],
+    /// [`Error::BackingTruncated`];
     /// [`Error::HugePoolShort`] if the pool cannot promise the pages; [`Error::Map`].
-    pub(crate) fn new(
-        backing: &ShmBacking,
-        offset: u64,
-        size: u64,
-        advice: Advice,
-    ) -> Result<Self> {
+    pub(crate) fn new(backing: &ShmBacking, offset: u64, size: u64) -> Result<Self> {
         backing.check_inside(offset, size)?;
+        backing.check_not_truncated()?;
         if !backing.is_on_tmpfs() {
             rehearse(backing, offset, size)?;
         }
         let reserved = Reservation::new(size, offset, large_page(size, backing))?;
         let ram = reserved.map(backing, offset)?;
         let mapping = reserved.into_mapping(ram);
-        mapping.advise(advice);
+        mapping.advise(backing.advice());
         Ok(mapping)
     }
 
@@ -120,7 +101,7 @@ impl Mapping {
     }
 
     fn advise(&self, advice: Advice) {
-        if !advice.dump {
+        if advice.core_dump == CoreDump::Exclude {
             self.advise_one(
                 MmapAdvise::MADV_DONTDUMP,
                 "leave guest RAM out of core dumps",
@@ -337,13 +318,14 @@ pub(crate) const fn to_usize(size: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::options::RamOptions;
 
     fn backing(len: u64) -> ShmBacking {
         ShmBacking::create(&RamOptions::new(), len).unwrap()
     }
 
     fn map(backing: &ShmBacking, offset: u64, size: u64) -> Mapping {
-        Mapping::new(backing, offset, size, Advice::default()).unwrap()
+        Mapping::new(backing, offset, size).unwrap()
     }
 
     #[test]
@@ -382,7 +364,7 @@ mod tests {
     #[test]
     fn what_cannot_be_mapped_leaves_no_reservation() {
         let backing = backing(4096);
-        let refused = Mapping::new(&backing, 0, 8192, Advice::default()).unwrap_err();
+        let refused = Mapping::new(&backing, 0, 8192).unwrap_err();
         assert!(matches!(refused, Error::OutsideBacking { .. }));
         let refused = Reservation::new(1 << 62, 0, 2 << 20).err();
         assert!(matches!(refused, Some(Error::Map { .. })));

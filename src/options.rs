@@ -51,6 +51,22 @@ pub enum CoreDump {
     Include,
 }
 
+/// What the kernel is told about a mapping before any page of it exists.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Advice {
+    pub(crate) transparent_huge: bool,
+    pub(crate) core_dump: CoreDump,
+}
+
+impl From<&RamOptions> for Advice {
+    fn from(options: &RamOptions) -> Self {
+        Self {
+            transparent_huge: options.page_size == PageSize::Transparent,
+            core_dump: options.core_dump,
+        }
+    }
+}
+
 /// The options of one backing of guest RAM.
 ///
 /// The default is a sealed memfd of base pages that core dumps leave out.

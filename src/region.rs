@@ -17,7 +17,7 @@ use vm_memory::{
 use crate::backing::{ShmBacking, page_size_of};
 use crate::error::Result;
 use crate::layout::GuestRange;
-use crate::mapping::{Advice, HostAddr, Mapping, to_usize};
+use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::options::RamOptions;
 
 /// A contiguous range of guest RAM: one shared mapping of a part of a [`ShmBacking`].
@@ -25,6 +25,10 @@ use crate::options::RamOptions;
 /// Implements vm-memory's `GuestMemoryRegion`; `B` is the dirty bitmap, `()` for none. It is
 /// always shared (`MAP_SHARED`), always has a descriptor, and always lies inside its backing.
 /// It is a handle: a clone is the same region, and the last one unmaps it.
+///
+/// A region takes three of the map entries that a process may have (`vm.max_map_count`, 65,530
+/// unless changed): the RAM, and a guard page on either side. A child of fork(2) shares the RAM
+/// with its parent, as any process that maps the descriptor.
 ///
 /// ```
 /// use guest_memory_shm::{GuestMemoryShm, GuestRegionShm, RamOptions};
@@ -71,7 +75,7 @@ impl<B: NewBitmap> GuestRegionShm<B> {
         let range = GuestRange::new(start, size)?;
         range.check_aligned(page_size_of(options)?)?;
         let backing = ShmBacking::create(options, size)?;
-        Self::place(&backing, 0, range, options.into())
+        Self::place(&backing, 0, range)
     }
 
     /// A region of `size` bytes at `start`, on the part of `backing` at `offset`.
@@ -81,7 +85,8 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     /// Those of a bad place, as [`new`](Self::new);
     /// [`Error::UnalignedOffset`](crate::Error::UnalignedOffset) and
     /// [`Error::OutsideBacking`](crate::Error::OutsideBacking) for a part that the backing does not
-    /// have; [`Error::HugePoolShort`](crate::Error::HugePoolShort) and
+    /// have; [`Error::BackingTruncated`](crate::Error::BackingTruncated) for one that it has no
+    /// more; [`Error::HugePoolShort`](crate::Error::HugePoolShort) and
     /// [`Error::Map`](crate::Error::Map) if it cannot be mapped.
     pub fn from_backing(
         backing: &ShmBacking,
@@ -91,17 +96,12 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     ) -> Result<Self> {
         let range = GuestRange::new(start, size)?;
         range.check_aligned(backing.page_size())?;
-        Self::place(backing, offset, range, Advice::default())
+        Self::place(backing, offset, range)
     }
 
     /// The range must be aligned to the pages of the backing.
-    pub(crate) fn place(
-        backing: &ShmBacking,
-        offset: u64,
-        range: GuestRange,
-        advice: Advice,
-    ) -> Result<Self> {
-        let mapping = Mapping::new(backing, offset, range.size(), advice)?;
+    pub(crate) fn place(backing: &ShmBacking, offset: u64, range: GuestRange) -> Result<Self> {
+        let mapping = Mapping::new(backing, offset, range.size())?;
         Ok(Self {
             range,
             host: mapping.host_addr(),
@@ -126,6 +126,27 @@ impl<B> GuestRegionShm<B> {
         &self.shared.backing
     }
 
+    /// The dirty bitmap of the whole region, to be harvested and cleared.
+    ///
+    /// (vm-memory's `GuestMemoryRegion::bitmap` gives a slice of it, which can only be marked and
+    /// asked.)
+    ///
+    /// ```
+    /// use guest_memory_shm::GuestMemoryShm;
+    /// use vm_memory::bitmap::AtomicBitmap;
+    /// use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+    ///
+    /// let memory = GuestMemoryShm::<AtomicBitmap>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+    /// memory.write_obj(1u8, GuestAddress(0x3000)).expect("there is RAM");
+    /// let region = memory.find_region(GuestAddress(0)).expect("there is RAM");
+    /// assert_eq!(region.dirty_bitmap().get_and_reset(), [1 << 3, 0, 0, 0]);
+    /// assert_eq!(region.dirty_bitmap().get_and_reset(), [0; 4]);
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
+    pub fn dirty_bitmap(&self) -> &B {
+        &self.shared.bitmap
+    }
+
     /// Where the region starts in its backing, in bytes.
     pub fn offset(&self) -> u64 {
         self.shared.file_offset.start()
@@ -139,6 +160,9 @@ impl<B> GuestRegionShm<B> {
     }
 
     /// The host address of the first byte, for hypervisors and the wire.
+    ///
+    /// A memory slot of KVM is made of the region like this: `guest_phys_addr` is its
+    /// `start_addr()`, `memory_size` its `len()`, `userspace_addr` this address.
     ///
     /// The memory is valid as long as the region lives. The guest and other processes write to
     /// it: no reference to it may be made, and it is accessed by volatile or atomic operations.

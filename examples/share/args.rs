@@ -40,7 +40,6 @@ writable=on
 
 RUST_LOG=debug shows what happens on the way.";
 
-/// What is asked for.
 #[derive(Debug, Parser)]
 #[command(name = "share", long_about = ABOUT, after_long_help = EXAMPLES)]
 /// Shares guest RAM with a vhost-user-blk daemon and copies a disk through it
@@ -49,7 +48,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
 
-    /// Copy the whole disk to FILE, which appears when it is complete
+    /// Copy the whole disk to FILE, which appears, or is replaced, when the copy is complete
     #[arg(long, value_name = "FILE", conflicts_with = "write_from")]
     pub(crate) read_to: Option<PathBuf>,
 
@@ -61,7 +60,8 @@ pub(crate) struct Args {
     ///
     /// A multiple of 2M, at least 4M. It is split in two around a PCI hole: RAM up to 3 GiB at half
     /// its size, larger RAM at 3 GiB. The region of 2 MiB that is hot-added comes on top of it.
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size,
+        allow_negative_numbers = true)]
     pub(crate) ram: u64,
 
     /// What the RAM consists of
@@ -76,7 +76,8 @@ pub(crate) struct Args {
     pub(crate) disk: Option<u64>,
 
     /// How long the daemon may take for each answer
-    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds,
+        allow_negative_numbers = true)]
     pub(crate) time_limit: Duration,
 }
 
@@ -131,6 +132,6 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "give seconds".to_owned())?;
     match Duration::try_from_secs_f64(seconds) {
         Ok(limit) if !limit.is_zero() => Ok(limit),
-        _ => Err("give seconds, more than 0".to_owned()),
+        _ => Err("give seconds, more than 0 and less than 2^64".to_owned()),
     }
 }

@@ -162,7 +162,7 @@ impl Disk {
                 bar.inc(total(&oldest.buffers));
                 let plugged = oldest.buffers.iter().filter(|(addr, _)| *addr >= plug);
                 self.carried += plugged.map(|(_, length)| u64::from(*length)).sum::<u64>();
-                log::debug!("{direction} {} of {}", size(oldest.offset), size(len));
+                log::trace!("{direction} {} of {}", size(oldest.offset), size(len));
             } else if offset < len
                 && let Some(set) = next_set.next()
             {

@@ -37,7 +37,7 @@ impl Session {
         let mut frontend = Frontend::from_stream(stream, 1);
 
         // A daemon that is busy with another front-end accepts us later, if ever.
-        let time = TimeLimit::new(&frontend, limit);
+        let mut time = TimeLimit::new(&frontend, limit);
         let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
         let device = time
             .run(|| BlkDevice::negotiate(&mut frontend, wanted))

@@ -10,6 +10,7 @@ use nix::sys::statfs::fstatfs;
 
 use super::{BackingKind, Seals, ShmBacking, base_page_size, seals};
 use crate::error::{AdoptError, Error, Result};
+use crate::options::{Advice, CoreDump};
 
 // From linux/magic.h; memfds and POSIX shared memory are files on a tmpfs.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
@@ -36,6 +37,7 @@ pub struct AdoptPolicy {
     min_len: u64,
     disk_files: bool,
     seals: SealPolicy,
+    advice: Advice,
 }
 
 /// What is demanded of the seals of a descriptor that is to be adopted.
@@ -73,6 +75,21 @@ impl AdoptPolicy {
         self
     }
 
+    /// Asks for transparent huge pages in every region on it, as
+    /// [`PageSize::Transparent`](crate::PageSize::Transparent) does; not asked for unless set.
+    #[must_use]
+    pub fn with_transparent_huge_pages(mut self) -> Self {
+        self.advice.transparent_huge = true;
+        self
+    }
+
+    /// Sets whether core dumps of this process hold the RAM; left out unless set.
+    #[must_use]
+    pub fn with_core_dump(mut self, core_dump: CoreDump) -> Self {
+        self.advice.core_dump = core_dump;
+        self
+    }
+
     /// Sets what is demanded of the seals; any unless set.
     #[must_use]
     pub fn with_seals(mut self, seals: SealPolicy) -> Self {
@@ -94,7 +111,7 @@ pub(super) fn adopt(
                 kind,
                 seals,
             } = found;
-            let backing = ShmBacking::new(file, metadata.len(), page_size, kind, seals, &metadata);
+            let backing = ShmBacking::new(file, page_size, kind, seals, &metadata, policy.advice);
             log::debug!("adopted {backing:?}");
             Ok(backing)
         }
@@ -235,7 +252,8 @@ fn check_seals(file: &impl AsFd, policy: SealPolicy) -> Result<Seals> {
     }
     Err(Error::AdoptSeals {
         found,
-        remedy: "its size must be sealed, ask its owner for a memfd sealed against shrinking and \
-                 growing, or trust the owner with SealPolicy::Any",
+        remedy: "its size must be sealed, ask its owner for a memfd made with MFD_ALLOW_SEALING \
+                 (and sealed against shrinking and growing), or trust the owner with \
+                 SealPolicy::Any",
     })
 }

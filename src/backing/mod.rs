@@ -16,7 +16,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::error::{AdoptError, Error, Result};
-use crate::options::{Backing, PageSize, RamOptions};
+use crate::options::{Advice, Backing, PageSize, RamOptions};
 use crate::units::HumanSize;
 
 mod adopt;
@@ -55,6 +55,8 @@ struct Inner {
     kind: BackingKind,
     seals: Seals,
     identity: FileIdentity,
+    /// For every mapping of it.
+    advice: Advice,
 }
 
 /// What a backing turned out to be.
@@ -103,6 +105,7 @@ pub struct FileIdentity {
 impl ShmBacking {
     /// Creates a backing of `len` bytes; no page of it is allocated.
     ///
+    /// The options hold for every region on it: transparent huge pages and core dumps too.
     /// A memfd is sealed against any change of its size before this returns.
     ///
     /// # Errors
@@ -136,7 +139,7 @@ impl ShmBacking {
             .metadata()
             .map_err(|source| step("fstat the descriptor", source))?;
         let seals = seals::read(&file).map_err(|source| step("read the seals", source))?;
-        let backing = Self::new(file, len, page_size, kind, seals, &metadata);
+        let backing = Self::new(file, page_size, kind, seals, &metadata, options.into());
         log::debug!("created {backing:?}");
         Ok(backing)
     }
@@ -170,16 +173,16 @@ impl ShmBacking {
 
     fn new(
         file: File,
-        len: u64,
         page_size: u64,
         kind: BackingKind,
         seals: Seals,
         metadata: &std::fs::Metadata,
+        advice: Advice,
     ) -> Self {
         Self {
             inner: Arc::new(Inner {
                 file: Arc::new(file),
-                len,
+                len: metadata.len(),
                 page_size,
                 kind,
                 seals,
@@ -187,6 +190,7 @@ impl ShmBacking {
                     dev: metadata.dev(),
                     ino: metadata.ino(),
                 },
+                advice,
             }),
         }
     }
@@ -241,14 +245,39 @@ impl ShmBacking {
     pub fn allocated(&self) -> Result<u64> {
         // st_blocks counts units of 512 bytes, whatever the page size (stat(3type)).
         const BLOCK: u64 = 512;
-        match self.inner.file.metadata() {
-            Ok(metadata) => Ok(metadata.blocks() * BLOCK),
-            Err(source) => Err(Error::CreateBacking {
-                doing: "fstat the descriptor",
-                kind: "shared memory",
-                size: self.inner.len,
-                source,
-            }),
+        let metadata = self.inner.file.metadata();
+        let metadata = metadata.map_err(|source| self.fstat_error(source))?;
+        Ok(metadata.blocks() * BLOCK)
+    }
+
+    /// What the kernel is told about every mapping of it.
+    pub(crate) fn advice(&self) -> Advice {
+        self.inner.advice
+    }
+
+    /// Looks again whether the file is as long as it was: one that is not sealed may have been
+    /// truncated, and touching what is gone is SIGBUS.
+    pub(crate) fn check_not_truncated(&self) -> Result<()> {
+        if self.seals().contains(Seals::SHRINK) {
+            return Ok(());
+        }
+        let metadata = self.inner.file.metadata();
+        let metadata = metadata.map_err(|source| self.fstat_error(source))?;
+        if metadata.len() < self.len() {
+            return Err(Error::BackingTruncated {
+                len: self.len(),
+                now: metadata.len(),
+            });
+        }
+        Ok(())
+    }
+
+    fn fstat_error(&self, source: io::Error) -> Error {
+        Error::CreateBacking {
+            doing: "fstat the descriptor",
+            kind: "shared memory",
+            size: self.len(),
+            source,
         }
     }
 

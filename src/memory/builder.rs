@@ -9,7 +9,6 @@ use super::GuestMemoryShm;
 use crate::backing::{ShmBacking, check_creation, check_pool, page_size_of};
 use crate::error::{Error, Result};
 use crate::layout::{GuestRange, check_disjoint, pack};
-use crate::mapping::Advice;
 use crate::options::{PageSize, RamOptions};
 use crate::region::GuestRegionShm;
 
@@ -23,7 +22,7 @@ use crate::region::GuestRegionShm;
 /// let memory = GuestMemoryShm::<()>::builder()
 ///     // One descriptor carries the RAM below and above the hole.
 ///     .with_ram(RamOptions::new(), ram_around_hole(4 << 30, hole)?)
-///     // Another one carries RAM that an untrusted daemon may see.
+///     // Another one, which can be truncated by whoever holds it, is for a trusted daemon.
 ///     .with_ram(
 ///         RamOptions::new().with_backing(Backing::PosixShm),
 ///         [(GuestAddress(1 << 40), 16 << 20)],
@@ -115,7 +114,7 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
     /// [`Error::NoRanges`] without any range (or with a backing that has none);
     /// [`Error::EmptyRange`], [`Error::RangeOverflow`], [`Error::UnalignedAddress`],
     /// [`Error::UnalignedSize`], [`Error::Overlap`], [`Error::UnalignedOffset`],
-    /// [`Error::OutsideBacking`] for bad places; those of [`ShmBacking::create`]; and
+    /// [`Error::OutsideBacking`], [`Error::BackingTruncated`] for bad places; those of [`ShmBacking::create`]; and
     /// [`Error::Map`]. All numbers, and the pools of huge pages, are checked before anything is
     /// created, and a failure leaves nothing behind.
     pub fn build(self) -> Result<GuestMemoryShm<B>> {
@@ -126,12 +125,12 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
 
         let mut regions = Vec::with_capacity(all.len());
         for plan in &plans {
-            let (backing, advice) = match plan.source {
-                Source::Create(options) => (ShmBacking::create(options, plan.len)?, options.into()),
-                Source::Use { backing, .. } => (backing.clone(), Advice::default()),
+            let backing = match plan.source {
+                Source::Create(options) => ShmBacking::create(options, plan.len)?,
+                Source::Use { backing, .. } => backing.clone(),
             };
             for (range, offset) in plan.ranges.iter().zip(&plan.offsets) {
-                regions.push(GuestRegionShm::place(&backing, *offset, *range, advice)?);
+                regions.push(GuestRegionShm::place(&backing, *offset, *range)?);
             }
         }
         GuestMemoryShm::from_regions(regions)

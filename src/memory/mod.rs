@@ -26,8 +26,8 @@ use index::Index;
 
 /// The RAM of a guest: shared-memory regions behind vm-memory's traits.
 ///
-/// Takes the place of vm-memory's `GuestMemoryMmap`: a VMM changes its type alias and keeps its
-/// code. `B` is the dirty bitmap of each region, `()` for none. It never changes: hotplug makes a
+/// Takes the place of vm-memory's `GuestMemoryMmap`: a VMM changes its type alias and keeps the code
+/// behind it (see [below](#porting-from-guestmemorymmap)). `B` is the dirty bitmap of each region, `()` for none. It never changes: hotplug makes a
 /// new memory ([`insert_region`](Self::insert_region)), which shares the regions and is published
 /// through vm-memory's `GuestMemoryAtomic`. Cloning it clones references to the regions.
 ///
@@ -49,10 +49,20 @@ use index::Index;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 ///
-/// # Differences from `GuestMemoryMmap`
+/// # Porting from `GuestMemoryMmap`
 ///
-/// Sizes and addresses must be multiples of the page size; regions that are not sorted are sorted
-/// instead of refused; the errors are this crate's.
+/// All that goes through vm-memory's traits stays as it is (devices, virtio-queue, linux-loader).
+/// What differs:
+///
+/// | GuestMemoryMmap | GuestMemoryShm |
+/// |---|---|
+/// | `from_ranges` with any sizes and addresses | multiples of the page size |
+/// | `from_ranges_with_files`, `GuestRegionMmap::from_range` | [`builder`](Self::builder), [`GuestRegionShm::new`], [`GuestRegionShm::from_backing`] |
+/// | unsorted regions are refused | sorted |
+/// | `FromRangesError`, `GuestRegionCollectionError` | [`Error`](crate::Error) |
+/// | `region.deref().bitmap()` for the whole bitmap | [`GuestRegionShm::dirty_bitmap`] |
+/// | `VhostUserMemoryRegionInfo::from_guest_region(region)` | `VhostUserMemoryRegionInfo::from(&TableRegion::from(region))`, or `VhostUserShare` for all of it |
+/// | a function that wants a `GuestMemoryMmap` | [`to_guest_memory_mmap`](Self::to_guest_memory_mmap) |
 pub struct GuestMemoryShm<B = ()> {
     /// Sorted by address, disjoint.
     regions: Arc<[Arc<GuestRegionShm<B>>]>,
@@ -138,12 +148,21 @@ impl<B> GuestMemoryShm<B> {
         start: GuestAddress,
         size: GuestUsize,
     ) -> Result<(Self, Arc<GuestRegionShm<B>>)> {
-        let at = self
+        let found = self
             .regions
             .binary_search_by_key(&start, |region| region.range().start_addr())
             .ok()
-            .filter(|at| self.regions[*at].range().size() == size)
-            .ok_or(Error::NoSuchRegion { start, size })?;
+            .map(|at| (at, self.regions[at].range().size()));
+        let at = match found {
+            Some((at, found)) if found == size => at,
+            _ => {
+                return Err(Error::NoSuchRegion {
+                    start,
+                    size,
+                    found: found.map(|(_, found)| found),
+                });
+            }
+        };
         let mut regions = self.arc_regions();
         let removed = regions.remove(at);
         Ok((Self::index(regions), removed))

@@ -51,6 +51,8 @@ pub struct MockDaemon {
     listener: Arc<UnixListener>,
     thread: Option<JoinHandle<()>>,
     file: Option<SocketFile>,
+    /// The process that its threads run in: a child of fork(2) has no copy of them.
+    pid: u32,
 }
 
 impl MockDaemon {
@@ -161,6 +163,11 @@ impl MockDaemon {
 
 impl Drop for MockDaemon {
     fn drop(&mut self) {
+        if std::process::id() != self.pid {
+            // What is shared with the parent, the listening and the file, is the parent's.
+            std::mem::forget(self.file.take());
+            return;
+        }
         self.shared.stop();
         // On Linux this wakes accept(), which then fails: nothing but the drop needs to end it.
         if let Err(errno) = shutdown(self.listener.as_raw_fd(), Shutdown::Both) {
@@ -327,6 +334,7 @@ impl MockDaemonBuilder {
                 .map_err(failed(doing))?
         };
         Ok(MockDaemon {
+            pid: std::process::id(),
             shared,
             listener,
             thread: Some(thread),

@@ -36,25 +36,31 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// trip. No call waits longer than the [time limit](Self::with_time_limit) for an answer.
 ///
 /// ```
-/// # use guest_memory_shm::{GuestMemoryShm, mock::MockDaemon};
-/// # use vhost::VhostBackend;
-/// # use vhost::vhost_user::{Frontend, VhostUserFrontend};
+/// use std::time::Duration;
+///
+/// use guest_memory_shm::{GuestMemoryShm, TimeLimit, VhostUserShare};
+/// use vhost::VhostBackend;
+/// use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
+/// # use guest_memory_shm::mock::MockDaemon;
 /// # use vm_memory::GuestAddress;
-/// use guest_memory_shm::VhostUserShare;
-/// use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 ///
 /// # let daemon = MockDaemon::builder().start_unnamed()?;
-/// # let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
-/// # frontend.set_owner()?;
-/// # frontend.set_features(frontend.get_features()?)?;
+/// # let stream = daemon.connect()?;
 /// # let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-/// let features = frontend.get_protocol_features()?
-///     & (Features::CONFIGURE_MEM_SLOTS | Features::REPLY_ACK);
-/// frontend.set_protocol_features(features)?;
+/// let mut frontend = Frontend::from_stream(stream, 1);
+/// let mut limit = TimeLimit::new(&frontend, Duration::from_secs(10));
+/// let features = limit.run(|| -> vhost::Result<Features> {
+///     frontend.set_owner()?;
+///     frontend.set_features(frontend.get_features()?)?;
+///     let features = frontend.get_protocol_features()?
+///         & (Features::CONFIGURE_MEM_SLOTS | Features::REPLY_ACK);
+///     frontend.set_protocol_features(features)?;
+///     Ok(features)
+/// })??;
 ///
 /// let mut share = VhostUserShare::new(frontend, features);
 /// share.update(&memory.memory_table())?;
-/// assert_eq!(daemon.table().len(), 1);
+/// # assert_eq!(daemon.table().len(), 1);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
@@ -74,7 +80,6 @@ pub struct VhostUserShare<F> {
 
 /// What an update did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[must_use = "bases that the daemon returned must be used"]
 pub struct ShareReport {
     removed: usize,
     added: usize,
@@ -119,7 +124,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
         share
     }
 
-    /// Sets how long the daemon may take for each answer; 10 seconds unless set.
+    /// Sets how long the daemon may take for each answer; 10 seconds unless set. Without any time
+    /// every update fails.
     #[must_use]
     pub fn with_time_limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
@@ -129,6 +135,9 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     /// Goes on with a new connection to the daemon, which holds no region yet; gives back the old
     /// one. The next [`update`](Self::update) sends the whole table.
+    ///
+    /// Most daemons serve one front-end at a time: the old connection must have ended before they
+    /// answer on the new one. That of a broken share has.
     pub fn reconnect(&mut self, sink: F, features: Features) -> F {
         let old = std::mem::replace(&mut self.sink, sink);
         self.begin(features);
@@ -157,12 +166,12 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`Error::TooManyRegions`], and [`Error::NoRanges`] for an empty table that only
+    /// [`Error::TooManyRegions`], and [`Error::EmptyTable`] for an empty table that only
     /// SET_MEM_TABLE could carry: nothing was sent, the share goes on as before.
     ///
     /// [`Error::DaemonRefused`], [`Error::DaemonHungUp`], [`Error::DaemonSilent`],
-    /// [`Error::DaemonProtocol`]: the share is broken, and every later update is
-    /// [`Error::ShareBroken`] until [`reconnect`](Self::reconnect). A daemon that acknowledges a
+    /// [`Error::DaemonProtocol`]: the connection is closed, the share is broken, and every later
+    /// update is [`Error::ShareBroken`] until [`reconnect`](Self::reconnect). A daemon that acknowledges a
     /// change and hangs up right after it, as libvhost-user does to refuse one, counts as hung up;
     /// among several changes the error may then name the change behind the refused one.
     pub fn update(&mut self, table: &MemoryTable) -> Result<ShareReport> {
@@ -321,6 +330,11 @@ impl<F: MemTableSink> VhostUserShare<F> {
             Err(SinkError::Protocol(source)) => Error::DaemonProtocol { change, source },
             Ok(_) => unreachable!("an answer in time was returned above"),
         };
+        // Nothing more is said on a connection whose other end is in an unknown state; and most
+        // daemons serve one front-end at a time, so the next connection needs this one's end.
+        if let Some(hang_up) = self.sink.hang_up() {
+            hang_up();
+        }
         log::warn!("share broken: {error}");
         self.broken = Some(error.to_string());
         Err(error)
@@ -333,7 +347,7 @@ fn base_of(region: &TableRegion, base: u64) -> (GuestAddress, u64) {
 
 fn check_whole(table: &MemoryTable) -> Result<()> {
     match table.regions().len() {
-        0 => Err(Error::NoRanges),
+        0 => Err(Error::EmptyTable),
         regions if regions > MAX_TABLE_REGIONS => Err(Error::TooManyRegions {
             regions,
             limit: MAX_TABLE_REGIONS as u64,

@@ -101,16 +101,16 @@ impl MemTableSink for Frontend {
     }
 
     fn set_mem_table(&mut self, regions: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError> {
-        let infos: Vec<_> = regions.iter().map(info).collect();
+        let infos: Vec<_> = regions.iter().map(Into::into).collect();
         Ok(VhostBackend::set_mem_table(self, &infos)?)
     }
 
     fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, SinkError> {
-        Ok(VhostUserFrontend::add_mem_region(self, &info(region))?)
+        Ok(VhostUserFrontend::add_mem_region(self, &region.into())?)
     }
 
     fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), SinkError> {
-        Ok(VhostUserFrontend::remove_mem_region(self, &info(region))?)
+        Ok(VhostUserFrontend::remove_mem_region(self, &region.into())?)
     }
 
     fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
@@ -127,13 +127,15 @@ impl MemTableSink for Frontend {
     }
 }
 
-/// The region in vhost's terms. The descriptor in it is valid as long as `region` lives.
-fn info(region: &TableRegion) -> VhostUserMemoryRegionInfo {
-    VhostUserMemoryRegionInfo {
-        guest_phys_addr: region.range().start_addr().0,
-        memory_size: region.range().size(),
-        userspace_addr: region.userspace_addr(),
-        mmap_offset: region.mmap_offset(),
-        mmap_handle: region.as_fd().as_raw_fd(),
+impl From<&TableRegion> for VhostUserMemoryRegionInfo {
+    /// The region in vhost's terms. The descriptor in it is valid as long as the region lives.
+    fn from(region: &TableRegion) -> Self {
+        Self {
+            guest_phys_addr: region.range().start_addr().0,
+            memory_size: region.range().size(),
+            userspace_addr: region.userspace_addr(),
+            mmap_offset: region.mmap_offset(),
+            mmap_handle: region.as_fd().as_raw_fd(),
+        }
     }
 }

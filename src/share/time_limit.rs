@@ -20,7 +20,7 @@ pub type HangUp = Box<dyn Fn() + Send>;
 
 /// Hangs up on a daemon that does not answer in time, so that no call waits for ever.
 ///
-/// [`VhostUserShare`](crate::VhostUserShare) has one of its own. A VMM that makes other calls on
+/// It is one thread, which sleeps. [`VhostUserShare`](crate::VhostUserShare) has one of its own. A VMM that makes other calls on
 /// its `Frontend` (negotiation, rings) needs one for them too.
 ///
 /// ```no_run
@@ -31,7 +31,7 @@ pub type HangUp = Box<dyn Fn() + Send>;
 /// use vhost::vhost_user::Frontend;
 ///
 /// let frontend = Frontend::connect("/run/vhost-user-blk.sock", 1)?;
-/// let limit = TimeLimit::new(&frontend, Duration::from_secs(5));
+/// let mut limit = TimeLimit::new(&frontend, Duration::from_secs(5));
 /// let features = limit.run(|| frontend.get_features())??;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -39,6 +39,8 @@ pub struct TimeLimit {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
     limit: Duration,
+    /// The process that the thread runs in: a child of fork(2) has no copy of it.
+    pid: u32,
 }
 
 struct Shared {
@@ -81,6 +83,7 @@ impl TimeLimit {
             shared,
             thread,
             limit,
+            pid: std::process::id(),
         }
     }
 
@@ -90,7 +93,7 @@ impl TimeLimit {
     ///
     /// [`Error::TimeLimit`] if it took longer than the limit: the connection is closed then. What
     /// the call itself answers is inside `Ok`.
-    pub fn run<T>(&self, call: impl FnOnce() -> T) -> Result<T> {
+    pub fn run<T>(&mut self, call: impl FnOnce() -> T) -> Result<T> {
         self.start();
         let answer = call();
         if self.stop() {
@@ -157,6 +160,9 @@ impl Shared {
 
 impl Drop for TimeLimit {
     fn drop(&mut self) {
+        if std::process::id() != self.pid {
+            return;
+        }
         self.shared.lock().ended = true;
         self.shared.changed.notify_one();
         if let Some(thread) = self.thread.take() {
@@ -199,7 +205,7 @@ mod tests {
 
     #[test]
     fn a_call_that_waits_too_long_is_ended() {
-        let (limit, hung_up) = limit(Duration::from_millis(5));
+        let (mut limit, hung_up) = limit(Duration::from_millis(5));
         let refused = limit.run(|| hung_up.recv()).unwrap_err();
         assert!(matches!(refused, Error::TimeLimit { .. }));
         // It stays expired: the connection is gone.
@@ -208,7 +214,7 @@ mod tests {
 
     #[test]
     fn calls_in_time_are_left_alone_however_many() {
-        let (limit, hung_up) = limit(Duration::from_secs(3600));
+        let (mut limit, hung_up) = limit(Duration::from_secs(3600));
         for call in 0..1000 {
             assert_eq!(limit.run(|| call).unwrap(), call);
         }
@@ -218,7 +224,7 @@ mod tests {
 
     #[test]
     fn each_call_has_the_whole_time() {
-        let (limit, hung_up) = limit(Duration::from_millis(200));
+        let (mut limit, hung_up) = limit(Duration::from_millis(200));
         // The thread now sleeps towards a deadline that later calls push away.
         for _ in 0..4 {
             let answer = limit.run(|| hung_up.recv_timeout(Duration::from_millis(80)));

@@ -6,7 +6,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 
 use guest_memory_shm::{
-    AdoptPolicy, BackingKind, Error, GuestRegionShm, RamOptions, SealPolicy, Seals, ShmBacking,
+    AdoptPolicy, BackingKind, Error, GuestMemoryShm, GuestRegionShm, RamOptions, SealPolicy, Seals,
+    ShmBacking,
 };
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -221,7 +222,7 @@ fn a_file_that_cannot_be_written_is_refused_whatever_the_policy() {
                     adopt(file, &AdoptPolicy::new().with_seals(policy)),
                     Error::AdoptSeals { .. },
                     format!(
-                        "cannot adopt a file with the seals shrink|grow|{name}: RAM must be \
+                        "cannot adopt a file whose seals are: shrink|grow|{name}; RAM must be \
                          writable, ask its owner for one without write seals"
                     ),
                 );
@@ -239,9 +240,9 @@ fn an_unsealed_memfd_is_adopted_as_the_policy_says() {
         assert_refused!(
             adopt(clone(), &policy(SealPolicy::Require)),
             Error::AdoptSeals { .. },
-            "cannot adopt a file with the seals none: its size must be sealed, ask its owner for \
-             a memfd sealed against shrinking and growing, or trust the owner with \
-             SealPolicy::Any",
+            "cannot adopt a file whose seals are: none; its size must be sealed, ask its owner for \
+             a memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), or \
+             trust the owner with SealPolicy::Any",
         );
         let any = adopt(clone(), &policy(SealPolicy::Any)).unwrap();
         assert_eq!(any.seals(), Seals::empty());
@@ -269,10 +270,7 @@ fn half_a_seal_is_not_enough_where_the_size_must_be_sealed() {
         let clone = file.try_clone().unwrap();
         let require = AdoptPolicy::new().with_seals(SealPolicy::Require);
         let error = adopt(clone, &require).unwrap_err().to_string();
-        assert!(
-            error.contains(&format!("with the seals {name}: ")),
-            "{error}"
-        );
+        assert!(error.contains(&format!(" are: {name}; ")), "{error}");
         // The missing half is added, unless no seal can be added any more.
         seal(&file, SealFlag::F_SEAL_SEAL);
         let add = AdoptPolicy::new().with_seals(SealPolicy::Add);
@@ -335,4 +333,26 @@ fn an_owner_who_resizes_the_file_meanwhile_cannot_make_its_length_wrong() {
         });
         assert_eq!(adopted.len(), file.metadata().unwrap().len());
     }
+}
+
+#[test]
+fn a_file_that_was_truncated_after_its_adoption_is_not_mapped() {
+    in_own_process_leaving_nothing!(|| {
+        let file = memfd(MIB);
+        let backing = adopt(file.try_clone().unwrap(), &AdoptPolicy::new()).unwrap();
+        let build = || {
+            GuestMemoryShm::<()>::builder()
+                .with_backing(&backing, 0, [(GuestAddress(0), MIB)])
+                .build()
+        };
+        ftruncate(&file, PAGE as i64).unwrap();
+        assert_refused!(
+            build(),
+            Error::BackingTruncated { now: PAGE, .. },
+            "the backing had 1 MiB and has 4 KiB now: somebody truncated it, touching what is \
+             gone would be SIGBUS; use a sealed memfd or a trusted peer",
+        );
+        ftruncate(&file, MIB as i64).unwrap();
+        assert!(build().is_ok());
+    });
 }

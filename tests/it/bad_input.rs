@@ -57,7 +57,8 @@ fn size_0_is_refused() {
             assert_refused!(
                 ShmBacking::create(&options, 0),
                 Error::BackingTooLong { size: 0, .. },
-                "a backing of 0 bytes cannot exist: it must have 1 to 9223372036854775807 bytes",
+                "a backing of 0 bytes cannot exist: it must have at least one page and at most 7.9 EiB \
+                 (9223372036854775807 bytes)",
             );
         }
         assert_refused!(
@@ -220,7 +221,8 @@ fn a_range_past_the_address_space_is_refused() {
 #[test]
 fn ram_that_no_file_can_hold_is_refused() {
     in_own_process_leaving_nothing!(|| {
-        let text = "a backing of 8 EiB cannot exist: it must have 1 to 9223372036854775807 bytes";
+        let text = "a backing of 8 EiB cannot exist: it must have at least one page and at most 7.9 EiB \
+                    (9223372036854775807 bytes)";
         for options in [kind(Backing::Memfd), kind(Backing::PosixShm)] {
             assert_refused!(
                 ShmBacking::create(&options, 1 << 63),
@@ -280,7 +282,7 @@ fn a_region_that_its_backing_does_not_have_is_refused() {
                 offset: 100,
                 page_size: PAGE
             },
-            "offset 0x64 in the backing is not a multiple of its page size 4 KiB",
+            "offset 0x64 in the backing is not a multiple of its page size 4 KiB: the nearest is 0x0",
         );
         let twice = GuestMemoryShm::<()>::builder().with_backing(
             &backing,
@@ -301,17 +303,17 @@ fn removing_a_region_that_is_not_there_is_refused() {
         (
             0,
             PAGE,
-            "no region starts at guest address 0x0 with size 4 KiB",
+            "no region of 4 KiB starts at guest address 0x0, where one of 8 KiB does",
         ),
         (
             PAGE,
             PAGE,
-            "no region starts at guest address 0x1000 with size 4 KiB",
+            "no region of 4 KiB starts at guest address 0x1000, where none does",
         ),
         (
             1 << 40,
             0,
-            "no region starts at guest address 0x10000000000 with size 0 bytes",
+            "no region of 0 bytes starts at guest address 0x10000000000, where none does",
         ),
     ] {
         let removed = memory.remove_region(GuestAddress(addr), size);

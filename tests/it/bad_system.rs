@@ -138,7 +138,7 @@ fn a_process_without_address_space_is_told_which_limits_there_are() {
                 Err::<(), _>(&error),
                 Error::Map { size: GIB, .. },
                 "cannot reserve address space for a region of 1 GiB: the address space of this \
-                 process is limited by RLIMIT_AS and vm.max_map_count",
+                 process is limited, by the CPU, by RLIMIT_AS and by vm.max_map_count",
             );
             assert!(chain(&error).contains("os error 12"), "{}", chain(&error));
         }

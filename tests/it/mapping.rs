@@ -5,8 +5,8 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use guest_memory_shm::{
-    Backing, CoreDump, GuestMemoryShm, GuestRange, GuestRegionShm, PageSize, RamOptions,
-    ShmBacking, ram_around_hole,
+    AdoptPolicy, Backing, CoreDump, GuestMemoryShm, GuestRange, GuestRegionShm, PageSize,
+    RamOptions, ShmBacking, ram_around_hole,
 };
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
@@ -85,6 +85,31 @@ fn transparent_huge_pages_are_asked_for_only_where_they_are_wanted() {
         let huge = region(&huge, 4 * MIB);
         assert!(has_vm_flag(&smaps_at(huge.as_ptr()), "hg"));
     }
+}
+
+#[test]
+fn options_hold_for_every_region_on_a_backing_however_it_is_placed() {
+    let flags = |backing: &ShmBacking| {
+        let region = GuestRegionShm::<()>::from_backing(backing, 0, GuestAddress(0), 4 * MIB);
+        let smaps = smaps_at(region.unwrap().as_ptr());
+        (has_vm_flag(&smaps, "hg"), has_vm_flag(&smaps, "dd"))
+    };
+    let options = RamOptions::new()
+        .with_page_size(PageSize::Transparent)
+        .with_core_dump(CoreDump::Include);
+    let created = ShmBacking::create(&options, 4 * MIB).unwrap();
+    assert_eq!(flags(&created), (true, false));
+    let fd = || created.as_fd().try_clone_to_owned().unwrap();
+    // The options are not the file's, but those of whoever maps it.
+    let plain = ShmBacking::adopt(fd(), &AdoptPolicy::new()).unwrap();
+    assert_eq!(flags(&plain), (false, true));
+    let policy = AdoptPolicy::new()
+        .with_transparent_huge_pages()
+        .with_core_dump(CoreDump::Include);
+    assert_eq!(
+        flags(&ShmBacking::adopt(fd(), &policy).unwrap()),
+        (true, false)
+    );
 }
 
 #[test]

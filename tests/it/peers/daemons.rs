@@ -19,7 +19,7 @@ fn disturbed_copy(
         .arg(&daemon.socket)
         .arg("--read-to")
         .arg(place.path("out"))
-        .env("RUST_LOG", "share=debug")
+        .env("RUST_LOG", "share=trace")
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()

@@ -78,7 +78,7 @@ fn qemu_storage_daemon_takes_regions_and_gives_them_back() {
     let (frontend, device) = negotiate(UnixStream::connect(&daemon.socket).unwrap());
     let mut share = VhostUserShare::new(frontend, device.protocol_features());
     let memory = memory(&[0, 10, 20]);
-    let _ = share.update(&memory.memory_table()).unwrap();
+    share.update(&memory.memory_table()).unwrap();
     let mut driver = driver(&memory, &mut share, &device);
     for round in 0..3 {
         // It reads through the regions that are there.

@@ -33,7 +33,7 @@ fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) 
         let peer = Peer::start(builder.clone().with_fault(Fault::new(change, fault)));
         let (mut share, _) = peer.share();
         for (memory, _) in &updates[..failing] {
-            let _ = share.update(&memory.memory_table()).unwrap();
+            share.update(&memory.memory_table()).unwrap();
         }
         if fault == FaultKind::NeverAnswer {
             share = share.with_time_limit(Duration::from_millis(100));
@@ -68,7 +68,7 @@ fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) 
         // It serves one front-end at a time: the broken one has to go first.
         drop(share.into_sink());
         let (mut share, _) = peer.share();
-        let _ = share.update(&more.memory_table()).unwrap();
+        share.update(&more.memory_table()).unwrap();
         peer.holds(&more.memory_table());
     }
 }
@@ -126,6 +126,25 @@ fn misbehaviour_leaves_no_descriptor_and_no_thread() {
 }
 
 #[test]
+fn a_child_may_drop_what_its_parent_goes_on_using() {
+    in_own_process(|| {
+        let memory = memory(&[0, 1, 2]);
+        let daemon = MockDaemon::builder().start_unnamed().unwrap();
+        let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 1);
+        let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
+        let mut share = VhostUserShare::new(frontend, device.protocol_features());
+        share
+            .update(&without(&memory, &[2]).memory_table())
+            .unwrap();
+        let mut parts = Some((share, daemon));
+        assert_eq!(dies_of(|| drop(parts.take())), None);
+        let (mut share, daemon) = parts.expect("only the child took them");
+        share.update(&memory.memory_table()).unwrap();
+        assert_eq!(daemon.table().len(), 3);
+    });
+}
+
+#[test]
 fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
     for fault in FAULTS {
         let peer = Peer::start(MockDaemon::builder().with_fault(Fault::new(2, fault)));
@@ -135,8 +154,7 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
         }
         let memory = memory(&[0, 1, 2]);
         assert!(share.update(&memory.memory_table()).is_err());
-        peer.daemon.hang_up();
-        peer.daemon.wait_disconnected(PATIENCE).unwrap();
+        // The daemon serves one front-end at a time: the broken share must have hung up.
         let (frontend, device) = peer.connect();
         drop(share.reconnect(frontend, device.protocol_features()));
         assert_eq!(share.broken(), None);
@@ -144,7 +162,7 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
         let report = share.update(&memory.memory_table()).unwrap();
         assert_eq!(report.added(), 3, "{fault:?}");
         peer.holds(&memory.memory_table());
-        let _ = share
+        share
             .update(&without(&memory, &[1]).memory_table())
             .unwrap();
         peer.holds(&without(&memory, &[1]).memory_table());
@@ -162,7 +180,7 @@ fn a_late_answer_within_the_limit_is_waited_for() {
         let (mut share, _) = peer.share();
         let memory = memory(&[0, 1]);
         let start = Instant::now();
-        let _ = share.update(&memory.memory_table()).unwrap();
+        share.update(&memory.memory_table()).unwrap();
         assert!(start.elapsed() >= delay);
         peer.holds(&memory.memory_table());
         assert_eq!(peer.daemon.pending_faults(), 0);
@@ -187,7 +205,7 @@ fn after_a_hang_up_the_whole_present_table_is_sent_anew() {
     let peer = Peer::start(MockDaemon::builder());
     let (mut share, _) = peer.share();
     let first = memory(&[0, 1]);
-    let _ = share.update(&first.memory_table()).unwrap();
+    share.update(&first.memory_table()).unwrap();
     peer.daemon.hang_up();
     peer.daemon.wait_disconnected(PATIENCE).unwrap();
     let now = with(&first, &[2, 3, 4, 5, 6, 7, 8, 9]);

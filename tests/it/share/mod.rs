@@ -19,6 +19,7 @@ use tempfile::TempDir;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::fork::dies_of;
 use crate::isolation::in_own_process;
 use crate::support::{self, StorageDaemon};
 

@@ -71,7 +71,7 @@ fn a_daemon_cannot_truncate_a_memfd() {
         let memory = GuestMemoryShm::from_regions(vec![region.unwrap()]).unwrap();
         let peer = Peer::start(MockDaemon::builder());
         let (mut share, _) = peer.share();
-        let _ = share.update(&memory.memory_table()).unwrap();
+        share.update(&memory.memory_table()).unwrap();
 
         let theirs = daemons_descriptor(&memory);
         memory.write_obj(42u8, GuestAddress(MIB - 1)).unwrap();
@@ -95,7 +95,7 @@ fn only_the_difference_is_sent_removals_from_above_then_additions_from_below() {
     let peer = Peer::start(MockDaemon::builder());
     let (mut share, _) = peer.share();
     let first = memory(&[0, 10, 20, 30]);
-    let _ = share.update(&first.memory_table()).unwrap();
+    share.update(&first.memory_table()).unwrap();
     let added = [0, 10, 20, 30].map(|start| ("ADD", vec![start]));
     assert_eq!(peer.changes(), added);
     assert_eq!(share.max_regions(), Some(509));
@@ -130,11 +130,11 @@ fn what_was_removed_is_out_of_the_devices_reach() {
     let peer = Peer::start(MockDaemon::builder());
     let (mut share, device) = peer.share();
     let memory = memory(&[0, 10]);
-    let _ = share.update(&memory.memory_table()).unwrap();
+    share.update(&memory.memory_table()).unwrap();
     let mut driver = driver(&memory, &mut share, &device);
     let buffer = [(GuestAddress(10 * MIB), 512)];
     driver.read(0, &buffer).unwrap();
-    let _ = share
+    share
         .update(&without(&memory, &[10]).memory_table())
         .unwrap();
     let refused = driver.read(0, &buffer).unwrap_err();
@@ -151,7 +151,7 @@ fn without_slots_the_whole_table_is_sent_and_nine_regions_are_not() {
     let (mut share, _) = peer.share();
     let nine = memory(&[0, 1, 2, 3, 4, 5, 6, 7, 8]);
     let eight = without(&nine, &[4]);
-    let _ = share.update(&eight.memory_table()).unwrap();
+    share.update(&eight.memory_table()).unwrap();
     assert_eq!(peer.changes(), [("SET", vec![0, 1, 2, 3, 5, 6, 7, 8])]);
     peer.holds(&eight.memory_table());
 
@@ -168,7 +168,7 @@ fn without_slots_the_whole_table_is_sent_and_nine_regions_are_not() {
     assert_eq!(peer.daemon.requests(), []);
     assert_eq!(share.broken(), None);
     let seven = without(&eight, &[0]);
-    let _ = share.update(&seven.memory_table()).unwrap();
+    share.update(&seven.memory_table()).unwrap();
     peer.holds(&seven.memory_table());
 }
 
@@ -177,7 +177,7 @@ fn more_regions_than_slots_are_refused_before_anything_is_sent() {
     let peer = Peer::start(MockDaemon::builder().with_max_mem_slots(3));
     let (mut share, _) = peer.share();
     let three = memory(&[0, 1, 2]);
-    let _ = share.update(&three.memory_table()).unwrap();
+    share.update(&three.memory_table()).unwrap();
     peer.daemon.clear_requests();
     let refused = share
         .update(&with(&three, &[3]).memory_table())
@@ -193,7 +193,7 @@ fn more_regions_than_slots_are_refused_before_anything_is_sent() {
     assert_eq!(peer.daemon.requests(), []);
     // All slots may change hands in one update.
     let others = memory(&[1, 2, 3]);
-    let _ = share.update(&others.memory_table()).unwrap();
+    share.update(&others.memory_table()).unwrap();
     peer.holds(&others.memory_table());
 }
 
@@ -218,7 +218,7 @@ fn a_daemon_takes_509_regions_of_a_descriptor_each() {
         })
     ));
     let most = without(&all, &[100]);
-    let _ = share.update(&most.memory_table()).unwrap();
+    share.update(&most.memory_table()).unwrap();
     peer.holds(&most.memory_table());
     let mut files: Vec<u64> = peer
         .daemon
@@ -244,7 +244,7 @@ fn without_acknowledgements_the_daemon_is_asked_after_each_change() {
         let second = without(&with(&first, &[6]), &[2]);
         for memory in [first, second] {
             peer.daemon.clear_requests();
-            let _ = share.update(&memory.memory_table()).unwrap();
+            share.update(&memory.memory_table()).unwrap();
             // At once, not some time later.
             peer.holds(&memory.memory_table());
             let asked = peer.daemon.requests();
@@ -266,7 +266,7 @@ fn the_descriptors_of_a_table_outlive_the_memory() {
         memory.memory_table()
     };
     // The memory is unmapped, the table is still sent.
-    let _ = share.update(&table).unwrap();
+    share.update(&table).unwrap();
     peer.holds(&table);
     assert_eq!(table.regions()[0].backing().allocated().unwrap(), 4096);
     assert!(
