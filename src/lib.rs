@@ -39,7 +39,8 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | `error` | the one [`Error`] type |
+//! | `error` | the one [`Error`] type, which names ranges and seals of the modules below |
+//! | `units` | sizes for people |
 //! | `layout` | guest ranges: alignment, overlap, holes, offsets in a backing |
 //! | `options` | [`RamOptions`]: what RAM is asked for |
 //! | `backing` | [`ShmBacking`]: a sized descriptor, its seals, page size, allocation; adoption |
@@ -53,8 +54,9 @@
 //! # Invariants
 //!
 //! 1. A [`GuestMemoryShm`] never changes once built.
-//! 2. Every region is `MAP_SHARED`, has a descriptor, and lies inside its backing's size. Memory
-//!    that cannot be shared cannot be expressed, so no daemon is ever sent a private mapping.
+//! 2. Every region is `MAP_SHARED`, has a descriptor, and lies inside its backing's size when it is
+//!    mapped (for ever, if the backing is sealed). Memory that cannot be shared cannot be expressed,
+//!    so no daemon is ever sent a private mapping.
 //! 3. A created memfd is sealed (`SHRINK|GROW|SEAL`) before it is first mapped. POSIX shm and plain
 //!    files cannot be sealed: [`Seals`] says so, nothing pretends.
 //! 4. No `&[u8]` or `&mut [u8]` over guest RAM, ever: `VolatileSlice`, or an address.

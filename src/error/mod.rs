@@ -10,6 +10,12 @@ use vm_memory::GuestAddress;
 use crate::layout::GuestRange;
 use crate::units::HumanSize;
 
+mod change;
+mod text;
+
+pub use change::{MemTableChange, SlotLimit};
+use text::{found_instead, human_sizes, shm_remedy, too_many};
+
 /// The result of this crate's operations.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -452,42 +458,6 @@ pub enum Error {
     },
 }
 
-/// Which limit on the number of regions a table met.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum SlotLimit {
-    /// SET_MEM_TABLE carries at most 8 regions, and the daemon did not negotiate
-    /// CONFIGURE_MEM_SLOTS, which would allow more.
-    Message,
-    /// The daemon's answer to GET_MAX_MEM_SLOTS.
-    Daemon,
-}
-
-/// A step on the way to a daemon's new memory table, for errors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum MemTableChange {
-    /// GET_MAX_MEM_SLOTS: ask how many regions it takes.
-    QuerySlots,
-    /// SET_MEM_TABLE with this many regions.
-    SetTable(usize),
-    /// ADD_MEM_REG of this range.
-    Add(GuestRange),
-    /// REM_MEM_REG of this range.
-    Remove(GuestRange),
-}
-
-impl fmt::Display for MemTableChange {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::QuerySlots => f.write_str("say how many memory slots it has"),
-            Self::SetTable(regions) => write!(f, "take a memory table of {regions} regions"),
-            Self::Add(range) => write!(f, "add the region {range}"),
-            Self::Remove(range) => write!(f, "remove the region {range}"),
-        }
-    }
-}
-
 /// A descriptor that was not adopted, given back, and the reason.
 #[derive(Debug)]
 pub struct AdoptError {
@@ -526,171 +496,5 @@ impl From<AdoptError> for Error {
     }
 }
 
-fn human_sizes(sizes: &[u64]) -> String {
-    if sizes.is_empty() {
-        return "none".to_owned();
-    }
-    sizes
-        .iter()
-        .map(|size| HumanSize(*size).to_string())
-        .collect::<Vec<_>>()
-        .join(", ")
-}
-
-fn shm_remedy(source: &io::Error) -> &'static str {
-    match source.kind() {
-        io::ErrorKind::NotFound => "/dev/shm does not exist, mount a tmpfs there",
-        io::ErrorKind::ReadOnlyFilesystem => "/dev/shm is read-only, remount it read-write",
-        io::ErrorKind::PermissionDenied => "/dev/shm may not be written, check its mode",
-        io::ErrorKind::StorageFull => "/dev/shm is full, remove files from it or remount it larger",
-        _ => "check /dev/shm",
-    }
-}
-
-fn found_instead(found: Option<u64>) -> String {
-    match found {
-        Some(size) => format!("one of {} does", HumanSize(size)),
-        None => "none does".to_owned(),
-    }
-}
-
-fn too_many(limit: u64, slots: SlotLimit) -> String {
-    match slots {
-        SlotLimit::Message => format!(
-            "SET_MEM_TABLE carries {limit}: negotiate CONFIGURE_MEM_SLOTS with the daemon or use \
-             fewer regions"
-        ),
-        SlotLimit::Daemon => {
-            format!("the daemon has {limit} memory slots: use fewer regions or another daemon")
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn texts_name_the_values_and_the_way_out() {
-        let range = |start, size| GuestRange::new(GuestAddress(start), size).unwrap();
-        let cases: Vec<(Error, &str)> = vec![
-            (
-                Error::EmptyRange {
-                    start: GuestAddress(0x1000),
-                },
-                "the range at guest address 0x1000 has size 0: give it at least one page",
-            ),
-            (
-                Error::RangeOverflow {
-                    start: GuestAddress(u64::MAX - 4095),
-                    size: 8192,
-                },
-                "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address behind \
-                 it: lower its address or its size",
-            ),
-            (
-                Error::UnalignedAddress {
-                    range: range(0x30_0000, 0x20_0000),
-                    page_size: 2 << 20,
-                },
-                "guest address 0x300000 is not a multiple of the page size 2 MiB: the nearest is \
-                 0x200000",
-            ),
-            (
-                Error::UnalignedSize {
-                    size: 5000,
-                    page_size: 4096,
-                },
-                "size 4.8 KiB (5000 bytes) is not a multiple of the page size 4 KiB: the nearest \
-                 larger is 8 KiB",
-            ),
-            (
-                Error::Overlap {
-                    first: range(0, 8192),
-                    second: range(4096, 4096),
-                },
-                "guest ranges 0x0..=0x1fff (8 KiB) and 0x1000..=0x1fff (4 KiB) overlap: move or \
-                 shorten one of them",
-            ),
-            (
-                Error::HugePoolShort {
-                    needed: 512,
-                    available: 40,
-                    free: 44,
-                    reserved: 4,
-                    page_size: 2 << 20,
-                },
-                "needs 512 huge pages of 2 MiB, 40 are free (44 unused, 4 of them reserved by \
-                 others): raise /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472 or \
-                 use page size base",
-            ),
-            (
-                Error::NoSuchHugePageSize {
-                    page_size: 3 << 20,
-                    offered: vec![2 << 20, 1 << 30],
-                },
-                "huge pages of 3 MiB are not offered by this kernel, which has 2 MiB, 1 GiB",
-            ),
-            (
-                Error::FileSizeLimit {
-                    size: 1 << 30,
-                    limit: 1 << 20,
-                },
-                "a backing of 1 GiB exceeds RLIMIT_FSIZE, which is 1 MiB: raise it (ulimit -f)",
-            ),
-            (
-                Error::ShmTooSmall {
-                    size: 1 << 30,
-                    capacity: 64 << 20,
-                    free: 60 << 20,
-                },
-                "POSIX shared memory of 1 GiB does not fit into the file system behind it, which \
-                 holds 64 MiB (60 MiB of them free): remount /dev/shm with a larger size or use a \
-                 memfd backing",
-            ),
-            (
-                Error::ShmUnavailable {
-                    source: io::Error::from_raw_os_error(30),
-                },
-                "cannot create POSIX shared memory: /dev/shm is read-only, remount it read-write; \
-                 or use a memfd backing",
-            ),
-            (
-                Error::TooManyRegions {
-                    regions: 9,
-                    limit: 8,
-                    slots: SlotLimit::Message,
-                },
-                "the memory table has 9 regions, SET_MEM_TABLE carries 8: negotiate \
-                 CONFIGURE_MEM_SLOTS with the daemon or use fewer regions; nothing was sent",
-            ),
-            (
-                Error::TooManyRegions {
-                    regions: 33,
-                    limit: 32,
-                    slots: SlotLimit::Daemon,
-                },
-                "the memory table has 33 regions, the daemon has 32 memory slots: use fewer \
-                 regions or another daemon; nothing was sent",
-            ),
-            (
-                Error::DaemonSilent {
-                    change: MemTableChange::Add(range(1 << 32, 1 << 30)),
-                    limit: Duration::from_secs(5),
-                },
-                "the daemon did not answer within 5s when told to add the region \
-                 0x100000000..=0x13fffffff (1 GiB): the connection was closed, restart the daemon \
-                 or allow more with VhostUserShare::with_time_limit",
-            ),
-        ];
-        for (error, text) in cases {
-            assert_eq!(error.to_string(), text);
-        }
-    }
-
-    #[test]
-    fn the_error_is_small_enough_to_return() {
-        assert!(size_of::<Error>() <= 64, "{}", size_of::<Error>());
-        assert!(size_of::<AdoptError>() <= 16);
-    }
-}
+mod tests;

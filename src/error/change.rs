@@ -1,0 +1,41 @@
+//! What a daemon was being told when it failed.
+
+use std::fmt;
+
+use crate::layout::GuestRange;
+
+/// Which limit on the number of regions a table met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SlotLimit {
+    /// SET_MEM_TABLE carries at most 8 regions, and the daemon did not negotiate
+    /// CONFIGURE_MEM_SLOTS, which would allow more.
+    Message,
+    /// The daemon's answer to GET_MAX_MEM_SLOTS.
+    Daemon,
+}
+
+/// A step on the way to a daemon's new memory table, for errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MemTableChange {
+    /// GET_MAX_MEM_SLOTS: ask how many regions it takes.
+    QuerySlots,
+    /// SET_MEM_TABLE with this many regions.
+    SetTable(usize),
+    /// ADD_MEM_REG of this range.
+    Add(GuestRange),
+    /// REM_MEM_REG of this range.
+    Remove(GuestRange),
+}
+
+impl fmt::Display for MemTableChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::QuerySlots => f.write_str("say how many memory slots it has"),
+            Self::SetTable(regions) => write!(f, "take a memory table of {regions} regions"),
+            Self::Add(range) => write!(f, "add the region {range}"),
+            Self::Remove(range) => write!(f, "remove the region {range}"),
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! Parts of the texts of errors that depend on their values.
+
+use std::io;
+
+use super::SlotLimit;
+use crate::units::HumanSize;
+
+pub(super) fn human_sizes(sizes: &[u64]) -> String {
+    if sizes.is_empty() {
+        return "none".to_owned();
+    }
+    sizes
+        .iter()
+        .map(|size| HumanSize(*size).to_string())
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+pub(super) fn shm_remedy(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => "/dev/shm does not exist, mount a tmpfs there",
+        io::ErrorKind::ReadOnlyFilesystem => "/dev/shm is read-only, remount it read-write",
+        io::ErrorKind::PermissionDenied => "/dev/shm may not be written, check its mode",
+        io::ErrorKind::StorageFull => "/dev/shm is full, remove files from it or remount it larger",
+        _ => "check /dev/shm",
+    }
+}
+
+pub(super) fn found_instead(found: Option<u64>) -> String {
+    match found {
+        Some(size) => format!("one of {} does", HumanSize(size)),
+        None => "none does".to_owned(),
+    }
+}
+
+pub(super) fn too_many(limit: u64, slots: SlotLimit) -> String {
+    match slots {
+        SlotLimit::Message => format!(
+            "SET_MEM_TABLE carries {limit}: negotiate CONFIGURE_MEM_SLOTS with the daemon or use \
+             fewer regions"
+        ),
+        SlotLimit::Daemon => {
+            format!("the daemon has {limit} memory slots: use fewer regions or another daemon")
+        }
+    }
+}
