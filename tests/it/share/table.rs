@@ -41,7 +41,8 @@ fn the_daemon_maps_our_files_and_bytes_pass_both_ways() {
     }
 }
 
-/// The daemon's descriptor of the file behind the only region, opened anew.
+/// The daemon's descriptor of the file behind the only region, opened anew; or, where its mode 0
+/// forbids that (POSIX shm, and not root), ours, which is what the daemon was sent.
 fn daemons_descriptor(memory: &GuestMemoryShm) -> File {
     use std::os::fd::AsRawFd;
     let table = memory.memory_table();
@@ -57,7 +58,12 @@ fn daemons_descriptor(memory: &GuestMemoryShm) -> File {
                     .is_ok_and(|found| (found.dev(), found.ino()) == (identity.dev, identity.ino))
         });
     let path = found.expect("the daemon holds a descriptor").path();
-    File::options().read(true).write(true).open(path).unwrap()
+    match File::options().read(true).write(true).open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            File::from(table.regions()[0].as_fd().try_clone_to_owned().unwrap())
+        }
+        opened => opened.unwrap(),
+    }
 }
 
 #[test]
