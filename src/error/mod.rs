@@ -441,6 +441,16 @@ pub enum Error {
         limit: Duration,
     },
 
+    /// Nobody can watch the time that a daemon takes; nothing was sent.
+    #[error(
+        "the daemon's time to answer cannot be limited, and it might never answer: nothing was \
+         sent; raise RLIMIT_NPROC (ulimit -u), or connect anew in this process"
+    )]
+    NoTimeLimit {
+        /// Why there is no thread to watch it.
+        source: io::Error,
+    },
+
     /// A share was used after it broke.
     #[error("the share with this daemon is broken ({reason}): reconnect first")]
     ShareBroken {

@@ -167,13 +167,15 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// # Errors
     ///
     /// [`Error::TooManyRegions`], and [`Error::EmptyTable`] for an empty table that only
-    /// SET_MEM_TABLE could carry: nothing was sent, the share goes on as before.
+    /// SET_MEM_TABLE could carry: nothing was sent, the share goes on as before. So it does after
+    /// [`Error::NoTimeLimit`], if no thread could be had to watch the time.
     ///
     /// [`Error::DaemonRefused`], [`Error::DaemonHungUp`], [`Error::DaemonSilent`],
     /// [`Error::DaemonProtocol`]: the connection is closed, the share is broken, and every later
-    /// update is [`Error::ShareBroken`] until [`reconnect`](Self::reconnect). A daemon that acknowledges a
-    /// change and hangs up right after it, as libvhost-user does to refuse one, counts as hung up;
-    /// among several changes the error may then name the change behind the refused one.
+    /// update is [`Error::ShareBroken`] until [`reconnect`](Self::reconnect). A daemon that
+    /// acknowledges a change and hangs up right after it, as libvhost-user does to refuse one,
+    /// counts as hung up; among several changes the error may then name the change behind the
+    /// refused one.
     pub fn update(&mut self, table: &MemoryTable) -> Result<ShareReport> {
         if let Some(reason) = &self.broken {
             return Err(Error::ShareBroken {
@@ -315,7 +317,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         call: impl FnOnce(&mut F) -> std::result::Result<T, SinkError>,
     ) -> Result<T> {
         if let Some(limit) = &self.time_limit {
-            limit.start();
+            limit.start()?;
         }
         let answer = call(&mut self.sink);
         let expired = self.time_limit.as_ref().is_some_and(TimeLimit::stop);

@@ -5,6 +5,7 @@
 //! an answer that came after the limit would be taken for the answer to a later request.
 
 use std::fmt;
+use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -37,7 +38,8 @@ pub type HangUp = Box<dyn Fn() + Send>;
 /// ```
 pub struct TimeLimit {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    /// What watches the time, or why it could not be started.
+    thread: io::Result<JoinHandle<()>>,
     limit: Duration,
     /// The process that the thread runs in: a child of fork(2) has no copy of it.
     pid: u32,
@@ -76,9 +78,7 @@ impl TimeLimit {
         let watched = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("vhost-time-limit".to_owned())
-            .spawn(move || watched.watch(&hang_up))
-            .inspect_err(|error| log::error!("no thread to watch the time limit: {error}"))
-            .ok();
+            .spawn(move || watched.watch(&hang_up));
         Self {
             shared,
             thread,
@@ -91,10 +91,12 @@ impl TimeLimit {
     ///
     /// # Errors
     ///
-    /// [`Error::TimeLimit`] if it took longer than the limit: the connection is closed then. What
-    /// the call itself answers is inside `Ok`.
+    /// [`Error::TimeLimit`] if it took longer than the limit: the connection is closed then.
+    /// [`Error::NoTimeLimit`] if nobody watches the time, because no thread could be had, or because
+    /// this process is a child of the one that made the limit: the call was not made. What the call
+    /// itself answers is inside `Ok`.
     pub fn run<T>(&mut self, call: impl FnOnce() -> T) -> Result<T> {
-        self.start();
+        self.start()?;
         let answer = call();
         if self.stop() {
             return Err(Error::TimeLimit { limit: self.limit });
@@ -108,15 +110,29 @@ impl TimeLimit {
     }
 
     /// Starts the clock, or sets it back if it runs.
-    pub(super) fn start(&self) {
-        // Without a thread to end it, a call must not even begin to wait.
+    ///
+    /// Without a thread to end it a call must not even begin to wait: that is an error.
+    pub(super) fn start(&self) -> Result<()> {
+        if self.is_a_copy() {
+            let source = io::Error::other("this is a child of the process that connected");
+            return Err(Error::NoTimeLimit { source });
+        }
+        if let Err(error) = &self.thread {
+            let source = io::Error::new(error.kind(), error.to_string());
+            return Err(Error::NoTimeLimit { source });
+        }
         let mut state = self.shared.lock();
-        state.expired |= self.thread.is_none();
         state.deadline = Instant::now().checked_add(self.limit);
         if state.idle {
             state.idle = false;
             self.shared.changed.notify_one();
         }
+        Ok(())
+    }
+
+    /// Whether fork(2) made it: then the thread is not in this process.
+    fn is_a_copy(&self) -> bool {
+        std::process::id() != self.pid
     }
 
     /// Stops the clock, and tells whether it had run out.
@@ -160,12 +176,13 @@ impl Shared {
 
 impl Drop for TimeLimit {
     fn drop(&mut self) {
-        if std::process::id() != self.pid {
+        if self.is_a_copy() {
             return;
         }
         self.shared.lock().ended = true;
         self.shared.changed.notify_one();
-        if let Some(thread) = self.thread.take() {
+        let gone = Err(io::ErrorKind::NotConnected.into());
+        if let Ok(thread) = std::mem::replace(&mut self.thread, gone) {
             // It panics only if `hang_up` did, which was reported then.
             let _ = thread.join();
         }
@@ -210,6 +227,22 @@ mod tests {
         assert!(matches!(refused, Error::TimeLimit { .. }));
         // It stays expired: the connection is gone.
         assert!(limit.run(|| ()).is_err());
+    }
+
+    #[test]
+    fn without_anybody_to_watch_no_call_is_made() {
+        let (mut unwatched, _hung_up) = limit(Duration::from_secs(3600));
+        let thread =
+            std::mem::replace(&mut unwatched.thread, Err(io::ErrorKind::WouldBlock.into()));
+        let refused = unwatched.run(|| panic!("it could wait for ever"));
+        assert!(matches!(refused, Err(Error::NoTimeLimit { .. })));
+        unwatched.thread = thread;
+
+        let pid = std::mem::replace(&mut unwatched.pid, 1);
+        let refused = unwatched.run(|| panic!("it could wait for ever"));
+        assert!(matches!(refused, Err(Error::NoTimeLimit { .. })));
+        unwatched.pid = pid;
+        assert!(unwatched.run(|| ()).is_ok());
     }
 
     #[test]
