@@ -94,6 +94,7 @@ mod layout;
 mod units;
 
 mod options;
+mod report;
 
 mod backing;
 mod mapping;
@@ -110,11 +111,18 @@ mod table;
 pub mod mock;
 
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
-pub use error::{AdoptError, Error, MemTableChange, Result, SlotLimit};
+pub use error::{
+    AdoptError, DiscardError, Error, FileError, MemTableChange, OptionsError, PopulateError,
+    Result, SlotLimit,
+};
 pub use layout::{GuestRange, ram_around_hole};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
-pub use options::{Backing, CoreDump, PageSize, RamOptions};
+pub use options::{
+    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, PageSize, Populate,
+    RamOptions, Reserve, Sealing,
+};
 pub use region::GuestRegionShm;
+pub use report::{BuildReport, NotHuge, Note, ReportLine};
 #[cfg(feature = "vhost-user")]
 pub use share::{HangUp, MemTableSink, ShareReport, SinkError, TimeLimit, VhostUserShare};
 #[cfg(feature = "vhost-user")]

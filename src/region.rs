@@ -55,10 +55,20 @@ pub struct GuestRegionShm<B = ()> {
 #[derive(Debug)]
 struct Shared<B> {
     /// Where the handles' `host` points to.
-    mapping: Mapping,
+    ram: Ram,
     bitmap: B,
     file_offset: FileOffset,
-    backing: ShmBacking,
+}
+
+/// The RAM of a region, without its bitmap: for what is done to RAM as a whole. Cheap to clone; it
+/// stays mapped as long as any clone lives.
+#[derive(Clone, Debug)]
+pub(crate) struct Ram {
+    pub(crate) range: GuestRange,
+    pub(crate) mapping: Arc<Mapping>,
+    pub(crate) backing: ShmBacking,
+    /// Where it starts in the backing, in bytes.
+    pub(crate) offset: u64,
 }
 
 impl<B: NewBitmap> GuestRegionShm<B> {
@@ -107,9 +117,13 @@ impl<B: NewBitmap> GuestRegionShm<B> {
             host: mapping.host_addr(),
             shared: Arc::new(Shared {
                 bitmap: B::with_len(mapping.len()),
-                mapping,
+                ram: Ram {
+                    range,
+                    mapping: Arc::new(mapping),
+                    backing: backing.clone(),
+                    offset,
+                },
                 file_offset: FileOffset::from_arc(backing.file().clone(), offset),
-                backing: backing.clone(),
             }),
         })
     }
@@ -123,7 +137,7 @@ impl<B> GuestRegionShm<B> {
 
     /// The backing that the region is a part of.
     pub fn backing(&self) -> &ShmBacking {
-        &self.shared.backing
+        &self.shared.ram.backing
     }
 
     /// The dirty bitmap of the whole region, to be harvested and cleared.
@@ -149,7 +163,12 @@ impl<B> GuestRegionShm<B> {
 
     /// Where the region starts in its backing, in bytes.
     pub fn offset(&self) -> u64 {
-        self.shared.file_offset.start()
+        self.shared.ram.offset
+    }
+
+    /// The region without its bitmap.
+    pub(crate) fn ram(&self) -> &Ram {
+        &self.shared.ram
     }
 
     /// The offset of `addr` in the region, if it is in it.
@@ -187,9 +206,9 @@ impl<B> fmt::Debug for GuestRegionShm<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GuestRegionShm")
             .field("range", &format_args!("{}", self.range))
-            .field("mapping", &self.shared.mapping)
+            .field("mapping", &self.shared.ram.mapping)
             .field("offset", &format_args!("{:#x}", self.offset()))
-            .field("backing", &self.shared.backing)
+            .field("backing", &self.shared.ram.backing)
             .finish()
     }
 }
@@ -255,7 +274,7 @@ impl<B: Bitmap> GuestMemoryRegion for GuestRegionShm<B> {
 
     #[cfg(target_os = "linux")]
     fn is_hugetlbfs(&self) -> Option<bool> {
-        Some(self.shared.backing.is_hugetlb())
+        Some(self.shared.ram.backing.is_hugetlb())
     }
 }
 

@@ -10,7 +10,7 @@ use nix::sys::statfs::fstatfs;
 
 use super::{BackingKind, Seals, ShmBacking, base_page_size, seals};
 use crate::error::{AdoptError, Error, Result};
-use crate::options::{Advice, CoreDump};
+use crate::options::{CoreDump, MapOptions};
 
 // From linux/magic.h; memfds and POSIX shared memory are files on a tmpfs.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
@@ -37,7 +37,7 @@ pub struct AdoptPolicy {
     min_len: u64,
     disk_files: bool,
     seals: SealPolicy,
-    advice: Advice,
+    map_options: MapOptions,
 }
 
 /// What is demanded of the seals of a descriptor that is to be adopted.
@@ -79,14 +79,14 @@ impl AdoptPolicy {
     /// [`PageSize::Transparent`](crate::PageSize::Transparent) does; not asked for unless set.
     #[must_use]
     pub fn with_transparent_huge_pages(mut self) -> Self {
-        self.advice.transparent_huge = true;
+        self.map_options.transparent_huge = true;
         self
     }
 
     /// Sets whether core dumps of this process hold the RAM; left out unless set.
     #[must_use]
     pub fn with_core_dump(mut self, core_dump: CoreDump) -> Self {
-        self.advice.core_dump = core_dump;
+        self.map_options.core_dump = core_dump;
         self
     }
 
@@ -111,7 +111,8 @@ pub(super) fn adopt(
                 kind,
                 seals,
             } = found;
-            let backing = ShmBacking::new(file, page_size, kind, seals, &metadata, policy.advice);
+            let backing =
+                ShmBacking::new(file, page_size, kind, seals, &metadata, policy.map_options);
             log::debug!("adopted {backing:?}");
             Ok(backing)
         }

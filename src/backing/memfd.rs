@@ -20,7 +20,7 @@ pub(super) fn create(len: u64, huge: Option<u64>) -> Result<File> {
     if let Some(page_size) = huge {
         flags |= hugetlb::memfd_flags(page_size);
     }
-    let step = |doing, errno| descriptor_error(doing, Backing::Memfd, len, errno);
+    let step = |doing, errno| descriptor_error(doing, &Backing::Memfd, len, errno);
     let file = File::from(create_noexec(flags).map_err(|errno| step("create the memfd", errno))?);
     file.set_len(len)
         .map_err(|source| set_len_error(len, source))?;

@@ -16,7 +16,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::error::{AdoptError, Error, Result};
-use crate::options::{Advice, Backing, PageSize, RamOptions};
+use crate::options::{Backing, MapOptions, PageSize, RamOptions};
 use crate::units::HumanSize;
 
 mod adopt;
@@ -56,7 +56,7 @@ struct Inner {
     seals: Seals,
     identity: FileIdentity,
     /// For every mapping of it.
-    advice: Advice,
+    map_options: MapOptions,
 }
 
 /// What a backing turned out to be.
@@ -128,6 +128,7 @@ impl ShmBacking {
             ),
             (Backing::Memfd, _) => (memfd::create(len, None)?, BackingKind::Memfd),
             (Backing::PosixShm, _) => (posix_shm::create(len)?, BackingKind::PosixShm),
+            (Backing::File(_), _) => todo!("file backings"),
         };
         let step = |doing, source| Error::CreateBacking {
             doing,
@@ -177,7 +178,7 @@ impl ShmBacking {
         kind: BackingKind,
         seals: Seals,
         metadata: &std::fs::Metadata,
-        advice: Advice,
+        map_options: MapOptions,
     ) -> Self {
         Self {
             inner: Arc::new(Inner {
@@ -190,7 +191,7 @@ impl ShmBacking {
                     dev: metadata.dev(),
                     ino: metadata.ino(),
                 },
-                advice,
+                map_options,
             }),
         }
     }
@@ -250,9 +251,9 @@ impl ShmBacking {
         Ok(metadata.blocks() * BLOCK)
     }
 
-    /// What the kernel is told about every mapping of it.
-    pub(crate) fn advice(&self) -> Advice {
-        self.inner.advice
+    /// What holds for every mapping of it.
+    pub(crate) fn map_options(&self) -> MapOptions {
+        self.inner.map_options
     }
 
     /// Looks again whether the file is as long as it was: one that is not sealed may have been
@@ -355,7 +356,7 @@ pub(crate) fn base_page_size() -> u64 {
 pub(crate) fn page_size_of(options: &RamOptions) -> Result<u64> {
     match options.page_size() {
         PageSize::Base | PageSize::Transparent => Ok(base_page_size()),
-        PageSize::Huge(_) if options.backing() == Backing::PosixShm => Err(Error::HugePosixShm),
+        PageSize::Huge(_) if options.backing() == &Backing::PosixShm => Err(Error::HugePosixShm),
         PageSize::Huge(size) => hugetlb::page_size(size),
     }
 }
@@ -390,15 +391,16 @@ fn check_file_size_limit(len: u64) -> Result<()> {
     }
 }
 
-fn kind_name(backing: Backing) -> &'static str {
+fn kind_name(backing: &Backing) -> &'static str {
     match backing {
         Backing::Memfd => "memfd",
         Backing::PosixShm => "POSIX shm",
+        Backing::File(_) => "file",
     }
 }
 
 /// The error of a failed step that makes a descriptor.
-fn descriptor_error(doing: &'static str, backing: Backing, size: u64, errno: Errno) -> Error {
+fn descriptor_error(doing: &'static str, backing: &Backing, size: u64, errno: Errno) -> Error {
     let source = io::Error::from(errno);
     match descriptor_limit(&source) {
         Some(limit) => Error::NoDescriptors {

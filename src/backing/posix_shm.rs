@@ -46,7 +46,7 @@ fn name(pid: u32, count: u32) -> String {
 
 /// Opens a new object under the first of `names` that is free, and removes the name at once.
 fn open_nameless(len: u64, names: impl Iterator<Item = String>) -> Result<OwnedFd> {
-    let step = |doing, errno| descriptor_error(doing, Backing::PosixShm, len, errno);
+    let step = |doing, errno| descriptor_error(doing, &Backing::PosixShm, len, errno);
     let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL;
     let (mut tried, mut last) = (0, String::new());
     for name in names {

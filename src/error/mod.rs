@@ -11,9 +11,17 @@ use crate::layout::GuestRange;
 use crate::units::HumanSize;
 
 mod change;
+mod discard;
+mod file;
+mod options;
+mod populate;
 mod text;
 
 pub use change::{MemTableChange, SlotLimit};
+pub use discard::DiscardError;
+pub use file::FileError;
+pub use options::OptionsError;
+pub use populate::PopulateError;
 use text::{found_instead, human_sizes, shm_remedy, too_many};
 
 /// The result of this crate's operations.
@@ -34,6 +42,22 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// The options are wrong, by themselves or together; nothing was created.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+
+    /// A file cannot be RAM.
+    #[error(transparent)]
+    File(#[from] FileError),
+
+    /// RAM could not be populated.
+    #[error(transparent)]
+    Populate(#[from] PopulateError),
+
+    /// Memory could not be given back.
+    #[error(transparent)]
+    Discard(#[from] DiscardError),
+
     /// A range of guest addresses is empty.
     #[error("the range at guest address {:#x} has size 0: give it at least one page", .start.0)]
     EmptyRange {

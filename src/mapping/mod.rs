@@ -20,7 +20,7 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonym
 
 use crate::backing::{ShmBacking, base_page_size};
 use crate::error::{Error, Result};
-use crate::options::{Advice, CoreDump};
+use crate::options::{CoreDump, MapOptions};
 
 /// Sizes for which the kernel and the hypervisor can use one large mapping, largest first.
 const LARGE: [u64; 2] = [1 << 30, 2 << 20];
@@ -86,7 +86,7 @@ impl Mapping {
         let reserved = Reservation::new(size, offset, large_page(size, backing))?;
         let ram = reserved.map(backing, offset)?;
         let mapping = reserved.into_mapping(ram);
-        mapping.advise(backing.advice());
+        mapping.advise(backing.map_options());
         Ok(mapping)
     }
 
@@ -100,14 +100,14 @@ impl Mapping {
         self.ram.len.get()
     }
 
-    fn advise(&self, advice: Advice) {
-        if advice.core_dump == CoreDump::Exclude {
+    fn advise(&self, options: MapOptions) {
+        if options.core_dump == CoreDump::Exclude {
             self.advise_one(
                 MmapAdvise::MADV_DONTDUMP,
                 "leave guest RAM out of core dumps",
             );
         }
-        if advice.transparent_huge {
+        if options.transparent_huge {
             self.advise_one(MmapAdvise::MADV_HUGEPAGE, "use transparent huge pages");
         }
     }

@@ -1,0 +1,298 @@
+//! What RAM is asked for: [`RamOptions`] and its parts.
+
+use std::num::NonZeroU32;
+
+mod kinds;
+mod numa;
+
+pub use kinds::{
+    Access, Backing, CoreDump, DiscardData, Merge, PageSize, Populate, Reserve, Sealing,
+};
+pub use numa::{NodeSet, NumaPolicy};
+
+/// The options of one backing of guest RAM.
+///
+/// The default is a sealed memfd of base pages, populated lazily, that core dumps leave out. The
+/// same options can be read from and written in the syntax of QEMU's `-object`:
+///
+/// ```
+/// use guest_memory_shm::{Backing, CoreDump, GuestMemoryShm, PageSize, Populate, RamOptions};
+/// use vm_memory::GuestAddress;
+///
+/// let options = RamOptions::new()
+///     .with_backing(Backing::PosixShm)
+///     .with_page_size(PageSize::Transparent)
+///     .with_populate(Populate::Prefault)
+///     .with_core_dump(CoreDump::Include);
+/// let memory = GuestMemoryShm::<()>::builder()
+///     .with_ram(options, [(GuestAddress(0), 64 << 20)])
+///     .build()?;
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RamOptions {
+    name: Option<String>,
+    size: Option<u64>,
+    backing: Backing,
+    page_size: PageSize,
+    sealing: Sealing,
+    reserve: Option<Reserve>,
+    populate: Populate,
+    populate_threads: Option<NonZeroU32>,
+    numa: NumaPolicy,
+    core_dump: CoreDump,
+    merge: Option<Merge>,
+    align: Option<u64>,
+    offset: u64,
+    access: Access,
+    discard_data: DiscardData,
+    unused: Unused,
+}
+
+/// Properties of QEMU's that are accepted and mean nothing here, kept to be reported and written
+/// back.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Unused {
+    /// `hugetlbsize` without `hugetlb=on`, in bytes.
+    pub(crate) hugetlb_size: Option<u64>,
+    /// `x-use-canonical-path-for-ramblock-id`.
+    pub(crate) canonical_path: Option<bool>,
+}
+
+impl RamOptions {
+    /// The default options.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets a name, which `/proc/PID/maps` shows for a memfd (QEMU's `id`); a general one unless
+    /// set.
+    ///
+    /// QEMU's rule holds: it begins with a letter, and has letters, digits, `-`, `.` and `_`.
+    #[must_use]
+    pub fn with_name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Sets the size in bytes (QEMU's `size`).
+    ///
+    /// The ranges of a region or a memory say how large the RAM is; a size that is set must be
+    /// theirs.
+    #[must_use]
+    pub fn with_size(mut self, size: u64) -> Self {
+        self.size = Some(size);
+        self
+    }
+
+    /// Sets the kind of object behind the RAM; a memfd unless set.
+    #[must_use]
+    pub fn with_backing(mut self, backing: Backing) -> Self {
+        self.backing = backing;
+        self
+    }
+
+    /// Sets the pages of the RAM; base pages unless set.
+    ///
+    /// [`PageSize::Huge`] goes with [`Backing::Memfd`] only.
+    #[must_use]
+    pub fn with_page_size(mut self, page_size: PageSize) -> Self {
+        self.page_size = page_size;
+        self
+    }
+
+    /// Sets whether the size of a memfd is sealed (QEMU's `seal`); sealed unless set.
+    #[must_use]
+    pub fn with_sealing(mut self, sealing: Sealing) -> Self {
+        self.sealing = sealing;
+        self
+    }
+
+    /// Sets whether what the RAM needs is set aside (QEMU's `reserve`); done, as far as it can be,
+    /// unless set.
+    #[must_use]
+    pub fn with_reserve(mut self, reserve: Reserve) -> Self {
+        self.reserve = Some(reserve);
+        self
+    }
+
+    /// Sets how much of the RAM exists before it is first used (QEMU's `prealloc`); nothing unless
+    /// set.
+    #[must_use]
+    pub fn with_populate(mut self, populate: Populate) -> Self {
+        self.populate = populate;
+        self
+    }
+
+    /// Sets how many threads populate (QEMU's `prealloc-threads`); as many as there are CPUs, at
+    /// most one for 64 MiB, unless set.
+    #[must_use]
+    pub fn with_populate_threads(mut self, threads: NonZeroU32) -> Self {
+        self.populate_threads = Some(threads);
+        self
+    }
+
+    /// Sets on which NUMA nodes pages are allocated (QEMU's `policy` and `host-nodes`); the
+    /// default policy unless set.
+    #[must_use]
+    pub fn with_numa(mut self, numa: NumaPolicy) -> Self {
+        self.numa = numa;
+        self
+    }
+
+    /// Sets whether core dumps of this process hold the RAM (QEMU's `dump`); left out unless set.
+    #[must_use]
+    pub fn with_core_dump(mut self, core_dump: CoreDump) -> Self {
+        self.core_dump = core_dump;
+        self
+    }
+
+    /// Sets whether equal pages are to be merged (QEMU's `merge`), which has no effect on shared
+    /// memory.
+    #[must_use]
+    pub fn with_merge(mut self, merge: Merge) -> Self {
+        self.merge = Some(merge);
+        self
+    }
+
+    /// Sets a power of two, in bytes, that the host address of a [`Backing::File`] is a multiple of
+    /// (QEMU's `align`); what suits huge pages unless set.
+    #[must_use]
+    pub fn with_align(mut self, align: u64) -> Self {
+        self.align = Some(align);
+        self
+    }
+
+    /// Sets where in a [`Backing::File`] the RAM starts, in bytes (QEMU's `offset`); at its start
+    /// unless set.
+    #[must_use]
+    pub fn with_offset(mut self, offset: u64) -> Self {
+        self.offset = offset;
+        self
+    }
+
+    /// Sets whether a [`Backing::File`] is RAM or a ROM (QEMU's `readonly` and `rom`); RAM unless
+    /// set.
+    #[must_use]
+    pub fn with_access(mut self, access: Access) -> Self {
+        self.access = access;
+        self
+    }
+
+    /// Sets what becomes of the contents of a [`Backing::File`] at the end (QEMU's
+    /// `discard-data`); they are kept unless set.
+    #[must_use]
+    pub fn with_discard_data(mut self, discard_data: DiscardData) -> Self {
+        self.discard_data = discard_data;
+        self
+    }
+
+    /// The name, if one is set.
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    /// The size in bytes, if one is set.
+    pub fn size(&self) -> Option<u64> {
+        self.size
+    }
+
+    /// The kind of object behind the RAM.
+    pub fn backing(&self) -> &Backing {
+        &self.backing
+    }
+
+    /// The pages of the RAM.
+    pub fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    /// Whether the size of a memfd is sealed.
+    pub fn sealing(&self) -> Sealing {
+        self.sealing
+    }
+
+    /// Whether what the RAM needs is set aside, if that is set.
+    pub fn reserve(&self) -> Option<Reserve> {
+        self.reserve
+    }
+
+    /// How much of the RAM exists before it is first used.
+    pub fn populate(&self) -> Populate {
+        self.populate
+    }
+
+    /// How many threads populate, if that is set.
+    pub fn populate_threads(&self) -> Option<NonZeroU32> {
+        self.populate_threads
+    }
+
+    /// On which NUMA nodes pages are allocated.
+    pub fn numa(&self) -> NumaPolicy {
+        self.numa
+    }
+
+    /// Whether core dumps hold the RAM.
+    pub fn core_dump(&self) -> CoreDump {
+        self.core_dump
+    }
+
+    /// Whether equal pages are to be merged, if that is set.
+    pub fn merge(&self) -> Option<Merge> {
+        self.merge
+    }
+
+    /// The alignment of the host address in bytes, if one is set.
+    pub fn align(&self) -> Option<u64> {
+        self.align
+    }
+
+    /// Where in a file the RAM starts, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Whether a file is RAM or a ROM.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// What becomes of the contents of a file at the end.
+    pub fn discard_data(&self) -> DiscardData {
+        self.discard_data
+    }
+
+    /// What is set and means nothing here.
+    pub(crate) fn unused(&self) -> &Unused {
+        &self.unused
+    }
+
+    /// Whether what the RAM needs must not be set aside or checked.
+    pub(crate) fn is_unreserved(&self) -> bool {
+        self.reserve == Some(Reserve::Off)
+    }
+}
+
+/// What holds for every mapping of a backing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct MapOptions {
+    pub(crate) transparent_huge: bool,
+    pub(crate) core_dump: CoreDump,
+    pub(crate) numa: NumaPolicy,
+    pub(crate) unreserved: bool,
+    pub(crate) align: Option<u64>,
+    pub(crate) access: Access,
+}
+
+impl From<&RamOptions> for MapOptions {
+    fn from(options: &RamOptions) -> Self {
+        Self {
+            transparent_huge: options.page_size == PageSize::Transparent,
+            core_dump: options.core_dump,
+            numa: options.numa,
+            unreserved: options.is_unreserved(),
+            align: options.align,
+            access: options.access,
+        }
+    }
+}
