@@ -25,16 +25,16 @@ fn main() {
     ] {
         let (mut of_small, mut of_large) = (Duration::MAX, Duration::MAX);
         for _ in 0..rounds {
-            of_small = of_small.min(create(backing, small));
-            of_large = of_large.min(create(backing, large));
+            of_small = of_small.min(create(&backing, small));
+            of_large = of_large.min(create(&backing, large));
         }
         let ratio = of_large.as_secs_f64() / of_small.as_secs_f64();
         println!("{name:<12}{of_small:>14.1?}{of_large:>14.1?}{ratio:>8.3}");
     }
 }
 
-fn create(backing: Backing, size: u64) -> Duration {
-    let options = RamOptions::new().with_backing(backing);
+fn create(backing: &Backing, size: u64) -> Duration {
+    let options = RamOptions::new().with_backing(backing.clone());
     let start = Instant::now();
     let memory = GuestMemoryShm::<()>::builder()
         .with_ram(options, [(GuestAddress(0), size)])

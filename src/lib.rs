@@ -96,6 +96,8 @@ mod units;
 mod options;
 mod report;
 
+mod host;
+
 mod backing;
 mod mapping;
 mod region;
@@ -112,8 +114,8 @@ pub mod mock;
 
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use error::{
-    AdoptError, DiscardError, Error, FileError, MemTableChange, OptionsError, PopulateError,
-    Result, SlotLimit,
+    AdoptError, DiscardError, Error, FileError, MemTableChange, NumaError, OptionsError,
+    PopulateError, Result, SlotLimit,
 };
 pub use layout::{GuestRange, ram_around_hole};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};

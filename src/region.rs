@@ -14,11 +14,12 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
-use crate::backing::{ShmBacking, page_size_of};
+use crate::backing::{ShmBacking, control_group_note, page_size_of};
 use crate::error::Result;
 use crate::layout::GuestRange;
 use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::options::RamOptions;
+use crate::report::{BuildReport, log_notes};
 
 /// A contiguous range of guest RAM: one shared mapping of a part of a [`ShmBacking`].
 ///
@@ -84,6 +85,9 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {
         let range = GuestRange::new(start, size)?;
         range.check_aligned(page_size_of(options)?)?;
+        if let Some(note) = control_group_note(size) {
+            log_notes("RAM", &[note]);
+        }
         let backing = ShmBacking::create(options, size)?;
         Self::place(&backing, 0, range)
     }
@@ -159,6 +163,17 @@ impl<B> GuestRegionShm<B> {
     /// ```
     pub fn dirty_bitmap(&self) -> &B {
         &self.shared.bitmap
+    }
+
+    /// What of its options has no effect, and limits that were near when it was made.
+    pub fn report(&self) -> BuildReport {
+        let Ram {
+            backing, mapping, ..
+        } = self.ram();
+        let mut report = BuildReport::default();
+        let notes = backing.notes().iter().chain(mapping.notes());
+        report.add(&backing.label(), notes.cloned());
+        report
     }
 
     /// Where the region starts in its backing, in bytes.

@@ -103,6 +103,8 @@ pub enum NotHuge {
     },
     /// The kernel has no transparent huge pages.
     Kernel,
+    /// They are switched off for this process (`PR_SET_THP_DISABLE`, prctl(2)).
+    Process,
     /// The RAM is smaller than a huge page.
     Size {
         /// The size of the RAM in bytes.
@@ -135,15 +137,19 @@ impl BuildReport {
         self.lines.is_empty()
     }
 
-    /// Adds notes about a backing, and logs them.
+    /// Adds notes about a backing.
     pub(crate) fn add(&mut self, backing: &str, notes: impl IntoIterator<Item = Note>) {
-        for note in notes {
-            log::warn!("{backing}: {note}");
-            self.lines.push(ReportLine {
-                backing: backing.to_owned(),
-                note,
-            });
-        }
+        self.lines.extend(notes.into_iter().map(|note| ReportLine {
+            backing: backing.to_owned(),
+            note,
+        }));
+    }
+}
+
+/// Logs notes as warnings; whoever finds them does.
+pub(crate) fn log_notes(backing: &str, notes: &[Note]) {
+    for note in notes {
+        log::warn!("{backing}: {note}");
     }
 }
 
@@ -255,6 +261,9 @@ impl fmt::Display for NotHuge {
                 "{mount} is mounted with huge={value}, remount it with huge=advise"
             ),
             Self::Kernel => f.write_str("this kernel has none"),
+            Self::Process => {
+                f.write_str("they are switched off for this process (PR_SET_THP_DISABLE)")
+            }
             Self::Size { size, huge } => write!(
                 f,
                 "{} of RAM are less than a huge page of {}",

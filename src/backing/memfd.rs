@@ -5,26 +5,35 @@ use std::fs::File;
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{descriptor_error, hugetlb, seals};
+use super::{Seals, descriptor_error, hugetlb, seals};
 use crate::error::{Error, Result};
-use crate::options::Backing;
+use crate::options::{Backing, RamOptions, Sealing};
 
 /// The name in `/proc/PID/maps` and `/proc/PID/fd`; it need not be unique.
 const NAME: &str = "guest-memory-shm";
 
-/// A memfd of `len` bytes, sealed, with pages from the hugetlb pool of `huge` bytes if given.
+/// A memfd of `len` bytes, sealed unless the options say otherwise, with pages from the hugetlb
+/// pool of `huge` bytes if given.
 ///
 /// The order is the point: the size is fixed by seals before anybody can map it or be sent it.
-pub(super) fn create(len: u64, huge: Option<u64>) -> Result<File> {
+pub(super) fn create(options: &RamOptions, len: u64, huge: Option<u64>) -> Result<File> {
     let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     if let Some(page_size) = huge {
         flags |= hugetlb::memfd_flags(page_size);
     }
     let step = |doing, errno| descriptor_error(doing, &Backing::Memfd, len, errno);
-    let file = File::from(create_noexec(flags).map_err(|errno| step("create the memfd", errno))?);
+    let file = File::from(
+        create_noexec(options.name().unwrap_or(NAME), flags)
+            .map_err(|errno| step("create the memfd", errno))?,
+    );
     file.set_len(len)
         .map_err(|source| set_len_error(len, source))?;
-    seals::add(&file, seals::RAM).map_err(|source| Error::CreateBacking {
+    let seals = match options.sealing() {
+        Sealing::Sealed => seals::RAM,
+        // Nobody who gets the descriptor may add a seal either, as one against writing.
+        Sealing::Unsealed => Seals::SEAL,
+    };
+    seals::add(&file, seals).map_err(|source| Error::CreateBacking {
         doing: "seal the memfd",
         kind: "memfd",
         size: len,
@@ -36,12 +45,12 @@ pub(super) fn create(len: u64, huge: Option<u64>) -> Result<File> {
 /// Creates the memfd non-executable where the kernel knows `MFD_NOEXEC_SEAL` (Linux 6.3).
 ///
 /// Older kernels reject the flag with EINVAL; then only that flag is dropped.
-fn create_noexec(flags: MFdFlags) -> nix::Result<std::os::fd::OwnedFd> {
+fn create_noexec(name: &str, flags: MFdFlags) -> nix::Result<std::os::fd::OwnedFd> {
     // nix has no name for the flag yet; the value is from linux/memfd.h.
     const MFD_NOEXEC_SEAL: u32 = 0x8;
     let noexec = flags | MFdFlags::from_bits_retain(MFD_NOEXEC_SEAL);
-    match memfd_create(NAME, noexec) {
-        Err(Errno::EINVAL) => memfd_create(NAME, flags),
+    match memfd_create(name, noexec) {
+        Err(Errno::EINVAL) => memfd_create(name, flags),
         answer => answer,
     }
 }
@@ -62,11 +71,14 @@ mod tests {
     use nix::fcntl::{FcntlArg, fcntl};
 
     use super::*;
-    use crate::backing::Seals;
+
+    fn sealed(len: u64) -> File {
+        create(&RamOptions::new(), len, None).unwrap()
+    }
 
     #[test]
     fn a_memfd_is_sealed_against_any_change_of_size() {
-        let file = create(1 << 20, None).unwrap();
+        let file = sealed(1 << 20);
         assert!(seals::read(&file).unwrap().contains(seals::RAM));
         for len in [0, 4096, 2 << 20] {
             let refused = file.set_len(len).unwrap_err();
@@ -77,22 +89,32 @@ mod tests {
 
     #[test]
     fn no_seal_can_be_added_later() {
-        let file = create(1 << 20, None).unwrap();
+        let file = sealed(1 << 20);
         let refused = seals::add(&file, Seals::FUTURE_WRITE).unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(Errno::EPERM as i32));
     }
 
     #[test]
     fn a_memfd_is_not_executable_where_the_kernel_knows_the_flag() {
-        let file = create(4096, None).unwrap();
+        let file = sealed(4096);
         if seals::read(&file).unwrap().contains(Seals::EXEC) {
             assert_eq!(file.metadata().unwrap().permissions().mode() & 0o111, 0);
         }
     }
 
     #[test]
+    fn an_unsealed_memfd_can_be_resized_but_never_sealed() {
+        let options = RamOptions::new().with_sealing(Sealing::Unsealed);
+        let file = create(&options, 1 << 20, None).unwrap();
+        file.set_len(4096).unwrap();
+        file.set_len(1 << 20).unwrap();
+        let refused = seals::add(&file, Seals::WRITE).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(Errno::EPERM as i32));
+    }
+
+    #[test]
     fn a_memfd_is_closed_on_exec() {
-        let file = create(4096, None).unwrap();
+        let file = sealed(4096);
         assert_eq!(fcntl(&file, FcntlArg::F_GETFD).unwrap(), 1);
     }
 }

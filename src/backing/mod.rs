@@ -15,17 +15,22 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::{SysconfVar, sysconf};
 
-use crate::error::{AdoptError, Error, Result};
-use crate::options::{Backing, MapOptions, PageSize, RamOptions};
+use crate::error::{AdoptError, Error, NumaError, OptionsError, Result};
+use crate::host::nodes;
+use crate::options::{Backing, MapOptions, NumaPolicy, PageSize, Populate, RamOptions};
+use crate::report::{Note, log_notes};
 use crate::units::HumanSize;
 
 mod adopt;
+mod capacity;
 mod hugetlb;
 mod memfd;
+mod notes;
 mod posix_shm;
 mod seals;
 
 pub use adopt::{AdoptPolicy, SealPolicy};
+pub(crate) use capacity::{check_descriptors, check_posix_shm, control_group_note};
 pub(crate) use hugetlb::check_pool;
 pub use seals::Seals;
 
@@ -57,6 +62,9 @@ struct Inner {
     identity: FileIdentity,
     /// For every mapping of it.
     map_options: MapOptions,
+    name: Option<String>,
+    /// What of its options has no effect, and limits that are near.
+    notes: Vec<Note>,
 }
 
 /// What a backing turned out to be.
@@ -75,6 +83,18 @@ pub enum BackingKind {
     AdoptedHugetlb,
     /// An adopted file on another file system.
     AdoptedFile,
+}
+
+impl BackingKind {
+    /// Whether the pages come from a hugetlb pool.
+    fn is_hugetlb(self) -> bool {
+        matches!(self, Self::HugetlbMemfd | Self::AdoptedHugetlb)
+    }
+
+    /// Whether the size of a file system limits it; memfds are on one without a limit.
+    fn is_on_file_system(self) -> bool {
+        matches!(self, Self::PosixShm)
+    }
 }
 
 impl fmt::Display for BackingKind {
@@ -118,16 +138,16 @@ impl ShmBacking {
     /// is left behind.
     pub fn create(options: &RamOptions, len: u64) -> Result<Self> {
         let page_size = check_creation(options, len)?;
-        if let PageSize::Huge(_) = options.page_size() {
+        if let (PageSize::Huge(_), false) = (options.page_size(), options.is_unreserved()) {
             check_pool(len / page_size, page_size)?;
         }
         let (file, kind) = match (options.backing(), options.page_size()) {
             (Backing::Memfd, PageSize::Huge(_)) => (
-                memfd::create(len, Some(page_size))?,
+                memfd::create(options, len, Some(page_size))?,
                 BackingKind::HugetlbMemfd,
             ),
-            (Backing::Memfd, _) => (memfd::create(len, None)?, BackingKind::Memfd),
-            (Backing::PosixShm, _) => (posix_shm::create(len)?, BackingKind::PosixShm),
+            (Backing::Memfd, _) => (memfd::create(options, len, None)?, BackingKind::Memfd),
+            (Backing::PosixShm, _) => (posix_shm::create(options, len)?, BackingKind::PosixShm),
             (Backing::File(_), _) => todo!("file backings"),
         };
         let step = |doing, source| Error::CreateBacking {
@@ -140,7 +160,16 @@ impl ShmBacking {
             .metadata()
             .map_err(|source| step("fstat the descriptor", source))?;
         let seals = seals::read(&file).map_err(|source| step("read the seals", source))?;
-        let backing = Self::new(file, page_size, kind, seals, &metadata, options.into());
+        let mut notes = notes::of_options(options, kind);
+        if kind.is_on_file_system() && options.populate() == Populate::Lazy {
+            notes.extend(capacity::note(&file, len));
+        }
+        let mut backing = Self::new(file, page_size, kind, seals, &metadata, options.into());
+        if let Some(inner) = Arc::get_mut(&mut backing.inner) {
+            inner.name = options.name().map(str::to_owned);
+            inner.notes = notes;
+        }
+        log_notes(&backing.label(), backing.notes());
         log::debug!("created {backing:?}");
         Ok(backing)
     }
@@ -192,6 +221,8 @@ impl ShmBacking {
                     ino: metadata.ino(),
                 },
                 map_options,
+                name: None,
+                notes: Vec::new(),
             }),
         }
     }
@@ -207,6 +238,24 @@ impl ShmBacking {
         self.inner.page_size
     }
 
+    /// The name that it was given ([`RamOptions::with_name`]).
+    pub fn name(&self) -> Option<&str> {
+        self.inner.name.as_deref()
+    }
+
+    /// What of its options has no effect, and limits that are near: known when it was created.
+    pub fn notes(&self) -> &[Note] {
+        &self.inner.notes
+    }
+
+    /// What people know it by: its name, or what it is.
+    pub(crate) fn label(&self) -> String {
+        match self.name() {
+            Some(name) => name.to_owned(),
+            None => self.kind().to_string(),
+        }
+    }
+
     /// What the backing is.
     pub fn kind(&self) -> BackingKind {
         self.inner.kind
@@ -214,10 +263,7 @@ impl ShmBacking {
 
     /// Whether its pages come from a hugetlb pool.
     pub fn is_hugetlb(&self) -> bool {
-        matches!(
-            self.inner.kind,
-            BackingKind::HugetlbMemfd | BackingKind::AdoptedHugetlb
-        )
+        self.inner.kind.is_hugetlb()
     }
 
     /// Whether it is a file on a tmpfs: a memfd of base pages or POSIX shared memory.
@@ -365,6 +411,9 @@ pub(crate) fn page_size_of(options: &RamOptions) -> Result<u64> {
 /// pages, which several backings may share; gives its page size.
 pub(crate) fn check_creation(options: &RamOptions, len: u64) -> Result<u64> {
     let page_size = page_size_of(options)?;
+    if let Some(set) = options.size().filter(|set| *set != len) {
+        return Err(OptionsError::SizeMismatch { set, ram: len }.into());
+    }
     if len == 0 || i64::try_from(len).is_err() {
         return Err(Error::BackingTooLong {
             size: len,
@@ -377,8 +426,26 @@ pub(crate) fn check_creation(options: &RamOptions, len: u64) -> Result<u64> {
             page_size,
         });
     }
+    check_nodes(options.numa())?;
     check_file_size_limit(len)?;
     Ok(page_size)
+}
+
+/// Refuses a policy of which no node has memory, as mbind(2) would.
+fn check_nodes(policy: NumaPolicy) -> Result<()> {
+    let present = nodes::with_memory();
+    match present {
+        Some(nodes) if policy != NumaPolicy::Default && !nodes.intersects(policy.nodes()) => {
+            let source = Errno::EINVAL.into();
+            Err(NumaError {
+                policy,
+                present,
+                source,
+            }
+            .into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Refuses what ftruncate(2) would answer with SIGXFSZ, which ends a process that does not

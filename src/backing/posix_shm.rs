@@ -5,31 +5,30 @@
 //! process ends after that.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::mman::{shm_open, shm_unlink};
 use nix::sys::stat::Mode;
-use nix::sys::statvfs::fstatvfs;
 
-use super::descriptor_error;
+use super::{capacity, descriptor_error};
 use crate::error::{Error, Result};
-use crate::options::Backing;
+use crate::options::{Backing, RamOptions};
 
 /// How many names are tried: a name can be left by a process that was killed between two system
 /// calls and whose pid came round again, or be squatted.
 const NAMES: usize = 128;
 
 /// A nameless POSIX shared memory object of `len` bytes.
-pub(super) fn create(len: u64) -> Result<File> {
+pub(super) fn create(options: &RamOptions, len: u64) -> Result<File> {
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     let names = std::iter::repeat_with(|| {
         name(std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed))
     });
     let file = File::from(open_nameless(len, names.take(NAMES))?);
-    check_capacity(&file, len)?;
+    capacity::check_file_system(&file, options, len)?;
     file.set_len(len).map_err(|source| Error::CreateBacking {
         doing: "set the size",
         kind: "POSIX shm",
@@ -77,26 +76,6 @@ fn open_nameless(len: u64, names: impl Iterator<Item = String>) -> Result<OwnedF
     Err(Error::ShmNamesTaken { tried, last })
 }
 
-/// Refuses a size that the file system behind POSIX shm can never hold, which would be SIGBUS
-/// when the guest touches its RAM.
-fn check_capacity(file: &impl AsFd, size: u64) -> Result<()> {
-    let Ok(stat) = fstatvfs(file) else {
-        // A system whose shm objects have no file system has no capacity to check either.
-        return Ok(());
-    };
-    let unit = stat.fragment_size();
-    let capacity = stat.blocks().saturating_mul(unit);
-    // A tmpfs without a limit says 0 blocks.
-    if capacity > 0 && size > capacity {
-        return Err(Error::ShmTooSmall {
-            size,
-            capacity,
-            free: stat.blocks_available().saturating_mul(unit),
-        });
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -105,7 +84,7 @@ mod tests {
 
     #[test]
     fn an_object_has_no_name_and_mode_0() {
-        let file = create(1 << 20).unwrap();
+        let file = create(&RamOptions::new(), 1 << 20).unwrap();
         let metadata = file.metadata().unwrap();
         assert_eq!(metadata.nlink(), 0);
         assert_eq!(metadata.permissions().mode() & 0o777, 0);

@@ -13,6 +13,7 @@ use crate::units::HumanSize;
 mod change;
 mod discard;
 mod file;
+mod numa;
 mod options;
 mod populate;
 mod text;
@@ -20,6 +21,7 @@ mod text;
 pub use change::{MemTableChange, SlotLimit};
 pub use discard::DiscardError;
 pub use file::FileError;
+pub use numa::NumaError;
 pub use options::OptionsError;
 pub use populate::PopulateError;
 use text::{found_instead, human_sizes, shm_remedy, too_many};
@@ -218,7 +220,26 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// The file system behind POSIX shm can never hold the RAM.
+    /// Fewer file descriptors are left than the backings need.
+    #[error(
+        "{needed} backings need a file descriptor each and {left} are left of {limit}: raise \
+         RLIMIT_NOFILE (ulimit -n), or put several ranges on one backing"
+    )]
+    TooFewDescriptors {
+        /// Descriptors that are needed.
+        needed: u64,
+        /// Descriptors that this process can still have.
+        left: u64,
+        /// The soft limit on descriptors of this process.
+        limit: u64,
+    },
+
+    /// The RAM cannot be placed on the NUMA nodes that were asked for.
+    #[error(transparent)]
+    Numa(Box<NumaError>),
+
+    /// The file system behind POSIX shm can never hold the RAM, or, for RAM that is to be
+    /// populated, cannot hold it now.
     #[error(
         "POSIX shared memory of {} does not fit into the file system behind it, which holds {} \
          ({} of them free): remount /dev/shm with a larger size or use a memfd backing",
@@ -520,6 +541,12 @@ impl fmt::Display for AdoptError {
 impl std::error::Error for AdoptError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.error.source()
+    }
+}
+
+impl From<NumaError> for Error {
+    fn from(error: NumaError) -> Self {
+        Self::Numa(Box::new(error))
     }
 }
 

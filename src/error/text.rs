@@ -3,6 +3,7 @@
 use std::io;
 
 use super::SlotLimit;
+use crate::options::NodeSet;
 use crate::units::HumanSize;
 
 pub(super) fn human_sizes(sizes: &[u64]) -> String {
@@ -23,6 +24,13 @@ pub(super) fn shm_remedy(source: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => "/dev/shm may not be written, check its mode",
         io::ErrorKind::StorageFull => "/dev/shm is full, remove files from it or remount it larger",
         _ => "check /dev/shm",
+    }
+}
+
+pub(super) fn nodes_present(present: Option<NodeSet>) -> String {
+    match present {
+        Some(nodes) => format!("this machine has memory on nodes {nodes}"),
+        None => "this kernel knows no NUMA nodes".to_owned(),
     }
 }
 

@@ -14,13 +14,18 @@ use std::fmt;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
+mod numa;
+
 use crate::backing::{ShmBacking, base_page_size};
 use crate::error::{Error, Result};
+use crate::host::transparent;
 use crate::options::{CoreDump, MapOptions};
+use crate::report::{NotHuge, Note, log_notes};
 
 /// Sizes for which the kernel and the hypervisor can use one large mapping, largest first.
 const LARGE: [u64; 2] = [1 << 30, 2 << 20];
@@ -33,6 +38,8 @@ pub(crate) struct Mapping {
     reserved: Span,
     /// The RAM in it.
     ram: Span,
+    /// What the kernel does not do that was asked for.
+    notes: Vec<Note>,
 }
 
 /// Where a mapping is. Safe to have and to pass on; what is there is accessed through raw pointers.
@@ -75,7 +82,7 @@ impl Mapping {
     /// # Errors
     ///
     /// [`Error::UnalignedOffset`], [`Error::UnalignedSize`], [`Error::OutsideBacking`],
-    /// [`Error::BackingTruncated`];
+    /// [`Error::BackingTruncated`]; [`Error::Numa`];
     /// [`Error::HugePoolShort`] if the pool cannot promise the pages; [`Error::Map`].
     pub(crate) fn new(backing: &ShmBacking, offset: u64, size: u64) -> Result<Self> {
         backing.check_inside(offset, size)?;
@@ -85,8 +92,15 @@ impl Mapping {
         }
         let reserved = Reservation::new(size, offset, large_page(size, backing))?;
         let ram = reserved.map(backing, offset)?;
-        let mapping = reserved.into_mapping(ram);
+        let mut mapping = reserved.into_mapping(ram);
+        // Nodes and advice come before the first page: afterwards they are without effect.
+        mapping.bind(backing.map_options().numa)?;
         mapping.advise(backing.map_options());
+        if backing.map_options().transparent_huge {
+            let why_not = why_not_huge(backing, offset, size);
+            mapping.notes.extend(why_not.map(Note::NotHuge));
+        }
+        log_notes(&backing.label(), &mapping.notes);
         Ok(mapping)
     }
 
@@ -100,7 +114,12 @@ impl Mapping {
         self.ram.len.get()
     }
 
-    fn advise(&self, options: MapOptions) {
+    /// What the kernel does not do that was asked for.
+    pub(crate) fn notes(&self) -> &[Note] {
+        &self.notes
+    }
+
+    fn advise(&mut self, options: MapOptions) {
         if options.core_dump == CoreDump::Exclude {
             self.advise_one(
                 MmapAdvise::MADV_DONTDUMP,
@@ -114,12 +133,15 @@ impl Mapping {
 
     /// Advice that the kernel does not know (it may be built without the feature) is no reason
     /// to do without RAM.
-    fn advise_one(&self, what: MmapAdvise, meaning: &str) {
+    fn advise_one(&mut self, what: MmapAdvise, meaning: &'static str) {
         // SAFETY: the range is a mapping of ours, whole pages, and neither MADV_DONTDUMP nor
         // MADV_HUGEPAGE changes what is in it.
         let answer = unsafe { madvise(self.ram.start, self.ram.len.get(), what) };
         if let Err(errno) = answer {
-            log::warn!("the kernel does not {meaning}: {errno}");
+            self.notes.push(Note::Advice {
+                meaning,
+                source: Arc::new(errno.into()),
+            });
         }
     }
 }
@@ -190,10 +212,7 @@ impl Reservation {
     fn map(&self, backing: &ShmBacking, offset: u64) -> Result<Span> {
         let size = self.ram.len.get() as u64;
         let at = file_offset(backing, offset, size)?;
-        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
-        // No MAP_NORESERVE: hugetlb mappings must reserve their pages now, or else touching them
-        // is SIGBUS when the pool is empty. Pages of a tmpfs are not accounted here anyway.
-        //
+        let flags = shared_flags(backing) | MapFlags::MAP_FIXED;
         // SAFETY: MAP_FIXED replaces pages of this reservation only: PROT_NONE pages that nobody
         // else knows of. The range of the file exists (`check_inside`), so that no access to the
         // mapping is SIGBUS as long as nobody truncates the file, which seals forbid; that
@@ -217,7 +236,11 @@ impl Reservation {
     fn into_mapping(self, ram: Span) -> Mapping {
         let reserved = self.span;
         std::mem::forget(self);
-        Mapping { reserved, ram }
+        Mapping {
+            reserved,
+            ram,
+            notes: Vec::new(),
+        }
     }
 }
 
@@ -235,7 +258,7 @@ fn rehearse(backing: &ShmBacking, offset: u64, size: u64) -> Result<()> {
     let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses, and nobody is told
     // of the mapping.
-    let answer = unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, backing, at) };
+    let answer = unsafe { mmap(None, len, access, shared_flags(backing), backing, at) };
     let start = answer.map_err(failed)?;
     Span { start, len }.unmap();
     Ok(())
@@ -281,6 +304,37 @@ impl Span {
             _ => unreachable!("a part of a mapping is neither null nor empty"),
         }
     }
+}
+
+/// How a backing is mapped.
+///
+/// Without MAP_NORESERVE hugetlb mappings reserve their pages now; else touching them is SIGBUS
+/// when the pool is empty. Pages of a tmpfs are not accounted here in any case.
+fn shared_flags(backing: &ShmBacking) -> MapFlags {
+    if backing.map_options().unreserved {
+        MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE
+    } else {
+        MapFlags::MAP_SHARED
+    }
+}
+
+/// Why the kernel will not map this part of a backing by transparent huge pages, as far as it can
+/// be known: the host address is never the reason, see [`Mapping::new`].
+fn why_not_huge(backing: &ShmBacking, offset: u64, size: u64) -> Option<NotHuge> {
+    if !backing.is_on_tmpfs() {
+        return Some(NotHuge::FileSystem);
+    }
+    let Some(huge) = transparent::page_size() else {
+        return Some(NotHuge::Kernel);
+    };
+    if let Some(why) = transparent::why_not_on_tmpfs(backing.identity().dev) {
+        return Some(why);
+    }
+    if size < huge {
+        return Some(NotHuge::Size { size, huge });
+    }
+    let whole = offset.is_multiple_of(huge) && size.is_multiple_of(huge);
+    (!whole).then_some(NotHuge::Alignment { offset, size, huge })
 }
 
 /// The modulus in bytes for the host address of a part of this size.

@@ -6,11 +6,18 @@ use vm_memory::GuestAddress;
 use vm_memory::bitmap::NewBitmap;
 
 use super::GuestMemoryShm;
-use crate::backing::{ShmBacking, check_creation, check_pool, page_size_of};
+use crate::backing::{
+    ShmBacking, check_creation, check_descriptors, check_pool, check_posix_shm, control_group_note,
+    page_size_of,
+};
 use crate::error::{Error, Result};
 use crate::layout::{GuestRange, check_disjoint, pack};
-use crate::options::{PageSize, RamOptions};
+use crate::options::{Backing, PageSize, RamOptions};
 use crate::region::GuestRegionShm;
+use crate::report::{BuildReport, log_notes};
+
+/// What the report calls all RAM that is built.
+const ALL: &str = "all RAM";
 
 /// Builds a [`GuestMemoryShm`] of several backings, each of which can carry several ranges.
 ///
@@ -118,22 +125,53 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
     /// [`Error::Map`]. All numbers, and the pools of huge pages, are checked before anything is
     /// created, and a failure leaves nothing behind.
     pub fn build(self) -> Result<GuestMemoryShm<B>> {
+        self.build_with_report().map(|(memory, _)| memory)
+    }
+
+    /// As [`build`](Self::build), and says what of the options has no effect and which limits are
+    /// near. (The log says so, too.)
+    ///
+    /// # Errors
+    ///
+    /// Those of [`build`](Self::build).
+    pub fn build_with_report(self) -> Result<(GuestMemoryShm<B>, BuildReport)> {
         let plans: Vec<Plan<'_>> = self.parts.iter().map(Part::plan).collect::<Result<_>>()?;
         let all: Vec<GuestRange> = plans.iter().flat_map(|plan| plan.ranges.clone()).collect();
         check_disjoint(&all)?;
         check_creations(&plans)?;
 
+        let mut report = BuildReport::default();
+        let created = plans.iter().filter(|plan| plan.options().is_some());
+        let size = created.fold(0, |sum: u64, plan| sum.saturating_add(plan.len));
+        if let Some(note) = control_group_note(size) {
+            log_notes(ALL, std::slice::from_ref(&note));
+            report.add(ALL, [note]);
+        }
         let mut regions = Vec::with_capacity(all.len());
         for plan in &plans {
             let backing = match plan.source {
                 Source::Create(options) => ShmBacking::create(options, plan.len)?,
                 Source::Use { backing, .. } => backing.clone(),
             };
+            report.add(&backing.label(), backing.notes().iter().cloned());
             for (range, offset) in plan.ranges.iter().zip(&plan.offsets) {
-                regions.push(GuestRegionShm::place(&backing, *offset, *range)?);
+                let region = GuestRegionShm::place(&backing, *offset, *range)?;
+                let notes = region.ram().mapping.notes();
+                report.add(&backing.label(), notes.iter().cloned());
+                regions.push(region);
             }
         }
-        GuestMemoryShm::from_regions(regions)
+        Ok((GuestMemoryShm::from_regions(regions)?, report))
+    }
+}
+
+impl Plan<'_> {
+    /// The options, if the backing is to be created.
+    fn options(&self) -> Option<&RamOptions> {
+        match self.source {
+            Source::Create(options) => Some(options),
+            Source::Use { .. } => None,
+        }
     }
 }
 
@@ -165,15 +203,21 @@ impl Part {
     }
 }
 
-/// Checks all backings to be created, together where they draw on the same pool.
+/// Checks all backings to be created, together where they draw on the same resource.
 fn check_creations(plans: &[Plan<'_>]) -> Result<()> {
     let mut huge: Vec<(u64, u64)> = Vec::new();
+    let mut shm: Vec<(&RamOptions, u64)> = Vec::new();
+    let mut descriptors = 0;
     for plan in plans {
-        let Source::Create(options) = plan.source else {
+        let Some(options) = plan.options() else {
             continue;
         };
         let page_size = check_creation(options, plan.len)?;
-        if let PageSize::Huge(_) = options.page_size() {
+        descriptors += 1;
+        if options.backing() == &Backing::PosixShm {
+            shm.push((options, plan.len));
+        }
+        if let (PageSize::Huge(_), false) = (options.page_size(), options.is_unreserved()) {
             let pages = plan.len / page_size;
             match huge.iter_mut().find(|(size, _)| *size == page_size) {
                 Some((_, needed)) => *needed += pages,
@@ -181,6 +225,8 @@ fn check_creations(plans: &[Plan<'_>]) -> Result<()> {
             }
         }
     }
+    check_descriptors(descriptors)?;
+    check_posix_shm(&shm)?;
     huge.iter()
         .try_for_each(|(page_size, needed)| check_pool(*needed, *page_size))
 }

@@ -60,6 +60,11 @@ impl NodeSet {
         node < Self::LIMIT && self.bits & (1 << node) != 0
     }
 
+    /// Whether the two sets have a node in common.
+    pub const fn intersects(&self, other: Self) -> bool {
+        self.bits & other.bits != 0
+    }
+
     /// Whether no node is in it.
     pub const fn is_empty(&self) -> bool {
         self.bits == 0

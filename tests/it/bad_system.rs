@@ -23,14 +23,14 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 const KINDS: [Backing; 2] = [Backing::Memfd, Backing::PosixShm];
 
-fn create(kind: Backing, size: u64) -> Result<ShmBacking, Error> {
-    ShmBacking::create(&RamOptions::new().with_backing(kind), size)
+fn create(kind: &Backing, size: u64) -> Result<ShmBacking, Error> {
+    ShmBacking::create(&RamOptions::new().with_backing(kind.clone()), size)
 }
 
-fn memory(kind: Backing, size: u64) -> Result<GuestMemoryShm, Error> {
+fn memory(kind: &Backing, size: u64) -> Result<GuestMemoryShm, Error> {
     GuestMemoryShm::builder()
         .with_ram(
-            RamOptions::new().with_backing(kind),
+            RamOptions::new().with_backing(kind.clone()),
             [(GuestAddress(0), size)],
         )
         .build()
@@ -67,7 +67,7 @@ fn a_file_larger_than_the_limit_is_refused_and_nobody_dies_of_sigxfsz() {
         let ignored = u64::from_str_radix(ignored.unwrap().trim(), 16).unwrap();
         assert_eq!(ignored & SIGXFSZ_MASK, 0, "the signal must be deadly here");
 
-        for kind in KINDS {
+        for kind in &KINDS {
             with_limit(Resource::RLIMIT_FSIZE, MIB, || {
                 let text = "a backing of 2 MiB exceeds RLIMIT_FSIZE, which is 1 MiB: raise it \
                             (ulimit -f)";
@@ -96,7 +96,10 @@ fn a_process_without_descriptors_is_told_its_limit() {
         let (reader, writer) = pipe().unwrap();
         let next = reader.as_raw_fd().min(writer.as_raw_fd()) as u64;
         drop((reader, writer));
-        for (kind, name) in [(Backing::Memfd, "memfd"), (Backing::PosixShm, "POSIX shm")] {
+        for (kind, name) in [
+            (&Backing::Memfd, "memfd"),
+            (&Backing::PosixShm, "POSIX shm"),
+        ] {
             let text = format!(
                 "no file descriptor is left for {name}: the process may have {next}, raise \
                  RLIMIT_NOFILE (ulimit -n)"
@@ -127,7 +130,7 @@ fn a_process_without_address_space_is_told_which_limits_there_are() {
         let statm = fs::read_to_string("/proc/self/statm").unwrap();
         let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
         let limit = pages * PAGE + 64 * MIB;
-        for kind in KINDS {
+        for kind in &KINDS {
             let error = with_limit(Resource::RLIMIT_AS, limit, || {
                 // The backing is no part of the address space, only its mapping is.
                 assert!(create(kind, GIB).is_ok());
@@ -191,14 +194,14 @@ fn posix_shm_that_its_file_system_can_never_hold_is_refused() {
         let names = || fs::read_dir("/dev/shm").unwrap().count();
         leaves_nothing(|| {
             assert_refused!(
-                memory(Backing::PosixShm, 64 * MIB),
+                memory(&Backing::PosixShm, 64 * MIB),
                 Error::ShmTooSmall { .. },
                 "POSIX shared memory of 64 MiB does not fit into the file system behind it, \
                  which holds 8 MiB (8 MiB of them free): remount /dev/shm with a larger size or \
                  use a memfd backing",
             );
             fs::write("/dev/shm/ballast", vec![1; 3 * MIB as usize]).unwrap();
-            let text = create(Backing::PosixShm, 9 * MIB).unwrap_err().to_string();
+            let text = create(&Backing::PosixShm, 9 * MIB).unwrap_err().to_string();
             assert!(
                 text.contains("which holds 8 MiB (5 MiB of them free)"),
                 "{text}"
@@ -206,9 +209,9 @@ fn posix_shm_that_its_file_system_can_never_hold_is_refused() {
             fs::remove_file("/dev/shm/ballast").unwrap();
 
             // What fits is accepted and works, and a memfd is not concerned.
-            let fits = memory(Backing::PosixShm, 8 * MIB).unwrap();
+            let fits = memory(&Backing::PosixShm, 8 * MIB).unwrap();
             fits.write_obj(1u8, GuestAddress(8 * MIB - 1)).unwrap();
-            memory(Backing::Memfd, 64 * MIB).unwrap();
+            memory(&Backing::Memfd, 64 * MIB).unwrap();
         });
         assert_eq!(names(), 0);
         umount("/dev/shm").unwrap();
@@ -226,15 +229,15 @@ fn without_dev_shm_posix_shm_is_refused_and_a_memfd_is_not() {
         assert!(!Path::new("/dev/shm").exists());
         leaves_nothing(|| {
             assert_refused!(
-                memory(Backing::PosixShm, MIB),
+                memory(&Backing::PosixShm, MIB),
                 Error::ShmUnavailable { .. },
                 "cannot create POSIX shared memory: /dev/shm does not exist, mount a tmpfs \
                  there; or use a memfd backing",
             );
-            assert!(memory(Backing::Memfd, MIB).is_ok());
+            assert!(memory(&Backing::Memfd, MIB).is_ok());
         });
         umount("/dev").unwrap();
-        assert!(memory(Backing::PosixShm, MIB).is_ok());
+        assert!(memory(&Backing::PosixShm, MIB).is_ok());
     });
 }
 
@@ -246,7 +249,7 @@ fn a_read_only_dev_shm_is_named() {
         }
         mount_tmpfs("/dev/shm", MsFlags::MS_RDONLY, "size=8m");
         leaves_nothing(|| {
-            let error = memory(Backing::PosixShm, MIB).unwrap_err();
+            let error = memory(&Backing::PosixShm, MIB).unwrap_err();
             assert!(chain(&error).contains("os error 30"), "{}", chain(&error));
             assert_refused!(
                 Err::<(), _>(error),
@@ -270,14 +273,14 @@ fn a_dev_shm_without_room_for_one_more_file_is_named() {
         File::create("/dev/shm/ballast").unwrap();
         leaves_nothing(|| {
             assert_refused!(
-                memory(Backing::PosixShm, MIB),
+                memory(&Backing::PosixShm, MIB),
                 Error::ShmUnavailable { .. },
                 "cannot create POSIX shared memory: /dev/shm is full, remove files from it or \
                  remount it larger; or use a memfd backing",
             );
         });
         fs::remove_file("/dev/shm/ballast").unwrap();
-        assert!(memory(Backing::PosixShm, MIB).is_ok());
+        assert!(memory(&Backing::PosixShm, MIB).is_ok());
         umount("/dev/shm").unwrap();
     });
 }
@@ -291,7 +294,7 @@ fn a_name_that_a_dead_process_left_is_passed_over_and_left_alone() {
         for name in &names {
             fs::write(name, "left").unwrap();
         }
-        let made = leaves_nothing(|| create(Backing::PosixShm, MIB).map(drop));
+        let made = leaves_nothing(|| create(&Backing::PosixShm, MIB).map(drop));
         let texts = names
             .each_ref()
             .map(|name| fs::read_to_string(name).unwrap_or_default());
@@ -311,7 +314,7 @@ fn when_every_name_is_taken_the_last_is_told() {
         for count in 0..128 {
             File::create(path(count)).unwrap();
         }
-        let result = leaves_nothing(|| create(Backing::PosixShm, MIB));
+        let result = leaves_nothing(|| create(&Backing::PosixShm, MIB));
         for count in 0..128 {
             fs::remove_file(path(count)).unwrap();
         }
@@ -324,6 +327,6 @@ fn when_every_name_is_taken_the_last_is_told() {
             ),
         );
         // The next try takes other names.
-        assert!(create(Backing::PosixShm, MIB).is_ok());
+        assert!(create(&Backing::PosixShm, MIB).is_ok());
     });
 }

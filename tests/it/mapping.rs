@@ -62,9 +62,12 @@ fn a_region_is_mapped_shared_for_reading_and_writing() {
 #[test]
 fn core_dumps_leave_guest_ram_out_unless_it_is_to_be_included() {
     for kind in KINDS {
-        let default = region(&options(kind), MIB);
+        let default = region(&options(kind.clone()), MIB);
         assert!(has_vm_flag(&smaps_at(default.as_ptr()), "dd"));
-        let included = region(&options(kind).with_core_dump(CoreDump::Include), MIB);
+        let included = region(
+            &options(kind.clone()).with_core_dump(CoreDump::Include),
+            MIB,
+        );
         assert!(!has_vm_flag(&smaps_at(included.as_ptr()), "dd"));
     }
 }
@@ -79,9 +82,9 @@ fn a_region_on_a_backing_that_existed_is_left_out_of_core_dumps_too() {
 #[test]
 fn transparent_huge_pages_are_asked_for_only_where_they_are_wanted() {
     for kind in KINDS {
-        let base = region(&options(kind), 4 * MIB);
+        let base = region(&options(kind.clone()), 4 * MIB);
         assert!(!has_vm_flag(&smaps_at(base.as_ptr()), "hg"));
-        let huge = options(kind).with_page_size(PageSize::Transparent);
+        let huge = options(kind.clone()).with_page_size(PageSize::Transparent);
         let huge = region(&huge, 4 * MIB);
         assert!(has_vm_flag(&smaps_at(huge.as_ptr()), "hg"));
     }
@@ -244,7 +247,7 @@ fn dropping_a_memory_unmaps_and_closes_all_of_it() {
             let spans = leaves_nothing(|| {
                 let memory = GuestMemoryShm::<()>::builder()
                     .with_ram(
-                        options(kind),
+                        options(kind.clone()),
                         [(GuestAddress(0), MIB), (GuestAddress(GIB), PAGE)],
                     )
                     .with_ram(options(kind), [(GuestAddress(2 * GIB), 4 * MIB)])

@@ -1,0 +1,161 @@
+//! What the system can hold, asked before anything is created: file systems, descriptors.
+
+use std::os::fd::AsFd;
+
+use nix::sys::statvfs::{Statvfs, fstatvfs};
+
+use crate::error::{Error, Result};
+use crate::host::limits;
+use crate::options::{Populate, RamOptions};
+use crate::report::Note;
+
+/// Where POSIX shared memory objects are, on Linux.
+#[cfg(target_os = "linux")]
+const SHM: &str = "/dev/shm";
+
+/// The size of a file system and what is free of it, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Capacity {
+    total: u64,
+    free: u64,
+}
+
+impl Capacity {
+    /// Nothing is known of a tmpfs without a limit, which says 0 blocks.
+    fn new(stat: &Statvfs) -> Option<Self> {
+        let unit = stat.fragment_size();
+        let total = stat.blocks().saturating_mul(unit);
+        (total > 0).then(|| Self {
+            total,
+            free: stat.blocks_available().saturating_mul(unit),
+        })
+    }
+}
+
+/// Refuses RAM that the file system of `file` can never hold, or, if it is to be populated, cannot
+/// hold now: touching it would be SIGBUS.
+pub(super) fn check_file_system(file: &impl AsFd, options: &RamOptions, size: u64) -> Result<()> {
+    // A system whose shm objects have no file system has no capacity to check either.
+    let stat = fstatvfs(file).ok();
+    check(
+        stat.as_ref().and_then(Capacity::new),
+        size,
+        lazily(options),
+        options,
+    )
+}
+
+/// As [`check_file_system`], for all POSIX shm of `sizes` together, before any of it is created.
+#[cfg(target_os = "linux")]
+pub(crate) fn check_posix_shm(parts: &[(&RamOptions, u64)]) -> Result<()> {
+    let Ok(stat) = nix::sys::statvfs::statvfs(SHM) else {
+        // Creating it says what is wrong.
+        return Ok(());
+    };
+    let capacity = Capacity::new(&stat);
+    let checked = || parts.iter().filter(|(options, _)| !options.is_unreserved());
+    let Some((first, _)) = checked().next() else {
+        return Ok(());
+    };
+    let sum = |populated: bool| {
+        checked()
+            .filter(|(options, _)| !populated || !lazily(options))
+            .fold(0, |sum: u64, (_, size)| sum.saturating_add(*size))
+    };
+    check(capacity, sum(false), true, first)?;
+    check(capacity, sum(true), false, first)
+}
+
+/// Elsewhere nobody knows where the objects are.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn check_posix_shm(_parts: &[(&RamOptions, u64)]) -> Result<()> {
+    Ok(())
+}
+
+fn check(capacity: Option<Capacity>, size: u64, lazily: bool, options: &RamOptions) -> Result<()> {
+    match capacity {
+        Some(Capacity { total, free })
+            if !options.is_unreserved() && (size > total || !lazily && size > free) =>
+        {
+            Err(Error::ShmTooSmall {
+                size,
+                capacity: total,
+                free,
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The note about a file system that holds the RAM, but not now.
+pub(super) fn note(file: &impl AsFd, size: u64) -> Option<Note> {
+    let free = Capacity::new(&fstatvfs(file).ok()?)?.free;
+    (size > free).then_some(Note::FileSystemFull { size, free })
+}
+
+/// The note about a control group that may not have that much memory.
+pub(crate) fn control_group_note(size: u64) -> Option<Note> {
+    let group = limits::ControlGroup::tightest()?;
+    (size > group.left()).then_some(Note::ControlGroup {
+        size,
+        limit: group.limit,
+        used: group.used,
+        group: group.name,
+    })
+}
+
+/// Refuses more backings than there are descriptors for.
+pub(crate) fn check_descriptors(needed: u64) -> Result<()> {
+    match limits::descriptors_left() {
+        Some((left, limit)) if needed > left => Err(Error::TooFewDescriptors {
+            needed,
+            left,
+            limit,
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn lazily(options: &RamOptions) -> bool {
+    options.populate() == Populate::Lazy
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::Reserve;
+
+    #[test]
+    fn ram_must_fit_at_all_and_populated_ram_now() {
+        let capacity = Some(Capacity {
+            total: 100,
+            free: 10,
+        });
+        let on = RamOptions::new();
+        let off = RamOptions::new().with_reserve(Reserve::Off);
+        for (size, lazily, fits) in [
+            (100, true, true),
+            (101, true, false),
+            (10, false, true),
+            (11, false, false),
+        ] {
+            let checked = check(capacity, size, lazily, &on);
+            assert_eq!(checked.is_ok(), fits, "{size} {lazily}");
+            assert!(check(capacity, size, lazily, &off).is_ok());
+            assert!(check(None, size, lazily, &on).is_ok());
+        }
+    }
+
+    #[test]
+    fn more_descriptors_than_are_left_are_refused() {
+        assert!(check_descriptors(1).is_ok());
+        let refused = check_descriptors(u64::MAX);
+        assert!(matches!(
+            refused,
+            Err(Error::TooFewDescriptors {
+                needed: u64::MAX,
+                ..
+            })
+        ));
+    }
+}

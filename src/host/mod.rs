@@ -1,0 +1,9 @@
+//! What this machine offers and forbids: NUMA nodes, transparent huge pages, limits.
+//!
+//! Read from procfs and sysfs when it is asked for, because an administrator may change it. Where
+//! they are not mounted, nothing is claimed.
+
+pub(crate) mod limits;
+pub(crate) mod mounts;
+pub(crate) mod nodes;
+pub(crate) mod transparent;

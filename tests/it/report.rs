@@ -1,0 +1,115 @@
+//! What has no effect is said: in the report that building returns, on the backing, in the log.
+
+use std::fs;
+
+use guest_memory_shm::{
+    Backing, BuildReport, GuestMemoryShm, GuestRegionShm, Merge, NotHuge, Note, PageSize,
+    RamOptions, Reserve, ShmBacking,
+};
+use vm_memory::GuestAddress;
+
+use crate::isolation::in_own_process;
+use crate::support::skip;
+
+const MIB: u64 = 1 << 20;
+
+fn report(options: RamOptions, size: u64) -> BuildReport {
+    let builder = GuestMemoryShm::<()>::builder();
+    let builder = builder.with_ram(options, [(GuestAddress(0), size)]);
+    builder.build_with_report().unwrap().1
+}
+
+fn properties(report: &BuildReport) -> Vec<&'static str> {
+    let lines = report.lines().iter();
+    lines.filter_map(|line| line.note().property()).collect()
+}
+
+#[test]
+fn ram_as_asked_for_has_nothing_to_report() {
+    for backing in [Backing::Memfd, Backing::PosixShm] {
+        let found = report(RamOptions::new().with_backing(backing), MIB);
+        assert!(found.is_empty(), "{found}");
+    }
+}
+
+#[test]
+fn merging_and_reserving_shared_memory_is_reported_without_effect() {
+    let options = RamOptions::new()
+        .with_name("ram0")
+        .with_backing(Backing::PosixShm)
+        .with_merge(Merge::On)
+        .with_reserve(Reserve::On);
+    let found = report(options, MIB);
+    assert_eq!(properties(&found), ["merge", "reserve"]);
+    assert_eq!(
+        found.to_string(),
+        "ram0: merge=on has no effect: the kernel merges private pages only, never shared ones\n\
+         ram0: reserve=on reserves nothing for a POSIX shm: only huge pages of a pool are \
+         reserved; populate the RAM to be sure of it"
+    );
+}
+
+#[test]
+fn a_region_and_a_backing_report_as_building_does() {
+    let options = RamOptions::new().with_merge(Merge::On);
+    let region = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &options).unwrap();
+    assert_eq!(properties(&region.report()), ["merge"]);
+    let backing = ShmBacking::create(&options, MIB).unwrap();
+    assert!(matches!(backing.notes(), [Note::Merge]));
+}
+
+#[test]
+fn transparent_huge_pages_of_ram_too_small_or_uneven_are_reported() {
+    // Where the switch forbids them, that comes first.
+    let switch = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
+    let Ok(switch) = switch else {
+        return skip("the kernel has no transparent huge pages");
+    };
+    let forbidden = switch.contains("[never]") || switch.contains("[deny]");
+    let options = RamOptions::new().with_page_size(PageSize::Transparent);
+    for (size, expected) in [
+        (MIB, Some("size")),
+        (3 * MIB, Some("alignment")),
+        (4 * MIB, None),
+    ] {
+        let found = report(options.clone(), size);
+        let why = found.lines().first().map(|line| match line.note() {
+            Note::NotHuge(NotHuge::Switch { .. }) => "switch",
+            Note::NotHuge(NotHuge::Size { .. }) => "size",
+            Note::NotHuge(NotHuge::Alignment { .. }) => "alignment",
+            other => panic!("{other}"),
+        });
+        let expected = if forbidden { Some("switch") } else { expected };
+        assert_eq!(why, expected, "{size:#x}: {found}");
+    }
+}
+
+#[test]
+fn the_log_says_it_too() {
+    use std::sync::Mutex;
+
+    static LINES: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+    struct Collector;
+
+    impl log::Log for Collector {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            if record.level() <= log::Level::Warn {
+                LINES.lock().unwrap().push(record.args().to_string());
+            }
+        }
+        fn flush(&self) {}
+    }
+
+    in_own_process(|| {
+        log::set_logger(&Collector).unwrap();
+        log::set_max_level(log::LevelFilter::Trace);
+        let options = RamOptions::new().with_name("ram0").with_merge(Merge::On);
+        let found = report(options, MIB);
+        let lines = LINES.lock().unwrap().clone();
+        assert_eq!(lines, [found.to_string()]);
+    });
+}
