@@ -207,6 +207,9 @@ impl fmt::Display for Note {
                 "reserve=on reserves nothing for a {kind}: only huge pages of a pool are reserved; \
                  populate the RAM to be sure of it"
             ),
+            Self::NotHuge(why @ NotHuge::Alignment { .. }) => {
+                write!(f, "not all of it can be transparent huge pages: {why}")
+            }
             Self::NotHuge(why) => write!(f, "transparent huge pages will not come: {why}"),
             Self::OneNode { policy } => write!(
                 f,
@@ -272,7 +275,7 @@ impl fmt::Display for NotHuge {
             ),
             Self::Alignment { offset, size, huge } => write!(
                 f,
-                "{} at offset {offset:#x} have parts that are no whole huge page of {}",
+                "{} at offset {offset:#x} begin or end inside a huge page of {}",
                 HumanSize(*size),
                 HumanSize(*huge)
             ),

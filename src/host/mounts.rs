@@ -1,4 +1,4 @@
-//! Which file systems are mounted where, with which options (`/proc/self/mountinfo`, proc(5)).
+//! Which file systems are mounted where, with which options (`mountinfo`, proc(5)).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -57,9 +57,10 @@ impl Mount {
     }
 }
 
-/// All mounts that this process sees; none where procfs is not mounted.
+/// All mounts that this thread sees (it may have a mount namespace of its own); none where procfs
+/// is not mounted.
 pub(crate) fn all() -> Vec<Mount> {
-    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let text = fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
     text.lines().filter_map(Mount::parse).collect()
 }
 

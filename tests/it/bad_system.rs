@@ -7,15 +7,14 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use guest_memory_shm::{Backing, Error, GuestMemoryShm, PageSize, RamOptions, ShmBacking};
-use nix::mount::{MsFlags, mount, umount};
-use nix::sched::{CloneFlags, unshare};
+use nix::mount::{MsFlags, umount};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::unistd::{geteuid, pipe};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::fork::dies_of;
-use crate::isolation::{PAGE, assert_refused, in_own_process};
+use crate::isolation::{PAGE, assert_refused, in_own_process, mount_tmpfs, own_mounts};
 use crate::proc::leaves_nothing;
 use crate::support::skip;
 
@@ -166,22 +165,6 @@ fn a_memory_of_which_only_the_last_region_cannot_be_mapped_leaves_nothing() {
             assert!(matches!(result, Err(Error::Map { size, .. }) if size == 1 << 49));
         });
     });
-}
-
-/// Gives this process its own mounts, to change those of /dev/shm, or prints why it cannot.
-fn own_mounts() -> bool {
-    if !geteuid().is_root() || unshare(CloneFlags::CLONE_NEWNS).is_err() {
-        skip("this process may not have its own mounts");
-        return false;
-    }
-    // Nothing of what follows reaches the other mount namespaces.
-    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
-    mount(None::<&str>, "/", None::<&str>, private, None::<&str>).expect("the root is a mount");
-    true
-}
-
-fn mount_tmpfs(at: &str, flags: MsFlags, data: &str) {
-    mount(Some("tmpfs"), at, Some("tmpfs"), flags, Some(data)).expect("mounted");
 }
 
 #[test]

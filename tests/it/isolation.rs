@@ -6,6 +6,8 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use nix::unistd::geteuid;
 
 use crate::support::skip;
@@ -42,6 +44,23 @@ pub(crate) fn in_own_process<F: FnOnce()>(test: F) {
     assert!(output.status.success(), "{}\n{out}\n{err}", output.status);
     // Without this a wrong name would pass: then no test is run at all.
     assert!(out.contains("1 passed"), "{name} was not run: {out}");
+}
+
+/// Gives this process its own mounts, to change those of /dev/shm, or prints why it cannot.
+pub(crate) fn own_mounts() -> bool {
+    if !geteuid().is_root() || unshare(CloneFlags::CLONE_NEWNS).is_err() {
+        skip("this process may not have its own mounts");
+        return false;
+    }
+    // Nothing of what follows reaches the other mount namespaces.
+    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>).expect("the root is a mount");
+    true
+}
+
+/// Mounts a tmpfs with these options, as `size=8m`.
+pub(crate) fn mount_tmpfs(at: &str, flags: MsFlags, data: &str) {
+    mount(Some("tmpfs"), at, Some("tmpfs"), flags, Some(data)).expect("mounted");
 }
 
 /// The base page size in bytes.

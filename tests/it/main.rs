@@ -27,3 +27,4 @@ mod report;
 mod share;
 mod support;
 mod threads;
+mod transparent;
