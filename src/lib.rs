@@ -70,7 +70,7 @@
 //!
 //! Guest RAM is written by the guest and by other processes at any time, so this crate never makes
 //! a reference to it: accesses go through vm-memory's volatile and atomic operations. A mapping
-//! inside a sealed file cannot fault. A mapping of an unsealed file (POSIX shm, an adopted file)
+//! inside a sealed file cannot fault. A mapping of an unsealed file (POSIX shm, a file with a path)
 //! faults with SIGBUS when somebody truncates the file: hand those descriptors to trusted
 //! processes only. Unsafe code is in `mapping` (mmap and its kin), in `region` (the volatile slice
 //! that vm-memory wants made from a pointer), and in the mock (descriptors received from a socket).

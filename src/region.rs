@@ -15,10 +15,10 @@ use vm_memory::{
 };
 
 use crate::backing::{ShmBacking, control_group_note, page_size_of};
-use crate::error::Result;
+use crate::error::{FileError, Result};
 use crate::layout::GuestRange;
 use crate::mapping::{HostAddr, Mapping, to_usize};
-use crate::options::RamOptions;
+use crate::options::{Access, RamOptions};
 use crate::report::{BuildReport, log_notes};
 
 /// A contiguous range of guest RAM: one shared mapping of a part of a [`ShmBacking`].
@@ -85,11 +85,16 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {
         let range = GuestRange::new(start, size)?;
         range.check_aligned(page_size_of(options)?)?;
+        if options.access() == Access::ReadOnly {
+            return Err(FileError::ReadOnlyRam.into());
+        }
         if let Some(note) = control_group_note(size) {
             log_notes("RAM", &[note]);
         }
-        let backing = ShmBacking::create(options, size)?;
-        Self::place(&backing, 0, range)
+        let backing = ShmBacking::create_provisional(options, size)?;
+        let region = Self::place(&backing, backing.start(), range)?;
+        backing.keep();
+        Ok(region)
     }
 
     /// A region of `size` bytes at `start`, on the part of `backing` at `offset`.
@@ -100,7 +105,8 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     /// [`Error::UnalignedOffset`](crate::Error::UnalignedOffset) and
     /// [`Error::OutsideBacking`](crate::Error::OutsideBacking) for a part that the backing does not
     /// have; [`Error::BackingTruncated`](crate::Error::BackingTruncated) for one that it has no
-    /// more; [`Error::HugePoolShort`](crate::Error::HugePoolShort) and
+    /// more; [`FileError::ReadOnlyRam`] for a file that is opened for reading only;
+    /// [`Error::HugePoolShort`](crate::Error::HugePoolShort) and
     /// [`Error::Map`](crate::Error::Map) if it cannot be mapped.
     pub fn from_backing(
         backing: &ShmBacking,
@@ -115,6 +121,9 @@ impl<B: NewBitmap> GuestRegionShm<B> {
 
     /// The range must be aligned to the pages of the backing.
     pub(crate) fn place(backing: &ShmBacking, offset: u64, range: GuestRange) -> Result<Self> {
+        if backing.map_options().access == Access::ReadOnly {
+            return Err(FileError::ReadOnlyRam.into());
+        }
         let mapping = Mapping::new(backing, offset, range.size())?;
         Ok(Self {
             range,

@@ -5,16 +5,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-#[cfg(any(target_os = "linux", target_os = "android"))]
-use nix::sys::statfs::fstatfs;
 
+use super::file_system::FileSystem;
 use super::{BackingKind, Seals, ShmBacking, base_page_size, seals};
 use crate::error::{AdoptError, Error, Result};
 use crate::options::{CoreDump, MapOptions};
-
-// From linux/magic.h; memfds and POSIX shared memory are files on a tmpfs.
-const TMPFS_MAGIC: u64 = 0x0102_1994;
-const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 /// What is demanded of a descriptor that is to be adopted.
 ///
@@ -176,7 +171,7 @@ fn check_len(len: u64, page_size: u64, policy: &AdoptPolicy) -> Result<()> {
     Ok(())
 }
 
-fn type_name(found: std::fs::FileType) -> &'static str {
+pub(super) fn type_name(found: std::fs::FileType) -> &'static str {
     if found.is_fifo() {
         "pipe"
     } else if found.is_socket() {
@@ -204,31 +199,19 @@ fn check_read_write(file: &File) -> Result<()> {
     Ok(())
 }
 
-#[cfg(any(target_os = "linux", target_os = "android"))]
 fn file_system(file: &File, policy: &AdoptPolicy) -> Result<(BackingKind, u64)> {
-    let stat = fstatfs(file).map_err(|errno| Error::Adopt {
+    let found = FileSystem::of(file).map_err(|source| Error::Adopt {
         doing: "fstatfs",
-        source: errno.into(),
+        source,
     })?;
-    // The width and the sign of f_type differ between architectures; its value has 32 bits.
-    #[allow(clippy::unnecessary_cast, clippy::cast_sign_loss)]
-    let fs_type = stat.filesystem_type().0 as u64 & 0xffff_ffff;
-    match fs_type {
-        TMPFS_MAGIC => Ok((BackingKind::AdoptedShm, base_page_size())),
-        HUGETLBFS_MAGIC => {
-            // hugetlbfs names its page size as its block size.
-            let page_size = u64::try_from(stat.block_size()).unwrap_or_else(|_| base_page_size());
-            Ok((BackingKind::AdoptedHugetlb, page_size))
+    match found {
+        FileSystem::Tmpfs => Ok((BackingKind::AdoptedShm, base_page_size())),
+        FileSystem::Hugetlbfs { page_size } => Ok((BackingKind::AdoptedHugetlb, page_size)),
+        FileSystem::Other { .. } if policy.disk_files => {
+            Ok((BackingKind::AdoptedFile, base_page_size()))
         }
-        _ if policy.disk_files => Ok((BackingKind::AdoptedFile, base_page_size())),
-        _ => Err(Error::AdoptDiskFile { fs_type }),
+        FileSystem::Other { fs_type } => Err(Error::AdoptDiskFile { fs_type }),
     }
-}
-
-/// Elsewhere POSIX shared memory is no file of a file system that could be told apart.
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-fn file_system(_file: &File, _policy: &AdoptPolicy) -> Result<(BackingKind, u64)> {
-    Ok((BackingKind::AdoptedShm, base_page_size()))
 }
 
 fn check_seals(file: &impl AsFd, policy: SealPolicy) -> Result<Seals> {

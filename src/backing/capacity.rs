@@ -15,14 +15,14 @@ const SHM: &str = "/dev/shm";
 
 /// The size of a file system and what is free of it, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Capacity {
-    total: u64,
-    free: u64,
+pub(super) struct Capacity {
+    pub(super) total: u64,
+    pub(super) free: u64,
 }
 
 impl Capacity {
     /// Nothing is known of a tmpfs without a limit, which says 0 blocks.
-    fn new(stat: &Statvfs) -> Option<Self> {
+    pub(super) fn new(stat: &Statvfs) -> Option<Self> {
         let unit = stat.fragment_size();
         let total = stat.blocks().saturating_mul(unit);
         (total > 0).then(|| Self {
@@ -116,7 +116,7 @@ pub(crate) fn check_descriptors(needed: u64) -> Result<()> {
     }
 }
 
-fn lazily(options: &RamOptions) -> bool {
+pub(super) fn lazily(options: &RamOptions) -> bool {
     options.populate() == Populate::Lazy
 }
 

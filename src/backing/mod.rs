@@ -23,6 +23,10 @@ use crate::units::HumanSize;
 
 mod adopt;
 mod capacity;
+mod file;
+mod file_end;
+mod file_open;
+mod file_system;
 mod hugetlb;
 mod memfd;
 mod notes;
@@ -31,8 +35,12 @@ mod seals;
 
 pub use adopt::{AdoptPolicy, SealPolicy};
 pub(crate) use capacity::{check_descriptors, check_posix_shm, control_group_note};
+use file_end::FileEnd;
 pub(crate) use hugetlb::check_pool;
 pub use seals::Seals;
+
+/// What st_blocks counts, in bytes, whatever the page size (stat(3type)).
+const BLOCK: u64 = 512;
 
 /// The object behind guest RAM: a descriptor of known length, cheap to clone.
 ///
@@ -55,6 +63,8 @@ pub struct ShmBacking {
 
 struct Inner {
     file: Arc<File>,
+    /// Where RAM begins in it.
+    start: u64,
     len: u64,
     page_size: u64,
     kind: BackingKind,
@@ -65,6 +75,8 @@ struct Inner {
     name: Option<String>,
     /// What of its options has no effect, and limits that are near.
     notes: Vec<Note>,
+    /// Of a file that was opened by its path.
+    end: Option<FileEnd>,
 }
 
 /// What a backing turned out to be.
@@ -77,6 +89,12 @@ pub enum BackingKind {
     HugetlbMemfd,
     /// A POSIX shared memory object that this crate created.
     PosixShm,
+    /// A file on a tmpfs that this crate opened or created.
+    ShmFile,
+    /// A file of huge pages, on a hugetlbfs, that this crate opened or created.
+    HugetlbFile,
+    /// A file on another file system that this crate opened or created.
+    File,
     /// An adopted memfd, POSIX shared memory object or other file on a tmpfs.
     AdoptedShm,
     /// An adopted memfd of huge pages or file on a hugetlbfs.
@@ -88,12 +106,15 @@ pub enum BackingKind {
 impl BackingKind {
     /// Whether the pages come from a hugetlb pool.
     fn is_hugetlb(self) -> bool {
-        matches!(self, Self::HugetlbMemfd | Self::AdoptedHugetlb)
+        matches!(
+            self,
+            Self::HugetlbMemfd | Self::HugetlbFile | Self::AdoptedHugetlb
+        )
     }
 
     /// Whether the size of a file system limits it; memfds are on one without a limit.
     fn is_on_file_system(self) -> bool {
-        matches!(self, Self::PosixShm)
+        matches!(self, Self::PosixShm | Self::ShmFile | Self::File)
     }
 }
 
@@ -103,6 +124,9 @@ impl fmt::Display for BackingKind {
             Self::Memfd => "memfd",
             Self::HugetlbMemfd => "hugetlb memfd",
             Self::PosixShm => "posix-shm",
+            Self::ShmFile => "shm file",
+            Self::HugetlbFile => "hugetlb file",
+            Self::File => "file",
             Self::AdoptedShm => "adopted shm",
             Self::AdoptedHugetlb => "adopted hugetlb",
             Self::AdoptedFile => "adopted file",
@@ -122,11 +146,32 @@ pub struct FileIdentity {
     pub ino: u64,
 }
 
+impl FileIdentity {
+    fn of(metadata: &std::fs::Metadata) -> Self {
+        Self {
+            dev: metadata.dev(),
+            ino: metadata.ino(),
+        }
+    }
+}
+
 impl ShmBacking {
-    /// Creates a backing of `len` bytes; no page of it is allocated.
+    /// Creates a backing for `len` bytes of RAM; no page of it is allocated.
     ///
     /// The options hold for every region on it: transparent huge pages and core dumps too.
-    /// A memfd is sealed against any change of its size before this returns.
+    /// A memfd is sealed against any change of its size before this returns. In a
+    /// [`Backing::File`] the RAM is behind [`RamOptions::offset`], from [`start`](Self::start) to
+    /// [`len`](Self::len).
+    ///
+    /// ```
+    /// use guest_memory_shm::{Backing, BackingKind, RamOptions, ShmBacking};
+    ///
+    /// // A file without a name, for as long as anybody uses it.
+    /// let options = RamOptions::new().with_backing(Backing::File("/dev/shm".into()));
+    /// let backing = ShmBacking::create(&options, 1 << 20)?;
+    /// assert_eq!(backing.kind(), BackingKind::ShmFile);
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
@@ -134,12 +179,28 @@ impl ShmBacking {
     /// [`Error::HugePosixShm`], [`Error::NoSuchHugePageSize`] and [`Error::HugePoolShort`] for huge
     /// pages that cannot be had; [`Error::FileSizeLimit`], [`Error::NoDescriptors`],
     /// [`Error::ShmTooSmall`], [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits
-    /// of the system; [`Error::CreateBacking`] if a system call fails for another reason. Nothing
-    /// is left behind.
+    /// of the system; [`Error::File`] for a file that cannot be used; [`Error::CreateBacking`] if a
+    /// system call fails for another reason. Nothing is left behind: a file that was created is
+    /// removed, one that was empty is empty again.
     pub fn create(options: &RamOptions, len: u64) -> Result<Self> {
+        let backing = Self::create_provisional(options, len)?;
+        backing.keep();
+        Ok(backing)
+    }
+
+    /// Creates a backing that leaves nothing when it is dropped without having been
+    /// [kept](Self::keep): for what is not done before it is mapped.
+    pub(crate) fn create_provisional(options: &RamOptions, len: u64) -> Result<Self> {
         let page_size = check_creation(options, len)?;
-        if let (PageSize::Huge(_), false) = (options.page_size(), options.is_unreserved()) {
-            check_pool(len / page_size, page_size)?;
+        let huge_pages = huge_pages(options, len, page_size)?;
+        if huge_pages > 0 {
+            check_pool(huge_pages, page_size)?;
+        }
+        if let Backing::File(path) = options.backing() {
+            let backing = Self::from_file(file::open(options, path, len)?, options, len);
+            log_notes(&backing.label(), backing.notes());
+            log::debug!("opened {}: {backing:?}", path.display());
+            return Ok(backing);
         }
         let (file, kind) = match (options.backing(), options.page_size()) {
             (Backing::Memfd, PageSize::Huge(_)) => (
@@ -148,7 +209,7 @@ impl ShmBacking {
             ),
             (Backing::Memfd, _) => (memfd::create(options, len, None)?, BackingKind::Memfd),
             (Backing::PosixShm, _) => (posix_shm::create(options, len)?, BackingKind::PosixShm),
-            (Backing::File(_), _) => todo!("file backings"),
+            (Backing::File(_), _) => unreachable!("files are opened above"),
         };
         let step = |doing, source| Error::CreateBacking {
             doing,
@@ -172,6 +233,13 @@ impl ShmBacking {
         log_notes(&backing.label(), backing.notes());
         log::debug!("created {backing:?}");
         Ok(backing)
+    }
+
+    /// Everything that needs the backing is there: it stays, also when it is dropped.
+    pub(crate) fn keep(&self) {
+        if let Some(end) = &self.inner.end {
+            end.keep();
+        }
     }
 
     /// Adopts a descriptor that came from elsewhere, after checking that it can be RAM.
@@ -212,22 +280,52 @@ impl ShmBacking {
         Self {
             inner: Arc::new(Inner {
                 file: Arc::new(file),
+                start: 0,
                 len: metadata.len(),
                 page_size,
                 kind,
                 seals,
-                identity: FileIdentity {
-                    dev: metadata.dev(),
-                    ino: metadata.ino(),
-                },
+                identity: FileIdentity::of(metadata),
                 map_options,
                 name: None,
                 notes: Vec::new(),
+                end: None,
             }),
         }
     }
 
+    fn from_file(opened: file::Opened, options: &RamOptions, len: u64) -> Self {
+        let kind = opened.kind;
+        let mut notes = notes::of_options(options, kind);
+        if kind.is_on_file_system() && options.populate() == Populate::Lazy {
+            let missing = len.saturating_sub(opened.metadata.blocks() * BLOCK);
+            notes.extend(capacity::note(&opened.file, missing));
+        }
+        Self {
+            inner: Arc::new(Inner {
+                start: options.offset(),
+                len: options.offset() + len,
+                page_size: opened.page_size,
+                kind,
+                seals: opened.seals,
+                identity: FileIdentity::of(&opened.metadata),
+                map_options: options.into(),
+                name: options.name().map(str::to_owned),
+                notes,
+                file: opened.file,
+                end: Some(opened.end),
+            }),
+        }
+    }
+
+    /// Where RAM begins in it, in bytes: [`RamOptions::offset`] of a file, else 0.
+    pub fn start(&self) -> u64 {
+        self.inner.start
+    }
+
     /// The length in bytes, as it was when the backing was made; sealed backings keep it.
+    ///
+    /// Of a [`Backing::File`], which may be longer: the end of the RAM in it.
     #[expect(clippy::len_without_is_empty, reason = "a backing is never empty")]
     pub fn len(&self) -> u64 {
         self.inner.len
@@ -266,11 +364,14 @@ impl ShmBacking {
         self.inner.kind.is_hugetlb()
     }
 
-    /// Whether it is a file on a tmpfs: a memfd of base pages or POSIX shared memory.
+    /// Whether it is a file on a tmpfs: a memfd of base pages or POSIX shared memory too.
     pub(crate) fn is_on_tmpfs(&self) -> bool {
         matches!(
             self.inner.kind,
-            BackingKind::Memfd | BackingKind::PosixShm | BackingKind::AdoptedShm
+            BackingKind::Memfd
+                | BackingKind::PosixShm
+                | BackingKind::ShmFile
+                | BackingKind::AdoptedShm
         )
     }
 
@@ -290,8 +391,6 @@ impl ShmBacking {
     ///
     /// [`Error::CreateBacking`] if fstat(2) fails.
     pub fn allocated(&self) -> Result<u64> {
-        // st_blocks counts units of 512 bytes, whatever the page size (stat(3type)).
-        const BLOCK: u64 = 512;
         let metadata = self.inner.file.metadata();
         let metadata = metadata.map_err(|source| self.fstat_error(source))?;
         Ok(metadata.blocks() * BLOCK)
@@ -368,6 +467,7 @@ impl fmt::Debug for ShmBacking {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ShmBacking")
             .field("kind", &self.inner.kind)
+            .field("start", &format_args!("{:#x}", self.inner.start))
             .field("len", &format_args!("{}", HumanSize(self.inner.len)))
             .field(
                 "page_size",
@@ -400,6 +500,9 @@ pub(crate) fn base_page_size() -> u64 {
 
 /// The size in bytes of the pages that backings with these options have.
 pub(crate) fn page_size_of(options: &RamOptions) -> Result<u64> {
+    if let Backing::File(path) = options.backing() {
+        return file::page_size(path);
+    }
     match options.page_size() {
         PageSize::Base | PageSize::Transparent => Ok(base_page_size()),
         PageSize::Huge(_) if options.backing() == &Backing::PosixShm => Err(Error::HugePosixShm),
@@ -414,9 +517,10 @@ pub(crate) fn check_creation(options: &RamOptions, len: u64) -> Result<u64> {
     if let Some(set) = options.size().filter(|set| *set != len) {
         return Err(OptionsError::SizeMismatch { set, ram: len }.into());
     }
-    if len == 0 || i64::try_from(len).is_err() {
+    let end = start_of(options).saturating_add(len);
+    if len == 0 || i64::try_from(end).is_err() {
         return Err(Error::BackingTooLong {
-            size: len,
+            size: if len == 0 { 0 } else { end },
             limit: i64::MAX.unsigned_abs(),
         });
     }
@@ -427,8 +531,29 @@ pub(crate) fn check_creation(options: &RamOptions, len: u64) -> Result<u64> {
         });
     }
     check_nodes(options.numa())?;
-    check_file_size_limit(len)?;
+    match options.backing() {
+        Backing::File(path) => file::check(options, path, len)?,
+        Backing::Memfd | Backing::PosixShm => check_file_size_limit(len)?,
+    }
     Ok(page_size)
+}
+
+/// Where RAM begins in a backing with these options, in bytes.
+pub(crate) fn start_of(options: &RamOptions) -> u64 {
+    match options.backing() {
+        Backing::File(_) => options.offset(),
+        Backing::Memfd | Backing::PosixShm => 0,
+    }
+}
+
+/// How many pages a new backing of `len` bytes takes from the pool of its page size.
+pub(crate) fn huge_pages(options: &RamOptions, len: u64, page_size: u64) -> Result<u64> {
+    match (options.backing(), options.page_size()) {
+        _ if options.is_unreserved() => Ok(0),
+        (Backing::File(path), _) => file::huge_pages(path, len),
+        (_, PageSize::Huge(_)) => Ok(len / page_size),
+        _ => Ok(0),
+    }
 }
 
 /// Refuses a policy of which no node has memory, as mbind(2) would.

@@ -1,6 +1,334 @@
 //! Why a file cannot be RAM.
 
-/// Why a file cannot be RAM.
+use std::io;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+
+use crate::backing::Seals;
+use crate::units::HumanSize;
+
+/// Why a file cannot be RAM, or a ROM.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
-pub enum FileError {}
+pub enum FileError {
+    /// What is at the path is neither a file nor a directory.
+    #[error(
+        "{} is a {found}: RAM needs a regular file, or a directory for a nameless one",
+        .path.display()
+    )]
+    NotAFile {
+        /// The path that was given.
+        path: PathBuf,
+        /// What is there.
+        found: &'static str,
+    },
+
+    /// The path is a symbolic link that leads to nothing.
+    #[error(
+        "{} is a symbolic link to something that does not exist: create that, or remove the link",
+        .path.display()
+    )]
+    DanglingLink {
+        /// The path that was given.
+        path: PathBuf,
+    },
+
+    /// The file could not be opened or created.
+    #[error("cannot open {}: {}", .path.display(), remedy(.source))]
+    Open {
+        /// The path that was given.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// A system call on the file failed.
+    #[error("cannot {doing} {}", .path.display())]
+    Step {
+        /// The step that failed.
+        doing: &'static str,
+        /// The path that was given.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// The file has contents, and is shorter than the RAM.
+    #[error(
+        "{} has {}, too short for {} at offset {offset:#x}: a file that is not empty is never made \
+         longer, so make it longer first (truncate -s {}) or ask for less",
+        .path.display(), HumanSize(*.len), HumanSize(*.size), .offset.saturating_add(*.size)
+    )]
+    TooShort {
+        /// The path that was given.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+        /// Where the RAM was to start in it, in bytes.
+        offset: u64,
+        /// The size of the RAM in bytes.
+        size: u64,
+    },
+
+    /// The RAM was to start in the middle of a page of the file.
+    #[error(
+        "offset={offset:#x} is not a multiple of the page size {} of {}: the nearest is {:#x}",
+        HumanSize(*.page_size), .path.display(), .offset - .offset % .page_size
+    )]
+    UnalignedOffset {
+        /// The path that was given.
+        path: PathBuf,
+        /// The offset in bytes.
+        offset: u64,
+        /// The size of the file's pages in bytes.
+        page_size: u64,
+    },
+
+    /// The alignment of the host address cannot be had.
+    #[error(
+        "align={align:#x} is not a power of two that is a multiple of the page size {} of {}",
+        HumanSize(*.page_size), .path.display()
+    )]
+    Align {
+        /// The path that was given.
+        path: PathBuf,
+        /// The alignment in bytes.
+        align: u64,
+        /// The size of the file's pages in bytes.
+        page_size: u64,
+    },
+
+    /// The file system can never hold the RAM.
+    #[error(
+        "RAM of {} does not fit into the file system of {}, which holds {} ({} of them free): \
+         enlarge it, use another one, or allow it with reserve=off",
+        HumanSize(*.size), .path.display(), HumanSize(*.capacity), HumanSize(*.free)
+    )]
+    TooSmall {
+        /// The path that was given.
+        path: PathBuf,
+        /// The size of the RAM in bytes.
+        size: u64,
+        /// The size of the file system in bytes.
+        capacity: u64,
+        /// What is free of it, in bytes.
+        free: u64,
+    },
+
+    /// The file is sealed against writing.
+    #[error(
+        "{} cannot be RAM, its seals are: {seals}; use a file without write seals, or map it as a \
+         ROM",
+        .path.display()
+    )]
+    WriteSealed {
+        /// The path that was given.
+        path: PathBuf,
+        /// The seals of the file.
+        seals: Seals,
+    },
+
+    /// What the file holds cannot be discarded.
+    #[error(
+        "discard-data=on cannot be kept for {}: {}, so leave it off",
+        .path.display(), why_not_discarded(.source)
+    )]
+    NoDiscard {
+        /// The path that was given.
+        path: PathBuf,
+        /// The answer of fallocate(2).
+        source: io::Error,
+    },
+
+    /// The file cannot be mapped shared.
+    #[error(
+        "cannot map {} of the file shared: its file system or its seals do not allow that, use a \
+         file on a tmpfs, a hugetlbfs or a local disk",
+        HumanSize(*.size)
+    )]
+    NotMappable {
+        /// The size in bytes.
+        size: u64,
+        /// The answer of mmap(2).
+        source: io::Error,
+    },
+
+    /// There is nothing to read for a ROM.
+    #[error("{} {found}: a ROM needs a file that has contents", .path.display())]
+    NothingToRead {
+        /// The path that was given.
+        path: PathBuf,
+        /// What is wrong with it.
+        found: &'static str,
+    },
+
+    /// A file that is open for reading only was to be guest RAM.
+    #[error(
+        "what is opened for reading only (readonly=on) is no RAM, which guests and daemons write: \
+         map it with GuestRom, or open it for writing"
+    )]
+    ReadOnlyRam,
+
+    /// A ROM was to be made of something that is not a file opened for reading only.
+    #[error(
+        "a ROM is made of a file that is opened for reading only: use Backing::File and \
+         Access::ReadOnly (mem-path=..., readonly=on, rom=on)"
+    )]
+    WritableRom,
+
+    /// More was to be read of a ROM than it has.
+    #[error(
+        "{len} bytes at offset {offset:#x} are not all in the ROM of {}: read less",
+        HumanSize(*.size)
+    )]
+    OutsideRom {
+        /// Where in the ROM reading was to start, in bytes.
+        offset: u64,
+        /// How much was to be read, in bytes.
+        len: u64,
+        /// The size of the ROM in bytes.
+        size: u64,
+    },
+
+    /// A ROM could not be read.
+    #[error("cannot read {len} bytes at offset {offset:#x} of the ROM")]
+    ReadRom {
+        /// Where in the ROM reading was to start, in bytes.
+        offset: u64,
+        /// How much was to be read, in bytes.
+        len: u64,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+/// What to do about a file that cannot be opened or created.
+fn remedy(source: &io::Error) -> &'static str {
+    match source.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENOENT | Errno::EISDIR) => "its directory does not exist, create that first",
+        Some(Errno::EACCES | Errno::EPERM) => {
+            "that is not permitted, check the owner and the mode of the file and of its directory"
+        }
+        Some(Errno::EROFS) => {
+            "its file system is read-only, remount it read-write or use the file as a ROM"
+        }
+        Some(Errno::ELOOP) => "its symbolic links lead in a circle, name the file itself",
+        Some(Errno::ENOTDIR) => "a part of the path is no directory, check the path",
+        Some(Errno::ENAMETOOLONG) => "the name is too long, use a shorter one",
+        Some(Errno::ETXTBSY) => "it is a program that runs now, use a copy of it",
+        Some(Errno::ENOSPC | Errno::EDQUOT) => {
+            "there is no room for another file, remove some or use another file system"
+        }
+        _ => "check the path and its file system",
+    }
+}
+
+fn why_not_discarded(source: &io::Error) -> &'static str {
+    match source.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EBADF) => "it is opened for reading only",
+        Some(Errno::EPERM) => "it is sealed against writing, or may only be appended to",
+        _ => "its file system cannot free parts of a file",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_name_the_file_the_values_and_the_way_out() {
+        let path = || PathBuf::from("/dev/shm/ram");
+        let source = |errno: Errno| io::Error::from(errno);
+        let open = |errno| FileError::Open {
+            path: path(),
+            source: source(errno),
+        };
+        let no_discard = |errno| FileError::NoDiscard {
+            path: path(),
+            source: source(errno),
+        };
+        let cases: Vec<(FileError, &str)> = vec![
+            (
+                FileError::NotAFile {
+                    path: path(),
+                    found: "socket",
+                },
+                "/dev/shm/ram is a socket: RAM needs a regular file, or a directory for a \
+                 nameless one",
+            ),
+            (
+                FileError::DanglingLink { path: path() },
+                "/dev/shm/ram is a symbolic link to something that does not exist: create that, \
+                 or remove the link",
+            ),
+            (
+                open(Errno::ENOENT),
+                "cannot open /dev/shm/ram: its directory does not exist, create that first",
+            ),
+            (
+                open(Errno::EACCES),
+                "cannot open /dev/shm/ram: that is not permitted, check the owner and the mode of \
+                 the file and of its directory",
+            ),
+            (
+                open(Errno::ETXTBSY),
+                "cannot open /dev/shm/ram: it is a program that runs now, use a copy of it",
+            ),
+            (
+                open(Errno::ENOSPC),
+                "cannot open /dev/shm/ram: there is no room for another file, remove some or use \
+                 another file system",
+            ),
+            (
+                open(Errno::EIO),
+                "cannot open /dev/shm/ram: check the path and its file system",
+            ),
+            (
+                FileError::Step {
+                    doing: "set the length of",
+                    path: path(),
+                    source: source(Errno::EFBIG),
+                },
+                "cannot set the length of /dev/shm/ram",
+            ),
+            (
+                FileError::TooShort {
+                    path: path(),
+                    len: 1 << 20,
+                    offset: 4096,
+                    size: 2 << 20,
+                },
+                "/dev/shm/ram has 1 MiB, too short for 2 MiB at offset 0x1000: a file that is not \
+                 empty is never made longer, so make it longer first (truncate -s 2101248) or ask \
+                 for less",
+            ),
+            (
+                no_discard(Errno::EBADF),
+                "discard-data=on cannot be kept for /dev/shm/ram: it is opened for reading only, \
+                 so leave it off",
+            ),
+            (
+                no_discard(Errno::EPERM),
+                "discard-data=on cannot be kept for /dev/shm/ram: it is sealed against writing, or \
+                 may only be appended to, so leave it off",
+            ),
+            (
+                no_discard(Errno::EOPNOTSUPP),
+                "discard-data=on cannot be kept for /dev/shm/ram: its file system cannot free \
+                 parts of a file, so leave it off",
+            ),
+            (
+                FileError::ReadRom {
+                    offset: 16,
+                    len: 4,
+                    source: source(Errno::EIO),
+                },
+                "cannot read 4 bytes at offset 0x10 of the ROM",
+            ),
+        ];
+        for (error, text) in cases {
+            assert_eq!(error.to_string(), text);
+        }
+    }
+}

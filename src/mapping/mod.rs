@@ -22,9 +22,9 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonym
 mod numa;
 
 use crate::backing::{ShmBacking, base_page_size};
-use crate::error::{Error, Result};
+use crate::error::{Error, FileError, Result};
 use crate::host::transparent;
-use crate::options::{CoreDump, MapOptions};
+use crate::options::{Access, CoreDump, MapOptions};
 use crate::report::{NotHuge, Note, log_notes};
 
 /// Sizes for which the kernel and the hypervisor can use one large mapping, largest first.
@@ -77,7 +77,8 @@ impl Mapping {
     /// The host address is congruent with the offset modulo 2 MiB, or 1 GiB for parts that large,
     /// or the page size of the backing where that is larger: the condition under which shmem and
     /// the hypervisor can map huge pages. Where the guest address is congruent with the offset,
-    /// it is congruent with the host address too.
+    /// it is congruent with the host address too. An alignment that the options ask for comes
+    /// first. What may only be read is mapped for reading only.
     ///
     /// # Errors
     ///
@@ -90,7 +91,8 @@ impl Mapping {
         if !backing.is_on_tmpfs() {
             rehearse(backing, offset, size)?;
         }
-        let reserved = Reservation::new(size, offset, large_page(size, backing))?;
+        let (modulus, congruent) = placement(backing, offset, size);
+        let reserved = Reservation::new(size, congruent, modulus)?;
         let ram = reserved.map(backing, offset)?;
         let mut mapping = reserved.into_mapping(ram);
         // Nodes and advice come before the first page: afterwards they are without effect.
@@ -166,8 +168,8 @@ struct Reservation {
 }
 
 impl Reservation {
-    /// Reserves room for `size` bytes at a host address congruent with `offset` modulo `modulus`,
-    /// and for a guard page on either side.
+    /// Reserves room for `size` bytes at a host address congruent with `offset` modulo `modulus`, a
+    /// power of two, and for a guard page on either side.
     fn new(size: u64, offset: u64, modulus: u64) -> Result<Self> {
         let failed = |errno: Errno| Error::Map {
             doing: "reserve address space for a region",
@@ -221,7 +223,7 @@ impl Reservation {
             mmap(
                 Some(self.ram.start.addr()),
                 self.ram.len,
-                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                protection(backing),
                 flags,
                 backing,
                 at,
@@ -255,7 +257,7 @@ fn rehearse(backing: &ShmBacking, offset: u64, size: u64) -> Result<()> {
     let at = file_offset(backing, offset, size)?;
     let failed = |errno| map_error(backing, size, errno);
     let len = NonZeroUsize::new(to_usize(size)).ok_or_else(|| failed(Errno::EINVAL))?;
-    let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let access = protection(backing);
     // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses, and nobody is told
     // of the mapping.
     let answer = unsafe { mmap(None, len, access, shared_flags(backing), backing, at) };
@@ -337,6 +339,26 @@ fn why_not_huge(backing: &ShmBacking, offset: u64, size: u64) -> Option<NotHuge>
     (!whole).then_some(NotHuge::Alignment { offset, size, huge })
 }
 
+/// Where the host address of a part is to be: a modulus in bytes, and what it is congruent with.
+fn placement(backing: &ShmBacking, offset: u64, size: u64) -> (u64, u64) {
+    let large = large_page(size, backing);
+    match backing.map_options().align {
+        // Both are powers of two. Where the offset is no multiple of `align`, the address cannot be
+        // congruent with it.
+        Some(align) if align > 0 && !offset.is_multiple_of(align) => (large.max(align), 0),
+        Some(align) => (large.max(align), offset),
+        None => (large, offset),
+    }
+}
+
+/// What may be done with the RAM.
+fn protection(backing: &ShmBacking) -> ProtFlags {
+    match backing.map_options().access {
+        Access::ReadWrite => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+        Access::ReadOnly => ProtFlags::PROT_READ,
+    }
+}
+
 /// The modulus in bytes for the host address of a part of this size.
 fn large_page(size: u64, backing: &ShmBacking) -> u64 {
     let large = LARGE.iter().find(|large| size >= **large);
@@ -351,10 +373,17 @@ fn map_error(backing: &ShmBacking, size: u64, errno: Errno) -> Error {
             return short;
         }
     }
-    Error::Map {
-        doing: "map a region",
-        size,
-        source: io::Error::from(errno),
+    let source = io::Error::from(errno);
+    match errno {
+        // These are answers of the file, not of the address space.
+        Errno::ENODEV | Errno::EINVAL | Errno::EACCES | Errno::EPERM => {
+            FileError::NotMappable { size, source }.into()
+        }
+        _ => Error::Map {
+            doing: "map a region",
+            size,
+            source,
+        },
     }
 }
 

@@ -2,17 +2,17 @@
 
 use std::marker::PhantomData;
 
-use vm_memory::GuestAddress;
 use vm_memory::bitmap::NewBitmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::GuestMemoryShm;
 use crate::backing::{
     ShmBacking, check_creation, check_descriptors, check_pool, check_posix_shm, control_group_note,
-    page_size_of,
+    huge_pages, page_size_of, start_of,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, FileError, Result};
 use crate::layout::{GuestRange, check_disjoint, pack};
-use crate::options::{Backing, PageSize, RamOptions};
+use crate::options::{Access, Backing, RamOptions};
 use crate::region::GuestRegionShm;
 use crate::report::{BuildReport, log_notes};
 
@@ -63,7 +63,7 @@ struct Plan<'a> {
     source: &'a Source,
     ranges: Vec<GuestRange>,
     offsets: Vec<u64>,
-    /// The length of the backing that the ranges need.
+    /// The size of all of them together.
     len: u64,
 }
 
@@ -77,9 +77,9 @@ impl<B> GuestMemoryShmBuilder<B> {
 
     /// Adds RAM in these ranges (guest address, size in bytes), all on one new backing.
     ///
-    /// The ranges lie in the backing one behind the other, in the order given: the offset of the
-    /// second is the size of the first. Huge pages need a guest address and an offset that are
-    /// congruent modulo the size of a huge page.
+    /// The ranges lie in the backing one behind the other, in the order given, from
+    /// [`RamOptions::offset`] on: the second begins where the first ends. Huge pages need a guest
+    /// address and an offset that are congruent modulo the size of a huge page.
     pub fn with_ram(
         mut self,
         options: RamOptions,
@@ -121,9 +121,10 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
     /// [`Error::NoRanges`] without any range (or with a backing that has none);
     /// [`Error::EmptyRange`], [`Error::RangeOverflow`], [`Error::UnalignedAddress`],
     /// [`Error::UnalignedSize`], [`Error::Overlap`], [`Error::UnalignedOffset`],
-    /// [`Error::OutsideBacking`], [`Error::BackingTruncated`] for bad places; those of [`ShmBacking::create`]; and
-    /// [`Error::Map`]. All numbers, and the pools of huge pages, are checked before anything is
-    /// created, and a failure leaves nothing behind.
+    /// [`Error::OutsideBacking`], [`Error::BackingTruncated`] for bad places; those of
+    /// [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for reading
+    /// only; and [`Error::Map`]. All numbers, and the pools of huge pages, are checked before
+    /// anything is created, and a failure leaves nothing behind.
     pub fn build(self) -> Result<GuestMemoryShm<B>> {
         self.build_with_report().map(|(memory, _)| memory)
     }
@@ -150,7 +151,7 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
         let mut regions = Vec::with_capacity(all.len());
         for plan in &plans {
             let backing = match plan.source {
-                Source::Create(options) => ShmBacking::create(options, plan.len)?,
+                Source::Create(options) => ShmBacking::create_provisional(options, plan.len)?,
                 Source::Use { backing, .. } => backing.clone(),
             };
             report.add(&backing.label(), backing.notes().iter().cloned());
@@ -161,7 +162,9 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
                 regions.push(region);
             }
         }
-        Ok((GuestMemoryShm::from_regions(regions)?, report))
+        let memory = GuestMemoryShm::from_regions(regions)?;
+        memory.iter().for_each(|region| region.backing().keep());
+        Ok((memory, report))
     }
 }
 
@@ -177,8 +180,15 @@ impl Plan<'_> {
 
 impl Part {
     fn plan(&self) -> Result<Plan<'_>> {
+        let access = match &self.source {
+            Source::Create(options) => options.access(),
+            Source::Use { backing, .. } => backing.map_options().access,
+        };
+        if access == Access::ReadOnly {
+            return Err(FileError::ReadOnlyRam.into());
+        }
         let (page_size, start) = match &self.source {
-            Source::Create(options) => (page_size_of(options)?, 0),
+            Source::Create(options) => (page_size_of(options)?, start_of(options)),
             Source::Use { backing, offset } => (backing.page_size(), *offset),
         };
         if self.ranges.is_empty() {
@@ -190,9 +200,10 @@ impl Part {
             range.check_aligned(page_size)?;
             ranges.push(range);
         }
-        let (offsets, len) = pack(start, &ranges)?;
+        let (offsets, end) = pack(start, &ranges)?;
+        let len = end - start;
         if let Source::Use { backing, offset } = &self.source {
-            backing.check_inside(*offset, len - start)?;
+            backing.check_inside(*offset, len)?;
         }
         Ok(Plan {
             source: &self.source,
@@ -217,8 +228,8 @@ fn check_creations(plans: &[Plan<'_>]) -> Result<()> {
         if options.backing() == &Backing::PosixShm {
             shm.push((options, plan.len));
         }
-        if let (PageSize::Huge(_), false) = (options.page_size(), options.is_unreserved()) {
-            let pages = plan.len / page_size;
+        let pages = huge_pages(options, plan.len, page_size)?;
+        if pages > 0 {
             match huge.iter_mut().find(|(size, _)| *size == page_size) {
                 Some((_, needed)) => *needed += pages,
                 None => huge.push((page_size, pages)),

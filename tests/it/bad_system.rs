@@ -36,7 +36,7 @@ fn memory(kind: &Backing, size: u64) -> Result<GuestMemoryShm, Error> {
 }
 
 /// The text of an error and of all that caused it.
-fn chain(error: &Error) -> String {
+pub(crate) fn chain(error: &Error) -> String {
     let mut text = error.to_string();
     let mut next = std::error::Error::source(error);
     while let Some(source) = next {
@@ -47,7 +47,7 @@ fn chain(error: &Error) -> String {
 }
 
 /// Runs `scenario` with the soft limit at `soft`, and asserts that it leaves nothing.
-fn with_limit<R>(resource: Resource, soft: u64, scenario: impl FnOnce() -> R) -> R {
+pub(crate) fn with_limit<R>(resource: Resource, soft: u64, scenario: impl FnOnce() -> R) -> R {
     let (before, hard) = getrlimit(resource).expect("limits can be read");
     leaves_nothing(|| {
         setrlimit(resource, soft, hard).expect("a soft limit can be lowered");
