@@ -46,6 +46,7 @@
 //! | `backing` | [`ShmBacking`]: a sized descriptor, its seals, page size, allocation; adoption |
 //! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
 //! | `region` | [`GuestRegionShm`]: a mapping placed at a guest address |
+//! | `rom` | [`GuestRom`]: a file that the guest only reads |
 //! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
 //! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it |
 //! | `share` | `VhostUserShare`: one daemon's view kept equal to a table |
@@ -101,6 +102,7 @@ mod host;
 mod backing;
 mod mapping;
 mod region;
+mod rom;
 
 mod memory;
 
@@ -125,6 +127,7 @@ pub use options::{
 };
 pub use region::GuestRegionShm;
 pub use report::{BuildReport, NotHuge, Note, ReportLine};
+pub use rom::GuestRom;
 #[cfg(feature = "vhost-user")]
 pub use share::{HangUp, MemTableSink, ShareReport, SinkError, TimeLimit, VhostUserShare};
 #[cfg(feature = "vhost-user")]

@@ -60,6 +60,13 @@ pub(crate) fn dies_of_writing(addr: *mut u8) -> Option<Signal> {
     })
 }
 
+/// The byte at `addr`, which must be mapped; what is there may be changed by others.
+pub(crate) fn byte_at(addr: *const u8) -> u8 {
+    assert_eq!(dies_of_reading(addr), None);
+    // SAFETY: a child has just read it; the caller keeps it mapped.
+    unsafe { addr.read_volatile() }
+}
+
 #[test]
 fn a_child_that_touches_nothing_wrong_lives() {
     let byte = 7u8;

@@ -18,6 +18,7 @@ mod files;
 mod files_bad;
 mod files_huge;
 mod files_limits;
+mod files_rom;
 mod fork;
 mod isolation;
 mod mapping;
