@@ -23,7 +23,7 @@ pub(super) fn create(options: &RamOptions, len: u64, huge: Option<u64>) -> Resul
     }
     let step = |doing, errno| descriptor_error(doing, &Backing::Memfd, len, errno);
     let file = File::from(
-        create_noexec(options.name().unwrap_or(NAME), flags)
+        create_noexec(shown_name(options), flags)
             .map_err(|errno| step("create the memfd", errno))?,
     );
     file.set_len(len)
@@ -40,6 +40,15 @@ pub(super) fn create(options: &RamOptions, len: u64, huge: Option<u64>) -> Resul
         source,
     })?;
     Ok(file)
+}
+
+/// The name of the options, or a general one, as much of it as memfd_create(2) takes: it is there to
+/// be shown, and no reason to refuse RAM that QEMU makes too.
+fn shown_name(options: &RamOptions) -> &str {
+    const LONGEST: usize = 249;
+    let name = options.name().unwrap_or(NAME);
+    // Names that passed the check are ASCII, and can be cut anywhere.
+    name.get(..LONGEST).unwrap_or(name)
 }
 
 /// Creates the memfd non-executable where the kernel knows `MFD_NOEXEC_SEAL` (Linux 6.3).
@@ -71,6 +80,18 @@ mod tests {
     use nix::fcntl::{FcntlArg, fcntl};
 
     use super::*;
+
+    #[test]
+    fn a_name_is_shown_as_far_as_the_kernel_takes_it() {
+        for (len, shown) in [(1, 1), (249, 249), (300, 249)] {
+            let options = RamOptions::new().with_name("a".repeat(len));
+            let file = create(&options, 4096, None).unwrap();
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+            let link = std::fs::read_link(format!("/proc/self/fd/{fd}")).unwrap();
+            let expected = format!("/memfd:{} (deleted)", "a".repeat(shown));
+            assert_eq!(link.to_str(), Some(expected.as_str()));
+        }
+    }
 
     fn sealed(len: u64) -> File {
         create(&RamOptions::new(), len, None).unwrap()
