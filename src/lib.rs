@@ -42,7 +42,7 @@
 //! | `error` | the one [`Error`] type, which names ranges and seals of the modules below |
 //! | `units` | sizes for people |
 //! | `layout` | guest ranges: alignment, overlap, holes, offsets in a backing |
-//! | `options` | [`RamOptions`]: what RAM is asked for |
+//! | `options` | [`RamOptions`]: what RAM is asked for, typed or in QEMU's syntax |
 //! | `backing` | [`ShmBacking`]: a sized descriptor, its seals, page size, allocation; adoption |
 //! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
 //! | `region` | [`GuestRegionShm`]: a mapping placed at a guest address |

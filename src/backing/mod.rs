@@ -13,7 +13,6 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
-use nix::unistd::{SysconfVar, sysconf};
 
 use crate::error::{AdoptError, Error, NumaError, OptionsError, Result};
 use crate::host::nodes;
@@ -33,6 +32,7 @@ mod notes;
 mod posix_shm;
 mod seals;
 
+pub(crate) use crate::layout::base_page_size;
 pub use adopt::{AdoptPolicy, SealPolicy};
 pub(crate) use capacity::{check_descriptors, check_posix_shm, control_group_note};
 use file_end::FileEnd;
@@ -175,7 +175,8 @@ impl ShmBacking {
     ///
     /// # Errors
     ///
-    /// [`Error::BackingTooLong`] and [`Error::UnalignedSize`] for a bad `len`;
+    /// Those of [`RamOptions::check`]; [`OptionsError::SizeMismatch`], [`Error::BackingTooLong`] and
+    /// [`Error::UnalignedSize`] for a bad `len`;
     /// [`Error::HugePosixShm`], [`Error::NoSuchHugePageSize`] and [`Error::HugePoolShort`] for huge
     /// pages that cannot be had; [`Error::FileSizeLimit`], [`Error::NoDescriptors`],
     /// [`Error::ShmTooSmall`], [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits
@@ -488,18 +489,10 @@ impl PartialEq for ShmBacking {
 
 impl Eq for ShmBacking {}
 
-/// The size of base pages in bytes.
-pub(crate) fn base_page_size() -> u64 {
-    // POSIX requires the variable; a system without it would have no page size at all.
-    let size = sysconf(SysconfVar::PAGE_SIZE)
-        .ok()
-        .flatten()
-        .unwrap_or(4096);
-    size.unsigned_abs()
-}
-
-/// The size in bytes of the pages that backings with these options have.
+/// The size in bytes of the pages that backings with these options have, which are checked before
+/// the system is asked for anything: all that creates begins here.
 pub(crate) fn page_size_of(options: &RamOptions) -> Result<u64> {
+    options.check()?;
     if let Backing::File(path) = options.backing() {
         return file::page_size(path);
     }

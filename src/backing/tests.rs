@@ -48,10 +48,10 @@ fn huge_pages_of_posix_shm_are_refused() {
 
 #[test]
 fn a_huge_page_size_that_does_not_exist_is_refused() {
-    let options = RamOptions::new().with_page_size(PageSize::Huge(Some(3 << 20)));
+    let options = RamOptions::new().with_page_size(PageSize::Huge(Some(4 << 20)));
     assert!(matches!(
-        create(&options, 3 << 20),
-        Err(Error::NoSuchHugePageSize { page_size, .. }) if page_size == 3 << 20
+        create(&options, 4 << 20),
+        Err(Error::NoSuchHugePageSize { page_size, .. }) if page_size == 4 << 20
     ));
 }
 

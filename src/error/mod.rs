@@ -27,7 +27,7 @@ pub use populate::PopulateError;
 use text::{found_instead, human_sizes, shm_remedy, too_many};
 
 /// The result of this crate's operations.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong, with the values that were asked for, the limit they met, and what to do.
 ///

@@ -2,8 +2,10 @@
 
 use std::num::NonZeroU32;
 
+mod check;
 mod kinds;
 mod numa;
+mod qemu;
 
 pub use kinds::{
     Access, Backing, CoreDump, DiscardData, Merge, PageSize, Populate, Reserve, Sealing,
@@ -29,6 +31,43 @@ pub use numa::{NodeSet, NumaPolicy};
 ///     .build()?;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
+///
+/// # QEMU's syntax
+///
+/// A string begins with `memory-backend-memfd`, `memory-backend-shm` or `memory-backend-file` (or
+/// has it anywhere as `qom-type=`), and goes on with properties, `key=value` or the switches `key`
+/// and `nokey`, separated by commas; a comma in a value is doubled. Of a property that is there
+/// several times the last counts, of `id` the first, of `host-nodes` all. JSON is not read.
+///
+/// | property | value | typed | where |
+/// |---|---|---|---|
+/// | `id` | a letter, then letters, digits, `-`, `.`, `_`; optional here | [`with_name`](Self::with_name) | |
+/// | `size` | a size, required | [`with_size`](Self::with_size) | |
+/// | `share` | a switch that must be on; `memory-backend-file` needs it written | all RAM is shared | |
+/// | `reserve` | a switch | [`with_reserve`](Self::with_reserve) | |
+/// | `prealloc` | a switch, off by default | [`Populate::Prefault`], [`Populate::Lazy`] | |
+/// | `prealloc-threads` | a number | [`with_populate_threads`](Self::with_populate_threads) | |
+/// | `prealloc-context` | refused, unless empty: there are no objects to name | | |
+/// | `policy` | `default`, `preferred`, `bind`, `interleave` | [`with_numa`](Self::with_numa) | |
+/// | `host-nodes` | a node or a range, `0-3`, below 128 | [`with_numa`](Self::with_numa) | |
+/// | `merge` | a switch | [`with_merge`](Self::with_merge) | |
+/// | `dump` | a switch, **on** by default | [`with_core_dump`](Self::with_core_dump) | |
+/// | `x-use-canonical-path-for-ramblock-id` | a switch without effect | | |
+/// | `hugetlb` | a switch | [`PageSize::Huge`] | memfd |
+/// | `hugetlbsize` | a size, a power of two | [`PageSize::Huge`] | memfd |
+/// | `seal` | a switch, on by default | [`with_sealing`](Self::with_sealing) | memfd |
+/// | `mem-path` | a path, required | [`Backing::File`] | file |
+/// | `align`, `offset` | sizes, multiples of the page size | [`with_align`](Self::with_align), [`with_offset`](Self::with_offset) | file |
+/// | `discard-data` | a switch | [`with_discard_data`](Self::with_discard_data) | file |
+/// | `readonly` | a switch | [`with_access`](Self::with_access) | file |
+/// | `rom` | `on`, `off` or `auto`, which must agree with `readonly` | [`with_access`](Self::with_access) | file |
+/// | `pmem` | a switch that must be off | | file |
+/// | `thp` | a switch that QEMU does not have | [`PageSize::Transparent`] | |
+/// | `populate` | `lazy`, `allocate`, `prefault`, which QEMU does not have | [`with_populate`](Self::with_populate) | |
+///
+/// Switches are `on`, `true`, `yes`, `y` and `off`, `false`, `no`, `n`. Sizes are numbers of bytes
+/// with the suffixes `K`, `M`, `G`, `T`, `P`, `E` for powers of 1024, with a fraction if they have a
+/// suffix (`1.5G`), or hexadecimal without one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RamOptions {
     name: Option<String>,

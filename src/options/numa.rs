@@ -48,8 +48,13 @@ impl NodeSet {
     ///
     /// [`OptionsError::NodeNumber`] for a node of 128 or more.
     pub fn insert(&mut self, node: u32) -> Result<()> {
+        Ok(self.add(node)?)
+    }
+
+    /// As [`insert`](Self::insert), with the narrower error.
+    pub(super) fn add(&mut self, node: u32) -> Result<(), OptionsError> {
         if node >= Self::LIMIT {
-            return Err(OptionsError::NodeNumber { node }.into());
+            return Err(OptionsError::NodeNumber { node });
         }
         self.bits |= 1 << node;
         Ok(())

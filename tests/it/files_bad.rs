@@ -7,8 +7,8 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use guest_memory_shm::{
-    BackingKind, DiscardData, Error, FileError, GuestMemoryShm, GuestRegionShm, RamOptions,
-    Reserve, ShmBacking,
+    BackingKind, DiscardData, Error, FileError, GuestMemoryShm, GuestRegionShm, OptionsError,
+    RamOptions, Reserve, ShmBacking,
 };
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::mount::{MsFlags, mount, umount};
@@ -90,19 +90,17 @@ fn numbers_that_do_not_fit_pages_are_refused() {
     in_own_process(|| {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = dir.path().join("ram");
-        let shown = path.display();
         for offset in [1, 0x400, 0x1fff] {
             let nearest = offset / PAGE * PAGE;
             let text = format!(
-                "offset={offset:#x} is not a multiple of the page size 4 KiB of {shown}: the \
-                 nearest is {nearest:#x}"
+                "offset={offset:#x}: expected a multiple of the page size 4 KiB, the nearest is \
+                 {nearest:#x}"
             );
             refused(&file_options(&path).with_offset(offset), MIB, &text);
         }
         for align in [1, 0x400, 0x30_0000, u64::MAX] {
             let text = format!(
-                "align={align:#x} is not a power of two that is a multiple of the page size 4 KiB \
-                 of {shown}"
+                "align={align:#x}: expected a power of two that is at least the page size 4 KiB"
             );
             refused(&file_options(&path).with_align(align), MIB, &text);
         }
@@ -110,7 +108,12 @@ fn numbers_that_do_not_fit_pages_are_refused() {
                     nearest larger is 8 KiB";
         refused(&file_options(&path), 5000, size);
         leaves_nothing(|| {
-            for (offset, size) in [(u64::MAX - PAGE + 1, MIB), ((1 << 63) - MIB, MIB)] {
+            let beyond = file_options(&path).with_offset(u64::MAX - PAGE + 1);
+            assert!(matches!(
+                memory(&beyond, MIB),
+                Err(Error::Options(OptionsError::PastLongestFile { .. }))
+            ));
+            for (offset, size) in [((1 << 63) - MIB, MIB), ((1 << 63) - PAGE, MIB)] {
                 let options = file_options(&path).with_offset(offset);
                 assert!(matches!(
                     ShmBacking::create(&options, size),

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use guest_memory_shm::{
     Access, BackingKind, DiscardData, Error, FileError, GuestMemoryShm, GuestRegionShm, GuestRom,
-    RamOptions, ShmBacking,
+    OptionsError, RamOptions, ShmBacking,
 };
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
@@ -204,7 +204,7 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
         ));
         assert!(matches!(
             GuestRom::new(START, PAGE, &short.with_discard_data(DiscardData::OnDrop)),
-            Err(Error::File(FileError::NoDiscard { .. }))
+            Err(Error::Options(OptionsError::Conflict { .. }))
         ));
         assert!(fs::read(path("short")).unwrap() == pattern(PAGE + 1000));
         for options in [

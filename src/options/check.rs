@@ -1,0 +1,223 @@
+//! Whether options go together, as far as that can be said without asking the system.
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use super::{Access, Backing, DiscardData, PageSize, Populate, RamOptions, Sealing};
+use crate::error::{Error, OptionsError, Result};
+use crate::layout::base_page_size;
+
+/// The longest that a file can be, in bytes.
+const LONGEST: u64 = i64::MAX.unsigned_abs();
+
+impl RamOptions {
+    /// Checks everything that the options say, each by itself and all together.
+    ///
+    /// Nothing is created, and the system is asked for nothing: whether there are such huge pages,
+    /// such nodes, such a file and enough room, is found out when RAM is built. Building calls this
+    /// first, and so does reading a string.
+    ///
+    /// ```
+    /// use guest_memory_shm::{OptionsError, Error, Populate, RamOptions, Reserve};
+    ///
+    /// let options = RamOptions::new()
+    ///     .with_populate(Populate::Allocate)
+    ///     .with_reserve(Reserve::Off);
+    /// let refused = options.check().unwrap_err();
+    /// assert!(matches!(refused, Error::Options(OptionsError::Conflict { .. })));
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// An [`OptionsError`] in [`Error::Options`] that names the property, as QEMU calls it, its
+    /// value and what to write instead; [`Error::HugePosixShm`]; [`Error::UnalignedSize`].
+    pub fn check(&self) -> Result<()> {
+        self.check_name()?;
+        self.check_backing()?;
+        let page_size = self.check_page_size()?;
+        self.check_sizes(page_size)?;
+        self.check_writing()?;
+        if self.numa.name() != "default" && self.numa.nodes().is_empty() {
+            return Err(OptionsError::PolicyWithoutNodes {
+                policy: self.numa.name(),
+            }
+            .into());
+        }
+        Ok(())
+    }
+
+    fn check_name(&self) -> Result<(), OptionsError> {
+        match &self.name {
+            Some(name) if !is_identifier(name) => Err(OptionsError::Value {
+                property: "id",
+                value: name.as_str().into(),
+                expected: "a letter, then letters, digits, '-', '.' and '_'",
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// That each option is one of those that the backing has.
+    fn check_backing(&self) -> Result<(), OptionsError> {
+        let only_for_files = [
+            ("align", self.align.is_some()),
+            ("offset", self.offset != 0),
+            ("readonly", self.access == Access::ReadOnly),
+            ("discard-data", self.discard_data == DiscardData::OnDrop),
+        ];
+        let only_for_memfds = [("seal=off", self.sealing == Sealing::Unsealed)];
+        match &self.backing {
+            Backing::File(path) => check_path(path)?,
+            _ => {
+                if let Some(property) = misplaced(&only_for_files) {
+                    let remedy = "only a file has it, use Backing::File";
+                    return Err(self.not_of_backing(property, remedy));
+                }
+            }
+        }
+        match misplaced(&only_for_memfds) {
+            Some(property) if self.backing != Backing::Memfd => {
+                let remedy = "it cannot be sealed at all, leave seal out or use a memfd";
+                Err(self.not_of_backing(property, remedy))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn not_of_backing(&self, property: &'static str, remedy: &'static str) -> OptionsError {
+        OptionsError::NotOfBacking {
+            property,
+            backing: match self.backing {
+                Backing::Memfd => "a memfd",
+                Backing::PosixShm => "POSIX shared memory",
+                Backing::File(_) => "a file",
+            },
+            remedy,
+        }
+    }
+
+    /// The size of the pages in bytes, as far as it is known: of a hugetlb pool's default size, and
+    /// of a file's pages, only that base pages divide them.
+    fn check_page_size(&self) -> Result<u64> {
+        for size in [self.asked_huge_size(), self.unused.hugetlb_size] {
+            if let Some(size) = size.filter(|size| !size.is_power_of_two()) {
+                return Err(OptionsError::HugePageSize { size }.into());
+            }
+        }
+        match (self.page_size, &self.backing) {
+            (PageSize::Huge(_), Backing::PosixShm) => Err(Error::HugePosixShm),
+            (PageSize::Huge(_), Backing::File(_)) => Err(self
+                .not_of_backing(
+                    "hugetlb",
+                    "its pages are those of its file system, name a path on a hugetlbfs",
+                )
+                .into()),
+            (PageSize::Huge(Some(size)), Backing::Memfd) => Ok(size),
+            _ => Ok(base_page_size()),
+        }
+    }
+
+    fn asked_huge_size(&self) -> Option<u64> {
+        match self.page_size {
+            PageSize::Huge(size) => size,
+            PageSize::Base | PageSize::Transparent => None,
+        }
+    }
+
+    fn check_sizes(&self, page_size: u64) -> Result<()> {
+        if let Some(size) = self.size {
+            if size == 0 || size > LONGEST {
+                return Err(OptionsError::Size {
+                    size,
+                    limit: LONGEST,
+                }
+                .into());
+            }
+            if !size.is_multiple_of(page_size) {
+                return Err(Error::UnalignedSize { size, page_size });
+            }
+        }
+        // As in QEMU, 0 is no wish.
+        if let Some(align) = self.align.filter(|align| *align != 0)
+            && (!align.is_power_of_two() || !align.is_multiple_of(page_size))
+        {
+            return Err(OptionsError::Align { align, page_size }.into());
+        }
+        if !self.offset.is_multiple_of(page_size) {
+            return Err(OptionsError::Offset {
+                offset: self.offset,
+                page_size,
+            }
+            .into());
+        }
+        let size = self.size.unwrap_or(0);
+        match self.offset.checked_add(size) {
+            Some(end) if end <= LONGEST => Ok(()),
+            _ => Err(OptionsError::PastLongestFile {
+                offset: self.offset,
+                size,
+            }
+            .into()),
+        }
+    }
+
+    /// What would write to RAM that must not be written, or be had without having it.
+    fn check_writing(&self) -> Result<(), OptionsError> {
+        if self.access == Access::ReadOnly && self.discard_data == DiscardData::OnDrop {
+            // QEMU takes it, and then silently discards nothing.
+            return Err(OptionsError::Conflict {
+                first: "discard-data=on",
+                second: "readonly=on",
+                remedy: "discarding writes, leave one of them out",
+            });
+        }
+        let first = match self.populate {
+            Populate::Lazy => return Ok(()),
+            Populate::Allocate => "populate=allocate",
+            Populate::Prefault => "prealloc=on",
+        };
+        if self.is_unreserved() {
+            return Err(OptionsError::Conflict {
+                first,
+                second: "reserve=off",
+                remedy: "RAM that is populated is there, leave one of them out",
+            });
+        }
+        if self.access == Access::ReadOnly {
+            // QEMU dies of SIGSEGV: it populates by writing.
+            return Err(OptionsError::Conflict {
+                first,
+                second: "readonly=on",
+                remedy: "populating writes, leave one of them out",
+            });
+        }
+        Ok(())
+    }
+}
+
+fn misplaced(properties: &[(&'static str, bool)]) -> Option<&'static str> {
+    properties
+        .iter()
+        .find_map(|(property, is_set)| is_set.then_some(*property))
+}
+
+fn check_path(path: &Path) -> Result<(), OptionsError> {
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.is_empty() || bytes.contains(&0) {
+        return Err(OptionsError::Value {
+            property: "mem-path",
+            value: path.to_string_lossy().escape_default().to_string().into(),
+            expected: "the path of a file or a directory, not empty and without a zero byte",
+        });
+    }
+    Ok(())
+}
+
+/// QEMU's rule for ids.
+fn is_identifier(name: &str) -> bool {
+    let mut bytes = name.bytes();
+    bytes
+        .next()
+        .is_some_and(|first| first.is_ascii_alphabetic())
+        && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
+}

@@ -1,0 +1,68 @@
+//! QEMU's types of memory backend, and which properties each has.
+
+use crate::error::OptionsError;
+use crate::options::Backing;
+
+/// A type of memory backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Memfd,
+    Shm,
+    File,
+}
+
+/// Those of every type, and this crate's own `populate` and `thp` at the end.
+macro_rules! properties {
+    ($($own:literal),*) => {
+        &[
+            "id", "size", "share", "reserve", "prealloc", "prealloc-threads", "prealloc-context",
+            "host-nodes", "policy", "merge", "dump", "x-use-canonical-path-for-ramblock-id",
+            $($own,)*
+            "populate", "thp",
+        ]
+    };
+}
+
+impl Kind {
+    const ALL: [Self; 3] = [Self::Memfd, Self::Shm, Self::File];
+
+    /// The type with this name, if RAM of it can be shared.
+    pub(super) fn from_name(name: &str) -> Result<Self, OptionsError> {
+        let kind = Self::ALL.into_iter().find(|kind| kind.name() == name);
+        kind.ok_or_else(|| OptionsError::UnknownType { found: name.into() })
+    }
+
+    pub(super) fn of(backing: &Backing) -> Self {
+        match backing {
+            Backing::Memfd => Self::Memfd,
+            Backing::PosixShm => Self::Shm,
+            Backing::File(_) => Self::File,
+        }
+    }
+
+    /// Its name in QEMU.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Memfd => "memory-backend-memfd",
+            Self::Shm => "memory-backend-shm",
+            Self::File => "memory-backend-file",
+        }
+    }
+
+    /// Its properties.
+    pub(super) fn properties(self) -> &'static [&'static str] {
+        match self {
+            Self::Memfd => properties!("hugetlb", "hugetlbsize", "seal"),
+            Self::Shm => properties!(),
+            Self::File => properties!(
+                "mem-path",
+                "align",
+                "offset",
+                "discard-data",
+                "readonly",
+                "rom",
+                "pmem"
+            ),
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! Reading options.
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::kind::Kind;
+use super::pairs::Pairs;
+use super::values::{self, A_NUMBER, A_SIZE, A_SWITCH, NODES};
+use crate::error::{Error, OptionsError, Result};
+use crate::options::{
+    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, PageSize, Populate,
+    RamOptions, Reserve, Sealing, Unused,
+};
+
+/// Reads what QEMU's `-object` takes: `memory-backend-memfd,size=64M,prealloc=on`.
+///
+/// The [properties](RamOptions#qemus-syntax) mean what they mean in QEMU 10, with its defaults, so
+/// that `dump` is on unless written, other than in typed options.
+///
+/// ```
+/// use guest_memory_shm::{Backing, CoreDump, Populate, RamOptions};
+///
+/// let options: RamOptions = "memory-backend-shm,id=ram0,size=1.5G,prealloc=on".parse()?;
+/// assert_eq!(options.backing(), &Backing::PosixShm);
+/// assert_eq!(options.size(), Some(1536 << 20));
+/// assert_eq!(options.populate(), Populate::Prefault);
+/// assert_eq!(options.core_dump(), CoreDump::Include);
+///
+/// let refused = "memory-backend-shm,size=64X".parse::<RamOptions>().unwrap_err();
+/// assert!(refused.to_string().starts_with("size=64X: expected a number of bytes"));
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
+///
+/// # Errors
+///
+/// [`OptionsError`] in [`Error::Options`] for what cannot be read, and those of
+/// [`RamOptions::check`] for what does not go together.
+impl FromStr for RamOptions {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        const TYPE: &str = "qom-type";
+        let pairs = Pairs::read(text, TYPE);
+        let name = pairs.last(TYPE).ok_or(OptionsError::MissingType)?;
+        let kind = Kind::from_name(name)?;
+        for key in pairs.keys() {
+            if key != TYPE && !kind.properties().contains(&key) {
+                return Err(OptionsError::UnknownProperty {
+                    property: key.into(),
+                    of: kind.name(),
+                    known: kind.properties(),
+                }
+                .into());
+            }
+        }
+        let reader = Reader { pairs, kind };
+        let options = reader.options()?;
+        options.check()?;
+        Ok(options)
+    }
+}
+
+/// The properties of a backend of a known type, none of them unknown.
+struct Reader<'a> {
+    pairs: Pairs<'a>,
+    kind: Kind,
+}
+
+impl Reader<'_> {
+    fn options(&self) -> Result<RamOptions, OptionsError> {
+        self.refuse_unsupported()?;
+        let size = self.size("size")?.ok_or(OptionsError::Missing {
+            property: "size",
+            remedy: "write size=64M, or how much RAM there shall be",
+        })?;
+        let backing = self.backing()?;
+        self.check_shared()?;
+        let (page_size, unused_hugetlb_size) = self.pages()?;
+        Ok(RamOptions {
+            // QEMU takes the first id, and the last of everything else.
+            name: self.pairs.all("id").next().map(str::to_owned),
+            size: Some(size),
+            backing,
+            page_size,
+            sealing: match self.switch("seal")? {
+                Some(false) => Sealing::Unsealed,
+                _ => Sealing::Sealed,
+            },
+            reserve: self.switch("reserve")?.map(|on| match on {
+                true => Reserve::On,
+                false => Reserve::Off,
+            }),
+            populate: self.populate()?,
+            populate_threads: self.threads()?,
+            numa: self.numa()?,
+            core_dump: match self.switch("dump")? {
+                Some(false) => CoreDump::Exclude,
+                _ => CoreDump::Include,
+            },
+            merge: self.switch("merge")?.map(|on| match on {
+                true => Merge::On,
+                false => Merge::Off,
+            }),
+            align: self.size("align")?,
+            offset: self.size("offset")?.unwrap_or(0),
+            access: self.access()?,
+            discard_data: match self.switch("discard-data")? {
+                Some(true) => DiscardData::OnDrop,
+                _ => DiscardData::Keep,
+            },
+            unused: Unused {
+                hugetlb_size: unused_hugetlb_size,
+                canonical_path: self.switch("x-use-canonical-path-for-ramblock-id")?,
+            },
+        })
+    }
+
+    /// What QEMU has and nothing here can do.
+    fn refuse_unsupported(&self) -> Result<(), OptionsError> {
+        if self.switch("pmem")? == Some(true) {
+            return Err(OptionsError::Unsupported {
+                property: "pmem",
+                value: "on".into(),
+                remedy: "persistence is not guaranteed here, leave pmem out",
+            });
+        }
+        match self.pairs.last("prealloc-context") {
+            None | Some("") => Ok(()),
+            Some(context) => Err(OptionsError::Unsupported {
+                property: "prealloc-context",
+                value: context.into(),
+                remedy: "there are no other objects to name here, use prealloc-threads",
+            }),
+        }
+    }
+
+    fn backing(&self) -> Result<Backing, OptionsError> {
+        Ok(match self.kind {
+            Kind::Memfd => Backing::Memfd,
+            Kind::Shm => Backing::PosixShm,
+            Kind::File => {
+                let path = self.pairs.last("mem-path").ok_or(OptionsError::Missing {
+                    property: "mem-path",
+                    remedy: "write mem-path=PATH of a file, or of a directory for a nameless file",
+                })?;
+                Backing::File(PathBuf::from(path))
+            }
+        })
+    }
+
+    fn check_shared(&self) -> Result<(), OptionsError> {
+        match (self.switch("share")?, self.kind) {
+            (Some(true), _) | (None, Kind::Memfd | Kind::Shm) => Ok(()),
+            (Some(false), _) => Err(OptionsError::NotShared { by_default: false }),
+            (None, Kind::File) => Err(OptionsError::NotShared { by_default: true }),
+        }
+    }
+
+    /// The pages, and a size of huge pages that are not asked for.
+    fn pages(&self) -> Result<(PageSize, Option<u64>), OptionsError> {
+        let size = self.size("hugetlbsize")?;
+        let hugetlb = self.switch("hugetlb")? == Some(true);
+        let transparent = self.switch("thp")? == Some(true);
+        match (hugetlb, transparent) {
+            (true, true) => Err(OptionsError::Conflict {
+                first: "hugetlb=on",
+                second: "thp=on",
+                remedy: "pages are of a pool or gathered by the kernel, leave one of them out",
+            }),
+            (true, false) => Ok((PageSize::Huge(size), None)),
+            (false, true) => Ok((PageSize::Transparent, size)),
+            (false, false) => Ok((PageSize::Base, size)),
+        }
+    }
+
+    fn populate(&self) -> Result<Populate, OptionsError> {
+        let asked = match self.pairs.last("populate") {
+            None => None,
+            Some("lazy") => Some(Populate::Lazy),
+            Some("allocate") => Some(Populate::Allocate),
+            Some("prefault") => Some(Populate::Prefault),
+            Some(value) => {
+                return Err(value_error("populate", value, "lazy, allocate or prefault"));
+            }
+        };
+        let prealloc = self.switch("prealloc")?;
+        match (prealloc, asked) {
+            (None, None) => Ok(Populate::Lazy),
+            (None, Some(asked)) => Ok(asked),
+            (Some(true), None | Some(Populate::Prefault)) => Ok(Populate::Prefault),
+            (Some(false), None | Some(Populate::Lazy)) => Ok(Populate::Lazy),
+            (Some(prealloc), Some(asked)) => Err(OptionsError::Conflict {
+                first: if prealloc {
+                    "prealloc=on"
+                } else {
+                    "prealloc=off"
+                },
+                second: match asked {
+                    Populate::Lazy => "populate=lazy",
+                    Populate::Allocate => "populate=allocate",
+                    Populate::Prefault => "populate=prefault",
+                },
+                remedy: "prealloc=on is populate=prefault, leave one of them out",
+            }),
+        }
+    }
+
+    fn threads(&self) -> Result<Option<NonZeroU32>, OptionsError> {
+        self.read("prealloc-threads", A_NUMBER, |text| {
+            u32::try_from(values::number(text)?)
+                .ok()
+                .and_then(NonZeroU32::new)
+        })
+    }
+
+    fn numa(&self) -> Result<NumaPolicy, OptionsError> {
+        let mut nodes = NodeSet::new();
+        for text in self.pairs.all("host-nodes") {
+            let refused = || value_error("host-nodes", text, NODES);
+            let (first, last) = values::range(text).ok_or_else(refused)?;
+            let last = u32::try_from(last).map_err(|_| refused())?;
+            let first = u32::try_from(first).map_err(|_| refused())?;
+            // The first that there is not ends it: a range is not walked for ever.
+            for node in first..=last {
+                nodes.add(node)?;
+            }
+        }
+        let policy: fn(NodeSet) -> NumaPolicy = match self.pairs.last("policy") {
+            None | Some("default") if nodes.is_empty() => |_| NumaPolicy::Default,
+            None | Some("default") => {
+                return Err(OptionsError::NodesWithoutPolicy { nodes });
+            }
+            Some("preferred") => NumaPolicy::Preferred,
+            Some("bind") => NumaPolicy::Bind,
+            Some("interleave") => NumaPolicy::Interleave,
+            Some(value) => {
+                return Err(value_error(
+                    "policy",
+                    value,
+                    "default, preferred, bind or interleave",
+                ));
+            }
+        };
+        Ok(policy(nodes))
+    }
+
+    fn access(&self) -> Result<Access, OptionsError> {
+        let readonly = self.switch("readonly")? == Some(true);
+        let rom = match self.pairs.last("rom") {
+            None | Some("auto") => None,
+            Some("on") => Some(true),
+            Some("off") => Some(false),
+            Some(value) => return Err(value_error("rom", value, "on, off or auto")),
+        };
+        match (readonly, rom) {
+            (true, None | Some(true)) => Ok(Access::ReadOnly),
+            (false, None | Some(false)) => Ok(Access::ReadWrite),
+            (true, Some(false)) => Err(OptionsError::Conflict {
+                first: "readonly=on",
+                second: "rom=off",
+                remedy: "what is shared and read-only is a ROM, leave rom=off out",
+            }),
+            (false, Some(true)) => Err(OptionsError::Conflict {
+                first: "rom=on",
+                second: "readonly=off",
+                remedy: "a ROM that is shared must be read-only, write readonly=on",
+            }),
+        }
+    }
+
+    fn size(&self, property: &'static str) -> Result<Option<u64>, OptionsError> {
+        self.read(property, A_SIZE, values::size)
+    }
+
+    fn switch(&self, property: &'static str) -> Result<Option<bool>, OptionsError> {
+        self.read(property, A_SWITCH, values::switch)
+    }
+
+    /// The value of a property that counts; those before it are not looked at, as in QEMU.
+    fn read<T>(
+        &self,
+        property: &'static str,
+        expected: &'static str,
+        read: impl Fn(&str) -> Option<T>,
+    ) -> Result<Option<T>, OptionsError> {
+        let Some(text) = self.pairs.last(property) else {
+            return Ok(None);
+        };
+        match read(text) {
+            Some(value) => Ok(Some(value)),
+            None => Err(value_error(property, text, expected)),
+        }
+    }
+}
+
+fn value_error(property: &'static str, value: &str, expected: &'static str) -> OptionsError {
+    OptionsError::Value {
+        property,
+        value: value.into(),
+        expected,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_no_effect_is_kept_and_written_back() {
+        let text = "memory-backend-memfd,size=1M,hugetlbsize=2M,\
+                    x-use-canonical-path-for-ramblock-id=off";
+        let options: RamOptions = text.parse().unwrap();
+        assert_eq!(options.page_size, PageSize::Base);
+        assert_eq!(
+            options.unused,
+            Unused {
+                hugetlb_size: Some(2 << 20),
+                canonical_path: Some(false),
+            }
+        );
+        assert_eq!(options.to_string(), text);
+
+        let used: RamOptions = "memory-backend-memfd,size=2M,hugetlbsize=2M,hugetlb"
+            .parse()
+            .unwrap();
+        assert_eq!(used.page_size, PageSize::Huge(Some(2 << 20)));
+        assert_eq!(used.unused, Unused::default());
+    }
+
+    #[test]
+    fn a_wide_range_of_nodes_is_not_walked() {
+        let text = "memory-backend-memfd,size=1M,policy=bind,host-nodes=0-4294967295";
+        let Err(Error::Options(error)) = text.parse::<RamOptions>() else {
+            panic!("it was accepted");
+        };
+        assert_eq!(error, OptionsError::NodeNumber { node: 128 });
+    }
+}

@@ -1,0 +1,159 @@
+//! Options that are written and read again are the same, whatever they are.
+
+use std::num::NonZeroU32;
+
+use guest_memory_shm::{
+    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, PageSize, Populate,
+    RamOptions, Reserve, Sealing,
+};
+use proptest::collection::btree_set;
+use proptest::option;
+use proptest::prelude::*;
+use proptest::sample::select;
+
+/// The backing, and what only it can have.
+fn backings() -> impl Strategy<Value = RamOptions> {
+    let memfd = (
+        select(vec![
+            PageSize::Base,
+            PageSize::Transparent,
+            PageSize::Huge(None),
+            PageSize::Huge(Some(2 << 20)),
+            PageSize::Huge(Some(1 << 30)),
+        ]),
+        select(vec![Sealing::Sealed, Sealing::Unsealed]),
+    )
+        .prop_map(|(pages, sealing)| {
+            RamOptions::new()
+                .with_page_size(pages)
+                .with_sealing(sealing)
+        });
+    let small_pages = || select(vec![PageSize::Base, PageSize::Transparent]);
+    let shm = small_pages().prop_map(|pages| {
+        RamOptions::new()
+            .with_backing(Backing::PosixShm)
+            .with_page_size(pages)
+    });
+    let file = (
+        // Commas, equals signs, spaces and letters that are not ASCII.
+        "[^\0]{1,20}",
+        small_pages(),
+        option::of(12..40u32),
+        0..1u64 << 40,
+        // What is read-only cannot be discarded.
+        select(vec![
+            (Access::ReadWrite, DiscardData::Keep),
+            (Access::ReadWrite, DiscardData::OnDrop),
+            (Access::ReadOnly, DiscardData::Keep),
+        ]),
+    )
+        .prop_map(|(path, pages, align, offset, (access, discard))| {
+            let options = RamOptions::new()
+                .with_backing(Backing::File(path.into()))
+                .with_page_size(pages)
+                .with_offset(offset << 12)
+                .with_access(access)
+                .with_discard_data(discard);
+            match align {
+                Some(align) => options.with_align(1 << align),
+                None => options,
+            }
+        });
+    prop_oneof![memfd, shm, file]
+}
+
+fn policies() -> impl Strategy<Value = NumaPolicy> {
+    let nodes = btree_set(0..NodeSet::LIMIT, 1..10);
+    let nodes = nodes.prop_map(|nodes| NodeSet::from_nodes(nodes).unwrap());
+    let policy = select(vec![
+        NumaPolicy::Preferred as fn(NodeSet) -> NumaPolicy,
+        NumaPolicy::Bind,
+        NumaPolicy::Interleave,
+    ]);
+    prop_oneof![
+        Just(NumaPolicy::Default),
+        (policy, nodes).prop_map(|(policy, nodes)| policy(nodes)),
+    ]
+}
+
+fn valid_options() -> impl Strategy<Value = RamOptions> {
+    let any = (
+        backings(),
+        option::of("[A-Za-z][-A-Za-z0-9._]{0,20}"),
+        1..1u64 << 20,
+        option::of(select(vec![Reserve::On, Reserve::Off])),
+        select(vec![Populate::Lazy, Populate::Allocate, Populate::Prefault]),
+        option::of(1..u32::MAX),
+        policies(),
+        select(vec![CoreDump::Include, CoreDump::Exclude]),
+        option::of(select(vec![Merge::On, Merge::Off])),
+    );
+    any.prop_map(
+        |(options, name, size, reserve, populate, threads, numa, dump, merge)| {
+            let page_size = match options.page_size() {
+                PageSize::Huge(Some(size)) => size,
+                _ => 4096,
+            };
+            let mut options = options
+                .with_size(size * page_size)
+                .with_numa(numa)
+                .with_core_dump(dump);
+            if let Some(name) = name {
+                options = options.with_name(name);
+            }
+            if let Some(merge) = merge {
+                options = options.with_merge(merge);
+            }
+            if let Some(threads) = threads.and_then(NonZeroU32::new) {
+                options = options.with_populate_threads(threads);
+            }
+            if let Some(reserve) = reserve {
+                options = options.with_reserve(reserve);
+            }
+            // What is populated is neither unreserved nor read-only.
+            if reserve != Some(Reserve::Off) && options.access() == Access::ReadWrite {
+                options = options.with_populate(populate);
+            }
+            options
+        },
+    )
+}
+
+/// Strings of parts that mean something, or nearly.
+fn strings() -> impl Strategy<Value = String> {
+    let part = prop_oneof![
+        "(no)?(share|reserve|prealloc|merge|dump|hugetlb|seal|thp|readonly|discard-data)(=(on|off|y|no))?",
+        "(size|hugetlbsize|align|offset)=[0-9]{1,3}(\\.5)?[KMG]?",
+        "(policy=(bind|default)|host-nodes=[0-9](-[0-9])?|prealloc-threads=[0-9])",
+        "(id=[a-c1]|mem-path=[/a,=]{1,4}|rom=(on|off|auto)|populate=(lazy|allocate))",
+        "x-use-canonical-path-for-ramblock-id(=off)?",
+    ];
+    let kind = select(vec!["memfd", "shm", "file"]);
+    (kind, proptest::collection::vec(part, 0..4)).prop_map(|(kind, parts)| {
+        let start = match kind {
+            "file" => "memory-backend-file,size=1M,mem-path=/x,share".to_owned(),
+            kind => format!("memory-backend-{kind},size=1M"),
+        };
+        std::iter::once(start)
+            .chain(parts)
+            .collect::<Vec<_>>()
+            .join(",")
+    })
+}
+
+proptest! {
+    #[test]
+    fn valid_options_are_the_same_when_written_and_read(options in valid_options()) {
+        prop_assert!(options.check().is_ok(), "{:?}", options.check());
+        let text = options.to_string();
+        prop_assert_eq!(text.parse::<RamOptions>().map_err(|e| e.to_string()), Ok(options));
+    }
+
+    #[test]
+    fn what_is_read_is_the_same_when_written_and_read(text in strings()) {
+        if let Ok(options) = text.parse::<RamOptions>() {
+            let written = options.to_string();
+            prop_assert_eq!(written.parse::<RamOptions>().map_err(|e| e.to_string()), Ok(options));
+        }
+    }
+}
