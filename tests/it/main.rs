@@ -28,6 +28,7 @@ mod model_collection;
 mod numa;
 mod options;
 mod options_check;
+mod options_qemu;
 mod options_round_trip;
 mod peers;
 mod proc;
