@@ -10,13 +10,12 @@ use guest_memory_shm::{Backing, Error, GuestMemoryShm, PageSize, RamOptions, Shm
 use nix::mount::{MsFlags, umount};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
-use nix::unistd::{geteuid, pipe};
+use nix::unistd::pipe;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::fork::dies_of;
 use crate::isolation::{PAGE, assert_refused, in_own_process, mount_tmpfs, own_mounts};
 use crate::proc::leaves_nothing;
-use crate::support::skip;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;

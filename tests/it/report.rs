@@ -50,6 +50,18 @@ fn merging_and_reserving_shared_memory_is_reported_without_effect() {
 }
 
 #[test]
+fn properties_of_qemu_that_mean_nothing_here_are_reported() {
+    let options: RamOptions =
+        "memory-backend-memfd,size=1M,hugetlbsize=2M,x-use-canonical-path-for-ramblock-id=on"
+            .parse()
+            .unwrap();
+    assert_eq!(
+        properties(&report(options, MIB)),
+        ["hugetlbsize", "x-use-canonical-path-for-ramblock-id"]
+    );
+}
+
+#[test]
 fn a_region_and_a_backing_report_as_building_does() {
     let options = RamOptions::new().with_merge(Merge::On);
     let region = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &options).unwrap();
