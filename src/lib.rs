@@ -48,6 +48,7 @@
 //! | `region` | [`GuestRegionShm`]: a mapping placed at a guest address |
 //! | `rom` | [`GuestRom`]: a file that the guest only reads |
 //! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
+//! | `discard` | giving pages back to the host, forbidding it, and collecting balloon reports |
 //! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it |
 //! | `share` | `VhostUserShare`: one daemon's view kept equal to a table |
 //! | `mock` | with the feature `mock`: an in-process daemon and a driver, for tests |
@@ -106,6 +107,8 @@ mod rom;
 
 mod memory;
 
+mod discard;
+
 #[cfg(feature = "vhost-user")]
 mod share;
 #[cfg(feature = "vhost-user")]
@@ -115,6 +118,7 @@ mod table;
 pub mod mock;
 
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
+pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
 pub use error::{
     AdoptError, DiscardError, Error, FileError, MemTableChange, NumaError, OptionsError,
     PopulateError, Result, SlotLimit,

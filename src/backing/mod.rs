@@ -22,10 +22,12 @@ use crate::units::HumanSize;
 
 mod adopt;
 mod capacity;
+mod extents;
 mod file;
 mod file_end;
 mod file_open;
 mod file_system;
+mod gate;
 mod hugetlb;
 mod memfd;
 mod notes;
@@ -35,7 +37,9 @@ mod seals;
 pub(crate) use crate::layout::base_page_size;
 pub use adopt::{AdoptPolicy, SealPolicy};
 pub(crate) use capacity::{check_descriptors, check_posix_shm, control_group_note};
+pub(crate) use extents::Allocation;
 use file_end::FileEnd;
+pub(crate) use gate::{Closed, DiscardGate, Passage};
 pub(crate) use hugetlb::check_pool;
 pub use seals::Seals;
 
@@ -77,6 +81,8 @@ struct Inner {
     notes: Vec<Note>,
     /// Of a file that was opened by its path.
     end: Option<FileEnd>,
+    /// For every discard on it.
+    gate: Arc<DiscardGate>,
 }
 
 /// What a backing turned out to be.
@@ -291,6 +297,7 @@ impl ShmBacking {
                 name: None,
                 notes: Vec::new(),
                 end: None,
+                gate: Arc::default(),
             }),
         }
     }
@@ -315,6 +322,7 @@ impl ShmBacking {
                 notes,
                 file: opened.file,
                 end: Some(opened.end),
+                gate: Arc::default(),
             }),
         }
     }
@@ -395,6 +403,11 @@ impl ShmBacking {
         let metadata = self.inner.file.metadata();
         let metadata = metadata.map_err(|source| self.fstat_error(source))?;
         Ok(metadata.blocks() * BLOCK)
+    }
+
+    /// The gate that discards on it go through, the same for all clones.
+    pub(crate) fn gate(&self) -> &Arc<DiscardGate> {
+        &self.inner.gate
     }
 
     /// What holds for every mapping of it.

@@ -1,6 +1,142 @@
 //! Why memory could not be given back.
 
-/// Why memory could not be given back.
+use std::io;
+
+use vm_memory::GuestAddress;
+
+use crate::layout::GuestRange;
+use crate::units::HumanSize;
+
+/// Why memory could not be given back. Unless the variant says otherwise, nothing was.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
-pub enum DiscardError {}
+pub enum DiscardError {
+    /// A part of the range is no RAM.
+    #[error(
+        "cannot discard {range}: there is no RAM at guest address {:#x}, discard what is before \
+         and behind the gap apart",
+        .first.0
+    )]
+    NotRam {
+        /// The range that was to be discarded.
+        range: GuestRange,
+        /// The first address in it that is no RAM.
+        first: GuestAddress,
+    },
+
+    /// Somebody who has pages of the RAM pinned forbids discards.
+    #[error(
+        "cannot discard {range}: discards are inhibited by {by} (DiscardInhibitor), whose devices \
+         have the pages pinned; try again when they have let go"
+    )]
+    Inhibited {
+        /// The range that was to be discarded.
+        range: GuestRange,
+        /// How many inhibitors there are.
+        by: usize,
+    },
+
+    /// Pages in the range are locked into memory, and the kernel does not take those away.
+    #[error(
+        "cannot discard {range}: pages of it are locked (mlock or mlockall), which the kernel does \
+         not give back: munlock them first"
+    )]
+    Locked {
+        /// The part that has locked pages.
+        range: GuestRange,
+    },
+
+    /// The mapping cannot be written.
+    #[error("cannot discard {range}: it is mapped for reading only, and a discard writes zeroes")]
+    ReadOnly {
+        /// The part that is read-only.
+        range: GuestRange,
+    },
+
+    /// The file system behind the RAM cannot make holes into files.
+    #[error(
+        "cannot discard {range}: the file system of its {kind} cannot punch holes into files, use \
+         a memfd, or a file on a tmpfs, ext4, xfs or btrfs"
+    )]
+    NoHoles {
+        /// The part that the file is behind.
+        range: GuestRange,
+        /// What its backing is.
+        kind: crate::backing::BackingKind,
+    },
+
+    /// A system call failed on the way.
+    #[error(
+        "cannot discard {range}: {doing} failed, {} of it were given back before",
+        HumanSize(*.freed)
+    )]
+    Failed {
+        /// The range that was to be discarded.
+        range: GuestRange,
+        /// The call.
+        doing: &'static str,
+        /// How much was given back before it failed, in bytes.
+        freed: u64,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backing::BackingKind;
+
+    #[test]
+    fn texts_name_the_range_the_limit_and_the_way_out() {
+        let range = GuestRange::new(GuestAddress(0x1000), 0x2000).unwrap();
+        let cases = [
+            (
+                DiscardError::NotRam {
+                    range,
+                    first: GuestAddress(0x2000),
+                },
+                "cannot discard 0x1000..=0x2fff (8 KiB): there is no RAM at guest address 0x2000, \
+                 discard what is before and behind the gap apart",
+            ),
+            (
+                DiscardError::Inhibited { range, by: 2 },
+                "cannot discard 0x1000..=0x2fff (8 KiB): discards are inhibited by 2 \
+                 (DiscardInhibitor), whose devices have the pages pinned; try again when they \
+                 have let go",
+            ),
+            (
+                DiscardError::Locked { range },
+                "cannot discard 0x1000..=0x2fff (8 KiB): pages of it are locked (mlock or \
+                 mlockall), which the kernel does not give back: munlock them first",
+            ),
+            (
+                DiscardError::ReadOnly { range },
+                "cannot discard 0x1000..=0x2fff (8 KiB): it is mapped for reading only, and a \
+                 discard writes zeroes",
+            ),
+            (
+                DiscardError::NoHoles {
+                    range,
+                    kind: BackingKind::AdoptedFile,
+                },
+                "cannot discard 0x1000..=0x2fff (8 KiB): the file system of its adopted file \
+                 cannot punch holes into files, use a memfd, or a file on a tmpfs, ext4, xfs or \
+                 btrfs",
+            ),
+            (
+                DiscardError::Failed {
+                    range,
+                    doing: "madvise(MADV_REMOVE)",
+                    freed: 4096,
+                    source: io::Error::from_raw_os_error(12),
+                },
+                "cannot discard 0x1000..=0x2fff (8 KiB): madvise(MADV_REMOVE) failed, 4 KiB of \
+                 it were given back before",
+            ),
+        ];
+        for (error, text) in cases {
+            assert_eq!(error.to_string(), text);
+        }
+    }
+}

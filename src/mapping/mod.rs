@@ -27,6 +27,11 @@ use crate::host::transparent;
 use crate::options::{Access, CoreDump, MapOptions};
 use crate::report::{NotHuge, Note, log_notes};
 
+mod remove;
+mod scan;
+
+pub(crate) use scan::cached;
+
 /// Sizes for which the kernel and the hypervisor can use one large mapping, largest first.
 const LARGE: [u64; 2] = [1 << 30, 2 << 20];
 

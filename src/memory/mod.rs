@@ -183,7 +183,7 @@ impl<B> GuestMemoryShm<B> {
 
     /// The region that holds `addr`, and the offset of `addr` in it.
     #[inline]
-    fn find(&self, addr: GuestAddress) -> Option<(&GuestRegionShm<B>, u64)> {
+    pub(crate) fn find(&self, addr: GuestAddress) -> Option<(&GuestRegionShm<B>, u64)> {
         let region = self.index.get(addr.0)?;
         match region.offset_of(addr) {
             Some(offset) => Some((region, offset)),

@@ -73,3 +73,94 @@ fn a_child_that_touches_nothing_wrong_lives() {
     assert_eq!(dies_of_reading(&raw const byte), None);
     assert_eq!(dies_of_reading(std::ptr::null()), Some(Signal::SIGSEGV));
 }
+
+/// Another process that maps a backing and looks into it, or writes to it, when told to.
+///
+/// It holds copies of all descriptors of this process: to be used in a process of its own
+/// (`isolation::in_own_process`), where no other test waits for a descriptor to be closed.
+pub(crate) struct Peer {
+    pid: nix::unistd::Pid,
+    orders: std::fs::File,
+    answers: std::fs::File,
+}
+
+impl Peer {
+    /// A process that maps the first `len` bytes of the file.
+    pub(crate) fn mapping(file: impl std::os::fd::AsFd, len: usize) -> Self {
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+        use std::io::{Read, Write};
+
+        let (orders_in, orders) = nix::unistd::pipe().expect("a pipe can be had");
+        let (answers, answers_out) = nix::unistd::pipe().expect("a pipe can be had");
+        // SAFETY: the child only makes system calls and touches memory, and leaves by _exit.
+        let forked = unsafe { fork() };
+        let child = match forked.expect("a process can be had") {
+            ForkResult::Parent { child } => child,
+            ForkResult::Child => {
+                no_core_dump();
+                // So that it sees the end of its orders.
+                drop((orders, answers));
+                let work = || {
+                    let (mut orders, mut answers) = (
+                        std::fs::File::from(orders_in),
+                        std::fs::File::from(answers_out),
+                    );
+                    let len = std::num::NonZeroUsize::new(len).expect("something to map");
+                    let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+                    // SAFETY: a new mapping where the kernel wants it.
+                    let start = unsafe { mmap(None, len, access, MapFlags::MAP_SHARED, file, 0) };
+                    let start = start.expect("mapped").cast::<u8>();
+                    let mut order = [0; 10];
+                    while orders.read_exact(&mut order).is_ok() {
+                        let at: [u8; 8] = order[..8].try_into().expect("eight bytes");
+                        let at = u64::from_ne_bytes(at) as usize % len;
+                        let byte = start.as_ptr().wrapping_add(at);
+                        if order[8] == 1 {
+                            // SAFETY: inside the mapping, to which nobody has a reference.
+                            unsafe { byte.write_volatile(order[9]) };
+                        }
+                        // SAFETY: as above.
+                        let found = unsafe { byte.read_volatile() };
+                        answers.write_all(&[found]).expect("the parent listens");
+                    }
+                };
+                let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+                // SAFETY: _exit(2) ends the process at once, and has no condition.
+                unsafe { nix::libc::_exit(i32::from(done.is_err())) }
+            }
+        };
+        Self {
+            pid: child,
+            orders: orders.into(),
+            answers: answers.into(),
+        }
+    }
+
+    /// The byte that it reads at the offset.
+    pub(crate) fn read(&mut self, at: u64) -> u8 {
+        self.order(at, [0, 0])
+    }
+
+    /// Has it write a byte at the offset.
+    pub(crate) fn write(&mut self, at: u64, byte: u8) {
+        assert_eq!(self.order(at, [1, byte]), byte);
+    }
+
+    fn order(&mut self, at: u64, what: [u8; 2]) -> u8 {
+        use std::io::{Read, Write};
+        let mut order = at.to_ne_bytes().to_vec();
+        order.extend(what);
+        self.orders.write_all(&order).expect("the peer listens");
+        let mut answer = [0];
+        self.answers.read_exact(&mut answer).expect("it answers");
+        answer[0]
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // It blocks in read(2), and nothing of it is worth a farewell.
+        let _ = nix::sys::signal::kill(self.pid, Signal::SIGKILL);
+        let _ = waitpid(self.pid, None);
+    }
+}

@@ -40,6 +40,7 @@ pub(crate) fn in_own_process<F: FnOnce()>(test: F) {
     }
     if !output.status.success() {
         HugePool::restore_after_death();
+        ShmemHuge::restore_after_death();
     }
     assert!(output.status.success(), "{}\n{out}\n{err}", output.status);
     // Without this a wrong name would pass: then no test is run at all.
@@ -185,6 +186,97 @@ fn pool_dir(page_size: u64) -> PathBuf {
 fn pool_number(page_size: u64, name: &str) -> u64 {
     let text = fs::read_to_string(pool_dir(page_size).join(name)).expect("sysfs is mounted");
     text.trim().parse().expect("it is a number")
+}
+
+/// Whether shared memory may have transparent huge pages, as a test needs it; the switch is put
+/// back on drop, also when the test fails, and by whoever comes next when it dies.
+///
+/// One at a time on the whole machine, as [`HugePool`]; who needs both takes the pool first.
+pub(crate) struct ShmemHuge {
+    _lock: Flock<File>,
+    _alone: MutexGuard<'static, ()>,
+}
+
+const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
+impl ShmemHuge {
+    /// Sets the switch, for example to `advise`, or prints why that is not possible.
+    pub(crate) fn set(value: &str) -> Option<Self> {
+        if !geteuid().is_root() {
+            skip("only root may change whether shared memory has huge pages");
+            return None;
+        }
+        if fs::read_to_string(SHMEM_ENABLED).is_err() {
+            skip("the kernel has no transparent huge pages of shared memory");
+            return None;
+        }
+        let this = Self::lock();
+        fs::write(SHMEM_ENABLED, value).expect("we are root, and the kernel knows the value");
+        Some(this)
+    }
+
+    fn lock() -> Self {
+        static ALONE: Mutex<()> = Mutex::new(());
+        // A test that failed while it held it has been reported already.
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = std::env::temp_dir().join("guest-memory-shm-shmem-huge.lock");
+        let file = File::create(path).expect("the directory for temporary files can be written");
+        let lock = Flock::lock(file, FlockArg::LockExclusive);
+        let lock = lock.expect("a file can be locked");
+        Self::put_back();
+        fs::write(Self::record(), Self::now()).expect("the file can be written");
+        Self {
+            _lock: lock,
+            _alone: alone,
+        }
+    }
+
+    /// Puts back the switch that a process changed that died meanwhile.
+    fn restore_after_death() {
+        if geteuid().is_root() && Self::record().exists() {
+            drop(Self::lock());
+        }
+    }
+
+    /// What is chosen of `always within_size advise [never] deny force`.
+    pub(crate) fn now() -> String {
+        let text = fs::read_to_string(SHMEM_ENABLED).expect("sysfs is mounted");
+        let chosen = text.split(['[', ']']).nth(1);
+        chosen.expect("one is chosen").to_owned()
+    }
+
+    /// The file that says what is to be put back, also when the process that is to do it dies.
+    fn record() -> PathBuf {
+        std::env::temp_dir().join("guest-memory-shm-shmem-huge.before")
+    }
+
+    fn put_back() {
+        if let Ok(before) = fs::read_to_string(Self::record()) {
+            fs::write(SHMEM_ENABLED, before).expect("we are root");
+            fs::remove_file(Self::record()).expect("the file is ours");
+        }
+    }
+}
+
+impl Drop for ShmemHuge {
+    fn drop(&mut self) {
+        Self::put_back();
+    }
+}
+
+#[test]
+fn the_switch_for_huge_shared_memory_is_put_back() {
+    in_own_process(|| {
+        let Some(switch) = ShmemHuge::set("advise") else {
+            return;
+        };
+        let before = fs::read_to_string(ShmemHuge::record()).unwrap();
+        assert_eq!(ShmemHuge::now(), "advise");
+        drop(switch);
+        // Another process may have the switch by now, but then it wrote down what we put back.
+        let after = fs::read_to_string(ShmemHuge::record()).unwrap_or_else(|_| ShmemHuge::now());
+        assert_eq!(after, before);
+    });
 }
 
 /// Asserts that a result is an error of a variant, with exactly this text.

@@ -1,0 +1,290 @@
+//! Which parts of a backing are allocated.
+//!
+//! On a tmpfs cachestat(2) counts the pages of a range. lseek(2), which other files are asked with,
+//! would take those for holes that were allocated by fallocate(2) and not touched yet
+//! ([`Populate::Allocate`](crate::Populate::Allocate)), and would walk over all of them each time.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek64};
+
+use super::{BLOCK, ShmBacking, base_page_size};
+use crate::error::Result;
+use crate::mapping::cached;
+
+/// Below so many pages of resolution, runs of allocated pages are measured, not stepped through: a
+/// call costs as much as the kernel needs to walk over this many pages.
+const FINE: u64 = 8;
+
+/// The most that the kernel is asked about at once, in bytes: it takes 20 ns or so for each page
+/// that is allocated, and little for those that are not.
+const CHUNK: u64 = 128 << 20;
+
+/// What `st_blocks` tells of the parts of a backing without a look at each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Allocation {
+    Nothing,
+    Everything,
+    /// So many bytes of it, and nothing besides.
+    Some(u64),
+    /// At most so many bytes: others are in parts of the file that are not of the backing.
+    AtMost(u64),
+}
+
+impl ShmBacking {
+    /// What is allocated of all of it.
+    pub(crate) fn allocation(&self) -> Result<Allocation> {
+        let metadata = self.file().metadata();
+        let metadata = metadata.map_err(|source| self.fstat_error(source))?;
+        let bytes = metadata.blocks() * BLOCK;
+        if bytes == 0 {
+            return Ok(Allocation::Nothing);
+        }
+        if self.start() > 0 || metadata.len() != self.len() {
+            return Ok(Allocation::AtMost(bytes));
+        }
+        // A file on a disk has blocks besides those of its contents.
+        let exact = self.is_on_tmpfs() || self.is_hugetlb();
+        if exact && bytes >= self.len() {
+            return Ok(Allocation::Everything);
+        }
+        Ok(Allocation::Some(bytes.min(self.len())))
+    }
+
+    /// How many bytes of the range are allocated. Not for hugetlb, where the kernel does not tell.
+    pub(crate) fn allocated_in(&self, range: Range<u64>) -> io::Result<u64> {
+        if self.is_on_tmpfs()
+            && let Some(bytes) = cached(self, range.clone())?
+        {
+            return Ok(bytes);
+        }
+        let seeker = Seeker::new(self.file());
+        let mut bytes = 0;
+        let mut at = range.start;
+        while at < range.end {
+            let data = seeker.data(at, range.end)?;
+            at = seeker.hole(data, range.end)?;
+            bytes += at - data;
+        }
+        Ok(bytes)
+    }
+
+    /// The parts of the range that are allocated, sorted and merged, in steps of `step` bytes from
+    /// its start, rounded outwards. Not for hugetlb, where the kernel does not tell.
+    ///
+    /// `step` must be a multiple of the page size.
+    pub(crate) fn extents_in(&self, range: Range<u64>, step: u64) -> io::Result<Vec<Range<u64>>> {
+        let mut steps = Steps {
+            range,
+            step,
+            found: Vec::new(),
+        };
+        let counts = self.is_on_tmpfs() && cached(self, 0..base_page_size())?.is_some();
+        if counts {
+            self.count(&mut steps)?;
+        } else {
+            self.seek(&mut steps)?;
+        }
+        Ok(steps.found)
+    }
+
+    /// Finds the extents by counting pages.
+    fn count(&self, steps: &mut Steps) -> io::Result<()> {
+        let (step, end) = (steps.step, steps.range.end);
+        let page = base_page_size();
+        let mut at = steps.range.start;
+        while at < end {
+            if step < FINE * page {
+                at = self.count_run(at, steps)?;
+            } else if self.count_in(at..at + page)? > 0 {
+                // One page tells that the whole step is to be reported.
+                steps.add(at..at + page);
+                at = steps.up(at + page);
+                continue;
+            }
+            at = self.skip_hole(at, steps)?;
+            if at < end {
+                steps.add(at..at + page);
+                at = steps.up(at + page);
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the run of allocated pages at `at`, as far as it is whole steps; gives its end.
+    fn count_run(&self, mut at: u64, steps: &mut Steps) -> io::Result<u64> {
+        let (step, end) = (steps.step, steps.range.end);
+        let mut window = step;
+        while at < end {
+            let asked = at..at.saturating_add(window).min(end);
+            let len = asked.end - asked.start;
+            if self.count_in(asked.clone())? >= len {
+                at = asked.end;
+                steps.add(asked);
+                window = window.saturating_mul(2).min(CHUNK.next_multiple_of(step));
+            } else if window > step {
+                window = step;
+            } else {
+                break;
+            }
+        }
+        Ok(at)
+    }
+
+    /// The first step from `at` on that has an allocated page, or the end.
+    fn skip_hole(&self, mut at: u64, steps: &Steps) -> io::Result<u64> {
+        let (step, end) = (steps.step, steps.range.end);
+        let mut window = step;
+        let mut behind = at;
+        while at < end {
+            behind = at.saturating_add(window).min(end);
+            if self.count_in(at..behind)? > 0 {
+                break;
+            }
+            at = behind;
+            window = window.saturating_mul(2);
+        }
+        // It is in at..behind.
+        while behind - at > step {
+            let middle = steps.down(at + (behind - at) / 2).max(at + step);
+            if self.count_in(at..middle)? > 0 {
+                behind = middle;
+            } else {
+                at = middle;
+            }
+        }
+        Ok(at)
+    }
+
+    fn count_in(&self, range: Range<u64>) -> io::Result<u64> {
+        Ok(cached(self, range)?.unwrap_or(0))
+    }
+
+    /// Finds the extents by looking for data.
+    fn seek(&self, steps: &mut Steps) -> io::Result<()> {
+        let seeker = Seeker::new(self.file());
+        let end = steps.range.end;
+        let mut at = steps.range.start;
+        while at < end {
+            let data = seeker.data(at, end)?;
+            if data == end {
+                break;
+            }
+            let last = if steps.step < FINE * base_page_size() {
+                seeker.hole(data, end)?
+            } else {
+                data + 1
+            };
+            at = steps.up(last);
+            steps.add(data..last);
+        }
+        Ok(())
+    }
+}
+
+/// Extents as they are found, from the start of a range to its end.
+struct Steps {
+    range: Range<u64>,
+    step: u64,
+    found: Vec<Range<u64>>,
+}
+
+impl Steps {
+    /// The start of the step that has the offset.
+    fn down(&self, offset: u64) -> u64 {
+        offset - (offset - self.range.start) % self.step
+    }
+
+    /// The end of the last step that has an offset below this one.
+    fn up(&self, offset: u64) -> u64 {
+        let steps = (offset - self.range.start).div_ceil(self.step);
+        let end = steps.checked_mul(self.step);
+        let end = end.and_then(|end| end.checked_add(self.range.start));
+        end.unwrap_or(u64::MAX).min(self.range.end)
+    }
+
+    fn add(&mut self, part: Range<u64>) {
+        let (start, end) = (self.down(part.start), self.up(part.end));
+        match self.found.last_mut() {
+            Some(last) if last.end >= start => last.end = last.end.max(end),
+            _ => self.found.push(start..end),
+        }
+    }
+}
+
+/// Looks for data and holes in a file.
+///
+/// lseek(2) moves the position of the open file description, which is shared with every process
+/// that was sent the descriptor. This crate never uses the position, but such a process may, so a
+/// description of its own is opened. Where that is not allowed (POSIX shm is created with mode 0,
+/// which stops all but root) the shared one is used.
+struct Seeker<'a> {
+    own: Option<File>,
+    shared: &'a File,
+}
+
+impl<'a> Seeker<'a> {
+    fn new(shared: &'a File) -> Self {
+        let own = File::open(format!("/proc/self/fd/{}", shared.as_raw_fd())).ok();
+        Self { own, shared }
+    }
+
+    /// The first offset from `at` on that has data, at most `end`.
+    fn data(&self, at: u64, end: u64) -> io::Result<u64> {
+        self.seek(at, end, Whence::SeekData)
+    }
+
+    /// The first offset from `at` on that is a hole, at most `end`.
+    fn hole(&self, at: u64, end: u64) -> io::Result<u64> {
+        self.seek(at, end, Whence::SeekHole)
+    }
+
+    fn seek(&self, at: u64, end: u64, whence: Whence) -> io::Result<u64> {
+        let file = self.own.as_ref().unwrap_or(self.shared);
+        let offset = i64::try_from(at).map_err(|_| Errno::EOVERFLOW)?;
+        match lseek64(file, offset, whence) {
+            Ok(found) => Ok(found.unsigned_abs().clamp(at, end)),
+            // No data any more up to the end of the file, or the file ends before.
+            Err(Errno::ENXIO) => Ok(end),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_counted_from_the_start_and_cut_at_the_end() {
+        let mut steps = Steps {
+            range: 3..50,
+            step: 10,
+            found: Vec::new(),
+        };
+        assert_eq!((steps.down(3), steps.down(12), steps.down(13)), (3, 3, 13));
+        assert_eq!((steps.up(3), steps.up(4), steps.up(13)), (3, 13, 13));
+        assert_eq!(steps.up(49), 50);
+        steps.add(4..5);
+        steps.add(12..13);
+        steps.add(30..31);
+        steps.add(33..34);
+        steps.add(49..50);
+        assert_eq!(steps.found, [3..13, 23..50]);
+    }
+
+    #[test]
+    fn a_step_larger_than_any_offset_is_the_range() {
+        let steps = Steps {
+            range: 4096..8192,
+            step: u64::MAX,
+            found: Vec::new(),
+        };
+        assert_eq!((steps.down(8000), steps.up(5000)), (4096, 8192));
+    }
+}

@@ -1,0 +1,251 @@
+//! Small reports of free memory, collected into pages that the host can give back.
+
+use std::ops::Range;
+use std::sync::{Arc, Weak};
+
+use vm_memory::GuestAddress;
+
+use super::collector::{Collector, Units};
+use super::pieces::{Piece, pieces, transparent_huge_page};
+use crate::backing::base_page_size;
+use crate::error::Result;
+use crate::layout::GuestRange;
+use crate::mapping::Mapping;
+use crate::memory::GuestMemoryShm;
+use crate::region::Ram;
+
+/// Refused reports on base pages are noted in bitmaps for so many bytes.
+const CHUNK: u64 = 2 << 20;
+
+/// Collects reports of free guest memory that are smaller than the pages of the backing, and
+/// discards each page of the backing as soon as all of it is reported.
+///
+/// A balloon reports 4 KiB at a time. Of a huge page of hugetlb no such part can be given back, and
+/// a transparent huge page would be split by the first. So the reports are noted, in units of
+///
+/// | backing | unit |
+/// |---|---|
+/// | hugetlb | its page size |
+/// | [`PageSize::Transparent`](crate::PageSize::Transparent) | a transparent huge page, 2 MiB on x86-64 |
+/// | others | a base page: discarded at once |
+///
+/// and a unit is discarded when the last of its pages is reported. What the guest takes back
+/// before that (it deflates the balloon) must be [removed](Self::remove), and so must RAM that is
+/// unplugged. A region in place of another one starts anew by itself.
+///
+/// It takes 32 KiB for each GiB that lies in units reported in part, and about 150 bytes per such
+/// unit; nothing for units of which all or nothing was reported. Reports are counted in whole base
+/// pages.
+///
+/// ```
+/// use guest_memory_shm::{DiscardAccumulator, GuestMemoryShm, PageSize, RamOptions};
+/// use vm_memory::GuestAddress;
+///
+/// let memory = GuestMemoryShm::<()>::builder()
+///     .with_ram(
+///         RamOptions::new().with_page_size(PageSize::Transparent),
+///         [(GuestAddress(0), 64 << 20)],
+///     )
+///     .build()?;
+/// let mut balloon = DiscardAccumulator::new();
+/// for page in 0..511 {
+///     let collected = balloon.add(&memory, GuestAddress(page * 4096), 4096)?;
+///     assert_eq!(collected.freed, 0);
+/// }
+/// assert_eq!(balloon.pending(), 511 * 4096);
+/// let last = balloon.add(&memory, GuestAddress(511 * 4096), 4096)?;
+/// assert_eq!((last.freed, balloon.pending()), (2 << 20, 0));
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct DiscardAccumulator {
+    collector: Collector<Owner>,
+}
+
+/// What came of a report, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Collected {
+    /// What was given back, of this report and of earlier ones.
+    pub freed: u64,
+    /// What was reported and will not be given back: less than a base page at the ends of a
+    /// report, and parts of transparent huge pages that could not be split.
+    pub kept: u64,
+    /// All that is noted now, of this report and of earlier ones.
+    pub pending: u64,
+}
+
+/// The region that a unit is of. It is kept from being unmapped by nobody, but no other region is
+/// ever taken for it.
+#[derive(Clone, Debug)]
+struct Owner(Weak<Mapping>);
+
+impl PartialEq for Owner {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.ptr_eq(&other.0)
+    }
+}
+
+impl Owner {
+    fn of(ram: &Ram) -> Self {
+        Self(Arc::downgrade(&ram.mapping))
+    }
+}
+
+impl DiscardAccumulator {
+    /// An accumulator that has noted nothing.
+    pub fn new() -> Self {
+        Self {
+            collector: Collector::new(base_page_size()),
+        }
+    }
+
+    /// Notes that `len` bytes of `memory` at `addr` are free, and discards what is complete now.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`GuestMemoryShm::discard`]. If a range is none, or is not all RAM, nothing is
+    /// noted. If what is complete cannot be discarded, as while discards are inhibited, all of the
+    /// report is noted, and [`flush`](Self::flush) tries again.
+    pub fn add<B>(
+        &mut self,
+        memory: &GuestMemoryShm<B>,
+        addr: GuestAddress,
+        len: u64,
+    ) -> Result<Collected> {
+        let range = GuestRange::new(addr, len)?;
+        let mut collected = Collected::default();
+        let mut complete = Vec::new();
+        for piece in pieces(memory, range)? {
+            let (pages, rest) = whole_pages(&piece);
+            collected.kept += rest;
+            if pages.is_empty() {
+                continue;
+            }
+            let (units, owner) = (units(piece.ram), Owner::of(piece.ram));
+            for part in self.collector.add(&units, &owner, pages) {
+                complete.push((units, owner.clone(), part));
+            }
+        }
+        let mut complete = complete.into_iter();
+        while let Some((units, owner, part)) = complete.next() {
+            if let Err(error) = collected.discard(memory, &part) {
+                self.collector.put_back(&units, &owner, part);
+                for (units, owner, part) in complete {
+                    self.collector.put_back(&units, &owner, part);
+                }
+                return Err(error);
+            }
+        }
+        collected.pending = self.pending();
+        Ok(collected)
+    }
+
+    /// Forgets that `len` bytes at `addr` are free, because the guest uses them again: all pages
+    /// that have a part in the range. Units that are given back already are not affected.
+    pub fn remove(&mut self, addr: GuestAddress, len: u64) {
+        let page = base_page_size();
+        let start = addr.0 - addr.0 % page;
+        let end = addr.0.saturating_add(len);
+        let end = end
+            .checked_next_multiple_of(page)
+            .unwrap_or(end - end % page);
+        if len > 0 && start < end {
+            self.collector.remove(start..end);
+        }
+    }
+
+    /// Discards what is noted, as far as the pages of the backings allow: complete units that were
+    /// refused before, and what is reported of transparent huge pages, which are split by that.
+    ///
+    /// For hosts that need memory more than huge pages. Parts of hugetlb pages stay noted; what
+    /// was noted of RAM that is not in `memory` any more is forgotten.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`GuestMemoryShm::discard`]; what could not be discarded stays noted.
+    pub fn flush<B>(&mut self, memory: &GuestMemoryShm<B>) -> Result<Collected> {
+        let (mut ready, mut gone) = (Vec::new(), Vec::new());
+        for unit in self.collector.units() {
+            let start = GuestAddress(unit.range.start);
+            match memory.find(start).map(|(region, _)| region.ram()) {
+                Some(ram) if Owner::of(ram) == unit.region => {
+                    let page = base_page_size();
+                    ready.extend(if ram.backing.is_hugetlb() {
+                        unit.ready(page)
+                    } else {
+                        unit.runs(page)
+                    });
+                }
+                _ => gone.push(unit.range.clone()),
+            }
+        }
+        for range in gone {
+            self.collector.remove(range);
+        }
+        let mut collected = Collected::default();
+        for range in ready {
+            collected.discard(memory, &range)?;
+            self.collector.remove(range);
+        }
+        collected.pending = self.pending();
+        Ok(collected)
+    }
+
+    /// Forgets all that is noted: for a guest that was reset.
+    pub fn clear(&mut self) {
+        self.collector.clear();
+    }
+
+    /// How many bytes are noted as free and not given back yet.
+    pub fn pending(&self) -> u64 {
+        self.collector.pending()
+    }
+}
+
+impl Default for DiscardAccumulator {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Collected {
+    fn discard<B>(&mut self, memory: &GuestMemoryShm<B>, range: &Range<u64>) -> Result<()> {
+        let len = range.end - range.start;
+        let discarded = memory.discard(GuestAddress(range.start), len)?;
+        self.freed += discarded.freed;
+        self.kept += discarded.kept();
+        Ok(())
+    }
+}
+
+/// The whole base pages of a piece, in guest addresses, and how many bytes are not in them.
+fn whole_pages(piece: &Piece<'_>) -> (Range<u64>, u64) {
+    let page = base_page_size();
+    let first = piece.ram.range.start_addr().0;
+    let start = first + piece.inside.start.next_multiple_of(page);
+    let end = first + (piece.inside.end - piece.inside.end % page);
+    let all = piece.inside.end - piece.inside.start;
+    if start >= end {
+        return (0..0, all);
+    }
+    (start..end, all - (end - start))
+}
+
+fn units(ram: &Ram) -> Units {
+    let (size, whole) = if ram.backing.is_hugetlb() {
+        (ram.backing.page_size(), true)
+    } else if ram.backing.map_options().transparent_huge {
+        (transparent_huge_page(), true)
+    } else {
+        (CHUNK, false)
+    };
+    let start = ram.range.start_addr().0;
+    Units {
+        start,
+        end: start + ram.range.size(),
+        offset: ram.offset,
+        size,
+        whole,
+    }
+}

@@ -1,0 +1,218 @@
+//! The parts of a range that are each in one region, and what is done to each.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use vm_memory::GuestAddress;
+
+use super::Discarded;
+use crate::backing::{ShmBacking, base_page_size};
+use crate::error::DiscardError;
+use crate::host::transparent;
+use crate::layout::GuestRange;
+use crate::memory::GuestMemoryShm;
+use crate::options::Access;
+use crate::region::Ram;
+
+/// The part of a range that is in one region.
+#[derive(Debug)]
+pub(super) struct Piece<'a> {
+    pub(super) ram: &'a Ram,
+    /// Byte offsets in the region, never empty.
+    pub(super) inside: Range<u64>,
+}
+
+/// A failed call, and its answer.
+type Failure = (&'static str, io::Error);
+
+/// The pieces that a range consists of, in order, if all of it is RAM.
+pub(super) fn pieces<B>(
+    memory: &GuestMemoryShm<B>,
+    range: GuestRange,
+) -> std::result::Result<Vec<Piece<'_>>, DiscardError> {
+    let mut pieces = Vec::with_capacity(1);
+    let mut at = range.start_addr().0;
+    let end = at + range.size();
+    while at < end {
+        let first = GuestAddress(at);
+        let Some((region, offset)) = memory.find(first) else {
+            return Err(DiscardError::NotRam { range, first });
+        };
+        let len = (end - at).min(region.range().size() - offset);
+        pieces.push(Piece {
+            ram: region.ram(),
+            inside: offset..offset + len,
+        });
+        at += len;
+    }
+    Ok(pieces)
+}
+
+impl Piece<'_> {
+    /// Refuses what the kernel would refuse, and changes nothing.
+    pub(super) fn check(&self) -> std::result::Result<(), DiscardError> {
+        let range = self.range();
+        if self.ram.backing.map_options().access != Access::ReadWrite {
+            return Err(DiscardError::ReadOnly { range });
+        }
+        // What is in no whole page is not discarded either way.
+        let (whole, _) = split(self.inside.clone(), self.ram.backing.page_size());
+        let locked = self.ram.mapping.is_locked(whole);
+        let failed = |doing| {
+            move |source| DiscardError::Failed {
+                range,
+                doing,
+                freed: 0,
+                source,
+            }
+        };
+        if locked.map_err(failed("msync(MS_INVALIDATE)"))? {
+            return Err(DiscardError::Locked { range });
+        }
+        let kind = self.ram.backing.kind();
+        if !can_punch_holes(&self.ram.backing).map_err(failed("fallocate(2)"))? {
+            return Err(DiscardError::NoHoles { range, kind });
+        }
+        Ok(())
+    }
+
+    /// Gives back the whole pages of it.
+    pub(super) fn discard(&self) -> std::result::Result<Discarded, Failure> {
+        let (whole, mut discarded) = split(self.inside.clone(), self.ram.backing.page_size());
+        if whole.is_empty() {
+            return Ok(discarded);
+        }
+        let removed = self.ram.mapping.remove(whole.clone());
+        removed.map_err(|source| ("madvise(MADV_REMOVE)", source))?;
+
+        // A huge page of shmem that is not whole in the range was split, or, if it could not be,
+        // zeroed: what is still there is at the edges.
+        if self.ram.backing.is_on_tmpfs() {
+            let (head, tail) = edges(self.in_backing(whole), transparent_huge_page());
+            for (edge, kept) in [
+                (head, &mut discarded.kept_head),
+                (tail, &mut discarded.kept_tail),
+            ] {
+                let left = self.ram.backing.allocated_in(edge);
+                let left = left.map_err(|source| ("looking for what is left", source))?;
+                *kept += left;
+                discarded.freed -= left;
+            }
+        }
+        Ok(discarded)
+    }
+
+    /// The guest addresses of it.
+    fn range(&self) -> GuestRange {
+        let start = self.ram.range.start_addr().0 + self.inside.start;
+        let len = self.inside.end - self.inside.start;
+        // A part of a region is a range as good as the region.
+        GuestRange::new(GuestAddress(start), len).unwrap_or(self.ram.range)
+    }
+
+    fn in_backing(&self, part: Range<u64>) -> Range<u64> {
+        self.ram.offset + part.start..self.ram.offset + part.end
+    }
+}
+
+/// The whole pages in a range of offsets, and the report if all of them become free.
+fn split(range: Range<u64>, page_size: u64) -> (Range<u64>, Discarded) {
+    let len = range.end - range.start;
+    let start = range.start.next_multiple_of(page_size);
+    let end = range.end - range.end % page_size;
+    if start > end {
+        // Inside one page.
+        let kept = Discarded {
+            kept_head: len,
+            ..Discarded::default()
+        };
+        return (range.start..range.start, kept);
+    }
+    let discarded = Discarded {
+        freed: end - start,
+        kept_head: start - range.start,
+        kept_tail: range.end - end,
+    };
+    (start..end, discarded)
+}
+
+/// The parts at the ends of a range of offsets that are no whole huge pages; either may be empty.
+fn edges(range: Range<u64>, huge: u64) -> (Range<u64>, Range<u64>) {
+    let first = range.start.next_multiple_of(huge).min(range.end);
+    let last = (range.end - range.end % huge).max(first);
+    (range.start..first, last..range.end)
+}
+
+/// The size in bytes of the largest transparent huge page; of a base page if there are none.
+pub(super) fn transparent_huge_page() -> u64 {
+    static SIZE: OnceLock<u64> = OnceLock::new();
+    let read = || {
+        let size = transparent::page_size().filter(|size| size.is_power_of_two());
+        size.unwrap_or_else(base_page_size)
+    };
+    *SIZE.get_or_init(read)
+}
+
+/// Whether holes can be punched into the file, found out by punching one where it has nothing.
+fn can_punch_holes(backing: &ShmBacking) -> io::Result<bool> {
+    /// So far behind its end that it is not there by the time that we ask, should it grow.
+    const FAR: u64 = 1 << 30;
+    if backing.is_on_tmpfs() || backing.is_hugetlb() {
+        return Ok(true);
+    }
+    let file: &File = backing.file();
+    let page = backing.page_size();
+    let behind = file.metadata()?.len().next_multiple_of(page) + FAR;
+    let signed = |size: u64| i64::try_from(size).map_err(|_| Errno::EOVERFLOW);
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    match fallocate(file, flags, signed(behind)?, signed(page)?) {
+        Err(Errno::EOPNOTSUPP) => Ok(false),
+        // What else stands in the way (a largest file size) says nothing about holes.
+        _ => Ok(true),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn discarded(freed: u64, kept_head: u64, kept_tail: u64) -> Discarded {
+        Discarded {
+            freed,
+            kept_head,
+            kept_tail,
+        }
+    }
+
+    #[test]
+    fn only_whole_pages_are_freed_and_nothing_is_lost() {
+        for (range, whole, report) in [
+            (0..20, 0..20, discarded(20, 0, 0)),
+            (5..25, 10..20, discarded(10, 5, 5)),
+            (5..15, 10..10, discarded(0, 5, 5)),
+            (12..18, 12..12, discarded(0, 6, 0)),
+            (10..18, 10..10, discarded(0, 0, 8)),
+            (12..20, 20..20, discarded(0, 8, 0)),
+        ] {
+            assert_eq!(split(range.clone(), 10), (whole, report), "{range:?}");
+            assert_eq!(report.len(), range.end - range.start);
+        }
+    }
+
+    #[test]
+    fn edges_are_what_is_no_whole_huge_page() {
+        for (range, head, tail) in [
+            (0..200, 0..0, 200..200),
+            (50..250, 50..100, 200..250),
+            (120..180, 120..180, 180..180),
+            (100..150, 100..100, 100..150),
+            (150..200, 150..200, 200..200),
+        ] {
+            assert_eq!(edges(range.clone(), 100), (head, tail), "{range:?}");
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! What the kernel says about pages: which are mapped here, which by huge pages, how many exist.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::errno::Errno;
+use nix::libc;
+
+use super::{Mapping, Span, to_usize};
+use crate::backing::base_page_size;
+
+/// How much of a mapping mincore(2) is asked about at once, in bytes: a byte of answer per page.
+const WINDOW: u64 = 1 << 30;
+
+/// `PAGE_IS_HUGE` of linux/fs.h: mapped by an entry of a page middle directory, or of hugetlb.
+const PAGE_IS_HUGE: u64 = 1 << 6;
+
+/// The argument of `PAGEMAP_SCAN`: `struct pm_scan_arg` of linux/fs.h.
+#[repr(C)]
+#[derive(Default)]
+struct PmScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// A part of its answer: `struct page_region`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// `struct cachestat_range` of linux/mman.h.
+#[repr(C)]
+struct CachestatRange {
+    off: u64,
+    len: u64,
+}
+
+/// `struct cachestat`: numbers of base pages.
+#[repr(C)]
+#[derive(Default)]
+struct Cachestat {
+    cache: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+impl Mapping {
+    /// The byte offsets in the mapping of the pages of a hugetlb backing that this process has
+    /// mapped, in order (mincore(2)). `page_size` is that of the backing.
+    ///
+    /// Pages that exist, but were only touched by other processes, are not among them. (For a
+    /// tmpfs mincore would name them too.)
+    pub(crate) fn mapped(&self, page_size: u64) -> io::Result<Vec<Range<u64>>> {
+        let base = base_page_size();
+        let window = WINDOW.max(page_size).min(self.len() as u64);
+        let mut answer = vec![0u8; to_usize(window / base)];
+        let mut found: Vec<Range<u64>> = Vec::new();
+        for from in (0..self.len() as u64).step_by(to_usize(window)) {
+            let len = window.min(self.len() as u64 - from);
+            let span = self.ram.part(to_usize(from), to_usize(len));
+            mincore(span, &mut answer)?;
+            for page in (0..len).step_by(to_usize(page_size)) {
+                if answer[to_usize(page / base)] & 1 == 0 {
+                    continue;
+                }
+                let start = from + page;
+                match found.last_mut() {
+                    Some(last) if last.end == start => last.end += page_size,
+                    _ => found.push(start..start + page_size),
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// How many bytes of it this process has mapped by huge pages; none if the kernel cannot say
+    /// (`PAGEMAP_SCAN` of /proc/PID/pagemap, Linux 6.7).
+    pub(crate) fn mapped_huge(&self) -> io::Result<Option<u64>> {
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let start = self.ram.start.addr().get() as u64;
+        let end = start + self.len() as u64;
+        let mut answer = [PageRegion::default(); 256];
+        let mut at = start;
+        let mut huge = 0;
+        while at < end {
+            let mut arg = PmScanArg {
+                size: size_of::<PmScanArg>() as u64,
+                start: at,
+                end,
+                vec: answer.as_mut_ptr().expose_provenance() as u64,
+                vec_len: answer.len() as u64,
+                category_mask: PAGE_IS_HUGE,
+                return_mask: PAGE_IS_HUGE,
+                ..PmScanArg::default()
+            };
+            // SAFETY: the descriptor and the structures live through the call; the kernel writes
+            // to `arg` and to at most `vec_len` elements at `vec`, which are plain numbers. Without
+            // flags it only looks at the mapping.
+            let found = unsafe { pagemap_scan(pagemap.as_raw_fd(), &raw mut arg) };
+            let found = match found {
+                Ok(found) => usize::try_from(found).unwrap_or(0),
+                Err(Errno::ENOTTY | Errno::EINVAL) => return Ok(None),
+                Err(errno) => return Err(errno.into()),
+            };
+            huge += answer
+                .iter()
+                .take(found)
+                .map(|part| part.end.saturating_sub(part.start))
+                .sum::<u64>();
+            if arg.walk_end <= at {
+                return Ok(None);
+            }
+            at = arg.walk_end;
+        }
+        Ok(Some(huge))
+    }
+}
+
+nix::ioctl_readwrite!(pagemap_scan, b'f', 16, PmScanArg);
+
+/// One byte per base page of the span.
+fn mincore(span: Span, answer: &mut [u8]) -> io::Result<()> {
+    let pages = span.len.get().div_ceil(to_usize(base_page_size()));
+    if answer.len() < pages {
+        return Err(Errno::EINVAL.into());
+    }
+    // SAFETY: the span is mapped by this crate, and the kernel writes a byte for each of its
+    // pages, for all of which there is room, as just checked.
+    let done = unsafe { libc::mincore(span.start.as_ptr(), span.len.get(), answer.as_mut_ptr()) };
+    Errno::result(done)?;
+    Ok(())
+}
+
+/// How many bytes of a range of a file on a tmpfs are allocated, swapped out or not; none if the
+/// kernel cannot say (cachestat(2), Linux 6.5).
+///
+/// It sees what lseek(2) and mincore(2) do not: pages that were allocated by fallocate(2) and not
+/// touched since.
+pub(crate) fn cached(file: impl AsFd, range: Range<u64>) -> io::Result<Option<u64>> {
+    // The same on all architectures that this crate builds for.
+    const SYS_CACHESTAT: libc::c_long = 451;
+    if range.is_empty() {
+        return Ok(Some(0));
+    }
+    let range = CachestatRange {
+        off: range.start,
+        len: range.end - range.start,
+    };
+    let mut answer = Cachestat::default();
+    let fd = file.as_fd().as_raw_fd();
+    let flags: libc::c_uint = 0;
+    // SAFETY: the descriptor and both structures live through the call, and have the layout that
+    // it knows; it reads the one and writes the other.
+    let done =
+        unsafe { libc::syscall(SYS_CACHESTAT, fd, &raw const range, &raw mut answer, flags) };
+    match Errno::result(done) {
+        // What is swapped out counts as evicted here.
+        Ok(_) => Ok(Some((answer.cache + answer.evicted) * base_page_size())),
+        // Not there, not allowed (a seccomp filter), or not for this file system.
+        Err(Errno::ENOSYS | Errno::EPERM | Errno::EACCES | Errno::EOPNOTSUPP) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backing::ShmBacking;
+    use crate::options::RamOptions;
+    use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
+
+    #[test]
+    fn the_structures_have_the_kernels_layout() {
+        assert_eq!(size_of::<PmScanArg>(), 96);
+        assert_eq!(size_of::<PageRegion>(), 24);
+        assert_eq!(size_of::<Cachestat>(), 40);
+    }
+
+    #[test]
+    fn pages_are_counted_that_were_allocated_and_never_touched() {
+        let page = base_page_size();
+        let backing = ShmBacking::create(&RamOptions::new(), 16 * page).unwrap();
+        let Some(0) = cached(&backing, 0..16 * page).unwrap() else {
+            return;
+        };
+        let len = i64::try_from(2 * page).unwrap();
+        nix::fcntl::posix_fallocate(&backing, 0, len).unwrap();
+        assert_eq!(cached(&backing, 0..16 * page).unwrap(), Some(2 * page));
+        assert_eq!(cached(&backing, page..2 * page).unwrap(), Some(page));
+        assert_eq!(cached(&backing, 2 * page..16 * page).unwrap(), Some(0));
+    }
+
+    #[test]
+    fn base_pages_are_not_huge_and_mapped_ones_are_found() {
+        let page = base_page_size();
+        let region =
+            crate::GuestRegionShm::<()>::new(GuestAddress(0), 8 * page, &RamOptions::new())
+                .unwrap();
+        for at in [0, 1, 5] {
+            let at = MemoryRegionAddress(at * page);
+            region.write_obj(1u8, at).unwrap();
+        }
+        let mapping = &region.ram().mapping;
+        assert_eq!(
+            mapping.mapped(page).unwrap(),
+            [0..2 * page, 5 * page..6 * page]
+        );
+        assert!(matches!(mapping.mapped_huge().unwrap(), Some(0) | None));
+    }
+}
