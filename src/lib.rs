@@ -49,6 +49,7 @@
 //! | `rom` | [`GuestRom`]: a file that the guest only reads |
 //! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
 //! | `discard` | giving pages back to the host, forbidding it, and collecting balloon reports |
+//! | `stats` | [`MemoryStats`], [`Extents`]: what of the RAM exists, where, and by which pages |
 //! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it |
 //! | `share` | `VhostUserShare`: one daemon's view kept equal to a table |
 //! | `mock` | with the feature `mock`: an in-process daemon and a driver, for tests |
@@ -108,6 +109,7 @@ mod rom;
 mod memory;
 
 mod discard;
+mod stats;
 
 #[cfg(feature = "vhost-user")]
 mod share;
@@ -134,6 +136,7 @@ pub use report::{BuildReport, NotHuge, Note, ReportLine};
 pub use rom::GuestRom;
 #[cfg(feature = "vhost-user")]
 pub use share::{HangUp, MemTableSink, ShareReport, SinkError, TimeLimit, VhostUserShare};
+pub use stats::{Extents, MemoryStats, NodeStats, RegionStats};
 #[cfg(feature = "vhost-user")]
 pub use table::{MemoryTable, TableChange, TableRegion};
 

@@ -407,6 +407,15 @@ pub enum Error {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 
+    /// The kernel does not say what of the RAM exists.
+    #[error("cannot {doing}, to say what of the RAM exists: mount procfs, and see the cause")]
+    Stats {
+        /// The step that failed.
+        doing: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+
     /// An empty memory table, which SET_MEM_TABLE cannot carry; nothing was sent.
     #[error(
         "SET_MEM_TABLE cannot carry an empty memory table: keep a region in it, or negotiate \

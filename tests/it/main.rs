@@ -38,6 +38,8 @@ mod peers;
 mod proc;
 mod report;
 mod share;
+mod stats;
+mod stats_extents;
 mod support;
 mod threads;
 mod transparent;

@@ -1,0 +1,224 @@
+//! Facts about running RAM: what of it exists, where, and by which pages.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+
+use crate::backing::{BackingKind, Seals, ShmBacking};
+use crate::error::{Error, Result};
+use crate::host;
+use crate::layout::GuestRange;
+use crate::memory::GuestMemoryShm;
+use crate::region::Ram;
+use crate::report::Note;
+
+mod allocated;
+mod extents;
+mod proc;
+mod table;
+
+pub use extents::Extents;
+
+/// What the kernel says about the RAM of a guest at one time. All sizes are in bytes.
+///
+/// `Display` prints a table of the regions. It costs per region, and not per byte, unless several
+/// regions share a backing that is allocated in part (20 ns for each page allocated in all of them
+/// but the largest), transparent huge pages are in use (the page tables are walked), or there are
+/// several NUMA nodes.
+///
+/// ```
+/// use guest_memory_shm::GuestMemoryShm;
+/// use vm_memory::{Bytes, GuestAddress};
+///
+/// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 64 << 20)])?;
+/// memory.write_obj(1u8, GuestAddress(0x5000)).expect("there is RAM");
+/// let stats = memory.stats()?;
+/// assert_eq!((stats.size(), stats.allocated()), (64 << 20, 4096));
+/// println!("{stats}");
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct MemoryStats {
+    /// The regions, by address.
+    pub regions: Vec<RegionStats>,
+    /// What is allocated on which NUMA node, by node.
+    ///
+    /// On a machine with one node it is all there. On others only pages that this process has
+    /// mapped can be told (`/proc/self/numa_maps`): what only daemons have touched, or was
+    /// allocated without being mapped, is missing, and for huge RAM of base pages it takes a walk
+    /// over all page tables of the process.
+    pub nodes: Vec<NodeStats>,
+    /// What is allocated of hugetlb backings that several regions share, where the kernel does not
+    /// say in which of them: it was touched by other processes only.
+    pub unlocated: u64,
+    /// What this process has locked into memory, guest RAM or not (`VmLck` of
+    /// `/proc/self/status`).
+    pub locked: u64,
+}
+
+/// What the kernel says about a region. All sizes are in bytes.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct RegionStats {
+    /// The guest addresses.
+    pub range: GuestRange,
+    /// What its backing is.
+    pub kind: BackingKind,
+    /// The name that its backing was given, or what the kernel calls it: the name of the memfd, or
+    /// the path of the file, which may have been removed since.
+    pub name: String,
+    /// The size of the pages of its backing.
+    pub page_size: u64,
+    /// What of it takes memory (or swap space) now, whichever process touched it.
+    pub allocated: u64,
+    /// What of it is mapped by huge pages in this process, or is in huge pages of hugetlb; none if
+    /// the kernel cannot say (`PAGEMAP_SCAN`, Linux 6.7).
+    pub huge: Option<u64>,
+    /// The seals on its backing.
+    pub seals: Seals,
+    /// Options of its backing that have no effect, and limits that were near.
+    pub notes: Vec<Note>,
+}
+
+/// What is allocated on a NUMA node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct NodeStats {
+    /// The number of the node.
+    pub node: u32,
+    /// What is allocated there, in bytes.
+    pub allocated: u64,
+}
+
+impl RegionStats {
+    /// The size in bytes.
+    pub fn size(&self) -> u64 {
+        self.range.size()
+    }
+}
+
+impl MemoryStats {
+    /// The size of all regions in bytes.
+    pub fn size(&self) -> u64 {
+        self.regions.iter().map(RegionStats::size).sum()
+    }
+
+    /// What of all regions is allocated, in bytes, located or not.
+    pub fn allocated(&self) -> u64 {
+        let located: u64 = self.regions.iter().map(|region| region.allocated).sum();
+        located + self.unlocated
+    }
+
+    /// What of all regions is in huge pages, in bytes; none if it is not known of all.
+    pub fn huge(&self) -> Option<u64> {
+        self.regions.iter().map(|region| region.huge).sum()
+    }
+}
+
+impl<B> GuestMemoryShm<B> {
+    /// What of the RAM exists now, and by which pages. Cheap enough to be asked every second.
+    ///
+    /// The RAM is in use meanwhile: the numbers are of slightly different times.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Stats`] if a system call fails or `/proc` cannot be read.
+    pub fn stats(&self) -> Result<MemoryStats> {
+        let regions = self.arc_regions();
+        let rams: Vec<&Ram> = regions.iter().map(|region| region.ram()).collect();
+        let (allocated, unlocated) = allocated::per_region(&rams)?;
+        let is_huge_mapped = proc::is_huge_mapped().map_err(failed("read /proc/meminfo"))?;
+        let mut stats = Vec::with_capacity(rams.len());
+        for (ram, allocated) in rams.iter().zip(allocated) {
+            let huge = if ram.backing.is_hugetlb() {
+                Some(allocated)
+            } else if is_huge_mapped {
+                let found = ram.mapping.mapped_huge();
+                found.map_err(failed("scan /proc/self/pagemap"))?
+            } else {
+                Some(0)
+            };
+            stats.push(RegionStats {
+                range: ram.range,
+                kind: ram.backing.kind(),
+                name: name(&ram.backing),
+                page_size: ram.backing.page_size(),
+                allocated,
+                huge,
+                seals: ram.backing.seals(),
+                notes: notes(ram),
+            });
+        }
+        let mut stats = MemoryStats {
+            regions: stats,
+            nodes: Vec::new(),
+            unlocated,
+            locked: proc::locked().map_err(failed("read /proc/self/status"))?,
+        };
+        stats.nodes = nodes(&rams, stats.allocated())?;
+        Ok(stats)
+    }
+}
+
+/// What is to be said about a region: known when its backing was created, and when it was mapped.
+fn notes(ram: &Ram) -> Vec<Note> {
+    let notes = ram.backing.notes().iter().chain(ram.mapping.notes());
+    notes.cloned().collect()
+}
+
+/// The name that the backing was given, or what the kernel calls the file.
+fn name(backing: &ShmBacking) -> String {
+    if let Some(name) = backing.name() {
+        return name.to_owned();
+    }
+    let link = format!("/proc/self/fd/{}", backing.as_fd().as_raw_fd());
+    let Ok(path) = fs::read_link(link) else {
+        return String::new();
+    };
+    let path = path.to_string_lossy();
+    let path = path.strip_suffix(" (deleted)").unwrap_or(&path);
+    path.strip_prefix("/memfd:").unwrap_or(path).to_owned()
+}
+
+fn nodes(rams: &[&Ram], allocated: u64) -> Result<Vec<NodeStats>> {
+    // A kernel without NUMA has one node, which it does not name.
+    let online = host::nodes::with_memory().map_or_else(|| vec![0], |nodes| nodes.iter().collect());
+    if let [node] = online[..] {
+        return Ok(vec![NodeStats { node, allocated }]);
+    }
+    let mappings: Vec<u64> = rams
+        .iter()
+        .map(|ram| ram.mapping.host_addr().as_ptr().addr() as u64)
+        .collect();
+    let found = proc::pages_of_nodes(&mappings).map_err(failed("read /proc/self/numa_maps"))?;
+    let of = |node: u32| found.iter().filter(move |(on, _)| *on == node);
+    Ok(online
+        .into_iter()
+        .map(|node| NodeStats {
+            node,
+            allocated: of(node).map(|(_, bytes)| bytes).sum(),
+        })
+        .collect())
+}
+
+/// The regions of each backing: their places in `rams`.
+fn by_backing(rams: &[&Ram]) -> Vec<Vec<usize>> {
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    for (at, ram) in rams.iter().enumerate() {
+        let same = groups.iter_mut().find(|group| {
+            let other = rams[group[0]];
+            Arc::ptr_eq(other.backing.file(), ram.backing.file()) || other.backing == ram.backing
+        });
+        match same {
+            Some(group) => group.push(at),
+            None => groups.push(vec![at]),
+        }
+    }
+    groups
+}
+
+fn failed(doing: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Stats { doing, source }
+}

@@ -1,0 +1,154 @@
+//! Facts about RAM as a table for people.
+
+use std::fmt;
+
+use super::{MemoryStats, RegionStats};
+use crate::backing::Seals;
+
+/// A number of bytes in a column: one decimal, rounded down, in the largest binary unit.
+struct Short(u64);
+
+const UNITS: [(u64, &str); 6] = [
+    (1 << 60, "EiB"),
+    (1 << 50, "PiB"),
+    (1 << 40, "TiB"),
+    (1 << 30, "GiB"),
+    (1 << 20, "MiB"),
+    (1 << 10, "KiB"),
+];
+
+impl fmt::Display for Short {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = match UNITS.iter().find(|(unit, _)| self.0 >= *unit) {
+            Some((unit, name)) if self.0.is_multiple_of(*unit) => {
+                format!("{} {name}", self.0 / unit)
+            }
+            Some((unit, name)) => {
+                let tenths = u128::from(self.0) * 10 / u128::from(*unit);
+                format!("{}.{} {name}", tenths / 10, tenths % 10)
+            }
+            None => format!("{} B", self.0),
+        };
+        f.pad(&text)
+    }
+}
+
+fn known(bytes: Option<u64>) -> String {
+    bytes.map_or_else(|| "unknown".to_owned(), |bytes| Short(bytes).to_string())
+}
+
+/// A line of headings, a line per region, the totals, the nodes, what is locked, and the notes.
+impl fmt::Display for MemoryStats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let address = |region: &RegionStats| {
+            let range = region.range;
+            format!("{:#x}..={:#x}", range.start_addr().0, range.last_addr().0)
+        };
+        let wide = |texts: Vec<usize>, least: usize| texts.into_iter().fold(least, usize::max);
+        let lengths = |text: &dyn Fn(&RegionStats) -> String| {
+            self.regions
+                .iter()
+                .map(|region| text(region).chars().count())
+                .collect()
+        };
+        let places = wide(lengths(&address), "guest address".len());
+        let kinds = wide(lengths(&|region| region.kind.to_string()), "backing".len());
+        writeln!(
+            f,
+            "{:<places$} {:>9} {:>9} {:>9} {:>8} {:<6} {:<kinds$} name",
+            "guest address", "size", "allocated", "huge", "page", "sealed", "backing"
+        )?;
+        for region in &self.regions {
+            let sealed = region.seals.contains(Seals::RESIZE);
+            writeln!(
+                f,
+                "{:<places$} {:>9} {:>9} {:>9} {:>8} {:<6} {:<kinds$} {}",
+                address(region),
+                Short(region.size()),
+                Short(region.allocated),
+                known(region.huge),
+                Short(region.page_size),
+                if sealed { "yes" } else { "no" },
+                region.kind,
+                region.name,
+            )?;
+        }
+        write!(
+            f,
+            "{:<places$} {:>9} {:>9} {:>9}",
+            "total",
+            Short(self.size()),
+            Short(self.allocated()),
+            known(self.huge()),
+        )?;
+        if self.unlocated > 0 {
+            let unlocated = Short(self.unlocated);
+            write!(f, "\nin a region that cannot be told: {unlocated}")?;
+        }
+        for node in &self.nodes {
+            let allocated = Short(node.allocated);
+            write!(f, "\nallocated on node {}: {allocated}", node.node)?;
+        }
+        write!(f, "\nlocked by this process: {}", Short(self.locked))?;
+        for region in &self.regions {
+            for note in &region.notes {
+                write!(f, "\n{}: {note}", region.range)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::super::NodeStats;
+    use super::*;
+    use crate::backing::BackingKind;
+    use crate::layout::GuestRange;
+    use crate::report::Note;
+
+    #[test]
+    fn columns_are_aligned_and_units_are_human() {
+        let region = |start, size, allocated, huge| RegionStats {
+            range: GuestRange::new(GuestAddress(start), size).unwrap(),
+            kind: BackingKind::HugetlbMemfd,
+            name: "ram".to_owned(),
+            page_size: 2 << 20,
+            allocated,
+            huge,
+            seals: Seals::RESIZE,
+            notes: Vec::new(),
+        };
+        let mut stats = MemoryStats {
+            regions: vec![
+                region(0, 3 << 30, (1 << 30) + (600 << 20), Some(2 << 20)),
+                region(4 << 30, 4096, 0, None),
+            ],
+            nodes: vec![NodeStats {
+                node: 0,
+                allocated: 12 << 20,
+            }],
+            unlocated: 2 << 20,
+            locked: 100,
+        };
+        stats.regions[1].notes.push(Note::Merge);
+        let text = stats.to_string();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(
+            lines,
+            [
+                "guest address                  size allocated      huge     page sealed backing       name",
+                "0x0..=0xbfffffff              3 GiB   1.5 GiB     2 MiB    2 MiB yes    hugetlb memfd ram",
+                "0x100000000..=0x100000fff     4 KiB       0 B   unknown    2 MiB yes    hugetlb memfd ram",
+                "total                       3.0 GiB   1.5 GiB   unknown",
+                "in a region that cannot be told: 2 MiB",
+                "allocated on node 0: 12 MiB",
+                "locked by this process: 100 B",
+                "0x100000000..=0x100000fff (4 KiB): merge=on has no effect: the kernel merges private \
+                 pages only, never shared ones",
+            ]
+        );
+    }
+}
