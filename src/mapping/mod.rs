@@ -20,6 +20,8 @@ use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 mod numa;
+mod populate;
+mod remove;
 
 use crate::backing::{ShmBacking, base_page_size};
 use crate::error::{Error, FileError, Result};
@@ -27,7 +29,6 @@ use crate::host::transparent;
 use crate::options::{Access, CoreDump, MapOptions};
 use crate::report::{NotHuge, Note, log_notes};
 
-mod remove;
 mod scan;
 
 pub(crate) use scan::cached;
@@ -304,7 +305,7 @@ impl Span {
 
     /// `len` bytes, `at` bytes into the span.
     fn part(self, at: usize, len: usize) -> Self {
-        // Both stay inside the span: `Reservation::new` is the only caller.
+        // Both stay inside the span: the callers see to that.
         let start = self.start.as_ptr().map_addr(|addr| addr + at);
         match (NonNull::new(start), NonZeroUsize::new(len)) {
             (Some(start), Some(len)) => Self { start, len },
