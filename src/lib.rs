@@ -48,6 +48,7 @@
 //! | `region` | [`GuestRegionShm`]: a mapping placed at a guest address |
 //! | `rom` | [`GuestRom`]: a file that the guest only reads |
 //! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
+//! | `populate` | [`PopulateOptions`]: pages allocated and mapped ahead, by several threads |
 //! | `discard` | giving pages back to the host, forbidding it, and collecting balloon reports |
 //! | `stats` | [`MemoryStats`], [`Extents`]: what of the RAM exists, where, and by which pages |
 //! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it |
@@ -65,7 +66,7 @@
 //! 4. No `&[u8]` or `&mut [u8]` over guest RAM, ever: `VolatileSlice`, or an address.
 //! 5. No call of this crate raises SIGBUS or SIGXFSZ in its caller: capacity is checked or
 //!    allocated by calls that return an error.
-//! 6. Order at creation: size, seal, map, advise. Advice after the first page is silently useless.
+//! 6. Order at creation: size, seal, map, advise, populate. Advice after the first page is silently useless.
 //! 7. Failure leaves nothing: no name in `/dev/shm`, no descriptor, no mapping, no page.
 //! 8. nix and libc types stay out of public signatures; vhost types are only in `share` and `mock`.
 //!
@@ -107,6 +108,7 @@ mod region;
 mod rom;
 
 mod memory;
+mod populate;
 
 mod discard;
 mod stats;
@@ -130,6 +132,9 @@ pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{
     Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, PageSize, Populate,
     RamOptions, Reserve, Sealing,
+};
+pub use populate::{
+    CancelToken, OnFailure, PopulateHandle, PopulateOptions, PopulateProgress, Populated,
 };
 pub use region::GuestRegionShm;
 pub use report::{BuildReport, NotHuge, Note, ReportLine};

@@ -19,6 +19,7 @@ use crate::error::{FileError, Result};
 use crate::layout::GuestRange;
 use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::options::{Access, RamOptions};
+use crate::populate::populate_new;
 use crate::report::{BuildReport, log_notes};
 
 /// A contiguous range of guest RAM: one shared mapping of a part of a [`ShmBacking`].
@@ -73,7 +74,8 @@ pub(crate) struct Ram {
 }
 
 impl<B: NewBitmap> GuestRegionShm<B> {
-    /// A region of `size` bytes at `start`, with a new backing of its own.
+    /// A region of `size` bytes at `start`, with a new backing of its own, populated as the options
+    /// say.
     ///
     /// # Errors
     ///
@@ -81,7 +83,8 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     /// [`Error::RangeOverflow`](crate::Error::RangeOverflow),
     /// [`Error::UnalignedAddress`](crate::Error::UnalignedAddress) and
     /// [`Error::UnalignedSize`](crate::Error::UnalignedSize) for a bad place, and those of
-    /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing).
+    /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing), and
+    /// [`Error::Populate`](crate::Error::Populate).
     pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {
         let range = GuestRange::new(start, size)?;
         range.check_aligned(page_size_of(options)?)?;
@@ -93,6 +96,7 @@ impl<B: NewBitmap> GuestRegionShm<B> {
         }
         let backing = ShmBacking::create_provisional(options, size)?;
         let region = Self::place(&backing, backing.start(), range)?;
+        populate_new([(region.ram().clone(), options)])?;
         backing.keep();
         Ok(region)
     }

@@ -373,6 +373,15 @@ impl ShmBacking {
         self.inner.kind.is_hugetlb()
     }
 
+    /// Whether it goes away, pages and all, with its last user: it has no name, and no other
+    /// process had it when it was created.
+    pub(crate) fn is_nameless(&self) -> bool {
+        matches!(
+            self.inner.kind,
+            BackingKind::Memfd | BackingKind::HugetlbMemfd | BackingKind::PosixShm
+        )
+    }
+
     /// Whether it is a file on a tmpfs: a memfd of base pages or POSIX shared memory too.
     pub(crate) fn is_on_tmpfs(&self) -> bool {
         matches!(

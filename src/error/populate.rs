@@ -1,6 +1,238 @@
 //! Why RAM could not be populated.
 
+use std::io;
+
+use vm_memory::GuestAddress;
+
+use crate::layout::GuestRange;
+use crate::units::HumanSize;
+
 /// Why RAM could not be populated.
+///
+/// The range is the part of the RAM that was being worked on; `needed` is what was still missing
+/// of all that was to be populated.
+///
+/// ```
+/// use guest_memory_shm::{Error, GuestMemoryShm, GuestRange, Populate, PopulateError, PopulateOptions};
+/// use vm_memory::GuestAddress;
+///
+/// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+/// let beyond = GuestRange::new(GuestAddress(0), 2 << 20)?;
+/// let refused = memory.populate(PopulateOptions::new(Populate::Allocate).with_range(beyond));
+/// assert!(matches!(refused, Err(Error::Populate(PopulateError::NotRam { .. }))));
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
-pub enum PopulateError {}
+pub enum PopulateError {
+    /// A part of the range that was given is no RAM. Nothing was populated.
+    #[error(
+        "cannot populate {range}: there is no RAM at guest address {:#x}, give a range of RAM only",
+        .start.0
+    )]
+    NotRam {
+        /// The range that was given.
+        range: GuestRange,
+        /// The first address in it that is no RAM.
+        start: GuestAddress,
+    },
+
+    /// The file system behind the RAM is full.
+    #[error(
+        "cannot populate {range}: {} more are needed, the file system behind the RAM holds {} and \
+         has {} free: remove files from it, remount it with a larger size, or use a memfd backing",
+        HumanSize(*.needed), HumanSize(*.size), HumanSize(*.free)
+    )]
+    FileSystemFull {
+        /// The part of the RAM.
+        range: GuestRange,
+        /// What was still missing, in bytes.
+        needed: u64,
+        /// The size of the file system in bytes.
+        size: u64,
+        /// What was free of it, in bytes.
+        free: u64,
+    },
+
+    /// The pool of huge pages is empty, and the RAM has none reserved.
+    #[error(
+        "cannot populate {range}: {needed} more huge pages of {} are needed, {available} are free: \
+         raise /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages by {}, or use page size base",
+        HumanSize(*.page_size), .page_size / 1024, .needed.saturating_sub(*.available)
+    )]
+    HugePoolEmpty {
+        /// The part of the RAM.
+        range: GuestRange,
+        /// Huge pages that were still missing.
+        needed: u64,
+        /// Huge pages that could be had.
+        available: u64,
+        /// The page size in bytes.
+        page_size: u64,
+    },
+
+    /// The control group of this process may not have so much memory.
+    #[error(
+        "cannot populate {range}: {} more are needed, and the control group {group} has {} of its \
+         memory.max left: raise it",
+        HumanSize(*.needed), HumanSize(*.left)
+    )]
+    ControlGroup {
+        /// The part of the RAM.
+        range: GuestRange,
+        /// What was still missing, in bytes.
+        needed: u64,
+        /// The name of the control group.
+        group: Box<str>,
+        /// What the group had left of its limit, in bytes.
+        left: u64,
+    },
+
+    /// The system has no memory left.
+    #[error(
+        "cannot populate {range}: {} more are needed, and the system has {} available: give the \
+         guest less RAM, or free memory",
+        HumanSize(*.needed), HumanSize(*.available)
+    )]
+    OutOfMemory {
+        /// The part of the RAM.
+        range: GuestRange,
+        /// What was still missing, in bytes.
+        needed: u64,
+        /// `MemAvailable` of proc_meminfo(5), in bytes.
+        available: u64,
+    },
+
+    /// Somebody truncated the backing, which was not sealed.
+    #[error(
+        "cannot populate {range}: its backing had {} and has {} now, somebody truncated it; use a \
+         sealed memfd or a trusted peer",
+        HumanSize(*.len), HumanSize(*.now)
+    )]
+    Truncated {
+        /// The part of the RAM.
+        range: GuestRange,
+        /// The length that the backing had, in bytes.
+        len: u64,
+        /// The length that it has, in bytes.
+        now: u64,
+    },
+
+    /// It was cancelled, by the progress callback, by the token or by the handle.
+    #[error("populating was cancelled after {} of {}", HumanSize(*.done), HumanSize(*.total))]
+    Cancelled {
+        /// What was populated, in bytes.
+        done: u64,
+        /// What was to be populated, in bytes.
+        total: u64,
+    },
+
+    /// The thread that works in the background could not be started.
+    #[error(
+        "cannot start a thread to populate RAM in the background: raise RLIMIT_NPROC or pids.max, \
+         or populate in this thread"
+    )]
+    NoThread {
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// A system call failed for a reason that has no variant of its own.
+    #[error("cannot populate {range}: the kernel could not {doing}")]
+    System {
+        /// The part of the RAM.
+        range: GuestRange,
+        /// What the system call was to do.
+        doing: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_name_the_cause_the_range_and_the_way_out() {
+        let range = GuestRange::new(GuestAddress(1 << 32), 16 << 20).unwrap();
+        let prefix = "cannot populate 0x100000000..=0x100ffffff (16 MiB): ";
+        let cases = [
+            (
+                PopulateError::NotRam {
+                    range,
+                    start: GuestAddress(0x1_0010_0000),
+                },
+                "there is no RAM at guest address 0x100100000, give a range of RAM only",
+            ),
+            (
+                PopulateError::FileSystemFull {
+                    range,
+                    needed: 1 << 30,
+                    size: 64 << 20,
+                    free: 1 << 20,
+                },
+                "1 GiB more are needed, the file system behind the RAM holds 64 MiB and has 1 MiB \
+                 free: remove files from it, remount it with a larger size, or use a memfd backing",
+            ),
+            (
+                PopulateError::HugePoolEmpty {
+                    range,
+                    needed: 512,
+                    available: 40,
+                    page_size: 2 << 20,
+                },
+                "512 more huge pages of 2 MiB are needed, 40 are free: raise \
+                 /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472, or use page size \
+                 base",
+            ),
+            (
+                PopulateError::ControlGroup {
+                    range,
+                    needed: 1 << 30,
+                    group: "/vm".into(),
+                    left: 1 << 20,
+                },
+                "1 GiB more are needed, and the control group /vm has 1 MiB of its memory.max \
+                 left: raise it",
+            ),
+            (
+                PopulateError::OutOfMemory {
+                    range,
+                    needed: 1 << 30,
+                    available: 1 << 20,
+                },
+                "1 GiB more are needed, and the system has 1 MiB available: give the guest less \
+                 RAM, or free memory",
+            ),
+            (
+                PopulateError::Truncated {
+                    range,
+                    len: 1 << 30,
+                    now: 0,
+                },
+                "its backing had 1 GiB and has 0 bytes now, somebody truncated it; use a sealed \
+                 memfd or a trusted peer",
+            ),
+            (
+                PopulateError::System {
+                    range,
+                    doing: "allocate pages",
+                    source: io::Error::from_raw_os_error(5),
+                },
+                "the kernel could not allocate pages",
+            ),
+        ];
+        for (error, text) in cases {
+            assert_eq!(error.to_string(), format!("{prefix}{text}"));
+        }
+        let cancelled = PopulateError::Cancelled {
+            done: 3 << 30,
+            total: 4 << 30,
+        };
+        assert_eq!(
+            cancelled.to_string(),
+            "populating was cancelled after 3 GiB of 4 GiB"
+        );
+    }
+}

@@ -12,6 +12,11 @@ pub(crate) fn with_memory() -> Option<NodeSet> {
     NodeSet::from_nodes(parse_list(&text)?).ok()
 }
 
+/// The CPUs of a node, or `None` if the kernel does not tell.
+pub(crate) fn cpus(node: u32) -> Option<Vec<u32>> {
+    parse_list(&fs::read_to_string(format!("{NODES}/node{node}/cpulist")).ok()?)
+}
+
 /// The numbers of a list in the kernel's syntax, `0,2-3`.
 pub(crate) fn parse_list(text: &str) -> Option<Vec<u32>> {
     let text = text.trim();

@@ -13,6 +13,7 @@ use crate::backing::{
 use crate::error::{Error, FileError, Result};
 use crate::layout::{GuestRange, check_disjoint, pack};
 use crate::options::{Access, Backing, RamOptions};
+use crate::populate::populate_new;
 use crate::region::GuestRegionShm;
 use crate::report::{BuildReport, log_notes};
 
@@ -112,9 +113,11 @@ impl<B> GuestMemoryShmBuilder<B> {
 }
 
 impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
-    /// Creates the backings, maps them and places the regions.
+    /// Creates the backings, maps them, places the regions, and populates those on new backings as
+    /// their options say: all together, with as many threads as the options ask for that ask for
+    /// the most.
     ///
-    /// Costs per region, not per byte: no page is allocated.
+    /// Costs per region, not per byte, unless RAM is populated: no page is allocated then.
     ///
     /// # Errors
     ///
@@ -123,8 +126,8 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
     /// [`Error::UnalignedSize`], [`Error::Overlap`], [`Error::UnalignedOffset`],
     /// [`Error::OutsideBacking`], [`Error::BackingTruncated`] for bad places; those of
     /// [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for reading
-    /// only; and [`Error::Map`]. All numbers, and the pools of huge pages, are checked before
-    /// anything is created, and a failure leaves nothing behind.
+    /// only; [`Error::Map`]; and [`Error::Populate`]. All numbers, and the pools of huge pages, are
+    /// checked before anything is created, and a failure leaves nothing behind.
     pub fn build(self) -> Result<GuestMemoryShm<B>> {
         self.build_with_report().map(|(memory, _)| memory)
     }
@@ -142,13 +145,14 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
         check_creations(&plans)?;
 
         let mut report = BuildReport::default();
-        let created = plans.iter().filter(|plan| plan.options().is_some());
-        let size = created.fold(0, |sum: u64, plan| sum.saturating_add(plan.len));
+        let new = plans.iter().filter(|plan| plan.options().is_some());
+        let size = new.fold(0, |sum: u64, plan| sum.saturating_add(plan.len));
         if let Some(note) = control_group_note(size) {
             log_notes(ALL, std::slice::from_ref(&note));
             report.add(ALL, [note]);
         }
         let mut regions = Vec::with_capacity(all.len());
+        let mut created = Vec::new();
         for plan in &plans {
             let backing = match plan.source {
                 Source::Create(options) => ShmBacking::create_provisional(options, plan.len)?,
@@ -159,10 +163,15 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
                 let region = GuestRegionShm::place(&backing, *offset, *range)?;
                 let notes = region.ram().mapping.notes();
                 report.add(&backing.label(), notes.iter().cloned());
+                created.extend(
+                    plan.options()
+                        .map(|options| (region.ram().clone(), options)),
+                );
                 regions.push(region);
             }
         }
         let memory = GuestMemoryShm::from_regions(regions)?;
+        populate_new(created)?;
         memory.iter().for_each(|region| region.backing().keep());
         Ok((memory, report))
     }

@@ -1,0 +1,116 @@
+//! Populating in the background, and the handle to it.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::{Builder, JoinHandle};
+
+use nix::sys::signal::SigSet;
+
+use super::run::Job;
+use super::{CancelToken, PopulateProgress, Populated};
+use crate::error::{Error, PopulateError};
+
+/// Populating that goes on in the background: to ask how far it is, to wait for, to cancel.
+///
+/// Dropping it cancels, and waits until the threads are gone.
+///
+/// ```
+/// use guest_memory_shm::{GuestMemoryShm, Populate, PopulateOptions};
+/// use vm_memory::{Bytes, GuestAddress};
+///
+/// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 64 << 20)])?;
+/// let handle = memory.populate_in_background(PopulateOptions::new(Populate::Prefault))?;
+/// // The VMM goes on, for example to load a kernel.
+/// memory.write_obj(0x90_u8, GuestAddress(0x1000)).expect("there is RAM");
+/// assert!(handle.progress().done <= 64 << 20);
+/// assert_eq!(handle.wait()?.bytes, 64 << 20);
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
+#[derive(Debug)]
+#[must_use = "dropping it cancels"]
+pub struct PopulateHandle {
+    done: Arc<AtomicU64>,
+    total: u64,
+    cancel: CancelToken,
+    /// There until it is waited for.
+    thread: Option<JoinHandle<Result<Populated, PopulateError>>>,
+}
+
+impl PopulateHandle {
+    pub(super) fn start(mut job: Job<'static>) -> Result<Self, PopulateError> {
+        let done = Arc::new(AtomicU64::new(0));
+        let total = job.total();
+        let cancel = job.policy.cancel.clone();
+        let counter = done.clone();
+        let mut listener = job.progress.take();
+        job.progress = Some(Box::new(move |progress| {
+            counter.store(progress.done, Ordering::Relaxed);
+            match &mut listener {
+                Some(listener) => listener(progress),
+                None => ControlFlow::Continue(()),
+            }
+        }));
+        let body = move || {
+            // As in the threads that do the work, which inherit it.
+            let _ = SigSet::all().thread_block();
+            job.run()
+        };
+        let builder = Builder::new().name("populate".to_owned());
+        let thread = builder.spawn(body);
+        let thread = thread.map_err(|source| PopulateError::NoThread { source })?;
+        Ok(Self {
+            done,
+            total,
+            cancel,
+            thread: Some(thread),
+        })
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> PopulateProgress {
+        PopulateProgress {
+            done: self.done.load(Ordering::Relaxed),
+            total: self.total,
+        }
+    }
+
+    /// Whether it has ended, in whatever way: [`wait`](Self::wait) returns at once then.
+    pub fn is_finished(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Cancels it; [`wait`](Self::wait) then says whether that was in time.
+    pub fn cancel(&self) {
+        self.cancel.cancel();
+    }
+
+    /// Waits until it has ended, and gives its result.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`GuestMemoryShm::populate`](crate::GuestMemoryShm::populate).
+    ///
+    /// # Panics
+    ///
+    /// If the progress callback panicked, with its panic.
+    pub fn wait(mut self) -> Result<Populated, Error> {
+        let Some(thread) = self.thread.take() else {
+            unreachable!("only this method and drop take it");
+        };
+        match thread.join() {
+            Ok(result) => Ok(result?),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+}
+
+impl Drop for PopulateHandle {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.cancel();
+            // A panic was printed where it happened; nobody is there to be told.
+            let _ = thread.join();
+        }
+    }
+}

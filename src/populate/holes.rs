@@ -1,0 +1,287 @@
+//! What was not there before: remembered, and given back if populating comes to nothing.
+//!
+//! Holes are looked for with lseek(2), `SEEK_DATA` and `SEEK_HOLE`. A tmpfs counts pages that are
+//! allocated, but were never written nor read, as holes, and a hugetlbfs has none at all: then the
+//! number of allocated pages tells that this is no list of what is missing.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
+
+use super::plan::{Chunk, Part};
+use crate::backing::ShmBacking;
+use crate::mapping::to_usize;
+
+/// How much is read at once, in bytes, to see whether it is all zero.
+const BLOCK: u64 = 128 << 10;
+
+/// The holes of each part, as ranges of its backing, sorted.
+#[derive(Debug)]
+pub(super) struct Holes {
+    of: Vec<Vec<Range<u64>>>,
+}
+
+impl Holes {
+    /// The holes that the parts have now; none where they cannot be told.
+    pub(super) fn of(parts: &[Part]) -> Self {
+        let holes = |part| {
+            holes(part).unwrap_or_else(|error| {
+                log::debug!("cannot look for holes: {error}");
+                Vec::new()
+            })
+        };
+        Self {
+            of: parts.iter().map(holes).collect(),
+        }
+    }
+
+    /// Gives back the pages of the chunk that were holes and are zero now.
+    pub(super) fn give_back(&self, parts: &[Part], chunk: &Chunk) -> io::Result<()> {
+        let part = &parts[chunk.part];
+        let chunk_range = part.in_backing(&chunk.range);
+        let holes = &self.of[chunk.part];
+        let first = holes.partition_point(|hole| hole.end <= chunk_range.start);
+        for hole in &holes[first..] {
+            let range = hole.start.max(chunk_range.start)..hole.end.min(chunk_range.end);
+            if range.is_empty() {
+                break;
+            }
+            let backing = part.backing();
+            zeros(backing.file(), range, backing.page_size(), |zeros| {
+                let start = zeros.start - part.ram.offset;
+                let end = zeros.end - part.ram.offset;
+                part.ram.mapping.remove(start..end)
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn holes(part: &Part) -> io::Result<Vec<Range<u64>>> {
+    let range = part.in_backing(&part.range);
+    let backing = part.backing();
+    match backing.allocated().map_err(io::Error::other)? {
+        0 => Ok(vec![range]),
+        _ if backing.is_hugetlb() => Ok(Vec::new()),
+        allocated => holes_between_data(backing, range, allocated),
+    }
+}
+
+/// The holes in `range`, or none if not everything that is `allocated` is data.
+fn holes_between_data(
+    backing: &ShmBacking,
+    range: Range<u64>,
+    allocated: u64,
+) -> io::Result<Vec<Range<u64>>> {
+    let mut holes = Vec::new();
+    let mut seen = 0;
+    let mut hole = range.start;
+    for data in Data::of(backing.file(), 0..backing.len()) {
+        let data = data?;
+        seen += data.end - data.start;
+        if data.end > range.start && data.start < range.end {
+            if hole < data.start {
+                holes.push(hole..data.start);
+            }
+            hole = data.end;
+        }
+    }
+    if hole < range.end {
+        holes.push(hole..range.end);
+    }
+    Ok(if seen == allocated { holes } else { Vec::new() })
+}
+
+/// Calls `found` with each run of pages in `range` that are all zero; holes among them are.
+fn zeros(
+    file: &File,
+    range: Range<u64>,
+    page_size: u64,
+    mut found: impl FnMut(Range<u64>) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut buffer = vec![0_u8; to_usize(BLOCK)];
+    let unit = to_usize(page_size.min(BLOCK));
+    // Where the run begins that is being followed.
+    let mut start = range.start;
+    for data in Data::of(file, range.clone()) {
+        let data = data?;
+        for block in data.clone().step_by(to_usize(BLOCK)) {
+            let bytes = &mut buffer[..to_usize(BLOCK.min(data.end - block))];
+            file.read_exact_at(bytes, block)?;
+            for (at, bytes) in (block..).step_by(unit).zip(bytes.chunks(unit)) {
+                if is_zero(bytes) {
+                    continue;
+                }
+                let page = at - at % page_size;
+                if start < page {
+                    found(start..page)?;
+                }
+                start = page + page_size;
+            }
+        }
+    }
+    if start < range.end {
+        found(start..range.end)?;
+    }
+    Ok(())
+}
+
+/// Without a branch per byte, so that it is done in vectors.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().fold(0, |all, byte| all | byte) == 0
+}
+
+/// The ranges of a file that are data, in order.
+struct Data<'a> {
+    file: &'a File,
+    rest: Range<u64>,
+}
+
+impl<'a> Data<'a> {
+    fn of(file: &'a File, range: Range<u64>) -> Self {
+        Self { file, rest: range }
+    }
+
+    /// Where data, or a hole, begins at or after the start of the rest; `None` if nowhere.
+    ///
+    /// Nothing of this crate, nor of vm-memory or vhost, uses the position that it moves.
+    fn seek(&self, from: u64, whence: Whence) -> io::Result<Option<u64>> {
+        let from = i64::try_from(from).map_err(|_| Errno::EOVERFLOW)?;
+        match lseek(self.file, from, whence) {
+            Ok(at) => Ok(Some(at.unsigned_abs())),
+            Err(Errno::ENXIO) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn advance(&mut self) -> io::Result<Option<Range<u64>>> {
+        if self.rest.is_empty() {
+            return Ok(None);
+        }
+        let Some(start) = self.seek(self.rest.start, Whence::SeekData)? else {
+            return Ok(None);
+        };
+        if start >= self.rest.end {
+            return Ok(None);
+        }
+        // The end of the file is a hole, too.
+        let end = self.seek(start, Whence::SeekHole)?;
+        let end = end.unwrap_or(self.rest.end).min(self.rest.end);
+        self.rest.start = end;
+        Ok((start < end).then_some(start..end))
+    }
+}
+
+impl Iterator for Data<'_> {
+    type Item = io::Result<Range<u64>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let next = self.advance();
+        if !matches!(next, Ok(Some(_))) {
+            self.rest.start = self.rest.end;
+        }
+        next.transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::fcntl::{FallocateFlags, fallocate};
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::options::{Populate, RamOptions};
+    use crate::region::GuestRegionShm;
+
+    const PAGE: u64 = 4096;
+
+    fn part(pages: u64) -> Part {
+        let options = RamOptions::new();
+        let region = GuestRegionShm::<()>::new(GuestAddress(0), pages * PAGE, &options).unwrap();
+        Part::whole(region.ram().clone(), Populate::Prefault)
+    }
+
+    fn write(part: &Part, page: u64, byte: u8) {
+        let bytes = vec![byte; PAGE as usize];
+        part.backing()
+            .file()
+            .write_all_at(&bytes, page * PAGE)
+            .unwrap();
+    }
+
+    fn pages(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
+        let pages = |range: &Range<u64>| range.start / PAGE..range.end / PAGE;
+        ranges.iter().map(pages).collect()
+    }
+
+    #[test]
+    fn holes_are_what_was_never_allocated() {
+        let mut part = part(16);
+        assert_eq!(pages(&holes(&part).unwrap()), vec![0..16]);
+        for page in [0, 5, 6, 15] {
+            write(&part, page, 0);
+        }
+        assert_eq!(pages(&holes(&part).unwrap()), [1..5, 7..15]);
+        part.range = 2 * PAGE..6 * PAGE;
+        assert_eq!(pages(&holes(&part).unwrap()), vec![2..5]);
+    }
+
+    #[test]
+    fn pages_that_are_allocated_and_untouched_are_never_taken_for_holes() {
+        let part = part(16);
+        write(&part, 0, 1);
+        let (start, len) = (4 * PAGE as i64, PAGE as i64);
+        fallocate(part.backing(), FallocateFlags::empty(), start, len).unwrap();
+        // The control: the kernel does call them holes.
+        let data: Vec<_> = Data::of(part.backing().file(), 0..16 * PAGE)
+            .map(Result::unwrap)
+            .collect();
+        assert_eq!(pages(&data), vec![0..1]);
+        assert_eq!(holes(&part).unwrap(), []);
+    }
+
+    #[test]
+    fn only_zero_pages_that_were_holes_are_given_back() {
+        let part = part(64);
+        write(&part, 3, 0);
+        let holes = Holes::of(std::slice::from_ref(&part));
+        for page in 0..64 {
+            write(&part, page, u8::from(page == 7 || page == 40));
+        }
+        let chunk = Chunk {
+            part: 0,
+            range: 0..50 * PAGE,
+        };
+        holes
+            .give_back(std::slice::from_ref(&part), &chunk)
+            .unwrap();
+        let left: Vec<_> = Data::of(part.backing().file(), 0..64 * PAGE)
+            .map(Result::unwrap)
+            .collect();
+        assert_eq!(pages(&left), [3..4, 7..8, 40..41, 50..64]);
+        assert_eq!(part.backing().allocated().unwrap(), 17 * PAGE);
+    }
+
+    #[test]
+    fn a_page_larger_than_what_is_read_at_once_is_zero_only_as_a_whole() {
+        let part = part(512 * 4);
+        let huge = 512 * PAGE;
+        for page in [0, 600, 601, 1023, 1024 + 511] {
+            write(&part, page, 1);
+        }
+        for page in 1536..2048 {
+            write(&part, page, 0);
+        }
+        let mut found = Vec::new();
+        zeros(part.backing().file(), 0..4 * huge, huge, |run| {
+            found.push(run);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(found, vec![3 * huge..4 * huge]);
+    }
+}
