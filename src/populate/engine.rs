@@ -15,6 +15,10 @@ use super::plan::{Chunk, Queue};
 /// Threads need little but their few calls; the default of 2 MiB is address space for nothing.
 const STACK: usize = 256 << 10;
 
+/// How many results of each thread may wait for the listener: one that wants to cancel is heard in
+/// time, however fast the threads are.
+const AHEAD: usize = 2;
+
 /// Why a chunk could not be done.
 #[derive(Debug)]
 pub(super) struct Failure {
@@ -70,12 +74,13 @@ impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
     ///
     /// If the system refuses threads, there are fewer; if it refuses all, this one does the work.
     pub(super) fn run(&self, threads: u32, mut done: impl FnMut(Result<u64, Failure>)) -> u32 {
-        let (sender, receiver) = mpsc::channel();
         let gate = RwLock::new(());
         thread::scope(|scope| {
             let _stop = StopOnDrop(self.stop);
+            // It ends with this closure: no thread waits for a listener that panicked.
+            let (sender, receiver) = mpsc::sync_channel(threads as usize * AHEAD);
             let closed = gate.write();
-            let mut started = 0;
+            let mut started = Vec::new();
             for home in 0..threads {
                 let sender = sender.clone();
                 let gate = &gate;
@@ -92,21 +97,30 @@ impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
                 };
                 let builder = thread::Builder::new().name("populate".to_owned());
                 match builder.stack_size(STACK).spawn_scoped(scope, body) {
-                    Ok(_) => started += 1,
+                    Ok(thread) => started.push(thread),
                     Err(error) => {
-                        log::debug!("{started} of {threads} threads populate: {error}");
+                        let count = started.len();
+                        log::debug!("{count} of {threads} threads populate: {error}");
                         break;
                     }
                 }
             }
             drop(sender);
             drop(closed);
-            if started == 0 {
+            if started.is_empty() {
                 self.work_through(0, &mut done);
                 return 1;
             }
             receiver.iter().for_each(done);
-            started
+            let mut count = 0;
+            for thread in started {
+                // The scope would only wait for the end of its work, not for its stack to go.
+                if let Err(panic) = thread.join() {
+                    std::panic::resume_unwind(panic);
+                }
+                count += 1;
+            }
+            count
         })
     }
 

@@ -187,7 +187,8 @@ impl<'a> PopulateOptions<'a> {
     /// Sets what is called whenever a piece is done, last when all is: it may cancel by
     /// `ControlFlow::Break`.
     ///
-    /// It is called in the calling thread, in the background in that which coordinates.
+    /// It is called in the calling thread, in the background in that which coordinates. The threads
+    /// are at most a few pieces ahead of it, so it should be quick.
     pub fn with_progress(
         mut self,
         progress: impl FnMut(PopulateProgress) -> ControlFlow<()> + Send + 'a,

@@ -150,6 +150,19 @@ pub(crate) fn leaves_nothing<R>(scenario: impl FnOnce() -> R) -> R {
     result
 }
 
+/// As [`leaves_nothing`], for what starts threads: the C library sets address space aside for the
+/// heap of a thread, and keeps it for the next.
+pub(crate) fn leaves_nothing_but_heaps<R>(scenario: impl FnOnce() -> R) -> R {
+    let now = || Holdings {
+        reserved: 0,
+        ..Holdings::now()
+    };
+    let before = now();
+    let result = scenario();
+    assert_eq!(now(), before, "something is left");
+    result
+}
+
 #[test]
 fn holdings_see_a_descriptor_a_mapping_and_a_reservation() {
     super::isolation::in_own_process(|| {
