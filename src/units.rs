@@ -35,6 +35,27 @@ impl fmt::Display for HumanSize {
     }
 }
 
+/// A number of bytes for a column: in the largest binary unit, with one decimal, rounded down, where
+/// that is not exact.
+#[derive(Clone, Copy)]
+pub(crate) struct ShortSize(pub(crate) u64);
+
+impl fmt::Display for ShortSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = match UNITS.iter().find(|(unit, _)| self.0 >= *unit) {
+            Some((unit, name)) if self.0.is_multiple_of(*unit) => {
+                format!("{} {name}", self.0 / unit)
+            }
+            Some((unit, name)) => {
+                let tenths = u128::from(self.0) * 10 / u128::from(*unit);
+                format!("{}.{} {name}", tenths / 10, tenths % 10)
+            }
+            None => format!("{} B", self.0),
+        };
+        f.pad(&text)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,37 +4,13 @@ use std::fmt;
 
 use super::{MemoryStats, RegionStats};
 use crate::backing::Seals;
-
-/// A number of bytes in a column: one decimal, rounded down, in the largest binary unit.
-struct Short(u64);
-
-const UNITS: [(u64, &str); 6] = [
-    (1 << 60, "EiB"),
-    (1 << 50, "PiB"),
-    (1 << 40, "TiB"),
-    (1 << 30, "GiB"),
-    (1 << 20, "MiB"),
-    (1 << 10, "KiB"),
-];
-
-impl fmt::Display for Short {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = match UNITS.iter().find(|(unit, _)| self.0 >= *unit) {
-            Some((unit, name)) if self.0.is_multiple_of(*unit) => {
-                format!("{} {name}", self.0 / unit)
-            }
-            Some((unit, name)) => {
-                let tenths = u128::from(self.0) * 10 / u128::from(*unit);
-                format!("{}.{} {name}", tenths / 10, tenths % 10)
-            }
-            None => format!("{} B", self.0),
-        };
-        f.pad(&text)
-    }
-}
+use crate::units::ShortSize;
 
 fn known(bytes: Option<u64>) -> String {
-    bytes.map_or_else(|| "unknown".to_owned(), |bytes| Short(bytes).to_string())
+    bytes.map_or_else(
+        || "unknown".to_owned(),
+        |bytes| ShortSize(bytes).to_string(),
+    )
 }
 
 /// A line of headings, a line per region, the totals, the nodes, what is locked, and the notes.
@@ -64,10 +40,10 @@ impl fmt::Display for MemoryStats {
                 f,
                 "{:<places$} {:>9} {:>9} {:>9} {:>8} {:<6} {:<kinds$} {}",
                 address(region),
-                Short(region.size()),
-                Short(region.allocated),
+                ShortSize(region.size()),
+                ShortSize(region.allocated),
                 known(region.huge),
-                Short(region.page_size),
+                ShortSize(region.page_size),
                 if sealed { "yes" } else { "no" },
                 region.kind,
                 region.name,
@@ -77,19 +53,19 @@ impl fmt::Display for MemoryStats {
             f,
             "{:<places$} {:>9} {:>9} {:>9}",
             "total",
-            Short(self.size()),
-            Short(self.allocated()),
+            ShortSize(self.size()),
+            ShortSize(self.allocated()),
             known(self.huge()),
         )?;
         if self.unlocated > 0 {
-            let unlocated = Short(self.unlocated);
+            let unlocated = ShortSize(self.unlocated);
             write!(f, "\nin a region that cannot be told: {unlocated}")?;
         }
         for node in &self.nodes {
-            let allocated = Short(node.allocated);
+            let allocated = ShortSize(node.allocated);
             write!(f, "\nallocated on node {}: {allocated}", node.node)?;
         }
-        write!(f, "\nlocked by this process: {}", Short(self.locked))?;
+        write!(f, "\nlocked by this process: {}", ShortSize(self.locked))?;
         for region in &self.regions {
             for note in &region.notes {
                 write!(f, "\n{}: {note}", region.range)?;

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
@@ -30,6 +31,30 @@ pub(crate) fn skip(reason: &str) {
         "REQUIRE_PEERS is set, but {reason}"
     );
     eprintln!("skipped: {reason}");
+}
+
+/// The binary of an example. `cargo test` builds it before the tests; `cargo test --test it` does
+/// not.
+pub(crate) fn example(name: &str) -> PathBuf {
+    static BUILDING: Mutex<()> = Mutex::new(());
+    let _one = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
+    // target/<profile>/deps/it-0123
+    let test = std::env::current_exe().unwrap();
+    let profile = test.parent().and_then(Path::parent).unwrap();
+    let binary = profile.join("examples").join(name);
+    if !binary.is_file() {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args(["build", "--quiet", "--example", name, "--target-dir"]);
+        cargo.arg(profile.parent().unwrap());
+        match profile.file_name().and_then(|name| name.to_str()) {
+            Some("debug") | None => {}
+            Some(name) => drop(cargo.args(["--profile", name])),
+        }
+        let manifest = env!("CARGO_MANIFEST_DIR");
+        assert!(cargo.current_dir(manifest).status().unwrap().success());
+    }
+    assert!(binary.is_file(), "{}: build it first", binary.display());
+    binary
 }
 
 /// Ends and reaps a process that a test started, however the test ends.

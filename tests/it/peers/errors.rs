@@ -89,7 +89,7 @@ fn an_output_that_grows_too_large_is_removed() {
             "-c",
             "ulimit -f 8192; exec \"$0\" --ram 4M --disk 64M --read-to \"$1\"",
         ])
-        .arg(binary())
+        .arg(crate::support::example("share"))
         .arg(place.path("out"))
         .env("TMPDIR", place.0.path());
     Run::of(&mut command).fails_with(&["cannot write", "out", "64 MiB exceeds RLIMIT_FSIZE"]);
@@ -107,7 +107,7 @@ fn an_output_on_a_full_disk_is_removed() {
     let mut command = Command::new("unshare");
     command
         .args(["-m", "sh", "-c", script])
-        .arg(binary())
+        .arg(crate::support::example("share"))
         .arg(&small);
     command.env("TMPDIR", place.0.path());
     let run = Run::of(&mut command);

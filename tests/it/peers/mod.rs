@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::{OnceLock, mpsc};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -25,30 +25,6 @@ const MIB: u64 = 1 << 20;
 const DISK: u64 = 256 * MIB;
 /// For runs that must end by themselves much sooner.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// The example's binary. `cargo test` builds it before the tests; `cargo test --test it` does not.
-fn binary() -> &'static Path {
-    static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        // target/<profile>/deps/it-0123
-        let test = std::env::current_exe().unwrap();
-        let profile = test.parent().and_then(Path::parent).unwrap();
-        let binary = profile.join("examples/share");
-        if !binary.is_file() {
-            let mut cargo = Command::new(env!("CARGO"));
-            cargo.args(["build", "--quiet", "--example", "share", "--target-dir"]);
-            cargo.arg(profile.parent().unwrap());
-            match profile.file_name().and_then(|name| name.to_str()) {
-                Some("debug") | None => {}
-                Some(name) => drop(cargo.args(["--profile", name])),
-            }
-            let manifest = env!("CARGO_MANIFEST_DIR");
-            assert!(cargo.current_dir(manifest).status().unwrap().success());
-        }
-        assert!(binary.is_file(), "{}: build it first", binary.display());
-        binary
-    })
-}
 
 /// What a run of the example left.
 struct Run {
@@ -132,7 +108,7 @@ impl Place {
     }
 
     fn share(&self) -> Command {
-        let mut command = Command::new(binary());
+        let mut command = Command::new(support::example("share"));
         command.env("TMPDIR", self.0.path()).env_remove("RUST_LOG");
         command
     }
