@@ -11,17 +11,18 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-use nix::sys::resource::{Resource, getrlimit};
-
-use crate::error::{AdoptError, Error, NumaError, OptionsError, Result};
-use crate::host::nodes;
-use crate::options::{Backing, MapOptions, NumaPolicy, PageSize, Populate, RamOptions};
-use crate::report::{Note, log_notes};
+#[cfg(doc)]
+use crate::error::OptionsError;
+use crate::error::{AdoptError, Error, Result};
+#[cfg(doc)]
+use crate::options::Backing;
+use crate::options::{MapOptions, RamOptions};
+use crate::report::Note;
 use crate::units::HumanSize;
 
 mod adopt;
 mod capacity;
+mod create;
 mod extents;
 mod file;
 mod file_end;
@@ -29,6 +30,7 @@ mod file_open;
 mod file_system;
 mod gate;
 mod hugetlb;
+mod kind;
 mod memfd;
 mod notes;
 mod posix_shm;
@@ -37,10 +39,13 @@ mod seals;
 pub(crate) use crate::layout::base_page_size;
 pub use adopt::{AdoptPolicy, SealPolicy};
 pub(crate) use capacity::{check_descriptors, check_posix_shm, control_group_note};
+pub(crate) use create::{check_creation, huge_pages, page_size_of, start_of};
+use create::{check_file_size_limit, descriptor_error, descriptor_limit, kind_name};
 pub(crate) use extents::Allocation;
 use file_end::FileEnd;
 pub(crate) use gate::{Closed, DiscardGate, Passage};
 pub(crate) use hugetlb::check_pool;
+pub use kind::{BackingKind, FileIdentity};
 pub use seals::Seals;
 
 /// What st_blocks counts, in bytes, whatever the page size (stat(3type)).
@@ -85,82 +90,6 @@ struct Inner {
     gate: Arc<DiscardGate>,
 }
 
-/// What a backing turned out to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum BackingKind {
-    /// A memfd of base pages that this crate created.
-    Memfd,
-    /// A memfd of huge pages that this crate created.
-    HugetlbMemfd,
-    /// A POSIX shared memory object that this crate created.
-    PosixShm,
-    /// A file on a tmpfs that this crate opened or created.
-    ShmFile,
-    /// A file of huge pages, on a hugetlbfs, that this crate opened or created.
-    HugetlbFile,
-    /// A file on another file system that this crate opened or created.
-    File,
-    /// An adopted memfd, POSIX shared memory object or other file on a tmpfs.
-    AdoptedShm,
-    /// An adopted memfd of huge pages or file on a hugetlbfs.
-    AdoptedHugetlb,
-    /// An adopted file on another file system.
-    AdoptedFile,
-}
-
-impl BackingKind {
-    /// Whether the pages come from a hugetlb pool.
-    fn is_hugetlb(self) -> bool {
-        matches!(
-            self,
-            Self::HugetlbMemfd | Self::HugetlbFile | Self::AdoptedHugetlb
-        )
-    }
-
-    /// Whether the size of a file system limits it; memfds are on one without a limit.
-    fn is_on_file_system(self) -> bool {
-        matches!(self, Self::PosixShm | Self::ShmFile | Self::File)
-    }
-}
-
-impl fmt::Display for BackingKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Memfd => "memfd",
-            Self::HugetlbMemfd => "hugetlb memfd",
-            Self::PosixShm => "posix-shm",
-            Self::ShmFile => "shm file",
-            Self::HugetlbFile => "hugetlb file",
-            Self::File => "file",
-            Self::AdoptedShm => "adopted shm",
-            Self::AdoptedHugetlb => "adopted hugetlb",
-            Self::AdoptedFile => "adopted file",
-        })
-    }
-}
-
-/// Which file a descriptor stands for, whatever its number: `st_dev` and `st_ino` of fstat(2).
-///
-/// Two descriptors with the same identity give access to the same pages, in this process or
-/// another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct FileIdentity {
-    /// The device number of the file system.
-    pub dev: u64,
-    /// The inode number on it.
-    pub ino: u64,
-}
-
-impl FileIdentity {
-    fn of(metadata: &std::fs::Metadata) -> Self {
-        Self {
-            dev: metadata.dev(),
-            ino: metadata.ino(),
-        }
-    }
-}
-
 impl ShmBacking {
     /// Creates a backing for `len` bytes of RAM; no page of it is allocated.
     ///
@@ -192,53 +121,6 @@ impl ShmBacking {
     pub fn create(options: &RamOptions, len: u64) -> Result<Self> {
         let backing = Self::create_provisional(options, len)?;
         backing.keep();
-        Ok(backing)
-    }
-
-    /// Creates a backing that leaves nothing when it is dropped without having been
-    /// [kept](Self::keep): for what is not done before it is mapped.
-    pub(crate) fn create_provisional(options: &RamOptions, len: u64) -> Result<Self> {
-        let page_size = check_creation(options, len)?;
-        let huge_pages = huge_pages(options, len, page_size)?;
-        if huge_pages > 0 {
-            check_pool(huge_pages, page_size)?;
-        }
-        if let Backing::File(path) = options.backing() {
-            let backing = Self::from_file(file::open(options, path, len)?, options, len);
-            log_notes(&backing.label(), backing.notes());
-            log::debug!("opened {}: {backing:?}", path.display());
-            return Ok(backing);
-        }
-        let (file, kind) = match (options.backing(), options.page_size()) {
-            (Backing::Memfd, PageSize::Huge(_)) => (
-                memfd::create(options, len, Some(page_size))?,
-                BackingKind::HugetlbMemfd,
-            ),
-            (Backing::Memfd, _) => (memfd::create(options, len, None)?, BackingKind::Memfd),
-            (Backing::PosixShm, _) => (posix_shm::create(options, len)?, BackingKind::PosixShm),
-            (Backing::File(_), _) => unreachable!("files are opened above"),
-        };
-        let step = |doing, source| Error::CreateBacking {
-            doing,
-            kind: kind_name(options.backing()),
-            size: len,
-            source,
-        };
-        let metadata = file
-            .metadata()
-            .map_err(|source| step("fstat the descriptor", source))?;
-        let seals = seals::read(&file).map_err(|source| step("read the seals", source))?;
-        let mut notes = notes::of_options(options, kind);
-        if kind.is_on_file_system() && options.populate() == Populate::Lazy {
-            notes.extend(capacity::note(&file, len));
-        }
-        let mut backing = Self::new(file, page_size, kind, seals, &metadata, options.into());
-        if let Some(inner) = Arc::get_mut(&mut backing.inner) {
-            inner.name = options.name().map(str::to_owned);
-            inner.notes = notes;
-        }
-        log_notes(&backing.label(), backing.notes());
-        log::debug!("created {backing:?}");
         Ok(backing)
     }
 
@@ -297,31 +179,6 @@ impl ShmBacking {
                 name: None,
                 notes: Vec::new(),
                 end: None,
-                gate: Arc::default(),
-            }),
-        }
-    }
-
-    fn from_file(opened: file::Opened, options: &RamOptions, len: u64) -> Self {
-        let kind = opened.kind;
-        let mut notes = notes::of_options(options, kind);
-        if kind.is_on_file_system() && options.populate() == Populate::Lazy {
-            let missing = len.saturating_sub(opened.metadata.blocks() * BLOCK);
-            notes.extend(capacity::note(&opened.file, missing));
-        }
-        Self {
-            inner: Arc::new(Inner {
-                start: options.offset(),
-                len: options.offset() + len,
-                page_size: opened.page_size,
-                kind,
-                seals: opened.seals,
-                identity: FileIdentity::of(&opened.metadata),
-                map_options: options.into(),
-                name: options.name().map(str::to_owned),
-                notes,
-                file: opened.file,
-                end: Some(opened.end),
                 gate: Arc::default(),
             }),
         }
@@ -510,129 +367,6 @@ impl PartialEq for ShmBacking {
 }
 
 impl Eq for ShmBacking {}
-
-/// The size in bytes of the pages that backings with these options have, which are checked before
-/// the system is asked for anything: all that creates begins here.
-pub(crate) fn page_size_of(options: &RamOptions) -> Result<u64> {
-    options.check()?;
-    if let Backing::File(path) = options.backing() {
-        return file::page_size(path);
-    }
-    match options.page_size() {
-        PageSize::Base | PageSize::Transparent => Ok(base_page_size()),
-        PageSize::Huge(_) if options.backing() == &Backing::PosixShm => Err(Error::HugePosixShm),
-        PageSize::Huge(size) => hugetlb::page_size(size),
-    }
-}
-
-/// Everything about a new backing that can be checked without creating it, but the pool of huge
-/// pages, which several backings may share; gives its page size.
-pub(crate) fn check_creation(options: &RamOptions, len: u64) -> Result<u64> {
-    let page_size = page_size_of(options)?;
-    if let Some(set) = options.size().filter(|set| *set != len) {
-        return Err(OptionsError::SizeMismatch { set, ram: len }.into());
-    }
-    let end = start_of(options).saturating_add(len);
-    if len == 0 || i64::try_from(end).is_err() {
-        return Err(Error::BackingTooLong {
-            size: if len == 0 { 0 } else { end },
-            limit: i64::MAX.unsigned_abs(),
-        });
-    }
-    if !len.is_multiple_of(page_size) {
-        return Err(Error::UnalignedSize {
-            size: len,
-            page_size,
-        });
-    }
-    check_nodes(options.numa())?;
-    match options.backing() {
-        Backing::File(path) => file::check(options, path, len)?,
-        Backing::Memfd | Backing::PosixShm => check_file_size_limit(len)?,
-    }
-    Ok(page_size)
-}
-
-/// Where RAM begins in a backing with these options, in bytes.
-pub(crate) fn start_of(options: &RamOptions) -> u64 {
-    match options.backing() {
-        Backing::File(_) => options.offset(),
-        Backing::Memfd | Backing::PosixShm => 0,
-    }
-}
-
-/// How many pages a new backing of `len` bytes takes from the pool of its page size.
-pub(crate) fn huge_pages(options: &RamOptions, len: u64, page_size: u64) -> Result<u64> {
-    match (options.backing(), options.page_size()) {
-        _ if options.is_unreserved() => Ok(0),
-        (Backing::File(path), _) => file::huge_pages(path, len),
-        (_, PageSize::Huge(_)) => Ok(len / page_size),
-        _ => Ok(0),
-    }
-}
-
-/// Refuses a policy of which no node has memory, as mbind(2) would.
-fn check_nodes(policy: NumaPolicy) -> Result<()> {
-    let present = nodes::with_memory();
-    match present {
-        Some(nodes) if policy != NumaPolicy::Default && !nodes.intersects(policy.nodes()) => {
-            let source = Errno::EINVAL.into();
-            Err(NumaError {
-                policy,
-                present,
-                source,
-            }
-            .into())
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Refuses what ftruncate(2) would answer with SIGXFSZ, which ends a process that does not
-/// expect it.
-fn check_file_size_limit(len: u64) -> Result<()> {
-    match getrlimit(Resource::RLIMIT_FSIZE) {
-        Ok((limit, _)) if len > limit => Err(Error::FileSizeLimit { size: len, limit }),
-        // Without an answer the limit is left to the kernel.
-        _ => Ok(()),
-    }
-}
-
-fn kind_name(backing: &Backing) -> &'static str {
-    match backing {
-        Backing::Memfd => "memfd",
-        Backing::PosixShm => "POSIX shm",
-        Backing::File(_) => "file",
-    }
-}
-
-/// The error of a failed step that makes a descriptor.
-fn descriptor_error(doing: &'static str, backing: &Backing, size: u64, errno: Errno) -> Error {
-    let source = io::Error::from(errno);
-    match descriptor_limit(&source) {
-        Some(limit) => Error::NoDescriptors {
-            doing: kind_name(backing),
-            limit,
-            source,
-        },
-        None => Error::CreateBacking {
-            doing,
-            kind: kind_name(backing),
-            size,
-            source,
-        },
-    }
-}
-
-/// The soft limit on descriptors, if `error` says that there are no more.
-fn descriptor_limit(error: &io::Error) -> Option<u64> {
-    match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::EMFILE | Errno::ENFILE) => {
-            Some(getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft))
-        }
-        _ => None,
-    }
-}
 
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,7 @@
 //! Backings of every kind: what they are, and what is refused.
 
 use super::*;
+use crate::options::{Backing, PageSize};
 
 fn create(options: &RamOptions, len: u64) -> Result<ShmBacking> {
     ShmBacking::create(options, len)
