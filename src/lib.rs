@@ -66,7 +66,8 @@
 //! 4. No `&[u8]` or `&mut [u8]` over guest RAM, ever: `VolatileSlice`, or an address.
 //! 5. No call of this crate raises SIGBUS or SIGXFSZ in its caller: capacity is checked or
 //!    allocated by calls that return an error.
-//! 6. Order at creation: size, seal, map, advise, populate. Advice after the first page is silently useless.
+//! 6. Order at creation: size, seal, map, bind to NUMA nodes, advise, populate. Policies and advice
+//!    after the first page are silently useless.
 //! 7. Failure leaves nothing: no name in `/dev/shm`, no descriptor, no mapping, no page.
 //! 8. nix and libc types stay out of public signatures; vhost types are only in `share` and `mock`.
 //!
