@@ -84,13 +84,17 @@ impl ShmBacking {
             step,
             found: Vec::new(),
         };
-        let counts = self.is_on_tmpfs() && cached(self, 0..base_page_size())?.is_some();
-        if counts {
+        if self.counts_pages()? {
             self.count(&mut steps)?;
         } else {
             self.seek(&mut steps)?;
         }
         Ok(steps.found)
+    }
+
+    /// Whether its pages can be counted, untouched ones too (cachestat(2), Linux 6.5).
+    pub(crate) fn counts_pages(&self) -> io::Result<bool> {
+        Ok(self.is_on_tmpfs() && cached(self, 0..base_page_size())?.is_some())
     }
 
     /// Finds the extents by counting pages.

@@ -47,7 +47,7 @@ impl Mapping {
     /// The host addresses of these byte offsets; none if they are none.
     ///
     /// Fails for offsets behind the end: what is there belongs to others.
-    fn inside(&self, range: Range<u64>) -> io::Result<Option<Span>> {
+    pub(super) fn inside(&self, range: Range<u64>) -> io::Result<Option<Span>> {
         if range.start > range.end || range.end > self.len() as u64 {
             return Err(Errno::EINVAL.into());
         }

@@ -105,10 +105,11 @@ pub enum OnFailure {
     /// They are given back, if they were not there before and hold nothing but zeros.
     ///
     /// For RAM that nobody uses yet. What a guest or a daemon wrote meanwhile is kept, but a write
-    /// that falls between the look and the giving back, some microseconds, is lost: for RAM in use
-    /// there is [`Keep`](Self::Keep). What was allocated, but never written
-    /// ([`Populate::Allocate`]), cannot be told from a hole: then, and on a hugetlb backing that had
-    /// pages before, nothing is given back.
+    /// that falls between the look and the giving back, some microseconds, is lost, and a device that
+    /// has the pages pinned is left with them: for RAM in use there is [`Keep`](Self::Keep). Nothing
+    /// is given back where pages cannot be told from holes: on a hugetlb backing that had any
+    /// before, and before Linux 6.5 on one of which some were allocated, but never written
+    /// ([`Populate::Allocate`]).
     GiveBack,
     /// They stay: nothing is lost but memory, and populating the same range again goes on where it
     /// ended.

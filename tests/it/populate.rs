@@ -45,7 +45,7 @@ fn faults_of_writing(memory: &GuestMemoryShm, range: GuestRange) -> u64 {
         let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
         usage.minor_page_faults().unsigned_abs()
     };
-    // The code and the stack are there.
+    // The code and the stack are there: each call is about one region, whose code is the same.
     count();
     memory.write_obj(1u8, range.start_addr()).unwrap();
     let before = count();
@@ -174,10 +174,8 @@ fn a_part_is_populated_across_regions_and_only_that() {
     let populated = memory.populate(options).unwrap();
     assert_eq!(populated.bytes, MIB + 2 * PAGE);
     assert_eq!((of(0), of(1)), (MIB, 2 * PAGE));
-    assert_eq!(
-        faults_of_writing(&memory, range(3 * MIB, MIB + 2 * PAGE)),
-        0
-    );
+    assert_eq!(faults_of_writing(&memory, range(3 * MIB, MIB)), 0);
+    assert_eq!(faults_of_writing(&memory, range(4 * MIB, 2 * PAGE)), 0);
     // The control: the page behind is not there.
     let behind = range(4 * MIB + PAGE, 2 * PAGE);
     assert_eq!(faults_of_writing(&memory, behind), 1);

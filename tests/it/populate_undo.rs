@@ -101,7 +101,7 @@ fn what_a_guest_wrote_meanwhile_is_never_lost() {
 
 #[test]
 fn pages_that_were_promised_before_stay_promised() {
-    // The kernel tells such pages from holes no more: see `OnFailure::GiveBack`.
+    // lseek(2) takes such pages for holes.
     let memory = memory(RamOptions::new(), SIZE);
     let part = PopulateOptions::new(Populate::Allocate).with_range(range(0, 20 * MIB));
     memory.populate(part).unwrap();
