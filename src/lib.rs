@@ -43,12 +43,15 @@
 //! | `units` | sizes for people |
 //! | `layout` | guest ranges: alignment, overlap, holes, offsets in a backing |
 //! | `options` | [`RamOptions`]: what RAM is asked for, typed or in QEMU's syntax |
+//! | `report` | [`BuildReport`]: what building has to say: options without effect, limits that are near |
+//! | `host` | what this machine offers and forbids: NUMA nodes, huge pages, mounts, limits |
 //! | `backing` | [`ShmBacking`]: a sized descriptor, its seals, page size, allocation; adoption |
 //! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
-//! | `region` | [`GuestRegionShm`]: a mapping placed at a guest address |
+//! | `ram` | the RAM of a region: mapping, backing, and the place in both |
+//! | `populate` | [`PopulateOptions`]: pages allocated and mapped ahead, by several threads |
+//! | `region` | [`GuestRegionShm`]: RAM placed at a guest address, with its dirty bitmap |
 //! | `rom` | [`GuestRom`]: a file that the guest only reads |
 //! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
-//! | `populate` | [`PopulateOptions`]: pages allocated and mapped ahead, by several threads |
 //! | `discard` | giving pages back to the host, forbidding it, and collecting balloon reports |
 //! | `stats` | [`MemoryStats`], [`Extents`]: what of the RAM exists, where, and by which pages |
 //! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it |
@@ -105,11 +108,13 @@ mod host;
 
 mod backing;
 mod mapping;
+mod ram;
+
+mod populate;
 mod region;
 mod rom;
 
 mod memory;
-mod populate;
 
 mod discard;
 mod stats;

@@ -20,6 +20,7 @@ use crate::layout::GuestRange;
 use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::options::{Access, RamOptions};
 use crate::populate::populate_new;
+use crate::ram::Ram;
 use crate::report::{BuildReport, log_notes};
 
 /// A contiguous range of guest RAM: one shared mapping of a part of a [`ShmBacking`].
@@ -60,17 +61,6 @@ struct Shared<B> {
     ram: Ram,
     bitmap: B,
     file_offset: FileOffset,
-}
-
-/// The RAM of a region, without its bitmap: for what is done to RAM as a whole. Cheap to clone; it
-/// stays mapped as long as any clone lives.
-#[derive(Clone, Debug)]
-pub(crate) struct Ram {
-    pub(crate) range: GuestRange,
-    pub(crate) mapping: Arc<Mapping>,
-    pub(crate) backing: ShmBacking,
-    /// Where it starts in the backing, in bytes.
-    pub(crate) offset: u64,
 }
 
 impl<B: NewBitmap> GuestRegionShm<B> {

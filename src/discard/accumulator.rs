@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::layout::GuestRange;
 use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
-use crate::region::Ram;
+use crate::ram::Ram;
 
 /// Refused reports on base pages are noted in bitmaps for so many bytes.
 const CHUNK: u64 = 2 << 20;

@@ -16,7 +16,7 @@ use crate::host::transparent;
 use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
 use crate::options::Access;
-use crate::region::Ram;
+use crate::ram::Ram;
 
 /// The part of a range that is in one region.
 #[derive(Debug)]

@@ -26,9 +26,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::error::PopulateError;
 use crate::error::Result;
 use crate::layout::GuestRange;
-use crate::memory::GuestMemoryShm;
 use crate::options::{Populate, RamOptions};
-use crate::region::Ram;
+use crate::ram::Ram;
 
 mod cause;
 mod engine;
@@ -224,52 +223,30 @@ impl fmt::Debug for PopulateOptions<'_> {
     }
 }
 
-impl<B> GuestMemoryShm<B> {
-    /// Populates the RAM, or a part of it, and returns when that is done.
-    ///
-    /// What is there already is left as it is, so a guest may run meanwhile (then with
-    /// [`OnFailure::Keep`]). When it succeeds, no later touch of that RAM is SIGBUS for want of a
-    /// page, whoever touches it, until pages are given back or somebody truncates an unsealed
-    /// backing. [`Populate::Prefault`] fills the page tables of this process only.
-    ///
-    /// # Errors
-    ///
-    /// A [`PopulateError`] that names the cause, the range and the way out. All that was done is
-    /// undone then, as [`OnFailure`] says.
-    pub fn populate(&self, options: PopulateOptions<'_>) -> Result<Populated> {
-        let parts = self.parts(&options)?;
-        Ok(Job::new(parts, options, OnFailure::GiveBack).run()?)
-    }
+/// Populates RAM, or the part of it that the options name, and returns when that is done.
+pub(crate) fn populate(
+    rams: impl Iterator<Item = Ram>,
+    options: PopulateOptions<'_>,
+) -> Result<Populated> {
+    let parts = parts(rams, &options)?;
+    Ok(Job::new(parts, options, OnFailure::GiveBack).run()?)
+}
 
-    /// Populates the RAM, or a part of it, while the caller goes on; the handle tells how far it
-    /// is, waits for it, or cancels it.
-    ///
-    /// The RAM stays mapped until it is done, even if this memory and its regions are dropped.
-    ///
-    /// # Errors
-    ///
-    /// [`PopulateError::NotRam`] for a bad range, [`PopulateError::NoThread`] if no thread can be
-    /// had. Others come from [`PopulateHandle::wait`].
-    pub fn populate_in_background(
-        &self,
-        options: PopulateOptions<'static>,
-    ) -> Result<PopulateHandle> {
-        let parts = self.parts(&options)?;
-        Ok(PopulateHandle::start(Job::new(
-            parts,
-            options,
-            OnFailure::Keep,
-        ))?)
-    }
+/// As [`populate`], while the caller goes on.
+pub(crate) fn populate_in_background(
+    rams: impl Iterator<Item = Ram>,
+    options: PopulateOptions<'static>,
+) -> Result<PopulateHandle> {
+    let parts = parts(rams, &options)?;
+    let job = Job::new(parts, options, OnFailure::Keep);
+    Ok(PopulateHandle::start(job)?)
+}
 
-    /// The parts of regions that the options are about.
-    fn parts(&self, options: &PopulateOptions<'_>) -> Result<Vec<Part>> {
-        let regions = self.arc_regions();
-        let rams = regions.iter().map(|region| region.ram().clone());
-        match options.range {
-            Some(range) => Ok(plan::select(rams, range, options.mode)?),
-            None => Ok(rams.map(|ram| Part::whole(ram, options.mode)).collect()),
-        }
+/// The parts of the RAM, sorted by address, that the options are about.
+fn parts(rams: impl Iterator<Item = Ram>, options: &PopulateOptions<'_>) -> Result<Vec<Part>> {
+    match options.range {
+        Some(range) => Ok(plan::select(rams, range, options.mode)?),
+        None => Ok(rams.map(|ram| Part::whole(ram, options.mode)).collect()),
     }
 }
 

@@ -8,7 +8,7 @@ use crate::backing::{FileIdentity, ShmBacking};
 use crate::error::PopulateError;
 use crate::layout::GuestRange;
 use crate::options::{NodeSet, NumaPolicy, Populate};
-use crate::region::Ram;
+use crate::ram::Ram;
 use crate::report::{NotHuge, Note};
 
 /// The size of a chunk, in bytes: some milliseconds of work, which is how soon progress is seen

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{by_backing, failed};
 use crate::backing::Allocation;
 use crate::error::Result;
-use crate::region::Ram;
+use crate::ram::Ram;
 
 /// For each region what of it is allocated, in bytes; and what cannot be told to be in one of them.
 pub(super) fn per_region(rams: &[&Ram]) -> Result<(Vec<u64>, u64)> {

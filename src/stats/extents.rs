@@ -10,7 +10,7 @@ use crate::backing::Allocation;
 use crate::error::Result;
 use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
-use crate::region::Ram;
+use crate::ram::Ram;
 
 /// Which parts of the RAM are allocated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

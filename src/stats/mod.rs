@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::host;
 use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
-use crate::region::Ram;
+use crate::ram::Ram;
 use crate::report::Note;
 
 mod allocated;

@@ -1,0 +1,45 @@
+//! Populating the RAM of a memory, all regions together.
+
+use super::GuestMemoryShm;
+use crate::error::Result;
+use crate::populate::{self, PopulateHandle, PopulateOptions, Populated};
+use crate::ram::Ram;
+#[cfg(doc)]
+use crate::{OnFailure, Populate, PopulateError};
+
+impl<B> GuestMemoryShm<B> {
+    /// Populates the RAM, or a part of it, and returns when that is done.
+    ///
+    /// What is there already is left as it is, so a guest may run meanwhile (then with
+    /// [`OnFailure::Keep`]). When it succeeds, no later touch of that RAM is SIGBUS for want of a
+    /// page, whoever touches it, until pages are given back or somebody truncates an unsealed
+    /// backing. [`Populate::Prefault`] fills the page tables of this process only.
+    ///
+    /// # Errors
+    ///
+    /// A [`PopulateError`] that names the cause, the range and the way out. All that was done is
+    /// undone then, as [`OnFailure`] says.
+    pub fn populate(&self, options: PopulateOptions<'_>) -> Result<Populated> {
+        populate::populate(self.rams(), options)
+    }
+
+    /// Populates the RAM, or a part of it, while the caller goes on; the handle tells how far it
+    /// is, waits for it, or cancels it.
+    ///
+    /// The RAM stays mapped until it is done, even if this memory and its regions are dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`PopulateError::NotRam`] for a bad range, [`PopulateError::NoThread`] if no thread can be
+    /// had. Others come from [`PopulateHandle::wait`].
+    pub fn populate_in_background(
+        &self,
+        options: PopulateOptions<'static>,
+    ) -> Result<PopulateHandle> {
+        populate::populate_in_background(self.rams(), options)
+    }
+
+    fn rams(&self) -> impl Iterator<Item = Ram> {
+        self.regions.iter().map(|region| region.ram().clone())
+    }
+}
