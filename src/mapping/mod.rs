@@ -11,30 +11,28 @@
 
 use std::ffi::c_void;
 use std::fmt;
-use std::io;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use nix::errno::Errno;
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use nix::sys::mman::{MmapAdvise, madvise, munmap};
+
+use crate::backing::ShmBacking;
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
+use crate::host::transparent;
+use crate::options::{CoreDump, MapOptions};
+use crate::report::{NotHuge, Note, log_notes};
 
 mod numa;
 mod populate;
 mod remove;
-
-use crate::backing::{ShmBacking, base_page_size};
-use crate::error::{Error, FileError, Result};
-use crate::host::transparent;
-use crate::options::{Access, CoreDump, MapOptions};
-use crate::report::{NotHuge, Note, log_notes};
-
+mod reserve;
 mod scan;
 
+use reserve::{Reservation, placement, rehearse};
 pub(crate) use scan::cached;
-
-/// Sizes for which the kernel and the hypervisor can use one large mapping, largest first.
-const LARGE: [u64; 2] = [1 << 30, 2 << 20];
 
 /// A part of a backing, mapped shared for reading and writing, with a guard page at both ends.
 ///
@@ -166,127 +164,6 @@ impl fmt::Debug for Mapping {
     }
 }
 
-/// Address space that is set aside for a mapping, and given back if it comes to nothing.
-struct Reservation {
-    span: Span,
-    /// Where the RAM goes in it.
-    ram: Span,
-}
-
-impl Reservation {
-    /// Reserves room for `size` bytes at a host address congruent with `offset` modulo `modulus`, a
-    /// power of two, and for a guard page on either side.
-    fn new(size: u64, offset: u64, modulus: u64) -> Result<Self> {
-        let failed = |errno: Errno| Error::Map {
-            doing: "reserve address space for a region",
-            size,
-            source: errno.into(),
-        };
-        let guard = base_page_size();
-        let room = size
-            .checked_add(modulus + 2 * guard)
-            .and_then(|room| NonZeroUsize::new(to_usize(room)))
-            .ok_or_else(|| failed(Errno::ENOMEM))?;
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses, and PROT_NONE
-        // pages cannot be accessed by anybody.
-        let answer = unsafe { mmap_anonymous(None, room, ProtFlags::PROT_NONE, flags) };
-        let whole = Span {
-            start: answer.map_err(failed)?,
-            len: room,
-        };
-
-        // The first suitable address that leaves room for the guard before it.
-        let first = whole.start.addr().get() as u64 + guard;
-        let skip = (offset.wrapping_sub(first)) % modulus;
-        let head = to_usize(skip);
-        let kept = to_usize(size + 2 * guard);
-        let tail = room.get() - head - kept;
-        let this = Self {
-            span: whole.part(head, kept),
-            ram: whole.part(head + to_usize(guard), to_usize(size)),
-        };
-        for (at, len) in [(0, head), (head + kept, tail)] {
-            if len > 0 {
-                whole.part(at, len).unmap();
-            }
-        }
-        Ok(this)
-    }
-
-    /// Maps the backing over the middle of the reservation.
-    ///
-    /// A file's own mmap must not fail here, see [`rehearse`].
-    fn map(&self, backing: &ShmBacking, offset: u64) -> Result<Span> {
-        let size = self.ram.len.get() as u64;
-        let at = file_offset(backing, offset, size)?;
-        let flags = shared_flags(backing) | MapFlags::MAP_FIXED;
-        // SAFETY: MAP_FIXED replaces pages of this reservation only: PROT_NONE pages that nobody
-        // else knows of. The range of the file exists (`check_inside`), so that no access to the
-        // mapping is SIGBUS as long as nobody truncates the file, which seals forbid; that
-        // unsealed files can be truncated is documented on `Backing`.
-        let answer = unsafe {
-            mmap(
-                Some(self.ram.start.addr()),
-                self.ram.len,
-                protection(backing),
-                flags,
-                backing,
-                at,
-            )
-        };
-        match answer {
-            Ok(_) => Ok(self.ram),
-            Err(errno) => Err(map_error(backing, size, errno)),
-        }
-    }
-
-    fn into_mapping(self, ram: Span) -> Mapping {
-        let reserved = self.span;
-        std::mem::forget(self);
-        Mapping {
-            reserved,
-            ram,
-            notes: Vec::new(),
-        }
-    }
-}
-
-/// Maps a part of a backing anywhere, and unmaps it again, to learn whether it can be mapped.
-///
-/// MAP_FIXED takes away what was there before it asks the file, and does not put it back when the
-/// file's answer is no, as that of a short hugetlb pool: then there is a hole in the reservation,
-/// another thread may map something into it, and giving the reservation back would unmap that.
-/// Where the file says yes now, it says so then too: the huge pages are promised to the inode, and
-/// stay promised. A tmpfs never says no.
-fn rehearse(backing: &ShmBacking, offset: u64, size: u64) -> Result<()> {
-    let at = file_offset(backing, offset, size)?;
-    let failed = |errno| map_error(backing, size, errno);
-    let len = NonZeroUsize::new(to_usize(size)).ok_or_else(|| failed(Errno::EINVAL))?;
-    let access = protection(backing);
-    // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses, and nobody is told
-    // of the mapping.
-    let answer = unsafe { mmap(None, len, access, shared_flags(backing), backing, at) };
-    let start = answer.map_err(failed)?;
-    Span { start, len }.unmap();
-    Ok(())
-}
-
-/// An offset in a backing as mmap(2) takes it.
-fn file_offset(backing: &ShmBacking, offset: u64, size: u64) -> Result<i64> {
-    i64::try_from(offset).map_err(|_| Error::OutsideBacking {
-        offset,
-        size,
-        len: backing.len(),
-    })
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        self.span.unmap();
-    }
-}
-
 impl Span {
     fn unmap(self) {
         // SAFETY: spans are only made of address space that this module mapped and still owns (no
@@ -314,18 +191,6 @@ impl Span {
     }
 }
 
-/// How a backing is mapped.
-///
-/// Without MAP_NORESERVE hugetlb mappings reserve their pages now; else touching them is SIGBUS
-/// when the pool is empty. Pages of a tmpfs are not accounted here in any case.
-fn shared_flags(backing: &ShmBacking) -> MapFlags {
-    if backing.map_options().unreserved {
-        MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE
-    } else {
-        MapFlags::MAP_SHARED
-    }
-}
-
 /// Why the kernel will not map this part of a backing by transparent huge pages, as far as it can
 /// be known: the host address is never the reason, see [`Mapping::new`].
 fn why_not_huge(backing: &ShmBacking, offset: u64, size: u64) -> Option<NotHuge> {
@@ -345,54 +210,6 @@ fn why_not_huge(backing: &ShmBacking, offset: u64, size: u64) -> Option<NotHuge>
     (!whole).then_some(NotHuge::Alignment { offset, size, huge })
 }
 
-/// Where the host address of a part is to be: a modulus in bytes, and what it is congruent with.
-fn placement(backing: &ShmBacking, offset: u64, size: u64) -> (u64, u64) {
-    let large = large_page(size, backing);
-    match backing.map_options().align {
-        // Both are powers of two. Where the offset is no multiple of `align`, the address cannot be
-        // congruent with it.
-        Some(align) if align > 0 && !offset.is_multiple_of(align) => (large.max(align), 0),
-        Some(align) => (large.max(align), offset),
-        None => (large, offset),
-    }
-}
-
-/// What may be done with the RAM.
-fn protection(backing: &ShmBacking) -> ProtFlags {
-    match backing.map_options().access {
-        Access::ReadWrite => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-        Access::ReadOnly => ProtFlags::PROT_READ,
-    }
-}
-
-/// The modulus in bytes for the host address of a part of this size.
-fn large_page(size: u64, backing: &ShmBacking) -> u64 {
-    let large = LARGE.iter().find(|large| size >= **large);
-    let large = large.copied().unwrap_or(LARGE[1]);
-    large.max(backing.page_size())
-}
-
-fn map_error(backing: &ShmBacking, size: u64, errno: Errno) -> Error {
-    if backing.is_hugetlb() && errno == Errno::ENOMEM {
-        let needed = size / backing.page_size();
-        if let Err(short) = crate::backing::check_pool(needed, backing.page_size()) {
-            return short;
-        }
-    }
-    let source = io::Error::from(errno);
-    match errno {
-        // These are answers of the file, not of the address space.
-        Errno::ENODEV | Errno::EINVAL | Errno::EACCES | Errno::EPERM => {
-            FileError::NotMappable { size, source }.into()
-        }
-        _ => Error::Map {
-            doing: "map a region",
-            size,
-            source,
-        },
-    }
-}
-
 /// The one conversion of sizes in guest or file space to sizes in this process.
 #[expect(
     clippy::cast_possible_truncation,
@@ -407,6 +224,8 @@ pub(crate) const fn to_usize(size: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backing::base_page_size;
+    use crate::error::Error;
     use crate::options::RamOptions;
 
     fn backing(len: u64) -> ShmBacking {
