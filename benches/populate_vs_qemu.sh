@@ -93,7 +93,10 @@ runs=(
 )
 if [ -w "$SWITCH" ]; then
     huge_before=$(sed 's/.*\[\(.*\)\].*/\1/' "$SWITCH")
-    runs+=('huge-2 crate_huge --backing thp --mode prefault --threads 2')
+    runs+=(
+        'huge-2 crate_huge --backing thp --mode prefault --threads 2'
+        'huge crate_huge --backing thp --mode prefault'
+    )
 else
     echo "no figures for transparent huge pages: only root may write $SWITCH"
 fi
@@ -110,27 +113,35 @@ median() {
     sort -n "$work/$1" | awk '{ all[NR] = $1 } END { print all[int((NR + 1) / 2)] }'
 }
 
+best() {
+    sort -n "$work/$1" | head -n 1
+}
+
 missed=0
-# A line: what ran, less what it ran beside lazily, against the same of the other, at most.
+# A line: what ran, less what it ran beside lazily, against the same of the other, at most. The
+# ratio of the best times is beside that of the medians: it tells what other work has to do with it.
 row() { # title, ours, its lazy twin, the other, its lazy twin, most
-    local mine other
     [ -e "$work/$2" ] || return 0
-    mine=$(($(median "$2") - $(median "$3")))
-    other=$(($(median "$4") - $(median "$5")))
-    awk -v title="$1" -v mine="$mine" -v other="$other" -v most="$6" 'BEGIN {
+    awk -v title="$1" -v most="$6" \
+        -v mine=$(($(median "$2") - $(median "$3"))) \
+        -v other=$(($(median "$4") - $(median "$5"))) \
+        -v my_best=$(($(best "$2") - $(best "$3"))) \
+        -v other_best=$(($(best "$4") - $(best "$5"))) 'BEGIN {
         ratio = mine / (other > 0 ? other : 1)
+        of_best = my_best / (other_best > 0 ? other_best : 1)
         missed = ratio > most
-        printf "%-52s %8d ms %8d ms %7.3f  <= %.3f%s\n", title, mine, other, ratio, most,
-            missed ? "  missed" : ""
+        printf "%-52s %8d ms %8d ms %7.3f %7.3f  <= %.3f%s\n", title, mine, other, ratio, of_best,
+            most, missed ? "  missed" : ""
         exit missed
     }' || missed=1
 }
 
-printf '%-52s %11s %11s %7s  %s\n' '' 'this crate' 'QEMU' 'ratio' 'aim'
+printf '%-52s %11s %11s %7s %7s  %s\n' '' 'this crate' 'QEMU' 'ratio' 'of best' 'aim'
 row 'prefault, POSIX shm, 2 threads each' prefault-2 lazy qemu-2 qemu-lazy 0.95
 row 'prefault, POSIX shm, default threads each' prefault lazy qemu-1 qemu-lazy 0.6
 row 'allocate, POSIX shm, 2 threads; QEMU prefaults' allocate-2 lazy qemu-2 qemu-lazy 0.5
-row 'prefault, memfd, huge pages; QEMU: POSIX shm' huge-2 lazy qemu-2 qemu-lazy 0.167
+row 'huge pages, memfd, 2 threads each; QEMU: POSIX shm' huge-2 lazy qemu-2 qemu-lazy 0.167
+row 'huge pages, default threads each; QEMU: POSIX shm' huge lazy qemu-1 qemu-lazy 0.167
 printf '%-52s %11s %11s\n' '' 'two' 'one'
 row 'prefault, two backings of half the size, 2 threads' two lazy prefault-2 lazy 1.15
 
