@@ -134,6 +134,9 @@ pub enum Populate {
     Lazy,
     /// Every page is allocated, none is mapped: no touch is SIGBUS any more, but each first touch
     /// is still a page fault. Takes about a third of the time of [`Prefault`](Self::Prefault).
+    ///
+    /// Huge pages, transparent ones or of a pool, only come through the mapping: they are mapped,
+    /// too, which costs next to nothing.
     #[doc(alias = "fallocate")]
     Allocate,
     /// Every page is allocated and mapped: no touch is a page fault (QEMU's `prealloc=on`).

@@ -1,15 +1,12 @@
 //! What has no effect is said: in the report that building returns, on the backing, in the log.
 
-use std::fs;
-
 use guest_memory_shm::{
     Backing, BuildReport, GuestMemoryShm, GuestRegionShm, Merge, NotHuge, Note, PageSize,
     RamOptions, Reserve, ShmBacking,
 };
 use vm_memory::GuestAddress;
 
-use crate::isolation::in_own_process;
-use crate::support::skip;
+use crate::isolation::{ShmemHuge, in_own_process};
 
 const MIB: u64 = 1 << 20;
 
@@ -72,28 +69,25 @@ fn a_region_and_a_backing_report_as_building_does() {
 
 #[test]
 fn transparent_huge_pages_of_ram_too_small_or_uneven_are_reported() {
-    // Where the switch forbids them, that comes first.
-    let switch = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
-    let Ok(switch) = switch else {
-        return skip("the kernel has no transparent huge pages");
-    };
-    let forbidden = switch.contains("[never]") || switch.contains("[deny]");
-    let options = RamOptions::new().with_page_size(PageSize::Transparent);
-    for (size, expected) in [
-        (MIB, Some("size")),
-        (3 * MIB, Some("alignment")),
-        (4 * MIB, None),
-    ] {
-        let found = report(options.clone(), size);
-        let why = found.lines().first().map(|line| match line.note() {
-            Note::NotHuge(NotHuge::Switch { .. }) => "switch",
-            Note::NotHuge(NotHuge::Size { .. }) => "size",
-            Note::NotHuge(NotHuge::Alignment { .. }) => "alignment",
-            other => panic!("{other}"),
-        });
-        let expected = if forbidden { Some("switch") } else { expected };
-        assert_eq!(why, expected, "{size:#x}: {found}");
-    }
+    in_own_process(|| {
+        let Some(_switch) = ShmemHuge::set("advise") else {
+            return;
+        };
+        let options = RamOptions::new().with_page_size(PageSize::Transparent);
+        for (size, expected) in [
+            (MIB, Some("size")),
+            (3 * MIB, Some("alignment")),
+            (4 * MIB, None),
+        ] {
+            let found = report(options.clone(), size);
+            let why = found.lines().first().map(|line| match line.note() {
+                Note::NotHuge(NotHuge::Size { .. }) => "size",
+                Note::NotHuge(NotHuge::Alignment { .. }) => "alignment",
+                other => panic!("{other}"),
+            });
+            assert_eq!(why, expected, "{size:#x}: {found}");
+        }
+    });
 }
 
 #[test]

@@ -2,12 +2,13 @@
 //! who forbids it where it is not.
 
 use guest_memory_shm::{
-    Backing, BuildReport, GuestMemoryShm, GuestRegionShm, NotHuge, Note, PageSize, RamOptions,
+    Backing, BuildReport, GuestMemoryShm, GuestRegionShm, NotHuge, Note, PageSize, Populate,
+    RamOptions,
 };
 use nix::mount::{MsFlags, umount};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::isolation::{PAGE, in_own_process, mount_tmpfs, own_mounts};
+use crate::isolation::{PAGE, ShmemHuge, in_own_process, mount_tmpfs, own_mounts};
 use crate::proc::{smaps_at, smaps_value};
 
 const MIB: u64 = 1 << 20;
@@ -59,6 +60,10 @@ fn none_huge(memory: &GuestMemoryShm) -> bool {
 #[test]
 fn posix_shm_on_a_mount_that_allows_huge_pages_is_mapped_by_them() {
     in_own_process(|| {
+        // The mount's option decides, as long as nobody sets the switch to deny.
+        let Some(_switch) = ShmemHuge::set("never") else {
+            return;
+        };
         if !own_mounts() {
             return;
         }
@@ -77,8 +82,51 @@ fn posix_shm_on_a_mount_that_allows_huge_pages_is_mapped_by_them() {
 }
 
 #[test]
+fn memfds_are_mapped_by_huge_pages_where_the_switch_allows_it() {
+    in_own_process(|| {
+        let Some(_switch) = ShmemHuge::set("advise") else {
+            return;
+        };
+        for populate in [Populate::Lazy, Populate::Allocate, Populate::Prefault] {
+            let (memory, report) = build(options(Backing::Memfd).with_populate(populate));
+            assert!(report.is_empty(), "{report}");
+            // The first touch maps what was only allocated.
+            touch(&memory);
+            assert!(all_huge(&memory), "{populate:?}");
+            assert_eq!(memory.stats().unwrap().huge(), Some(16 * MIB));
+        }
+        let (plain, _) = build(RamOptions::new().with_populate(Populate::Prefault));
+        assert!(none_huge(&plain));
+    });
+}
+
+#[test]
+fn the_switch_that_forbids_huge_pages_is_named() {
+    in_own_process(|| {
+        for value in ["never", "deny"] {
+            let Some(_switch) = ShmemHuge::set(value) else {
+                return;
+            };
+            let (memory, report) = build(options(Backing::Memfd).with_populate(Populate::Prefault));
+            assert!(none_huge(&memory));
+            assert_eq!(
+                report.lines()[0].to_string(),
+                format!(
+                    "memfd: transparent huge pages will not come: \
+                     /sys/kernel/mm/transparent_hugepage/shmem_enabled is {value}, set it to advise"
+                )
+            );
+        }
+    });
+}
+
+#[test]
 fn a_mount_that_forbids_huge_pages_is_named() {
     in_own_process(|| {
+        // The mount's option decides, as long as nobody sets the switch to deny.
+        let Some(_switch) = ShmemHuge::set("never") else {
+            return;
+        };
         if !own_mounts() {
             return;
         }
@@ -117,6 +165,10 @@ fn a_process_that_switched_them_off_is_told() {
 #[test]
 fn an_uneven_part_is_reported_and_the_rest_is_huge() {
     in_own_process(|| {
+        // The mount's option decides, as long as nobody sets the switch to deny.
+        let Some(_switch) = ShmemHuge::set("never") else {
+            return;
+        };
         if !own_mounts() {
             return;
         }
