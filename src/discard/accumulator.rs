@@ -29,7 +29,8 @@ const CHUNK: u64 = 2 << 20;
 /// | [`PageSize::Transparent`](crate::PageSize::Transparent) | a transparent huge page, 2 MiB on x86-64 |
 /// | others | a base page: discarded at once |
 ///
-/// and a unit is discarded when the last of its pages is reported. What the guest takes back
+/// and a unit is discarded when the last of its pages is reported. (So it is where the system forbids
+/// the transparent huge pages that were asked for: the switch may change while the guest runs.) What the guest takes back
 /// before that (it deflates the balloon) must be [removed](Self::remove), and so must RAM that is
 /// unplugged. A region in place of another one starts anew by itself.
 ///
@@ -106,7 +107,9 @@ impl DiscardAccumulator {
     ///
     /// Those of [`GuestMemoryShm::discard`]. If a range is none, or is not all RAM, nothing is
     /// noted. If what is complete cannot be discarded, as while discards are inhibited, all of the
-    /// report is noted, and [`flush`](Self::flush) tries again.
+    /// report is noted, and [`flush`](Self::flush) tries again. A balloon device goes on after
+    /// [`DiscardError::Inhibited`](crate::DiscardError::Inhibited), and flushes when the
+    /// [`DiscardInhibitor`](crate::DiscardInhibitor) is dropped, which nobody tells it.
     pub fn add<B>(
         &mut self,
         memory: &GuestMemoryShm<B>,

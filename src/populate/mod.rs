@@ -115,7 +115,8 @@ pub enum OnFailure {
     Keep,
 }
 
-/// Cancels populating from anywhere: a clone is the same token.
+/// Cancels populating from anywhere: a clone is the same token. It stays cancelled: what is to be
+/// populated afterwards gets a new one.
 ///
 /// ```
 /// use guest_memory_shm::{CancelToken, Error, GuestMemoryShm, Populate, PopulateError, PopulateOptions};
@@ -155,6 +156,7 @@ impl CancelToken {
 
 impl<'a> PopulateOptions<'a> {
     /// To populate all of the RAM in this mode, with the default number of threads.
+    /// [`Populate::Lazy`] does nothing.
     pub fn new(mode: Populate) -> Self {
         Self {
             mode,

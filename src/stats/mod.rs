@@ -76,7 +76,8 @@ pub struct RegionStats {
     /// What of it is mapped by huge pages in this process, or is in huge pages of hugetlb; none if
     /// the kernel cannot say (`PAGEMAP_SCAN`, Linux 6.7).
     pub huge: Option<u64>,
-    /// The seals on its backing.
+    /// The seals on its backing. [`Seals::SEAL`] alone is the kernel's mark of a tmpfs file that
+    /// cannot be sealed: its size is not.
     pub seals: Seals,
     /// Options of its backing that have no effect, and limits that were near.
     pub notes: Vec<Note>,
