@@ -168,7 +168,7 @@ pub enum Error {
     #[error(
         "needs {needed} huge pages of {}, {available} are free ({free} unused, {reserved} of them \
          reserved by others): raise /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages by {} or \
-         use page size base",
+         leave out hugetlb=on (PageSize::Base)",
         HumanSize(*.page_size), .page_size / 1024, .needed.saturating_sub(*.available)
     )]
     HugePoolShort {
@@ -187,7 +187,7 @@ pub enum Error {
     /// The state of the pools of huge pages cannot be read.
     #[error(
         "cannot read the pools of huge pages in /sys/kernel/mm/hugepages: mount sysfs there, or \
-         use page size base"
+         leave out hugetlb=on (PageSize::Base)"
     )]
     HugePoolUnreadable {
         /// The system's answer.

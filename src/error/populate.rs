@@ -57,7 +57,8 @@ pub enum PopulateError {
     /// The pool of huge pages is empty, and the RAM has none reserved.
     #[error(
         "cannot populate {range}: {needed} more huge pages of {} are needed, {available} are free: \
-         raise /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages by {}, or use page size base",
+         raise /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages by {}, or \
+         leave out hugetlb=on (PageSize::Base)",
         HumanSize(*.page_size), .page_size / 1024, .needed.saturating_sub(*.available)
     )]
     HugePoolEmpty {
@@ -183,8 +184,7 @@ mod tests {
                     page_size: 2 << 20,
                 },
                 "512 more huge pages of 2 MiB are needed, 40 are free: raise \
-                 /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472, or use page size \
-                 base",
+                 /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472, or leave out hugetlb=on (PageSize::Base)",
             ),
             (
                 PopulateError::ControlGroup {

@@ -54,7 +54,7 @@ fn texts_name_the_values_and_the_way_out() {
             },
             "needs 512 huge pages of 2 MiB, 40 are free (44 unused, 4 of them reserved by \
              others): raise /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472 or \
-             use page size base",
+             leave out hugetlb=on (PageSize::Base)",
         ),
         (
             Error::NoSuchHugePageSize {

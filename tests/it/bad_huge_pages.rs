@@ -87,8 +87,8 @@ fn an_empty_pool_of_huge_pages_is_an_error_that_says_how_to_fill_it() {
                 format!(
                     "needs 3 huge pages of 2 MiB, 0 are free ({free} unused, {free} of them \
                      reserved by others): raise \
-                     /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 3 or use page size \
-                     base"
+                     /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 3 or leave out \
+                     hugetlb=on (PageSize::Base)"
                 ),
             );
             assert!(matches!(
@@ -126,7 +126,7 @@ fn backings_that_only_together_exceed_the_pool_are_refused_before_any_is_created
                 "{text}"
             );
             assert!(
-                text.contains("nr_hugepages by 1 or use page size base"),
+                text.contains("nr_hugepages by 1 or leave out hugetlb=on (PageSize::Base)"),
                 "{text}"
             );
         });
