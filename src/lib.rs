@@ -56,6 +56,7 @@
 //! | `stats` | [`MemoryStats`], [`Extents`]: what of the RAM exists, where, and by which pages |
 //! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it |
 //! | `share` | `VhostUserShare`: one daemon's view kept equal to a table |
+//! | `address_space` | [`AddressSpace`]: memory that changes, published to readers and told to listeners |
 //! | `mock` | with the feature `mock`: an in-process daemon and a driver, for tests |
 //!
 //! # Invariants
@@ -124,14 +125,20 @@ mod share;
 #[cfg(feature = "vhost-user")]
 mod table;
 
+mod address_space;
+
 #[cfg(feature = "mock")]
 pub mod mock;
 
+pub use address_space::{
+    AddressSpace, Attendance, ChangeReport, ListenerError, ListenerId, ListenerStatus,
+    MemoryListener, PerRegion, RegionListener, Transaction,
+};
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
 pub use error::{
-    AdoptError, DiscardError, Error, FileError, MemTableChange, NumaError, OptionsError,
-    PopulateError, Result, SlotLimit,
+    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, MemTableChange,
+    NumaError, OptionsError, PopulateError, Result, SlotLimit, StaleListener,
 };
 pub use layout::{GuestRange, ram_around_hole};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};

@@ -179,6 +179,11 @@ impl<B> GuestRegionShm<B> {
         report
     }
 
+    /// Whether both are handles of one region.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
     /// Where the region starts in its backing, in bytes.
     pub fn offset(&self) -> u64 {
         self.shared.ram.offset

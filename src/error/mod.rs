@@ -10,6 +10,7 @@ use vm_memory::GuestAddress;
 use crate::layout::GuestRange;
 use crate::units::HumanSize;
 
+mod address_space;
 mod change;
 mod discard;
 mod file;
@@ -18,6 +19,7 @@ mod options;
 mod populate;
 mod text;
 
+pub use address_space::{AddressSpaceError, AttachError, StaleListener};
 pub use change::{MemTableChange, SlotLimit};
 pub use discard::DiscardError;
 pub use file::FileError;
@@ -59,6 +61,10 @@ pub enum Error {
     /// Memory could not be given back.
     #[error(transparent)]
     Discard(#[from] DiscardError),
+
+    /// A change of the guest's memory did not happen, or a listener is not up to date.
+    #[error(transparent)]
+    AddressSpace(Box<AddressSpaceError>),
 
     /// A range of guest addresses is empty.
     #[error("the range at guest address {:#x} has size 0: give it at least one page", .start.0)]

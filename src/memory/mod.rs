@@ -174,6 +174,11 @@ impl<B> GuestMemoryShm<B> {
         self.regions.to_vec()
     }
 
+    /// Whether both are the same memory, rather than equal ones.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.regions, &other.regions)
+    }
+
     /// The regions must be sorted and disjoint.
     fn index(regions: Vec<Arc<GuestRegionShm<B>>>) -> Self {
         Self {

@@ -206,6 +206,28 @@ impl<F: MemTableSink> VhostUserShare<F> {
         Ok(report)
     }
 
+    pub(crate) fn check_memory<B: vm_memory::bitmap::Bitmap>(
+        &mut self,
+        memory: &crate::GuestMemoryShm<B>,
+    ) -> Result<()> {
+        let _ = memory;
+        match &self.broken {
+            Some(reason) => Err(Error::ShareBroken {
+                reason: reason.clone(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn update_memory<B: vm_memory::bitmap::Bitmap>(
+        &mut self,
+        memory: &crate::GuestMemoryShm<B>,
+    ) -> Result<ShareReport> {
+        self.update(&memory.memory_table())
+    }
+
+    pub(crate) fn keep_bases(&mut self, _report: ShareReport) {}
+
     /// What the daemon has acknowledged. After a failure this may be part of a change; what a
     /// daemon does about the change at which it failed is not known.
     pub fn table(&self) -> &MemoryTable {

@@ -1,0 +1,90 @@
+//! A vhost-user daemon as a listener, which comes and goes.
+
+use vhost::vhost_user::VhostUserProtocolFeatures as Features;
+use vm_memory::bitmap::Bitmap;
+
+use super::{AddressSpace, ListenerError, ListenerId, MemoryListener};
+use crate::error::{Error, MemTableChange, Result};
+use crate::memory::GuestMemoryShm;
+use crate::share::{MemTableSink, VhostUserShare};
+
+/// A daemon. It refuses what it (or the limit on its table) does not take, and it is away once its
+/// share is broken, until it is [connected to anew](AddressSpace::reconnect).
+impl<F, B> MemoryListener<B> for VhostUserShare<F>
+where
+    F: MemTableSink + Send + 'static,
+    B: Bitmap + Send + Sync + 'static,
+{
+    fn check(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
+        self.check_memory(memory)
+            .map_err(|error| self.failed(error))
+    }
+
+    fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
+        match self.update_memory(memory) {
+            Ok(report) => {
+                self.keep_bases(report);
+                Ok(())
+            }
+            Err(error) => Err(self.failed(error)),
+        }
+    }
+
+    /// It is another process.
+    fn waits(&self) -> bool {
+        true
+    }
+}
+
+impl<F: MemTableSink> VhostUserShare<F> {
+    fn failed(&self, error: Error) -> ListenerError {
+        let range = region_of(&error);
+        let failed = match self.broken() {
+            Some(_) => ListenerError::away(error),
+            None => ListenerError::refused(error),
+        };
+        match range {
+            Some(range) => failed.at(range),
+            None => failed,
+        }
+    }
+}
+
+/// The region at which a daemon failed.
+fn region_of(error: &Error) -> Option<crate::layout::GuestRange> {
+    match error {
+        Error::DaemonRefused { change, .. }
+        | Error::DaemonHungUp { change, .. }
+        | Error::DaemonSilent { change, .. }
+        | Error::DaemonProtocol { change, .. } => match change {
+            MemTableChange::Add(range) | MemTableChange::Remove(range) => Some(*range),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
+    /// Goes on with a new connection to a daemon, and tells it the present memory; gives back the
+    /// old connection.
+    ///
+    /// `features` are the protocol features that were acknowledged on the new connection, and the
+    /// daemon's limits are asked for anew: it may be another program by now. The daemon gets the
+    /// memory as on the first day, one region after the other where it takes them so, so that it
+    /// does not matter how far the memory has grown.
+    ///
+    /// Most daemons serve one front-end at a time: the old connection must have ended before they
+    /// answer on the new one. That of a daemon that is away has.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`refresh`](Self::refresh); the old connection is closed.
+    pub fn reconnect<F: MemTableSink + Send + 'static>(
+        &self,
+        id: &ListenerId<VhostUserShare<F>>,
+        sink: F,
+        features: Features,
+    ) -> Result<F> {
+        self.refresh_after(id, |share| share.reconnect(sink, features))
+    }
+}

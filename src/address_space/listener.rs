@@ -1,0 +1,145 @@
+//! Who must know the guest's memory, and how they are told.
+
+use std::any::Any;
+use std::fmt;
+
+use crate::layout::GuestRange;
+use crate::memory::GuestMemoryShm;
+
+/// What a listener's cause is kept as.
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// Somebody who must know the guest's memory at all times: a vhost-user daemon, the hypervisor, a
+/// user of VFIO, the author's own.
+///
+/// A listener is told what the memory *is*, not what happens to it, and finds the difference to
+/// what it holds itself. So there is one call for all occasions: to attach it, to plug and unplug,
+/// to undo that, and to bring it up to date after it was away. [`PerRegion`](super::PerRegion)
+/// makes a listener of two functions that add and remove one region.
+///
+/// Calls come from one thread at a time, but not always from the same one. They must not change
+/// the [`AddressSpace`](super::AddressSpace) that makes them: that would wait for itself.
+///
+/// ```
+/// use guest_memory_shm::{AddressSpace, GuestMemoryShm, ListenerError, MemoryListener};
+/// use vm_memory::{GuestAddress, GuestMemoryBackend};
+///
+/// /// A device that takes no address behind its 32nd bit.
+/// struct Dma32;
+///
+/// #[derive(Debug, thiserror::Error)]
+/// #[error("RAM ends at {:#x}, a device reaches 4 GiB", .0.0)]
+/// struct OutOfReach(GuestAddress);
+///
+/// impl MemoryListener for Dma32 {
+///     fn check(&mut self, memory: &GuestMemoryShm) -> Result<(), ListenerError> {
+///         match memory.last_addr() {
+///             end if end.0 >> 32 != 0 => Err(ListenerError::refused(OutOfReach(end))),
+///             _ => Ok(()),
+///         }
+///     }
+///     fn update(&mut self, _memory: &GuestMemoryShm) -> Result<(), ListenerError> {
+///         Ok(())
+///     }
+/// }
+///
+/// let space = AddressSpace::new(GuestMemoryShm::<()>::new());
+/// assert!(space.attach("old nic", Dma32).is_ok());
+/// ```
+pub trait MemoryListener<B = ()>: Any + Send {
+    /// Whether it could hold this memory: limits, slots. All listeners are asked before the first
+    /// is told anything.
+    ///
+    /// What it holds must not change.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not.
+    fn check(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError>;
+
+    /// Makes what it holds equal to `memory`, whatever it held.
+    ///
+    /// When this returns it must not use a region that is not in `memory` any more: nothing keeps
+    /// such a region mapped but handles of it. The listener keeps handles of the regions that it
+    /// holds (or the descriptors) as long as it uses them.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not. It may hold a part of the change then: it is told to undo that by another
+    /// call, with the memory that was before.
+    fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError>;
+
+    /// Whether to tell it is to wait for somebody else, such as another process.
+    ///
+    /// Neighbours in the order of attachment that wait are told side by side, so that a slow one
+    /// costs its own time and not the sum.
+    fn waits(&self) -> bool {
+        false
+    }
+}
+
+/// Why a listener did not take a memory.
+///
+/// There are two kinds, with different consequences. One that *refuses* is there and works, and
+/// knows what it holds: the change is undone for all. One that is *away* (it died, hung up, fell
+/// silent) holds nothing that matters any more: whether the change goes on without it, is up to
+/// its [`Attendance`](super::Attendance).
+#[derive(Debug)]
+pub struct ListenerError {
+    away: bool,
+    range: Option<GuestRange>,
+    cause: Cause,
+}
+
+impl ListenerError {
+    /// It cannot take the memory, and still works.
+    pub fn refused(cause: impl Into<Cause>) -> Self {
+        Self {
+            away: false,
+            range: None,
+            cause: cause.into(),
+        }
+    }
+
+    /// It is gone, or what it holds is not known any more.
+    pub fn away(cause: impl Into<Cause>) -> Self {
+        Self {
+            away: true,
+            ..Self::refused(cause)
+        }
+    }
+
+    /// Names the region at which it failed.
+    #[must_use]
+    pub fn at(mut self, range: GuestRange) -> Self {
+        self.range = Some(range);
+        self
+    }
+
+    /// Whether it is away, rather than refusing.
+    pub fn is_away(&self) -> bool {
+        self.away
+    }
+
+    /// The region at which it failed, if it was one.
+    pub fn range(&self) -> Option<GuestRange> {
+        self.range
+    }
+
+    /// Why.
+    pub fn into_cause(self) -> Box<dyn std::error::Error + Send + Sync> {
+        self.cause
+    }
+}
+
+impl fmt::Display for ListenerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.away { "away" } else { "refused" })
+    }
+}
+
+impl std::error::Error for ListenerError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(self.cause.as_ref())
+    }
+}

@@ -1,0 +1,154 @@
+//! Listeners that are told of one region at a time.
+
+use std::fmt;
+
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::listener::{ListenerError, MemoryListener};
+use crate::memory::GuestMemoryShm;
+use crate::region::GuestRegionShm;
+
+/// Somebody who is told of one region at a time, as hypervisors and VFIO are: wrapped in
+/// [`PerRegion`] it is a [`MemoryListener`].
+///
+/// ```
+/// use guest_memory_shm::{
+///     AddressSpace, GuestMemoryShm, GuestRegionShm, ListenerError, PerRegion, RegionListener,
+/// };
+/// use vm_memory::GuestAddress;
+///
+/// /// An IOMMU in the guest's way.
+/// struct Iommu;
+///
+/// impl RegionListener for Iommu {
+///     fn region_add(&mut self, region: &GuestRegionShm) -> Result<(), ListenerError> {
+///         println!("map {} at {:p}", region.range(), region.as_ptr());
+///         Ok(())
+///     }
+///     fn region_remove(&mut self, region: &GuestRegionShm) -> Result<(), ListenerError> {
+///         println!("unmap {}", region.range());
+///         Ok(())
+///     }
+/// }
+///
+/// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+/// let space = AddressSpace::new(memory);
+/// let iommu = space.attach("iommu", PerRegion::new(Iommu))?;
+/// assert_eq!(space.with_listener(&iommu, |iommu| iommu.regions().len())?, 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub trait RegionListener<B = ()>: Send + 'static {
+    /// Whether it could hold this memory. Without a limit on the number of regions: always.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not.
+    fn check(&mut self, _memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
+        Ok(())
+    }
+
+    /// Takes one region more.
+    ///
+    /// # Errors
+    ///
+    /// Why it did not; it holds what it held before.
+    fn region_add(&mut self, region: &GuestRegionShm<B>) -> Result<(), ListenerError>;
+
+    /// Lets go of a region that it was given.
+    ///
+    /// # Errors
+    ///
+    /// Why it did not; it holds what it held before.
+    fn region_remove(&mut self, region: &GuestRegionShm<B>) -> Result<(), ListenerError>;
+}
+
+/// A [`MemoryListener`] out of a [`RegionListener`]: it finds the difference to what is held, and
+/// keeps what is held mapped.
+///
+/// Removals come first, highest address first, then additions, lowest first: a region that moves
+/// or grows never overlaps its successor, and no more are held at once than before or after.
+/// Dropped, it lets the regions go without telling the listener.
+pub struct PerRegion<L, B = ()> {
+    listener: L,
+    /// Sorted by address.
+    held: Vec<GuestRegionShm<B>>,
+}
+
+impl<L: RegionListener<B>, B> PerRegion<L, B> {
+    /// A listener that holds no region yet.
+    pub fn new(listener: L) -> Self {
+        Self {
+            listener,
+            held: Vec::new(),
+        }
+    }
+
+    /// The regions that it was given and has not let go, sorted by address.
+    pub fn regions(&self) -> &[GuestRegionShm<B>] {
+        &self.held
+    }
+
+    /// What is told.
+    pub fn get_ref(&self) -> &L {
+        &self.listener
+    }
+
+    /// What is told, to use it otherwise.
+    pub fn get_mut(&mut self) -> &mut L {
+        &mut self.listener
+    }
+}
+
+impl<L: RegionListener<B>, B: Bitmap + Send + Sync + 'static> MemoryListener<B>
+    for PerRegion<L, B>
+{
+    fn check(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
+        self.listener.check(memory)
+    }
+
+    fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
+        for at in (0..self.held.len()).rev() {
+            let region = &self.held[at];
+            if memory
+                .find_region(region.start_addr())
+                .is_some_and(|there| there.is(region))
+            {
+                continue;
+            }
+            let range = region.range();
+            self.listener
+                .region_remove(region)
+                .map_err(|error| error.at(range))?;
+            self.held.remove(at);
+        }
+        for region in memory.iter() {
+            let place = self
+                .held
+                .binary_search_by_key(&region.range(), GuestRegionShm::range);
+            let Err(place) = place else { continue };
+            let range = region.range();
+            self.listener
+                .region_add(region)
+                .map_err(|error| error.at(range))?;
+            self.held.insert(place, region.clone());
+        }
+        Ok(())
+    }
+}
+
+impl<L: fmt::Debug, B> fmt::Debug for PerRegion<L, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PerRegion")
+            .field("listener", &self.listener)
+            .field(
+                "held",
+                &self
+                    .held
+                    .iter()
+                    .map(GuestRegionShm::range)
+                    .collect::<Vec<_>>(),
+            )
+            .finish()
+    }
+}

@@ -1,0 +1,197 @@
+//! Several changes of the guest's memory as one.
+
+use std::sync::Arc;
+
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use super::AddressSpace;
+use super::attached::{Listeners, Objection};
+use crate::error::{Result, StaleListener};
+use crate::layout::GuestRange;
+use crate::memory::GuestMemoryShm;
+use crate::region::GuestRegionShm;
+
+/// Changes of the guest's memory that happen together or not at all:
+/// [`AddressSpace::transaction`].
+///
+/// Removals come before additions, in whatever order they were named: a region can be replaced by
+/// another in its place.
+///
+/// ```
+/// use guest_memory_shm::{AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions};
+/// use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+///
+/// const MIB: u64 = 1 << 20;
+/// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+/// let space = AddressSpace::new(memory);
+///
+/// let report = space
+///     .transaction()
+///     .remove(GuestAddress(0), MIB)
+///     .insert(GuestRegionShm::new(GuestAddress(0), 2 * MIB, &RamOptions::new())?)
+///     .insert(GuestRegionShm::new(GuestAddress(4 << 30), MIB, &RamOptions::new())?)
+///     .commit()?;
+/// assert_eq!(report.removed()[0].range().size(), MIB);
+/// assert_eq!(space.memory().memory().num_regions(), 2);
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
+#[must_use = "nothing happens before commit()"]
+pub struct Transaction<'a, B: Bitmap + Send + Sync + 'static = ()> {
+    space: &'a AddressSpace<B>,
+    removals: Vec<(GuestAddress, u64)>,
+    additions: Vec<Arc<GuestRegionShm<B>>>,
+}
+
+/// What a change did.
+#[derive(Debug)]
+pub struct ChangeReport<B = ()> {
+    removed: Vec<Arc<GuestRegionShm<B>>>,
+    lagging: Vec<StaleListener>,
+}
+
+impl<B> ChangeReport<B> {
+    /// The regions that were removed. Each stays mapped until its last user lets go, and this
+    /// report is one.
+    pub fn removed(&self) -> &[Arc<GuestRegionShm<B>>] {
+        &self.removed
+    }
+
+    /// Takes the regions that were removed out.
+    pub fn into_removed(self) -> Vec<Arc<GuestRegionShm<B>>> {
+        self.removed
+    }
+
+    /// The listeners that are away and have not been told, each with the reason: see
+    /// [`Attendance::MayLag`](super::Attendance::MayLag).
+    pub fn lagging(&self) -> &[StaleListener] {
+        &self.lagging
+    }
+}
+
+impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
+    pub(super) fn new(space: &'a AddressSpace<B>) -> Self {
+        Self {
+            space,
+            removals: Vec::new(),
+            additions: Vec::new(),
+        }
+    }
+
+    /// Plugs a region.
+    pub fn insert(mut self, region: impl Into<Arc<GuestRegionShm<B>>>) -> Self {
+        self.additions.push(region.into());
+        self
+    }
+
+    /// Unplugs the region of `size` bytes at `start`.
+    pub fn remove(mut self, start: GuestAddress, size: u64) -> Self {
+        self.removals.push((start, size));
+        self
+    }
+
+    /// Makes all the changes, or none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Overlap`](crate::Error::Overlap) and
+    /// [`Error::NoSuchRegion`](crate::Error::NoSuchRegion): nobody was asked or told.
+    /// [`AddressSpaceError::Refused`](crate::AddressSpaceError::Refused) and
+    /// [`AddressSpaceError::Away`](crate::AddressSpaceError::Away): everybody who was told has
+    /// been put back, but for those that the error calls stale.
+    pub fn commit(self) -> Result<ChangeReport<B>> {
+        let mut listeners = self.space.lock();
+        let before = self.space.current();
+        let steps = Steps::new(&before, &self.removals, self.additions)?;
+        if steps.is_empty() {
+            return Ok(ChangeReport {
+                removed: Vec::new(),
+                lagging: listeners.stale(),
+            });
+        }
+        self.space
+            .change(&mut listeners, &before, &steps)
+            .map_err(|objection| objection.into_error(steps.first, listeners.stale()))?;
+        log::debug!("guest memory has {} regions now", steps.after.num_regions());
+        Ok(ChangeReport {
+            removed: steps.removed,
+            lagging: listeners.stale(),
+        })
+    }
+}
+
+/// The memories on the way.
+struct Steps<B> {
+    removed: Vec<Arc<GuestRegionShm<B>>>,
+    /// Without the removed regions; absent if there are none.
+    without: Option<GuestMemoryShm<B>>,
+    after: GuestMemoryShm<B>,
+    /// What changes first.
+    first: Option<GuestRange>,
+}
+
+impl<B> Steps<B> {
+    fn new(
+        before: &GuestMemoryShm<B>,
+        removals: &[(GuestAddress, u64)],
+        additions: Vec<Arc<GuestRegionShm<B>>>,
+    ) -> Result<Self> {
+        let mut without = None;
+        let mut removed = Vec::new();
+        for (start, size) in removals {
+            let from = without.as_ref().unwrap_or(before);
+            let (smaller, region) = from.remove_region(*start, *size)?;
+            without = Some(smaller);
+            removed.push(region);
+        }
+        let first = removed.first().or(additions.first());
+        let first = first.map(|region| region.range());
+        let from = without.as_ref().unwrap_or(before);
+        let after = match additions.is_empty() {
+            true => from.clone(),
+            false => {
+                let mut regions = from.arc_regions();
+                regions.extend(additions);
+                GuestMemoryShm::from_arc_regions(regions)?
+            }
+        };
+        Ok(Self {
+            removed,
+            without,
+            after,
+            first,
+        })
+    }
+
+    fn is_empty(&self) -> bool {
+        self.first.is_none()
+    }
+}
+
+impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
+    /// Asks, tells and publishes, in the order in which no reader ever sees memory that somebody
+    /// was not told of.
+    fn change(
+        &self,
+        listeners: &mut Listeners<B>,
+        before: &GuestMemoryShm<B>,
+        steps: &Steps<B>,
+    ) -> Result<(), Objection> {
+        let present = listeners.ask(&steps.after)?;
+        if let Some(without) = &steps.without {
+            self.publish(without);
+        }
+        let mut told = Vec::new();
+        let done = listeners.tell(&present, &steps.after, &mut told);
+        if done.is_err() {
+            listeners.undo(told, before);
+        }
+        match (&done, &steps.without) {
+            (Ok(()), Some(without)) if without.is(&steps.after) => {}
+            (Ok(()), _) => self.publish(&steps.after),
+            (Err(_), Some(_)) => self.publish(before),
+            (Err(_), None) => {}
+        }
+        done
+    }
+}
