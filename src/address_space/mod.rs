@@ -365,3 +365,6 @@ impl<B: Bitmap + Send + Sync + 'static> fmt::Debug for AddressSpace<B> {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests;
