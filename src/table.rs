@@ -120,6 +120,12 @@ impl MemoryTable {
         }
     }
 
+    /// Whether a region starts at this address.
+    pub(crate) fn starts_at(&self, start: GuestAddress) -> bool {
+        let start_of = |region: &TableRegion| region.range.start_addr();
+        self.regions.binary_search_by_key(&start, start_of).is_ok()
+    }
+
     fn contains(&self, region: &TableRegion) -> bool {
         let place = self.place_of(region);
         place.is_ok_and(|at| self.regions[at] == *region)

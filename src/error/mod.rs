@@ -437,10 +437,10 @@ pub enum Error {
         slots: SlotLimit,
     },
 
-    /// The daemon refused a change of its memory table; the share is broken.
+    /// The daemon refused a change of its memory table. Whether the share goes on, says
+    /// `VhostUserShare::broken`.
     #[error(
-        "the daemon refused to {change}: it may be out of memory, address space or memory slots; \
-         the connection was closed"
+        "the daemon refused to {change}: it may be out of memory, address space or memory slots"
     )]
     DaemonRefused {
         /// The change.
