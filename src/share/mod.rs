@@ -9,9 +9,11 @@ use std::time::Duration;
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::GuestAddress;
+use vm_memory::bitmap::Bitmap;
 
 use crate::error::{Error, MemTableChange, Result, SlotLimit};
-use crate::table::{MemoryTable, TableChange, TableRegion};
+use crate::memory::GuestMemoryShm;
+use crate::table::{MemoryTable, TableChange, TableRegion, TableView};
 
 mod sink;
 mod time_limit;
@@ -77,6 +79,7 @@ pub struct VhostUserShare<F> {
     reply_ack: bool,
     /// The daemon's answer to GET_MAX_MEM_SLOTS, once it was asked.
     slots: Option<u64>,
+    view: TableView,
     /// What the daemon has acknowledged.
     held: MemoryTable,
     /// Bases that the daemon returned and no report handed out.
@@ -123,6 +126,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             mem_slots: false,
             reply_ack: false,
             slots: None,
+            view: TableView::default(),
             held: MemoryTable::default(),
             bases: Vec::new(),
             broken: None,
@@ -138,6 +142,19 @@ impl<F: MemTableSink> VhostUserShare<F> {
         self.limit = limit;
         self.watch();
         self
+    }
+
+    /// Sets what the daemon gets to see of a memory, for [`update_memory`](Self::update_memory) and
+    /// [`check_memory`](Self::check_memory); everything by host addresses unless set.
+    #[must_use]
+    pub fn with_view(mut self, view: TableView) -> Self {
+        self.view = view;
+        self
+    }
+
+    /// What the daemon gets to see of a memory.
+    pub fn view(&self) -> &TableView {
+        &self.view
     }
 
     /// Goes on with a new connection to the daemon, which holds no region yet; gives back the old
@@ -238,6 +255,29 @@ impl<F: MemTableSink> VhostUserShare<F> {
             report.added
         );
         Ok(report)
+    }
+
+    /// [`check`](Self::check), of what the daemon gets to see of `memory`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`check`](Self::check), and
+    /// [`Error::OpaqueConstant`] if the [view](Self::with_view) does not fit the memory.
+    pub fn check_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<()> {
+        let table = memory.memory_table_as(&self.view)?;
+        self.check(&table)
+    }
+
+    /// [`update`](Self::update), to what the daemon gets to see of `memory`. A change outside of
+    /// its [view](Self::with_view) sends no message.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`update`](Self::update), and [`Error::OpaqueConstant`] if the view does not fit
+    /// the memory: nothing was sent.
+    pub fn update_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<ShareReport> {
+        let table = memory.memory_table_as(&self.view)?;
+        self.update(&table)
     }
 
     /// Takes the bases that the daemon returned and that no report handed out: those of an update
