@@ -156,7 +156,7 @@ pub use rom::GuestRom;
 pub use share::{HangUp, MemTableSink, ShareReport, SinkError, TimeLimit, VhostUserShare};
 pub use stats::{Extents, MemoryStats, NodeStats, RegionStats};
 #[cfg(feature = "vhost-user")]
-pub use table::{MemoryTable, TableChange, TableRegion};
+pub use table::{MemoryTable, TableChange, TableRegion, TableView, UserAddresses};
 
 /// README's examples compile and run.
 #[cfg(all(doctest, feature = "vhost-user"))]

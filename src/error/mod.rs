@@ -422,6 +422,23 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// A constant that cannot be added to guest addresses to make user addresses; nothing was sent.
+    #[error(
+        "{constant:#x} is no user address for guest address 0: for the region {range} it must be \
+         at most {limit:#x}, so that no address runs past 2^64, and a multiple of {}",
+        HumanSize(*.page_size)
+    )]
+    OpaqueConstant {
+        /// The region whose user addresses it would make.
+        range: GuestRange,
+        /// The constant in bytes.
+        constant: u64,
+        /// The largest constant for this region.
+        limit: u64,
+        /// The page size in bytes.
+        page_size: u64,
+    },
+
     /// An empty memory table, which SET_MEM_TABLE cannot carry; nothing was sent.
     #[error(
         "SET_MEM_TABLE cannot carry an empty memory table: keep a region in it, or negotiate \
@@ -443,10 +460,10 @@ pub enum Error {
         slots: SlotLimit,
     },
 
-    /// The daemon refused a change of its memory table; the share is broken.
+    /// The daemon refused a change of its memory table. Whether the share goes on, says
+    /// `VhostUserShare::broken`.
     #[error(
-        "the daemon refused to {change}: it may be out of memory, address space or memory slots; \
-         the connection was closed"
+        "the daemon refused to {change}: it may be out of memory, address space or memory slots"
     )]
     DaemonRefused {
         /// The change.

@@ -1,16 +1,19 @@
 //! Sharing guest RAM with one vhost-user daemon: its memory table is kept equal to ours.
 //!
 //! A [`VhostUserShare`] knows what the daemon was told and has acknowledged, and sends only the
-//! difference. Limits are checked before a byte is sent. A failure on the wire breaks the share:
-//! what the daemon holds is not known any more, so it has to be connected to anew.
+//! difference. Limits are checked before a byte is sent. A refusal leaves the share usable where
+//! the daemon survives it and is known to hold what it held. Any other failure on the wire breaks
+//! the share: what the daemon holds is not known any more, so it has to be connected to anew.
 
 use std::time::Duration;
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::GuestAddress;
+use vm_memory::bitmap::Bitmap;
 
 use crate::error::{Error, MemTableChange, Result, SlotLimit};
-use crate::table::{MemoryTable, TableChange, TableRegion};
+use crate::memory::GuestMemoryShm;
+use crate::table::{MemoryTable, TableChange, TableRegion, TableView};
 
 mod sink;
 mod time_limit;
@@ -25,6 +28,9 @@ const MAX_TABLE_REGIONS: usize = 8;
 /// How long a daemon may take to answer, unless set otherwise: mapping a region takes it
 /// microseconds, but it may be busy with I/O.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a sink's call says.
+type Answer<T> = std::result::Result<T, SinkError>;
 
 /// One daemon's memory table, kept equal to a [`MemoryTable`].
 ///
@@ -73,8 +79,11 @@ pub struct VhostUserShare<F> {
     reply_ack: bool,
     /// The daemon's answer to GET_MAX_MEM_SLOTS, once it was asked.
     slots: Option<u64>,
+    view: TableView,
     /// What the daemon has acknowledged.
     held: MemoryTable,
+    /// Bases that the daemon returned and no report handed out.
+    bases: Vec<(GuestAddress, u64)>,
     broken: Option<String>,
 }
 
@@ -117,7 +126,9 @@ impl<F: MemTableSink> VhostUserShare<F> {
             mem_slots: false,
             reply_ack: false,
             slots: None,
+            view: TableView::default(),
             held: MemoryTable::default(),
+            bases: Vec::new(),
             broken: None,
         };
         share.begin(features);
@@ -131,6 +142,19 @@ impl<F: MemTableSink> VhostUserShare<F> {
         self.limit = limit;
         self.watch();
         self
+    }
+
+    /// Sets what the daemon gets to see of a memory, for [`update_memory`](Self::update_memory) and
+    /// [`check_memory`](Self::check_memory); everything by host addresses unless set.
+    #[must_use]
+    pub fn with_view(mut self, view: TableView) -> Self {
+        self.view = view;
+        self
+    }
+
+    /// What the daemon gets to see of a memory.
+    pub fn view(&self) -> &TableView {
+        &self.view
     }
 
     /// Goes on with a new connection to the daemon, which holds no region yet; gives back the old
@@ -149,6 +173,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         self.reply_ack = features.contains(Features::REPLY_ACK);
         self.slots = None;
         self.held = MemoryTable::default();
+        self.bases = Vec::new();
         self.broken = None;
         self.watch();
         if self.reply_ack {
@@ -161,6 +186,30 @@ impl<F: MemTableSink> VhostUserShare<F> {
         self.time_limit = hang_up.map(|hang_up| TimeLimit::with_hang_up(hang_up, self.limit));
     }
 
+    /// Whether the daemon could take `table`, as far as limits say; nothing is changed.
+    ///
+    /// The daemon is asked for its number of memory slots (GET_MAX_MEM_SLOTS) unless it was
+    /// before. [`update`](Self::update) checks the same.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooManyRegions`], and [`Error::EmptyTable`] for an empty table that only
+    /// SET_MEM_TABLE could carry; [`Error::ShareBroken`]; and what a failed question leads to:
+    /// [`Error::NoTimeLimit`], after which the share goes on as before, and
+    /// [`Error::DaemonRefused`], [`Error::DaemonHungUp`], [`Error::DaemonSilent`],
+    /// [`Error::DaemonProtocol`], after which it is broken.
+    pub fn check(&mut self, table: &MemoryTable) -> Result<()> {
+        self.check_not_broken()?;
+        if *table == self.held {
+            return Ok(());
+        }
+        if self.mem_slots {
+            self.check_slots(table)
+        } else {
+            check_whole(table)
+        }
+    }
+
     /// Makes the daemon's table equal to `table`, by telling it the difference: everything on a
     /// new connection, nothing if it is equal already.
     ///
@@ -170,18 +219,19 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// SET_MEM_TABLE could carry: nothing was sent, the share goes on as before. So it does after
     /// [`Error::NoTimeLimit`], if no thread could be had to watch the time.
     ///
-    /// [`Error::DaemonRefused`], [`Error::DaemonHungUp`], [`Error::DaemonSilent`],
-    /// [`Error::DaemonProtocol`]: the connection is closed, the share is broken, and every later
-    /// update is [`Error::ShareBroken`] until [`reconnect`](Self::reconnect). A daemon that
-    /// acknowledges a change and hangs up right after it, as libvhost-user does to refuse one,
-    /// counts as hung up; among several changes the error may then name the change behind the
-    /// refused one.
+    /// [`Error::DaemonRefused`]: the daemon answered that it does not take a change. If that was a
+    /// single region and the daemon still answers after it, the share goes on: [`table`](Self::table)
+    /// is what was acknowledged until then, and the next update goes on from there. Otherwise it is
+    /// broken: most daemons hang up when they refuse, and some have let go of the old table when
+    /// they refuse a whole one. [`broken`](Self::broken) tells the two apart.
+    ///
+    /// [`Error::DaemonHungUp`], [`Error::DaemonSilent`], [`Error::DaemonProtocol`]: the connection
+    /// is closed, the share is broken, and every later update is [`Error::ShareBroken`] until
+    /// [`reconnect`](Self::reconnect). A daemon that acknowledges a change and hangs up right after
+    /// it, as libvhost-user does to refuse one, counts as hung up; among several changes the error
+    /// may then name the change behind the refused one.
     pub fn update(&mut self, table: &MemoryTable) -> Result<ShareReport> {
-        if let Some(reason) = &self.broken {
-            return Err(Error::ShareBroken {
-                reason: reason.clone(),
-            });
-        }
+        self.check(table)?;
         let change = self.held.change_to(table);
         if change.is_empty() {
             return Ok(ShareReport::default());
@@ -191,12 +241,13 @@ impl<F: MemTableSink> VhostUserShare<F> {
             added: change.additions().len(),
             bases: Vec::new(),
         };
-        if self.mem_slots {
-            self.check_slots(table)?;
-            self.send_difference(&change, &mut report)?;
-        } else {
-            check_whole(table)?;
-            self.send_whole(table, &mut report)?;
+        let sent = match self.mem_slots {
+            true => self.send_difference(&change, &mut report),
+            false => self.send_whole(table, &mut report),
+        };
+        if let Err(error) = sent {
+            self.keep_bases(report);
+            return Err(error);
         }
         log::debug!(
             "daemon took {} regions less, {} more",
@@ -206,30 +257,51 @@ impl<F: MemTableSink> VhostUserShare<F> {
         Ok(report)
     }
 
-    pub(crate) fn check_memory<B: vm_memory::bitmap::Bitmap>(
-        &mut self,
-        memory: &crate::GuestMemoryShm<B>,
-    ) -> Result<()> {
-        let _ = memory;
-        match &self.broken {
-            Some(reason) => Err(Error::ShareBroken {
-                reason: reason.clone(),
-            }),
-            None => Ok(()),
+    /// [`check`](Self::check), of what the daemon gets to see of `memory`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`check`](Self::check), and
+    /// [`Error::OpaqueConstant`] if the [view](Self::with_view) does not fit the memory.
+    pub fn check_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<()> {
+        let table = memory.memory_table_as(&self.view)?;
+        self.check(&table)
+    }
+
+    /// [`update`](Self::update), to what the daemon gets to see of `memory`. A change outside of
+    /// its [view](Self::with_view) sends no message.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`update`](Self::update), and [`Error::OpaqueConstant`] if the view does not fit
+    /// the memory: nothing was sent.
+    pub fn update_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<ShareReport> {
+        let table = memory.memory_table_as(&self.view)?;
+        self.update(&table)
+    }
+
+    /// Takes the bases that the daemon returned and that no report handed out: those of an update
+    /// that failed later, and those given to [`keep_bases`](Self::keep_bases). Guest address and
+    /// address in the daemon; see [`ShareReport::bases`].
+    pub fn take_bases(&mut self) -> Vec<(GuestAddress, u64)> {
+        std::mem::take(&mut self.bases)
+    }
+
+    /// Keeps the bases of a report that is not looked at now, for
+    /// [`take_bases`](Self::take_bases). Those of regions that the daemon does not hold any more
+    /// mean nothing, and are dropped.
+    pub fn keep_bases(&mut self, report: ShareReport) {
+        for (start, base) in report.bases {
+            if self.held.starts_at(start) {
+                self.bases.retain(|(known, _)| *known != start);
+                self.bases.push((start, base));
+            }
         }
     }
 
-    pub(crate) fn update_memory<B: vm_memory::bitmap::Bitmap>(
-        &mut self,
-        memory: &crate::GuestMemoryShm<B>,
-    ) -> Result<ShareReport> {
-        self.update(&memory.memory_table())
-    }
-
-    pub(crate) fn keep_bases(&mut self, _report: ShareReport) {}
-
-    /// What the daemon has acknowledged. After a failure this may be part of a change; what a
-    /// daemon does about the change at which it failed is not known.
+    /// What the daemon has acknowledged. After a failure this may be part of a change. What a
+    /// daemon does about the change at which it failed is known only if it refused, and the share
+    /// is not [`broken`](Self::broken): nothing.
     pub fn table(&self) -> &MemoryTable {
         &self.held
     }
@@ -259,6 +331,15 @@ impl<F: MemTableSink> VhostUserShare<F> {
         self.sink
     }
 
+    fn check_not_broken(&self) -> Result<()> {
+        match &self.broken {
+            Some(reason) => Err(Error::ShareBroken {
+                reason: reason.clone(),
+            }),
+            None => Ok(()),
+        }
+    }
+
     fn check_slots(&mut self, table: &MemoryTable) -> Result<()> {
         let limit = match self.slots {
             Some(limit) => limit,
@@ -283,14 +364,16 @@ impl<F: MemTableSink> VhostUserShare<F> {
         let mut last = None;
         for region in change.removals() {
             let step = MemTableChange::Remove(region.range());
-            self.call(step, |sink| sink.remove_mem_region(region))?;
+            self.change(step, |sink| sink.remove_mem_region(region))?;
             self.confirm(step)?;
             self.held.remove(region);
+            let start = region.range().start_addr();
+            self.bases.retain(|(known, _)| *known != start);
             last = Some(step);
         }
         for region in change.additions() {
             let step = MemTableChange::Add(region.range());
-            let base = self.call(step, |sink| sink.add_mem_region(region))?;
+            let base = self.change(step, |sink| sink.add_mem_region(region))?;
             self.confirm(step)?;
             self.held.insert(region);
             report.bases.extend(base.map(|base| base_of(region, base)));
@@ -301,10 +384,16 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     fn send_whole(&mut self, table: &MemoryTable, report: &mut ShareReport) -> Result<()> {
         let step = MemTableChange::SetTable(table.regions().len());
-        let bases = self.call(step, |sink| sink.set_mem_table(table.regions()))?;
+        let set = |sink: &mut F| sink.set_mem_table(table.regions());
+        let bases = match self.sink.refusal_keeps_table() {
+            true => self.change(step, set)?,
+            false => self.call(step, set)?,
+        };
         self.confirm(step)?;
         self.confirm_lasting(step)?;
         self.held = table.clone();
+        // All regions were mapped anew.
+        self.bases.clear();
         let bases = bases.into_iter().flatten();
         report.bases = table
             .regions()
@@ -332,36 +421,73 @@ impl<F: MemTableSink> VhostUserShare<F> {
         self.call(step, F::barrier)
     }
 
+    /// Makes one call that, refused, leaves the daemon as it was: if it still answers after the
+    /// refusal, the share goes on.
+    fn change<T>(
+        &mut self,
+        change: MemTableChange,
+        call: impl FnOnce(&mut F) -> Answer<T>,
+    ) -> Result<T> {
+        let refused = match self.attempt(change, call)? {
+            Ok(answer) => return Ok(answer),
+            Err(error @ Error::DaemonRefused { .. }) => error,
+            Err(error) => return Err(self.break_off(error)),
+        };
+        // A refusal says that the daemon is there, not that it stays: most hang up now.
+        match self.attempt(change, F::barrier) {
+            Ok(Err(gone)) => {
+                log::debug!("after its refusal: {gone}");
+                Err(self.break_off(refused))
+            }
+            // Where it could not be asked, the next call finds out.
+            Ok(Ok(())) | Err(_) => Err(refused),
+        }
+    }
+
     /// Makes one call on the connection, within the time limit; a failure breaks the share.
     fn call<T>(
         &mut self,
         change: MemTableChange,
-        call: impl FnOnce(&mut F) -> std::result::Result<T, SinkError>,
+        call: impl FnOnce(&mut F) -> Answer<T>,
     ) -> Result<T> {
+        match self.attempt(change, call)? {
+            Ok(answer) => Ok(answer),
+            Err(error) => Err(self.break_off(error)),
+        }
+    }
+
+    /// Makes one call on the connection, within the time limit. The outer error: it was not made.
+    fn attempt<T>(
+        &mut self,
+        change: MemTableChange,
+        call: impl FnOnce(&mut F) -> Answer<T>,
+    ) -> Result<Result<T>> {
         if let Some(limit) = &self.time_limit {
             limit.start()?;
         }
         let answer = call(&mut self.sink);
         let expired = self.time_limit.as_ref().is_some_and(TimeLimit::stop);
-        let error = match answer {
-            Ok(answer) if !expired => return Ok(answer),
-            _ if expired => Error::DaemonSilent {
+        Ok(match answer {
+            _ if expired => Err(Error::DaemonSilent {
                 change,
                 limit: self.limit,
-            },
-            Err(SinkError::Refused(source)) => Error::DaemonRefused { change, source },
-            Err(SinkError::HungUp(source)) => Error::DaemonHungUp { change, source },
-            Err(SinkError::Protocol(source)) => Error::DaemonProtocol { change, source },
-            Ok(_) => unreachable!("an answer in time was returned above"),
-        };
-        // Nothing more is said on a connection whose other end is in an unknown state; and most
-        // daemons serve one front-end at a time, so the next connection needs this one's end.
+            }),
+            Ok(answer) => Ok(answer),
+            Err(SinkError::Refused(source)) => Err(Error::DaemonRefused { change, source }),
+            Err(SinkError::HungUp(source)) => Err(Error::DaemonHungUp { change, source }),
+            Err(SinkError::Protocol(source)) => Err(Error::DaemonProtocol { change, source }),
+        })
+    }
+
+    /// Ends the connection. Nothing more is said to a daemon in an unknown state; and most daemons
+    /// serve one front-end at a time, so the next connection needs this one's end.
+    fn break_off(&mut self, error: Error) -> Error {
         if let Some(hang_up) = self.sink.hang_up() {
             hang_up();
         }
         log::warn!("share broken: {error}");
         self.broken = Some(error.to_string());
-        Err(error)
+        error
     }
 }
 

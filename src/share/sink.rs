@@ -58,6 +58,12 @@ pub trait MemTableSink {
     /// The way in which the daemon did not answer.
     fn barrier(&mut self) -> Result<(), SinkError>;
 
+    /// Whether the table that was there before is still there after a refused SET_MEM_TABLE.
+    /// vhost-user promises nothing, and some daemons unmap the old table first.
+    fn refusal_keeps_table(&self) -> bool {
+        false
+    }
+
     /// What ends the connection from another thread, so that a call that waits returns with an
     /// error. `None` if no call of this sink ever waits.
     fn hang_up(&self) -> Option<HangUp>;

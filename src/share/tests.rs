@@ -21,6 +21,9 @@ enum Said {
 struct Script {
     said: Vec<Said>,
     slots: u64,
+    /// What was said and not failed.
+    held: Vec<u64>,
+    keeps_table: bool,
     /// The n-th message after `Acks`, counted from 0, is answered like this.
     fail: Option<(usize, fn() -> SinkError)>,
     base: Option<u64>,
@@ -50,6 +53,7 @@ impl MemTableSink for Script {
         regions: &[TableRegion],
     ) -> std::result::Result<Option<Vec<u64>>, SinkError> {
         self.say(Said::Set(regions.iter().map(mib).collect()))?;
+        self.held = regions.iter().map(mib).collect();
         Ok(self.base.map(|base| (base..).take(regions.len()).collect()))
     }
     fn add_mem_region(
@@ -57,10 +61,14 @@ impl MemTableSink for Script {
         region: &TableRegion,
     ) -> std::result::Result<Option<u64>, SinkError> {
         self.say(Said::Add(mib(region)))?;
+        self.held.push(mib(region));
+        self.held.sort_unstable();
         Ok(self.base)
     }
     fn remove_mem_region(&mut self, region: &TableRegion) -> std::result::Result<(), SinkError> {
-        self.say(Said::Remove(mib(region)))
+        self.say(Said::Remove(mib(region)))?;
+        self.held.retain(|start| *start != mib(region));
+        Ok(())
     }
     fn max_mem_slots(&mut self) -> std::result::Result<u64, SinkError> {
         self.say(Said::Slots)?;
@@ -69,9 +77,16 @@ impl MemTableSink for Script {
     fn barrier(&mut self) -> std::result::Result<(), SinkError> {
         self.say(Said::Barrier)
     }
+    fn refusal_keeps_table(&self) -> bool {
+        self.keeps_table
+    }
     fn hang_up(&self) -> Option<HangUp> {
         None
     }
+}
+
+fn starts(table: &MemoryTable) -> Vec<u64> {
+    table.regions().iter().map(mib).collect()
 }
 
 fn table(starts: &[u64]) -> MemoryTable {
@@ -208,6 +223,18 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
                     .or_else(|| share.update(&second).err());
                 let error = error.expect("a step fails").to_string();
                 assert!(error.contains(word), "{error}");
+                let said = share.sink().said.clone();
+                let at = said.iter().filter(|said| **said != Said::Acks).nth(step);
+                if word == "refused" && matches!(at, Some(Said::Add(_) | Said::Remove(_))) {
+                    // The one failure that tells what the daemon holds, and it is still there.
+                    assert_eq!(share.broken(), None);
+                    assert_eq!(said.last(), Some(&Said::Barrier));
+                    assert_eq!(starts(share.table()), share.sink().held);
+                    share.update(&second).unwrap();
+                    assert_eq!(share.sink().held, [2, 3]);
+                    assert_eq!(share.table(), &second);
+                    continue;
+                }
                 assert_eq!(share.broken(), Some(error.as_str()));
 
                 let said = share.sink().said.len();
@@ -242,10 +269,98 @@ fn what_was_acknowledged_before_a_failure_is_known() {
         Err(Error::DaemonRefused { change: MemTableChange::Add(range), .. })
             if range.start_addr() == GuestAddress(2 << 20)
     ));
-    assert_eq!(
-        share.table().regions().iter().map(mib).collect::<Vec<_>>(),
-        [0]
-    );
+    assert_eq!(starts(share.table()), [0]);
+}
+
+#[test]
+fn a_refusal_followed_by_silence_breaks_the_share() {
+    /// Refuses the region at 2 MiB, and does not answer after that.
+    #[derive(Default)]
+    struct Leaves(Script, bool);
+    impl MemTableSink for Leaves {
+        fn request_acks(&mut self) {}
+        fn set_mem_table(&mut self, _: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
+            unreachable!()
+        }
+        fn add_mem_region(&mut self, region: &TableRegion) -> Answer<Option<u64>> {
+            self.1 = mib(region) == 2;
+            match self.1 {
+                true => Err(SinkError::Refused("no".into())),
+                false => self.0.add_mem_region(region),
+            }
+        }
+        fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
+            unreachable!()
+        }
+        fn max_mem_slots(&mut self) -> Answer<u64> {
+            Ok(8)
+        }
+        fn barrier(&mut self) -> Answer<()> {
+            match self.1 {
+                true => Err(SinkError::HungUp("gone".into())),
+                false => Ok(()),
+            }
+        }
+        fn hang_up(&self) -> Option<HangUp> {
+            None
+        }
+    }
+    let mut share = VhostUserShare::new(Leaves::default(), SLOTS | ACK);
+    let refused = share.update(&table(&[0, 2])).unwrap_err();
+    assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
+    assert_eq!(share.broken(), Some(refused.to_string().as_str()));
+}
+
+#[test]
+fn a_refused_whole_table_breaks_the_share_unless_the_sink_says_it_keeps_the_old_one() {
+    for keeps_table in [false, true] {
+        let mut share = share(0, Features::empty());
+        share.sink_mut().keeps_table = keeps_table;
+        share.update(&table(&[0, 2])).unwrap();
+        let steps = share.sink().said.len();
+        share.sink_mut().fail = Some((steps, || SinkError::Refused("no".into())));
+        let refused = share.update(&table(&[4])).unwrap_err();
+        assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
+        assert_eq!(share.broken().is_none(), keeps_table);
+        assert_eq!(starts(share.table()), [0, 2]);
+        assert_eq!(share.update(&table(&[4])).is_ok(), keeps_table);
+    }
+}
+
+#[test]
+fn a_check_asks_for_the_slots_once_and_changes_nothing() {
+    use Said::*;
+    let mut share = share(2, SLOTS | ACK);
+    share.check(&MemoryTable::default()).unwrap();
+    assert_eq!(share.sink().said, [Acks], "nothing changes: nothing to ask");
+    share.check(&table(&[0, 1])).unwrap();
+    assert!(matches!(
+        share.check(&table(&[0, 1, 2])),
+        Err(Error::TooManyRegions {
+            regions: 3,
+            limit: 2,
+            slots: SlotLimit::Daemon
+        })
+    ));
+    assert_eq!(share.sink().said, [Acks, Slots]);
+    assert_eq!(share.table(), &MemoryTable::default());
+    share.update(&table(&[0, 1])).unwrap();
+    share.check(&MemoryTable::default()).unwrap();
+    share.sink_mut().fail = Some((share.sink().said.len() - 1, || {
+        SinkError::HungUp("gone".into())
+    }));
+    share.update(&table(&[0])).unwrap_err();
+    let held = share.table().clone();
+    assert!(matches!(share.check(&held), Err(Error::ShareBroken { .. })));
+}
+
+#[test]
+fn a_check_whose_question_fails_breaks_the_share() {
+    let mut share = share(2, SLOTS | ACK);
+    share.sink_mut().fail = Some((0, || SinkError::HungUp("gone".into())));
+    let lost = share.check(&table(&[0])).unwrap_err();
+    assert!(matches!(lost, Error::DaemonHungUp { .. }), "{lost}");
+    assert!(share.broken().is_some());
 }
 
 #[test]
@@ -261,4 +376,28 @@ fn bases_of_postcopy_are_handed_on() {
             .collect();
         assert_eq!(starts, [1, 4]);
     }
+}
+
+#[test]
+fn bases_of_a_failed_update_and_of_a_dropped_report_are_kept() {
+    let mut share = share(8, SLOTS | ACK);
+    share.sink_mut().base = Some(7);
+    // The third region is refused, after GET_MAX_MEM_SLOTS and two regions.
+    share.sink_mut().fail = Some((3, || SinkError::Refused("no".into())));
+    share.update(&table(&[1, 2, 3])).unwrap_err();
+    let mib = |start: u64| GuestAddress(start << 20);
+    assert_eq!(share.take_bases(), [(mib(1), 7), (mib(2), 7)]);
+    assert_eq!(share.take_bases(), []);
+
+    let held = share.table().clone();
+    let more = table(&[4, 5]);
+    let mut all = held.clone();
+    more.regions().iter().for_each(|region| all.insert(region));
+    let report = share.update(&all).unwrap();
+    share.keep_bases(report);
+    // What is gone has no base.
+    let mut fewer = all.clone();
+    fewer.remove(&more.regions()[0]);
+    share.update(&fewer).unwrap();
+    assert_eq!(share.take_bases(), [(mib(5), 7)]);
 }

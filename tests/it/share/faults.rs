@@ -52,8 +52,13 @@ fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) 
             _ => assert!(matches!(error, Error::DaemonHungUp { .. }), "{case}"),
         }
         assert!(error.to_string().contains(text), "{error}");
-        assert_eq!(share.broken(), Some(error.to_string().as_str()));
         assert_eq!(peer.daemon.pending_faults(), 0, "{case}");
+        if fault == FaultKind::Refuse && acks && slots {
+            assert!(!error.to_string().contains("closed"), "{error}");
+            survives(&peer, share, &before, &updates.map(|(memory, _)| memory));
+            continue;
+        }
+        assert_eq!(share.broken(), Some(error.to_string().as_str()));
         if !slots {
             assert_eq!(share.table(), &before, "{case}");
         }
@@ -73,6 +78,24 @@ fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) 
     }
 }
 
+/// A share whose daemon refused a region and stayed: both hold what they held, and it goes on.
+fn survives(
+    peer: &Peer,
+    mut share: VhostUserShare<Frontend>,
+    before: &MemoryTable,
+    next: &[&GuestMemoryShm],
+) {
+    assert_eq!(share.broken(), None);
+    assert_eq!(share.table(), before);
+    peer.holds(before);
+    for memory in next {
+        share.update(&memory.memory_table()).unwrap();
+        assert_eq!(share.table(), &memory.memory_table());
+        peer.holds(&memory.memory_table());
+    }
+    assert!(peer.daemon.is_connected());
+}
+
 fn play_all() {
     for fault in FAULTS {
         for (acks, slots) in [(true, true), (true, false), (false, true), (false, false)] {
@@ -89,7 +112,7 @@ fn play_all() {
 }
 
 #[test]
-fn each_misbehaviour_has_its_error_and_breaks_the_share() {
+fn each_misbehaviour_has_its_error_and_breaks_the_share_unless_what_is_held_is_known() {
     play_all();
 }
 
@@ -154,6 +177,13 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
         }
         let memory = memory(&[0, 1, 2]);
         assert!(share.update(&memory.memory_table()).is_err());
+        if fault == FaultKind::Refuse {
+            // It is there, and holds the first region.
+            assert_eq!(share.broken(), None);
+            assert_eq!(share.update(&memory.memory_table()).unwrap().added(), 2);
+            peer.holds(&memory.memory_table());
+            continue;
+        }
         // The daemon serves one front-end at a time: the broken share must have hung up.
         let (frontend, device) = peer.connect();
         drop(share.reconnect(frontend, device.protocol_features()));
@@ -219,4 +249,24 @@ fn after_a_hang_up_the_whole_present_table_is_sent_anew() {
     let report = share.update(&now.memory_table()).unwrap();
     assert_eq!((report.removed(), report.added()), (0, 10));
     peer.holds(&now.memory_table());
+}
+
+#[test]
+fn a_refusal_amid_many_changes_leaves_what_was_acknowledged_and_the_way_back() {
+    // Two regions go and three come: each of the five changes is refused once.
+    let first = memory(&[0, 1, 2]);
+    let second = without(&with(&first, &[3, 4, 5]), &[1, 2]);
+    for refused in 1..=5 {
+        let peer = Peer::start(MockDaemon::builder());
+        let (mut share, _) = peer.share();
+        share.update(&first.memory_table()).unwrap();
+        peer.daemon.inject(Fault::refuse(refused));
+        share.update(&second.memory_table()).unwrap_err();
+        peer.holds(share.table());
+        // Back, as an owner does who wants all of a change or nothing, and then forth.
+        for memory in [&first, &second] {
+            share.update(&memory.memory_table()).unwrap();
+            peer.holds(&memory.memory_table());
+        }
+    }
 }

@@ -12,8 +12,8 @@ use guest_memory_shm::mock::{
     BlkDevice, BlkDriver, BlkError, Fault, FaultKind, LoggedRequest, MockDaemon, MockDaemonBuilder,
 };
 use guest_memory_shm::{
-    Backing, Error, GuestMemoryShm, GuestRegionShm, HangUp, MemTableSink, MemoryTable, RamOptions,
-    SinkError, SlotLimit, TableRegion, VhostUserShare,
+    Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, HangUp, MemTableSink, MemoryTable,
+    RamOptions, SinkError, SlotLimit, TableRegion, TableView, UserAddresses, VhostUserShare,
 };
 use tempfile::TempDir;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
@@ -26,6 +26,7 @@ use crate::support::{self, StorageDaemon};
 mod daemon;
 mod faults;
 mod table;
+mod view;
 
 const MIB: u64 = 1 << 20;
 /// For what comes at once unless something is wrong.

@@ -14,6 +14,10 @@ use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
 use crate::region::GuestRegionShm;
 
+mod view;
+
+pub use view::{TableView, UserAddresses};
+
 /// The regions that a daemon is told of, sorted by guest address.
 ///
 /// ```
@@ -45,7 +49,7 @@ pub struct MemoryTable {
 ///
 /// Equal regions are the same part of the same file at the same guest and user address: a daemon
 /// that holds one need not be told of the other.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct TableRegion {
     range: GuestRange,
     userspace_addr: u64,
@@ -85,23 +89,44 @@ impl<B> From<&GuestRegionShm<B>> for TableRegion {
     }
 }
 
+impl PartialEq for TableRegion {
+    fn eq(&self, other: &Self) -> bool {
+        self.range == other.range
+            && self.userspace_addr == other.userspace_addr
+            && self.mmap_offset == other.mmap_offset
+            && self.backing == other.backing
+    }
+}
+
+impl Eq for TableRegion {}
+
 impl MemoryTable {
     /// The regions, sorted by guest address.
     pub fn regions(&self) -> &[TableRegion] {
         &self.regions
     }
 
-    /// The user address of a guest address, in terms of this table.
+    /// The user address of a guest address, in terms of this table, whichever
+    /// [`UserAddresses`] it has.
     ///
     /// The addresses of rings in SET_VRING_ADDR are user addresses: translate them by the table
     /// that the daemon was sent. `None` if the address is not in the table.
     pub fn user_addr(&self, addr: GuestAddress) -> Option<u64> {
+        self.user_range(addr, 1)
+    }
+
+    /// The user address of `len` bytes from a guest address on, which must all be in one region of
+    /// this table. A ring has to be: user addresses of neighbouring regions need not be
+    /// neighbours.
+    pub fn user_range(&self, addr: GuestAddress, len: u64) -> Option<u64> {
         let behind = self
             .regions
             .partition_point(|region| region.range.start_addr() <= addr);
         let region = self.regions.get(behind.checked_sub(1)?)?;
         let offset = addr.0 - region.range.start_addr().0;
-        (offset < region.range.size()).then(|| region.userspace_addr + offset)
+        let left = region.range.size().checked_sub(offset)?;
+        // Even nothing at all has to be somewhere.
+        (left > 0 && len <= left).then(|| region.userspace_addr + offset)
     }
 
     /// What turns this table into `next`.
@@ -118,6 +143,12 @@ impl MemoryTable {
             removals,
             additions: missing(&next.regions, self),
         }
+    }
+
+    /// Whether a region starts at this address.
+    pub(crate) fn starts_at(&self, start: GuestAddress) -> bool {
+        let start_of = |region: &TableRegion| region.range.start_addr();
+        self.regions.binary_search_by_key(&start, start_of).is_ok()
     }
 
     fn contains(&self, region: &TableRegion) -> bool {
@@ -268,6 +299,21 @@ mod tests {
             assert_eq!(table.user_addr(GuestAddress(addr)), None);
         }
         assert_eq!(MemoryTable::default().user_addr(GuestAddress(0)), None);
+    }
+
+    #[test]
+    fn a_ring_is_translated_only_if_all_of_it_is_in_one_region() {
+        // Neighbours in the guest, wherever they are here.
+        let table = memory(&[1, 2]).memory_table();
+        let last = GuestAddress(2 * MIB - 16);
+        assert_eq!(table.user_range(last, 16), table.user_addr(last));
+        assert_eq!(table.user_range(last, 17), None);
+        assert_eq!(table.user_range(last, u64::MAX), None);
+        assert_eq!(table.user_range(last, 0), table.user_addr(last));
+        assert_eq!(table.user_range(GuestAddress(3 * MIB), 0), None);
+        assert_eq!(table.user_range(GuestAddress(0), 1), None);
+        let whole = table.user_range(GuestAddress(2 * MIB), MIB);
+        assert_eq!(whole, Some(table.regions()[1].userspace_addr()));
     }
 
     #[test]
