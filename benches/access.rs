@@ -1,5 +1,6 @@
 //! Access to guest memory through vm-memory's generic traits: `GuestMemoryMmap` and
-//! `GuestMemoryShm` side by side.
+//! `GuestMemoryShm` side by side, and `GuestMemoryShm` as it is published by an `AddressSpace`,
+//! which a reader takes anew for each batch of 256 accesses.
 //!
 //! `cargo bench --bench access` ends with a table of the ratios of the two in this run; a filter
 //! (`-- write_obj`) leaves out what it does not name. Addresses are spread over all regions, so
@@ -12,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput};
-use guest_memory_shm::GuestMemoryShm;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use guest_memory_shm::{AddressSpace, GuestMemoryShm};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
 
 const REGIONS: [u64; 5] = [1, 2, 8, 64, 509];
 const REGION_SIZE: u64 = 1 << 20;
@@ -51,12 +52,22 @@ fn main() {
             let mut group = criterion.benchmark_group(format!("{operation}/{regions}"));
             group.throughput(Throughput::Elements(BATCH));
             let call = Operations::<GuestMemoryMmap>::ALL[at];
-            let theirs = measure(&mut group, "GuestMemoryMmap", call, &mmap, &addresses);
+            touch(&mmap, &addresses);
+            let theirs = measure(&mut group, "GuestMemoryMmap", || {
+                call(black_box(&mmap), &addresses)
+            });
             let call = Operations::<GuestMemoryShm>::ALL[at];
-            let ours = measure(&mut group, "GuestMemoryShm", call, &shm, &addresses);
+            touch(&shm, &addresses);
+            let ours = measure(&mut group, "GuestMemoryShm", || {
+                call(black_box(&shm), &addresses)
+            });
+            let published = AddressSpace::new(shm.clone()).memory();
+            let held = measure(&mut group, "AddressSpace", || {
+                call(&black_box(&published).memory(), &addresses)
+            });
             group.finish();
-            if let (Some(theirs), Some(ours)) = (theirs, ours) {
-                rows.push((operation, regions, theirs, ours));
+            if let (Some(theirs), Some(ours), Some(held)) = (theirs, ours, held) {
+                rows.push((operation, regions, theirs, ours, held));
             }
         }
     }
@@ -64,16 +75,24 @@ fn main() {
     print(&rows);
 }
 
-/// The ratios of this run: how many times as fast `GuestMemoryShm` is.
-fn print(rows: &[(&str, u64, f64, f64)]) {
+/// The ratios of this run: how many times as fast `GuestMemoryShm` is, and what taking it from an
+/// `AddressSpace` costs.
+fn print(rows: &[(&str, u64, f64, f64, f64)]) {
     println!(
-        "{:<18}{:>8}{:>20}{:>19}{:>9}",
-        "operation", "regions", "GuestMemoryMmap ns", "GuestMemoryShm ns", "ratio"
+        "{:<18}{:>8}{:>20}{:>19}{:>9}{:>18}{:>9}",
+        "operation",
+        "regions",
+        "GuestMemoryMmap ns",
+        "GuestMemoryShm ns",
+        "ratio",
+        "AddressSpace ns",
+        "cost"
     );
-    for (operation, regions, theirs, ours) in rows {
+    for (operation, regions, theirs, ours, held) in rows {
         println!(
-            "{operation:<18}{regions:>8}{theirs:>20.2}{ours:>19.2}{:>9.2}",
-            theirs / ours
+            "{operation:<18}{regions:>8}{theirs:>20.2}{ours:>19.2}{:>9.2}{held:>18.2}{:>9.3}",
+            theirs / ours,
+            held / ours
         );
     }
 }
@@ -93,25 +112,26 @@ fn addresses(regions: u64) -> Vec<GuestAddress> {
         .collect()
 }
 
-/// Measures one operation on one memory; gives the best time of an access in ns (others use the
-/// machine too), or nothing if it was filtered out.
-fn measure<M: GuestMemoryBackend>(
-    group: &mut BenchmarkGroup<'_, WallTime>,
-    kind: &str,
-    operation: fn(&M, &[GuestAddress]) -> u64,
-    memory: &M,
-    addresses: &[GuestAddress],
-) -> Option<f64> {
-    // The pages exist before the clock starts.
+/// Has the pages exist before the clock starts.
+fn touch<M: GuestMemoryBackend>(memory: &M, addresses: &[GuestAddress]) {
     for addr in addresses {
         memory.write_obj(0u64, *addr).expect(RAM);
     }
+}
+
+/// Measures one operation, a batch at a time; gives the best time of an access in ns (others use
+/// the machine too), or nothing if it was filtered out.
+fn measure(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    kind: &str,
+    batch: impl Fn() -> u64,
+) -> Option<f64> {
     let mut samples = Vec::new();
     group.bench_function(kind, |bencher| {
         bencher.iter_custom(|batches| {
             let start = Instant::now();
             for _ in 0..batches {
-                black_box(operation(black_box(memory), addresses));
+                black_box(batch());
             }
             let elapsed = start.elapsed();
             samples.push(elapsed.as_secs_f64() * 1e9 / (batches * BATCH) as f64);
