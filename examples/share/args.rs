@@ -7,6 +7,7 @@ use clap::{Parser, ValueEnum};
 use guest_memory_shm::{Backing, PageSize, RamOptions};
 
 use crate::disk::SECTOR;
+use crate::ram::MAX_DAEMONS;
 
 const ABOUT: &str = "\
 Shares guest RAM with a vhost-user-blk daemon and copies a disk through it.
@@ -28,6 +29,12 @@ Examples (in the source tree, share is: cargo run --release --example share --):
           The self-test in one process.
   share --ram 8G --backing hugetlb
           The same in huge pages (fill /proc/sys/vm/nr_hugepages first).
+  share --hotplug 40 --daemons 4
+          Adds 40 regions under 4 daemons while each does I/O in all of them, and removes them.
+  share --hotplug 40 --daemons 4 --refuse 3
+          The same, and the third daemon refuses the region in the middle: nobody keeps it.
+  share --socket /tmp/blk.sock --hotplug 40
+          Under a daemon that is another process, which is only read from.
   share --socket /tmp/blk.sock --read-to disk.img
           Copies a daemon's disk to a file.
   share --socket /tmp/blk.sock --write-from disk.img
@@ -74,6 +81,26 @@ pub(crate) struct Args {
     /// 2^64, little-endian.
     #[arg(long, value_name = "SIZE", value_parser = parse_disk, conflicts_with = "socket")]
     pub(crate) disk: Option<u64>,
+
+    /// Hot-add N regions of 2 MiB one after the other, use each for I/O, and remove them again, while
+    /// I/O runs
+    ///
+    /// Every byte that is read is compared. A daemon that takes whole memory tables only, or few
+    /// memory slots, makes the region that exceeds them fail.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=4096),
+        conflicts_with_all = ["read_to", "write_from"])]
+    pub(crate) hotplug: Option<u64>,
+
+    /// How many daemons share the RAM, with --hotplug: 1 to 16
+    ///
+    /// With --socket, the first is the one that listens there, the others are in this process.
+    #[arg(long, value_name = "M", default_value = "1", requires = "hotplug",
+        value_parser = clap::value_parser!(u64).range(1..=MAX_DAEMONS as u64))]
+    pub(crate) daemons: u64,
+
+    /// Have the K-th daemon refuse the region in the middle: one in this process
+    #[arg(long, value_name = "K", requires = "hotplug")]
+    pub(crate) refuse: Option<u64>,
 
     /// How long the daemon may take for each answer
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds,

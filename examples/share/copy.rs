@@ -178,7 +178,7 @@ fn fill(
     memory: &GuestMemoryShm,
     file: &mut File,
     buffers: &[Buffer],
-) -> std::result::Result<(), Box<dyn std::error::Error>> {
+) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
     for (addr, length) in buffers {
         let (mut addr, mut left) = (*addr, *length as usize);
         while left > 0 {

@@ -14,7 +14,7 @@ use vm_memory::{GuestAddress, GuestMemoryAtomic};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::failure::{Failure, OrFail, Result};
-use crate::ram::{BUFFER, QUEUE_SIZE, RINGS, Ram, buffers};
+use crate::ram::{BUFFER, QUEUE_SIZE, Ram, buffers};
 use crate::report::size;
 
 pub(crate) const SECTOR: u64 = 512;
@@ -49,16 +49,17 @@ struct Pending {
 }
 
 impl Disk {
-    /// A driver in `ram`. `peer` is the connection to the daemon.
+    /// A driver in `ram`, with its virtqueue at `rings`. `peer` is the connection to the daemon.
     pub(crate) fn new(
         ram: &Ram,
+        rings: GuestAddress,
         peer: UnixStream,
         max_segments: Option<u32>,
         limit: Duration,
     ) -> Result<Self> {
         let doing = || "cannot set up the virtqueue in guest RAM";
         // It waits for nothing by itself: `wait` below does, for the daemon's end as well.
-        let driver = BlkDriver::new(ram.atomic(), RINGS, QUEUE_SIZE)
+        let driver = BlkDriver::new(ram.atomic(), rings, QUEUE_SIZE)
             .or_fail(doing)?
             .with_time_limit(Duration::ZERO);
         let events = Epoll::new().or_fail(doing)?;
@@ -134,6 +135,20 @@ impl Disk {
         self.wait(request.or_fail(doing)?, doing)
     }
 
+    /// Reads a part of the disk into a buffer.
+    pub(crate) fn read_at(&mut self, offset: u64, buffer: Buffer) -> Result<()> {
+        let doing = || format!("cannot read the disk at byte {offset}");
+        let request = self.driver.submit_read(offset / SECTOR, &[buffer]);
+        self.wait(request.or_fail(doing)?, doing)
+    }
+
+    /// Writes a buffer to a part of the disk.
+    pub(crate) fn write_at(&mut self, offset: u64, buffer: Buffer) -> Result<()> {
+        let doing = || format!("cannot write the disk at byte {offset}");
+        let request = self.driver.submit_write(offset / SECTOR, &[buffer]);
+        self.wait(request.or_fail(doing)?, doing)
+    }
+
     /// Keeps requests in flight on all buffers until `len` bytes have passed.
     fn transfer(
         &mut self,
@@ -146,7 +161,7 @@ impl Disk {
     ) -> Result<()> {
         let memory = ram.memory();
         // It lies above all other regions.
-        let plug = ram.plug().start_addr();
+        let plug = ram.plug().range().start_addr();
         let sets = self.buffer_sets(&memory);
         let mut next_set = sets.iter().cycle();
         let mut pending: VecDeque<Pending> = VecDeque::with_capacity(sets.len());

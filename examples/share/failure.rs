@@ -9,7 +9,7 @@ pub(crate) type Result<T> = std::result::Result<T, Failure>;
 #[derive(Debug)]
 pub(crate) struct Failure {
     what: String,
-    cause: Option<Box<dyn Error>>,
+    cause: Option<Box<dyn Error + Send + Sync>>,
 }
 
 impl Failure {
@@ -26,7 +26,7 @@ pub(crate) trait OrFail<T> {
     fn or_fail<W: Into<String>>(self, what: impl FnOnce() -> W) -> Result<T>;
 }
 
-impl<T, E: Into<Box<dyn Error>>> OrFail<T> for std::result::Result<T, E> {
+impl<T, E: Into<Box<dyn Error + Send + Sync>>> OrFail<T> for std::result::Result<T, E> {
     fn or_fail<W: Into<String>>(self, what: impl FnOnce() -> W) -> Result<T> {
         self.map_err(|cause| Failure {
             what: what().into(),
@@ -40,7 +40,7 @@ impl fmt::Display for Failure {
     /// what was said already is left out.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut line = self.what.clone();
-        let mut cause = self.cause.as_deref();
+        let mut cause = self.source();
         while let Some(error) = cause {
             let text = error.to_string();
             if !line.contains(&text) {
@@ -56,6 +56,7 @@ impl fmt::Display for Failure {
 
 impl Error for Failure {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
-        self.cause.as_deref()
+        let cause = self.cause.as_deref();
+        cause.map(|cause| cause as &(dyn Error + 'static))
     }
 }

@@ -3,8 +3,9 @@
 //!
 //! How a VMM does it, in the order of the files:
 //!
-//! - `ram`: guest RAM on one descriptor around a PCI hole, and a region to hot-add;
+//! - `ram`: guest RAM on one descriptor around a PCI hole, and regions to hot-add;
 //! - `session`: negotiation, the memory table, the virtqueue, hotplug, each within a time limit;
+//! - `hotplug`, `worker`: many regions that come and go under many daemons while I/O runs;
 //! - `disk`: requests whose buffers lie in several regions, several of them in flight;
 //! - `copy`, `selftest`: what is done with it; no reference to guest RAM is ever made;
 //! - `daemon`: the daemon in this process; `args`, `report`, `failure`: the rim.
@@ -14,13 +15,16 @@ mod copy;
 mod daemon;
 mod disk;
 mod failure;
+mod hotplug;
 mod ram;
 mod report;
 mod selftest;
 mod session;
+mod worker;
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -63,7 +67,10 @@ enum Job {
 
 fn run(args: &Args) -> Result<()> {
     // What can fail without the daemon fails before it is bothered.
-    let ram = Ram::new(args.ram, &args.ram_options())?;
+    let ram = Arc::new(Ram::new(args.ram, &args.ram_options())?);
+    if let Some(regions) = args.hotplug {
+        return hotplug::run(args, regions, &ram);
+    }
     let job = match (&args.read_to, &args.write_from) {
         (Some(file), _) => Job::ReadTo(Output::create(file)?),
         (_, Some(file)) => Job::WriteFrom(Input::open(file)?),
@@ -77,36 +84,36 @@ fn run(args: &Args) -> Result<()> {
         }
     };
 
-    let mut session = Session::start(&path, ram, args.time_limit)?;
+    let mut session = Session::start(0, &path, ram, args.time_limit)?;
     let mut report = Report::default();
-    let plugged = session.plug()?;
+    session.plug()?;
     report.section(format_args!(
         "Guest RAM: {} around a PCI hole, and {} hot-added",
         size(args.ram),
-        size(session.ram.plug().size())
+        size(session.ram.plug().range().size())
     ));
     report.block(session.ram.memory());
-    report.daemon(&path, local.is_some(), &session);
+    report.daemon(&path, local.is_some(), &session)?;
     report.section("I/O, through buffers in all regions");
     let after = work(job, &mut session, local.as_ref(), &mut report)?;
 
     report.section("Hotplug");
-    let plug = session.ram.plug();
+    let held = session.regions()?;
     report.line(
         "added",
-        format_args!("{plug}, the daemon took {} region", plugged.added()),
+        format_args!("{}, the daemon took it", session.ram.plug().range()),
     );
     report.line(
         "carried",
         format_args!("{} of the I/O", size(session.disk.carried())),
     );
-    let removed = session.unplug()?;
+    session.unplug()?;
+    let left = session.regions()?;
     report.line(
         "removed",
         format_args!(
-            "the daemon gave {} region back and holds {}",
-            removed.removed(),
-            session.regions()
+            "the daemon gave {} region back and holds {left}",
+            held - left
         ),
     );
     if let (Some(local), Some(pattern)) = (&local, after) {
@@ -194,7 +201,7 @@ fn check_removal(
     let bytes = selftest::read_again(session, pattern)?;
     let value = format!("{} through the regions that are left", size(bytes));
     report.line("read afterwards", value);
-    let plug = session.ram.plug().start_addr();
+    let plug = session.ram.plug().range().start_addr();
     let table = local.daemon().table();
     if table.iter().any(|region| region.guest_addr == plug) {
         return Err(Failure::new(

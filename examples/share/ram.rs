@@ -1,10 +1,10 @@
-//! The guest's RAM: two regions around a PCI hole on one descriptor, and one to be hot-added.
+//! The guest's RAM: two regions around a PCI hole on one descriptor, and those to be hot-added.
 
 use std::sync::Arc;
 
 use guest_memory_shm::mock::RingLayout;
 use guest_memory_shm::{
-    GuestMemoryShm, GuestRange, GuestRegionShm, MemoryTable, RamOptions, ram_around_hole,
+    AddressSpace, GuestMemoryShm, GuestRange, GuestRegionShm, RamOptions, ram_around_hole,
 };
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
@@ -18,28 +18,34 @@ const HOLE_END: u64 = 4 * GIB;
 /// Regions begin and end at multiples of this, which suits huge pages too.
 const REGION_ALIGN: u64 = 2 << 20;
 
-/// Where the virtqueue lies, with the headers and the status bytes of requests.
-pub(crate) const RINGS: GuestAddress = GuestAddress(0x1000);
+/// Where the virtqueue of the first daemon lies, with the headers and the status bytes of
+/// requests; those of others lie behind it.
+const RINGS: GuestAddress = GuestAddress(0x1000);
 pub(crate) const QUEUE_SIZE: u16 = 128;
-/// What the lowest region keeps for the virtqueue.
-const RINGS_END: u64 = 64 << 10;
+const RINGS_STRIDE: u64 = 16 << 10;
+/// What the lowest region keeps for the virtqueues.
+const RINGS_END: u64 = 512 << 10;
+/// How many daemons there can be.
+pub(crate) const MAX_DAEMONS: usize = 16;
 
 /// Bytes of a buffer, and how many of them each region carries.
 pub(crate) const BUFFER: u32 = 128 << 10;
 const BUFFERS_PER_REGION: u64 = 8;
 const BUFFERS_SIZE: u64 = BUFFER as u64 * BUFFERS_PER_REGION;
 
-/// The size of the region that is hot-added.
-const PLUG_SIZE: u64 = REGION_ALIGN;
+/// The size of a region that is hot-added.
+pub(crate) const PLUG_SIZE: u64 = REGION_ALIGN;
 
 // Also the smallest region has room for all of it.
 const _: () = assert!(RINGS_END + BUFFERS_SIZE <= REGION_ALIGN);
+const _: () = assert!(RINGS.0 + MAX_DAEMONS as u64 * RINGS_STRIDE <= RINGS_END);
 
-/// The RAM as the guest sees it, and the region beside it.
+/// The RAM as the guest and the daemons see it, and a region beside it.
 #[derive(Debug)]
 pub(crate) struct Ram {
-    seen: GuestMemoryAtomic<GuestMemoryShm>,
+    space: AddressSpace,
     plug: Arc<GuestRegionShm>,
+    options: RamOptions,
 }
 
 impl Ram {
@@ -56,7 +62,7 @@ impl Ram {
                 size(REGION_ALIGN)
             )));
         }
-        debug_assert!(RingLayout::required_size(QUEUE_SIZE) <= RINGS_END - RINGS.0);
+        debug_assert!(RingLayout::required_size(QUEUE_SIZE) <= RINGS_STRIDE);
 
         let doing = || format!("cannot create {} of guest RAM", size(ram_size));
         let ranges = around_hole(ram_size).or_fail(doing)?;
@@ -71,53 +77,43 @@ impl Ram {
             .or_fail(doing)?;
         let (booted, plug) = all.remove_region(plug_addr, PLUG_SIZE).or_fail(doing)?;
         Ok(Self {
-            seen: GuestMemoryAtomic::new(booted),
+            space: AddressSpace::new(booted),
             plug,
+            options: options.clone(),
         })
+    }
+
+    /// The RAM, with all who are told of its changes.
+    pub(crate) fn space(&self) -> &AddressSpace {
+        &self.space
     }
 
     /// For the guest's driver, which sees every change from then on.
     pub(crate) fn atomic(&self) -> GuestMemoryAtomic<GuestMemoryShm> {
-        self.seen.clone()
+        self.space.memory()
     }
 
     /// What the guest sees now.
     pub(crate) fn memory(&self) -> GuestMemoryShm {
-        GuestMemoryShm::clone(&self.seen.memory())
-    }
-
-    /// What a daemon is to hold now.
-    pub(crate) fn table(&self) -> MemoryTable {
-        self.seen.memory().memory_table()
+        GuestMemoryShm::clone(&self.space.memory().memory())
     }
 
     /// The region that is hot-added and removed.
-    pub(crate) fn plug(&self) -> GuestRange {
-        self.plug.range()
+    pub(crate) fn plug(&self) -> &Arc<GuestRegionShm> {
+        &self.plug
     }
 
-    /// The memory with the hot-added region.
-    pub(crate) fn plugged(&self) -> guest_memory_shm::Result<GuestMemoryShm> {
-        self.seen.memory().insert_region(Arc::clone(&self.plug))
+    /// Another region, behind the first that can be hot-added and `nth` others.
+    pub(crate) fn another_plug(&self, nth: u64) -> Result<GuestRegionShm> {
+        let start = self.plug.range().start_addr().0 + nth * PLUG_SIZE;
+        GuestRegionShm::new(GuestAddress(start), PLUG_SIZE, &self.options)
+            .or_fail(|| format!("cannot create {} of guest RAM to hot-add", size(PLUG_SIZE)))
     }
+}
 
-    /// The memory without it.
-    pub(crate) fn unplugged(&self) -> guest_memory_shm::Result<GuestMemoryShm> {
-        let plug = self.plug();
-        let (memory, _) = self
-            .seen
-            .memory()
-            .remove_region(plug.start_addr(), plug.size())?;
-        Ok(memory)
-    }
-
-    /// Makes the guest see `memory` from now on.
-    pub(crate) fn publish(&self, memory: GuestMemoryShm) -> Result<()> {
-        let seen = self.seen.lock();
-        let seen = seen.map_err(|_| Failure::new("another thread broke the guest's memory"))?;
-        seen.replace(memory);
-        Ok(())
-    }
+/// Where the virtqueue of the n-th daemon lies.
+pub(crate) fn rings(daemon: usize) -> GuestAddress {
+    GuestAddress(RINGS.0 + daemon as u64 * RINGS_STRIDE)
 }
 
 /// PC-like RAM: the hole ends at 4 GiB. RAM that would fit below it is split all the same, by a

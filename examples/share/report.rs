@@ -36,7 +36,7 @@ impl Report {
     }
 
     /// What the daemon is.
-    pub(crate) fn daemon(&mut self, path: &Path, local: bool, session: &Session) {
+    pub(crate) fn daemon(&mut self, path: &Path, local: bool, session: &Session) -> Result<()> {
         let place = if local { " (in this process)" } else { "" };
         self.section("Daemon");
         self.line("socket", format_args!("{}{place}", path.display()));
@@ -46,7 +46,7 @@ impl Report {
         );
         let protocol = session.device.protocol_features();
         self.line("protocol features", protocol_features(protocol));
-        match session.slots() {
+        match session.slots()? {
             Some(slots) => self.line("memory slots", slots),
             None => self.line(
                 "memory slots",
@@ -54,6 +54,7 @@ impl Report {
             ),
         }
         self.line("capacity", size(session.capacity));
+        Ok(())
     }
 
     /// How much went which way, and how fast.

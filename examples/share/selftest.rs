@@ -65,7 +65,7 @@ pub(crate) fn read_again(session: &mut Session, pattern: Pattern) -> Result<u64>
 
 /// What the daemon does about a read into RAM that was removed: a correct one refuses it.
 pub(crate) fn read_into_removed(session: &mut Session) -> Result<String> {
-    let addr = session.ram.plug().start_addr();
+    let addr = session.ram.plug().range().start_addr();
     match session.disk.read_sector_into(addr) {
         Ok(()) => Err(Failure::new(format!(
             "the daemon still wrote to {:#x}, which was removed",

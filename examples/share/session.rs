@@ -2,35 +2,36 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use guest_memory_shm::mock::BlkDevice;
-use guest_memory_shm::{ShareReport, TimeLimit, VhostUserShare};
+use guest_memory_shm::{Attendance, ListenerId, TimeLimit, VhostUserShare};
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 
 use crate::disk::Disk;
 use crate::failure::{Failure, OrFail, Result};
-use crate::ram::Ram;
+use crate::ram::{Ram, rings};
 
 /// The one queue that is used.
 const QUEUE: usize = 0;
 
 /// A daemon that holds the guest's RAM, and the guest's disk through it.
 pub(crate) struct Session {
-    pub(crate) ram: Ram,
+    pub(crate) ram: Arc<Ram>,
     pub(crate) disk: Disk,
     pub(crate) device: BlkDevice,
     pub(crate) capacity: u64,
-    share: VhostUserShare<Frontend>,
+    share: ListenerId<VhostUserShare<Frontend>>,
     /// For all requests beside those of `share`.
     limit: TimeLimit,
 }
 
 impl Session {
-    /// Connects to the daemon at `path`, negotiates, shares `ram` with it and starts the queue.
-    pub(crate) fn start(path: &Path, ram: Ram, limit: Duration) -> Result<Self> {
+    /// Connects to the `nth` daemon, which is at `path`, negotiates, shares `ram` with it and
+    /// starts the queue.
+    pub(crate) fn start(nth: usize, path: &Path, ram: Arc<Ram>, limit: Duration) -> Result<Self> {
         let stream = connect(path, limit)?;
         let doing = || format!("cannot use the daemon at {}", path.display());
         let peer = stream.try_clone().or_fail(doing)?;
@@ -48,21 +49,29 @@ impl Session {
             Failure::new(format!("{}: {problem}", doing()))
         })?;
 
-        // The table comes before the queue: the rings must be in it.
-        let mut share =
+        // The table comes before the queue: the rings must be in it. From here on the daemon is
+        // told of each change of the RAM, or there is none.
+        let share =
             VhostUserShare::new(frontend, device.protocol_features()).with_time_limit(limit);
-        let report = share.update(&ram.table()).or_fail(doing)?;
-        log::info!("the daemon took {} regions", report.added());
+        let share = ram
+            .space()
+            .attach_as(format!("daemon {}", nth + 1), Attendance::Required, share)
+            .or_fail(doing)?;
 
-        let disk = Disk::new(&ram, peer, device.max_segments(), limit)?;
-        let table = share.table().clone();
-        time.run(|| {
-            device.start_queue(share.sink_mut(), QUEUE, disk.driver(), |addr| {
-                table.user_addr(addr)
+        let disk = Disk::new(&ram, rings(nth), peer, device.max_segments(), limit)?;
+        let start = |share: &mut VhostUserShare<Frontend>| {
+            let table = share.table().clone();
+            time.run(|| {
+                device.start_queue(share.sink_mut(), QUEUE, disk.driver(), |addr| {
+                    table.user_addr(addr)
+                })
             })
-        })
-        .or_fail(doing)?
-        .or_fail(doing)?;
+        };
+        ram.space()
+            .with_listener(&share, start)
+            .or_fail(doing)?
+            .or_fail(doing)?
+            .or_fail(doing)?;
         Ok(Self {
             ram,
             disk,
@@ -75,39 +84,42 @@ impl Session {
 
     /// Adds the region to the running guest: first the daemon learns of it, then the guest may put
     /// buffers there.
-    pub(crate) fn plug(&mut self) -> Result<ShareReport> {
-        let doing = || "cannot hot-add RAM";
-        let larger = self.ram.plugged().or_fail(doing)?;
-        let report = self.share.update(&larger.memory_table()).or_fail(doing)?;
-        self.ram.publish(larger)?;
-        Ok(report)
+    pub(crate) fn plug(&mut self) -> Result<()> {
+        let plugged = self.ram.space().insert(self.ram.plug().clone());
+        plugged.or_fail(|| "cannot hot-add RAM")?;
+        Ok(())
     }
 
     /// Takes it away again: first from the guest, which has no buffers there any more, then from
     /// the daemon.
-    pub(crate) fn unplug(&mut self) -> Result<ShareReport> {
-        let doing = || "cannot remove the hot-added RAM";
-        let smaller = self.ram.unplugged().or_fail(doing)?;
-        self.ram.publish(smaller)?;
-        self.share.update(&self.ram.table()).or_fail(doing)
+    pub(crate) fn unplug(&mut self) -> Result<()> {
+        let plug = self.ram.plug().range();
+        let removed = self.ram.space().remove(plug.start_addr(), plug.size());
+        removed.or_fail(|| "cannot remove the hot-added RAM")?;
+        Ok(())
     }
 
     /// How many regions the daemon has acknowledged.
-    pub(crate) fn regions(&self) -> usize {
-        self.share.table().regions().len()
+    pub(crate) fn regions(&self) -> Result<usize> {
+        self.ask(|share| share.table().regions().len())
     }
 
     /// How many regions the daemon takes, if it takes them one by one.
-    pub(crate) fn slots(&self) -> Option<u64> {
-        self.share.max_regions()
+    pub(crate) fn slots(&self) -> Result<Option<u64>> {
+        self.ask(|share| share.max_regions())
+    }
+
+    fn ask<T>(&self, question: impl FnOnce(&mut VhostUserShare<Frontend>) -> T) -> Result<T> {
+        let answer = self.ram.space().with_listener(&self.share, question);
+        answer.or_fail(|| "cannot ask what the daemon holds")
     }
 
     /// Stops the queue and hangs up.
     pub(crate) fn end(mut self) -> Result<()> {
         let doing = || "cannot stop the queue";
-        let (device, share) = (&self.device, &mut self.share);
+        let mut share = self.ram.space().detach(self.share).or_fail(doing)?;
         self.limit
-            .run(|| device.stop_queue(share.sink_mut(), QUEUE))
+            .run(|| self.device.stop_queue(share.sink_mut(), QUEUE))
             .or_fail(doing)?
             .or_fail(doing)?;
         Ok(())

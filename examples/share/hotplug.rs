@@ -1,0 +1,228 @@
+//! Regions that come and go under several daemons while I/O runs, and one that a daemon refuses.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use guest_memory_shm::mock::Fault;
+use vm_memory::GuestAddress;
+
+use crate::args::Args;
+use crate::daemon::{LocalDaemon, Pattern};
+use crate::failure::{Failure, OrFail, Result};
+use crate::ram::{PLUG_SIZE, Ram};
+use crate::report::{Report, size};
+use crate::session::Session;
+use crate::worker::{Guest, Usable, Worker};
+
+/// The disk of each daemon in this process.
+const DISK_SIZE: u64 = 4 << 20;
+
+/// How long I/O may take to reach a region that was added.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The daemons, in their order: another process, if there is one, and those in this process.
+struct Daemons {
+    foreign: Option<PathBuf>,
+    local: Vec<LocalDaemon>,
+}
+
+impl Daemons {
+    fn start(args: &Args) -> Result<Self> {
+        let foreign = args.socket.clone();
+        let count = args.daemons - u64::from(foreign.is_some());
+        let local = |_| LocalDaemon::start(args.disk.unwrap_or(DISK_SIZE), Pattern::Daemon);
+        Ok(Self {
+            local: (0..count).map(local).collect::<Result<_>>()?,
+            foreign,
+        })
+    }
+
+    fn sockets(&self) -> Vec<PathBuf> {
+        let local = self.local.iter().map(LocalDaemon::socket);
+        self.foreign.iter().cloned().chain(local).collect()
+    }
+
+    /// The n-th of all, counted from 1, if it is in this process.
+    fn local(&self, nth: u64) -> Option<&LocalDaemon> {
+        let at = nth.checked_sub(1 + u64::from(self.foreign.is_some()))?;
+        self.local.get(usize::try_from(at).ok()?)
+    }
+
+    /// Who of those in this process maps a region that starts there; by name.
+    fn who_holds(&self, start: GuestAddress) -> Vec<String> {
+        let first = 1 + usize::from(self.foreign.is_some());
+        let holds = |daemon: &LocalDaemon| {
+            let table = daemon.daemon().table();
+            table.iter().any(|region| region.guest_addr == start)
+        };
+        let names = self.local.iter().enumerate();
+        names
+            .filter(|(_, daemon)| holds(daemon))
+            .map(|(at, _)| format!("daemon {}", first + at))
+            .collect()
+    }
+}
+
+pub(crate) fn run(args: &Args, regions: u64, ram: &Arc<Ram>) -> Result<()> {
+    let daemons = Daemons::start(args)?;
+    if let Some(nth) = args.refuse
+        && daemons.local(nth).is_none()
+    {
+        return Err(Failure::new(format!(
+            "--refuse {nth}: there is no such daemon in this process, which is one of {}",
+            args.daemons
+        )));
+    }
+    let sockets = daemons.sockets();
+    let mut report = Report::default();
+    report.section(format_args!(
+        "Guest RAM: {} around a PCI hole, shared with {} daemons",
+        size(args.ram),
+        sockets.len()
+    ));
+    report.block(ram.memory());
+
+    let guest = Arc::new(Guest::default());
+    let mut workers = Vec::new();
+    for (nth, socket) in sockets.iter().enumerate() {
+        let session = Session::start(nth, socket, ram.clone(), args.time_limit)?;
+        let ours = nth > 0 || daemons.foreign.is_none();
+        if nth == 0 {
+            for region in ram.memory().arc_regions() {
+                guest.give(region.range());
+            }
+        }
+        workers.push(Worker::start(nth, session, ours, &guest)?);
+    }
+
+    let mut hotplug = Hotplug {
+        ram,
+        guest: &guest,
+        workers: workers.len(),
+        plugged: Vec::new(),
+        slowest: Duration::ZERO,
+    };
+    report.section("Hotplug, while I/O runs with every daemon in all regions");
+    let middle = regions.div_ceil(2);
+    for nth in 1..=regions {
+        if nth == middle
+            && let Some(daemon) = args.refuse
+        {
+            hotplug.refused(nth, daemon, &daemons, &mut report)?;
+        }
+        hotplug.plug(nth)?;
+    }
+    report.line(
+        "added",
+        format_args!("{regions} regions of {}, told to all", size(PLUG_SIZE)),
+    );
+    let (carried, gone) = hotplug.unplug_all(&daemons)?;
+    report.line("carried", format_args!("{} of checked I/O", size(carried)));
+    report.line(
+        "removed",
+        format_args!("{gone} regions, held by nobody any more"),
+    );
+    report.line("slowest change", format_args!("{:.1?}", hotplug.slowest));
+
+    let sessions: Vec<Session> = workers
+        .into_iter()
+        .map(Worker::end)
+        .collect::<Result<_>>()?;
+    report.line(
+        "data",
+        "every byte that was read was compared, and was right",
+    );
+    for session in sessions {
+        session.end()?;
+    }
+    report.print()
+}
+
+/// The VMM's part.
+struct Hotplug<'a> {
+    ram: &'a Ram,
+    guest: &'a Guest,
+    workers: usize,
+    plugged: Vec<Arc<Usable>>,
+    slowest: Duration,
+}
+
+impl Hotplug<'_> {
+    /// Adds the n-th region, lets the guest use it, and waits until all daemons did I/O in it.
+    fn plug(&mut self, nth: u64) -> Result<()> {
+        let region = self.ram.another_plug(nth)?;
+        let range = region.range();
+        let start = Instant::now();
+        let added = self.ram.space().insert(region);
+        added.or_fail(|| format!("cannot hot-add region {nth}"))?;
+        self.slowest = self.slowest.max(start.elapsed());
+        let usable = self.guest.give(range);
+        self.guest.wait_used(&usable, self.workers, PATIENCE)?;
+        self.plugged.push(usable);
+        Ok(())
+    }
+
+    /// Has a daemon refuse the n-th region, and looks at who keeps it.
+    fn refused(
+        &mut self,
+        nth: u64,
+        daemon: u64,
+        daemons: &Daemons,
+        report: &mut Report,
+    ) -> Result<()> {
+        let region = self.ram.another_plug(nth)?;
+        let start = region.range().start_addr();
+        if let Some(local) = daemons.local(daemon) {
+            local.daemon().inject(Fault::refuse(1));
+        }
+        let Err(refused) = self.ram.space().insert(region) else {
+            return Err(Failure::new(format!(
+                "daemon {daemon} did not refuse region {nth}"
+            )));
+        };
+        report.line("refused", &refused);
+        let mut holders = daemons.who_holds(start);
+        if self
+            .ram
+            .memory()
+            .arc_regions()
+            .iter()
+            .any(|region| region.range().start_addr() == start)
+        {
+            holders.push("the guest".to_owned());
+        }
+        if !holders.is_empty() {
+            let holders = holders.join(", ");
+            return Err(Failure::new(format!(
+                "region {nth} was refused, and kept by {holders}"
+            )));
+        }
+        report.line("kept by", "nobody: neither the guest nor a daemon has it");
+        Ok(())
+    }
+
+    /// Has the guest give all regions back and removes them, the last one first. Tells how many
+    /// bytes they carried, and how many they were.
+    fn unplug_all(&mut self, daemons: &Daemons) -> Result<(u64, usize)> {
+        let (mut carried, mut gone) = (0, 0);
+        while let Some(region) = self.plugged.pop() {
+            self.guest.take(&region);
+            let range = region.range();
+            let start = Instant::now();
+            let removed = self.ram.space().remove(range.start_addr(), range.size());
+            removed.or_fail(|| format!("cannot remove {range}"))?;
+            self.slowest = self.slowest.max(start.elapsed());
+            let holders = daemons.who_holds(range.start_addr());
+            if !holders.is_empty() {
+                let holders = holders.join(", ");
+                return Err(Failure::new(format!(
+                    "{range} was removed, and kept by {holders}"
+                )));
+            }
+            carried += region.carried();
+            gone += 1;
+        }
+        Ok((carried, gone))
+    }
+}
