@@ -19,8 +19,8 @@ the removal of the region. The report at the end says what happened. Exit status
 any error.
 
 With --socket the daemon is another process, for example qemu-storage-daemon. Its disk is only \
-written by --write-from: without --read-to and --write-from the first 64 MiB of the disk are \
-read twice, through different regions, and compared (a disk that somebody else writes to \
+written by --write-from and --overwrite: without any of those and --read-to the first 64 MiB of \
+the disk are read twice, through different regions, and compared (a disk that somebody else writes to \
 meanwhile can differ).";
 
 const EXAMPLES: &str = "\
@@ -35,6 +35,8 @@ Examples (in the source tree, share is: cargo run --release --example share --):
           The same, and the third daemon refuses the region in the middle: nobody keeps it.
   share --socket /tmp/blk.sock --hotplug 40
           Under a daemon that is another process, which is only read from.
+  share --socket /tmp/scratch.sock --hotplug 40 --overwrite
+          The same with a disk that may be overwritten, which is written and read back.
   share --socket /tmp/blk.sock --read-to disk.img
           Copies a daemon's disk to a file.
   share --socket /tmp/blk.sock --write-from disk.img
@@ -97,6 +99,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "M", default_value = "1", requires = "hotplug",
         value_parser = clap::value_parser!(u64).range(1..=MAX_DAEMONS as u64))]
     pub(crate) daemons: u64,
+
+    /// With --hotplug and --socket, write to that daemon's disk, too: its contents are lost
+    #[arg(long, requires = "hotplug", requires = "socket")]
+    pub(crate) overwrite: bool,
 
     /// Have the K-th daemon refuse the region in the middle: one in this process
     #[arg(long, value_name = "K", requires = "hotplug")]

@@ -87,7 +87,7 @@ pub(crate) fn run(args: &Args, regions: u64, ram: &Arc<Ram>) -> Result<()> {
     let mut workers = Vec::new();
     for (nth, socket) in sockets.iter().enumerate() {
         let session = Session::start(nth, socket, ram.clone(), args.time_limit)?;
-        let ours = nth > 0 || daemons.foreign.is_none();
+        let ours = nth > 0 || daemons.foreign.is_none() || args.overwrite;
         if nth == 0 {
             for region in ram.memory().arc_regions() {
                 guest.give(region.range());
@@ -129,10 +129,11 @@ pub(crate) fn run(args: &Args, regions: u64, ram: &Arc<Ram>) -> Result<()> {
         .into_iter()
         .map(Worker::end)
         .collect::<Result<_>>()?;
-    report.line(
-        "data",
-        "every byte that was read was compared, and was right",
-    );
+    let data = match daemons.foreign.is_some() && !args.overwrite {
+        true => "all that daemon 1 gave was the same through two regions, all else was right",
+        false => "every byte that was read was compared with what was written, and was right",
+    };
+    report.line("data", data);
     for session in sessions {
         session.end()?;
     }

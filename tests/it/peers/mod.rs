@@ -20,6 +20,7 @@ use crate::support::{self, StorageDaemon};
 mod copies;
 mod daemons;
 mod errors;
+mod hotplug;
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 256 * MIB;

@@ -1,0 +1,96 @@
+//! Regions that come and go under running I/O, and one that a daemon refuses.
+
+use super::*;
+
+#[test]
+fn regions_come_and_go_under_many_daemons() {
+    let place = Place::new();
+    let run = Run::of(
+        place
+            .share()
+            .args(["--hotplug", "30", "--daemons", "4", "--ram", "8M"]),
+    );
+    run.passes();
+    for line in [
+        "  added             30 regions of 2 MiB, told to all\n",
+        "  removed           30 regions, held by nobody any more\n",
+        "compared with what was written, and was right\n",
+    ] {
+        assert!(run.out.contains(line), "{}", run.out);
+    }
+    assert!(place.names().is_empty());
+}
+
+#[test]
+fn whoever_refuses_a_region_nobody_keeps_it() {
+    for daemon in ["1", "2", "3"] {
+        let place = Place::new();
+        let mut share = place.share();
+        let run = Run::of(share.args(["--hotplug", "5", "--daemons", "3", "--refuse", daemon]));
+        run.passes();
+        let refused =
+            format!("  refused           listener \"daemon {daemon}\" refuses the region ");
+        assert!(run.out.contains(&refused), "{}", run.out);
+        let kept = "  kept by           nobody: neither the guest nor a daemon has it\n";
+        assert!(run.out.contains(kept), "{}", run.out);
+        // The daemon goes on: it takes the next ones.
+        assert!(
+            run.out.contains("added             5 regions"),
+            "{}",
+            run.out
+        );
+    }
+}
+
+#[test]
+fn a_limit_is_met_before_anybody_is_told() {
+    let place = Place::new();
+    let run = Run::of(place.share().args(["--hotplug", "510", "--ram", "4M"]));
+    run.fails_with(&[
+        "cannot hot-add region 508: listener \"daemon 1\" refuses the region ",
+        "the daemon has 509 memory slots",
+        "nothing was changed",
+    ]);
+}
+
+#[test]
+fn a_daemon_that_is_not_there_cannot_refuse() {
+    let place = Place::new();
+    let run = Run::of(place.share().args(["--hotplug", "2", "--refuse", "2"]));
+    run.fails_with(&["--refuse 2: there is no such daemon in this process, which is one of 1"]);
+}
+
+/// A real daemon: read from only, written to as well, and beside others.
+#[test]
+fn regions_come_and_go_under_a_real_daemon() {
+    for (options, write) in [
+        (&["--hotplug", "40"][..], false),
+        (&["--hotplug", "40", "--overwrite"], true),
+        (
+            &[
+                "--hotplug",
+                "12",
+                "--daemons",
+                "3",
+                "--overwrite",
+                "--backing",
+                "shm",
+            ],
+            true,
+        ),
+    ] {
+        let place = Place::new();
+        let (image, before) = (place.path("image"), place.path("before"));
+        random_file(&image, 16 * MIB, 9);
+        fs::copy(&image, &before).unwrap();
+        let Some(daemon) = StorageDaemon::start(&image, None) else {
+            return;
+        };
+        let mut share = place.share();
+        let run = Run::of(share.args(options).arg("--socket").arg(&daemon.socket));
+        run.passes();
+        let regions = format!("  removed           {} regions, held by nobody", options[1]);
+        assert!(run.out.contains(&regions), "{}", run.out);
+        assert_eq!(same(&image, &before), !write, "{options:?}");
+    }
+}
