@@ -24,6 +24,7 @@ mod files_huge;
 mod files_limits;
 mod files_rom;
 mod fork;
+mod hotplug;
 mod isolation;
 mod mapping;
 mod mapping_huge;

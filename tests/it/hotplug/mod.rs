@@ -1,0 +1,69 @@
+//! Memory that changes under daemons: a model of all that can happen, what other VMMs get wrong,
+//! and I/O meanwhile.
+
+use std::time::Duration;
+
+use guest_memory_shm::mock::{BlkDevice, MockDaemon};
+use guest_memory_shm::{
+    AddressSpace, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions, VhostUserShare,
+};
+use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+use vm_memory::{GuestAddress, GuestAddressSpace};
+
+mod model;
+mod others;
+mod threads;
+
+const MIB: u64 = 1 << 20;
+/// For what comes at once unless something is wrong.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+type Share = VhostUserShare<Frontend>;
+
+/// A region of 1 MiB.
+fn region(at_mib: u64) -> GuestRegionShm {
+    GuestRegionShm::new(GuestAddress(at_mib * MIB), MIB, &RamOptions::new()).unwrap()
+}
+
+fn space() -> AddressSpace {
+    AddressSpace::new(GuestMemoryShm::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap())
+}
+
+fn connect(daemon: &MockDaemon) -> (Frontend, BlkDevice) {
+    let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 8);
+    let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
+    (frontend, device)
+}
+
+fn share(daemon: &MockDaemon, limit: Duration) -> Share {
+    let (frontend, device) = connect(daemon);
+    VhostUserShare::new(frontend, device.protocol_features()).with_time_limit(limit)
+}
+
+/// Connects to a daemon whose old connection ended, as a VMM does.
+fn reconnect(
+    space: &AddressSpace,
+    id: &ListenerId<Share>,
+    daemon: &MockDaemon,
+) -> guest_memory_shm::Result<Frontend> {
+    daemon.wait_disconnected(PATIENCE).unwrap();
+    let (frontend, device) = connect(daemon);
+    space.reconnect(id, frontend, device.protocol_features())
+}
+
+/// The regions that readers see: address and file.
+fn published(space: &AddressSpace) -> Vec<(GuestAddress, u64)> {
+    let regions = space.memory().memory().arc_regions();
+    let place =
+        |region: &GuestRegionShm| (region.range().start_addr(), region.backing().identity().ino);
+    regions.iter().map(|region| place(region)).collect()
+}
+
+/// The regions that a daemon maps: address and file.
+fn mapped(daemon: &MockDaemon) -> Vec<(GuestAddress, u64)> {
+    let table = daemon.table();
+    table
+        .iter()
+        .map(|region| (region.guest_addr, region.identity.ino))
+        .collect()
+}
