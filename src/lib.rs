@@ -153,7 +153,9 @@ pub use region::GuestRegionShm;
 pub use report::{BuildReport, NotHuge, Note, ReportLine};
 pub use rom::GuestRom;
 #[cfg(feature = "vhost-user")]
-pub use share::{HangUp, MemTableSink, ShareReport, SinkError, TimeLimit, VhostUserShare};
+pub use share::{
+    HangUp, KernelVhost, MemTableSink, ShareReport, SinkError, TimeLimit, VhostUserShare,
+};
 pub use stats::{Extents, MemoryStats, NodeStats, RegionStats};
 #[cfg(feature = "vhost-user")]
 pub use table::{MemoryTable, TableChange, TableRegion, TableView, UserAddresses};

@@ -13,6 +13,8 @@ pub enum SlotLimit {
     Message,
     /// The daemon's answer to GET_MAX_MEM_SLOTS.
     Daemon,
+    /// The parameter `max_mem_regions` of the kernel module vhost.
+    Kernel,
 }
 
 /// A step on the way to a daemon's new memory table, for errors.

@@ -439,6 +439,18 @@ pub enum Error {
         page_size: u64,
     },
 
+    /// In-kernel vhost cannot be told of a region that is not mapped in this process at its user
+    /// address; nothing was sent.
+    #[error(
+        "the kernel would use the region {range} at its user address in this process, where it is \
+         not mapped: send a table with host addresses (UserAddresses::Host) of memory that is \
+         still alive; nothing was sent"
+    )]
+    NoHostAddress {
+        /// The region.
+        range: GuestRange,
+    },
+
     /// An empty memory table, which SET_MEM_TABLE cannot carry; nothing was sent.
     #[error(
         "SET_MEM_TABLE cannot carry an empty memory table: keep a region in it, or negotiate \

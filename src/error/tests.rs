@@ -106,6 +106,15 @@ fn texts_name_the_values_and_the_way_out() {
              regions or another daemon; nothing was sent",
         ),
         (
+            Error::TooManyRegions {
+                regions: 65,
+                limit: 64,
+                slots: SlotLimit::Kernel,
+            },
+            "the memory table has 65 regions, in-kernel vhost takes 64: load the module vhost \
+             with a larger max_mem_regions or use fewer regions; nothing was sent",
+        ),
+        (
             Error::DaemonSilent {
                 change: MemTableChange::Add(range(1 << 32, 1 << 30)),
                 limit: Duration::from_secs(5),

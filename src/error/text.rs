@@ -50,5 +50,9 @@ pub(super) fn too_many(limit: u64, slots: SlotLimit) -> String {
         SlotLimit::Daemon => {
             format!("the daemon has {limit} memory slots: use fewer regions or another daemon")
         }
+        SlotLimit::Kernel => format!(
+            "in-kernel vhost takes {limit}: load the module vhost with a larger max_mem_regions or \
+             use fewer regions"
+        ),
     }
 }

@@ -15,15 +15,13 @@ use crate::error::{Error, MemTableChange, Result, SlotLimit};
 use crate::memory::GuestMemoryShm;
 use crate::table::{MemoryTable, TableChange, TableRegion, TableView};
 
+mod kernel;
 mod sink;
 mod time_limit;
 
+pub use kernel::KernelVhost;
 pub use sink::{MemTableSink, SinkError};
 pub use time_limit::{HangUp, TimeLimit};
-
-/// How many regions SET_MEM_TABLE carries (vhost-user specification, "Memory regions
-/// description"). vhost would let 32 through, which daemons refuse.
-const MAX_TABLE_REGIONS: usize = 8;
 
 /// How long a daemon may take to answer, unless set otherwise: mapping a region takes it
 /// microseconds, but it may be busy with I/O.
@@ -193,8 +191,9 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`Error::TooManyRegions`], and [`Error::EmptyTable`] for an empty table that only
-    /// SET_MEM_TABLE could carry; [`Error::ShareBroken`]; and what a failed question leads to:
+    /// [`Error::TooManyRegions`]; [`Error::EmptyTable`] for an empty table that only
+    /// SET_MEM_TABLE could carry; [`Error::NoHostAddress`] where the table is for the kernel;
+    /// [`Error::ShareBroken`]; and what a failed question leads to:
     /// [`Error::NoTimeLimit`], after which the share goes on as before, and
     /// [`Error::DaemonRefused`], [`Error::DaemonHungUp`], [`Error::DaemonSilent`],
     /// [`Error::DaemonProtocol`], after which it is broken.
@@ -203,10 +202,10 @@ impl<F: MemTableSink> VhostUserShare<F> {
         if *table == self.held {
             return Ok(());
         }
-        if self.mem_slots {
-            self.check_slots(table)
-        } else {
-            check_whole(table)
+        self.sink.check_table(table)?;
+        match self.mem_slots {
+            true => self.check_slots(table),
+            false => check_whole(table, self.sink.max_table_regions()),
         }
     }
 
@@ -215,8 +214,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`Error::TooManyRegions`], and [`Error::EmptyTable`] for an empty table that only
-    /// SET_MEM_TABLE could carry: nothing was sent, the share goes on as before. So it does after
+    /// [`Error::TooManyRegions`], [`Error::NoHostAddress`], and [`Error::EmptyTable`] for an empty
+    /// table that only SET_MEM_TABLE could carry: nothing was sent, the share goes on as before. So it does after
     /// [`Error::NoTimeLimit`], if no thread could be had to watch the time.
     ///
     /// [`Error::DaemonRefused`]: the daemon answered that it does not take a change. If that was a
@@ -495,12 +494,12 @@ fn base_of(region: &TableRegion, base: u64) -> (GuestAddress, u64) {
     (region.range().start_addr(), base)
 }
 
-fn check_whole(table: &MemoryTable) -> Result<()> {
+fn check_whole(table: &MemoryTable, limit: usize) -> Result<()> {
     match table.regions().len() {
         0 => Err(Error::EmptyTable),
-        regions if regions > MAX_TABLE_REGIONS => Err(Error::TooManyRegions {
+        regions if regions > limit => Err(Error::TooManyRegions {
             regions,
-            limit: MAX_TABLE_REGIONS as u64,
+            limit: limit as u64,
             slots: SlotLimit::Message,
         }),
         _ => Ok(()),

@@ -7,7 +7,7 @@ use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
 use super::time_limit::{HangUp, hang_up};
-use crate::table::TableRegion;
+use crate::table::{MemoryTable, TableRegion};
 
 /// The front-end's side of a connection to a daemon, as far as memory tables need it.
 ///
@@ -17,7 +17,8 @@ pub trait MemTableSink {
     /// REPLY_ACK was negotiated.
     fn request_acks(&mut self);
 
-    /// SET_MEM_TABLE: replaces the whole table, by at most 8 regions.
+    /// SET_MEM_TABLE: replaces the whole table, by at most
+    /// [`max_table_regions`](Self::max_table_regions).
     ///
     /// While postcopy listens the daemon answers with the addresses at which it mapped the
     /// regions, in their order.
@@ -57,6 +58,22 @@ pub trait MemTableSink {
     ///
     /// The way in which the daemon did not answer.
     fn barrier(&mut self) -> Result<(), SinkError>;
+
+    /// Whether this connection could carry the table at all. Asked before anything is sent.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not.
+    fn check_table(&self, _table: &MemoryTable) -> crate::error::Result<()> {
+        Ok(())
+    }
+
+    /// How many regions [`set_mem_table`](Self::set_mem_table) carries: 8 by the vhost-user
+    /// specification ("Memory regions description"). vhost would let 32 through, which daemons
+    /// refuse.
+    fn max_table_regions(&self) -> usize {
+        8
+    }
 
     /// Whether the table that was there before is still there after a refused SET_MEM_TABLE.
     /// vhost-user promises nothing, and some daemons unmap the old table first.

@@ -5,12 +5,14 @@
 //! daemons take it.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Weak};
 
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::backing::ShmBacking;
 use crate::layout::GuestRange;
+use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
 use crate::region::GuestRegionShm;
 
@@ -55,6 +57,9 @@ pub struct TableRegion {
     userspace_addr: u64,
     mmap_offset: u64,
     backing: ShmBacking,
+    /// The mapping at the user address, if that is a host address. A table does not keep it:
+    /// daemons have mappings of their own.
+    mapping: Option<Weak<Mapping>>,
 }
 
 /// What turns one table into another, in the order in which it is sent: all removals, highest
@@ -85,6 +90,7 @@ impl<B> From<&GuestRegionShm<B>> for TableRegion {
             userspace_addr: region.as_ptr().addr() as u64,
             mmap_offset: region.offset(),
             backing: region.backing().clone(),
+            mapping: Some(Arc::downgrade(&region.ram().mapping)),
         }
     }
 }
@@ -197,6 +203,11 @@ impl TableRegion {
     /// The file that the daemon maps.
     pub fn backing(&self) -> &ShmBacking {
         &self.backing
+    }
+
+    /// The mapping at the user address, if there is one in this process.
+    pub(crate) fn mapping(&self) -> Option<Arc<Mapping>> {
+        self.mapping.as_ref()?.upgrade()
     }
 }
 

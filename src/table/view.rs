@@ -122,6 +122,7 @@ impl<B: Bitmap> GuestMemoryShm<B> {
             let mut region = TableRegion::from(region);
             if let UserAddresses::Opaque { constant } = view.user_addresses {
                 region.userspace_addr = opaque(region.range, constant)?;
+                region.mapping = None;
             }
             Ok(region)
         });

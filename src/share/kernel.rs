@@ -1,0 +1,156 @@
+//! The vhost backends inside the kernel (vhost-net, vhost-scsi, vhost-vsock) as a sink.
+
+use std::fmt;
+use std::fs;
+use std::sync::Arc;
+
+use vhost::{VHOST_MAX_MEMORY_REGIONS, VhostBackend, VhostUserMemoryRegionInfo};
+
+use super::sink::{MemTableSink, SinkError};
+use super::time_limit::HangUp;
+use crate::error::{Error, Result, SlotLimit};
+use crate::mapping::Mapping;
+use crate::table::{MemoryTable, TableRegion};
+
+/// The limit of the kernel module vhost, unless its parameter says otherwise.
+const DEFAULT_MAX_REGIONS: usize = 64;
+
+/// A vhost backend inside the kernel, told of memory tables by `VHOST_SET_MEM_TABLE`.
+///
+/// Give it to a [`VhostUserShare`](crate::VhostUserShare) with no protocol features, and that keeps
+/// the kernel's table equal to a memory as it does with daemons. There are differences. The whole
+/// table is sent each time, of at most `max_mem_regions` regions (a parameter of the kernel module
+/// vhost, 64 unless set). A call never waits, and needs no time limit. A table that is refused
+/// leaves the old one in place, so a refusal never breaks the share.
+///
+/// The kernel reads and writes at the user addresses, in this process: they must be host addresses
+/// ([`UserAddresses::Host`](crate::UserAddresses)), and what the kernel was told of stays mapped
+/// until it was told otherwise or this is dropped, which drops the backend first.
+///
+/// ```
+/// use guest_memory_shm::{GuestMemoryShm, KernelVhost, VhostUserShare};
+/// use vhost::VhostBackend;
+/// use vhost::vhost_user::VhostUserProtocolFeatures;
+/// use vm_memory::GuestAddress;
+///
+/// fn share(
+///     net: impl VhostBackend, // vhost::net::Net, say, after set_owner() and set_features()
+///     memory: &GuestMemoryShm,
+/// ) -> Result<(), Box<dyn std::error::Error>> {
+///     let net = KernelVhost::new(net);
+///     let mut share = VhostUserShare::new(net, VhostUserProtocolFeatures::empty());
+///     share.update_memory(memory)?;
+///     Ok(())
+/// }
+/// ```
+pub struct KernelVhost<V> {
+    /// Before the mappings: dropped, it must not use them any more.
+    backend: V,
+    /// What the kernel was told of.
+    mapped: Vec<Arc<Mapping>>,
+    max_regions: usize,
+}
+
+impl<V: VhostBackend> KernelVhost<V> {
+    /// A sink for a backend that this process owns (`VHOST_SET_OWNER`) and that has no table yet.
+    ///
+    /// The limit on regions is read from `/sys/module/vhost/parameters/max_mem_regions`; where
+    /// that says nothing it is 64.
+    pub fn new(backend: V) -> Self {
+        let parameter = fs::read_to_string("/sys/module/vhost/parameters/max_mem_regions");
+        let limit = parameter.ok().and_then(|text| text.trim().parse().ok());
+        Self {
+            backend,
+            mapped: Vec::new(),
+            // vhost's bindings take no more than that, whatever the kernel says.
+            max_regions: limit
+                .unwrap_or(DEFAULT_MAX_REGIONS)
+                .min(VHOST_MAX_MEMORY_REGIONS),
+        }
+    }
+
+    /// The backend.
+    pub fn backend(&self) -> &V {
+        &self.backend
+    }
+}
+
+impl<V: VhostBackend> MemTableSink for KernelVhost<V> {
+    fn request_acks(&mut self) {
+        // Every call is answered as it is.
+    }
+
+    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
+        let mapped: Option<Vec<_>> = regions.iter().map(TableRegion::mapping).collect();
+        let mapped = mapped.ok_or_else(|| SinkError::Refused("a region is not mapped".into()))?;
+        let infos: Vec<VhostUserMemoryRegionInfo> = regions.iter().map(Into::into).collect();
+        let answer = self.backend.set_mem_table(&infos);
+        let bases = answer.map_err(|error| SinkError::Refused(Box::new(error)))?;
+        // Not before: until now the kernel used the old ones.
+        self.mapped = mapped;
+        Ok(bases)
+    }
+
+    fn add_mem_region(&mut self, _: &TableRegion) -> Answer<Option<u64>> {
+        Err(no_slots())
+    }
+
+    fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
+        Err(no_slots())
+    }
+
+    fn max_mem_slots(&mut self) -> Answer<u64> {
+        Err(no_slots())
+    }
+
+    fn barrier(&mut self) -> Answer<()> {
+        Ok(())
+    }
+
+    fn check_table(&self, table: &MemoryTable) -> Result<()> {
+        let regions = table.regions();
+        if regions.len() > self.max_regions {
+            return Err(Error::TooManyRegions {
+                regions: regions.len(),
+                limit: self.max_regions as u64,
+                slots: SlotLimit::Kernel,
+            });
+        }
+        match regions.iter().find(|region| region.mapping().is_none()) {
+            Some(region) => Err(Error::NoHostAddress {
+                range: region.range(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn max_table_regions(&self) -> usize {
+        self.max_regions
+    }
+
+    fn refusal_keeps_table(&self) -> bool {
+        true
+    }
+
+    fn hang_up(&self) -> Option<HangUp> {
+        None
+    }
+}
+
+impl<V: fmt::Debug> fmt::Debug for KernelVhost<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KernelVhost")
+            .field("backend", &self.backend)
+            .field("regions", &self.mapped.len())
+            .field("max_regions", &self.max_regions)
+            .finish()
+    }
+}
+
+type Answer<T> = std::result::Result<T, SinkError>;
+
+fn no_slots() -> SinkError {
+    SinkError::Protocol(
+        "in-kernel vhost has no memory slots: CONFIGURE_MEM_SLOTS is vhost-user's".into(),
+    )
+}

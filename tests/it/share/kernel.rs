@@ -1,0 +1,240 @@
+//! vhost inside the kernel: whole tables, host addresses, refusals that change nothing.
+
+use std::cell::{Cell, RefCell};
+
+use vhost::vhost_kern::vsock::Vsock;
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::GuestMemoryBackend;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::*;
+
+/// A backend that reads what it is told of, as the kernel does.
+#[derive(Default)]
+struct Backend {
+    refuses: Cell<bool>,
+    /// The table: guest address, size, user address.
+    held: RefCell<Vec<(u64, u64, u64)>>,
+    calls: Cell<usize>,
+}
+
+impl VhostBackend for &Backend {
+    fn set_mem_table(
+        &self,
+        regions: &[VhostUserMemoryRegionInfo],
+    ) -> vhost::Result<Option<Vec<u64>>> {
+        self.calls.set(self.calls.get() + 1);
+        if self.refuses.get() {
+            return Err(vhost::Error::InvalidGuestMemory);
+        }
+        let regions = regions.iter();
+        self.held.replace(
+            regions
+                .map(|r| (r.guest_phys_addr, r.memory_size, r.userspace_addr))
+                .collect(),
+        );
+        Ok(None)
+    }
+    fn get_features(&self) -> vhost::Result<u64> {
+        panic!("a sink has no use for it");
+    }
+    fn set_features(&self, _: u64) -> vhost::Result<()> {
+        panic!("a sink has no use for it");
+    }
+    fn set_owner(&self) -> vhost::Result<()> {
+        panic!("a sink has no use for it");
+    }
+    fn reset_owner(&self) -> vhost::Result<()> {
+        panic!("a sink has no use for it");
+    }
+    fn set_log_base(&self, _: u64, _: Option<VhostUserDirtyLogRegion>) -> vhost::Result<()> {
+        panic!("a sink has no use for it");
+    }
+    fn set_log_fd(&self, _: i32) -> vhost::Result<()> {
+        panic!("a sink has no use for it");
+    }
+    fn set_vring_num(&self, _: usize, _: u16) -> vhost::Result<()> {
+        panic!("a sink has no use for it");
+    }
+    fn set_vring_addr(&self, _: usize, _: &VringConfigData) -> vhost::Result<()> {
+        panic!("a sink has no use for it");
+    }
+    fn set_vring_base(&self, _: usize, _: u16) -> vhost::Result<()> {
+        panic!("a sink has no use for it");
+    }
+    fn get_vring_base(&self, _: usize) -> vhost::Result<u32> {
+        panic!("a sink has no use for it");
+    }
+    fn set_vring_call(&self, _: usize, _: &EventFd) -> vhost::Result<()> {
+        panic!("a sink has no use for it");
+    }
+    fn set_vring_kick(&self, _: usize, _: &EventFd) -> vhost::Result<()> {
+        panic!("a sink has no use for it");
+    }
+    fn set_vring_err(&self, _: usize, _: &EventFd) -> vhost::Result<()> {
+        panic!("a sink has no use for it");
+    }
+}
+
+fn share(backend: &Backend) -> VhostUserShare<KernelVhost<&Backend>> {
+    VhostUserShare::new(KernelVhost::new(backend), Features::empty())
+}
+
+impl Backend {
+    /// Asserts that it was told of the regions of `memory` where they are mapped.
+    #[track_caller]
+    fn holds(&self, memory: &GuestMemoryShm) {
+        let table = memory.memory_table();
+        let regions = table.regions().iter();
+        let expected: Vec<_> = regions
+            .map(|r| {
+                (
+                    r.range().start_addr().0,
+                    r.range().size(),
+                    r.userspace_addr(),
+                )
+            })
+            .collect();
+        assert_eq!(*self.held.borrow(), expected);
+        for (start, _, user) in expected {
+            let host = memory.get_host_address(GuestAddress(start)).unwrap();
+            assert_eq!(host as u64, user);
+        }
+    }
+}
+
+#[test]
+fn the_kernel_is_told_whole_tables_and_a_refusal_changes_nothing() {
+    let backend = Backend::default();
+    let mut share = share(&backend);
+    // More than vhost-user's message carries.
+    let starts: Vec<u64> = (0..20).collect();
+    let first = memory(&starts);
+    assert_eq!(share.update_memory(&first).unwrap().added(), 20);
+    backend.holds(&first);
+
+    let second = without(&with(&first, &[30]), &[3]);
+    backend.refuses.set(true);
+    let refused = share.update_memory(&second).unwrap_err();
+    assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
+    assert_eq!(share.broken(), None);
+    assert_eq!(share.table(), &first.memory_table());
+    backend.refuses.set(false);
+    share.update_memory(&second).unwrap();
+    backend.holds(&second);
+
+    let calls = backend.calls.get();
+    share.update_memory(&second).unwrap();
+    assert_eq!(backend.calls.get(), calls, "nothing changed");
+}
+
+/// Whether something of this process is mapped at the address.
+fn is_mapped(address: u64) -> bool {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().any(|line| {
+        let range = line.split_whitespace().next().unwrap();
+        let (start, end) = range.split_once('-').unwrap();
+        let parse = |text| u64::from_str_radix(text, 16).unwrap();
+        (parse(start)..parse(end)).contains(&address) && line.contains("memfd:guest-memory-shm")
+    })
+}
+
+#[test]
+fn what_the_kernel_was_told_of_stays_mapped_until_it_is_told_otherwise() {
+    in_own_process(|| {
+        let backend = Backend::default();
+        let mut share = share(&backend);
+        let first = memory(&[0, 1]);
+        share.update_memory(&first).unwrap();
+        let second = without(&first, &[1]);
+        let [kept, gone] =
+            [0, 1].map(|start| first.get_host_address(GuestAddress(start * MIB)).unwrap() as u64);
+        drop(first);
+        assert!(is_mapped(gone), "the kernel still uses it");
+        backend.refuses.set(true);
+        share.update_memory(&second).unwrap_err();
+        assert!(is_mapped(gone), "and after a refusal, too");
+        backend.refuses.set(false);
+        share.update_memory(&second).unwrap();
+        assert!(is_mapped(kept) && !is_mapped(gone));
+        drop(second);
+        assert!(is_mapped(kept));
+        drop(share);
+        assert!(!is_mapped(kept));
+    });
+}
+
+#[test]
+fn tables_that_the_kernel_cannot_take_are_refused_before_it_is_asked() {
+    let backend = Backend::default();
+    let mut share = share(&backend);
+    let limit = share.sink().max_table_regions();
+    let starts: Vec<u64> = (0..=limit as u64).collect();
+    let most = memory(&starts);
+    let refused = share.update_memory(&most).unwrap_err();
+    assert!(
+        matches!(
+            refused,
+            Error::TooManyRegions {
+                slots: SlotLimit::Kernel,
+                ..
+            }
+        ),
+        "{refused}"
+    );
+    assert_eq!(backend.calls.get(), 0);
+
+    let memory = memory(&[0, 5]);
+    let view =
+        TableView::default().with_user_addresses(UserAddresses::Opaque { constant: 1 << 40 });
+    let mut share = share.with_view(view);
+    for refused in [
+        share.check_memory(&memory).unwrap_err(),
+        share.update_memory(&memory).unwrap_err(),
+    ] {
+        assert!(matches!(refused, Error::NoHostAddress { .. }), "{refused}");
+    }
+    assert_eq!(backend.calls.get(), 0);
+
+    let mut share = share.with_view(TableView::default());
+    share.update_memory(&memory).unwrap();
+    let empty = share.update(&MemoryTable::default()).unwrap_err();
+    assert!(matches!(empty, Error::EmptyTable), "{empty}");
+    assert_eq!(backend.calls.get(), 1);
+    let other = super::memory(&[7]);
+    let gone = other.memory_table();
+    // Its descriptors live on in the table, its mappings do not.
+    drop(other);
+    let refused = share.update(&gone).unwrap_err();
+    assert!(matches!(refused, Error::NoHostAddress { .. }), "{refused}");
+    assert_eq!((backend.calls.get(), share.broken()), (1, None));
+}
+
+/// Whether this machine has it depends on a kernel module, which no package brings into a
+/// container: lacking it is never a failure.
+#[test]
+fn vhost_vsock_of_the_kernel_takes_our_tables() {
+    // Vsock::new() asks its memory for addresses of rings only, which are not used here.
+    let memory = memory(&[0, 1, 2]);
+    let vsock = match Vsock::new(&memory) {
+        Ok(vsock) => vsock,
+        Err(error) => {
+            println!("skipped: /dev/vhost-vsock cannot be opened here: {error}");
+            return;
+        }
+    };
+    if let Err(error) = vsock.set_owner() {
+        println!("skipped: vhost-vsock of this kernel has no owner for us: {error}");
+        return;
+    }
+    let mut share = VhostUserShare::new(KernelVhost::new(vsock), Features::empty());
+    share.update_memory(&memory).unwrap();
+    share
+        .update_memory(&with(&memory, &[2, 3, 4, 5, 6, 7, 8, 9, 10]))
+        .unwrap();
+    share.update_memory(&without(&memory, &[1])).unwrap();
+    assert_eq!(share.table().regions().len(), 2);
+    let starts: Vec<u64> = (0..=share.sink().max_table_regions() as u64).collect();
+    assert!(share.update_memory(&super::memory(&starts)).is_err());
+    assert_eq!(share.broken(), None);
+}
