@@ -154,7 +154,7 @@ pub use report::{BuildReport, NotHuge, Note, ReportLine};
 pub use rom::GuestRom;
 #[cfg(feature = "vhost-user")]
 pub use share::{
-    HangUp, KernelVhost, MemTableSink, ShareReport, SinkError, TimeLimit, VhostUserShare,
+    DaemonLog, HangUp, KernelVhost, MemTableSink, ShareReport, SinkError, TimeLimit, VhostUserShare,
 };
 pub use stats::{Extents, MemoryStats, NodeStats, RegionStats};
 #[cfg(feature = "vhost-user")]

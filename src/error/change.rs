@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::layout::GuestRange;
+use crate::units::HumanSize;
 
 /// Which limit on the number of regions a table met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub enum MemTableChange {
     Add(GuestRange),
     /// REM_MEM_REG of this range.
     Remove(GuestRange),
+    /// SET_LOG_BASE with a log of this many bytes.
+    SetLog(u64),
 }
 
 impl fmt::Display for MemTableChange {
@@ -38,6 +41,7 @@ impl fmt::Display for MemTableChange {
             Self::SetTable(regions) => write!(f, "take a memory table of {regions} regions"),
             Self::Add(range) => write!(f, "add the region {range}"),
             Self::Remove(range) => write!(f, "remove the region {range}"),
+            Self::SetLog(size) => write!(f, "take a dirty log of {}", HumanSize(*size)),
         }
     }
 }

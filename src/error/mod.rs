@@ -451,6 +451,13 @@ pub enum Error {
         range: GuestRange,
     },
 
+    /// A daemon cannot be sent a dirty log.
+    #[error(
+        "the daemon cannot log what it writes in memory that is shared with us: negotiate \
+         LOG_SHMFD with it, or stop the log (VhostUserShare::stop_log)"
+    )]
+    LogNotShared,
+
     /// An empty memory table, which SET_MEM_TABLE cannot carry; nothing was sent.
     #[error(
         "SET_MEM_TABLE cannot carry an empty memory table: keep a region in it, or negotiate \

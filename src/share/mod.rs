@@ -16,10 +16,15 @@ use crate::memory::GuestMemoryShm;
 use crate::table::{MemoryTable, TableChange, TableRegion, TableView};
 
 mod kernel;
+mod log;
+mod logging;
 mod sink;
 mod time_limit;
+mod wire;
 
+pub use self::log::DaemonLog;
 pub use kernel::KernelVhost;
+use logging::Logging;
 pub use sink::{MemTableSink, SinkError};
 pub use time_limit::{HangUp, TimeLimit};
 
@@ -75,6 +80,7 @@ pub struct VhostUserShare<F> {
     limit: Duration,
     mem_slots: bool,
     reply_ack: bool,
+    log_shmfd: bool,
     /// The daemon's answer to GET_MAX_MEM_SLOTS, once it was asked.
     slots: Option<u64>,
     view: TableView,
@@ -82,6 +88,8 @@ pub struct VhostUserShare<F> {
     held: MemoryTable,
     /// Bases that the daemon returned and no report handed out.
     bases: Vec<(GuestAddress, u64)>,
+    /// Present while the daemon is to log what it writes.
+    logging: Option<Logging>,
     broken: Option<String>,
 }
 
@@ -123,10 +131,12 @@ impl<F: MemTableSink> VhostUserShare<F> {
             limit: TIME_LIMIT,
             mem_slots: false,
             reply_ack: false,
+            log_shmfd: false,
             slots: None,
             view: TableView::default(),
             held: MemoryTable::default(),
             bases: Vec::new(),
+            logging: None,
             broken: None,
         };
         share.begin(features);
@@ -169,9 +179,13 @@ impl<F: MemTableSink> VhostUserShare<F> {
     fn begin(&mut self, features: Features) {
         self.mem_slots = features.contains(Features::CONFIGURE_MEM_SLOTS);
         self.reply_ack = features.contains(Features::REPLY_ACK);
+        self.log_shmfd = features.contains(Features::LOG_SHMFD);
         self.slots = None;
         self.held = MemoryTable::default();
         self.bases = Vec::new();
+        if let Some(logging) = &mut self.logging {
+            logging.begin();
+        }
         self.broken = None;
         self.watch();
         if self.reply_ack {
@@ -193,12 +207,13 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// [`Error::TooManyRegions`]; [`Error::EmptyTable`] for an empty table that only
     /// SET_MEM_TABLE could carry; [`Error::NoHostAddress`] where the table is for the kernel;
-    /// [`Error::ShareBroken`]; and what a failed question leads to:
+    /// [`Error::LogNotShared`]; [`Error::ShareBroken`]; and what a failed question leads to:
     /// [`Error::NoTimeLimit`], after which the share goes on as before, and
     /// [`Error::DaemonRefused`], [`Error::DaemonHungUp`], [`Error::DaemonSilent`],
     /// [`Error::DaemonProtocol`], after which it is broken.
     pub fn check(&mut self, table: &MemoryTable) -> Result<()> {
         self.check_not_broken()?;
+        self.check_log()?;
         if *table == self.held {
             return Ok(());
         }
@@ -218,6 +233,11 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// table that only SET_MEM_TABLE could carry: nothing was sent, the share goes on as before. So it does after
     /// [`Error::NoTimeLimit`], if no thread could be had to watch the time.
     ///
+    /// [`Error::LogNotShared`] if the daemon is to log ([`start_log`](Self::start_log)) and a
+    /// reconnection left LOG_SHMFD out; and those of a new memfd for its log. Where such an error,
+    /// or a refusal of the log, comes after the table, the table is what the daemon holds, and
+    /// the next update, to any table, sends the log.
+    ///
     /// [`Error::DaemonRefused`]: the daemon answered that it does not take a change. If that was a
     /// single region and the daemon still answers after it, the share goes on: [`table`](Self::table)
     /// is what was acknowledged until then, and the next update goes on from there. Otherwise it is
@@ -232,7 +252,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     pub fn update(&mut self, table: &MemoryTable) -> Result<ShareReport> {
         self.check(table)?;
         let change = self.held.change_to(table);
-        if change.is_empty() {
+        if change.is_empty() && !self.log_is_due() {
             return Ok(ShareReport::default());
         }
         let mut report = ShareReport {
@@ -240,15 +260,11 @@ impl<F: MemTableSink> VhostUserShare<F> {
             added: change.additions().len(),
             bases: Vec::new(),
         };
-        let sent = match self.mem_slots {
-            true => self.send_difference(&change, &mut report),
-            false => self.send_whole(table, &mut report),
-        };
-        if let Err(error) = sent {
+        if let Err(error) = self.send(table, &change, &mut report) {
             self.keep_bases(report);
             return Err(error);
         }
-        log::debug!(
+        ::log::debug!(
             "daemon took {} regions less, {} more",
             report.removed,
             report.added
@@ -359,6 +375,26 @@ impl<F: MemTableSink> VhostUserShare<F> {
         Ok(())
     }
 
+    fn send(
+        &mut self,
+        table: &MemoryTable,
+        change: &TableChange,
+        report: &mut ShareReport,
+    ) -> Result<()> {
+        self.log_before(table)?;
+        let sent = match self.mem_slots {
+            true => self.send_difference(change, report),
+            false if change.is_empty() => Ok(()),
+            false => self.send_whole(table, report),
+        };
+        if sent.is_err() && self.broken.is_some() {
+            return sent;
+        }
+        // After a refusal, too: the daemon may have regions more, or less, than before.
+        let logs = self.log_after();
+        sent.and(logs)
+    }
+
     fn send_difference(&mut self, change: &TableChange, report: &mut ShareReport) -> Result<()> {
         let mut last = None;
         for region in change.removals() {
@@ -382,6 +418,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
     }
 
     fn send_whole(&mut self, table: &MemoryTable, report: &mut ShareReport) -> Result<()> {
+        // Before, so that they count also if the answer never comes.
+        self.mark_what_stays(table);
         let step = MemTableChange::SetTable(table.regions().len());
         let set = |sink: &mut F| sink.set_mem_table(table.regions());
         let bases = match self.sink.refusal_keeps_table() {
@@ -435,7 +473,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         // A refusal says that the daemon is there, not that it stays: most hang up now.
         match self.attempt(change, F::barrier) {
             Ok(Err(gone)) => {
-                log::debug!("after its refusal: {gone}");
+                ::log::debug!("after its refusal: {gone}");
                 Err(self.break_off(refused))
             }
             // Where it could not be asked, the next call finds out.
@@ -484,7 +522,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         if let Some(hang_up) = self.sink.hang_up() {
             hang_up();
         }
-        log::warn!("share broken: {error}");
+        ::log::warn!("share broken: {error}");
         self.broken = Some(error.to_string());
         error
     }

@@ -6,7 +6,9 @@ use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
+use super::log::DaemonLog;
 use super::time_limit::{HangUp, hang_up};
+use super::wire;
 use crate::table::{MemoryTable, TableRegion};
 
 /// The front-end's side of a connection to a daemon, as far as memory tables need it.
@@ -50,6 +52,17 @@ pub trait MemTableSink {
     ///
     /// The way in which the daemon did not answer.
     fn max_mem_slots(&mut self) -> Result<u64, SinkError>;
+
+    /// SET_LOG_BASE: has the daemon log what it writes in this log, instead of the one before.
+    ///
+    /// Called only if LOG_SHMFD was negotiated. A sink that carries no log refuses it.
+    ///
+    /// # Errors
+    ///
+    /// The way in which the daemon did not take it.
+    fn set_log_base(&mut self, _log: &DaemonLog) -> Result<(), SinkError> {
+        Err(SinkError::Refused("this connection carries no log".into()))
+    }
 
     /// A round trip (GET_FEATURES): messages are handled in order, so its answer says that all
     /// before it were handled, and that the daemon is still there.
@@ -138,6 +151,12 @@ impl MemTableSink for Frontend {
 
     fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
         Ok(VhostUserFrontend::get_max_mem_slots(self)?)
+    }
+
+    /// Exchanges the message itself, because vhost 0.18 understands the answer of its own daemons
+    /// only. No clone of the frontend may make a call meanwhile.
+    fn set_log_base(&mut self, log: &DaemonLog) -> Result<(), SinkError> {
+        wire::set_log_base(self.as_raw_fd(), log)
     }
 
     fn barrier(&mut self) -> Result<(), SinkError> {

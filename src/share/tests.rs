@@ -14,6 +14,8 @@ enum Said {
     Set(Vec<u64>),
     Add(u64),
     Remove(u64),
+    /// The size in words.
+    Log(u64),
     Barrier,
 }
 
@@ -76,6 +78,9 @@ impl MemTableSink for Script {
     }
     fn barrier(&mut self) -> std::result::Result<(), SinkError> {
         self.say(Said::Barrier)
+    }
+    fn set_log_base(&mut self, log: &DaemonLog) -> Answer<()> {
+        self.say(Said::Log(log.size() / 8))
     }
     fn refusal_keeps_table(&self) -> bool {
         self.keeps_table
@@ -400,4 +405,101 @@ fn bases_of_a_failed_update_and_of_a_dropped_report_are_kept() {
     fewer.remove(&more.regions()[0]);
     share.update(&fewer).unwrap();
     assert_eq!(share.take_bases(), [(mib(5), 7)]);
+}
+
+#[test]
+fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
+    use Said::*;
+    // A word is 64 pages, so a region of 1 MiB needs 4 of them.
+    let (first, second) = (table(&[0]), table(&[0, 2]));
+    for features in [SLOTS | ACK, ACK] {
+        let features = features | Features::LOG_SHMFD;
+        let good = {
+            let mut share = share(8, features);
+            share.update(&first).unwrap();
+            share.start_log().unwrap();
+            share.sink_mut().said.clear();
+            share.update(&second).unwrap();
+            share.into_sink().said
+        };
+        let logs = good
+            .iter()
+            .enumerate()
+            .filter(|(_, said)| **said == Log(12));
+        let places: Vec<usize> = logs.map(|(at, _)| at).collect();
+        assert_eq!(places.len(), 2, "{good:?}");
+        for at in places {
+            let mut share = share(8, features);
+            share.update(&first).unwrap();
+            share.start_log().unwrap();
+            share.sink_mut().said.clear();
+            share.sink_mut().fail = Some((at, || SinkError::Refused("no".into())));
+            let refused = share.update(&second).unwrap_err();
+            let text = "refused to take a dirty log of 96 bytes";
+            assert!(refused.to_string().contains(text), "{refused}");
+            assert_eq!(share.broken(), None);
+            // Before the table it stands in its way, after it it does not undo it.
+            let held = if at == 0 { &first } else { &second };
+            assert_eq!(share.table(), held);
+
+            share.sink_mut().said.clear();
+            share.sink_mut().fail = None;
+            share.update(&second).unwrap();
+            assert_eq!(share.table(), &second);
+            assert_eq!(
+                share.sink().said.iter().rfind(|said| **said != Barrier),
+                Some(&Log(12))
+            );
+            share.sink_mut().said.clear();
+            share.update(&second).unwrap();
+            assert_eq!(share.sink().said, []);
+        }
+    }
+}
+
+#[test]
+fn a_log_that_does_not_start_leaves_nothing_behind() {
+    let mut share = share(8, SLOTS | ACK | Features::LOG_SHMFD);
+    share.update(&table(&[0])).unwrap();
+    share.sink_mut().said.clear();
+    share.sink_mut().fail = Some((0, || SinkError::Refused("no".into())));
+    share.start_log().unwrap_err();
+    assert!(!share.is_logging());
+    assert_eq!(share.broken(), None);
+    share.sink_mut().fail = None;
+    share.start_log().unwrap();
+    assert!(share.is_logging());
+}
+
+#[test]
+fn a_sink_without_logs_refuses_them() {
+    #[derive(Default)]
+    struct Plain;
+    impl MemTableSink for Plain {
+        fn request_acks(&mut self) {}
+        fn set_mem_table(&mut self, _: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
+            Ok(None)
+        }
+        fn add_mem_region(&mut self, _: &TableRegion) -> Answer<Option<u64>> {
+            Ok(None)
+        }
+        fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
+            Ok(())
+        }
+        fn max_mem_slots(&mut self) -> Answer<u64> {
+            Ok(8)
+        }
+        fn barrier(&mut self) -> Answer<()> {
+            Ok(())
+        }
+        fn hang_up(&self) -> Option<HangUp> {
+            None
+        }
+    }
+    let mut share = VhostUserShare::new(Plain, ACK | Features::LOG_SHMFD);
+    share.update(&table(&[0])).unwrap();
+    let refused = share.start_log().unwrap_err();
+    assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
+    assert_eq!((share.is_logging(), share.broken()), (false, None));
+    share.update(&table(&[1])).unwrap();
 }

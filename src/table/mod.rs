@@ -157,7 +157,8 @@ impl MemoryTable {
         self.regions.binary_search_by_key(&start, start_of).is_ok()
     }
 
-    fn contains(&self, region: &TableRegion) -> bool {
+    /// Whether this very region is in the table.
+    pub(crate) fn contains(&self, region: &TableRegion) -> bool {
         let place = self.place_of(region);
         place.is_ok_and(|at| self.regions[at] == *region)
     }

@@ -27,6 +27,7 @@ use crate::support::{self, StorageDaemon};
 mod daemon;
 mod faults;
 mod kernel;
+mod log;
 mod table;
 mod view;
 
@@ -100,8 +101,12 @@ impl Peer {
 }
 
 fn negotiate(stream: UnixStream) -> (Frontend, BlkDevice) {
+    negotiate_also(stream, Features::empty())
+}
+
+fn negotiate_also(stream: UnixStream, more: Features) -> (Frontend, BlkDevice) {
     let mut frontend = Frontend::from_stream(stream, 1);
-    let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
+    let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS | more;
     let device = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
     (frontend, device)
 }

@@ -1,0 +1,333 @@
+//! The dirty log that a daemon sets bits in: shared memory, read word by word.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::{GuestAddress, GuestMemoryRegion, VolatileMemory, VolatileSlice};
+
+use crate::error::Result;
+use crate::layout::GuestRange;
+use crate::mapping::to_usize;
+use crate::options::RamOptions;
+use crate::region::GuestRegionShm;
+use crate::table::MemoryTable;
+
+/// Bytes of guest memory per bit (vhost-user specification, "Migration"), whatever the page size.
+const PAGE: u64 = 4096;
+/// Pages per word.
+const WORD: u64 = 64;
+
+/// The dirty log of one daemon: a sealed memfd in which it sets a bit for each page of 4 KiB that
+/// it writes.
+///
+/// The bits count from guest address 0 to the end of the last region of the table (vhost-user
+/// specification, "Migration"): page `n` is bit `n % 8` of byte `n / 8`. Only bits of regions that
+/// the daemon was told of count; what else it sets is its own business.
+///
+/// A [`VhostUserShare`](crate::VhostUserShare) makes, sizes and reads it; see
+/// [`start_log`](crate::VhostUserShare::start_log). A sink sends it.
+///
+/// ```
+/// use std::os::fd::AsFd;
+///
+/// use guest_memory_shm::DaemonLog;
+///
+/// fn describe(log: &DaemonLog) -> String {
+///     format!("{} bytes at {:?}", log.size(), log.as_fd())
+/// }
+/// ```
+#[derive(Debug)]
+pub struct DaemonLog {
+    bits: GuestRegionShm,
+    size: u64,
+    /// The pages of regions that the daemon was told of since it has this log: first, and first
+    /// behind them. Sorted, with gaps between them.
+    pages: Vec<(u64, u64)>,
+}
+
+impl DaemonLog {
+    /// How many bytes a log for this table has, a multiple of 8; 0 for an empty table.
+    pub(super) fn size_for(table: &MemoryTable) -> u64 {
+        let end = table.regions().last().map(|region| {
+            let range = region.range();
+            range.start_addr().0 + range.size()
+        });
+        end.unwrap_or(0).div_ceil(PAGE).div_ceil(WORD) * 8
+    }
+
+    /// A log without a bit set, in which no page counts yet. The size is a multiple of 8.
+    pub(super) fn new(size: u64) -> Result<Self> {
+        let options = RamOptions::new().with_name("dirty-log");
+        let file = size.next_multiple_of(crate::layout::base_page_size());
+        Ok(Self {
+            bits: GuestRegionShm::new(GuestAddress(0), file, &options)?,
+            size,
+            pages: Vec::new(),
+        })
+    }
+
+    /// The size in bytes, a multiple of 8. The descriptor's file may be longer.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Has the pages of these regions count too, as far as the log has bits for them.
+    pub(super) fn watch(&mut self, table: &MemoryTable) {
+        let limit = self.size * 8;
+        let regions = table
+            .regions()
+            .iter()
+            .map(|region| pages_of(region.range()));
+        let mut pages: Vec<_> = self.pages.drain(..).chain(regions).collect();
+        pages.sort_unstable();
+        for (first, end) in pages {
+            let end = end.min(limit);
+            match self.pages.last_mut() {
+                Some((_, last)) if first <= *last => *last = end.max(*last),
+                _ if first < end => self.pages.push((first, end)),
+                _ => {}
+            }
+        }
+    }
+
+    /// Sets the bits of a range, as far as the log has bits for it.
+    pub(super) fn mark(&self, range: GuestRange) {
+        let (first, end) = pages_of(range);
+        for (word, mask) in words(first, end.min(self.size * 8)) {
+            self.with_word(word, |bits| bits.fetch_or(mask.to_le(), Ordering::SeqCst));
+        }
+    }
+
+    /// Takes the bits that are set, in the order of addresses.
+    pub(super) fn drain(&self, dirty: &mut DirtyRanges) {
+        self.take_words(|word, bits| dirty.add_word(word, bits));
+    }
+
+    /// Moves the bits that are set into `next`; those that it has no room for go to `dirty`.
+    pub(super) fn move_into(&self, next: &Self, dirty: &mut DirtyRanges) {
+        self.take_words(|word, bits| match word < next.size / 8 {
+            true => {
+                next.with_word(word, |there| there.fetch_or(bits.to_le(), Ordering::SeqCst));
+            }
+            false => dirty.add_word(word, bits),
+        });
+    }
+
+    /// Takes each word that is not 0, with the bits that count; the others stay.
+    fn take_words(&self, mut take: impl FnMut(u64, u64)) {
+        let counting = self.pages.iter();
+        for (word, mask) in counting.flat_map(|(first, end)| words(*first, *end)) {
+            let bits = self.with_word(word, |bits| match bits.load(Ordering::Relaxed) {
+                0 => 0,
+                // At once: a bit that is set from now on is seen next time. Whoever copies the
+                // page after this sees what was written before its bit was set.
+                _ => bits.fetch_and(!mask.to_le(), Ordering::SeqCst),
+            });
+            let bits = u64::from_le(bits) & mask;
+            if bits != 0 {
+                take(word, bits);
+            }
+        }
+    }
+
+    fn with_word(&self, word: u64, access: impl FnOnce(&AtomicU64) -> u64) -> u64 {
+        let all: Option<VolatileSlice<'_, _>> = self.bits.as_volatile_slice().ok();
+        let offset = to_usize(word * 8);
+        let word = all
+            .as_ref()
+            .and_then(|all| all.get_atomic_ref::<AtomicU64>(offset).ok());
+        // The mapping begins at a page, and all words are inside it.
+        word.map_or(0, access)
+    }
+}
+
+impl AsFd for DaemonLog {
+    /// The descriptor of the memfd, in which the log starts at offset 0.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.bits.backing().as_fd()
+    }
+}
+
+fn pages_of(range: GuestRange) -> (u64, u64) {
+    (range.start_addr().0 / PAGE, range.last_addr().0 / PAGE + 1)
+}
+
+/// The words that hold the bits of these pages, each with the bits that do.
+fn words(first: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
+    (first / WORD..end.div_ceil(WORD)).map(move |word| {
+        let start = word * WORD;
+        let below = first.saturating_sub(start);
+        let above = (start + WORD).saturating_sub(end);
+        // Both less than 64: the word has at least one of the pages.
+        (word, u64::MAX << below & u64::MAX >> above)
+    })
+}
+
+/// Dirty pages as they are found, joined to ranges.
+#[derive(Clone, Debug, Default)]
+pub(super) struct DirtyRanges {
+    /// First page, and first page behind.
+    ranges: Vec<(u64, u64)>,
+}
+
+impl DirtyRanges {
+    fn add_word(&mut self, word: u64, mut bits: u64) {
+        while bits != 0 {
+            let first = bits.trailing_zeros();
+            let count = (!(bits >> first)).trailing_zeros();
+            let start = word * WORD + u64::from(first);
+            self.add(start, start + u64::from(count));
+            bits &= u64::MAX.checked_shl(first + count).unwrap_or(0);
+        }
+    }
+
+    fn add(&mut self, start: u64, end: u64) {
+        match self.ranges.last_mut() {
+            Some((_, last)) if *last == start => *last = end,
+            _ => self.ranges.push((start, end)),
+        }
+    }
+
+    /// Sorted, without duplicates, joined where they touch.
+    pub(super) fn into_ranges(mut self) -> Vec<GuestRange> {
+        self.ranges.sort_unstable();
+        let mut joined: Vec<(u64, u64)> = Vec::with_capacity(self.ranges.len());
+        for (start, end) in self.ranges {
+            match joined.last_mut() {
+                Some((_, last)) if start <= *last => *last = end.max(*last),
+                _ => joined.push((start, end)),
+            }
+        }
+        let range =
+            |(start, end)| GuestRange::new(GuestAddress(start * PAGE), (end - start) * PAGE);
+        // All of them are in regions, whose ends fit in 64 bits.
+        joined.into_iter().flat_map(range).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::GuestMemoryShm;
+
+    fn table(ranges: &[(u64, usize)]) -> MemoryTable {
+        let ranges: Vec<_> = ranges
+            .iter()
+            .map(|(start, pages)| (GuestAddress(start * PAGE), pages * 4096))
+            .collect();
+        GuestMemoryShm::<()>::from_ranges(&ranges)
+            .unwrap()
+            .memory_table()
+    }
+
+    fn log(ranges: &[(u64, usize)]) -> DaemonLog {
+        let table = table(ranges);
+        let mut log = DaemonLog::new(DaemonLog::size_for(&table)).unwrap();
+        log.watch(&table);
+        log
+    }
+
+    /// As a daemon sets a bit: in a byte, through the descriptor.
+    fn set(log: &DaemonLog, pages: &[u64]) {
+        use std::os::unix::fs::FileExt;
+        let file = std::fs::File::from(log.as_fd().try_clone_to_owned().unwrap());
+        for page in pages {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, page / 8).unwrap();
+            byte[0] |= 1 << (page % 8);
+            file.write_all_at(&byte, page / 8).unwrap();
+        }
+    }
+
+    /// First page and number of pages.
+    fn drain(log: &DaemonLog) -> Vec<(u64, u64)> {
+        let mut dirty = DirtyRanges::default();
+        log.drain(&mut dirty);
+        in_pages(dirty)
+    }
+
+    fn in_pages(dirty: DirtyRanges) -> Vec<(u64, u64)> {
+        let ranges = dirty.into_ranges();
+        ranges
+            .iter()
+            .map(|r| (r.start_addr().0 / PAGE, r.size() / PAGE))
+            .collect()
+    }
+
+    #[test]
+    fn the_size_is_whole_words_up_to_the_end_of_the_last_region() {
+        for (regions, size) in [
+            (&[][..], 0),
+            (&[(0, 1)], 8),
+            (&[(0, 64)], 8),
+            (&[(0, 1), (63, 1)], 8),
+            (&[(64, 1)], 16),
+            (&[(0, 1), (1 << 20, 1)], (1 << 17) + 8),
+        ] {
+            let table = match regions {
+                [] => MemoryTable::default(),
+                regions => self::table(regions),
+            };
+            assert_eq!(DaemonLog::size_for(&table), size, "{regions:?}");
+        }
+        let log = log(&[(64, 1)]);
+        let file = std::fs::File::from(log.as_fd().try_clone_to_owned().unwrap());
+        assert_eq!(file.metadata().unwrap().len(), 4096);
+        // A daemon cannot make our reading of it a SIGBUS.
+        assert!(file.set_len(0).is_err());
+    }
+
+    #[test]
+    fn bits_are_taken_once_and_joined_to_ranges() {
+        let log = log(&[(0, 300)]);
+        set(&log, &[0, 1, 2, 63, 64, 65, 127, 128, 200, 299]);
+        let expected = [(0, 3), (63, 3), (127, 2), (200, 1), (299, 1)];
+        assert_eq!(drain(&log), expected);
+        assert_eq!(drain(&log), []);
+        let all: Vec<u64> = (0..300).collect();
+        set(&log, &all);
+        assert_eq!(drain(&log), [(0, 300)]);
+    }
+
+    #[test]
+    fn only_bits_of_regions_count() {
+        let log = log(&[(3, 2), (70, 100)]);
+        let all: Vec<u64> = (0..192).collect();
+        set(&log, &all);
+        assert_eq!(drain(&log), [(3, 2), (70, 100)]);
+    }
+
+    #[test]
+    fn ranges_that_are_marked_are_dirty() {
+        let log = log(&[(0, 300)]);
+        for (start, size) in [(5, 1), (60, 10), (128, 64), (290, 100)] {
+            log.mark(GuestRange::new(GuestAddress(start * PAGE), size * PAGE).unwrap());
+        }
+        assert_eq!(drain(&log), [(5, 1), (60, 10), (128, 64), (290, 10)]);
+    }
+
+    #[test]
+    fn what_is_set_moves_to_a_longer_log_and_falls_out_of_a_shorter_one_as_ranges() {
+        let (short, long) = (log(&[(0, 64)]), log(&[(0, 200)]));
+        set(&short, &[1, 2, 63]);
+        set(&long, &[2, 3]);
+        let mut dirty = DirtyRanges::default();
+        short.move_into(&long, &mut dirty);
+        assert_eq!(in_pages(dirty.clone()), []);
+        assert_eq!(drain(&short), []);
+        set(&long, &[64, 100, 101]);
+        long.move_into(&short, &mut dirty);
+        assert_eq!(drain(&long), []);
+        assert_eq!(drain(&short), [(1, 3), (63, 1)]);
+        assert_eq!(in_pages(dirty), [(64, 1), (100, 2)]);
+    }
+
+    #[test]
+    fn masks_have_the_bits_of_the_pages() {
+        let found = |first, end| words(first, end).collect::<Vec<_>>();
+        assert_eq!(found(0, 64), [(0, u64::MAX)]);
+        assert_eq!(found(3, 5), [(0, 0b11000)]);
+        assert_eq!(found(63, 65), [(0, 1 << 63), (1, 1)]);
+        assert_eq!(found(64, 64), []);
+    }
+}
