@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use vhost::{VHOST_MAX_MEMORY_REGIONS, VhostBackend, VhostUserMemoryRegionInfo};
 
-use super::sink::{MemTableSink, SinkError};
+use super::sink::{Answer, MemTableSink, SinkError};
 use super::time_limit::HangUp;
 use crate::error::{Error, Result, SlotLimit};
 use crate::mapping::Mapping;
@@ -146,8 +146,6 @@ impl<V: fmt::Debug> fmt::Debug for KernelVhost<V> {
             .finish()
     }
 }
-
-type Answer<T> = std::result::Result<T, SinkError>;
 
 fn no_slots() -> SinkError {
     SinkError::Protocol(

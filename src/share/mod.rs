@@ -13,8 +13,9 @@ use vm_memory::bitmap::Bitmap;
 
 use crate::error::{Error, MemTableChange, Result, SlotLimit};
 use crate::memory::GuestMemoryShm;
-use crate::table::{MemoryTable, TableChange, TableRegion, TableView};
+use crate::table::{MemoryTable, TableView};
 
+mod exchange;
 mod kernel;
 mod log;
 mod logging;
@@ -31,9 +32,6 @@ pub use time_limit::{HangUp, TimeLimit};
 /// How long a daemon may take to answer, unless set otherwise: mapping a region takes it
 /// microseconds, but it may be busy with I/O.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
-
-/// What a sink's call says.
-type Answer<T> = std::result::Result<T, SinkError>;
 
 /// One daemon's memory table, kept equal to a [`MemoryTable`].
 ///
@@ -374,162 +372,6 @@ impl<F: MemTableSink> VhostUserShare<F> {
         }
         Ok(())
     }
-
-    fn send(
-        &mut self,
-        table: &MemoryTable,
-        change: &TableChange,
-        report: &mut ShareReport,
-    ) -> Result<()> {
-        self.log_before(table)?;
-        let sent = match self.mem_slots {
-            true => self.send_difference(change, report),
-            false if change.is_empty() => Ok(()),
-            false => self.send_whole(table, report),
-        };
-        if sent.is_err() && self.broken.is_some() {
-            return sent;
-        }
-        // After a refusal, too: the daemon may have regions more, or less, than before.
-        let logs = self.log_after();
-        sent.and(logs)
-    }
-
-    fn send_difference(&mut self, change: &TableChange, report: &mut ShareReport) -> Result<()> {
-        let mut last = None;
-        for region in change.removals() {
-            let step = MemTableChange::Remove(region.range());
-            self.change(step, |sink| sink.remove_mem_region(region))?;
-            self.confirm(step)?;
-            self.held.remove(region);
-            let start = region.range().start_addr();
-            self.bases.retain(|(known, _)| *known != start);
-            last = Some(step);
-        }
-        for region in change.additions() {
-            let step = MemTableChange::Add(region.range());
-            let base = self.change(step, |sink| sink.add_mem_region(region))?;
-            self.confirm(step)?;
-            self.held.insert(region);
-            report.bases.extend(base.map(|base| base_of(region, base)));
-            last = Some(step);
-        }
-        last.map_or(Ok(()), |step| self.confirm_lasting(step))
-    }
-
-    fn send_whole(&mut self, table: &MemoryTable, report: &mut ShareReport) -> Result<()> {
-        // Before, so that they count also if the answer never comes.
-        self.mark_what_stays(table);
-        let step = MemTableChange::SetTable(table.regions().len());
-        let set = |sink: &mut F| sink.set_mem_table(table.regions());
-        let bases = match self.sink.refusal_keeps_table() {
-            true => self.change(step, set)?,
-            false => self.call(step, set)?,
-        };
-        self.confirm(step)?;
-        self.confirm_lasting(step)?;
-        self.held = table.clone();
-        // All regions were mapped anew.
-        self.bases.clear();
-        let bases = bases.into_iter().flatten();
-        report.bases = table
-            .regions()
-            .iter()
-            .zip(bases)
-            .map(|(r, b)| base_of(r, b))
-            .collect();
-        Ok(())
-    }
-
-    /// Without REPLY_ACK nothing says whether the daemon took a change: asks whether it is there.
-    fn confirm(&mut self, step: MemTableChange) -> Result<()> {
-        if self.reply_ack {
-            return Ok(());
-        }
-        self.call(step, F::barrier)
-    }
-
-    /// libvhost-user acknowledges a change that it refuses, and hangs up then: only an answer
-    /// after the acknowledgement shows that the daemon took it.
-    fn confirm_lasting(&mut self, step: MemTableChange) -> Result<()> {
-        if !self.reply_ack {
-            return Ok(());
-        }
-        self.call(step, F::barrier)
-    }
-
-    /// Makes one call that, refused, leaves the daemon as it was: if it still answers after the
-    /// refusal, the share goes on.
-    fn change<T>(
-        &mut self,
-        change: MemTableChange,
-        call: impl FnOnce(&mut F) -> Answer<T>,
-    ) -> Result<T> {
-        let refused = match self.attempt(change, call)? {
-            Ok(answer) => return Ok(answer),
-            Err(error @ Error::DaemonRefused { .. }) => error,
-            Err(error) => return Err(self.break_off(error)),
-        };
-        // A refusal says that the daemon is there, not that it stays: most hang up now.
-        match self.attempt(change, F::barrier) {
-            Ok(Err(gone)) => {
-                ::log::debug!("after its refusal: {gone}");
-                Err(self.break_off(refused))
-            }
-            // Where it could not be asked, the next call finds out.
-            Ok(Ok(())) | Err(_) => Err(refused),
-        }
-    }
-
-    /// Makes one call on the connection, within the time limit; a failure breaks the share.
-    fn call<T>(
-        &mut self,
-        change: MemTableChange,
-        call: impl FnOnce(&mut F) -> Answer<T>,
-    ) -> Result<T> {
-        match self.attempt(change, call)? {
-            Ok(answer) => Ok(answer),
-            Err(error) => Err(self.break_off(error)),
-        }
-    }
-
-    /// Makes one call on the connection, within the time limit. The outer error: it was not made.
-    fn attempt<T>(
-        &mut self,
-        change: MemTableChange,
-        call: impl FnOnce(&mut F) -> Answer<T>,
-    ) -> Result<Result<T>> {
-        if let Some(limit) = &self.time_limit {
-            limit.start()?;
-        }
-        let answer = call(&mut self.sink);
-        let expired = self.time_limit.as_ref().is_some_and(TimeLimit::stop);
-        Ok(match answer {
-            _ if expired => Err(Error::DaemonSilent {
-                change,
-                limit: self.limit,
-            }),
-            Ok(answer) => Ok(answer),
-            Err(SinkError::Refused(source)) => Err(Error::DaemonRefused { change, source }),
-            Err(SinkError::HungUp(source)) => Err(Error::DaemonHungUp { change, source }),
-            Err(SinkError::Protocol(source)) => Err(Error::DaemonProtocol { change, source }),
-        })
-    }
-
-    /// Ends the connection. Nothing more is said to a daemon in an unknown state; and most daemons
-    /// serve one front-end at a time, so the next connection needs this one's end.
-    fn break_off(&mut self, error: Error) -> Error {
-        if let Some(hang_up) = self.sink.hang_up() {
-            hang_up();
-        }
-        ::log::warn!("share broken: {error}");
-        self.broken = Some(error.to_string());
-        error
-    }
-}
-
-fn base_of(region: &TableRegion, base: u64) -> (GuestAddress, u64) {
-    (region.range().start_addr(), base)
 }
 
 fn check_whole(table: &MemoryTable, limit: usize) -> Result<()> {

@@ -114,6 +114,9 @@ pub enum SinkError {
     Protocol(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
+/// What a sink's call says.
+pub(super) type Answer<T> = Result<T, SinkError>;
+
 impl From<vhost::Error> for SinkError {
     fn from(error: vhost::Error) -> Self {
         let make = match &error {

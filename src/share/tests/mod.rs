@@ -1,0 +1,247 @@
+//! The share without a socket: a sink that plays a daemon by a script.
+
+use vm_memory::GuestAddress;
+
+use super::sink::Answer;
+use super::*;
+use crate::memory::GuestMemoryShm;
+use crate::options::RamOptions;
+
+mod refused;
+use crate::table::TableRegion;
+
+/// What the share told the daemon, in order; addresses in MiB.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Said {
+    Acks,
+    Slots,
+    Set(Vec<u64>),
+    Add(u64),
+    Remove(u64),
+    /// The size in words.
+    Log(u64),
+    Barrier,
+}
+
+#[derive(Debug, Default)]
+struct Script {
+    said: Vec<Said>,
+    slots: u64,
+    /// What was said and not failed.
+    held: Vec<u64>,
+    keeps_table: bool,
+    /// The n-th message after `Acks`, counted from 0, is answered like this.
+    fail: Option<(usize, fn() -> SinkError)>,
+    base: Option<u64>,
+}
+
+impl Script {
+    fn say(&mut self, what: Said) -> Answer<()> {
+        self.said.push(what);
+        let at = self.said.iter().filter(|said| **said != Said::Acks).count() - 1;
+        match self.fail {
+            Some((fail, error)) if fail == at => Err(error()),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn mib(region: &TableRegion) -> u64 {
+    region.range().start_addr().0 >> 20
+}
+
+impl MemTableSink for Script {
+    fn request_acks(&mut self) {
+        self.said.push(Said::Acks);
+    }
+    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
+        self.say(Said::Set(regions.iter().map(mib).collect()))?;
+        self.held = regions.iter().map(mib).collect();
+        Ok(self.base.map(|base| (base..).take(regions.len()).collect()))
+    }
+    fn add_mem_region(&mut self, region: &TableRegion) -> Answer<Option<u64>> {
+        self.say(Said::Add(mib(region)))?;
+        self.held.push(mib(region));
+        self.held.sort_unstable();
+        Ok(self.base)
+    }
+    fn remove_mem_region(&mut self, region: &TableRegion) -> Answer<()> {
+        self.say(Said::Remove(mib(region)))?;
+        self.held.retain(|start| *start != mib(region));
+        Ok(())
+    }
+    fn max_mem_slots(&mut self) -> Answer<u64> {
+        self.say(Said::Slots)?;
+        Ok(self.slots)
+    }
+    fn barrier(&mut self) -> Answer<()> {
+        self.say(Said::Barrier)
+    }
+    fn set_log_base(&mut self, log: &DaemonLog) -> Answer<()> {
+        self.say(Said::Log(log.size() / 8))
+    }
+    fn refusal_keeps_table(&self) -> bool {
+        self.keeps_table
+    }
+    fn hang_up(&self) -> Option<HangUp> {
+        None
+    }
+}
+
+fn starts(table: &MemoryTable) -> Vec<u64> {
+    table.regions().iter().map(mib).collect()
+}
+
+fn table(starts: &[u64]) -> MemoryTable {
+    let ranges: Vec<_> = starts
+        .iter()
+        .map(|start| (GuestAddress(start << 20), 1 << 20))
+        .collect();
+    GuestMemoryShm::<()>::builder()
+        .with_ram(RamOptions::new(), ranges)
+        .build()
+        .unwrap()
+        .memory_table()
+}
+
+fn share(slots: u64, features: Features) -> VhostUserShare<Script> {
+    let script = Script {
+        slots,
+        ..Script::default()
+    };
+    VhostUserShare::new(script, features)
+}
+
+const SLOTS: Features = Features::CONFIGURE_MEM_SLOTS;
+const ACK: Features = Features::REPLY_ACK;
+
+#[test]
+fn with_slots_and_acks_only_the_difference_is_sent_and_confirmed_once() {
+    use Said::*;
+    let mut share = share(8, SLOTS | ACK);
+    share.update(&table(&[0, 2])).unwrap();
+    assert_eq!(share.sink().said, [Acks, Slots, Add(0), Add(2), Barrier]);
+
+    share.sink_mut().said.clear();
+    let report = share.update(&table(&[1, 3, 5])).unwrap();
+    assert_eq!((report.removed(), report.added()), (2, 3));
+    assert_eq!(
+        share.sink().said,
+        [Remove(2), Remove(0), Add(1), Add(3), Add(5), Barrier]
+    );
+
+    share.sink_mut().said.clear();
+    let held = share.table().clone();
+    assert_eq!(share.update(&held).unwrap(), ShareReport::default());
+    assert_eq!(share.sink().said, []);
+}
+
+#[test]
+fn without_acks_every_change_is_followed_by_a_round_trip() {
+    use Said::*;
+    let mut share = share(8, SLOTS);
+    share.update(&table(&[0, 2])).unwrap();
+    assert_eq!(share.sink().said, [Slots, Add(0), Barrier, Add(2), Barrier]);
+}
+
+#[test]
+fn without_slots_the_whole_table_is_sent() {
+    use Said::*;
+    let mut share = share(0, ACK);
+    share.update(&table(&[0, 2])).unwrap();
+    share.update(&table(&[0, 2, 4])).unwrap();
+    assert_eq!(
+        share.sink().said,
+        [Acks, Set(vec![0, 2]), Barrier, Set(vec![0, 2, 4]), Barrier]
+    );
+}
+
+#[test]
+fn too_many_regions_are_refused_before_anything_is_sent() {
+    let nine: Vec<u64> = (0..9).collect();
+    let mut plain = share(0, ACK);
+    plain.update(&table(&nine[..8])).unwrap();
+    let said = plain.sink().said.len();
+    assert!(matches!(
+        plain.update(&table(&nine)),
+        Err(Error::TooManyRegions {
+            regions: 9,
+            limit: 8,
+            slots: SlotLimit::Message
+        })
+    ));
+    assert!(matches!(
+        plain.update(&MemoryTable::default()),
+        Err(Error::EmptyTable)
+    ));
+    assert_eq!(plain.sink().said.len(), said);
+    assert_eq!(plain.broken(), None);
+
+    let mut slots = share(8, SLOTS | ACK);
+    assert!(matches!(
+        slots.update(&table(&nine)),
+        Err(Error::TooManyRegions {
+            regions: 9,
+            limit: 8,
+            slots: SlotLimit::Daemon
+        })
+    ));
+    // The share goes on: 8 other regions take the place of 8.
+    slots.update(&table(&nine[..8])).unwrap();
+    slots
+        .update(&table(&[10, 11, 12, 13, 14, 15, 16, 17]))
+        .unwrap();
+    slots.update(&MemoryTable::default()).unwrap();
+    assert_eq!(slots.table(), &MemoryTable::default());
+}
+
+#[test]
+fn a_check_asks_for_the_slots_once_and_changes_nothing() {
+    use Said::*;
+    let mut share = share(2, SLOTS | ACK);
+    share.check(&MemoryTable::default()).unwrap();
+    assert_eq!(share.sink().said, [Acks], "nothing changes: nothing to ask");
+    share.check(&table(&[0, 1])).unwrap();
+    assert!(matches!(
+        share.check(&table(&[0, 1, 2])),
+        Err(Error::TooManyRegions {
+            regions: 3,
+            limit: 2,
+            slots: SlotLimit::Daemon
+        })
+    ));
+    assert_eq!(share.sink().said, [Acks, Slots]);
+    assert_eq!(share.table(), &MemoryTable::default());
+    share.update(&table(&[0, 1])).unwrap();
+    share.check(&MemoryTable::default()).unwrap();
+    share.sink_mut().fail = Some((share.sink().said.len() - 1, || {
+        SinkError::HungUp("gone".into())
+    }));
+    share.update(&table(&[0])).unwrap_err();
+    let held = share.table().clone();
+    assert!(matches!(share.check(&held), Err(Error::ShareBroken { .. })));
+}
+
+#[test]
+fn a_check_whose_question_fails_breaks_the_share() {
+    let mut share = share(2, SLOTS | ACK);
+    share.sink_mut().fail = Some((0, || SinkError::HungUp("gone".into())));
+    let lost = share.check(&table(&[0])).unwrap_err();
+    assert!(matches!(lost, Error::DaemonHungUp { .. }), "{lost}");
+    assert!(share.broken().is_some());
+}
+
+#[test]
+fn bases_of_postcopy_are_handed_on() {
+    for features in [SLOTS | ACK, ACK] {
+        let mut share = share(8, features);
+        share.sink_mut().base = Some(7);
+        let report = share.update(&table(&[1, 4])).unwrap();
+        let starts: Vec<u64> = report
+            .bases()
+            .iter()
+            .map(|(addr, _)| addr.0 >> 20)
+            .collect();
+        assert_eq!(starts, [1, 4]);
+    }
+}
