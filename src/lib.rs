@@ -54,6 +54,7 @@
 //! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
 //! | `discard` | giving pages back to the host, forbidding it, and collecting balloon reports |
 //! | `stats` | [`MemoryStats`], [`Extents`]: what of the RAM exists, where, and by which pages |
+//! | [`receive`] | the daemon's end: a memory table that was sent is checked and mapped |
 //! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it |
 //! | `share` | `VhostUserShare`: one daemon's view kept equal to a table |
 //! | `address_space` | [`AddressSpace`]: memory that changes, published to readers and told to listeners |
@@ -73,7 +74,8 @@
 //! 6. Order at creation: size, seal, map, bind to NUMA nodes, advise, populate. Policies and advice
 //!    after the first page are silently useless.
 //! 7. Failure leaves nothing: no name in `/dev/shm`, no descriptor, no mapping, no page.
-//! 8. nix and libc types stay out of public signatures; vhost types are only in `share` and `mock`.
+//! 8. nix and libc types stay out of public signatures; vhost types are only in `share`, `receive` and
+//!    `mock`.
 //!
 //! # Safety model
 //!
@@ -120,6 +122,8 @@ mod memory;
 mod discard;
 mod stats;
 
+pub mod receive;
+
 #[cfg(feature = "vhost-user")]
 mod share;
 #[cfg(feature = "vhost-user")]
@@ -138,7 +142,8 @@ pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, Shm
 pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
 pub use error::{
     AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, MemTableChange,
-    NumaError, OptionsError, PopulateError, Result, SlotLimit, StaleListener,
+    NumaError, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace, Result,
+    SlotLimit, StaleListener,
 };
 pub use layout::{GuestRange, ram_around_hole};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};

@@ -17,6 +17,7 @@ mod file;
 mod numa;
 mod options;
 mod populate;
+mod receive;
 mod text;
 
 pub use address_space::{AddressSpaceError, AttachError, StaleListener};
@@ -26,6 +27,7 @@ pub use file::FileError;
 pub use numa::NumaError;
 pub use options::OptionsError;
 pub use populate::PopulateError;
+pub use receive::{ReceiveError, RegionError, RegionSpace};
 use text::{found_instead, human_sizes, shm_remedy, too_many};
 
 /// The result of this crate's operations.
@@ -65,6 +67,10 @@ pub enum Error {
     /// A change of the guest's memory did not happen, or a listener is not up to date.
     #[error(transparent)]
     AddressSpace(Box<AddressSpaceError>),
+
+    /// A daemon does not take what it was sent of a memory table.
+    #[error(transparent)]
+    Receive(Box<ReceiveError>),
 
     /// A range of guest addresses is empty.
     #[error("the range at guest address {:#x} has size 0: give it at least one page", .start.0)]
@@ -598,6 +604,12 @@ impl std::error::Error for AdoptError {
 impl From<NumaError> for Error {
     fn from(error: NumaError) -> Self {
         Self::Numa(Box::new(error))
+    }
+}
+
+impl From<ReceiveError> for Error {
+    fn from(error: ReceiveError) -> Self {
+        Self::Receive(Box::new(error))
     }
 }
 

@@ -1,0 +1,545 @@
+//! Why a daemon does not take what it was sent of a memory table.
+
+use std::fmt;
+
+use nix::errno::Errno;
+
+use super::Error;
+use crate::units::HumanSize;
+
+/// Why a daemon does not take a memory table, a change of it, or an address.
+///
+/// Whatever it was, nothing changed: the table that the daemon has is whole, and the descriptors
+/// that came with the message are closed. Regions are named by their place in the message, from 0.
+///
+/// ```
+/// use std::os::fd::OwnedFd;
+///
+/// use guest_memory_shm::ReceiveError;
+/// use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable, map_table};
+/// use vm_memory::GuestAddress;
+///
+/// let region = ReceivedRegion {
+///     guest_addr: GuestAddress(0),
+///     size: 1 << 20,
+///     user_addr: 0x7f00_0000_0000,
+///     mmap_offset: 0,
+/// };
+/// let taken: Result<ReceivedTable, _> =
+///     map_table([region], Vec::<OwnedFd>::new(), &ReceivePolicy::new());
+/// let refused = taken.unwrap_err();
+/// assert!(matches!(refused, ReceiveError::Descriptors { regions: 1, descriptors: 0 }));
+/// assert_ne!(refused.reply_code(), 0);
+/// ```
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// The payload of a message is not as long as its contents say.
+    #[error(
+        "the payload of {message} has {len} bytes and must have {expected}: the frontend and this \
+         daemon do not speak the same protocol"
+    )]
+    Payload {
+        /// The message.
+        message: &'static str,
+        /// The length of the payload in bytes.
+        len: usize,
+        /// The length that its contents need, in bytes.
+        expected: u64,
+    },
+
+    /// A table without any region.
+    #[error("the memory table has no region, and a daemon without memory can do nothing: send one")]
+    NoRegions,
+
+    /// The number of descriptors is not that of the regions.
+    #[error("{regions} regions came with {descriptors} file descriptors: send one for each region")]
+    Descriptors {
+        /// The number of regions.
+        regions: usize,
+        /// The number of descriptors.
+        descriptors: usize,
+    },
+
+    /// More regions than the daemon takes.
+    #[error(
+        "{regions} regions are more than the {limit} that this daemon takes: use fewer regions, \
+         or have the daemon offer more memory slots (ReceivePolicy::with_mem_slots)"
+    )]
+    TooManyRegions {
+        /// The number of regions that the table would have.
+        regions: usize,
+        /// The number that the policy allows.
+        limit: usize,
+    },
+
+    /// More memory than the daemon maps.
+    #[error(
+        "{} of memory are more than the {} that this daemon maps: share less, or have the daemon \
+         allow more (ReceivePolicy::with_max_size)",
+        huge_size(*.size), HumanSize(*.limit)
+    )]
+    TooMuchMemory {
+        /// The size that all regions would have together, in bytes.
+        size: u128,
+        /// The size that the policy allows, in bytes.
+        limit: u64,
+    },
+
+    /// A region of size 0.
+    #[error("region {index} has size 0: give it at least one page, or leave it out")]
+    Empty {
+        /// Which region it is.
+        index: usize,
+    },
+
+    /// A region whose end has no 64-bit address, or lies where no file can be.
+    #[error(
+        "region {index} has {} at {space} {start:#x}, which ends past {:#x}: lower its address or \
+         its size",
+        HumanSize(*.size), .space.limit()
+    )]
+    Wraps {
+        /// Which region it is.
+        index: usize,
+        /// Where it wraps.
+        space: RegionSpace,
+        /// Where it starts there.
+        start: u64,
+        /// Its size in bytes.
+        size: u64,
+    },
+
+    /// Two regions have addresses in common.
+    #[error(
+        "region {index} has the {space}es {}, of which {} has {}: move or shorten one of them",
+        Span(.range.0, .range.1), other_region(*.other), Span(.other_range.0, .other_range.1)
+    )]
+    Overlap {
+        /// Which region it is.
+        index: usize,
+        /// In which space they overlap.
+        space: RegionSpace,
+        /// The start and the size of the region in it.
+        range: (u64, u64),
+        /// The other region in the message; `None` for one that the daemon has already.
+        other: Option<usize>,
+        /// The start and the size of the other region.
+        other_range: (u64, u64),
+    },
+
+    /// A guest address or an offset that is not at a page of the region's file.
+    #[error(
+        "region {index} starts at {space} {value:#x}, which is not a multiple of the page size {} \
+         of its file: the nearest is {:#x}",
+        HumanSize(*.page_size), .value - .value % .page_size
+    )]
+    Unaligned {
+        /// Which region it is.
+        index: usize,
+        /// What is not aligned.
+        space: RegionSpace,
+        /// Its value.
+        value: u64,
+        /// The page size of the file in bytes.
+        page_size: u64,
+    },
+
+    /// A size that is not whole pages of the region's file.
+    #[error(
+        "region {index} has a size of {}, which is not a multiple of the page size {} of its file",
+        HumanSize(*.size), HumanSize(*.page_size)
+    )]
+    UnalignedSize {
+        /// Which region it is.
+        index: usize,
+        /// Its size in bytes.
+        size: u64,
+        /// The page size of the file in bytes.
+        page_size: u64,
+    },
+
+    /// A region that reaches past the end of its file, where touching it would be SIGBUS.
+    #[error(
+        "region {index} has {} at mmap offset {offset:#x}, and its file has {}: touching what is \
+         behind the end would be SIGBUS, make the file longer or the region shorter",
+        HumanSize(*.size), HumanSize(*.len)
+    )]
+    FileTooShort {
+        /// Which region it is.
+        index: usize,
+        /// Where it starts in the file, in bytes.
+        offset: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// The length of the file in bytes.
+        len: u64,
+    },
+
+    /// A region whose descriptor cannot be adopted, or that cannot be mapped.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+
+    /// A region that is to be removed and is not there: guest address, user address and size must
+    /// be those of one region.
+    #[error(
+        "there is no region of {} at guest address {guest_addr:#x} and user address \
+         {user_addr:#x}: remove a region as it was added",
+        HumanSize(*.size)
+    )]
+    NoSuchRegion {
+        /// The guest address.
+        guest_addr: u64,
+        /// The user address.
+        user_addr: u64,
+        /// The size in bytes.
+        size: u64,
+    },
+
+    /// A user address that is in no region.
+    #[error(
+        "user address {user_addr:#x} is in no region of the memory table: send the table before \
+         the addresses in it, and addresses in terms of that table"
+    )]
+    NotMapped {
+        /// The address.
+        user_addr: u64,
+    },
+
+    /// A ring that runs past the end of its region.
+    #[error(
+        "{} at user address {user_addr:#x} run past the end of their region, {} further on: a \
+         ring must lie inside one region",
+        HumanSize(*.len), HumanSize(*.left)
+    )]
+    RingEnds {
+        /// Where the ring starts.
+        user_addr: u64,
+        /// Its length in bytes.
+        len: u64,
+        /// What is left of the region from there, in bytes.
+        left: u64,
+    },
+}
+
+/// In which space a region has addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum RegionSpace {
+    /// Addresses of the guest.
+    Guest,
+    /// Addresses of the frontend's process, or what it gives for them.
+    User,
+    /// Offsets in the file.
+    File,
+}
+
+/// Why one region of a message was not mapped.
+#[derive(Debug)]
+pub struct RegionError {
+    pub(crate) index: usize,
+    pub(crate) error: Box<Error>,
+}
+
+impl ReceiveError {
+    /// What to answer to a message that wants to know (REPLY_ACK): never 0, which is success.
+    ///
+    /// Any other number is a failure (vhost-user specification, "VHOST_USER_PROTOCOL_F_REPLY_ACK").
+    /// These are numbers of errno(3), for people who read the frontend's log:
+    ///
+    /// | code | for |
+    /// |---|---|
+    /// | `EINVAL` (22) | what no daemon could take: a payload of a wrong length, sizes, wraps, alignments, the number of descriptors |
+    /// | `EEXIST` (17) | an overlap with another region |
+    /// | `ENOENT` (2) | a region that is to be removed and is not there |
+    /// | `EFAULT` (14) | an address that is in no region, a ring that runs out of its region |
+    /// | `ENOSPC` (28) | more regions than there are memory slots |
+    /// | `EFBIG` (27) | more memory than the policy allows |
+    /// | `ENXIO` (6) | a region behind the end of its file |
+    /// | `EPERM` (1) | seals that are not as the policy demands |
+    /// | `EBADF` (9) | a descriptor that is no memory, or of a kind that the policy does not allow |
+    /// | `ENOMEM` (12) | the daemon cannot map it: no address space, no huge pages, no descriptors |
+    pub fn reply_code(&self) -> u64 {
+        let errno = match self {
+            Self::Overlap { .. } => Errno::EEXIST,
+            Self::NoSuchRegion { .. } => Errno::ENOENT,
+            Self::NotMapped { .. } | Self::RingEnds { .. } => Errno::EFAULT,
+            Self::TooManyRegions { .. } => Errno::ENOSPC,
+            Self::TooMuchMemory { .. } => Errno::EFBIG,
+            Self::FileTooShort { .. } => Errno::ENXIO,
+            Self::Region(refused) => refused.errno(),
+            Self::Payload { .. }
+            | Self::NoRegions
+            | Self::Descriptors { .. }
+            | Self::Empty { .. }
+            | Self::Wraps { .. }
+            | Self::Unaligned { .. }
+            | Self::UnalignedSize { .. } => Errno::EINVAL,
+        };
+        (errno as i32).unsigned_abs().into()
+    }
+}
+
+impl RegionError {
+    /// Which region of the message it is, from 0.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Why it was not mapped.
+    pub fn error(&self) -> &Error {
+        &self.error
+    }
+
+    fn errno(&self) -> Errno {
+        match &*self.error {
+            Error::AdoptSeals { .. } => Errno::EPERM,
+            Error::AdoptNotMemory { .. }
+            | Error::AdoptReadOnly
+            | Error::AdoptDiskFile { .. }
+            | Error::Adopt { .. }
+            | Error::File(_) => Errno::EBADF,
+            Error::UnalignedSize { .. } => Errno::EINVAL,
+            Error::BackingTruncated { .. } | Error::OutsideBacking { .. } => Errno::ENXIO,
+            _ => Errno::ENOMEM,
+        }
+    }
+}
+
+impl fmt::Display for RegionError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "region {}: {}", self.index, self.error)
+    }
+}
+
+impl std::error::Error for RegionError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
+}
+
+impl RegionSpace {
+    /// The highest end that a range can have.
+    pub(crate) fn limit(self) -> u64 {
+        match self {
+            Self::Guest | Self::User => u64::MAX,
+            // What off_t holds.
+            Self::File => i64::MAX.unsigned_abs(),
+        }
+    }
+}
+
+impl fmt::Display for RegionSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Guest => "guest address",
+            Self::User => "user address",
+            Self::File => "mmap offset",
+        })
+    }
+}
+
+/// A range that is not empty and does not wrap, by its start and its size.
+struct Span(u64, u64);
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let last = self.0.saturating_add(self.1.saturating_sub(1));
+        write!(f, "{:#x}..={last:#x} ({})", self.0, HumanSize(self.1))
+    }
+}
+
+fn other_region(other: Option<usize>) -> String {
+    match other {
+        Some(index) => format!("region {index}"),
+        None => "a region that is there already".to_owned(),
+    }
+}
+
+/// A sum of sizes may be more than any size.
+fn huge_size(size: u128) -> String {
+    match u64::try_from(size) {
+        Ok(size) => HumanSize(size).to_string(),
+        Err(_) => format!("more than {}", HumanSize(u64::MAX)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn texts_name_the_region_the_limit_and_the_way_out() {
+        let cases = [
+            (
+                ReceiveError::Payload {
+                    message: "SET_MEM_TABLE",
+                    len: 39,
+                    expected: 40,
+                },
+                22,
+                "the payload of SET_MEM_TABLE has 39 bytes and must have 40: the frontend and \
+                 this daemon do not speak the same protocol",
+            ),
+            (
+                ReceiveError::NoRegions,
+                22,
+                "the memory table has no region, and a daemon without memory can do nothing: send \
+                 one",
+            ),
+            (
+                ReceiveError::Descriptors {
+                    regions: 3,
+                    descriptors: 2,
+                },
+                22,
+                "3 regions came with 2 file descriptors: send one for each region",
+            ),
+            (
+                ReceiveError::TooManyRegions {
+                    regions: 9,
+                    limit: 8,
+                },
+                28,
+                "9 regions are more than the 8 that this daemon takes: use fewer regions, or have \
+                 the daemon offer more memory slots (ReceivePolicy::with_mem_slots)",
+            ),
+            (
+                ReceiveError::TooMuchMemory {
+                    size: 2 << 30,
+                    limit: 1 << 30,
+                },
+                27,
+                "2 GiB of memory are more than the 1 GiB that this daemon maps: share less, or \
+                 have the daemon allow more (ReceivePolicy::with_max_size)",
+            ),
+            (
+                ReceiveError::Empty { index: 2 },
+                22,
+                "region 2 has size 0: give it at least one page, or leave it out",
+            ),
+            (
+                ReceiveError::Wraps {
+                    index: 1,
+                    space: RegionSpace::User,
+                    start: u64::MAX - 4095,
+                    size: 8192,
+                },
+                22,
+                "region 1 has 8 KiB at user address 0xfffffffffffff000, which ends past \
+                 0xffffffffffffffff: lower its address or its size",
+            ),
+            (
+                ReceiveError::Overlap {
+                    index: 1,
+                    space: RegionSpace::Guest,
+                    range: (4096, 4096),
+                    other: Some(0),
+                    other_range: (0, 8192),
+                },
+                17,
+                "region 1 has the guest addresses 0x1000..=0x1fff (4 KiB), of which region 0 has \
+                 0x0..=0x1fff (8 KiB): move or shorten one of them",
+            ),
+            (
+                ReceiveError::Overlap {
+                    index: 0,
+                    space: RegionSpace::User,
+                    range: (4096, 4096),
+                    other: None,
+                    other_range: (0, 8192),
+                },
+                17,
+                "region 0 has the user addresses 0x1000..=0x1fff (4 KiB), of which a region that \
+                 is there already has 0x0..=0x1fff (8 KiB): move or shorten one of them",
+            ),
+            (
+                ReceiveError::Unaligned {
+                    index: 4,
+                    space: RegionSpace::File,
+                    value: 0x30_0000,
+                    page_size: 2 << 20,
+                },
+                22,
+                "region 4 starts at mmap offset 0x300000, which is not a multiple of the page \
+                 size 2 MiB of its file: the nearest is 0x200000",
+            ),
+            (
+                ReceiveError::UnalignedSize {
+                    index: 4,
+                    size: 5000,
+                    page_size: 4096,
+                },
+                22,
+                "region 4 has a size of 4.8 KiB (5000 bytes), which is not a multiple of the page \
+                 size 4 KiB of its file",
+            ),
+            (
+                ReceiveError::FileTooShort {
+                    index: 0,
+                    offset: 4096,
+                    size: 1 << 20,
+                    len: 1 << 20,
+                },
+                6,
+                "region 0 has 1 MiB at mmap offset 0x1000, and its file has 1 MiB: touching what \
+                 is behind the end would be SIGBUS, make the file longer or the region shorter",
+            ),
+            (
+                ReceiveError::NoSuchRegion {
+                    guest_addr: 0,
+                    user_addr: 0x1000,
+                    size: 4096,
+                },
+                2,
+                "there is no region of 4 KiB at guest address 0x0 and user address 0x1000: remove \
+                 a region as it was added",
+            ),
+            (
+                ReceiveError::NotMapped { user_addr: 0x1000 },
+                14,
+                "user address 0x1000 is in no region of the memory table: send the table before \
+                 the addresses in it, and addresses in terms of that table",
+            ),
+            (
+                ReceiveError::RingEnds {
+                    user_addr: 0x1000,
+                    len: 8192,
+                    left: 4096,
+                },
+                14,
+                "8 KiB at user address 0x1000 run past the end of their region, 4 KiB further on: \
+                 a ring must lie inside one region",
+            ),
+        ];
+        for (error, code, text) in cases {
+            assert_eq!(error.to_string(), text);
+            assert_eq!(error.reply_code(), code, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_region_that_is_not_mapped_says_why_and_what_the_system_said() {
+        let region = |error| {
+            ReceiveError::from(RegionError {
+                index: 3,
+                error: Box::new(error),
+            })
+        };
+        let refused = region(Error::Adopt {
+            doing: "fstat",
+            source: std::io::Error::from_raw_os_error(9),
+        });
+        assert_eq!(
+            refused.to_string(),
+            "region 3: cannot adopt a descriptor: fstat failed"
+        );
+        let cause = refused.source().expect("the system said why").to_string();
+        assert!(cause.contains("os error 9"), "{cause}");
+        assert_eq!(refused.reply_code(), 9);
+        assert_eq!(region(Error::AdoptReadOnly).reply_code(), 9);
+        assert_eq!(region(Error::HugePosixShm).reply_code(), 12);
+    }
+}

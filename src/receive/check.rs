@@ -1,0 +1,133 @@
+//! The checks of a message's numbers, before any of its descriptors is looked at.
+
+use super::{ReceivePolicy, ReceivedRegion};
+use crate::error::{ReceiveError, RegionSpace};
+
+impl ReceivedRegion {
+    /// Where it starts in a space.
+    pub(super) fn start(&self, space: RegionSpace) -> u64 {
+        match space {
+            RegionSpace::Guest => self.guest_addr.0,
+            RegionSpace::User => self.user_addr,
+            RegionSpace::File => self.mmap_offset,
+        }
+    }
+}
+
+/// Checks everything about a message that can be known from its numbers; `held` are the regions
+/// that stay.
+pub(super) fn check_numbers(
+    held: &[ReceivedRegion],
+    new: &[ReceivedRegion],
+    descriptors: usize,
+    policy: &ReceivePolicy,
+) -> Result<(), ReceiveError> {
+    if new.is_empty() {
+        return Err(ReceiveError::NoRegions);
+    }
+    if descriptors != new.len() {
+        return Err(ReceiveError::Descriptors {
+            regions: new.len(),
+            descriptors,
+        });
+    }
+    let (regions, limit) = (held.len() + new.len(), policy.mem_slots());
+    if regions > limit {
+        return Err(ReceiveError::TooManyRegions { regions, limit });
+    }
+    for (index, region) in new.iter().enumerate() {
+        check_region(index, region)?;
+    }
+    let size = held.iter().chain(new).map(|r| u128::from(r.size)).sum();
+    let limit = policy.max_size();
+    if size > u128::from(limit) {
+        return Err(ReceiveError::TooMuchMemory { size, limit });
+    }
+    check_disjoint(held, new, RegionSpace::Guest)?;
+    check_disjoint(held, new, RegionSpace::User)
+}
+
+fn check_region(index: usize, region: &ReceivedRegion) -> Result<(), ReceiveError> {
+    let size = region.size;
+    if size == 0 {
+        return Err(ReceiveError::Empty { index });
+    }
+    for space in [RegionSpace::Guest, RegionSpace::User, RegionSpace::File] {
+        let start = region.start(space);
+        let end = start.checked_add(size);
+        if end.is_none_or(|end| end > space.limit()) {
+            return Err(ReceiveError::Wraps {
+                index,
+                space,
+                start,
+                size,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Checks that no two regions overlap; none of them wraps, and those that are held do not overlap.
+fn check_disjoint(
+    held: &[ReceivedRegion],
+    new: &[ReceivedRegion],
+    space: RegionSpace,
+) -> Result<(), ReceiveError> {
+    let held = held.iter().map(|region| (region, None));
+    let new = new
+        .iter()
+        .enumerate()
+        .map(|(at, region)| (region, Some(at)));
+    let mut all: Vec<_> = held
+        .chain(new)
+        .map(|(region, index)| (region.start(space), region.size, index))
+        .collect();
+    all.sort_unstable();
+    for pair in all.windows(2) {
+        let (low, high) = (pair[0], pair[1]);
+        if low.0 + low.1 <= high.0 {
+            continue;
+        }
+        // The later in the message is the culprit; at least one of them is in it.
+        let (other, culprit) = if low.2 < high.2 {
+            (low, high)
+        } else {
+            (high, low)
+        };
+        return Err(ReceiveError::Overlap {
+            index: culprit.2.unwrap_or_default(),
+            space,
+            range: (culprit.0, culprit.1),
+            other: other.2,
+            other_range: (other.0, other.1),
+        });
+    }
+    Ok(())
+}
+
+/// Checks that a region consists of whole pages of its file.
+pub(super) fn check_pages(
+    index: usize,
+    region: &ReceivedRegion,
+    page_size: u64,
+) -> Result<(), ReceiveError> {
+    for space in [RegionSpace::Guest, RegionSpace::File] {
+        let value = region.start(space);
+        if !value.is_multiple_of(page_size) {
+            return Err(ReceiveError::Unaligned {
+                index,
+                space,
+                value,
+                page_size,
+            });
+        }
+    }
+    if !region.size.is_multiple_of(page_size) {
+        return Err(ReceiveError::UnalignedSize {
+            index,
+            size: region.size,
+            page_size,
+        });
+    }
+    Ok(())
+}

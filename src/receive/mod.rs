@@ -1,0 +1,93 @@
+//! The daemon's end of vhost-user memory: tables that a frontend sends, checked and mapped.
+//!
+//! A frontend may be broken, or hostile. What it says about its memory is checked before anything
+//! is mapped: counts, wraps, overlaps of guest *and* user addresses, alignment, the length of each
+//! file, its kind and its seals. A message that is refused changes nothing: the daemon goes on
+//! with the table that it has, the descriptors of the message are closed, and the error has a
+//! [code](crate::ReceiveError::reply_code) for the reply.
+//!
+//! [`map_table`] is for SET_MEM_TABLE, [`ReceivedTable::add`] for ADD_MEM_REG and
+//! [`ReceivedTable::remove`] for REM_MEM_REG; [`ReceivedTable::ring`] translates the addresses in
+//! SET_VRING_ADDR. [`decode_table`] and [`decode_region`] read the payloads for daemons that do not
+//! use the vhost crate.
+#![cfg_attr(
+    feature = "vhost-user",
+    doc = "With the feature `vhost-user` the types of the vhost crate are taken as they are, and",
+    doc = "[`ReceiveError`](crate::ReceiveError) becomes its error by `?`."
+)]
+//!
+//! A file that is not sealed can be truncated by the frontend, and the daemon's next touch is
+//! SIGBUS: daemons that do not trust their frontends demand seals, by
+//! [`ReceivePolicy::with_descriptors`]. (Of QEMU's backends, `memory-backend-memfd` seals.)
+//!
+//! # The handlers of a daemon
+//!
+//! ```
+//! use std::os::fd::OwnedFd;
+//!
+//! use guest_memory_shm::receive::{ReceivePolicy, ReceivedTable, decode_region, decode_table, map_table};
+//! use guest_memory_shm::{GuestMemoryShm, ReceiveError};
+//! use vm_memory::{GuestAddress, GuestMemoryAtomic};
+//!
+//! struct Daemon {
+//!     /// What the frontend was told that we have.
+//!     table: ReceivedTable,
+//!     /// What the threads that serve queues look at.
+//!     memory: GuestMemoryAtomic<GuestMemoryShm>,
+//! }
+//!
+//! impl Daemon {
+//!     fn set_mem_table(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<(), ReceiveError> {
+//!         let table = map_table(decode_table(payload)?, fds, self.table.policy())?;
+//!         self.publish(table);
+//!         Ok(())
+//!     }
+//!
+//!     fn add_mem_reg(&mut self, payload: &[u8], fd: OwnedFd) -> Result<(), ReceiveError> {
+//!         let table = self.table.add(decode_region(payload)?, fd)?;
+//!         self.publish(table);
+//!         Ok(())
+//!     }
+//!
+//!     /// A descriptor that comes with it is closed.
+//!     fn rem_mem_reg(&mut self, payload: &[u8], _fds: Vec<OwnedFd>) -> Result<(), ReceiveError> {
+//!         let table = self.table.remove(decode_region(payload)?)?;
+//!         self.publish(table);
+//!         Ok(())
+//!     }
+//!
+//!     fn descriptors_at(&self, user_addr: u64, queue_size: u64) -> Result<GuestAddress, ReceiveError> {
+//!         self.table.ring(user_addr, 16 * queue_size)
+//!     }
+//!
+//!     /// Only now does the old table go, with the last thread that still uses it.
+//!     fn publish(&mut self, table: ReceivedTable) {
+//!         let memory = table.memory().clone();
+//!         self.memory.lock().expect("no handler panics").replace(memory);
+//!         self.table = table;
+//!     }
+//! }
+//!
+//! /// The answer to a message with NEED_REPLY.
+//! fn reply(result: Result<(), ReceiveError>) -> u64 {
+//!     result.map_or_else(|refused| refused.reply_code(), |()| 0)
+//! }
+//!
+//! let mut daemon = Daemon {
+//!     table: ReceivedTable::new(ReceivePolicy::new()),
+//!     memory: GuestMemoryAtomic::new(GuestMemoryShm::new()),
+//! };
+//! let nonsense = daemon.set_mem_table(b"nonsense", Vec::new());
+//! assert_ne!(reply(nonsense), 0);
+//! ```
+
+mod check;
+mod policy;
+mod table;
+#[cfg(feature = "vhost-user")]
+mod vhost;
+mod wire;
+
+pub use policy::ReceivePolicy;
+pub use table::{ReceivedTable, map_table};
+pub use wire::{ReceivedRegion, decode_region, decode_table};
