@@ -42,6 +42,7 @@ mod populate;
 mod populate_background;
 mod populate_undo;
 mod proc;
+mod receive;
 mod report;
 mod share;
 mod stats;

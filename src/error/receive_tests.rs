@@ -1,0 +1,178 @@
+//! The texts and codes of a daemon's refusals.
+
+use std::error::Error as _;
+
+use super::*;
+
+#[test]
+fn texts_name_the_region_the_limit_and_the_way_out() {
+    let cases = [
+        (
+            ReceiveError::Payload {
+                message: "SET_MEM_TABLE",
+                len: 39,
+                expected: 40,
+            },
+            22,
+            "the payload of SET_MEM_TABLE has 39 bytes and must have 40: the frontend and \
+             this daemon do not speak the same protocol",
+        ),
+        (
+            ReceiveError::NoRegions,
+            22,
+            "the memory table has no region, and a daemon without memory can do nothing: send \
+             one",
+        ),
+        (
+            ReceiveError::Descriptors {
+                regions: 3,
+                descriptors: 2,
+            },
+            22,
+            "3 regions came with 2 file descriptors: send one for each region",
+        ),
+        (
+            ReceiveError::TooManyRegions {
+                regions: 9,
+                limit: 8,
+            },
+            28,
+            "9 regions are more than the 8 that this daemon takes: use fewer regions, or have \
+             the daemon offer more memory slots (ReceivePolicy::with_mem_slots)",
+        ),
+        (
+            ReceiveError::TooMuchMemory {
+                size: 2 << 30,
+                limit: 1 << 30,
+            },
+            27,
+            "2 GiB of memory are more than the 1 GiB that this daemon maps: share less, or \
+             have the daemon allow more (ReceivePolicy::with_max_size)",
+        ),
+        (
+            ReceiveError::Empty { index: 2 },
+            22,
+            "region 2 has size 0: give it at least one page, or leave it out",
+        ),
+        (
+            ReceiveError::Wraps {
+                index: 1,
+                space: RegionSpace::User,
+                start: u64::MAX - 4095,
+                size: 8192,
+            },
+            22,
+            "region 1 has 8 KiB at user address 0xfffffffffffff000, which ends past \
+             0xffffffffffffffff: lower its address or its size",
+        ),
+        (
+            ReceiveError::Overlap {
+                index: 1,
+                space: RegionSpace::Guest,
+                range: (4096, 4096),
+                other: Some(0),
+                other_range: (0, 8192),
+            },
+            17,
+            "region 1 has the guest addresses 0x1000..=0x1fff (4 KiB), of which region 0 has \
+             0x0..=0x1fff (8 KiB): move or shorten one of them",
+        ),
+        (
+            ReceiveError::Overlap {
+                index: 0,
+                space: RegionSpace::User,
+                range: (4096, 4096),
+                other: None,
+                other_range: (0, 8192),
+            },
+            17,
+            "region 0 has the user addresses 0x1000..=0x1fff (4 KiB), of which a region that \
+             is there already has 0x0..=0x1fff (8 KiB): move or shorten one of them",
+        ),
+        (
+            ReceiveError::Unaligned {
+                index: 4,
+                space: RegionSpace::File,
+                value: 0x30_0000,
+                page_size: 2 << 20,
+            },
+            22,
+            "region 4 starts at mmap offset 0x300000, which is not a multiple of the page \
+             size 2 MiB of its file: the nearest is 0x200000",
+        ),
+        (
+            ReceiveError::UnalignedSize {
+                index: 4,
+                size: 5000,
+                page_size: 4096,
+            },
+            22,
+            "region 4 has a size of 4.8 KiB (5000 bytes), which is not a multiple of the page \
+             size 4 KiB of its file",
+        ),
+        (
+            ReceiveError::FileTooShort {
+                index: 0,
+                offset: 4096,
+                size: 1 << 20,
+                len: 1 << 20,
+            },
+            6,
+            "region 0 has 1 MiB at mmap offset 0x1000, and its file has 1 MiB: touching what \
+             is behind the end would be SIGBUS, make the file longer or the region shorter",
+        ),
+        (
+            ReceiveError::NoSuchRegion {
+                guest_addr: 0,
+                user_addr: 0x1000,
+                size: 4096,
+            },
+            2,
+            "there is no region of 4 KiB at guest address 0x0 and user address 0x1000: remove \
+             a region as it was added",
+        ),
+        (
+            ReceiveError::NotMapped { user_addr: 0x1000 },
+            14,
+            "user address 0x1000 is in no region of the memory table: send the table before \
+             the addresses in it, and addresses in terms of that table",
+        ),
+        (
+            ReceiveError::RingEnds {
+                user_addr: 0x1000,
+                len: 8192,
+                left: 4096,
+            },
+            14,
+            "8 KiB at user address 0x1000 run past the end of their region, 4 KiB further on: \
+             a ring must lie inside one region",
+        ),
+    ];
+    for (error, code, text) in cases {
+        assert_eq!(error.to_string(), text);
+        assert_eq!(error.reply_code(), code, "{text}");
+    }
+}
+
+#[test]
+fn a_region_that_is_not_mapped_says_why_and_what_the_system_said() {
+    let region = |error| {
+        ReceiveError::from(RegionError {
+            index: 3,
+            error: Box::new(error),
+        })
+    };
+    let refused = region(Error::Adopt {
+        doing: "fstat",
+        source: std::io::Error::from_raw_os_error(9),
+    });
+    assert_eq!(
+        refused.to_string(),
+        "region 3: cannot adopt a descriptor: fstat failed"
+    );
+    let cause = refused.source().expect("the system said why").to_string();
+    assert!(cause.contains("os error 9"), "{cause}");
+    assert_eq!(refused.reply_code(), 9);
+    assert_eq!(region(Error::AdoptReadOnly).reply_code(), 9);
+    assert_eq!(region(Error::HugePosixShm).reply_code(), 12);
+}
