@@ -55,8 +55,8 @@
 //! | `discard` | giving pages back to the host, forbidding it, and collecting balloon reports |
 //! | `stats` | [`MemoryStats`], [`Extents`]: what of the RAM exists, where, and by which pages |
 //! | [`receive`] | the daemon's end: a memory table that was sent is checked and mapped |
-//! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it |
-//! | `share` | `VhostUserShare`: one daemon's view kept equal to a table |
+//! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it; `TableView`: how much of it |
+//! | `share` | `VhostUserShare`: one daemon's view kept equal to a table, its dirty log, and in-kernel vhost |
 //! | `address_space` | [`AddressSpace`]: memory that changes, published to readers and told to listeners |
 //! | `mock` | with the feature `mock`: an in-process daemon and a driver, for tests |
 //!

@@ -181,7 +181,8 @@ mod tests {
         let memory = memory(&[0, 2, 10, 20]);
         let all = TableView::default();
         assert_eq!(memory.memory_table_as(&all).unwrap(), memory.memory_table());
-        let cases: [(&[(u64, u64)], &[u64]); 8] = [
+        type Case = (&'static [(u64, u64)], &'static [u64]);
+        let cases: [Case; 8] = [
             (&[], &[]),
             (&[(0, 100)], &[0, 2, 10, 20]),
             (&[(10, 2)], &[10]),

@@ -1,38 +1,37 @@
 //! vhost inside the kernel: whole tables, host addresses, refusals that change nothing.
 
-use std::cell::{Cell, RefCell};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use vhost::vhost_kern::vsock::Vsock;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::GuestMemoryBackend;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 
-/// A backend that reads what it is told of, as the kernel does.
-#[derive(Default)]
+/// A backend that notes what it is told of; clones are the same one.
+#[derive(Clone, Default)]
 struct Backend {
-    refuses: Cell<bool>,
+    refuses: Arc<AtomicBool>,
     /// The table: guest address, size, user address.
-    held: RefCell<Vec<(u64, u64, u64)>>,
-    calls: Cell<usize>,
+    held: Arc<Mutex<Vec<(u64, u64, u64)>>>,
+    calls: Arc<AtomicUsize>,
 }
 
-impl VhostBackend for &Backend {
+impl VhostBackend for Backend {
     fn set_mem_table(
         &self,
         regions: &[VhostUserMemoryRegionInfo],
     ) -> vhost::Result<Option<Vec<u64>>> {
-        self.calls.set(self.calls.get() + 1);
-        if self.refuses.get() {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        if self.refuses.load(Ordering::Relaxed) {
             return Err(vhost::Error::InvalidGuestMemory);
         }
         let regions = regions.iter();
-        self.held.replace(
-            regions
-                .map(|r| (r.guest_phys_addr, r.memory_size, r.userspace_addr))
-                .collect(),
-        );
+        *self.held.lock().unwrap() = regions
+            .map(|r| (r.guest_phys_addr, r.memory_size, r.userspace_addr))
+            .collect();
         Ok(None)
     }
     fn get_features(&self) -> vhost::Result<u64> {
@@ -76,11 +75,19 @@ impl VhostBackend for &Backend {
     }
 }
 
-fn share(backend: &Backend) -> VhostUserShare<KernelVhost<&Backend>> {
-    VhostUserShare::new(KernelVhost::new(backend), Features::empty())
+fn share(backend: &Backend) -> VhostUserShare<KernelVhost<Backend>> {
+    VhostUserShare::new(KernelVhost::new(backend.clone()), Features::empty())
 }
 
 impl Backend {
+    fn refuse(&self, refuses: bool) {
+        self.refuses.store(refuses, Ordering::Relaxed);
+    }
+
+    fn calls(&self) -> usize {
+        self.calls.load(Ordering::Relaxed)
+    }
+
     /// Asserts that it was told of the regions of `memory` where they are mapped.
     #[track_caller]
     fn holds(&self, memory: &GuestMemoryShm) {
@@ -95,7 +102,7 @@ impl Backend {
                 )
             })
             .collect();
-        assert_eq!(*self.held.borrow(), expected);
+        assert_eq!(*self.held.lock().unwrap(), expected);
         for (start, _, user) in expected {
             let host = memory.get_host_address(GuestAddress(start)).unwrap();
             assert_eq!(host as u64, user);
@@ -114,18 +121,50 @@ fn the_kernel_is_told_whole_tables_and_a_refusal_changes_nothing() {
     backend.holds(&first);
 
     let second = without(&with(&first, &[30]), &[3]);
-    backend.refuses.set(true);
+    backend.refuse(true);
     let refused = share.update_memory(&second).unwrap_err();
     assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
     assert_eq!(share.broken(), None);
     assert_eq!(share.table(), &first.memory_table());
-    backend.refuses.set(false);
+    backend.refuse(false);
     share.update_memory(&second).unwrap();
     backend.holds(&second);
 
-    let calls = backend.calls.get();
+    let calls = backend.calls();
     share.update_memory(&second).unwrap();
-    assert_eq!(backend.calls.get(), calls, "nothing changed");
+    assert_eq!(backend.calls(), calls, "nothing changed");
+}
+
+#[test]
+fn the_kernel_follows_an_address_space_and_its_refusal_undoes_a_change() {
+    let peer = Peer::start(MockDaemon::builder());
+    let backend = Backend::default();
+    let space = AddressSpace::new(memory(&[0, 10]));
+    space.attach("blk", peer.share().0).unwrap();
+    space.attach("net", share(&backend)).unwrap();
+    let both_hold = |space: &AddressSpace| {
+        let memory = space.memory().memory();
+        backend.holds(&memory);
+        peer.holds(&memory.memory_table());
+        memory.num_regions()
+    };
+    assert_eq!(both_hold(&space), 2);
+    space.insert(regions(&[20]).remove(0)).unwrap();
+    assert_eq!(both_hold(&space), 3);
+    backend.refuse(true);
+    space.insert(regions(&[30]).remove(0)).unwrap_err();
+    assert_eq!(both_hold(&space), 3);
+    space.remove(GuestAddress(20 * MIB), MIB).unwrap_err();
+    assert_eq!(both_hold(&space), 3);
+    backend.refuse(false);
+    space.remove(GuestAddress(20 * MIB), MIB).unwrap();
+    assert_eq!(both_hold(&space), 2);
+    assert!(
+        space
+            .listeners()
+            .iter()
+            .all(|listener| listener.stale().is_none())
+    );
 }
 
 /// Whether something of this process is mapped at the address.
@@ -151,10 +190,10 @@ fn what_the_kernel_was_told_of_stays_mapped_until_it_is_told_otherwise() {
             [0, 1].map(|start| first.get_host_address(GuestAddress(start * MIB)).unwrap() as u64);
         drop(first);
         assert!(is_mapped(gone), "the kernel still uses it");
-        backend.refuses.set(true);
+        backend.refuse(true);
         share.update_memory(&second).unwrap_err();
         assert!(is_mapped(gone), "and after a refusal, too");
-        backend.refuses.set(false);
+        backend.refuse(false);
         share.update_memory(&second).unwrap();
         assert!(is_mapped(kept) && !is_mapped(gone));
         drop(second);
@@ -182,7 +221,7 @@ fn tables_that_the_kernel_cannot_take_are_refused_before_it_is_asked() {
         ),
         "{refused}"
     );
-    assert_eq!(backend.calls.get(), 0);
+    assert_eq!(backend.calls(), 0);
 
     let memory = memory(&[0, 5]);
     let view =
@@ -194,20 +233,20 @@ fn tables_that_the_kernel_cannot_take_are_refused_before_it_is_asked() {
     ] {
         assert!(matches!(refused, Error::NoHostAddress { .. }), "{refused}");
     }
-    assert_eq!(backend.calls.get(), 0);
+    assert_eq!(backend.calls(), 0);
 
     let mut share = share.with_view(TableView::default());
     share.update_memory(&memory).unwrap();
     let empty = share.update(&MemoryTable::default()).unwrap_err();
     assert!(matches!(empty, Error::EmptyTable), "{empty}");
-    assert_eq!(backend.calls.get(), 1);
+    assert_eq!(backend.calls(), 1);
     let other = super::memory(&[7]);
     let gone = other.memory_table();
     // Its descriptors live on in the table, its mappings do not.
     drop(other);
     let refused = share.update(&gone).unwrap_err();
     assert!(matches!(refused, Error::NoHostAddress { .. }), "{refused}");
-    assert_eq!((backend.calls.get(), share.broken()), (1, None));
+    assert_eq!((backend.calls(), share.broken()), (1, None));
 }
 
 /// Whether this machine has it depends on a kernel module, which no package brings into a

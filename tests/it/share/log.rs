@@ -335,6 +335,35 @@ fn a_refused_region_leaves_the_log_working_for_those_that_are_held() {
 }
 
 #[test]
+fn a_daemon_of_an_address_space_logs_what_is_plugged_and_a_change_that_is_undone_costs_nothing() {
+    let peer = Peer::start(MockDaemon::builder());
+    let (mut share, device) = logging(&peer);
+    let first = memory(&[0, 10]);
+    share.update_memory(&first).unwrap();
+    let mut driver = driver(&first, &mut share, &device);
+    let space = AddressSpace::new(first.clone());
+    let blk = space.attach("blk", share).unwrap();
+    // Told after it: what this one refuses is taken back from the other.
+    let other = Peer::start(MockDaemon::builder());
+    space.attach("net", other.share().0).unwrap();
+    space
+        .with_listener(&blk, Share::start_log)
+        .unwrap()
+        .unwrap();
+    let mut written = BTreeSet::new();
+    written.insert(touch(&mut driver, 10 * MIB));
+    other.daemon.inject(Fault::refuse(1));
+    space.insert(regions(&[40]).remove(0)).unwrap_err();
+    written.insert(touch(&mut driver, 10 * MIB + PAGE));
+    space.insert(regions(&[40]).remove(0)).unwrap();
+    written.insert(touch(&mut driver, 40 * MIB));
+    space.remove(GuestAddress(40 * MIB), MIB).unwrap();
+    written.insert(touch(&mut driver, 10 * MIB + 2 * PAGE));
+    let dirty = space.with_listener(&blk, Share::stop_log).unwrap();
+    assert!(written.is_subset(&pages(&dirty)), "{written:?} {dirty:?}");
+}
+
+#[test]
 fn qemu_storage_daemon_logs_what_it_writes_to_a_region_that_was_plugged() {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("image");
