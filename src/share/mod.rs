@@ -227,9 +227,10 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`Error::TooManyRegions`], [`Error::NoHostAddress`], and [`Error::EmptyTable`] for an empty
-    /// table that only SET_MEM_TABLE could carry: nothing was sent, the share goes on as before. So it does after
-    /// [`Error::NoTimeLimit`], if no thread could be had to watch the time.
+    /// [`Error::TooManyRegions`]; [`Error::EmptyTable`] for an empty table that only SET_MEM_TABLE
+    /// could carry; [`Error::NoHostAddress`] where the table is for the kernel: nothing was sent,
+    /// the share goes on as before. So it does after [`Error::NoTimeLimit`], if no thread could be
+    /// had to watch the time.
     ///
     /// [`Error::LogNotShared`] if the daemon is to log ([`start_log`](Self::start_log)) and a
     /// reconnection left LOG_SHMFD out; and those of a new memfd for its log. Where such an error,

@@ -2,6 +2,19 @@
 
 use super::*;
 
+/// Two updates, with a log from between them if the daemon can have one.
+fn exchange(
+    share: &mut VhostUserShare<Script>,
+    first: &MemoryTable,
+    second: &MemoryTable,
+) -> Result<()> {
+    share.update(first)?;
+    if share.log_shmfd {
+        share.start_log()?;
+    }
+    share.update(second).map(drop)
+}
+
 #[test]
 fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
     type Make = fn() -> SinkError;
@@ -10,12 +23,16 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
         (|| SinkError::HungUp("gone".into()), "hung up"),
         (|| SinkError::Protocol("what".into()), "failed"),
     ];
-    for features in [SLOTS | ACK, SLOTS, ACK, Features::empty()] {
-        // How many messages a good exchange of two updates takes.
+    let log = Features::LOG_SHMFD;
+    let plain = [SLOTS | ACK, SLOTS, ACK, Features::empty()];
+    for features in plain
+        .into_iter()
+        .chain(plain.map(|features| features | log))
+    {
+        // How many messages a good exchange takes.
         let (first, second) = (table(&[0, 2]), table(&[2, 3]));
         let mut good = share(8, features);
-        good.update(&first).unwrap();
-        good.update(&second).unwrap();
+        exchange(&mut good, &first, &second).unwrap();
         let steps = good
             .sink()
             .said
@@ -27,18 +44,18 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
             for step in 0..steps {
                 let mut share = share(8, features);
                 share.sink_mut().fail = Some((step, make));
-                let error = share
-                    .update(&first)
-                    .err()
-                    .or_else(|| share.update(&second).err());
-                let error = error.expect("a step fails").to_string();
+                let error = exchange(&mut share, &first, &second)
+                    .unwrap_err()
+                    .to_string();
                 assert!(error.contains(word), "{error}");
                 let said = share.sink().said.clone();
-                let at = said.iter().filter(|said| **said != Said::Acks).nth(step);
-                if word == "refused" && matches!(at, Some(Said::Add(_) | Said::Remove(_))) {
+                let said: Vec<_> = said.iter().filter(|said| **said != Said::Acks).collect();
+                if word == "refused"
+                    && matches!(said[step], Said::Add(_) | Said::Remove(_) | Said::Log(_))
+                {
                     // The one failure that tells what the daemon holds, and it is still there.
                     assert_eq!(share.broken(), None);
-                    assert_eq!(said.last(), Some(&Said::Barrier));
+                    assert_eq!(said[step + 1], &Said::Barrier);
                     assert_eq!(starts(share.table()), share.sink().held);
                     share.update(&second).unwrap();
                     assert_eq!(share.sink().held, [2, 3]);
@@ -65,6 +82,9 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
                 let _ = share.reconnect(fresh, features);
                 assert_eq!(share.update(&second).unwrap().added(), 2);
                 assert_eq!((share.broken(), share.table()), (None, &second));
+                let said = &share.sink().said;
+                let last = said.iter().rfind(|said| **said != Said::Barrier);
+                assert_eq!(matches!(last, Some(Said::Log(_))), share.is_logging());
             }
         }
     }
