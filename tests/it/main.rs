@@ -13,6 +13,7 @@ mod bad_descriptor;
 mod bad_huge_pages;
 mod bad_input;
 mod bad_system;
+mod blk_daemon;
 mod discard;
 mod discard_accumulator;
 mod discard_huge;
