@@ -27,6 +27,7 @@ mod files_rom;
 mod fork;
 mod hotplug;
 mod isolation;
+mod linux_guest;
 mod mapping;
 mod mapping_huge;
 mod memdev;
