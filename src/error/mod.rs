@@ -14,6 +14,8 @@ mod address_space;
 mod change;
 mod discard;
 mod file;
+#[cfg(feature = "kvm")]
+mod kvm;
 mod numa;
 mod options;
 mod populate;
@@ -23,6 +25,8 @@ pub use address_space::{AddressSpaceError, AttachError, StaleListener};
 pub use change::{MemTableChange, SlotLimit};
 pub use discard::DiscardError;
 pub use file::FileError;
+#[cfg(feature = "kvm")]
+pub use kvm::KvmError;
 pub use numa::NumaError;
 pub use options::OptionsError;
 pub use populate::PopulateError;
@@ -65,6 +69,11 @@ pub enum Error {
     /// A change of the guest's memory did not happen, or a listener is not up to date.
     #[error(transparent)]
     AddressSpace(Box<AddressSpaceError>),
+
+    /// KVM's memory slots could not be made what they should be.
+    #[cfg(feature = "kvm")]
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
 
     /// A range of guest addresses is empty.
     #[error("the range at guest address {:#x} has size 0: give it at least one page", .start.0)]
