@@ -95,7 +95,8 @@ mod tests {
             .ranges()
             .map(|r| (r.start_addr().0 / page - 7, r.size() / page))
             .collect();
-        assert_eq!(dirty.count(), found.iter().map(|(_, size)| size).sum());
+        let pages: u64 = found.iter().map(|(_, pages)| pages).sum();
+        assert_eq!(dirty.count(), pages);
         found
     }
 

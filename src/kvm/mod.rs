@@ -377,14 +377,12 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
     fn check(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
         let (regions, slots) = (memory.num_regions(), self.max_slots());
         if (regions + self.roms) as u64 > u64::from(slots) {
-            return Err(ListenerError::refused(
-                self.out_of_slots(regions, self.roms),
-            ));
+            return Err(refused(self.out_of_slots(regions, self.roms)));
         }
         memory.iter().try_for_each(|region| {
             let range = region.range();
             self.check_region(range)
-                .map_err(|error| ListenerError::refused(error).at(range))
+                .map_err(|error| refused(error).at(range))
         })
     }
 
@@ -397,7 +395,7 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
         let gone: Vec<GuestRange> = gone.map(KvmSlot::range).collect();
         for range in gone.into_iter().rev() {
             self.remove(range.start_addr().0)
-                .map_err(|error| ListenerError::refused(error).at(range))?;
+                .map_err(|error| refused(error).at(range))?;
         }
         for region in memory.iter() {
             let range = region.range();
@@ -408,7 +406,7 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
             self.is_read_only(range)
                 .map_err(Error::from)
                 .and_then(|read_only| self.add(Memory::Ram(region.ram().clone()), read_only))
-                .map_err(|error| ListenerError::refused(error).at(range))?;
+                .map_err(|error| refused(error).at(range))?;
         }
         Ok(())
     }
@@ -430,10 +428,28 @@ fn limit_of(vm: &VmFd) -> u32 {
     u32::try_from(vm.check_extension_int(Cap::NrMemslots)).unwrap_or(0)
 }
 
+/// The cause is always an [`Error`].
+fn refused(error: impl Into<Error>) -> ListenerError {
+    ListenerError::refused(error.into())
+}
+
 fn check_size(range: GuestRange) -> Result<(), KvmError> {
     let limit = MAX_PAGES * base_page_size();
     match range.size() <= limit {
         true => Ok(()),
         false => Err(KvmError::TooLarge { range, limit }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_has_as_many_pages_as_kvm_counts() {
+        let range = |pages| GuestRange::new(GuestAddress(0), pages * base_page_size()).unwrap();
+        assert!(check_size(range((1 << 31) - 1)).is_ok());
+        let error = check_size(range(1 << 31)).unwrap_err();
+        assert!(matches!(error, KvmError::TooLarge { .. }), "{error}");
     }
 }

@@ -26,6 +26,7 @@ mod files_rom;
 mod fork;
 mod hotplug;
 mod isolation;
+mod kvm;
 mod mapping;
 mod mapping_huge;
 mod memdev;
