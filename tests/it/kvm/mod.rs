@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 mod dirty;
 mod end;
+mod example;
 mod guest;
 mod plug;
 mod read_only;
