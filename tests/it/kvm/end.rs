@@ -1,6 +1,7 @@
 //! The end of slots and of what is behind them.
 
 use super::*;
+use crate::isolation::in_own_process_leaving_nothing;
 use crate::proc::maps_in;
 
 /// Whether the RAM that starts at `addr` in this process is mapped.
@@ -82,4 +83,24 @@ fn what_kvm_does_not_let_go_stays_mapped_for_ever() {
     drop(machine);
     assert!(is_mapped(host));
     assert!(!is_mapped(first_host));
+}
+
+#[test]
+fn a_machine_leaves_nothing_however_its_changes_end() {
+    in_own_process_leaving_nothing!(|| {
+        let Some(mut machine) = Machine::new() else {
+            return;
+        };
+        let foreign = region(2 * PLUG, MIB);
+        set_by_hand(&machine.vm, 100, &foreign, 0).unwrap();
+        for _ in 0..3 {
+            let change = machine.space.transaction();
+            let change = change.insert(region(PLUG, MIB));
+            change.insert(region(2 * PLUG, MIB)).commit().unwrap_err();
+            machine.misses(PLUG);
+        }
+        machine.space.insert(region(PLUG, MIB)).unwrap();
+        machine.reaches(PLUG);
+        remove_by_hand(&machine.vm, 100, &foreign).unwrap();
+    });
 }

@@ -201,6 +201,9 @@ fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     machine.reaches(PLUG + MIB);
     machine.reaches(2 * PLUG + MIB);
     assert_eq!(others.table(), [0, 1024, 2048]);
+    // With the number that the refused slot did not get.
+    let numbers = [(0, 0), (1, PLUG), (2, 2 * PLUG)];
+    assert_eq!(machine.numbers(), numbers);
 }
 
 #[test]
