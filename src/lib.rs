@@ -58,6 +58,7 @@
 //! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it; `TableView`: how much of it |
 //! | `share` | `VhostUserShare`: one daemon's view kept equal to a table, its dirty log, and in-kernel vhost |
 //! | `address_space` | [`AddressSpace`]: memory that changes, published to readers and told to listeners |
+//! | `kvm` | `KvmSlots`, with the feature `kvm`: KVM's memory slots kept equal to the memory |
 //! | `mock` | with the feature `mock`: an in-process daemon and a driver, for tests |
 //!
 //! # Invariants
@@ -74,8 +75,8 @@
 //! 6. Order at creation: size, seal, map, bind to NUMA nodes, advise, populate. Policies and advice
 //!    after the first page are silently useless.
 //! 7. Failure leaves nothing: no name in `/dev/shm`, no descriptor, no mapping, no page.
-//! 8. nix and libc types stay out of public signatures; vhost types are only in `share`, `receive` and
-//!    `mock`.
+//! 8. nix and libc types stay out of public signatures; vhost types are only in `share`, `receive`,
+//!    `address_space` and `mock`, those of kvm-ioctls only in `kvm`.
 //!
 //! # Safety model
 //!
@@ -84,13 +85,14 @@
 //! inside a sealed file cannot fault. A mapping of an unsealed file (POSIX shm, a file with a path)
 //! faults with SIGBUS when somebody truncates the file: hand those descriptors to trusted
 //! processes only. Unsafe code is in `mapping` (mmap and its kin), in `region` (the volatile slice
-//! that vm-memory wants made from a pointer), and in the mock (descriptors received from a socket).
+//! that vm-memory wants made from a pointer), in `kvm` (the host addresses that KVM is given, which
+//! stay mapped as long as it has them), and in the mock (descriptors received from a socket).
 //!
 //! # What it does not do
 //!
-//! It maps no device windows, no private memory, no memory of confidential guests (guest_memfd),
-//! and it does not talk to a hypervisor yet: the address and the size of each region are there to
-//! be registered as a memory slot.
+//! It maps no device windows, no private memory, no memory of confidential guests (guest_memfd).
+//! KVM is the one hypervisor that it talks to: for another, the address and the size of each region
+//! are there, and a [`RegionListener`] is told of them.
 
 #![cfg_attr(
     test,
@@ -131,6 +133,9 @@ mod table;
 
 mod address_space;
 
+#[cfg(feature = "kvm")]
+mod kvm;
+
 #[cfg(feature = "mock")]
 pub mod mock;
 
@@ -140,11 +145,15 @@ pub use address_space::{
 };
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
+#[cfg(feature = "kvm")]
+pub use error::KvmError;
 pub use error::{
     AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, MemTableChange,
     NumaError, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace, Result,
     SlotLimit, StaleListener,
 };
+#[cfg(feature = "kvm")]
+pub use kvm::{DirtyPages, KvmSlot, KvmSlots};
 pub use layout::{GuestRange, ram_around_hole};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{

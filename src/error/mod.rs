@@ -14,6 +14,8 @@ mod address_space;
 mod change;
 mod discard;
 mod file;
+#[cfg(feature = "kvm")]
+mod kvm;
 mod numa;
 mod options;
 mod populate;
@@ -24,6 +26,8 @@ pub use address_space::{AddressSpaceError, AttachError, StaleListener};
 pub use change::{MemTableChange, SlotLimit};
 pub use discard::DiscardError;
 pub use file::FileError;
+#[cfg(feature = "kvm")]
+pub use kvm::KvmError;
 pub use numa::NumaError;
 pub use options::OptionsError;
 pub use populate::PopulateError;
@@ -71,6 +75,11 @@ pub enum Error {
     /// A daemon does not take what it was sent of a memory table.
     #[error(transparent)]
     Receive(Box<ReceiveError>),
+
+    /// KVM's memory slots could not be made what they should be.
+    #[cfg(feature = "kvm")]
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
 
     /// A range of guest addresses is empty.
     #[error("the range at guest address {:#x} has size 0: give it at least one page", .start.0)]

@@ -27,6 +27,7 @@ mod files_rom;
 mod fork;
 mod hotplug;
 mod isolation;
+mod kvm;
 mod linux_guest;
 mod mapping;
 mod mapping_huge;

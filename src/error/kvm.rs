@@ -1,0 +1,184 @@
+//! Why KVM's memory slots are not what they should be.
+
+use std::fmt;
+use std::io;
+
+use nix::errno::Errno;
+use vm_memory::GuestAddress;
+
+use crate::layout::GuestRange;
+use crate::units::HumanSize;
+
+/// Why KVM's memory slots are not what they should be. Unless the variant says otherwise, they are
+/// what they were.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// The slot numbers that [`KvmSlots`](crate::KvmSlots) may use are none, or KVM has not all of
+    /// them.
+    #[error(
+        "the slot numbers {first}..{end} cannot be had: KVM has 0..{limit} (KVM_CAP_NR_MEMSLOTS), \
+         choose at least one of those"
+    )]
+    NoSuchSlots {
+        /// The first number.
+        first: u32,
+        /// The number behind the last.
+        end: u32,
+        /// How many slots the VM can have.
+        limit: u32,
+    },
+
+    /// The memory needs more slots than there are; KVM was not asked.
+    #[error(
+        "{regions} regions and {roms} ROMs need a memory slot each, and {slots} of KVM's {limit} \
+         (KVM_CAP_NR_MEMSLOTS) may be used: use fewer and larger regions, or give KvmSlots more \
+         slot numbers"
+    )]
+    OutOfSlots {
+        /// Regions that the memory has.
+        regions: usize,
+        /// ROMs that are there, and that were to be added.
+        roms: usize,
+        /// How many slots may be used.
+        slots: u32,
+        /// How many slots the VM can have.
+        limit: u32,
+    },
+
+    /// A region has more pages than a slot can have; KVM was not asked.
+    #[error(
+        "the region {range} is too large for a memory slot of KVM, which has at most {}: split it \
+         into several regions on one backing",
+        HumanSize(*.limit)
+    )]
+    TooLarge {
+        /// The range of the region.
+        range: GuestRange,
+        /// The most that a slot can have, in bytes.
+        limit: u64,
+    },
+
+    /// KVM offers no read-only slots on this machine.
+    #[error(
+        "{range} cannot be read-only for the guest: KVM does not offer it here \
+         (KVM_CAP_READONLY_MEM)"
+    )]
+    NoReadOnly {
+        /// What was to be read-only.
+        range: GuestRange,
+    },
+
+    /// A part of a region is read-only for the guest, and a slot is so or not as a whole.
+    #[error(
+        "the region {region} is partly in {read_only}, which the guest may only read: let regions \
+         begin and end where that range does"
+    )]
+    PartlyReadOnly {
+        /// The range of the region.
+        region: GuestRange,
+        /// The read-only range.
+        read_only: GuestRange,
+    },
+
+    /// A range was to become read-only while a region in it has a slot already.
+    #[error(
+        "{range} cannot become read-only for the guest: {region} has a writable memory slot there \
+         already; say so before the memory is attached"
+    )]
+    TooLate {
+        /// What was to be read-only.
+        range: GuestRange,
+        /// What is there.
+        region: GuestRange,
+    },
+
+    /// No ROM starts at this address.
+    #[error("no ROM starts at guest address {:#x}", .start.0)]
+    NoSuchRom {
+        /// The address that was looked for.
+        start: GuestAddress,
+    },
+
+    /// KVM refuses a change of a slot (KVM_SET_USER_MEMORY_REGION).
+    #[error("KVM refuses to {doing} memory slot {slot} ({range}): {}", Meaning(.source))]
+    Refused {
+        /// The change.
+        doing: &'static str,
+        /// The number of the slot.
+        slot: u32,
+        /// The guest addresses of the slot.
+        range: GuestRange,
+        /// KVM's answer.
+        source: io::Error,
+    },
+
+    /// The dirty log was asked for while nothing is logged.
+    #[error("KVM logs no writes of the guest: start it with KvmSlots::start_dirty_logging")]
+    NotLogging,
+
+    /// KVM does not give the dirty log of a slot (KVM_GET_DIRTY_LOG). Nothing of it is lost: what
+    /// other slots gave comes with the next answer.
+    #[error(
+        "KVM does not give the dirty log of memory slot {slot} ({range}): {}",
+        LogMeaning(.source)
+    )]
+    NoDirtyLog {
+        /// The number of the slot.
+        slot: u32,
+        /// The guest addresses of the slot.
+        range: GuestRange,
+        /// KVM's answer.
+        source: io::Error,
+    },
+}
+
+/// What an answer to KVM_SET_USER_MEMORY_REGION means, and what to do.
+struct Meaning<'a>(&'a io::Error);
+
+impl fmt::Display for Meaning<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match errno(self.0) {
+            Errno::EEXIST => {
+                "another slot of the VM overlaps it, which is none of KvmSlots: remove that one, \
+                 or place the RAM elsewhere"
+            }
+            Errno::EINVAL => {
+                "the guest address is beyond what this machine's CPU can address, or somebody else \
+                 uses this slot number: place the RAM lower, and keep the slot numbers of KvmSlots \
+                 and of others apart (KvmSlots::with_slots)"
+            }
+            Errno::ENOMEM | Errno::ENOSPC => {
+                "the kernel has no memory left for what it notes per page, or too many pages are \
+                 in slots already: free memory on the host, or use fewer or smaller regions"
+            }
+            Errno::EIO => {
+                "the VM belongs to another process (fork), or KVM has given it up: use it where it \
+                 was made, or start it anew"
+            }
+            _ => "see the cause",
+        })
+    }
+}
+
+/// What an answer to KVM_GET_DIRTY_LOG means, and what to do.
+struct LogMeaning<'a>(&'a io::Error);
+
+impl fmt::Display for LogMeaning<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match errno(self.0) {
+            Errno::ENXIO => {
+                "the VM has a dirty ring (KVM_CAP_DIRTY_LOG_RING) in its place: harvest that"
+            }
+            Errno::ENOENT => {
+                "the slot is not logged any more, somebody else has changed it: keep the slot \
+                 numbers of KvmSlots and of others apart (KvmSlots::with_slots)"
+            }
+            _ => return Meaning(self.0).fmt(f),
+        })
+    }
+}
+
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or_default())
+}

@@ -1,0 +1,113 @@
+//! Pages that the guest wrote, as KVM notes them.
+
+use std::fmt;
+
+use vm_memory::GuestAddress;
+
+use crate::layout::{GuestRange, base_page_size};
+
+/// What the guest wrote of one region: [`KvmSlots::dirty_log`](crate::KvmSlots::dirty_log).
+#[derive(Clone, PartialEq, Eq)]
+pub struct DirtyPages {
+    region: GuestRange,
+    words: Vec<u64>,
+}
+
+impl DirtyPages {
+    pub(super) fn new(region: GuestRange, words: Vec<u64>) -> Self {
+        Self { region, words }
+    }
+
+    /// The guest addresses of the region.
+    pub fn region(&self) -> GuestRange {
+        self.region
+    }
+
+    /// The size of a page in bytes: the host's base page size.
+    pub fn page_size(&self) -> u64 {
+        base_page_size()
+    }
+
+    /// One bit per page, the lowest bit of the first word for the first page.
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// How many pages were written.
+    pub fn count(&self) -> u64 {
+        self.words
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
+    }
+
+    /// The pages that were written, neighbours together, in ascending order.
+    pub fn ranges(&self) -> impl Iterator<Item = GuestRange> {
+        let (start, page_size) = (self.region.start_addr().0, base_page_size());
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let first = self.find(next, true)?;
+            let pages = self.region.size() / page_size;
+            next = self.find(first, false).unwrap_or(pages).min(pages);
+            let from = GuestAddress(start + first * page_size);
+            // It is a part of the region, and no empty one.
+            GuestRange::new(from, (next - first) * page_size).ok()
+        })
+    }
+
+    /// The first page from `page` on that was written, or that was not.
+    fn find(&self, page: u64, written: bool) -> Option<u64> {
+        let at = usize::try_from(page / 64).ok()?;
+        let looked_for = |word: &u64| if written { *word } else { !*word };
+        // Pages before the first are out of the question.
+        let mut hide = u64::MAX << (page % 64);
+        let words = self.words.iter().enumerate().skip(at);
+        for (at, word) in words {
+            let found = looked_for(word) & hide;
+            if found != 0 {
+                return Some(at as u64 * 64 + u64::from(found.trailing_zeros()));
+            }
+            hide = u64::MAX;
+        }
+        None
+    }
+}
+
+impl fmt::Debug for DirtyPages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DirtyPages")
+            .field("region", &format_args!("{}", self.region))
+            .field("ranges", &self.ranges().collect::<Vec<_>>())
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ranges(pages: u64, words: &[u64]) -> Vec<(u64, u64)> {
+        let page = base_page_size();
+        let start = GuestAddress(7 * page);
+        let region = GuestRange::new(start, pages * page).unwrap();
+        let dirty = DirtyPages::new(region, words.to_vec());
+        let found: Vec<_> = dirty
+            .ranges()
+            .map(|r| (r.start_addr().0 / page - 7, r.size() / page))
+            .collect();
+        let pages: u64 = found.iter().map(|(_, pages)| pages).sum();
+        assert_eq!(dirty.count(), pages);
+        found
+    }
+
+    #[test]
+    fn neighbours_are_one_range_across_words() {
+        assert_eq!(ranges(128, &[0, 0]), []);
+        assert_eq!(ranges(1, &[1]), [(0, 1)]);
+        assert_eq!(ranges(64, &[u64::MAX]), [(0, 64)]);
+        assert_eq!(ranges(128, &[1 << 63, 1]), [(63, 2)]);
+        assert_eq!(ranges(192, &[6, 0, 1 << 63]), [(1, 2), (191, 1)]);
+        assert_eq!(ranges(192, &[u64::MAX << 4, u64::MAX, 1]), [(4, 125)]);
+        assert_eq!(ranges(70, &[0, 0b10_1111]), [(64, 4), (69, 1)]);
+    }
+}
