@@ -5,6 +5,7 @@ use vm_memory::bitmap::Bitmap;
 
 use super::{AddressSpace, ListenerError, ListenerId, MemoryListener};
 use crate::error::{Error, MemTableChange, Result};
+use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
 use crate::share::{MemTableSink, VhostUserShare};
 
@@ -21,18 +22,17 @@ where
     }
 
     fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
-        match self.update_memory(memory) {
-            Ok(report) => {
-                self.keep_bases(report);
-                Ok(())
-            }
-            Err(error) => Err(self.failed(error)),
-        }
+        self.update_memory(memory)
+            .map(|report| self.keep_bases(report))
+            // Whoever attaches or connects waits for the daemon here; later no question is left
+            // for `check`, which asks one daemon after the other.
+            .and_then(|()| self.learn_limits())
+            .map_err(|error| self.failed(error))
     }
 
-    /// It is another process.
+    /// A daemon is another process; the kernel answers at once.
     fn waits(&self) -> bool {
-        true
+        self.may_wait()
     }
 }
 
@@ -51,7 +51,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
 }
 
 /// The region at which a daemon failed.
-fn region_of(error: &Error) -> Option<crate::layout::GuestRange> {
+fn region_of(error: &Error) -> Option<GuestRange> {
     match error {
         Error::DaemonRefused { change, .. }
         | Error::DaemonHungUp { change, .. }
@@ -60,6 +60,7 @@ fn region_of(error: &Error) -> Option<crate::layout::GuestRange> {
             MemTableChange::Add(range) | MemTableChange::Remove(range) => Some(*range),
             _ => None,
         },
+        Error::NoHostAddress { range } | Error::OpaqueConstant { range, .. } => Some(*range),
         _ => None,
     }
 }
@@ -71,7 +72,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// `features` are the protocol features that were acknowledged on the new connection, and the
     /// daemon's limits are asked for anew: it may be another program by now. The daemon gets the
     /// memory as on the first day, one region after the other where it takes them so, so that it
-    /// does not matter how far the memory has grown.
+    /// does not matter how far the memory has grown. Where it mapped the regions while postcopy
+    /// listens, is kept for [`VhostUserShare::take_bases`].
     ///
     /// Most daemons serve one front-end at a time: the old connection must have ended before they
     /// answer on the new one. That of a daemon that is away has.

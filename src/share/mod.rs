@@ -354,14 +354,31 @@ impl<F: MemTableSink> VhostUserShare<F> {
         }
     }
 
-    fn check_slots(&mut self, table: &MemoryTable) -> Result<()> {
-        let limit = match self.slots {
-            Some(limit) => limit,
+    /// Asks for what the limits are, if that is not known yet.
+    pub(crate) fn learn_limits(&mut self) -> Result<()> {
+        match self.mem_slots {
+            true => self.max_slots().map(drop),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether a call of the sink may wait for somebody.
+    pub(crate) fn may_wait(&self) -> bool {
+        self.time_limit.is_some()
+    }
+
+    fn max_slots(&mut self) -> Result<u64> {
+        match self.slots {
+            Some(limit) => Ok(limit),
             None => {
                 let limit = self.call(MemTableChange::QuerySlots, F::max_mem_slots)?;
-                *self.slots.insert(limit)
+                Ok(*self.slots.insert(limit))
             }
-        };
+        }
+    }
+
+    fn check_slots(&mut self, table: &MemoryTable) -> Result<()> {
+        let limit = self.max_slots()?;
         let regions = table.regions().len();
         // Removals come first, so there are never more regions than in one of the two tables.
         if regions as u64 > limit {
