@@ -4,9 +4,11 @@ use std::fmt;
 
 use vm_memory::GuestAddress;
 
+use super::KvmSlots;
+use crate::error::{KvmError, Result};
 use crate::layout::{GuestRange, base_page_size};
 
-/// What the guest wrote of one region: [`KvmSlots::dirty_log`](crate::KvmSlots::dirty_log).
+/// What the guest wrote of one region: [`KvmSlots::dirty_log`].
 #[derive(Clone, PartialEq, Eq)]
 pub struct DirtyPages {
     region: GuestRange,
@@ -70,6 +72,97 @@ impl DirtyPages {
             hide = u64::MAX;
         }
         None
+    }
+}
+
+impl KvmSlots {
+    /// Has KVM log the guest's writes (`KVM_MEM_LOG_DIRTY_PAGES`) to all regions, and to those
+    /// that come later from the moment that they are there. Does nothing if it does so already.
+    ///
+    /// Nothing counts as written at first: who copies the memory copies all of it once, and a
+    /// region that comes later too.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Refused`]: nothing is logged, unless KVM refused to put that back as well
+    /// ([`is_logging`](crate::KvmSlot::is_logging)).
+    pub fn start_dirty_logging(&mut self) -> Result<()> {
+        if self.logging {
+            return Ok(());
+        }
+        let mut done = Vec::new();
+        for (start, slot) in &mut self.slots {
+            let was = slot.is_logging();
+            match slot.log(true) {
+                Ok(()) if was => {}
+                Ok(()) => done.push(*start),
+                Err(error) => {
+                    self.log_no_more(&done);
+                    return Err(error.into());
+                }
+            }
+        }
+        self.logging = true;
+        Ok(())
+    }
+
+    /// Ends the logging of the guest's writes. What was not harvested is lost.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::Refused`], for the first slot that KVM goes on logging; it has ended for the
+    /// others, and for regions that come later. Another call tries the rest once more.
+    pub fn stop_dirty_logging(&mut self) -> Result<()> {
+        self.logging = false;
+        let mut done = Ok(());
+        for slot in self.slots.values_mut() {
+            done = done.and(slot.log(false));
+        }
+        Ok(done?)
+    }
+
+    /// Whether the guest's writes are logged.
+    pub fn is_dirty_logging(&self) -> bool {
+        self.logging
+    }
+
+    /// Harvests KVM's dirty log (KVM_GET_DIRTY_LOG): which pages the guest wrote since it was last
+    /// asked, or since the log was started. Regions without any are left out; the others come in
+    /// the order of their addresses.
+    ///
+    /// The VM must clear the log as it gives it, as it does unless
+    /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is enabled. The last writes to a region that is
+    /// unplugged are gone with it.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::NotLogging`], and [`KvmError::NoDirtyLog`]: what was harvested before that
+    /// comes with the next answer.
+    pub fn dirty_log(&mut self) -> Result<Vec<DirtyPages>> {
+        if !self.logging {
+            return Err(KvmError::NotLogging.into());
+        }
+        for slot in self.slots.values_mut() {
+            slot.harvest()?;
+        }
+        let dirty = self.slots.values_mut().filter_map(|slot| {
+            let words = std::mem::take(&mut slot.pending);
+            let any = words.iter().any(|word| *word != 0);
+            any.then(|| DirtyPages::new(slot.range(), words))
+        });
+        Ok(dirty.collect())
+    }
+
+    /// Puts back that the slots at `starts` are not logged.
+    fn log_no_more(&mut self, starts: &[u64]) {
+        for start in starts.iter().rev() {
+            let Some(slot) = self.slots.get_mut(start) else {
+                continue;
+            };
+            if let Err(error) = slot.log(false) {
+                log::warn!("the guest's writes go on being logged: {error}");
+            }
+        }
     }
 }
 

@@ -177,10 +177,10 @@ impl KvmSlot {
             userspace_addr: self.memory.host_addr(),
         };
         // SAFETY: `size` is 0, or that of the mapping at `userspace_addr`, which `self.memory`
-        // keeps: that is dropped with the slot only, and dropping the slot takes it from KVM
-        // first, or leaves it mapped for ever. The mapping is one of guest
-        // RAM, which this crate makes no reference to, so that the guest may write it at any time;
-        // or of a ROM, which is mapped for reading, and whose slot is read-only.
+        // keeps. That is dropped with the slot only, and dropping the slot takes it from KVM first,
+        // or leaves the mapping there for ever. The mapping is one of guest RAM, which this crate
+        // makes no reference to, so that the guest may write it at any time; or of a ROM, which is
+        // mapped for reading only, and whose slot is read-only.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(io::Error::from)
     }
 
