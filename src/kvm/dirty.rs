@@ -132,7 +132,8 @@ impl KvmSlots {
     ///
     /// The VM must clear the log as it gives it, as it does unless
     /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is enabled. The last writes to a region that is
-    /// unplugged are gone with it.
+    /// unplugged are gone with it; if it comes back, all of it counts as written. So it is when
+    /// the unplugging is undone because somebody refused it.
     ///
     /// # Errors
     ///

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::bitmap::Bitmap;
@@ -15,6 +15,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use crate::address_space::{ListenerError, MemoryListener};
 use crate::error::{Error, KvmError, Result};
 use crate::layout::{GuestRange, base_page_size};
+use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
 use crate::rom::GuestRom;
 
@@ -78,6 +79,8 @@ pub struct KvmSlots {
     roms: usize,
     read_only: Vec<GuestRange>,
     logging: bool,
+    /// What was unplugged while it was logged, as long as somebody else keeps it.
+    unplugged: Vec<Weak<Mapping>>,
 }
 
 /// The most pages that a slot can have: KVM_MEM_MAX_NR_PAGES of linux/kvm_host.h.
@@ -118,6 +121,7 @@ impl KvmSlots {
             roms: 0,
             read_only: Vec::new(),
             logging: false,
+            unplugged: Vec::new(),
         })
     }
 
@@ -207,8 +211,9 @@ impl KvmSlots {
             logging: self.logging,
         };
         match KvmSlot::new(&self.vm, number, memory, flags) {
-            Ok(slot) => {
+            Ok(mut slot) => {
                 log::debug!("memory slot {number} is {}", slot.range());
+                self.recall(&mut slot);
                 self.slots.insert(slot.range().start_addr().0, slot);
                 Ok(())
             }
@@ -224,9 +229,26 @@ impl KvmSlots {
         if let Some(slot) = self.slots.get_mut(&start) {
             slot.remove()?;
             self.numbers.give_back(slot.number());
-            self.slots.remove(&start);
+            let slot = self.slots.remove(&start);
+            self.unplugged.retain(|mapping| mapping.strong_count() > 0);
+            let logged = slot.filter(KvmSlot::is_logging);
+            self.unplugged
+                .extend(logged.and_then(|slot| slot.mapping()));
         }
         Ok(())
+    }
+
+    /// A region that is put back had a log, which went with its old slot: what the guest wrote
+    /// between the last harvest and the removal is known no more, so all of it counts.
+    fn recall(&mut self, slot: &mut KvmSlot) {
+        let Some(mapping) = slot.mapping().filter(|_| slot.is_logging()) else {
+            return;
+        };
+        let known = self.unplugged.len();
+        self.unplugged.retain(|other| !other.ptr_eq(&mapping));
+        if self.unplugged.len() < known {
+            slot.mark_all();
+        }
     }
 
     /// The range of the slot that `range` overlaps.

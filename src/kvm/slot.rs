@@ -6,14 +6,14 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
 use crate::error::KvmError;
-use crate::layout::GuestRange;
-use crate::mapping::to_usize;
+use crate::layout::{GuestRange, base_page_size};
+use crate::mapping::{Mapping, to_usize};
 use crate::ram::Ram;
 use crate::rom::GuestRom;
 
@@ -109,6 +109,23 @@ impl KvmSlot {
         match &self.memory {
             Memory::Ram(own) => own.range == ram.range && Arc::ptr_eq(&own.mapping, &ram.mapping),
             Memory::Rom(_) => false,
+        }
+    }
+
+    /// What the RAM of the slot is mapped by.
+    pub(super) fn mapping(&self) -> Option<Weak<Mapping>> {
+        match &self.memory {
+            Memory::Ram(ram) => Some(Arc::downgrade(&ram.mapping)),
+            Memory::Rom(_) => None,
+        }
+    }
+
+    /// Has all pages be pending.
+    pub(super) fn mark_all(&mut self) {
+        let pages = self.range.size() / base_page_size();
+        self.pending = vec![u64::MAX; to_usize(pages.div_ceil(64))];
+        if let (Some(last), partly @ 1..) = (self.pending.last_mut(), pages % 64) {
+            *last = u64::MAX >> (64 - partly);
         }
     }
 

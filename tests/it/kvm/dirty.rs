@@ -91,12 +91,16 @@ fn logging_stays_on_for_regions_that_come_later() {
     machine.write(PLUG + 2 * MIB - 1);
     assert_eq!(machine.dirty(), [(PLUG_PAGE + 511, 1)]);
 
-    // A change that is undone makes a new slot of the old region.
+    // A change that is undone makes a new slot of the old region. What was written before that
+    // must not be lost, and only KVM knew what it was.
+    machine.write(PLUG);
     let foreign = region(2 * PLUG, MIB);
     set_by_hand(&machine.vm, 100, &foreign, 0).unwrap();
     let change = machine.space.transaction();
     let change = change.remove(GuestAddress(PLUG), 2 * MIB);
     change.insert(region(2 * PLUG, MIB)).commit().unwrap_err();
+    machine.write(PLUG + 3 * PAGE);
+    assert_eq!(machine.dirty(), [(PLUG_PAGE, 512)]);
     machine.write(PLUG + 3 * PAGE);
     assert_eq!(machine.dirty(), [(PLUG_PAGE + 3, 1)]);
 }
