@@ -8,6 +8,7 @@
     reason = "patterns in tests are cut to bytes, and addresses to usize"
 )]
 
+mod address_space;
 mod answers;
 mod bad_descriptor;
 mod bad_huge_pages;

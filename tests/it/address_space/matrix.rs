@@ -1,0 +1,343 @@
+//! The fault matrix: every operation, with one to four listeners, fails at each listener and at
+//! each message in every way there is, alone and while a first fault is being undone.
+//!
+//! After each case every listener that is not stale holds what is published, in truth and by its
+//! own account; the stale ones are named; the error names the listener, the region and the cause;
+//! what is published is the memory from before or the new one; the next operations succeed; and
+//! when all is dropped, no descriptor and no mapping is left.
+//!
+//! Cases are generated. Played are those that differ in what matters (see `Essence`). With
+//! `MATRIX=text` all are played whose description contains the text, such as one that a failure
+//! printed; without text, really all.
+
+use std::cmp::Ordering;
+use std::collections::HashSet;
+
+use super::matrix_case::{Case, DAEMONS, Fault, Kind, OPERATIONS, Operation, Planned};
+use super::matrix_model::play as model;
+use super::matrix_process::was_daemon;
+use super::matrix_world::play;
+use crate::isolation::in_own_process;
+use crate::proc::leaves_nothing_but_heaps;
+
+/// More messages than any listener gets in a case.
+const MESSAGES: usize = 8;
+
+/// What a daemon in this process does wrong.
+const MOCK: [Fault; 9] = [
+    Fault::Refuse,
+    Fault::Late,
+    Fault::Silent,
+    Fault::HangUpBefore,
+    Fault::HangUpAfter,
+    Fault::DoneThenHangUp,
+    Fault::Gone,
+    Fault::Broken,
+    Fault::OutOfSlots,
+];
+
+/// What goes wrong with a daemon in another process.
+const PROCESS: [Fault; 6] = [
+    Fault::KilledBefore,
+    Fault::KilledDuring,
+    Fault::KilledAfter,
+    Fault::Stopped,
+    Fault::NoDescriptors,
+    Fault::NoMemory,
+];
+
+const HYPERVISOR: [Fault; 5] = [
+    Fault::Refuse,
+    Fault::Dies,
+    Fault::NoDescriptors,
+    Fault::NoMemory,
+    Fault::OutOfSlots,
+];
+
+/// What may be found wrong when a listener is asked, before it is told anything.
+fn happens_at_0(fault: Fault, operation: Operation) -> bool {
+    match fault {
+        Fault::Gone | Fault::OutOfSlots => true,
+        Fault::Broken => operation.is_transaction(),
+        Fault::HangUpBefore | Fault::KilledBefore | Fault::KilledDuring | Fault::Stopped => true,
+        _ => false,
+    }
+}
+
+fn happens_only_at_0(fault: Fault) -> bool {
+    matches!(fault, Fault::Gone | Fault::OutOfSlots | Fault::Broken)
+}
+
+/// The faults that can happen to a listener, and when.
+fn plans(operation: Operation, faults: &[Fault]) -> Vec<(usize, Fault)> {
+    let all = (0..=MESSAGES).flat_map(|message| faults.iter().map(move |fault| (message, *fault)));
+    all.filter(|(message, fault)| match message {
+        0 => happens_at_0(*fault, operation),
+        _ => !happens_only_at_0(*fault),
+    })
+    .collect()
+}
+
+/// `count` listeners; the one at `at` is of this kind, the others are alike or all different.
+fn kinds(count: usize, at: usize, kind: Kind, alike: bool) -> Vec<Kind> {
+    let mut all = vec![Kind::Hypervisor];
+    all.extend(DAEMONS);
+    let kind_of = |place| match place == at {
+        true => kind,
+        false if alike => DAEMONS[0],
+        false => all[(place + at) % all.len()],
+    };
+    (0..count).map(kind_of).collect()
+}
+
+/// The operation for each listener at which it can fail.
+fn subjects(operation: Operation, count: usize) -> Vec<(Operation, usize)> {
+    match operation {
+        Operation::Attach => vec![(operation, count - 1)],
+        Operation::Reconnect(_) => (0..count)
+            .map(|at| (Operation::Reconnect(at), at))
+            .collect(),
+        _ => (0..count).map(|at| (operation, at)).collect(),
+    }
+}
+
+fn happens(case: &Case) -> bool {
+    model(case).fired.len() == case.faults.len()
+}
+
+/// Each fault at each message of each of `count` listeners.
+fn single(operation: Operation, count: usize, kind: Kind, faults: &[Fault]) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (operation, listener) in subjects(operation, count) {
+        if kind == Kind::Hypervisor && matches!(operation, Operation::Reconnect(_)) {
+            continue;
+        }
+        for (at, (message, fault)) in plans(operation, faults).into_iter().enumerate() {
+            for required in [false, true] {
+                let alike = (at + listener).is_multiple_of(2) == required;
+                cases.push(Case {
+                    operation,
+                    kinds: kinds(count, listener, kind, alike),
+                    required,
+                    faults: vec![Planned {
+                        listener,
+                        message,
+                        fault,
+                    }],
+                });
+            }
+        }
+    }
+    cases.retain(happens);
+    cases
+}
+
+fn singles(operation: Operation) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for count in 1..=4 {
+        for kind in DAEMONS {
+            cases.extend(single(operation, count, kind, &MOCK));
+        }
+        cases.extend(single(operation, count, Kind::Hypervisor, &HYPERVISOR));
+    }
+    cases
+}
+
+/// A second fault wherever one is possible.
+fn doubles(operation: Operation, count: usize, seconds: &[Fault]) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for kind in [DAEMONS[0], DAEMONS[1], Kind::Hypervisor] {
+        for first in single(operation, count, kind, &[Fault::Refuse]) {
+            let plans = plans(operation, seconds);
+            for (listener, (message, fault)) in
+                (0..count).flat_map(|listener| plans.iter().map(move |plan| (listener, *plan)))
+            {
+                let second = Planned {
+                    listener,
+                    message,
+                    fault,
+                };
+                let taken = |f: &Planned| (f.listener, f.message) == (listener, message);
+                let hypervisor = first.kinds[listener] == Kind::Hypervisor;
+                let possible = match hypervisor {
+                    true => HYPERVISOR.contains(&fault),
+                    false => MOCK.contains(&fault),
+                };
+                if possible && !first.faults.iter().any(taken) {
+                    let mut case = first.clone();
+                    case.faults.push(second);
+                    cases.push(case);
+                }
+            }
+        }
+    }
+    cases.retain(happens);
+    cases
+}
+
+/// What makes a case worth its time.
+#[derive(PartialEq, Eq, Hash)]
+enum Essence {
+    /// Each fault at each message of each listener, however many there are.
+    Place(Operation, usize, Planned),
+    /// And for each kind and attendance, wherever it is.
+    Kind(Operation, bool, Kind, usize, Fault),
+    /// Processes take longer: each fault at each message of each kind.
+    Process(Operation, Kind, usize, Fault),
+    /// Of two faults, the second at each message after or beside each of the first, at the same
+    /// listener, one before it and one behind it.
+    Pair(Operation, usize, usize, Fault, Ordering),
+}
+
+impl Essence {
+    fn of(case: &Case) -> Vec<Self> {
+        let operation = match case.operation {
+            Operation::Reconnect(_) => Operation::Reconnect(0),
+            operation => operation,
+        };
+        let kind = |planned: &Planned| case.kinds[planned.listener];
+        match &case.faults[..] {
+            [one] if case.is_process(one.listener) => {
+                vec![Self::Process(operation, kind(one), one.message, one.fault)]
+            }
+            [one] => vec![
+                Self::Place(operation, case.kinds.len(), *one),
+                Self::Kind(operation, case.required, kind(one), one.message, one.fault),
+            ],
+            [one, two] => {
+                let order = two.listener.cmp(&one.listener);
+                let (first, second) = (one.message, two.message);
+                vec![Self::Pair(operation, first, second, two.fault, order)]
+            }
+            _ => unreachable!("there are one or two"),
+        }
+    }
+}
+
+/// The cases that have something that none before has.
+fn essential(cases: Vec<Case>) -> Vec<Case> {
+    let mut known = HashSet::new();
+    let count = cases.len();
+    // In an order in which neighbours differ in everything.
+    let mixed = (0..count).map(|at| &cases[(at * 7919) % count]);
+    let is_new = |case: &&Case| {
+        let essences = Essence::of(case).into_iter();
+        essences.fold(false, |new, essence| known.insert(essence) | new)
+    };
+    mixed.filter(is_new).cloned().collect()
+}
+
+/// The cases that are worth it, of which there are at least `floor`, or those that are wished for.
+fn chosen(mut cases: Vec<Case>, floor: usize) -> Vec<Case> {
+    let total = cases.len();
+    assert!(!total.is_multiple_of(7919), "the order would not reach all");
+    match std::env::var("MATRIX") {
+        Ok(text) => cases.retain(|case| case.to_string().contains(&text)),
+        Err(_) => {
+            cases = essential(cases);
+            assert!(cases.len() >= floor, "{} cases", cases.len());
+        }
+    }
+    eprintln!("{} cases of {total}", cases.len());
+    cases
+}
+
+/// Plays cases, in a process of its own; `test` is what daemons' processes are started with.
+fn play_all(cases: &[Case], test: &str) {
+    // What is made once in a process stays.
+    let mut warm = false;
+    for case in cases {
+        let expected = model(case);
+        let failing = Failing(case);
+        if !std::mem::replace(&mut warm, true) {
+            play(case, &expected, test);
+        }
+        leaves_nothing_but_heaps(|| play(case, &expected, test));
+        std::mem::forget(failing);
+    }
+}
+
+/// Names the case at which a test fails.
+struct Failing<'a>(&'a Case);
+
+impl Drop for Failing<'_> {
+    fn drop(&mut self) {
+        eprintln!("failed: MATRIX='{}'\n{:#?}", self.0, model(self.0));
+    }
+}
+
+/// Faults of daemons in processes of their own.
+fn processes() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for operation in OPERATIONS {
+        for kind in DAEMONS {
+            cases.extend(single(operation, 1, kind, &PROCESS));
+        }
+        cases.extend(single(operation, 3, DAEMONS[0], &PROCESS));
+    }
+    cases
+}
+
+#[test]
+fn one_fault_while_one_region_is_plugged() {
+    let cases = chosen(singles(Operation::Insert), 140);
+    in_own_process(|| play_all(&cases, ""));
+}
+
+#[test]
+fn one_fault_while_one_region_is_unplugged() {
+    let cases = chosen(singles(Operation::Remove), 100);
+    in_own_process(|| play_all(&cases, ""));
+}
+
+#[test]
+fn one_fault_while_two_regions_are_plugged() {
+    let cases = chosen(singles(Operation::InsertTwo), 230);
+    in_own_process(|| play_all(&cases, ""));
+}
+
+#[test]
+fn one_fault_while_two_regions_are_unplugged() {
+    let cases = chosen(singles(Operation::RemoveTwo), 190);
+    in_own_process(|| play_all(&cases, ""));
+}
+
+#[test]
+fn one_fault_while_a_region_is_replaced() {
+    let cases = chosen(singles(Operation::Replace), 290);
+    in_own_process(|| play_all(&cases, ""));
+}
+
+#[test]
+fn one_fault_while_a_listener_is_attached() {
+    let cases = chosen(singles(Operation::Attach), 150);
+    in_own_process(|| play_all(&cases, ""));
+}
+
+#[test]
+fn one_fault_while_a_daemon_is_connected_to_anew() {
+    let cases = chosen(singles(Operation::Reconnect(0)), 270);
+    in_own_process(|| play_all(&cases, ""));
+}
+
+#[test]
+fn a_second_fault_beside_the_first_or_while_it_is_undone() {
+    let mut cases = Vec::new();
+    for operation in OPERATIONS {
+        for count in 1..=3 {
+            cases.extend(doubles(operation, count, &MOCK));
+        }
+    }
+    let cases = chosen(cases, 500);
+    in_own_process(|| play_all(&cases, ""));
+}
+
+#[test]
+fn a_daemon_that_is_a_process_is_killed_stopped_or_starved() {
+    let name = "address_space::matrix::a_daemon_that_is_a_process_is_killed_stopped_or_starved";
+    if was_daemon() {
+        return;
+    }
+    let cases = chosen(processes(), 250);
+    in_own_process(|| play_all(&cases, name));
+}

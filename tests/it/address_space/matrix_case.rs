@@ -1,0 +1,240 @@
+//! One case of the fault matrix: an operation, its listeners, and what goes wrong.
+
+use std::fmt;
+
+/// A region in the matrix: start and size in MiB.
+pub(super) type Region = (u64, u64);
+
+/// What is there when a case begins.
+pub(super) const BOOT: [Region; 3] = [(0, 2), (16, 2), (32, 2)];
+
+/// What is done to the address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Operation {
+    Insert,
+    Remove,
+    InsertTwo,
+    RemoveTwo,
+    /// A removal and an insertion in the same place, and another insertion.
+    Replace,
+    /// Of the last listener.
+    Attach,
+    /// Of the listener at this place, which was away during a hotplug if it may lag.
+    Reconnect(usize),
+}
+
+/// How a listener is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Kind {
+    /// A vhost-user daemon with CONFIGURE_MEM_SLOTS, or without, and with REPLY_ACK, or without.
+    Daemon { slots: bool, acks: bool },
+    /// One that is told of each region, maps it and keeps a descriptor of it.
+    Hypervisor,
+}
+
+/// What goes wrong, at one message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Fault {
+    /// Any listener says no, and goes on.
+    Refuse,
+    /// The answer comes late, but within the limit.
+    Late,
+    /// A daemon never answers.
+    Silent,
+    HangUpBefore,
+    HangUpAfter,
+    /// It says "done", which it is not, and hangs up.
+    DoneThenHangUp,
+    /// It had hung up before the change began, and nobody has noticed.
+    Gone,
+    /// It had hung up, and somebody has noticed: the share is broken.
+    Broken,
+    /// It has as many slots as there were regions: message 0.
+    OutOfSlots,
+    /// A daemon's process is killed before it gets the message.
+    KilledBefore,
+    /// It is stopped before it gets the message, and killed then.
+    KilledDuring,
+    /// It is killed when it may have answered.
+    KilledAfter,
+    /// A daemon's process is stopped.
+    Stopped,
+    /// A real EMFILE: in a daemon's process, or where the hypervisor takes a descriptor.
+    NoDescriptors,
+    /// A real ENOMEM: in a daemon's process, or where the hypervisor maps.
+    NoMemory,
+    /// What is no daemon dies.
+    Dies,
+}
+
+/// A fault, at the listener and at the message that it fires.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Planned {
+    pub(super) listener: usize,
+    /// Counted from 1 at the listener since the operation began. 0: when it is asked.
+    pub(super) message: usize,
+    pub(super) fault: Fault,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Case {
+    pub(super) operation: Operation,
+    pub(super) kinds: Vec<Kind>,
+    /// No change may happen while one of them is away.
+    pub(super) required: bool,
+    pub(super) faults: Vec<Planned>,
+}
+
+pub(super) const DAEMONS: [Kind; 4] = [
+    Kind::Daemon {
+        slots: true,
+        acks: true,
+    },
+    Kind::Daemon {
+        slots: false,
+        acks: true,
+    },
+    Kind::Daemon {
+        slots: true,
+        acks: false,
+    },
+    Kind::Daemon {
+        slots: false,
+        acks: false,
+    },
+];
+
+pub(super) const OPERATIONS: [Operation; 7] = [
+    Operation::Insert,
+    Operation::Remove,
+    Operation::InsertTwo,
+    Operation::RemoveTwo,
+    Operation::Replace,
+    Operation::Attach,
+    Operation::Reconnect(0),
+];
+
+impl Operation {
+    /// The regions that go, and those that come.
+    pub(super) fn changes(self) -> (&'static [Region], &'static [Region]) {
+        match self {
+            Self::Insert => (&[], &[(8, 2)]),
+            Self::Remove => (&[(16, 2)], &[]),
+            Self::InsertTwo => (&[], &[(8, 2), (48, 2)]),
+            Self::RemoveTwo => (&[(16, 2), (32, 2)], &[]),
+            Self::Replace => (&[(16, 2)], &[(16, 4), (64, 2)]),
+            Self::Attach | Self::Reconnect(_) => (&[], &[]),
+        }
+    }
+
+    pub(super) fn is_transaction(self) -> bool {
+        !matches!(self, Self::Attach | Self::Reconnect(_))
+    }
+}
+
+impl Case {
+    /// The listener that is attached or connected to.
+    pub(super) fn subject(&self) -> Option<usize> {
+        match self.operation {
+            Operation::Attach => Some(self.kinds.len() - 1),
+            Operation::Reconnect(at) => Some(at),
+            _ => None,
+        }
+    }
+
+    /// What is there when the operation begins. What is plugged while a daemon is away may be
+    /// plugged only if it may lag.
+    pub(super) fn before(&self) -> Vec<Region> {
+        let mut before = BOOT.to_vec();
+        if matches!(self.operation, Operation::Reconnect(_)) && !self.required {
+            before.push((40, 2));
+        }
+        before
+    }
+
+    pub(super) fn after(&self) -> Vec<Region> {
+        let (removed, added) = self.operation.changes();
+        let mut after = self.before();
+        after.retain(|region| !removed.contains(region));
+        after.extend(added);
+        after.sort_unstable();
+        after
+    }
+
+    /// How many slots a listener has that has too few.
+    pub(super) fn slots(&self) -> usize {
+        match self.subject() {
+            Some(_) => self.after().len() - 1,
+            None => self.before().len(),
+        }
+    }
+
+    pub(super) fn faults_of(&self, listener: usize) -> impl Iterator<Item = Planned> {
+        let faults = self.faults.clone();
+        faults.into_iter().filter(move |f| f.listener == listener)
+    }
+
+    /// Whether a listener plays its part in another process.
+    pub(super) fn is_process(&self, listener: usize) -> bool {
+        matches!(self.kinds[listener], Kind::Daemon { .. })
+            && self.faults_of(listener).any(|planned| {
+                matches!(
+                    planned.fault,
+                    Fault::KilledBefore
+                        | Fault::KilledDuring
+                        | Fault::KilledAfter
+                        | Fault::Stopped
+                        | Fault::NoDescriptors
+                        | Fault::NoMemory
+                )
+            })
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Hypervisor => "hypervisor",
+            Self::Daemon {
+                slots: true,
+                acks: true,
+            } => "daemon",
+            Self::Daemon {
+                slots: true,
+                acks: false,
+            } => "no-acks",
+            Self::Daemon {
+                slots: false,
+                acks: true,
+            } => "no-slots",
+            Self::Daemon {
+                slots: false,
+                acks: false,
+            } => "neither",
+        })
+    }
+}
+
+impl fmt::Display for Planned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (fault, message, listener) = (self.fault, self.message, self.listener);
+        write!(f, "{fault:?} at message {message} of listener {listener}")
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kinds: Vec<_> = self.kinds.iter().map(Kind::to_string).collect();
+        let attendance = if self.required { "required" } else { "may lag" };
+        write!(
+            f,
+            "{:?} with {} ({attendance})",
+            self.operation,
+            kinds.join(" ")
+        )?;
+        for (at, planned) in self.faults.iter().enumerate() {
+            write!(f, "{} {planned}", if at == 0 { ":" } else { "," })?;
+        }
+        Ok(())
+    }
+}

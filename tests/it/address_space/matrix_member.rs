@@ -1,0 +1,373 @@
+//! A listener of the matrix, and the daemon behind it.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use guest_memory_shm::mock::{BlkDevice, Fault as MockFault, FaultKind, LoggedRequest, MockDaemon};
+use guest_memory_shm::{
+    AddressSpace, Attendance, Error, FileIdentity, GuestMemoryShm, ListenerId, MemoryTable,
+    PerRegion, TableRegion, VhostUserShare,
+};
+use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+use vm_memory::GuestAddress;
+
+use super::matrix_case::{Case, Fault, Kind, Operation};
+use super::matrix_hypervisor::Hypervisor;
+use super::matrix_process::{DaemonProcess, builder};
+use super::matrix_sink::{Hook, Moment, Sink};
+
+pub(super) type Share = VhostUserShare<Sink>;
+
+/// For what comes at once unless something is wrong.
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+/// How late an answer is that is late.
+const LATE: Duration = Duration::from_millis(15);
+
+/// What plays the daemon.
+pub(super) enum Server {
+    Mock(Arc<MockDaemon>),
+    Process(Arc<Mutex<DaemonProcess>>),
+}
+
+/// A listener, as long as it is not attached.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one per listener of a case"
+)]
+pub(super) enum Loose {
+    Share(Share),
+    Hypervisor(PerRegion<Hypervisor>),
+}
+
+/// The address space's names for listeners.
+pub(super) enum Id {
+    Share(ListenerId<Share>),
+    Hypervisor(ListenerId<PerRegion<Hypervisor>>),
+}
+
+pub(super) struct Member {
+    pub(super) at: usize,
+    pub(super) name: String,
+    pub(super) kind: Kind,
+    pub(super) server: Option<Server>,
+    pub(super) loose: Option<Loose>,
+    pub(super) id: Option<Id>,
+}
+
+impl Server {
+    pub(super) fn mock(kind: Kind) -> Self {
+        Self::Mock(Arc::new(builder(kind).start_unnamed().unwrap()))
+    }
+
+    /// The daemon that does what the case says, and whether another one cannot do that.
+    fn of(case: &Case, at: usize, test: &str) -> (Self, bool) {
+        let kind = case.kinds[at];
+        if case.is_process(at) {
+            let process = DaemonProcess::start(test, kind);
+            return (Self::Process(Arc::new(Mutex::new(process))), true);
+        }
+        if case.faults_of(at).any(|f| f.fault == Fault::OutOfSlots) {
+            let daemon = builder(kind).with_max_mem_slots(case.slots() as u64);
+            return (Self::Mock(Arc::new(daemon.start_unnamed().unwrap())), true);
+        }
+        (Self::mock(kind), false)
+    }
+
+    pub(super) fn connect(&self) -> (Sink, Features) {
+        let stream = match self {
+            Self::Mock(daemon) => daemon.connect().unwrap(),
+            Self::Process(daemon) => daemon.lock().unwrap().connect(),
+        };
+        let mut frontend = Frontend::from_stream(stream, 1);
+        let wanted = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
+        let device = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
+        (Sink::new(frontend), device.protocol_features())
+    }
+
+    /// Ends the connection.
+    pub(super) fn hang_up(daemon: &MockDaemon) {
+        daemon.hang_up();
+        daemon.wait_disconnected(PATIENCE).unwrap();
+    }
+
+    /// Arms the daemon, and tells what the front-end has to do to it.
+    fn arm(&self, case: &Case, at: usize) -> Vec<Hook> {
+        let mut hooks = Vec::new();
+        for planned in case.faults_of(at) {
+            let message = planned.message;
+            match self {
+                Self::Mock(daemon) => match planned.fault {
+                    Fault::Gone | Fault::Broken => Self::hang_up(daemon),
+                    Fault::OutOfSlots => {}
+                    Fault::HangUpBefore if message == 0 => {
+                        let daemon = Arc::clone(daemon);
+                        hooks.push(Hook {
+                            message,
+                            moment: Moment::Before,
+                            act: Box::new(move || Self::hang_up(&daemon)),
+                        });
+                    }
+                    fault => daemon.inject(MockFault::new(message as u64, mock_fault(fault))),
+                },
+                Self::Process(daemon) => {
+                    let daemon = Arc::clone(daemon);
+                    let fault = planned.fault;
+                    let moment = match fault {
+                        Fault::KilledAfter => Moment::After,
+                        _ => Moment::Before,
+                    };
+                    let act = Box::new(move || act_on(daemon.lock().unwrap(), fault));
+                    hooks.push(Hook {
+                        message,
+                        moment,
+                        act,
+                    });
+                }
+            }
+        }
+        hooks
+    }
+}
+
+fn mock_fault(fault: Fault) -> FaultKind {
+    match fault {
+        Fault::Refuse => FaultKind::Refuse,
+        Fault::Late => FaultKind::AnswerLate(LATE),
+        Fault::Silent => FaultKind::NeverAnswer,
+        Fault::HangUpBefore => FaultKind::HangUpBefore,
+        Fault::HangUpAfter => FaultKind::HangUpAfter,
+        Fault::DoneThenHangUp => FaultKind::AnswerThenHangUp,
+        fault => unreachable!("{fault:?} is not the mock's"),
+    }
+}
+
+fn act_on(mut daemon: MutexGuard<'_, DaemonProcess>, fault: Fault) {
+    match fault {
+        Fault::KilledBefore | Fault::KilledAfter => daemon.kill(),
+        Fault::KilledDuring => daemon.kill_soon(),
+        Fault::Stopped => daemon.stop(),
+        Fault::NoDescriptors => daemon.order("no descriptors"),
+        Fault::NoMemory => daemon.order("no memory"),
+        fault => unreachable!("{fault:?} is not a process's"),
+    }
+}
+
+/// The time limit that is short enough for a test of silence, and long enough for the messages
+/// before it.
+fn limit_for(case: &Case, at: usize) -> Option<Duration> {
+    let silent = |fault| matches!(fault, Fault::Silent | Fault::Stopped);
+    let planned = case.faults_of(at).find(|f| silent(f.fault))?;
+    // In a transaction the first message is the first that it is sent; otherwise it is asked before.
+    let first = if case.operation.is_transaction() {
+        1
+    } else {
+        0
+    };
+    let millis = if planned.message > first { 250 } else { 60 };
+    Some(Duration::from_millis(millis))
+}
+
+pub(super) fn set_limit(share: &mut Share, limit: Duration) {
+    let place = VhostUserShare::new(Sink::default(), Features::empty());
+    let old = std::mem::replace(share, place);
+    *share = old.with_time_limit(limit);
+}
+
+impl Member {
+    /// A listener that is not attached yet; `test` is what a process of its own is started with.
+    pub(super) fn new(case: &Case, at: usize, test: &str) -> Self {
+        let kind = case.kinds[at];
+        let (server, loose) = match kind {
+            Kind::Hypervisor => {
+                let hypervisor = PerRegion::new(Hypervisor::new(usize::MAX));
+                (None, Loose::Hypervisor(hypervisor))
+            }
+            Kind::Daemon { .. } => {
+                let server = match case.operation {
+                    // What the case says happens on the second connection.
+                    Operation::Reconnect(subject) if subject == at => Server::mock(kind),
+                    _ => Server::of(case, at, test).0,
+                };
+                let (sink, features) = server.connect();
+                let share = VhostUserShare::new(sink, features).with_time_limit(PATIENCE);
+                (Some(server), Loose::Share(share))
+            }
+        };
+        Self {
+            at,
+            name: format!("{kind} {at}"),
+            kind,
+            server,
+            loose: Some(loose),
+            id: None,
+        }
+    }
+
+    /// Attaches it; at a failure it is kept, and the reason is looked at. Says whether it is
+    /// attached.
+    pub(super) fn attach(
+        &mut self,
+        space: &AddressSpace,
+        attendance: Attendance,
+        look: impl FnOnce(&Error),
+    ) -> bool {
+        let name = self.name.clone();
+        match self.loose.take().expect("it is not attached") {
+            Loose::Share(share) => match space.attach_as(name, attendance, share) {
+                Ok(id) => self.id = Some(Id::Share(id)),
+                Err(refused) => {
+                    look(refused.error());
+                    self.loose = Some(Loose::Share(refused.into_listener()));
+                }
+            },
+            Loose::Hypervisor(hypervisor) => match space.attach_as(name, attendance, hypervisor) {
+                Ok(id) => self.id = Some(Id::Hypervisor(id)),
+                Err(refused) => {
+                    look(refused.error());
+                    self.loose = Some(Loose::Hypervisor(refused.into_listener()));
+                }
+            },
+        }
+        self.id.is_some()
+    }
+
+    /// Uses the daemon's share, wherever it is.
+    pub(super) fn with_share<T>(
+        &mut self,
+        space: &AddressSpace,
+        work: impl FnOnce(&mut Share) -> T,
+    ) -> Option<T> {
+        match (&mut self.loose, &self.id) {
+            (Some(Loose::Share(share)), _) => Some(work(share)),
+            (_, Some(Id::Share(id))) => Some(space.with_listener(id, work).unwrap()),
+            _ => None,
+        }
+    }
+
+    /// Uses the hypervisor, wherever it is.
+    pub(super) fn with_hypervisor<T>(
+        &mut self,
+        space: &AddressSpace,
+        work: impl FnOnce(&mut Hypervisor) -> T,
+    ) -> Option<T> {
+        match (&mut self.loose, &self.id) {
+            (Some(Loose::Hypervisor(hypervisor)), _) => Some(work(hypervisor.get_mut())),
+            (_, Some(Id::Hypervisor(id))) => {
+                let work = |hypervisor: &mut PerRegion<Hypervisor>| work(hypervisor.get_mut());
+                Some(space.with_listener(id, work).unwrap())
+            }
+            _ => None,
+        }
+    }
+
+    /// Has the faults of the case happen from now on.
+    pub(super) fn arm(&mut self, space: &AddressSpace, case: &Case) {
+        let at = self.at;
+        if let Some(Server::Mock(daemon)) = &self.server {
+            daemon.clear_requests();
+        }
+        self.with_hypervisor(space, |hypervisor| {
+            let faults: Vec<_> = case.faults_of(at).collect();
+            if faults.iter().any(|f| f.fault == Fault::OutOfSlots) {
+                hypervisor.slots = case.slots();
+            }
+            hypervisor.arm(faults);
+        });
+        let Some(server) = &self.server else { return };
+        let hooks = server.arm(case, at);
+        self.with_share(space, |share| {
+            share.sink_mut().arm(hooks);
+            if let Some(limit) = limit_for(case, at) {
+                set_limit(share, limit);
+            }
+            if case.faults_of(at).any(|f| f.fault == Fault::Broken) {
+                share.update(&unlike_any().memory_table()).unwrap_err();
+                assert!(share.broken().is_some());
+            }
+        });
+    }
+
+    /// A connection to the daemon of the case, for one who was away, with its faults to come.
+    pub(super) fn connect_armed(
+        &mut self,
+        space: &AddressSpace,
+        case: &Case,
+        test: &str,
+    ) -> (Sink, Features) {
+        let (server, another) = Server::of(case, self.at, test);
+        if another {
+            self.server = Some(server);
+        }
+        let server = self.server.as_ref().expect("it is a daemon");
+        let (mut sink, features) = server.connect();
+        sink.arm(server.arm(case, self.at));
+        if let Some(limit) = limit_for(case, self.at) {
+            self.with_share(space, |share| set_limit(share, limit));
+        }
+        (sink, features)
+    }
+
+    /// How many of the faults have not happened.
+    pub(super) fn pending(&mut self, space: &AddressSpace) -> usize {
+        let mock = match &self.server {
+            Some(Server::Mock(daemon)) => daemon.pending_faults(),
+            _ => 0,
+        };
+        let hooks = self.with_share(space, |share| share.sink().pending());
+        let hypervisor = self.with_hypervisor(space, |hypervisor| hypervisor.pending());
+        mock + hooks.or(hypervisor).unwrap_or(0)
+    }
+
+    /// The messages about the table that the daemon was sent, if it can say.
+    pub(super) fn messages(&self) -> Option<usize> {
+        let Some(Server::Mock(daemon)) = &self.server else {
+            return None;
+        };
+        let is_change = |request: &LoggedRequest| {
+            matches!(
+                request,
+                LoggedRequest::SetMemTable(_)
+                    | LoggedRequest::AddMemRegion(_)
+                    | LoggedRequest::RemoveMemRegion(_)
+            )
+        };
+        let requests = daemon.requests();
+        Some(requests.iter().filter(|r| is_change(r)).count())
+    }
+
+    /// Asserts that it holds, by its own account and in truth, what is in `table`.
+    pub(super) fn holds(&mut self, space: &AddressSpace, table: &MemoryTable) {
+        let expected: Vec<_> = table.regions().iter().map(facts).collect();
+        let name = self.name.clone();
+        self.with_hypervisor(space, |hypervisor| {
+            assert_eq!(hypervisor.table(), expected, "what {name} maps");
+        });
+        self.with_share(space, |share| {
+            assert_eq!(share.broken(), None, "the share of {name}");
+            assert_eq!(share.table(), table, "the share of {name}");
+        });
+        if let Some(Server::Mock(daemon)) = &self.server {
+            let held: Vec<_> = daemon
+                .table()
+                .iter()
+                .map(|r| (r.guest_addr.0, r.size, r.mmap_offset, r.identity))
+                .collect();
+            assert_eq!(held, expected, "what {name} maps");
+        }
+    }
+}
+
+fn facts(region: &TableRegion) -> (u64, u64, u64, FileIdentity) {
+    let range = region.range();
+    (
+        range.start_addr().0,
+        range.size(),
+        region.mmap_offset(),
+        region.backing().identity(),
+    )
+}
+
+/// A memory that no listener holds.
+fn unlike_any() -> GuestMemoryShm {
+    GuestMemoryShm::from_ranges(&[(GuestAddress(1 << 40), 1 << 20)]).unwrap()
+}

@@ -1,0 +1,317 @@
+//! What should come of a case, by a model without sockets, files or threads.
+
+use super::matrix_case::{Case, Fault, Kind, Operation, Planned, Region};
+
+/// Why a listener did not do what it was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cause {
+    Refused,
+    HungUp,
+    Silent,
+    /// The share broke earlier.
+    Broken,
+    TooManyRegions,
+    /// What the hypervisor says: an error of the kernel, or its own.
+    Emfile,
+    Enomem,
+    NoSlot,
+    Dead,
+}
+
+/// How a listener fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Failure {
+    pub(super) away: bool,
+    pub(super) cause: Cause,
+    /// Where it failed, if it was at a region.
+    pub(super) region: Option<Region>,
+}
+
+/// What the caller of the operation is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Objection {
+    pub(super) listener: usize,
+    pub(super) failure: Failure,
+}
+
+/// What comes of a case.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Outcome {
+    pub(super) objection: Option<Objection>,
+    /// Who does not hold what it should.
+    pub(super) stale: Vec<bool>,
+    /// Who must be connected to anew.
+    pub(super) broken: Vec<bool>,
+    /// Which of the case's faults fired.
+    pub(super) fired: Vec<Planned>,
+    /// How often each listener was told something.
+    pub(super) messages: Vec<usize>,
+}
+
+struct Peer {
+    at: usize,
+    kind: Kind,
+    held: Vec<Region>,
+    /// What is told is not of use any more.
+    broken: bool,
+    stale: bool,
+    asked: bool,
+    messages: usize,
+    faults: Vec<Planned>,
+    fired: Vec<Planned>,
+}
+
+type Answer = Result<(), Failure>;
+
+#[derive(Clone, Copy)]
+enum Step {
+    Remove(Region),
+    Add(Region),
+    Set,
+}
+
+impl Step {
+    fn region(self) -> Option<Region> {
+        match self {
+            Self::Remove(region) | Self::Add(region) => Some(region),
+            Self::Set => None,
+        }
+    }
+}
+
+impl Peer {
+    fn new(case: &Case, at: usize) -> Self {
+        let absent = case.subject() == Some(at);
+        Self {
+            at,
+            kind: case.kinds[at],
+            held: if absent { Vec::new() } else { case.before() },
+            broken: false,
+            stale: false,
+            // Whoever was told something is asked first.
+            asked: !absent,
+            messages: 0,
+            faults: case.faults_of(at).collect(),
+            fired: Vec::new(),
+        }
+    }
+
+    /// The fault at a message that is sent now, if there is one.
+    fn fault_at(&mut self, message: usize, happens: impl Fn(Fault) -> bool) -> Option<Fault> {
+        let found = self.faults.iter().position(|planned| {
+            let earlier = planned.fault == Fault::Gone && message == 1;
+            (planned.message == message || earlier) && happens(planned.fault)
+        })?;
+        let planned = self.faults.remove(found);
+        self.fired.push(planned);
+        Some(planned.fault)
+    }
+
+    fn away(&mut self, cause: Cause, region: Option<Region>) -> Failure {
+        self.broken = true;
+        Failure {
+            away: true,
+            cause,
+            region,
+        }
+    }
+
+    fn check(&mut self, slots: usize, target: &[Region]) -> Answer {
+        if self.fault_at(0, |fault| fault == Fault::Broken).is_some() {
+            self.broken = true;
+        }
+        if self.kind == Kind::Hypervisor {
+            return self.check_slots(slots, target, Cause::NoSlot);
+        }
+        if self.broken {
+            return Err(self.away(Cause::Broken, None));
+        }
+        let Kind::Daemon { slots: true, .. } = self.kind else {
+            return Ok(());
+        };
+        if self.held == target {
+            return Ok(());
+        }
+        if !std::mem::replace(&mut self.asked, true) {
+            let happens = |fault| fault != Fault::OutOfSlots;
+            match self.fault_at(0, happens) {
+                None => {}
+                Some(Fault::Silent | Fault::Stopped) => return Err(self.away(Cause::Silent, None)),
+                Some(_) => return Err(self.away(Cause::HungUp, None)),
+            }
+        }
+        self.check_slots(slots, target, Cause::TooManyRegions)
+    }
+
+    fn check_slots(&mut self, slots: usize, target: &[Region], cause: Cause) -> Answer {
+        let few = |fault| fault == Fault::OutOfSlots && target.len() > slots;
+        match self.fault_at(0, few) {
+            None => Ok(()),
+            Some(_) => Err(Failure {
+                away: false,
+                cause,
+                region: None,
+            }),
+        }
+    }
+
+    fn steps(&self, target: &[Region]) -> Vec<Step> {
+        if let Kind::Daemon { slots: false, .. } = self.kind {
+            return if self.held == target {
+                Vec::new()
+            } else {
+                vec![Step::Set]
+            };
+        }
+        let gone = self.held.iter().rev().filter(|r| !target.contains(r));
+        let new = target.iter().filter(|r| !self.held.contains(r));
+        let gone = gone.copied().map(Step::Remove);
+        gone.chain(new.copied().map(Step::Add)).collect()
+    }
+
+    fn update(&mut self, target: &[Region]) -> Answer {
+        let steps = self.steps(target);
+        match self.kind {
+            Kind::Daemon { .. } if self.broken => return Err(self.away(Cause::Broken, None)),
+            // It is only known by what it is told.
+            Kind::Hypervisor if self.broken && !steps.is_empty() => {
+                return Err(self.away(Cause::Dead, None));
+            }
+            _ => {}
+        }
+        for (at, step) in steps.iter().copied().enumerate() {
+            self.messages += 1;
+            // Where nothing is mapped, nothing is needed.
+            let possible = |fault| match fault {
+                Fault::NoDescriptors | Fault::NoMemory => !matches!(step, Step::Remove(_)),
+                _ => true,
+            };
+            if let Some(fault) = self.fault_at(self.messages, possible) {
+                let next = steps.get(at + 1).copied().unwrap_or(step);
+                self.meet(fault, step, next)?;
+            }
+            match step {
+                Step::Remove(region) => self.held.retain(|held| *held != region),
+                Step::Add(region) => {
+                    self.held.push(region);
+                    self.held.sort_unstable();
+                }
+                Step::Set => self.held = target.to_vec(),
+            }
+        }
+        Ok(())
+    }
+
+    fn meet(&mut self, fault: Fault, step: Step, next: Step) -> Answer {
+        let refused = |cause| {
+            Err(Failure {
+                away: false,
+                cause,
+                region: step.region(),
+            })
+        };
+        let Kind::Daemon { slots, acks } = self.kind else {
+            return match fault {
+                Fault::Dies => Err(self.away(Cause::Dead, step.region())),
+                Fault::NoDescriptors => refused(Cause::Emfile),
+                Fault::NoMemory => refused(Cause::Enomem),
+                _ => refused(Cause::NoSlot),
+            };
+        };
+        Err(match fault {
+            Fault::Late => return Ok(()),
+            Fault::Refuse if acks && slots => return refused(Cause::Refused),
+            // What it holds is not known, or it hangs up.
+            Fault::Refuse | Fault::NoMemory if acks => self.away(Cause::Refused, step.region()),
+            Fault::Silent | Fault::Stopped => self.away(Cause::Silent, step.region()),
+            // It was believed until the next word.
+            Fault::DoneThenHangUp | Fault::KilledAfter if acks => {
+                self.away(Cause::HungUp, next.region())
+            }
+            _ => self.away(Cause::HungUp, step.region()),
+        })
+    }
+}
+
+/// Plays a case.
+pub(super) fn play(case: &Case) -> Outcome {
+    let mut peers: Vec<_> = (0..case.kinds.len())
+        .map(|at| Peer::new(case, at))
+        .collect();
+    let objection = match case.subject() {
+        Some(subject) => bring_up(case, &mut peers[subject]),
+        None => transact(case, &mut peers),
+    };
+    Outcome {
+        objection,
+        stale: peers.iter().map(|peer| peer.stale).collect(),
+        broken: peers.iter().map(|peer| peer.broken).collect(),
+        messages: peers.iter().map(|peer| peer.messages).collect(),
+        fired: peers.into_iter().flat_map(|peer| peer.fired).collect(),
+    }
+}
+
+fn bring_up(case: &Case, peer: &mut Peer) -> Option<Objection> {
+    let target = case.after();
+    let mut told = false;
+    let answer = peer.check(case.slots(), &target).and_then(|()| {
+        told = true;
+        peer.update(&target)
+    });
+    let failure = answer.err()?;
+    peer.stale = match case.operation {
+        // Taken back, if anything was told.
+        Operation::Attach => told && peer.update(&[]).is_err(),
+        _ => true,
+    };
+    Some(Objection {
+        listener: peer.at,
+        failure,
+    })
+}
+
+fn transact(case: &Case, peers: &mut [Peer]) -> Option<Objection> {
+    let (before, after) = (case.before(), case.after());
+    let tolerate = |peer: &mut Peer, failure: Failure| {
+        peer.stale |= failure.away;
+        let listener = peer.at;
+        (!failure.away || case.required).then_some(Objection { listener, failure })
+    };
+
+    let mut present = Vec::new();
+    for (at, peer) in peers.iter_mut().enumerate() {
+        match peer.check(case.slots(), &after) {
+            Ok(()) => present.push(at),
+            Err(failure) => {
+                if let Some(objection) = tolerate(peer, failure) {
+                    return Some(objection);
+                }
+            }
+        }
+    }
+
+    // Daemons that are neighbours among those who are there are told side by side.
+    let is_daemon = |at: usize| case.kinds[at] != Kind::Hypervisor;
+    let groups = present.chunk_by(|left, right| is_daemon(*left) && is_daemon(*right));
+    let mut told = Vec::new();
+    let mut objection = None;
+    for group in groups {
+        told.push(group);
+        for at in group {
+            match peers[*at].update(&after) {
+                Ok(()) => peers[*at].stale = false,
+                Err(failure) => objection = objection.or(tolerate(&mut peers[*at], failure)),
+            }
+        }
+        if objection.is_some() {
+            break;
+        }
+    }
+    if objection.is_some() {
+        for at in told.iter().rev().copied().flatten() {
+            let peer = &mut peers[*at];
+            peer.stale = peer.update(&before).is_err();
+        }
+    }
+    objection
+}

@@ -1,0 +1,411 @@
+//! Plays a case with real listeners, and looks at everything afterwards.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use guest_memory_shm::{
+    AddressSpace, AddressSpaceError, Attendance, Error, GuestMemoryShm, GuestRange, GuestRegionShm,
+    RamOptions, StaleListener,
+};
+use nix::errno::Errno;
+use vm_memory::{GuestAddress, GuestAddressSpace};
+
+use super::matrix_case::{BOOT, Case, Fault, Kind, Operation, Planned, Region};
+use super::matrix_hypervisor::Refusal;
+use super::matrix_member::{Id, Loose, Member, PATIENCE, Server, set_limit};
+use super::matrix_model::{Cause, Failure, Objection, Outcome};
+
+const MIB: u64 = 1 << 20;
+
+struct World<'a> {
+    case: &'a Case,
+    expected: &'a Outcome,
+    space: AddressSpace,
+    members: Vec<Member>,
+}
+
+/// What a failed operation says, beside the error's kind.
+struct Said<'a> {
+    away: bool,
+    listener: &'a str,
+    region: Option<GuestRange>,
+    stale: &'a [StaleListener],
+    source: &'a (dyn std::error::Error + Send + Sync + 'static),
+}
+
+/// Plays the case; `test` is what a process of its own is started with.
+pub(super) fn play(case: &Case, expected: &Outcome, test: &str) {
+    let mut world = World::start(case, expected, test);
+    let before = world.published();
+    let added: Vec<_> = case.operation.changes().1.iter().map(new_region).collect();
+    let after = with(&before, case.operation.changes().0, &added);
+    let counts = held_here();
+
+    match case.operation {
+        Operation::Attach => world.attach(),
+        Operation::Reconnect(subject) => world.reconnect(subject, test),
+        _ => world.transact(&added),
+    }
+    let happened = expected.objection.is_none();
+    world.look(if happened { &after } else { &before });
+    if !happened && case.operation.is_transaction() && !expected.stale.contains(&true) {
+        assert!(
+            comes_to(counts),
+            "{counts:?} before, {:?} after",
+            held_here()
+        );
+    }
+    world.heal();
+    if !happened && case.operation.is_transaction() {
+        world.commit(&added).expect("nothing is in the way");
+    }
+    world.all_hold(&after);
+
+    let more = new_region(&(96, 2));
+    world
+        .space
+        .insert(Arc::clone(&more))
+        .expect("nothing is in the way");
+    world.all_hold(&with(&after, &[], &[Arc::clone(&more)]));
+    let removed = world.space.remove(GuestAddress(96 * MIB), 2 * MIB);
+    assert!(removed.expect("nothing is in the way").removed()[0].is(&more));
+    world.all_hold(&after);
+}
+
+impl<'a> World<'a> {
+    /// All listeners as they are before the operation, with the faults to come.
+    fn start(case: &'a Case, expected: &'a Outcome, test: &str) -> Self {
+        let boot: Vec<_> = BOOT.iter().map(new_region).collect();
+        let memory = GuestMemoryShm::from_arc_regions(boot).unwrap();
+        let members = (0..case.kinds.len()).map(|at| Member::new(case, at, test));
+        let mut this = Self {
+            case,
+            expected,
+            space: AddressSpace::new(memory),
+            members: members.collect(),
+        };
+        for at in 0..this.members.len() {
+            if case.operation != Operation::Attach || case.subject() != Some(at) {
+                let attached = this.members[at].attach(&this.space, attendance(case), |error| {
+                    panic!("{error}: nothing is in the way")
+                });
+                assert!(attached);
+            }
+        }
+        match case.operation {
+            Operation::Reconnect(subject) => this.lose(subject),
+            _ => {
+                for member in &mut this.members {
+                    member.arm(&this.space, case);
+                }
+            }
+        }
+        this
+    }
+
+    fn published(&self) -> GuestMemoryShm {
+        GuestMemoryShm::clone(&self.space.memory().memory())
+    }
+
+    fn commit(&self, added: &[Arc<GuestRegionShm>]) -> Result<Vec<StaleListener>, Error> {
+        let mut transaction = self.space.transaction();
+        for (start, size) in self.case.operation.changes().0 {
+            transaction = transaction.remove(GuestAddress(start * MIB), size * MIB);
+        }
+        for region in added {
+            transaction = transaction.insert(Arc::clone(region));
+        }
+        let report = transaction.commit()?;
+        assert_eq!(
+            report.removed().len(),
+            self.case.operation.changes().0.len()
+        );
+        Ok(report.lagging().to_vec())
+    }
+
+    fn transact(&mut self, added: &[Arc<GuestRegionShm>]) {
+        match self.commit(added) {
+            Ok(lagging) => {
+                assert_eq!(self.expected.objection, None, "it happened");
+                self.names_stale(&lagging);
+            }
+            Err(error) => self.check_error(&error),
+        }
+        for (at, member) in self.members.iter().enumerate() {
+            // Nobody heard of anything else. One who hung up earlier heard of less.
+            let gone = |f: &Planned| matches!(f.fault, Fault::Gone | Fault::Broken);
+            if let Some(messages) = member.messages()
+                && !self.case.faults_of(at).any(|f| gone(&f))
+            {
+                assert_eq!(
+                    messages, self.expected.messages[at],
+                    "told to {}",
+                    member.name
+                );
+            }
+        }
+    }
+
+    fn attach(&mut self) {
+        let mut last = self.members.pop().expect("there is a listener");
+        let attached = last.attach(&self.space, attendance(self.case), |error| {
+            self.check_error(error);
+        });
+        assert_eq!(attached, self.expected.objection.is_none());
+        self.members.push(last);
+    }
+
+    /// Has a daemon go away, and the memory grow meanwhile if it may lag.
+    fn lose(&mut self, subject: usize) {
+        let member = &mut self.members[subject];
+        let Some(Server::Mock(daemon)) = &member.server else {
+            unreachable!("it is another daemon that plays the faults");
+        };
+        Server::hang_up(daemon);
+        match self.space.insert(new_region(&(40, 2))) {
+            Ok(report) => {
+                assert!(!self.case.required);
+                assert_eq!(report.lagging()[0].name(), member.name);
+            }
+            Err(error) => {
+                assert!(self.case.required, "{error}");
+                assert!(error.to_string().contains(&member.name), "{error}");
+            }
+        }
+    }
+
+    fn reconnect(&mut self, subject: usize, test: &str) {
+        let member = &mut self.members[subject];
+        let (sink, features) = member.connect_armed(&self.space, self.case, test);
+        let Some(Id::Share(id)) = &member.id else {
+            unreachable!("it is an attached daemon");
+        };
+        match self.space.reconnect(id, sink, features) {
+            Ok(_old) => assert_eq!(self.expected.objection, None, "it happened"),
+            Err(error) => self.check_error(&error),
+        }
+    }
+
+    /// Asserts that the error names the listener, the region, the cause and who is stale.
+    fn check_error(&self, error: &Error) {
+        let Error::AddressSpace(failed) = error else {
+            panic!("{error:?}");
+        };
+        let (away, (listener, region, stale, source)) = match &**failed {
+            AddressSpaceError::Refused {
+                listener,
+                region,
+                stale,
+                source,
+            } => (false, (listener, region, stale, source)),
+            AddressSpaceError::Away {
+                listener,
+                region,
+                stale,
+                source,
+            } => (true, (listener, region, stale, source)),
+            other => panic!("{other:?}"),
+        };
+        let said = Said {
+            away,
+            listener,
+            region: *region,
+            stale,
+            source: source.as_ref(),
+        };
+        let Some(Objection { listener, failure }) = self.expected.objection else {
+            panic!("it should have happened: {error}");
+        };
+        self.check_said(&said, &self.members.get(listener), failure);
+        let text = error.to_string();
+        assert!(text.contains(&format!("{:?}", said.listener)), "{text}");
+        assert!(text.contains(&said.source.to_string()), "{text}");
+        if let Some(range) = said.region {
+            assert!(text.contains(&range.to_string()), "{text}");
+        }
+        for stale in said.stale {
+            assert!(text.contains(stale.reason()), "{text}");
+        }
+    }
+
+    fn check_said(&self, said: &Said<'_>, member: &Option<&Member>, failure: Failure) {
+        let source = said.source;
+        assert_eq!(said.away, failure.away, "{source}");
+        match member {
+            Some(member) => assert_eq!(said.listener, member.name),
+            // The one that is being attached.
+            None => assert!(said.listener.ends_with(&self.members.len().to_string())),
+        }
+        let (removed, added) = self.case.operation.changes();
+        let first = removed.first().or(added.first()).copied();
+        assert_eq!(said.region, failure.region.or(first).map(range), "{source}");
+        assert_eq!(cause_of(source), failure.cause, "{source}");
+        if self.case.operation != Operation::Attach {
+            return self.names_stale(said.stale);
+        }
+        let stale = self.expected.stale.last().copied();
+        let names = said.stale.iter().map(StaleListener::name);
+        let expected = stale.unwrap_or(false).then_some(said.listener);
+        assert!(names.eq(expected), "{:?}", said.stale);
+    }
+
+    /// Asserts that these are the stale ones.
+    fn names_stale(&self, stale: &[StaleListener]) {
+        let named: Vec<_> = stale.iter().map(StaleListener::name).collect();
+        let members = self.members.iter().zip(&self.expected.stale);
+        let expected: Vec<_> = members
+            .filter(|(_, stale)| **stale)
+            .map(|(member, _)| member.name.as_str())
+            .collect();
+        assert_eq!(named, expected);
+        assert!(stale.iter().all(|stale| !stale.reason().is_empty()));
+    }
+
+    /// Looks at everybody after the operation: `memory` is what should be published.
+    fn look(&mut self, memory: &GuestMemoryShm) {
+        let table = memory.memory_table();
+        assert_eq!(self.published().memory_table(), table, "what readers see");
+        for status in self.space.listeners() {
+            let at = self.members.iter().position(|m| m.name == status.name());
+            let stale = self.expected.stale[at.expect("it is known")];
+            assert_eq!(status.stale().is_some(), stale, "{status:?}");
+        }
+        for member in &mut self.members {
+            if member.id.is_some() && !self.expected.stale[member.at] {
+                member.holds(&self.space, &table);
+            }
+            assert_eq!(member.pending(&self.space), 0, "faults of {}", member.name);
+        }
+    }
+
+    /// Repairs what is broken, without a fault to come.
+    fn heal(&mut self) {
+        for at in 0..self.members.len() {
+            let broken = self.expected.broken[at];
+            let member = &mut self.members[at];
+            member.with_hypervisor(&self.space, |hypervisor| hypervisor.heal());
+            let is_broken = member.with_share(&self.space, |share| {
+                set_limit(share, PATIENCE);
+                share.broken().is_some()
+            });
+            assert!(is_broken.is_none_or(|is| is == broken), "{}", member.name);
+            let few = self
+                .case
+                .faults_of(at)
+                .any(|f| f.fault == Fault::OutOfSlots);
+            if member.kind != Kind::Hypervisor && (broken || few) {
+                // Another program may be there by now.
+                if few || matches!(member.server, Some(Server::Process(_))) {
+                    member.server = Some(Server::mock(member.kind));
+                }
+                let server = member.server.as_ref().expect("it is a daemon");
+                let (sink, features) = server.connect();
+                match (&mut member.loose, &member.id) {
+                    (Some(Loose::Share(share)), _) => drop(share.reconnect(sink, features)),
+                    (_, Some(Id::Share(id))) => {
+                        let old = self.space.reconnect(id, sink, features);
+                        drop(old.expect("nothing is in the way"));
+                    }
+                    _ => unreachable!("it is a daemon"),
+                }
+            }
+            if member.loose.is_some() {
+                member.attach(&self.space, attendance(self.case), |error| {
+                    panic!("{error}: nothing is in the way")
+                });
+            }
+            // Who is stale but there is told at the next change; after these there is none.
+            if self.expected.objection.is_none() || !self.case.operation.is_transaction() {
+                let refreshed = match member.id.as_ref().expect("it is attached") {
+                    Id::Share(id) => self.space.refresh(id),
+                    Id::Hypervisor(id) => self.space.refresh(id),
+                };
+                refreshed.expect("nothing is in the way");
+            }
+        }
+    }
+
+    /// Asserts that `memory` is published, and that all hold it.
+    fn all_hold(&mut self, memory: &GuestMemoryShm) {
+        let table = memory.memory_table();
+        assert_eq!(self.published().memory_table(), table, "what readers see");
+        for status in self.space.listeners() {
+            assert_eq!(status.stale(), None, "{}", status.name());
+        }
+        for member in &mut self.members {
+            member.holds(&self.space, &table);
+        }
+    }
+}
+
+/// How many descriptors and mappings of shared memory this process has, those of the daemons in it
+/// included.
+fn held_here() -> (usize, usize) {
+    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let maps = crate::proc::maps();
+    let shared = maps.iter().filter(|map| map.path.starts_with("/memfd:"));
+    (descriptors, shared.count())
+}
+
+/// Whether there are as many as that, once the daemons have closed what they were sent.
+fn comes_to(counts: (usize, usize)) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    while held_here() != counts && Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+    held_here() == counts
+}
+
+fn attendance(case: &Case) -> Attendance {
+    match case.required {
+        true => Attendance::Required,
+        false => Attendance::MayLag,
+    }
+}
+
+fn new_region((start, size): &Region) -> Arc<GuestRegionShm> {
+    let region = GuestRegionShm::new(GuestAddress(start * MIB), size * MIB, &RamOptions::new());
+    Arc::new(region.unwrap())
+}
+
+fn range((start, size): Region) -> GuestRange {
+    GuestRange::new(GuestAddress(start * MIB), size * MIB).unwrap()
+}
+
+fn with(
+    memory: &GuestMemoryShm,
+    removed: &[Region],
+    added: &[Arc<GuestRegionShm>],
+) -> GuestMemoryShm {
+    let mut regions = memory.arc_regions();
+    let gone: Vec<_> = removed.iter().copied().map(range).collect();
+    regions.retain(|region| !gone.contains(&region.range()));
+    regions.extend(added.iter().cloned());
+    GuestMemoryShm::from_arc_regions(regions).unwrap()
+}
+
+fn cause_of(source: &(dyn std::error::Error + Send + Sync + 'static)) -> Cause {
+    if let Some(error) = source.downcast_ref::<Error>() {
+        return match error {
+            Error::DaemonRefused { .. } => Cause::Refused,
+            Error::DaemonHungUp { .. } => Cause::HungUp,
+            Error::DaemonSilent { .. } => Cause::Silent,
+            Error::ShareBroken { .. } => Cause::Broken,
+            Error::TooManyRegions { .. } => Cause::TooManyRegions,
+            other => panic!("{other:?}"),
+        };
+    }
+    if let Some(error) = source.downcast_ref::<io::Error>() {
+        return match error.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EMFILE) => Cause::Emfile,
+            Some(Errno::ENOMEM) => Cause::Enomem,
+            other => panic!("{other:?}"),
+        };
+    }
+    match source.downcast_ref::<Refusal>() {
+        Some(Refusal::NoSlot) => Cause::NoSlot,
+        Some(Refusal::Dead) => Cause::Dead,
+        None => panic!("{source:?}"),
+    }
+}

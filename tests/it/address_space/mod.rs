@@ -1,0 +1,10 @@
+//! `AddressSpace`: what its listeners and readers hold when a change happens, or does not.
+
+mod matrix;
+mod matrix_case;
+mod matrix_hypervisor;
+mod matrix_member;
+mod matrix_model;
+mod matrix_process;
+mod matrix_sink;
+mod matrix_world;
