@@ -18,19 +18,22 @@
 //! # Ok::<(), guest_memory_shm::Error>(())
 //! ```
 //!
-//! # Three ideas
+//! # Four ideas
 //!
 //! - A **backing** ([`ShmBacking`]) is the object behind RAM: a descriptor of known size, a sealed
 //!   memfd unless asked otherwise ([`RamOptions`]). Daemons get this descriptor.
 //! - A **region** ([`GuestRegionShm`]) is one mapping of a part of a backing, placed at a guest
 //!   address.
 //! - A **memory** ([`GuestMemoryShm`]) is an immutable, sorted set of regions with a constant-time
-//!   index. Hotplug makes a new one, published through vm-memory's `GuestMemoryAtomic`.
+//!   index. Hotplug makes a new one.
+//! - An **address space** ([`AddressSpace`]) publishes memories, through vm-memory's
+//!   `GuestMemoryAtomic`, and tells listeners (daemons, the hypervisor) of each change: all of
+//!   them, or none.
 //!
 #![cfg_attr(
     feature = "vhost-user",
     doc = "With the feature `vhost-user` a memory has a [`MemoryTable`], and a [`VhostUserShare`]",
-    doc = "keeps a daemon's view equal to it."
+    doc = "keeps a daemon's view equal to it, by itself or as a listener of an address space."
 )]
 //!
 //! # Map of modules
@@ -75,7 +78,9 @@
 //! 6. Order at creation: size, seal, map, bind to NUMA nodes, advise, populate. Policies and advice
 //!    after the first page are silently useless.
 //! 7. Failure leaves nothing: no name in `/dev/shm`, no descriptor, no mapping, no page.
-//! 8. nix and libc types stay out of public signatures; vhost types are only in `share`, `receive`,
+//! 8. A change of an [`AddressSpace`] reaches all listeners or none. A listener that could not be put
+//!    back, or was away and may be, is stale, and is told everything later.
+//! 9. nix and libc types stay out of public signatures; vhost types are only in `share`, `receive`,
 //!    `address_space` and `mock`, those of kvm-ioctls only in `kvm`.
 //!
 //! # Safety model
