@@ -7,13 +7,14 @@
 //! Both sides make a region (memfd, mmap) and drop it. The bare side sends ADD_MEM_REG and
 //! REM_MEM_REG, each acknowledged. `AddressSpace` also asks each daemon after each change whether
 //! it is still there, because some acknowledge what they refuse and hang up then: "with the
-//! question" is the bare exchange with that round trip (GET_FEATURES).
+//! question" is the bare exchange with that round trip (GET_FEATURES). All daemons share the CPUs with
+//! the bench: many of them at once are limited by these, unless they wait for something.
 
 use std::error::Error;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use guest_memory_shm::mock::{BlkDevice, MockDaemon};
+use guest_memory_shm::mock::{BlkDevice, Fault, MockDaemon};
 use guest_memory_shm::{
     AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, TableRegion, VhostUserShare,
 };
@@ -25,6 +26,8 @@ use vm_memory::GuestAddress;
 const PLUG: GuestAddress = GuestAddress(1 << 42);
 const SIZE: u64 = 2 << 20;
 const GIB: usize = 1 << 30;
+/// What a daemon takes that has something else to do first.
+const LATE: Duration = Duration::from_millis(3);
 
 type Failure = Box<dyn Error>;
 
@@ -41,7 +44,13 @@ fn main() -> Result<(), Failure> {
         "daemons", "bare messages", "with the question", "AddressSpace", "ratio", "to the question"
     );
     for daemons in [1, 4, 16] {
-        plug(daemons, rounds)?;
+        plug(daemons, rounds, None)?;
+    }
+    println!(
+        "and where the daemons take {LATE:?} for each change, each of them longer than the CPUs need:"
+    );
+    for daemons in [1, 4, 16] {
+        plug(daemons, rounds.div_ceil(10), Some(LATE))?;
     }
     println!();
     size_of_ram(rounds)?;
@@ -86,13 +95,23 @@ fn region() -> Result<GuestRegionShm, Failure> {
     Ok(GuestRegionShm::new(PLUG, SIZE, &RamOptions::new())?)
 }
 
-fn plug(count: usize, rounds: usize) -> Result<(), Failure> {
+fn plug(count: usize, rounds: usize, late: Option<Duration>) -> Result<(), Failure> {
     let start = || MockDaemon::builder().start_unnamed();
     let theirs: Vec<_> = (0..count).map(|_| start()).collect::<Result<_, _>>()?;
     let ours: Vec<_> = (0..count).map(|_| start()).collect::<Result<_, _>>()?;
     let memory = memory(GIB)?;
     let mut bare = Bare::connect(&theirs, &memory)?;
     let space = attach(&ours, memory)?;
+
+    if let Some(late) = late {
+        // The bare side has two exchanges in each round.
+        let all = theirs.iter().map(|daemon| (daemon, 4));
+        for (daemon, changes) in all.chain(ours.iter().map(|daemon| (daemon, 2))) {
+            for change in 1..=changes * rounds as u64 {
+                daemon.inject(Fault::answer_late(change, late));
+            }
+        }
+    }
 
     let (mut messages, mut question, mut space_times) =
         (Times::default(), Times::default(), Times::default());

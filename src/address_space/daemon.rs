@@ -37,10 +37,14 @@ where
 }
 
 impl<F: MemTableSink> VhostUserShare<F> {
-    fn failed(&self, error: Error) -> ListenerError {
+    fn failed(&mut self, error: Error) -> ListenerError {
         let range = region_of(&error);
         let failed = match self.broken() {
-            Some(_) => ListenerError::away(error),
+            Some(_) => {
+                // RAM that is unplugged while the daemon is away must not be kept for it.
+                self.forget_table();
+                ListenerError::away(error)
+            }
             None => ListenerError::refused(error),
         };
         match range {

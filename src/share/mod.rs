@@ -315,7 +315,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     /// What the daemon has acknowledged. After a failure this may be part of a change. What a
     /// daemon does about the change at which it failed is known only if it refused, and the share
-    /// is not [`broken`](Self::broken): nothing.
+    /// is not [`broken`](Self::broken): nothing. Of a broken share an
+    /// [`AddressSpace`](crate::AddressSpace) has it forgotten.
     pub fn table(&self) -> &MemoryTable {
         &self.held
     }
@@ -360,6 +361,11 @@ impl<F: MemTableSink> VhostUserShare<F> {
             true => self.max_slots().map(drop),
             false => Ok(()),
         }
+    }
+
+    /// Lets go of what the daemon had acknowledged before the share broke.
+    pub(crate) fn forget_table(&mut self) {
+        self.held = MemoryTable::default();
     }
 
     /// Whether a call of the sink may wait for somebody.

@@ -58,6 +58,33 @@ fn a_resize_goes_on_without_a_device_that_is_disconnected() {
     assert_eq!(space.listeners()[0].stale(), None);
 }
 
+/// How many descriptors of this process are of the file.
+fn descriptors_of(ino: u64) -> usize {
+    let fds = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    // One may be closed meanwhile, by another test.
+    let files = fds.filter_map(|fd| std::fs::metadata(fd.path()).ok());
+    files
+        .filter(|file| std::os::unix::fs::MetadataExt::ino(file) == ino)
+        .count()
+}
+
+/// What a device held that is gone does not keep RAM from being given back.
+#[test]
+fn ram_that_is_unplugged_while_a_device_is_away_is_free() {
+    let (space, daemon) = (space(), daemon());
+    space.attach("gone", share(&daemon, PATIENCE)).unwrap();
+    let plug = region(4);
+    let ino = plug.backing().identity().ino;
+    space.insert(plug).unwrap();
+    assert!(descriptors_of(ino) > 0);
+    daemon.hang_up();
+    daemon.wait_disconnected(PATIENCE).unwrap();
+    let report = space.remove(GuestAddress(4 * MIB), MIB).unwrap();
+    assert_eq!(report.lagging().len(), 1);
+    drop(report);
+    assert_eq!(descriptors_of(ino), 0);
+}
+
 /// Cloud Hypervisor: reconnecting sends the whole table by SET_MEM_TABLE, so that a guest that
 /// grew past 8 regions cannot reconnect.
 #[test]
