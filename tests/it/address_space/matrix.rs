@@ -14,6 +14,7 @@ use std::cmp::Ordering;
 use std::collections::HashSet;
 
 use super::matrix_case::{Case, DAEMONS, Fault, Kind, OPERATIONS, Operation, Planned};
+use super::matrix_kvm::has_kvm;
 use super::matrix_model::play as model;
 use super::matrix_process::was_daemon;
 use super::matrix_world::play;
@@ -109,7 +110,7 @@ fn happens(case: &Case) -> bool {
 fn single(operation: Operation, count: usize, kind: Kind, faults: &[Fault]) -> Vec<Case> {
     let mut cases = Vec::new();
     for (operation, listener) in subjects(operation, count) {
-        if kind == Kind::Hypervisor && matches!(operation, Operation::Reconnect(_)) {
+        if !kind.is_daemon() && matches!(operation, Operation::Reconnect(_)) {
             continue;
         }
         for (at, (message, fault)) in plans(operation, faults).into_iter().enumerate() {
@@ -182,8 +183,8 @@ enum Essence {
     Place(Operation, usize, Planned),
     /// And for each kind and attendance, wherever it is.
     Kind(Operation, bool, Kind, usize, Fault),
-    /// Processes take longer: each fault at each message of each kind.
-    Process(Operation, Kind, usize, Fault),
+    /// Processes and virtual machines take longer: each fault at each message of each kind.
+    Slow(Operation, Kind, usize, Fault),
     /// Of two faults, the second at each message after or beside each of the first, at the same
     /// listener, one before it and one behind it.
     Pair(Operation, usize, usize, Fault, Ordering),
@@ -197,8 +198,8 @@ impl Essence {
         };
         let kind = |planned: &Planned| case.kinds[planned.listener];
         match &case.faults[..] {
-            [one] if case.is_process(one.listener) => {
-                vec![Self::Process(operation, kind(one), one.message, one.fault)]
+            [one] if case.is_process(one.listener) || case.kinds.contains(&Kind::Kvm) => {
+                vec![Self::Slow(operation, kind(one), one.message, one.fault)]
             }
             [one] => vec![
                 Self::Place(operation, case.kinds.len(), *one),
@@ -266,6 +267,25 @@ impl Drop for Failing<'_> {
     }
 }
 
+/// KVM refuses, or a daemon does behind it.
+fn behind_kvm() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for operation in OPERATIONS {
+        for count in 1..=4 {
+            let faults = [Fault::Refuse, Fault::OutOfSlots];
+            cases.extend(single(operation, count, Kind::Kvm, &faults));
+            for mut case in single(operation, count, DAEMONS[0], &MOCK) {
+                if case.faults[0].listener != 0 {
+                    case.kinds[0] = Kind::Kvm;
+                    cases.push(case);
+                }
+            }
+        }
+    }
+    cases.retain(happens);
+    cases
+}
+
 /// Faults of daemons in processes of their own.
 fn processes() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -318,6 +338,14 @@ fn one_fault_while_a_listener_is_attached() {
 fn one_fault_while_a_daemon_is_connected_to_anew() {
     let cases = chosen(singles(Operation::Reconnect(0)), 270);
     in_own_process(|| play_all(&cases, ""));
+}
+
+#[test]
+fn one_fault_of_kvm_or_behind_it() {
+    if has_kvm() {
+        let cases = chosen(behind_kvm(), 100);
+        in_own_process(|| play_all(&cases, ""));
+    }
 }
 
 #[test]

@@ -30,6 +30,8 @@ pub(super) enum Kind {
     Daemon { slots: bool, acks: bool },
     /// One that is told of each region, maps it and keeps a descriptor of it.
     Hypervisor,
+    /// KVM's memory slots.
+    Kvm,
 }
 
 /// What goes wrong, at one message.
@@ -114,6 +116,12 @@ pub(super) const OPERATIONS: [Operation; 7] = [
     Operation::Reconnect(0),
 ];
 
+impl Kind {
+    pub(super) fn is_daemon(self) -> bool {
+        matches!(self, Self::Daemon { .. })
+    }
+}
+
 impl Operation {
     /// The regions that go, and those that come.
     pub(super) fn changes(self) -> (&'static [Region], &'static [Region]) {
@@ -176,7 +184,7 @@ impl Case {
 
     /// Whether a listener plays its part in another process.
     pub(super) fn is_process(&self, listener: usize) -> bool {
-        matches!(self.kinds[listener], Kind::Daemon { .. })
+        self.kinds[listener].is_daemon()
             && self.faults_of(listener).any(|planned| {
                 matches!(
                     planned.fault,
@@ -195,6 +203,7 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Hypervisor => "hypervisor",
+            Self::Kvm => "kvm",
             Self::Daemon {
                 slots: true,
                 acks: true,

@@ -5,14 +5,15 @@ use std::time::Duration;
 
 use guest_memory_shm::mock::{BlkDevice, Fault as MockFault, FaultKind, LoggedRequest, MockDaemon};
 use guest_memory_shm::{
-    AddressSpace, Attendance, Error, FileIdentity, GuestMemoryShm, ListenerId, MemoryTable,
-    PerRegion, TableRegion, VhostUserShare,
+    AddressSpace, Attendance, Error, FileIdentity, GuestMemoryShm, KvmSlot, KvmSlots, ListenerId,
+    MemoryTable, PerRegion, TableRegion, VhostUserShare,
 };
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::GuestAddress;
 
 use super::matrix_case::{Case, Fault, Kind, Operation};
 use super::matrix_hypervisor::Hypervisor;
+use super::matrix_kvm::Machine;
 use super::matrix_process::{DaemonProcess, builder};
 use super::matrix_sink::{Hook, Moment, Sink};
 
@@ -37,12 +38,14 @@ pub(super) enum Server {
 pub(super) enum Loose {
     Share(Share),
     Hypervisor(PerRegion<Hypervisor>),
+    Kvm(KvmSlots),
 }
 
 /// The address space's names for listeners.
 pub(super) enum Id {
     Share(ListenerId<Share>),
     Hypervisor(ListenerId<PerRegion<Hypervisor>>),
+    Kvm(ListenerId<KvmSlots>),
 }
 
 pub(super) struct Member {
@@ -50,6 +53,7 @@ pub(super) struct Member {
     pub(super) name: String,
     pub(super) kind: Kind,
     pub(super) server: Option<Server>,
+    pub(super) machine: Option<Machine>,
     pub(super) loose: Option<Loose>,
     pub(super) id: Option<Id>,
 }
@@ -177,10 +181,16 @@ impl Member {
     /// A listener that is not attached yet; `test` is what a process of its own is started with.
     pub(super) fn new(case: &Case, at: usize, test: &str) -> Self {
         let kind = case.kinds[at];
+        let mut machine = None;
         let (server, loose) = match kind {
             Kind::Hypervisor => {
                 let hypervisor = PerRegion::new(Hypervisor::new(usize::MAX));
                 (None, Loose::Hypervisor(hypervisor))
+            }
+            Kind::Kvm => {
+                let few = case.faults_of(at).any(|f| f.fault == Fault::OutOfSlots);
+                let machine = machine.insert(Machine::new());
+                (None, Loose::Kvm(machine.slots(few.then(|| case.slots()))))
             }
             Kind::Daemon { .. } => {
                 let server = match case.operation {
@@ -198,6 +208,7 @@ impl Member {
             name: format!("{kind} {at}"),
             kind,
             server,
+            machine,
             loose: Some(loose),
             id: None,
         }
@@ -218,6 +229,13 @@ impl Member {
                 Err(refused) => {
                     look(refused.error());
                     self.loose = Some(Loose::Share(refused.into_listener()));
+                }
+            },
+            Loose::Kvm(slots) => match space.attach_as(name, attendance, slots) {
+                Ok(id) => self.id = Some(Id::Kvm(id)),
+                Err(refused) => {
+                    look(refused.error());
+                    self.loose = Some(Loose::Kvm(refused.into_listener()));
                 }
             },
             Loose::Hypervisor(hypervisor) => match space.attach_as(name, attendance, hypervisor) {
@@ -273,6 +291,9 @@ impl Member {
             }
             hypervisor.arm(faults);
         });
+        if let Some(machine) = &mut self.machine {
+            machine.arm(case, at);
+        }
         let Some(server) = &self.server else { return };
         let hooks = server.arm(case, at);
         self.with_share(space, |share| {
@@ -346,6 +367,19 @@ impl Member {
             assert_eq!(share.broken(), None, "the share of {name}");
             assert_eq!(share.table(), table, "the share of {name}");
         });
+        if let Some(machine) = &mut self.machine {
+            let mib = |(start, size, ..): &(u64, u64, u64, FileIdentity)| (start >> 20, size >> 20);
+            let regions: Vec<_> = expected.iter().map(mib).collect();
+            let held = |slots: &mut KvmSlots| {
+                let ranges = slots.slots().map(KvmSlot::range);
+                let mib = ranges.map(|range| (range.start_addr().0 >> 20, range.size() >> 20));
+                mib.collect::<Vec<_>>()
+            };
+            if let Some(Id::Kvm(id)) = &self.id {
+                assert_eq!(space.with_listener(id, held).unwrap(), regions);
+            }
+            machine.holds(&regions);
+        }
         if let Some(Server::Mock(daemon)) = &self.server {
             let held: Vec<_> = daemon
                 .table()

@@ -120,7 +120,7 @@ impl Peer {
         if self.fault_at(0, |fault| fault == Fault::Broken).is_some() {
             self.broken = true;
         }
-        if self.kind == Kind::Hypervisor {
+        if !self.kind.is_daemon() {
             return self.check_slots(slots, target, Cause::NoSlot);
         }
         if self.broken {
@@ -174,16 +174,19 @@ impl Peer {
         match self.kind {
             Kind::Daemon { .. } if self.broken => return Err(self.away(Cause::Broken, None)),
             // It is only known by what it is told.
-            Kind::Hypervisor if self.broken && !steps.is_empty() => {
+            Kind::Hypervisor | Kind::Kvm if self.broken && !steps.is_empty() => {
                 return Err(self.away(Cause::Dead, None));
             }
             _ => {}
         }
         for (at, step) in steps.iter().copied().enumerate() {
             self.messages += 1;
+            let kind = self.kind;
             // Where nothing is mapped, nothing is needed.
             let possible = |fault| match fault {
                 Fault::NoDescriptors | Fault::NoMemory => !matches!(step, Step::Remove(_)),
+                // A slot in the way is in the way of what comes.
+                Fault::Refuse if kind == Kind::Kvm => matches!(step, Step::Add(_)),
                 _ => true,
             };
             if let Some(fault) = self.fault_at(self.messages, possible) {
@@ -291,7 +294,7 @@ fn transact(case: &Case, peers: &mut [Peer]) -> Option<Objection> {
     }
 
     // Daemons that are neighbours among those who are there are told side by side.
-    let is_daemon = |at: usize| case.kinds[at] != Kind::Hypervisor;
+    let is_daemon = |at: usize| case.kinds[at].is_daemon();
     let groups = present.chunk_by(|left, right| is_daemon(*left) && is_daemon(*right));
     let mut told = Vec::new();
     let mut objection = None;

@@ -6,12 +6,12 @@ use std::time::Instant;
 
 use guest_memory_shm::{
     AddressSpace, AddressSpaceError, Attendance, Error, GuestMemoryShm, GuestRange, GuestRegionShm,
-    RamOptions, StaleListener,
+    KvmError, RamOptions, StaleListener,
 };
 use nix::errno::Errno;
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
-use super::matrix_case::{BOOT, Case, Fault, Kind, Operation, Planned, Region};
+use super::matrix_case::{BOOT, Case, Fault, Operation, Planned, Region};
 use super::matrix_hypervisor::Refusal;
 use super::matrix_member::{Id, Loose, Member, PATIENCE, Server, set_limit};
 use super::matrix_model::{Cause, Failure, Objection, Outcome};
@@ -48,7 +48,6 @@ pub(super) fn play(case: &Case, expected: &Outcome, test: &str) {
         _ => world.transact(&added),
     }
     let happened = expected.objection.is_none();
-    world.look(if happened { &after } else { &before });
     if !happened && case.operation.is_transaction() && !expected.stale.contains(&true) {
         assert!(
             comes_to(counts),
@@ -56,6 +55,7 @@ pub(super) fn play(case: &Case, expected: &Outcome, test: &str) {
             held_here()
         );
     }
+    world.look(if happened { &after } else { &before });
     world.heal();
     if !happened && case.operation.is_transaction() {
         world.commit(&added).expect("nothing is in the way");
@@ -294,7 +294,18 @@ impl<'a> World<'a> {
                 .case
                 .faults_of(at)
                 .any(|f| f.fault == Fault::OutOfSlots);
-            if member.kind != Kind::Hypervisor && (broken || few) {
+            if let Some(machine) = &mut member.machine {
+                machine.heal();
+                if few {
+                    if let Some(Id::Kvm(id)) = member.id.take() {
+                        drop(self.space.detach(id).expect("it is attached"));
+                    }
+                    // Its slots are free again before others are taken.
+                    member.loose = None;
+                    member.loose = Some(Loose::Kvm(machine.slots(None)));
+                }
+            }
+            if member.kind.is_daemon() && (broken || few) {
                 // Another program may be there by now.
                 if few || matches!(member.server, Some(Server::Process(_))) {
                     member.server = Some(Server::mock(member.kind));
@@ -320,6 +331,7 @@ impl<'a> World<'a> {
                 let refreshed = match member.id.as_ref().expect("it is attached") {
                     Id::Share(id) => self.space.refresh(id),
                     Id::Hypervisor(id) => self.space.refresh(id),
+                    Id::Kvm(id) => self.space.refresh(id),
                 };
                 refreshed.expect("nothing is in the way");
             }
@@ -393,6 +405,7 @@ fn cause_of(source: &(dyn std::error::Error + Send + Sync + 'static)) -> Cause {
             Error::DaemonSilent { .. } => Cause::Silent,
             Error::ShareBroken { .. } => Cause::Broken,
             Error::TooManyRegions { .. } => Cause::TooManyRegions,
+            Error::Kvm(KvmError::OutOfSlots { .. } | KvmError::Refused { .. }) => Cause::NoSlot,
             other => panic!("{other:?}"),
         };
     }
