@@ -11,6 +11,9 @@ use crate::share::{MemTableSink, VhostUserShare};
 
 /// A daemon. It refuses what it (or the limit on its table) does not take, and it is away once its
 /// share is broken, until it is [connected to anew](AddressSpace::reconnect).
+///
+/// One that refuses and hangs up then, as most do, has refused, and cannot be put back: the change
+/// is undone, and it is stale. Without REPLY_ACK a refusal is a mere hang-up, and the daemon away.
 impl<F, B> MemoryListener<B> for VhostUserShare<F>
 where
     F: MemTableSink + Send + 'static,
@@ -39,13 +42,17 @@ where
 impl<F: MemTableSink> VhostUserShare<F> {
     fn failed(&mut self, error: Error) -> ListenerError {
         let range = region_of(&error);
-        let failed = match self.broken() {
-            Some(_) => {
-                // RAM that is unplugged while the daemon is away must not be kept for it.
-                self.forget_table();
-                ListenerError::away(error)
-            }
-            None => ListenerError::refused(error),
+        // Most daemons hang up when they have refused: the answer counts all the same, or a change
+        // that one refuses would happen without it.
+        let refuses = matches!(error, Error::DaemonRefused { .. });
+        let broken = self.broken().is_some();
+        if broken {
+            // RAM that is unplugged while the daemon is away must not be kept for it.
+            self.forget_table();
+        }
+        let failed = match broken && !refuses {
+            true => ListenerError::away(error),
+            false => ListenerError::refused(error),
         };
         match range {
             Some(range) => failed.at(range),

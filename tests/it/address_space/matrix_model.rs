@@ -224,8 +224,11 @@ impl Peer {
         Err(match fault {
             Fault::Late => return Ok(()),
             Fault::Refuse if acks && slots => return refused(Cause::Refused),
-            // What it holds is not known, or it hangs up.
-            Fault::Refuse | Fault::NoMemory if acks => self.away(Cause::Refused, step.region()),
+            // What it holds is not known, or it hangs up: but it has refused.
+            Fault::Refuse | Fault::NoMemory if acks => Failure {
+                away: false,
+                ..self.away(Cause::Refused, step.region())
+            },
             Fault::Silent | Fault::Stopped => self.away(Cause::Silent, step.region()),
             // It was believed until the next word.
             Fault::DoneThenHangUp | Fault::KilledAfter if acks => {
