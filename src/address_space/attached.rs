@@ -129,8 +129,14 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
                 let attached = &mut self.all[at];
                 match answer {
                     Ok(()) => attached.stale = None,
-                    // The first one stands for the others.
-                    Err(error) => objection = objection.and(attached.tolerate(error)),
+                    Err(error) => {
+                        let other = attached.tolerate(error);
+                        // The first one stands for the others.
+                        if let (Err(_), Err(other)) = (&objection, &other) {
+                            log::warn!("{:?}, too: {}", other.listener, other.error.reason());
+                        }
+                        objection = objection.and(other);
+                    }
                 }
             }
             objection?;
@@ -149,7 +155,7 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
                     // One that is away already stays so, for the first reason.
                     Err(_) if attached.stale.is_some() => {}
                     Err(error) => {
-                        let reason = format!("it could not be put back: {}", reason_of(&error));
+                        let reason = format!("it could not be put back: {}", error.reason());
                         attached.become_stale(reason);
                     }
                 }
@@ -205,7 +211,7 @@ impl<B: 'static> Attached<B> {
         }
         // The first reason is why; the later ones only follow from it.
         if self.stale.is_none() {
-            self.become_stale(reason_of(&error));
+            self.become_stale(error.reason());
         }
         match self.attendance {
             Attendance::MayLag => Ok(()),
@@ -249,15 +255,4 @@ impl Objection {
             }
         }
     }
-}
-
-/// The cause and the causes of it, in one line.
-pub(super) fn reason_of(error: &ListenerError) -> String {
-    let mut texts = Vec::new();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        texts.push(error.to_string());
-        cause = error.source();
-    }
-    texts.join(": ")
 }

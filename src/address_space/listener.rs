@@ -59,6 +59,8 @@ pub trait MemoryListener<B = ()>: Any + Send {
 
     /// Makes what it holds equal to `memory`, whatever it held.
     ///
+    /// One that is away fails with that again and again, until it is back.
+    ///
     /// When this returns it must not use a region that is not in `memory` any more: nothing keeps
     /// such a region mapped but handles of it. The listener keeps handles of the regions that it
     /// holds (or the descriptors) as long as it uses them.
@@ -124,6 +126,17 @@ impl ListenerError {
     /// The region at which it failed, if it was one.
     pub fn range(&self) -> Option<GuestRange> {
         self.range
+    }
+
+    /// The cause and the causes of it, in one line.
+    pub(super) fn reason(&self) -> String {
+        let mut texts = Vec::new();
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self.cause.as_ref());
+        while let Some(error) = cause {
+            texts.push(error.to_string());
+            cause = error.source();
+        }
+        texts.join(": ")
     }
 
     /// Why.

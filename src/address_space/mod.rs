@@ -25,7 +25,7 @@ mod transaction;
 mod workers;
 
 pub use attached::Attendance;
-use attached::{Attached, Listeners, Objection, reason_of};
+use attached::{Attached, Listeners, Objection};
 pub use listener::{ListenerError, MemoryListener};
 pub use per_region::{PerRegion, RegionListener};
 pub use transaction::{ChangeReport, Transaction};
@@ -276,10 +276,10 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         match attached.bring_up(&memory) {
             Ok(()) => attached.stale = None,
             Err((objection, _)) => {
-                attached.become_stale(reason_of(&objection.error));
+                let reason = objection.error.reason();
+                attached.become_stale(reason.clone());
                 let name = attached.name.clone();
-                let mut stale = listeners.stale();
-                stale.retain(|stale| stale.name == name);
+                let stale = vec![StaleListener { name, reason }];
                 return Err(objection.into_error(None, stale).into());
             }
         }
@@ -335,7 +335,7 @@ impl<B: Bitmap + Send + Sync + 'static> Attached<B> {
         let error = self.call(Call::Update, &GuestMemoryShm::new()).err()?;
         Some(StaleListener {
             name: self.name.clone(),
-            reason: reason_of(&error),
+            reason: error.reason(),
         })
     }
 }

@@ -69,10 +69,15 @@ pub trait RegionListener<B = ()>: Send + 'static {
 /// Removals come first, highest address first, then additions, lowest first: a region that moves
 /// or grows never overlaps its successor, and no more are held at once than before or after.
 /// Dropped, it lets the regions go without telling the listener.
+///
+/// A listener that was [away](ListenerError::away) once is told nothing more until
+/// [`begin_anew`](Self::begin_anew) says that it is back.
 pub struct PerRegion<L, B = ()> {
     listener: L,
     /// Sorted by address.
     held: Vec<GuestRegionShm<B>>,
+    /// Why it is away.
+    away: Option<String>,
 }
 
 impl<L: RegionListener<B>, B> PerRegion<L, B> {
@@ -81,7 +86,15 @@ impl<L: RegionListener<B>, B> PerRegion<L, B> {
         Self {
             listener,
             held: Vec::new(),
+            away: None,
         }
+    }
+
+    /// Goes on with a listener that holds no region, after it was away. It is told all of them at
+    /// the next change, or by [`AddressSpace::refresh`](crate::AddressSpace::refresh).
+    pub fn begin_anew(&mut self) {
+        self.held.clear();
+        self.away = None;
     }
 
     /// The regions that it was given and has not let go, sorted by address.
@@ -104,36 +117,60 @@ impl<L: RegionListener<B>, B: Bitmap + Send + Sync + 'static> MemoryListener<B>
     for PerRegion<L, B>
 {
     fn check(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
-        self.listener.check(memory)
+        self.check_present()?;
+        let answer = self.listener.check(memory);
+        self.note(answer)
     }
 
     fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
+        self.check_present()?;
+        let answer = self.tell(memory);
+        self.note(answer)
+    }
+}
+
+impl<L: RegionListener<B>, B: Bitmap> PerRegion<L, B> {
+    fn tell(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
         for at in (0..self.held.len()).rev() {
             let region = &self.held[at];
-            if memory
-                .find_region(region.start_addr())
-                .is_some_and(|there| there.is(region))
-            {
+            let there = memory.find_region(region.start_addr());
+            if there.is_some_and(|there| there.is(region)) {
                 continue;
             }
             let range = region.range();
-            self.listener
-                .region_remove(region)
-                .map_err(|error| error.at(range))?;
+            let removed = self.listener.region_remove(region);
+            removed.map_err(|error| error.at(range))?;
             self.held.remove(at);
         }
         for region in memory.iter() {
+            let range = region.range();
             let place = self
                 .held
-                .binary_search_by_key(&region.range(), GuestRegionShm::range);
+                .binary_search_by_key(&range, GuestRegionShm::range);
             let Err(place) = place else { continue };
-            let range = region.range();
-            self.listener
-                .region_add(region)
-                .map_err(|error| error.at(range))?;
+            let added = self.listener.region_add(region);
+            added.map_err(|error| error.at(range))?;
             self.held.insert(place, region.clone());
         }
         Ok(())
+    }
+
+    fn check_present(&self) -> Result<(), ListenerError> {
+        match &self.away {
+            Some(reason) => Err(ListenerError::away(reason.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// What it holds is nobody's business any more once it is away.
+    fn note(&mut self, answer: Result<(), ListenerError>) -> Result<(), ListenerError> {
+        if let Err(error) = &answer
+            && error.is_away()
+        {
+            self.away = Some(error.reason());
+            self.held.clear();
+        }
+        answer
     }
 }
 

@@ -516,6 +516,43 @@ fn regions_go_from_above_and_come_from_below_and_the_one_that_failed_is_named() 
 }
 
 #[test]
+fn a_listener_of_regions_that_was_away_is_told_all_of_them_when_it_begins_anew() {
+    struct Dma(Arc<Mutex<bool>>);
+    impl RegionListener for Dma {
+        fn region_add(&mut self, _: &GuestRegionShm) -> Result<(), ListenerError> {
+            match *self.0.lock().unwrap() {
+                true => Err(away()),
+                false => Ok(()),
+            }
+        }
+        fn region_remove(&mut self, _: &GuestRegionShm) -> Result<(), ListenerError> {
+            panic!("it is not there");
+        }
+    }
+    let (space, gone) = (space(), Arc::new(Mutex::new(false)));
+    let dma = space
+        .attach_as(
+            "dma",
+            Attendance::Required,
+            PerRegion::new(Dma(gone.clone())),
+        )
+        .unwrap();
+    *gone.lock().unwrap() = true;
+    // To be put back it is told nothing: it stays stale.
+    for _ in 0..2 {
+        let error = space.insert(region(4)).unwrap_err().to_string();
+        assert!(error.contains("\"dma\" is stale (it died)"), "{error}");
+    }
+    *gone.lock().unwrap() = false;
+    space.refresh(&dma).unwrap_err();
+    space.with_listener(&dma, PerRegion::begin_anew).unwrap();
+    space.refresh(&dma).unwrap();
+    space.insert(region(4)).unwrap();
+    let held = space.with_listener(&dma, |dma| dma.regions().len());
+    assert_eq!(held.unwrap(), 2);
+}
+
+#[test]
 fn a_removed_region_stays_mapped_while_somebody_reads_it() {
     let space = space();
     space.insert(region(4)).unwrap();

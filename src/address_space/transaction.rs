@@ -111,7 +111,7 @@ impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
         }
         self.space
             .change(&mut listeners, &before, &steps)
-            .map_err(|objection| objection.into_error(steps.first, listeners.stale()))?;
+            .map_err(|objection| objection.into_error(steps.subject, listeners.stale()))?;
         log::debug!("guest memory has {} regions now", steps.after.num_regions());
         Ok(ChangeReport {
             removed: steps.removed,
@@ -126,8 +126,8 @@ struct Steps<B> {
     /// Without the removed regions; absent if there are none.
     without: Option<GuestMemoryShm<B>>,
     after: GuestMemoryShm<B>,
-    /// What changes first.
-    first: Option<GuestRange>,
+    /// What the change is about: a region that comes, if any does.
+    subject: Option<GuestRange>,
 }
 
 impl<B> Steps<B> {
@@ -144,8 +144,8 @@ impl<B> Steps<B> {
             without = Some(smaller);
             removed.push(region);
         }
-        let first = removed.first().or(additions.first());
-        let first = first.map(|region| region.range());
+        let subject = additions.first().or(removed.first());
+        let subject = subject.map(|region| region.range());
         let from = without.as_ref().unwrap_or(before);
         let after = match additions.is_empty() {
             true => from.clone(),
@@ -159,12 +159,12 @@ impl<B> Steps<B> {
             removed,
             without,
             after,
-            first,
+            subject,
         })
     }
 
     fn is_empty(&self) -> bool {
-        self.first.is_none()
+        self.subject.is_none()
     }
 }
 

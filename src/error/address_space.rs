@@ -19,7 +19,7 @@ pub enum AddressSpaceError {
     Refused {
         /// The name that it was attached by.
         listener: String,
-        /// The region at which it failed, or the first region of the change.
+        /// The region at which it failed, or else one that the change is about.
         region: Option<GuestRange>,
         /// Who could not be put back, and why.
         stale: Vec<StaleListener>,
@@ -37,9 +37,10 @@ pub enum AddressSpaceError {
     Away {
         /// The name that it was attached by.
         listener: String,
-        /// The region at which it failed, or the first region of the change.
+        /// The region at which it failed, or else one that the change is about.
         region: Option<GuestRange>,
-        /// Who is not up to date: this listener, and whoever could not be put back.
+        /// Who is not up to date: this listener, unless it is back already, and whoever could not be
+        /// put back.
         stale: Vec<StaleListener>,
         /// What became of it.
         source: Box<dyn std::error::Error + Send + Sync>,
@@ -114,6 +115,11 @@ impl<L> AttachError<L> {
     /// Why it was not attached.
     pub fn error(&self) -> &crate::Error {
         &self.error
+    }
+
+    /// Takes both apart.
+    pub fn into_parts(self) -> (crate::Error, L) {
+        (*self.error, self.listener)
     }
 
     /// Takes the listener back. It holds nothing, unless the error calls it stale.

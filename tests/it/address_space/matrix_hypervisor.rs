@@ -60,11 +60,16 @@ impl Hypervisor {
         self.faults.len()
     }
 
-    /// Has slots for anything, and no faults any more.
-    pub(super) fn heal(&mut self) {
+    /// Has slots for anything, and no faults any more. Tells whether it was dead, and so has lost
+    /// what it held.
+    pub(super) fn heal(&mut self) -> bool {
         self.slots = usize::MAX;
-        self.dead = false;
         self.faults.clear();
+        let was_dead = std::mem::take(&mut self.dead);
+        if was_dead {
+            self.held.clear();
+        }
+        was_dead
     }
 
     /// What it maps: guest address, size, offset in the file, the file.

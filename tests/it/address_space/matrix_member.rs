@@ -268,14 +268,28 @@ impl Member {
         space: &AddressSpace,
         work: impl FnOnce(&mut Hypervisor) -> T,
     ) -> Option<T> {
+        self.with_per_region(space, |hypervisor| work(hypervisor.get_mut()))
+    }
+
+    fn with_per_region<T>(
+        &mut self,
+        space: &AddressSpace,
+        work: impl FnOnce(&mut PerRegion<Hypervisor>) -> T,
+    ) -> Option<T> {
         match (&mut self.loose, &self.id) {
-            (Some(Loose::Hypervisor(hypervisor)), _) => Some(work(hypervisor.get_mut())),
-            (_, Some(Id::Hypervisor(id))) => {
-                let work = |hypervisor: &mut PerRegion<Hypervisor>| work(hypervisor.get_mut());
-                Some(space.with_listener(id, work).unwrap())
-            }
+            (Some(Loose::Hypervisor(hypervisor)), _) => Some(work(hypervisor)),
+            (_, Some(Id::Hypervisor(id))) => Some(space.with_listener(id, work).unwrap()),
             _ => None,
         }
+    }
+
+    /// Repairs the hypervisor, if it is one.
+    pub(super) fn heal_hypervisor(&mut self, space: &AddressSpace) {
+        self.with_per_region(space, |hypervisor| {
+            if hypervisor.get_mut().heal() {
+                hypervisor.begin_anew();
+            }
+        });
     }
 
     /// Has the faults of the case happen from now on.

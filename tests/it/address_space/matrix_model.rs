@@ -173,10 +173,7 @@ impl Peer {
         let steps = self.steps(target);
         match self.kind {
             Kind::Daemon { .. } if self.broken => return Err(self.away(Cause::Broken, None)),
-            // It is only known by what it is told.
-            Kind::Hypervisor | Kind::Kvm if self.broken && !steps.is_empty() => {
-                return Err(self.away(Cause::Dead, None));
-            }
+            _ if self.broken => return Err(self.away(Cause::Dead, None)),
             _ => {}
         }
         for (at, step) in steps.iter().copied().enumerate() {

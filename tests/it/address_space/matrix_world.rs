@@ -238,8 +238,12 @@ impl<'a> World<'a> {
             None => assert!(said.listener.ends_with(&self.members.len().to_string())),
         }
         let (removed, added) = self.case.operation.changes();
-        let first = removed.first().or(added.first()).copied();
-        assert_eq!(said.region, failure.region.or(first).map(range), "{source}");
+        let subject = added.first().or(removed.first()).copied();
+        assert_eq!(
+            said.region,
+            failure.region.or(subject).map(range),
+            "{source}"
+        );
         assert_eq!(cause_of(source), failure.cause, "{source}");
         if self.case.operation != Operation::Attach {
             return self.names_stale(said.stale);
@@ -284,7 +288,7 @@ impl<'a> World<'a> {
         for at in 0..self.members.len() {
             let broken = self.expected.broken[at];
             let member = &mut self.members[at];
-            member.with_hypervisor(&self.space, |hypervisor| hypervisor.heal());
+            member.heal_hypervisor(&self.space);
             let is_broken = member.with_share(&self.space, |share| {
                 set_limit(share, PATIENCE);
                 share.broken().is_some()
