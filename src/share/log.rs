@@ -40,8 +40,8 @@ const WORD: u64 = 64;
 pub struct DaemonLog {
     bits: GuestRegionShm,
     size: u64,
-    /// The pages of regions that the daemon was told of since it has this log: first, and first
-    /// behind them. Sorted, with gaps between them.
+    /// The pages of regions that the daemon was told of since it logs, as far as the log has bits
+    /// for them: first, and first behind them. Sorted, with gaps between them.
     pages: Vec<(u64, u64)>,
 }
 
@@ -73,12 +73,13 @@ impl DaemonLog {
 
     /// Has the pages of these regions count too, as far as the log has bits for them.
     pub(super) fn watch(&mut self, table: &MemoryTable) {
+        let regions = table.regions().iter();
+        self.watch_pages(regions.map(|region| pages_of(region.range())));
+    }
+
+    fn watch_pages(&mut self, more: impl Iterator<Item = (u64, u64)>) {
         let limit = self.size * 8;
-        let regions = table
-            .regions()
-            .iter()
-            .map(|region| pages_of(region.range()));
-        let mut pages: Vec<_> = self.pages.drain(..).chain(regions).collect();
+        let mut pages: Vec<_> = self.pages.drain(..).chain(more).collect();
         pages.sort_unstable();
         for (first, end) in pages {
             let end = end.min(limit);
@@ -103,8 +104,10 @@ impl DaemonLog {
         self.take_words(|word, bits| dirty.add_word(word, bits));
     }
 
-    /// Moves the bits that are set into `next`; those that it has no room for go to `dirty`.
-    pub(super) fn move_into(&self, next: &Self, dirty: &mut DirtyRanges) {
+    /// Moves the bits that are set into `next`, where they count as they did here; those that it
+    /// has no room for go to `dirty`.
+    pub(super) fn move_into(&self, next: &mut Self, dirty: &mut DirtyRanges) {
+        next.watch_pages(self.pages.iter().copied());
         self.take_words(|word, bits| match word < next.size / 8 {
             true => {
                 next.with_word(word, |there| there.fetch_or(bits.to_le(), Ordering::SeqCst));
@@ -308,15 +311,15 @@ mod tests {
 
     #[test]
     fn what_is_set_moves_to_a_longer_log_and_falls_out_of_a_shorter_one_as_ranges() {
-        let (short, long) = (log(&[(0, 64)]), log(&[(0, 200)]));
+        let (mut short, mut long) = (log(&[(0, 64)]), log(&[(0, 200)]));
         set(&short, &[1, 2, 63]);
         set(&long, &[2, 3]);
         let mut dirty = DirtyRanges::default();
-        short.move_into(&long, &mut dirty);
+        short.move_into(&mut long, &mut dirty);
         assert_eq!(in_pages(dirty.clone()), []);
         assert_eq!(drain(&short), []);
         set(&long, &[64, 100, 101]);
-        long.move_into(&short, &mut dirty);
+        long.move_into(&mut short, &mut dirty);
         assert_eq!(drain(&long), []);
         assert_eq!(drain(&short), [(1, 3), (63, 1)]);
         assert_eq!(in_pages(dirty), [(64, 1), (100, 2)]);

@@ -40,7 +40,7 @@ impl Logging {
 
     fn replace(&mut self, log: DaemonLog) {
         if let Some(old) = self.log.replace(log)
-            && let Some(log) = &self.log
+            && let Some(log) = &mut self.log
         {
             old.move_into(log, &mut self.dirty);
         }

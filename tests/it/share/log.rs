@@ -213,6 +213,24 @@ fn nothing_dirty_is_lost_while_the_log_grows_and_shrinks() {
 }
 
 #[test]
+fn what_is_dirty_in_a_region_that_goes_and_comes_back_is_not_lost() {
+    let peer = Peer::start(MockDaemon::builder());
+    let (mut share, device) = logging(&peer);
+    let all = memory(&[0, 10, 20, 30]);
+    share.update_memory(&all).unwrap();
+    let mut driver = driver(&all, &mut share, &device);
+    share.start_log().unwrap();
+    let written = [10 * MIB, 20 * MIB, 30 * MIB].map(|addr| touch(&mut driver, addr));
+    // The log becomes shorter, and has no page of one region that went, but bits for it.
+    share.update_memory(&without(&all, &[10, 30])).unwrap();
+    // Back, as after a change that was undone.
+    share.update_memory(&all).unwrap();
+    let dirty = drain(&mut share);
+    assert!(dirty.is_superset(&written.into()), "{written:?} {dirty:?}");
+    assert_eq!(drain(&mut share), BTreeSet::new());
+}
+
+#[test]
 fn nothing_dirty_is_lost_while_the_device_works_and_the_table_changes() {
     for builder in [
         MockDaemon::builder(),
