@@ -154,8 +154,8 @@ pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
 pub use error::KvmError;
 pub use error::{
     AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, MemTableChange,
-    NumaError, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace, Result,
-    SlotLimit, StaleListener,
+    NumaError, Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace,
+    Result, SlotLimit, StaleListener,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{DirtyPages, KvmSlot, KvmSlots};

@@ -69,17 +69,21 @@ pub(crate) fn run(args: &Args, regions: u64, ram: &Arc<Ram>) -> Result<()> {
     if let Some(nth) = args.refuse
         && daemons.local(nth).is_none()
     {
+        let problem = match nth {
+            1 if args.socket.is_some() => "daemon 1 is the one behind --socket".to_owned(),
+            _ => format!("the daemons are 1 to {}, see --daemons", args.daemons),
+        };
         return Err(Failure::new(format!(
-            "--refuse {nth}: there is no such daemon in this process, which is one of {}",
-            args.daemons
+            "--refuse {nth}: {problem}; only one in this process can be told to refuse"
         )));
     }
     let sockets = daemons.sockets();
     let mut report = Report::default();
     report.section(format_args!(
-        "Guest RAM: {} around a PCI hole, shared with {} daemons",
+        "Guest RAM: {} around a PCI hole, shared with {} daemon{}",
         size(args.ram),
-        sockets.len()
+        sockets.len(),
+        if sockets.len() == 1 { "" } else { "s" }
     ));
     report.block(ram.memory());
 

@@ -6,7 +6,7 @@ use vm_memory::bitmap::Bitmap;
 
 use super::listener::{ListenerError, MemoryListener};
 use super::workers::{Answer, Call, Listener, Workers};
-use crate::error::{AddressSpaceError, StaleListener};
+use crate::error::{AddressSpaceError, Occasion, StaleListener};
 use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
 
@@ -15,7 +15,8 @@ use crate::memory::GuestMemoryShm;
 #[non_exhaustive]
 pub enum Attendance {
     /// It may: the listener becomes stale, and is told everything when it is back. A listener that
-    /// is there and *refuses* stops the change all the same.
+    /// *refuses* stops the change all the same; a daemon that hangs up when it is told of the
+    /// change has refused, one that had hung up before or stays silent is away.
     #[default]
     MayLag,
     /// It may not: the change is undone.
@@ -29,6 +30,8 @@ pub(super) struct Attached<B: 'static> {
     pub(super) attendance: Attendance,
     /// Why it does not hold what it should, if so.
     pub(super) stale: Option<String>,
+    /// Whether to tell it is to wait for somebody else.
+    waits: bool,
     /// Absent only while it is with a worker.
     listener: Option<Listener<B>>,
 }
@@ -57,6 +60,7 @@ impl<B: 'static> Attached<B> {
             name,
             attendance,
             stale: None,
+            waits: listener.waits(),
             listener: Some(Box::new(listener)),
         }
     }
@@ -167,6 +171,7 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
     pub(super) fn stale(&self) -> Vec<StaleListener> {
         let stale = |attached: &Attached<B>| {
             Some(StaleListener {
+                id: attached.id,
                 name: attached.name.clone(),
                 reason: attached.stale.clone()?,
             })
@@ -175,11 +180,11 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
     }
 
     /// The places in order, neighbours that wait together.
-    fn groups(&mut self, places: &[usize]) -> Vec<Vec<usize>> {
+    fn groups(&self, places: &[usize]) -> Vec<Vec<usize>> {
         let mut groups: Vec<Vec<usize>> = Vec::new();
         let mut waited = false;
         for at in places {
-            let waits = self.all[*at].listener().waits();
+            let waits = self.all[*at].waits;
             match groups.last_mut() {
                 Some(group) if waits && waited => group.push(*at),
                 _ => groups.push(vec![*at]),
@@ -232,26 +237,29 @@ impl Objection {
     /// failed.
     pub(super) fn into_error(
         self,
+        occasion: Occasion,
         region: Option<GuestRange>,
         stale: Vec<StaleListener>,
     ) -> AddressSpaceError {
         let listener = self.listener;
         let region = self.error.range().or(region);
         let away = self.error.is_away();
-        let source = self.error.into_cause();
+        let cause = self.error.into_cause();
         if away {
             AddressSpaceError::Away {
                 listener,
+                occasion,
                 region,
                 stale,
-                source,
+                cause,
             }
         } else {
             AddressSpaceError::Refused {
                 listener,
+                occasion,
                 region,
                 stale,
-                source,
+                cause,
             }
         }
     }

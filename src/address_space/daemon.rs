@@ -9,18 +9,21 @@ use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
 use crate::share::{MemTableSink, VhostUserShare};
 
-/// A daemon. It refuses what it (or the limit on its table) does not take, and it is away once its
-/// share is broken, until it is [connected to anew](AddressSpace::reconnect).
+/// A daemon, which is away once its share is broken, until it is
+/// [connected to anew](AddressSpace::reconnect).
 ///
-/// One that refuses and hangs up then, as most do, has refused, and cannot be put back: the change
-/// is undone, and it is stale. Without REPLY_ACK a refusal is a mere hang-up, and the daemon away.
+/// It refuses what it answers with a refusal, what exceeds a limit, and what it hangs up at: that is
+/// how libvhost-user refuses, and daemons without REPLY_ACK; if it died at that very moment, the
+/// change is undone for nothing, and the next attempt finds it away. A daemon that has hung up
+/// before, or is silent, is away.
 impl<F, B> MemoryListener<B> for VhostUserShare<F>
 where
     F: MemTableSink + Send + 'static,
     B: Bitmap + Send + Sync + 'static,
 {
     fn check(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
-        self.check_memory(memory)
+        self.check_there()
+            .and_then(|()| self.check_memory(memory))
             .map_err(|error| self.failed(error))
     }
 
@@ -42,9 +45,14 @@ where
 impl<F: MemTableSink> VhostUserShare<F> {
     fn failed(&mut self, error: Error) -> ListenerError {
         let range = region_of(&error);
-        // Most daemons hang up when they have refused: the answer counts all the same, or a change
-        // that one refuses would happen without it.
-        let refuses = matches!(error, Error::DaemonRefused { .. });
+        // The answer counts, also of a daemon that hangs up then, as most do: or a change that one
+        // refuses would happen without it.
+        let refuses = match &error {
+            Error::DaemonRefused { .. } => true,
+            // A mere question is nothing to refuse.
+            Error::DaemonHungUp { change, .. } => *change != MemTableChange::QuerySlots,
+            _ => false,
+        };
         let broken = self.broken().is_some();
         if broken {
             // RAM that is unplugged while the daemon is away must not be kept for it.
@@ -80,6 +88,10 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// Goes on with a new connection to a daemon, and tells it the present memory; gives back the
     /// old connection.
     ///
+    /// That is the memory only. What else the daemon knew, the front-end tells it again: before
+    /// this the virtio features (with `VHOST_F_LOG_ALL` not before the log was sent, that is after
+    /// it), after it the rings, and that they are enabled.
+    ///
     /// `features` are the protocol features that were acknowledged on the new connection, and the
     /// daemon's limits are asked for anew: it may be another program by now. The daemon gets the
     /// memory as on the first day, one region after the other where it takes them so, so that it
@@ -91,13 +103,18 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// # Errors
     ///
-    /// Those of [`refresh`](Self::refresh); the old connection is closed.
+    /// Those of [`refresh`](Self::refresh); the new connection is closed then, and so is the old one:
+    /// the daemon is away, as before.
     pub fn reconnect<F: MemTableSink + Send + 'static>(
         &self,
         id: &ListenerId<VhostUserShare<F>>,
         sink: F,
         features: Features,
     ) -> Result<F> {
-        self.refresh_after(id, |share| share.reconnect(sink, features))
+        self.refresh_after(
+            id,
+            |share| share.reconnect(sink, features),
+            |share, error| share.give_up(error),
+        )
     }
 }

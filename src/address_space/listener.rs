@@ -17,6 +17,8 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// to undo that, and to bring it up to date after it was away. [`PerRegion`](super::PerRegion)
 /// makes a listener of two functions that add and remove one region.
 ///
+/// A listener that panics refuses, and is told to undo what it did.
+///
 /// Calls come from one thread at a time, but not always from the same one. They must not change
 /// the [`AddressSpace`](super::AddressSpace) that makes them: that would wait for itself.
 ///
@@ -73,7 +75,7 @@ pub trait MemoryListener<B = ()>: Any + Send {
 
     /// Whether to tell it is to wait for somebody else, such as another process.
     ///
-    /// Neighbours in the order of attachment that wait are told side by side, so that a slow one
+    /// Asked once, when it is attached. Neighbours in the order of attachment that wait are told side by side, so that a slow one
     /// costs its own time and not the sum.
     fn waits(&self) -> bool {
         false
@@ -82,10 +84,10 @@ pub trait MemoryListener<B = ()>: Any + Send {
 
 /// Why a listener did not take a memory.
 ///
-/// There are two kinds, with different consequences. One that *refuses* is there and works, and
-/// knows what it holds: the change is undone for all. One that is *away* (it died, hung up, fell
-/// silent) holds nothing that matters any more: whether the change goes on without it, is up to
-/// its [`Attendance`](super::Attendance).
+/// There are two kinds, with different consequences. One that *refuses* answers no to this memory:
+/// the change is undone for all. One that is *away* (it died, hung up, fell silent) holds nothing
+/// that matters any more: whether the change goes on without it, is up to its
+/// [`Attendance`](super::Attendance).
 #[derive(Debug)]
 pub struct ListenerError {
     away: bool,
@@ -94,7 +96,7 @@ pub struct ListenerError {
 }
 
 impl ListenerError {
-    /// It cannot take the memory, and still works.
+    /// It does not take the memory.
     pub fn refused(cause: impl Into<Cause>) -> Self {
         Self {
             away: false,

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
-use crate::error::{AddressSpaceError, AttachError, Result, StaleListener};
+use crate::error::{AddressSpaceError, AttachError, Occasion, Result, StaleListener};
 use crate::memory::GuestMemoryShm;
 use crate::region::GuestRegionShm;
 
@@ -86,7 +86,8 @@ pub struct AddressSpace<B: Bitmap + Send + Sync + 'static = ()> {
     listeners: Mutex<Listeners<B>>,
 }
 
-/// Names a listener of type `L` that is attached to an [`AddressSpace`].
+/// Names a listener of type `L` that is attached to an [`AddressSpace`]. No other listener of this
+/// process ever has the same, while names may be given twice.
 pub struct ListenerId<L> {
     id: u64,
     listener: PhantomData<fn() -> L>,
@@ -95,12 +96,18 @@ pub struct ListenerId<L> {
 /// A listener of an [`AddressSpace`], and how it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListenerStatus {
+    id: u64,
     name: String,
     attendance: Attendance,
     stale: Option<String>,
 }
 
 impl ListenerStatus {
+    /// Whether it is this listener.
+    pub fn is<L>(&self, id: &ListenerId<L>) -> bool {
+        self.id == id.id
+    }
+
     /// The name that it was attached by.
     pub fn name(&self) -> &str {
         &self.name
@@ -112,6 +119,9 @@ impl ListenerStatus {
     }
 
     /// Why it does not hold the present memory, if so.
+    ///
+    /// That is known from the last time that it was told something: a daemon that died since is
+    /// noticed at the next change.
     pub fn stale(&self) -> Option<&str> {
         self.stale.as_deref()
     }
@@ -207,7 +217,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
             Err((objection, told)) => {
                 let stale = told.then(|| attached.take_back()).flatten();
                 let stale = stale.into_iter().collect();
-                let error = objection.into_error(None, stale);
+                let error = objection.into_error(Occasion::Attach, None, stale);
                 let Some(listener) = attached.into_listener() else {
                     unreachable!("{} was put in", type_name::<L>());
                 };
@@ -234,7 +244,11 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
             .ok_or(AddressSpaceError::NoSuchListener)?)
     }
 
-    /// Uses a listener, for what it can do otherwise. No change happens meanwhile.
+    /// Uses a listener, for what it can do otherwise. No change happens meanwhile: changes wait, so
+    /// that what may wait itself, such as a request to a daemon, needs a
+    #[cfg_attr(feature = "vhost-user", doc = "[time limit](crate::TimeLimit),")]
+    #[cfg_attr(not(feature = "vhost-user"), doc = "time limit,")]
+    /// and `work` must not call this address space, which would wait for itself.
     ///
     /// # Errors
     ///
@@ -258,14 +272,16 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// [`AddressSpaceError::Refused`] and [`AddressSpaceError::Away`]: it is stale, with this
     /// reason. [`AddressSpaceError::NoSuchListener`].
     pub fn refresh<L: MemoryListener<B>>(&self, id: &ListenerId<L>) -> Result<()> {
-        self.refresh_after(id, |_| ())
+        self.refresh_after(id, |_| (), |_, _| ())
     }
 
-    /// Changes a listener and brings it up to date, without another change in between.
-    pub(crate) fn refresh_after<L: MemoryListener<B>, T>(
+    /// Changes a listener and brings it up to date, without another change in between. Tells it
+    /// the reason if that fails.
+    fn refresh_after<L: MemoryListener<B>, T>(
         &self,
         id: &ListenerId<L>,
         work: impl FnOnce(&mut L) -> T,
+        failed: impl FnOnce(&mut L, String),
     ) -> Result<T> {
         let mut listeners = self.lock();
         let memory = self.current();
@@ -278,17 +294,24 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
             Err((objection, _)) => {
                 let reason = objection.error.reason();
                 attached.become_stale(reason.clone());
-                let name = attached.name.clone();
-                let stale = vec![StaleListener { name, reason }];
-                return Err(objection.into_error(None, stale).into());
+                if let Some(listener) = attached.downcast() {
+                    failed(listener, reason.clone());
+                }
+                let stale = vec![StaleListener {
+                    id: id.id,
+                    name: attached.name.clone(),
+                    reason,
+                }];
+                return Err(objection.into_error(Occasion::Refresh, None, stale).into());
             }
         }
         Ok(done)
     }
 
-    /// The listeners, in the order of their attachment.
+    /// The listeners, in the order of their attachment. Waits while a change is under way.
     pub fn listeners(&self) -> Vec<ListenerStatus> {
         let status = |attached: &Attached<B>| ListenerStatus {
+            id: attached.id,
             name: attached.name.clone(),
             attendance: attached.attendance,
             stale: attached.stale.clone(),
@@ -334,6 +357,7 @@ impl<B: Bitmap + Send + Sync + 'static> Attached<B> {
     fn take_back(&mut self) -> Option<StaleListener> {
         let error = self.call(Call::Update, &GuestMemoryShm::new()).err()?;
         Some(StaleListener {
+            id: self.id,
             name: self.name.clone(),
             reason: error.reason(),
         })
@@ -350,6 +374,28 @@ impl<L> ListenerId<L> {
         }
     }
 }
+
+impl StaleListener {
+    /// Whether it is this listener.
+    pub fn is<L>(&self, id: &ListenerId<L>) -> bool {
+        self.id == id.id
+    }
+}
+
+impl<L> Clone for ListenerId<L> {
+    /// Another name of the same listener: void, too, once that is detached.
+    fn clone(&self) -> Self {
+        Self { ..*self }
+    }
+}
+
+impl<L> PartialEq for ListenerId<L> {
+    fn eq(&self, other: &Self) -> bool {
+        self.id == other.id
+    }
+}
+
+impl<L> Eq for ListenerId<L> {}
 
 impl<L> fmt::Debug for ListenerId<L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

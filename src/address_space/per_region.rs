@@ -102,6 +102,12 @@ impl<L: RegionListener<B>, B> PerRegion<L, B> {
         &self.held
     }
 
+    /// Takes the listener out. It is not told: what it holds, it goes on holding. Before that,
+    /// `update(&GuestMemoryShm::new())` has it let go of everything.
+    pub fn into_inner(self) -> L {
+        self.listener
+    }
+
     /// What is told.
     pub fn get_ref(&self) -> &L {
         &self.listener

@@ -7,7 +7,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::AddressSpace;
 use super::attached::{Listeners, Objection};
-use crate::error::{Result, StaleListener};
+use crate::error::{Occasion, Result, StaleListener};
 use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
 use crate::region::GuestRegionShm;
@@ -47,7 +47,7 @@ pub struct Transaction<'a, B: Bitmap + Send + Sync + 'static = ()> {
 #[derive(Debug)]
 pub struct ChangeReport<B = ()> {
     removed: Vec<Arc<GuestRegionShm<B>>>,
-    lagging: Vec<StaleListener>,
+    stale: Vec<StaleListener>,
 }
 
 impl<B> ChangeReport<B> {
@@ -64,8 +64,8 @@ impl<B> ChangeReport<B> {
 
     /// The listeners that are away and have not been told, each with the reason: see
     /// [`Attendance::MayLag`](super::Attendance::MayLag).
-    pub fn lagging(&self) -> &[StaleListener] {
-        &self.lagging
+    pub fn stale(&self) -> &[StaleListener] {
+        &self.stale
     }
 }
 
@@ -106,16 +106,18 @@ impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
         if steps.is_empty() {
             return Ok(ChangeReport {
                 removed: Vec::new(),
-                lagging: listeners.stale(),
+                stale: listeners.stale(),
             });
         }
         self.space
             .change(&mut listeners, &before, &steps)
-            .map_err(|objection| objection.into_error(steps.subject, listeners.stale()))?;
+            .map_err(|objection| {
+                objection.into_error(Occasion::Change, steps.subject, listeners.stale())
+            })?;
         log::debug!("guest memory has {} regions now", steps.after.num_regions());
         Ok(ChangeReport {
             removed: steps.removed,
-            lagging: listeners.stale(),
+            stale: listeners.stale(),
         })
     }
 }

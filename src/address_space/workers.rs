@@ -20,7 +20,7 @@ pub(super) enum Call {
 }
 
 impl Call {
-    /// Makes the call. A listener that panics is away: what it holds is not known.
+    /// Makes the call. A listener that panics refuses.
     pub(super) fn make<B: 'static>(
         self,
         listener: &mut Listener<B>,
@@ -31,7 +31,7 @@ impl Call {
             Self::Update => listener.update(memory),
         };
         catch_unwind(AssertUnwindSafe(call))
-            .unwrap_or_else(|_| Err(ListenerError::away("it panicked, see standard error")))
+            .unwrap_or_else(|_| Err(ListenerError::refused("it panicked, see standard error")))
     }
 }
 

@@ -9,48 +9,90 @@ use crate::layout::GuestRange;
 /// After a change that failed the memory is what it was, and so is what every listener holds, but
 /// for those that the error calls stale.
 #[non_exhaustive]
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug)]
 pub enum AddressSpaceError {
-    /// A listener refuses a memory, and works.
-    #[error(
-        "listener {listener:?} refuses {}: {source}; {}",
-        Region(.region), Aftermath(.stale)
-    )]
+    /// A listener refuses a memory.
     Refused {
-        /// The name that it was attached by.
+        /// The name that it is attached by.
         listener: String,
+        /// When that was.
+        occasion: Occasion,
         /// The region at which it failed, or else one that the change is about.
         region: Option<GuestRange>,
-        /// Who could not be put back, and why.
+        /// Who is stale now, and why: who could not be put back, and who was stale before.
         stale: Vec<StaleListener>,
         /// The listener's reason.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        cause: Box<dyn std::error::Error + Send + Sync>,
     },
 
     /// A listener is away whose attendance is required, or who is being attached or brought up to
     /// date.
-    #[error(
-        "listener {listener:?} is away and cannot be told of {}: {source}; connect it anew \
-         (AddressSpace::reconnect), detach it, or attach it with Attendance::MayLag; {}",
-        Region(.region), Aftermath(.stale)
-    )]
     Away {
-        /// The name that it was attached by.
+        /// The name that it is attached by.
         listener: String,
+        /// When that was noticed.
+        occasion: Occasion,
         /// The region at which it failed, or else one that the change is about.
         region: Option<GuestRange>,
-        /// Who is not up to date: this listener, unless it is back already, and whoever could not be
-        /// put back.
+        /// Who is stale now, and why: this listener, unless it is back already, who could not be put
+        /// back, and who was stale before.
         stale: Vec<StaleListener>,
         /// What became of it.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        cause: Box<dyn std::error::Error + Send + Sync>,
     },
 
     /// The listener was detached, or is attached to another address space.
-    #[error(
-        "no such listener is attached here: it was detached, or belongs to another address space"
-    )]
     NoSuchListener,
+}
+
+impl fmt::Display for AddressSpaceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused {
+                listener,
+                occasion,
+                region,
+                stale,
+                cause,
+            } => {
+                write!(f, "{}", Outcome(*occasion, listener, stale))?;
+                write!(
+                    f,
+                    "listener {listener:?} refuses {}: {cause}",
+                    Region(region)
+                )
+            }
+            Self::Away {
+                listener,
+                occasion,
+                region,
+                stale,
+                cause,
+            } => {
+                write!(f, "{}", Outcome(*occasion, listener, stale))?;
+                let (region, remedy) = (Region(region), occasion.remedy());
+                write!(
+                    f,
+                    "listener {listener:?} is away and cannot be told of {region}, "
+                )?;
+                write!(f, "{remedy}: {cause}")
+            }
+            Self::NoSuchListener => f.write_str(
+                "no such listener is attached here: it was detached, or belongs to another address \
+                 space",
+            ),
+        }
+    }
+}
+
+impl std::error::Error for AddressSpaceError {
+    /// What is behind the cause: the cause itself has been said.
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Refused { cause, .. } | Self::Away { cause, .. } => cause.source(),
+            Self::NoSuchListener => None,
+        }
+    }
 }
 
 /// A listener that does not hold what it should, and why.
@@ -59,6 +101,7 @@ pub enum AddressSpaceError {
 /// [`AddressSpace::refresh`](crate::AddressSpace::refresh).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StaleListener {
+    pub(crate) id: u64,
     pub(crate) name: String,
     pub(crate) reason: String,
 }
@@ -92,16 +135,55 @@ impl fmt::Display for Region<'_> {
     }
 }
 
-struct Aftermath<'a>(&'a [StaleListener]);
+/// What a listener was told for when it failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Occasion {
+    /// A change of the memory.
+    Change,
+    /// It was being attached.
+    Attach,
+    /// It was being brought up to date, or connected to anew.
+    Refresh,
+}
 
-impl fmt::Display for Aftermath<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("nothing was changed")?;
-        for (at, stale) in self.0.iter().enumerate() {
-            let separator = if at == 0 { ", but " } else { ", " };
-            write!(f, "{separator}{stale}")?;
+impl Occasion {
+    fn remedy(self) -> &'static str {
+        match self {
+            Self::Change => {
+                "connect it anew (AddressSpace::reconnect), detach it, or attach it with \
+                 Attendance::MayLag"
+            }
+            Self::Attach => "connect it anew and attach it then",
+            Self::Refresh => "connect it anew (AddressSpace::reconnect), or detach it",
         }
-        Ok(())
+    }
+
+    fn outcome(self) -> &'static str {
+        match self {
+            Self::Change => "nothing was changed",
+            Self::Attach => "it was not attached",
+            Self::Refresh => "the others were not told anything",
+        }
+    }
+}
+
+/// What came of it: for which occasion, because of which listener, and who is stale.
+struct Outcome<'a>(Occasion, &'a str, &'a [StaleListener]);
+
+impl fmt::Display for Outcome<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(occasion, listener, stale) = self;
+        f.write_str(occasion.outcome())?;
+        for (at, stale) in stale.iter().enumerate() {
+            f.write_str(if at == 0 { ", but " } else { ", " })?;
+            match stale.name == *listener {
+                // Why is said behind this.
+                true => write!(f, "{listener:?} is stale")?,
+                false => stale.fmt(f)?,
+            }
+        }
+        f.write_str(": ")
     }
 }
 

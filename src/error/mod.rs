@@ -22,7 +22,7 @@ mod populate;
 mod receive;
 mod text;
 
-pub use address_space::{AddressSpaceError, AttachError, StaleListener};
+pub use address_space::{AddressSpaceError, AttachError, Occasion, StaleListener};
 pub use change::{MemTableChange, SlotLimit};
 pub use discard::DiscardError;
 pub use file::FileError;
@@ -517,6 +517,10 @@ pub enum Error {
         /// vhost's answer.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+
+    /// The daemon had hung up before it was told anything; the share is broken.
+    #[error("the daemon hung up some time ago: restart it or reconnect to it")]
+    DaemonGone,
 
     /// The daemon did not answer in time; the connection was closed, the share is broken.
     #[error(

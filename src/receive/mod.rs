@@ -18,7 +18,12 @@
 //!
 //! A file that is not sealed can be truncated by the frontend, and the daemon's next touch is
 //! SIGBUS: daemons that do not trust their frontends demand seals, by
-//! [`ReceivePolicy::with_descriptors`]. (Of QEMU's backends, `memory-backend-memfd` seals.)
+//! [`ReceivePolicy::with_descriptors`]. (Of QEMU's backends, `memory-backend-memfd` seals.) Seals keep
+//! the file long enough; that there are pages for it, they do not promise. In a sealed file of huge
+//! pages the frontend can punch holes, and touching them with an empty pool is SIGBUS, too.
+//!
+//! A message without NEED_REPLY has no answer to put the code in: a daemon that refuses such a one
+//! must hang up, or the frontend takes it for done.
 //!
 //! # The handlers of a daemon
 //!
@@ -68,7 +73,7 @@
 //!     }
 //! }
 //!
-//! /// The answer to a message with NEED_REPLY.
+//! /// The answer to a message with NEED_REPLY. Without it, a refusal is a hang-up.
 //! fn reply(result: Result<(), ReceiveError>) -> u64 {
 //!     result.map_or_else(|refused| refused.reply_code(), |()| 0)
 //! }

@@ -152,13 +152,17 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     /// Ends the connection. Nothing more is said to a daemon in an unknown state; and most daemons
     /// serve one front-end at a time, so the next connection needs this one's end.
-    fn break_off(&mut self, error: Error) -> Error {
-        if let Some(hang_up) = self.sink.hang_up() {
-            hang_up();
-        }
+    pub(super) fn break_off(&mut self, error: Error) -> Error {
+        self.end_connection();
         ::log::warn!("share broken: {error}");
         self.broken = Some(error.to_string());
         error
+    }
+
+    pub(super) fn end_connection(&self) {
+        if let Some(hang_up) = self.sink.hang_up() {
+            hang_up();
+        }
     }
 }
 

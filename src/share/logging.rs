@@ -57,7 +57,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// SET_FEATURES with it after this, and again after each reconnection, once the table was sent.
     /// Used rings are logged where SET_VRING_ADDR says so.
     ///
-    /// No other call may be made meanwhile on a clone of the same `Frontend`.
+    /// SET_LOG_BASE goes past the lock of vhost's `Frontend`: as long as the daemon logs, no other
+    /// call may be made on a clone of it while the table changes, or the daemon is reconnected to.
     ///
     /// # Errors
     ///

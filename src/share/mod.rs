@@ -40,7 +40,8 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// REM_MEM_REG), up to the daemon's GET_MAX_MEM_SLOTS; without it the whole table is sent
 /// (SET_MEM_TABLE), at most 8 regions. Every change is acknowledged by the daemon before
 /// [`update`](Self::update) returns: by REPLY_ACK where it was negotiated, otherwise by a round
-/// trip. No call waits longer than the [time limit](Self::with_time_limit) for an answer.
+/// trip. No call waits longer than the [time limit](Self::with_time_limit) for an answer; a change of
+/// many regions is as many calls.
 ///
 /// ```
 /// use std::time::Duration;
@@ -58,7 +59,8 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// let mut limit = TimeLimit::new(&frontend, Duration::from_secs(10));
 /// let features = limit.run(|| -> vhost::Result<Features> {
 ///     frontend.set_owner()?;
-///     frontend.set_features(frontend.get_features()?)?;
+///     // What the guest's driver knows of them; 26 is VHOST_F_LOG_ALL, for when there is a log.
+///     frontend.set_features(frontend.get_features()? & !(1 << 26))?;
 ///     let features = frontend.get_protocol_features()?
 ///         & (Features::CONFIGURE_MEM_SLOTS | Features::REPLY_ACK);
 ///     frontend.set_protocol_features(features)?;
@@ -366,6 +368,24 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// Lets go of what the daemon had acknowledged before the share broke.
     pub(crate) fn forget_table(&mut self) {
         self.held = MemoryTable::default();
+    }
+
+    /// Breaks the share if the daemon has hung up since it was last told something, and says so.
+    pub(crate) fn check_there(&mut self) -> Result<()> {
+        if self.broken.is_none() && self.sink.is_gone() {
+            let error = Error::DaemonGone;
+            return Err(self.break_off(error));
+        }
+        self.check_not_broken()
+    }
+
+    /// Closes the connection to a daemon that does not take what it has to.
+    pub(crate) fn give_up(&mut self, reason: String) {
+        if self.broken.is_none() {
+            self.end_connection();
+            self.broken = Some(reason);
+        }
+        self.forget_table();
     }
 
     /// Whether a call of the sink may wait for somebody.

@@ -2,6 +2,8 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
@@ -94,6 +96,12 @@ pub trait MemTableSink {
         false
     }
 
+    /// Whether the connection has ended already, as far as that can be seen without saying
+    /// anything: a daemon that is gone is told apart from one that hangs up when it is told.
+    fn is_gone(&self) -> bool {
+        false
+    }
+
     /// What ends the connection from another thread, so that a call that waits returns with an
     /// error. `None` if no call of this sink ever waits.
     fn hang_up(&self) -> Option<HangUp>;
@@ -167,8 +175,24 @@ impl MemTableSink for Frontend {
         Ok(())
     }
 
+    fn is_gone(&self) -> bool {
+        has_hung_up(self)
+    }
+
     fn hang_up(&self) -> Option<HangUp> {
         Some(hang_up(self))
+    }
+}
+
+/// Whether the other end of the connection is closed. What it said before may still be unread.
+fn has_hung_up(frontend: &Frontend) -> bool {
+    let socket = frontend.as_raw_fd();
+    // Nothing is received: it is only looked at, and nobody waits.
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let mut byte = [0];
+    match recv(socket, &mut byte, flags) {
+        Ok(read) => read == 0,
+        Err(errno) => errno != Errno::EAGAIN && errno != Errno::EINTR,
     }
 }
 

@@ -21,8 +21,8 @@ pub type HangUp = Box<dyn Fn() + Send>;
 
 /// Hangs up on a daemon that does not answer in time, so that no call waits for ever.
 ///
-/// It is one thread, which sleeps. [`VhostUserShare`](crate::VhostUserShare) has one of its own. A VMM that makes other calls on
-/// its `Frontend` (negotiation, rings) needs one for them too.
+/// It is one thread, which sleeps. [`VhostUserShare`](crate::VhostUserShare) has one of its own. A
+/// VMM that makes other calls on its `Frontend` (negotiation, rings) needs one for them too.
 ///
 /// ```no_run
 /// use std::time::Duration;

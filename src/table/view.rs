@@ -15,14 +15,18 @@ use crate::memory::GuestMemoryShm;
 /// bounce buffer needs only the region of that buffer and the rings; and no vhost-user daemon needs
 /// our host addresses.
 ///
+/// A view says what the daemon is *told*. What it *can* map is the descriptor of each region that it
+/// is told of, all of its file: give what a daemon may see a backing of its own, as here, where the
+/// bounce buffer shares no memfd with the other RAM.
+///
 /// ```
-/// use guest_memory_shm::{GuestMemoryShm, GuestRange, TableView, UserAddresses};
+/// use guest_memory_shm::{GuestMemoryShm, GuestRange, RamOptions, TableView, UserAddresses};
 /// use vm_memory::GuestAddress;
 ///
-/// let memory = GuestMemoryShm::<()>::from_ranges(&[
-///     (GuestAddress(0), 1 << 20),
-///     (GuestAddress(1 << 32), 1 << 20),
-/// ])?;
+/// let memory = GuestMemoryShm::<()>::builder()
+///     .with_ram(RamOptions::new(), [(GuestAddress(0), 1 << 20)])
+///     .with_ram(RamOptions::new(), [(GuestAddress(1 << 32), 1 << 20)])
+///     .build()?;
 /// let bounce = GuestRange::new(GuestAddress(1 << 32), 1 << 20)?;
 /// let view = TableView::default()
 ///     .only([bounce])
@@ -67,6 +71,9 @@ impl TableView {
     /// Restricts the view to the regions that lie wholly inside one of `ranges`; ranges that touch
     /// count as one. A region that is partly inside is not seen at all. Takes the place of an
     /// earlier restriction; without any range nothing is seen.
+    ///
+    /// A daemon that takes whole tables only cannot be shown nothing once it was shown a region:
+    /// to unplug the last one that it sees is [`Error::EmptyTable`].
     #[must_use]
     pub fn only(mut self, ranges: impl IntoIterator<Item = GuestRange>) -> Self {
         let mut ranges: Vec<_> = ranges.into_iter().collect();

@@ -10,6 +10,7 @@ pub(super) enum Cause {
     Silent,
     /// The share broke earlier.
     Broken,
+    Gone,
     TooManyRegions,
     /// What the hypervisor says: an error of the kernel, or its own.
     Emfile,
@@ -126,6 +127,9 @@ impl Peer {
         if self.broken {
             return Err(self.away(Cause::Broken, None));
         }
+        if self.fault_at(1, |fault| fault == Fault::Gone).is_some() {
+            return Err(self.away(Cause::Gone, None));
+        }
         let Kind::Daemon { slots: true, .. } = self.kind else {
             return Ok(());
         };
@@ -228,10 +232,15 @@ impl Peer {
             },
             Fault::Silent | Fault::Stopped => self.away(Cause::Silent, step.region()),
             // It was believed until the next word.
-            Fault::DoneThenHangUp | Fault::KilledAfter if acks => {
-                self.away(Cause::HungUp, next.region())
-            }
-            _ => self.away(Cause::HungUp, step.region()),
+            Fault::DoneThenHangUp | Fault::KilledAfter if acks => Failure {
+                away: false,
+                ..self.away(Cause::HungUp, next.region())
+            },
+            // Some refuse like that.
+            _ => Failure {
+                away: false,
+                ..self.away(Cause::HungUp, step.region())
+            },
         })
     }
 }
@@ -262,6 +271,8 @@ fn bring_up(case: &Case, peer: &mut Peer) -> Option<Objection> {
         peer.update(&target)
     });
     let failure = answer.err()?;
+    // A connection on which the daemon does not get what it has to, is given up.
+    peer.broken |= case.operation != Operation::Attach;
     peer.stale = match case.operation {
         // Taken back, if anything was told.
         Operation::Attach => told && peer.update(&[]).is_err(),

@@ -121,7 +121,7 @@ impl<'a> World<'a> {
             report.removed().len(),
             self.case.operation.changes().0.len()
         );
-        Ok(report.lagging().to_vec())
+        Ok(report.stale().to_vec())
     }
 
     fn transact(&mut self, added: &[Arc<GuestRegionShm>]) {
@@ -166,7 +166,7 @@ impl<'a> World<'a> {
         match self.space.insert(new_region(&(40, 2))) {
             Ok(report) => {
                 assert!(!self.case.required);
-                assert_eq!(report.lagging()[0].name(), member.name);
+                assert_eq!(report.stale()[0].name(), member.name);
             }
             Err(error) => {
                 assert!(self.case.required, "{error}");
@@ -197,14 +197,16 @@ impl<'a> World<'a> {
                 listener,
                 region,
                 stale,
-                source,
-            } => (false, (listener, region, stale, source)),
+                cause,
+                ..
+            } => (false, (listener, region, stale, cause)),
             AddressSpaceError::Away {
                 listener,
                 region,
                 stale,
-                source,
-            } => (true, (listener, region, stale, source)),
+                cause,
+                ..
+            } => (true, (listener, region, stale, cause)),
             other => panic!("{other:?}"),
         };
         let said = Said {
@@ -225,7 +227,11 @@ impl<'a> World<'a> {
             assert!(text.contains(&range.to_string()), "{text}");
         }
         for stale in said.stale {
-            assert!(text.contains(stale.reason()), "{text}");
+            let named = match stale.name() == said.listener {
+                true => format!("{:?} is stale", stale.name()),
+                false => stale.to_string(),
+            };
+            assert!(text.contains(&named), "{text}");
         }
     }
 
@@ -408,6 +414,7 @@ fn cause_of(source: &(dyn std::error::Error + Send + Sync + 'static)) -> Cause {
             Error::DaemonHungUp { .. } => Cause::HungUp,
             Error::DaemonSilent { .. } => Cause::Silent,
             Error::ShareBroken { .. } => Cause::Broken,
+            Error::DaemonGone => Cause::Gone,
             Error::TooManyRegions { .. } => Cause::TooManyRegions,
             Error::Kvm(KvmError::OutOfSlots { .. } | KvmError::Refused { .. }) => Cause::NoSlot,
             other => panic!("{other:?}"),

@@ -58,7 +58,9 @@ struct Peer {
 #[derive(PartialEq)]
 enum Answer {
     Takes,
+    /// It says so, or hangs up.
     Refuses,
+    /// It is silent, or was gone before.
     Leaves,
 }
 
@@ -66,8 +68,7 @@ impl Peer {
     /// What it will answer to being told `next`; its fault is spent if anything is said to it.
     fn answer(&mut self, next: &BTreeSet<u64>) -> Answer {
         let State::Holds(held) = &self.state else {
-            self.state = State::Away;
-            return Answer::Leaves;
+            unreachable!("nobody tells {} anything", self.name);
         };
         if held == next {
             return Answer::Takes;
@@ -78,9 +79,13 @@ impl Peer {
                 Answer::Takes
             }
             Some(FaultKind::Refuse) => Answer::Refuses,
-            Some(_) => {
+            Some(FaultKind::NeverAnswer) => {
                 self.state = State::Away;
                 Answer::Leaves
+            }
+            Some(_) => {
+                self.state = State::Away;
+                Answer::Refuses
             }
         }
     }
@@ -166,12 +171,17 @@ impl World {
         let what = format!("{:?} -> {next:?}", self.present);
         let done = transaction.commit();
 
-        // Who must be there and is known to be away stops it before anybody is told.
-        let stops =
-            |peer: &Peer| peer.state == State::Away && peer.attendance == Attendance::Required;
-        if let Some(first) = self.peers.iter().find(|peer| stops(peer)) {
-            expect_away(done, &first.name, &what);
-            return format!("{what}, stopped by {}", first.name);
+        // Who must be there and is not stops it before anybody is told, and before those behind it
+        // are asked.
+        for peer in &mut self.peers {
+            if let State::Holds(_) = peer.state {
+                continue;
+            }
+            peer.state = State::Away;
+            if peer.attendance == Attendance::Required {
+                expect_away(done, &peer.name, &what);
+                return format!("{what}, stopped by {}", peer.name);
+            }
         }
         let mut objection = None;
         for peer in self
@@ -263,6 +273,10 @@ impl World {
             Answer::Takes => drop(done.unwrap()),
             Answer::Refuses => expect_refused(done, &peer.name, "reconnect"),
             Answer::Leaves => expect_away(done, &peer.name, "reconnect"),
+        }
+        if peer.state != State::Holds(self.present.clone()) {
+            // The new connection was given up.
+            peer.state = State::Away;
         }
         format!("{} reconnected, {:?}", peer.name, peer.state)
     }

@@ -99,10 +99,11 @@ fn refusal(error: Error) -> (String, Option<GuestRange>, Error) {
             listener,
             region,
             stale,
-            source,
+            cause,
+            ..
         } => {
             assert!(stale.is_empty(), "{stale:?}");
-            let error = *source.downcast().unwrap();
+            let error = *cause.downcast().unwrap();
             (listener, region, error)
         }
         error => panic!("{error}"),
