@@ -1,8 +1,8 @@
 //! A thread that does I/O with one daemon, in all RAM that the guest may use, until it is told to
 //! end.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -26,17 +26,23 @@ const _: () = assert!(BUFFERS + 2 * MAX_DAEMONS as u64 * BLOCK as u64 <= crate::
 /// buffers in, and how much went through each.
 #[derive(Default)]
 pub(crate) struct Guest {
-    /// Read while buffers are in use; so whoever takes a region out has it to himself.
-    regions: RwLock<Vec<Arc<Usable>>>,
+    state: Mutex<State>,
     ended: AtomicBool,
-    failed: Mutex<Option<Failure>>,
-    /// Signalled when somebody failed, or a region was used.
+    /// Signalled when a region was used, and when somebody failed.
     changed: Condvar,
 }
 
-/// A region with room for buffers.
+#[derive(Default)]
+struct State {
+    regions: Vec<Arc<Usable>>,
+    failed: Option<Failure>,
+}
+
+/// A region with room for buffers. It changes under the lock of the guest's state only.
 pub(crate) struct Usable {
     range: GuestRange,
+    /// How many workers have buffers in it now.
+    users: AtomicUsize,
     /// By worker, in bytes.
     carried: [AtomicU64; MAX_DAEMONS],
 }
@@ -61,32 +67,31 @@ impl Guest {
     pub(crate) fn give(&self, range: GuestRange) -> Arc<Usable> {
         let region = Arc::new(Usable {
             range,
+            users: AtomicUsize::new(0),
             carried: Default::default(),
         });
-        self.regions
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(region.clone());
+        self.lock().regions.push(region.clone());
         region
     }
 
     /// Has the guest give a region back: when this returns it has no buffers there any more.
     pub(crate) fn take(&self, region: &Arc<Usable>) {
-        let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
-        regions.retain(|other| !Arc::ptr_eq(other, region));
+        let mut state = self.lock();
+        state.regions.retain(|other| !Arc::ptr_eq(other, region));
+        let used = |_: &mut State| region.users.load(Ordering::Relaxed) > 0;
+        let unused = self.changed.wait_while(state, used);
+        drop(unused.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Waits until each of so many workers has used the region.
     pub(crate) fn wait_used(&self, region: &Usable, workers: usize, limit: Duration) -> Result<()> {
-        let unused = |failed: &mut Option<Failure>| {
+        let unused = |state: &mut State| {
             let used = |n: &AtomicU64| n.load(Ordering::Relaxed) > 0;
-            failed.is_none() && !region.carried[..workers].iter().all(used)
+            state.failed.is_none() && !region.carried[..workers].iter().all(used)
         };
-        let waited = self
-            .changed
-            .wait_timeout_while(self.failure(), limit, unused);
-        let (mut failed, waited) = waited.unwrap_or_else(PoisonError::into_inner);
-        match failed.take() {
+        let waited = self.changed.wait_timeout_while(self.lock(), limit, unused);
+        let (mut state, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+        match state.failed.take() {
             Some(failure) => Err(failure),
             None if waited.timed_out() => Err(Failure::new(format!(
                 "no I/O went through {} within {limit:?}",
@@ -96,8 +101,40 @@ impl Guest {
         }
     }
 
-    fn failure(&self) -> MutexGuard<'_, Option<Failure>> {
-        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Two regions, not always different, which the guest uses from now on.
+    fn begin(&self, round: u64) -> [Arc<Usable>; 2] {
+        let state = self.lock();
+        let count = state.regions.len() as u64;
+        // The newest takes part every other time.
+        let one = match round % 2 {
+            0 => count - 1,
+            _ => round / 2 % count,
+        };
+        [one, (round / 3) % count].map(|at| {
+            let region = &state.regions[usize::try_from(at).unwrap_or(0)];
+            region.users.fetch_add(1, Ordering::Relaxed);
+            region.clone()
+        })
+    }
+
+    /// Ends what [`begin`](Self::begin) began.
+    fn end(&self, worker: usize, regions: &[Arc<Usable>], done: Result<()>) {
+        let mut state = self.lock();
+        for region in regions {
+            region.users.fetch_sub(1, Ordering::Relaxed);
+            if done.is_ok() {
+                region.carried[worker].fetch_add(u64::from(BLOCK), Ordering::Relaxed);
+            }
+        }
+        if let Err(failure) = done {
+            state.failed.get_or_insert(failure);
+            self.ended.store(true, Ordering::Relaxed);
+        }
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -127,12 +164,10 @@ impl Worker {
             .name(format!("io-{nth}"))
             .spawn(move || {
                 while !work.guest.ended.load(Ordering::Relaxed) {
-                    if let Err(failure) = work.round() {
-                        work.guest.failure().get_or_insert(failure);
-                        work.guest.changed.notify_all();
-                        break;
-                    }
-                    work.guest.changed.notify_all();
+                    let regions = work.guest.begin(work.round);
+                    let done = work.round(&regions);
+                    work.guest.end(work.nth, &regions, done);
+                    work.round += 1;
                 }
                 work.session
             });
@@ -146,7 +181,7 @@ impl Worker {
     pub(crate) fn end(mut self) -> Result<Session> {
         self.guest.ended.store(true, Ordering::Relaxed);
         let session = self.thread.take().and_then(|thread| thread.join().ok());
-        if let Some(failure) = self.guest.failure().take() {
+        if let Some(failure) = self.guest.lock().failed.take() {
             return Err(failure);
         }
         session.ok_or_else(|| Failure::new("a thread for I/O panicked"))
@@ -173,23 +208,9 @@ struct Work {
 }
 
 impl Work {
-    /// One block through the newest region and another.
-    fn round(&mut self) -> Result<()> {
-        let regions = self
-            .guest
-            .regions
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
+    /// One block through the two regions.
+    fn round(&mut self, [one, other]: &[Arc<Usable>; 2]) -> Result<()> {
         let round = self.round;
-        self.round += 1;
-        let count = regions.len() as u64;
-        // The newest takes part every other time.
-        let one = match round % 2 {
-            0 => count - 1,
-            _ => round / 2 % count,
-        };
-        let other = (round / 3) % count;
-        let [one, other] = [one, other].map(|at| regions[usize::try_from(at).unwrap_or(0)].clone());
         let (first, second) = (one.buffer(self.nth, 0), other.buffer(self.nth, 1));
 
         let blocks = self.session.capacity / u64::from(BLOCK);
@@ -215,9 +236,6 @@ impl Work {
             &expected,
             "what the guest read from the disk",
         )?;
-        for region in [one, other] {
-            region.carried[self.nth].fetch_add(u64::from(BLOCK), Ordering::Relaxed);
-        }
         Ok(())
     }
 
