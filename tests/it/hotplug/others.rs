@@ -109,7 +109,16 @@ fn a_guest_that_grew_past_eight_regions_reconnects() {
     let error = done.map(drop).unwrap_err().to_string();
     assert!(error.contains("21 regions"), "{error}");
     assert_eq!(changes(&simple), [""; 0]);
+    assert!(space.listeners()[0].is(&id));
     assert!(space.listeners()[0].stale().is_some());
+    // It is away, as before, and not in the way of all that follows.
+    simple.wait_disconnected(PATIENCE).unwrap();
+    for at in 8..=20 {
+        let report = space.remove(GuestAddress(2 * at * MIB), MIB).unwrap();
+        assert!(report.stale()[0].is(&id));
+    }
+    reconnect(&space, &id, &simple).unwrap();
+    assert_eq!(mapped(&simple), published(&space));
 }
 
 /// Cloud Hypervisor: REM_MEM_REG is never sent.
