@@ -75,7 +75,8 @@ fn region_of(error: &Error) -> Option<GuestRange> {
         Error::DaemonRefused { change, .. }
         | Error::DaemonHungUp { change, .. }
         | Error::DaemonSilent { change, .. }
-        | Error::DaemonProtocol { change, .. } => match change {
+        | Error::DaemonProtocol { change, .. }
+        | Error::NoPostcopy { change } => match change {
             MemTableChange::Add(range) | MemTableChange::Remove(range) => Some(*range),
             _ => None,
         },
@@ -95,8 +96,9 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// `features` are the protocol features that were acknowledged on the new connection, and the
     /// daemon's limits are asked for anew: it may be another program by now. The daemon gets the
     /// memory as on the first day, one region after the other where it takes them so, so that it
-    /// does not matter how far the memory has grown. Where it mapped the regions while postcopy
-    /// listens, is kept for [`VhostUserShare::take_bases`].
+    /// does not matter how far the memory has grown. Where it maps the regions while postcopy
+    /// listens, the [handler](VhostUserShare::with_base_handler) is told, and it is kept for
+    /// [`VhostUserShare::take_bases`].
     ///
     /// Most daemons serve one front-end at a time: the old connection must have ended before they
     /// answer on the new one. That of a daemon that is away has.

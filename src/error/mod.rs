@@ -546,6 +546,18 @@ pub enum Error {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 
+    /// The daemon answered as daemons do while postcopy listens, and what this share talks through
+    /// cannot go on with that; the share is broken.
+    #[error(
+        "the daemon could not be made to {change}: it answered with addresses for postcopy, which \
+         this connection cannot acknowledge; the connection was closed, build guest-memory-shm \
+         with its feature postcopy, or implement MemTableSink::acknowledge_bases"
+    )]
+    NoPostcopy {
+        /// The change.
+        change: MemTableChange,
+    },
+
     /// A call on the connection to a daemon took too long; the connection was closed.
     #[error(
         "the daemon did not answer within {limit:?}: the connection was closed, restart the \

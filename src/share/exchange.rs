@@ -1,11 +1,9 @@
 //! What passes between a share and its daemon: changes, their acknowledgements, failures.
 
-use vm_memory::GuestAddress;
-
 use super::sink::{Answer, MemTableSink, SinkError};
 use super::{ShareReport, TimeLimit, VhostUserShare};
 use crate::error::{Error, MemTableChange, Result};
-use crate::table::{MemoryTable, TableChange, TableRegion};
+use crate::table::{MemoryTable, TableChange};
 
 impl<F: MemTableSink> VhostUserShare<F> {
     /// Sends what is different in `table`, and the dirty log around it.
@@ -42,10 +40,13 @@ impl<F: MemTableSink> VhostUserShare<F> {
         }
         for region in change.additions() {
             let step = MemTableChange::Add(region.range());
-            let base = self.change(step, |sink| sink.add_mem_region(region))?;
+            if let Some(base) = self.change(step, |sink| sink.add_mem_region(region))? {
+                // The answer says that it was taken.
+                self.held.insert(region);
+                self.take_up(step, std::slice::from_ref(region), &[base], report)?;
+            }
             self.confirm(step)?;
             self.held.insert(region);
-            report.bases.extend(base.map(|base| base_of(region, base)));
             last = Some(step);
         }
         last.map_or(Ok(()), |step| self.confirm_lasting(step))
@@ -60,19 +61,21 @@ impl<F: MemTableSink> VhostUserShare<F> {
             true => self.change(step, set)?,
             false => self.call(step, set)?,
         };
+        if let Some(bases) = bases {
+            // The answer says that it was taken.
+            self.hold_whole(table);
+            self.take_up(step, table.regions(), &bases, report)?;
+        }
         self.confirm(step)?;
         self.confirm_lasting(step)?;
+        self.hold_whole(table);
+        Ok(())
+    }
+
+    fn hold_whole(&mut self, table: &MemoryTable) {
         self.held = table.clone();
         // All regions were mapped anew.
         self.bases.clear();
-        let bases = bases.into_iter().flatten();
-        report.bases = table
-            .regions()
-            .iter()
-            .zip(bases)
-            .map(|(r, b)| base_of(r, b))
-            .collect();
-        Ok(())
     }
 
     /// Without REPLY_ACK nothing says whether the daemon took a change: asks whether it is there.
@@ -147,6 +150,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             Err(SinkError::Refused(source)) => Err(Error::DaemonRefused { change, source }),
             Err(SinkError::HungUp(source)) => Err(Error::DaemonHungUp { change, source }),
             Err(SinkError::Protocol(source)) => Err(Error::DaemonProtocol { change, source }),
+            Err(SinkError::NoPostcopy) => Err(Error::NoPostcopy { change }),
         })
     }
 
@@ -164,8 +168,4 @@ impl<F: MemTableSink> VhostUserShare<F> {
             hang_up();
         }
     }
-}
-
-fn base_of(region: &TableRegion, base: u64) -> (GuestAddress, u64) {
-    (region.range().start_addr(), base)
 }

@@ -19,6 +19,7 @@ mod exchange;
 mod kernel;
 mod log;
 mod logging;
+mod postcopy;
 mod sink;
 mod time_limit;
 mod wire;
@@ -26,6 +27,7 @@ mod wire;
 pub use self::log::DaemonLog;
 pub use kernel::KernelVhost;
 use logging::Logging;
+use postcopy::BaseHandler;
 pub use sink::{MemTableSink, SinkError};
 pub use time_limit::{HangUp, TimeLimit};
 
@@ -88,6 +90,7 @@ pub struct VhostUserShare<F> {
     held: MemoryTable,
     /// Bases that the daemon returned and no report handed out.
     bases: Vec<(GuestAddress, u64)>,
+    base_handler: BaseHandler,
     /// Present while the daemon is to log what it writes.
     logging: Option<Logging>,
     broken: Option<String>,
@@ -113,8 +116,8 @@ impl ShareReport {
     }
 
     /// Where the daemon mapped the new regions: guest address and address in the daemon. Only
-    /// while postcopy listens; the front-end must acknowledge them
-    /// (vhost-user specification, VHOST_USER_SET_MEM_TABLE).
+    /// while postcopy listens. They are acknowledged already, so faults may have come:
+    /// [`VhostUserShare::with_base_handler`] tells them in time, and what they mean.
     pub fn bases(&self) -> &[(GuestAddress, u64)] {
         &self.bases
     }
@@ -136,6 +139,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             view: TableView::default(),
             held: MemoryTable::default(),
             bases: Vec::new(),
+            base_handler: BaseHandler::default(),
             logging: None,
             broken: None,
         };
@@ -245,7 +249,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// broken: most daemons hang up when they refuse, and some have let go of the old table when
     /// they refuse a whole one. [`broken`](Self::broken) tells the two apart.
     ///
-    /// [`Error::DaemonHungUp`], [`Error::DaemonSilent`], [`Error::DaemonProtocol`]: the connection
+    /// [`Error::DaemonHungUp`], [`Error::DaemonSilent`], [`Error::DaemonProtocol`], and
+    /// [`Error::NoPostcopy`] if the sink cannot acknowledge the daemon's bases: the connection
     /// is closed, the share is broken, and every later update is [`Error::ShareBroken`] until
     /// [`reconnect`](Self::reconnect). A daemon that acknowledges a change and hangs up right after
     /// it, as libvhost-user does to refuse one, counts as hung up; among several changes the error
@@ -294,25 +299,6 @@ impl<F: MemTableSink> VhostUserShare<F> {
     pub fn update_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<ShareReport> {
         let table = memory.memory_table_as(&self.view)?;
         self.update(&table)
-    }
-
-    /// Takes the bases that the daemon returned and that no report handed out: those of an update
-    /// that failed later, and those given to [`keep_bases`](Self::keep_bases). Guest address and
-    /// address in the daemon; see [`ShareReport::bases`].
-    pub fn take_bases(&mut self) -> Vec<(GuestAddress, u64)> {
-        std::mem::take(&mut self.bases)
-    }
-
-    /// Keeps the bases of a report that is not looked at now, for
-    /// [`take_bases`](Self::take_bases). Those of regions that the daemon does not hold any more
-    /// mean nothing, and are dropped.
-    pub fn keep_bases(&mut self, report: ShareReport) {
-        for (start, base) in report.bases {
-            if self.held.starts_at(start) {
-                self.bases.retain(|(known, _)| *known != start);
-                self.bases.push((start, base));
-            }
-        }
     }
 
     /// What the daemon has acknowledged. After a failure this may be part of a change. What a

@@ -4,6 +4,8 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
+#[cfg(feature = "postcopy")]
+use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
@@ -11,6 +13,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use super::log::DaemonLog;
 use super::time_limit::{HangUp, hang_up};
 use super::wire;
+use crate::error::MemTableChange;
 use crate::table::{MemoryTable, TableRegion};
 
 /// The front-end's side of a connection to a daemon, as far as memory tables need it.
@@ -25,7 +28,7 @@ pub trait MemTableSink {
     /// [`max_table_regions`](Self::max_table_regions).
     ///
     /// While postcopy listens the daemon answers with the addresses at which it mapped the
-    /// regions, in their order.
+    /// regions, in their order; [`acknowledge_bases`](Self::acknowledge_bases) is called next.
     ///
     /// # Errors
     ///
@@ -34,7 +37,8 @@ pub trait MemTableSink {
 
     /// ADD_MEM_REG: adds one region.
     ///
-    /// While postcopy listens the daemon answers with the address at which it mapped it.
+    /// While postcopy listens the daemon answers with the address at which it mapped it;
+    /// [`acknowledge_bases`](Self::acknowledge_bases) is called next.
     ///
     /// # Errors
     ///
@@ -54,6 +58,22 @@ pub trait MemTableSink {
     ///
     /// The way in which the daemon did not answer.
     fn max_mem_slots(&mut self) -> Result<u64, SinkError>;
+
+    /// The same request once more, with 0 instead of regions: says that the addresses in the
+    /// daemon's answer are known, so that it may cause faults there.
+    ///
+    /// Called right after each answer with addresses, and before any other message, because the
+    /// daemon waits for it. `change` is what was answered:
+    /// [`SetTable`](MemTableChange::SetTable) or [`Add`](MemTableChange::Add). No answer follows.
+    /// A sink that never returns addresses needs none.
+    ///
+    /// # Errors
+    ///
+    /// [`SinkError::NoPostcopy`] unless implemented; `Frontend` implements it with the feature
+    /// `postcopy`.
+    fn acknowledge_bases(&mut self, _change: MemTableChange) -> Result<(), SinkError> {
+        Err(SinkError::NoPostcopy)
+    }
 
     /// SET_LOG_BASE: has the daemon log what it writes in this log, instead of the one before.
     ///
@@ -120,6 +140,9 @@ pub enum SinkError {
     /// Anything else; the two sides may be out of step.
     #[error("protocol error")]
     Protocol(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// It waits for an acknowledgement that this end cannot send.
+    #[error("no acknowledgement of bases")]
+    NoPostcopy,
 }
 
 /// What a sink's call says.
@@ -162,6 +185,15 @@ impl MemTableSink for Frontend {
 
     fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
         Ok(VhostUserFrontend::get_max_mem_slots(self)?)
+    }
+
+    #[cfg(feature = "postcopy")]
+    fn acknowledge_bases(&mut self, change: MemTableChange) -> Result<(), SinkError> {
+        let request = match change {
+            MemTableChange::SetTable(_) => FrontendReq::SET_MEM_TABLE,
+            _ => FrontendReq::ADD_MEM_REG,
+        };
+        Ok(self.postcopy_ack_mem_regions(request)?)
     }
 
     /// Exchanges the message itself, because vhost 0.18 understands the answer of its own daemons

@@ -161,8 +161,8 @@ fn a_refused_whole_table_breaks_the_share_unless_the_sink_says_it_keeps_the_old_
 fn bases_of_a_failed_update_and_of_a_dropped_report_are_kept() {
     let mut share = share(8, SLOTS | ACK);
     share.sink_mut().base = Some(7);
-    // The third region is refused, after GET_MAX_MEM_SLOTS and two regions.
-    share.sink_mut().fail = Some((3, || SinkError::Refused("no".into())));
+    // The third region is refused, after GET_MAX_MEM_SLOTS and two regions, each acknowledged.
+    share.sink_mut().fail = Some((5, || SinkError::Refused("no".into())));
     share.update(&table(&[1, 2, 3])).unwrap_err();
     let mib = |start: u64| GuestAddress(start << 20);
     assert_eq!(share.take_bases(), [(mib(1), 7), (mib(2), 7)]);

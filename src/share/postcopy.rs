@@ -1,0 +1,135 @@
+//! Where a daemon mapped regions while postcopy listens: told to the caller, then acknowledged.
+
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Mutex, PoisonError};
+
+use vm_memory::GuestAddress;
+
+use super::sink::{MemTableSink, SinkError};
+use super::{ShareReport, VhostUserShare};
+use crate::error::{MemTableChange, Result};
+use crate::layout::GuestRange;
+use crate::table::TableRegion;
+
+/// What the caller gave to be told of bases.
+#[derive(Default)]
+pub(super) struct BaseHandler {
+    /// The lock is never contended: it keeps the share `Sync`, whatever the handler is.
+    handler: Option<Mutex<Box<dyn FnMut(GuestRange, u64) + Send>>>,
+}
+
+impl BaseHandler {
+    fn tell(&mut self, range: GuestRange, base: u64) {
+        if let Some(handler) = &mut self.handler {
+            let handler = handler.get_mut().unwrap_or_else(PoisonError::into_inner);
+            handler(range, base);
+        }
+    }
+}
+
+impl fmt::Debug for BaseHandler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.handler {
+            Some(_) => "Some(..)",
+            None => "None",
+        })
+    }
+}
+
+impl<F: MemTableSink> VhostUserShare<F> {
+    /// Has `handler` told where the daemon maps each region while postcopy listens, before that is
+    /// acknowledged; nobody unless set.
+    ///
+    /// While postcopy listens (VHOST_USER_POSTCOPY_LISTEN), a daemon answers SET_MEM_TABLE and
+    /// ADD_MEM_REG with the address in its own process of each region's first byte: the base. It
+    /// is the *daemon* that registers these addresses with userfaultfd(2), and the front-end has
+    /// the descriptor, from VHOST_USER_POSTCOPY_ADVISE. Faults that are read from it name
+    /// addresses of the daemon: one at `address` is at
+    /// `range.start_addr() + (address - base)` in the guest, and is resolved at `address`. Whoever
+    /// does so must know the base first: from the acknowledgement on, faults can come. So the
+    /// handler is called with the region and its base, and then the share acknowledges
+    /// ([`MemTableSink::acknowledge_bases`]).
+    ///
+    /// vhost's `Frontend` acknowledges, if this crate's feature `postcopy` is on.
+    ///
+    /// The handler is called during an update, on the thread that makes it, and stays for all
+    /// connections. A later base of a region replaces the one before: a whole table has all
+    /// regions mapped anew. It should be quick: the daemon waits, and takes no other message. The bases are
+    /// in the [report](ShareReport::bases) as well, or kept for [`take_bases`](Self::take_bases).
+    /// If it panics, the share is broken: the daemon goes without its acknowledgement.
+    ///
+    /// See `VHOST_USER_SET_MEM_TABLE`, `VHOST_USER_ADD_MEM_REG` and `VHOST_USER_POSTCOPY_LISTEN` in
+    /// the vhost-user specification ("Front-end message types").
+    ///
+    /// ```
+    /// use std::sync::{Arc, Mutex};
+    ///
+    /// use guest_memory_shm::VhostUserShare;
+    /// # use guest_memory_shm::mock::MockDaemon;
+    /// # use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+    ///
+    /// # let daemon = MockDaemon::builder().start_unnamed()?;
+    /// # let (frontend, features) = (Frontend::from_stream(daemon.connect()?, 1), Features::empty());
+    /// let bases = Arc::new(Mutex::new(Vec::new())); // also for the thread that reads the faults
+    /// let known = Arc::clone(&bases);
+    /// let share = VhostUserShare::new(frontend, features)
+    ///     .with_base_handler(move |range, base| known.lock().unwrap().push((range, base)));
+    /// # assert!(format!("{share:?}").contains("base_handler: Some(..)"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn with_base_handler(
+        mut self,
+        handler: impl FnMut(GuestRange, u64) + Send + 'static,
+    ) -> Self {
+        self.base_handler.handler = Some(Mutex::new(Box::new(handler)));
+        self
+    }
+
+    /// Hands the bases of these regions on, and acknowledges them: the very next message on the
+    /// connection.
+    pub(super) fn take_up(
+        &mut self,
+        step: MemTableChange,
+        regions: &[TableRegion],
+        bases: &[u64],
+        report: &mut ShareReport,
+    ) -> Result<()> {
+        if bases.len() != regions.len() {
+            let (bases, regions) = (bases.len(), regions.len());
+            let what = format!("{bases} bases came for {regions} regions");
+            return self.call(step, |_| Err(SinkError::Protocol(what.into())));
+        }
+        for (region, base) in regions.iter().zip(bases) {
+            report.bases.push((region.range().start_addr(), *base));
+            let told = AssertUnwindSafe(|| self.base_handler.tell(region.range(), *base));
+            if let Err(panic) = catch_unwind(told) {
+                self.end_connection();
+                self.broken = Some("the handler of bases panicked".to_owned());
+                resume_unwind(panic);
+            }
+        }
+        self.call(step, |sink| sink.acknowledge_bases(step))
+    }
+
+    /// Takes the bases that the daemon returned and that no report handed out: those of an update
+    /// that failed later, and those given to [`keep_bases`](Self::keep_bases). Guest address and
+    /// address in the daemon; see [`with_base_handler`](Self::with_base_handler), which learns
+    /// them in time.
+    pub fn take_bases(&mut self) -> Vec<(GuestAddress, u64)> {
+        std::mem::take(&mut self.bases)
+    }
+
+    /// Keeps the bases of a report that is not looked at now, for
+    /// [`take_bases`](Self::take_bases). Those of regions that the daemon does not hold any more
+    /// mean nothing, and are dropped.
+    pub fn keep_bases(&mut self, report: ShareReport) {
+        for (start, base) in report.bases {
+            if self.held.starts_at(start) {
+                self.bases.retain(|(known, _)| *known != start);
+                self.bases.push((start, base));
+            }
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! Bases that a daemon returns while postcopy listens: told, acknowledged, kept.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+
+use super::*;
+use crate::layout::GuestRange;
+
+/// What the handler was told; addresses in MiB.
+type Told = Arc<Mutex<Vec<(u64, u64)>>>;
+
+fn listening(features: Features) -> (VhostUserShare<Script>, Told) {
+    let told = Told::default();
+    let tell = Arc::clone(&told);
+    let mut share = share(8, features).with_base_handler(move |range, base| {
+        let start = range.start_addr().0 >> 20;
+        tell.lock().unwrap().push((start, base));
+    });
+    share.sink_mut().base = Some(7);
+    (share, told)
+}
+
+fn range(start: u64) -> GuestRange {
+    table(&[start]).regions()[0].range()
+}
+
+fn add(start: u64) -> Said {
+    Said::AckBases(MemTableChange::Add(range(start)))
+}
+
+fn set(regions: usize) -> Said {
+    Said::AckBases(MemTableChange::SetTable(regions))
+}
+
+fn bases(report: &[(GuestAddress, u64)]) -> Vec<(u64, u64)> {
+    report
+        .iter()
+        .map(|(start, base)| (start.0 >> 20, *base))
+        .collect()
+}
+
+#[test]
+fn each_answer_with_bases_is_acknowledged_by_the_very_next_message() {
+    use Said::*;
+    let cases = [
+        (
+            SLOTS | ACK,
+            vec![Acks, Slots, Add(1), add(1), Add(4), add(4), Barrier],
+            vec![Remove(1), Add(6), add(6), Barrier],
+            vec![(6, 7)],
+        ),
+        (
+            SLOTS,
+            vec![Slots, Add(1), add(1), Barrier, Add(4), add(4), Barrier],
+            vec![Remove(1), Barrier, Add(6), add(6), Barrier],
+            vec![(6, 7)],
+        ),
+        (
+            ACK,
+            vec![Acks, Set(vec![1, 4]), set(2), Barrier],
+            vec![Set(vec![4, 6]), set(2), Barrier],
+            vec![(4, 7), (6, 8)],
+        ),
+        (
+            Features::empty(),
+            vec![Set(vec![1, 4]), set(2), Barrier],
+            vec![Set(vec![4, 6]), set(2), Barrier],
+            vec![(4, 7), (6, 8)],
+        ),
+    ];
+    for (features, first, second, mapped) in cases {
+        let (mut share, told) = listening(features);
+        let report = share.update(&table(&[1, 4])).unwrap();
+        assert_eq!(share.sink().said, first);
+        assert_eq!(bases(report.bases()), *told.lock().unwrap());
+
+        share.sink_mut().said.clear();
+        told.lock().unwrap().clear();
+        let mut next = share.table().clone();
+        next.remove(&share.table().regions()[0].clone());
+        next.insert(&table(&[6]).regions()[0]);
+        let report = share.update(&next).unwrap();
+        assert_eq!(share.sink().said, second);
+        assert_eq!(bases(report.bases()), mapped);
+        assert_eq!(*told.lock().unwrap(), mapped);
+    }
+}
+
+#[test]
+fn without_bases_nothing_is_acknowledged_and_the_handler_hears_nothing() {
+    for features in [SLOTS | ACK, ACK] {
+        let (mut share, told) = listening(features);
+        share.sink_mut().base = None;
+        assert_eq!(share.update(&table(&[1, 4])).unwrap().bases(), []);
+        let said = &share.sink().said;
+        assert!(!said.iter().any(|said| matches!(said, Said::AckBases(_))));
+        assert_eq!(*told.lock().unwrap(), []);
+    }
+}
+
+/// Answers as a daemon does, and looks what the handler was told by the time of each
+/// acknowledgement.
+struct Watching {
+    told: Told,
+    at_acks: Vec<usize>,
+    /// How many bases come for the first region.
+    bases: usize,
+}
+
+impl MemTableSink for Watching {
+    fn request_acks(&mut self) {}
+    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
+        Ok(Some(vec![9; regions.len() - 1 + self.bases]))
+    }
+    fn add_mem_region(&mut self, _: &TableRegion) -> Answer<Option<u64>> {
+        Ok(Some(9))
+    }
+    fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
+        Ok(())
+    }
+    fn max_mem_slots(&mut self) -> Answer<u64> {
+        Ok(8)
+    }
+    fn acknowledge_bases(&mut self, _: MemTableChange) -> Answer<()> {
+        self.at_acks.push(self.told.lock().unwrap().len());
+        Ok(())
+    }
+    fn barrier(&mut self) -> Answer<()> {
+        Ok(())
+    }
+    fn hang_up(&self) -> Option<HangUp> {
+        None
+    }
+}
+
+fn watching(features: Features, bases: usize) -> VhostUserShare<Watching> {
+    let told = Told::default();
+    let tell = Arc::clone(&told);
+    let sink = Watching {
+        told,
+        at_acks: Vec::new(),
+        bases,
+    };
+    VhostUserShare::new(sink, features).with_base_handler(move |range, base| {
+        tell.lock().unwrap().push((range.start_addr().0, base));
+    })
+}
+
+#[test]
+fn the_handler_knows_each_base_before_it_is_acknowledged() {
+    for (features, at_acks) in [(SLOTS | ACK, vec![1, 2, 3]), (ACK, vec![3])] {
+        let mut share = watching(features, 1);
+        share.update(&table(&[0, 1, 2])).unwrap();
+        assert_eq!(share.sink().at_acks, at_acks);
+    }
+}
+
+#[test]
+fn fewer_or_more_bases_than_regions_break_the_share() {
+    for bases in [0, 2] {
+        let mut share = watching(ACK, bases);
+        let wrong = share.update(&table(&[0, 1])).unwrap_err();
+        assert!(matches!(wrong, Error::DaemonProtocol { .. }), "{wrong}");
+        assert!(share.sink().at_acks.is_empty(), "nothing is acknowledged");
+        assert!(share.broken().is_some());
+    }
+}
+
+#[test]
+fn a_failed_acknowledgement_breaks_the_share_and_keeps_the_bases() {
+    for (features, at) in [(SLOTS | ACK, 4), (SLOTS, 5), (ACK, 1)] {
+        let (mut share, told) = listening(features);
+        share.sink_mut().fail = Some((at, || SinkError::HungUp("gone".into())));
+        let failed = share.update(&table(&[1, 4])).unwrap_err();
+        assert!(matches!(failed, Error::DaemonHungUp { .. }), "{failed}");
+        assert!(matches!(share.sink().said.last(), Some(Said::AckBases(_))));
+        assert!(share.broken().is_some());
+        let told = told.lock().unwrap().clone();
+        assert_eq!(told.len(), 2);
+        assert_eq!(bases(&share.take_bases()), told);
+        // The daemon has mapped what it returned the bases of.
+        assert_eq!(starts(share.table()), [1, 4]);
+        assert!(matches!(
+            share.update(&table(&[1])),
+            Err(Error::ShareBroken { .. })
+        ));
+    }
+}
+
+#[test]
+fn the_handler_stays_when_the_daemon_is_connected_to_anew() {
+    let (mut share, told) = listening(SLOTS | ACK);
+    let wanted = table(&[1]);
+    share.update(&wanted).unwrap();
+    let fresh = Script {
+        slots: 8,
+        base: Some(70),
+        ..Script::default()
+    };
+    let _ = share.reconnect(fresh, SLOTS | ACK);
+    share.update(&wanted).unwrap();
+    assert_eq!(*told.lock().unwrap(), [(1, 7), (1, 70)]);
+}
+
+#[test]
+fn a_handler_that_panics_breaks_the_share_before_anything_else_is_said() {
+    let mut share = share(8, SLOTS | ACK).with_base_handler(|_, _| panic!("a handler's bug"));
+    share.sink_mut().base = Some(7);
+    let update = catch_unwind(AssertUnwindSafe(|| share.update(&table(&[1]))));
+    assert!(update.is_err());
+    assert_eq!(share.sink().said.last(), Some(&Said::Add(1)));
+    assert_eq!(share.broken(), Some("the handler of bases panicked"));
+    let said = share.sink().said.len();
+    share.update(&table(&[1])).unwrap_err();
+    assert_eq!(share.sink().said.len(), said);
+}
+
+#[test]
+fn a_sink_that_cannot_acknowledge_fails_the_change() {
+    /// Returns bases and leaves the rest as it is.
+    struct Plain;
+    impl MemTableSink for Plain {
+        fn request_acks(&mut self) {}
+        fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
+            Ok(Some(vec![7; regions.len()]))
+        }
+        fn add_mem_region(&mut self, _: &TableRegion) -> Answer<Option<u64>> {
+            Ok(Some(7))
+        }
+        fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
+            unreachable!()
+        }
+        fn max_mem_slots(&mut self) -> Answer<u64> {
+            Ok(8)
+        }
+        fn barrier(&mut self) -> Answer<()> {
+            unreachable!("nothing else is said to a daemon that waits for an acknowledgement")
+        }
+        fn hang_up(&self) -> Option<HangUp> {
+            None
+        }
+    }
+    let whole = MemTableChange::SetTable(1);
+    for (features, step) in [
+        (SLOTS | ACK, MemTableChange::Add(range(3))),
+        (SLOTS, MemTableChange::Add(range(3))),
+        (ACK, whole),
+        (Features::empty(), whole),
+    ] {
+        let mut share = VhostUserShare::new(Plain, features);
+        let failed = share.update(&table(&[3])).unwrap_err();
+        assert!(
+            matches!(failed, Error::NoPostcopy { change } if change == step),
+            "{failed}"
+        );
+        assert!(failed.to_string().contains("feature postcopy"), "{failed}");
+        assert!(share.broken().is_some());
+        assert_eq!(share.take_bases().len(), 1);
+    }
+}
+
+#[test]
+fn a_share_with_a_handler_is_shown_sent_and_shared_between_threads() {
+    fn is_send_and_sync<T: Send + Sync>(_: &T) {}
+    let (share, _) = listening(ACK);
+    is_send_and_sync(&share);
+    assert!(format!("{share:?}").contains("base_handler: Some(..)"));
+    let without = super::share(8, ACK);
+    assert!(format!("{without:?}").contains("base_handler: None"));
+}
