@@ -51,7 +51,10 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// handler is called with the region and its base, and then the share acknowledges
     /// ([`MemTableSink::acknowledge_bases`]).
     ///
-    /// vhost's `Frontend` acknowledges, if this crate's feature `postcopy` is on.
+    /// vhost's `Frontend` acknowledges, if this crate's feature `postcopy` is on. QEMU's daemons
+    /// (libvhost-user, as of QEMU 10.0) hang up at the acknowledgement of ADD_MEM_REG, so they
+    /// need CONFIGURE_MEM_SLOTS left out, and return the user addresses that they were sent
+    /// instead of their own.
     ///
     /// The handler is called during an update, on the thread that makes it, and stays for all
     /// connections. A later base of a region replaces the one before: a whole table has all
@@ -75,7 +78,6 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// let known = Arc::clone(&bases);
     /// let share = VhostUserShare::new(frontend, features)
     ///     .with_base_handler(move |range, base| known.lock().unwrap().push((range, base)));
-    /// # assert!(format!("{share:?}").contains("base_handler: Some(..)"));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     #[must_use]

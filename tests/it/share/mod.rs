@@ -28,6 +28,7 @@ mod daemon;
 mod faults;
 mod kernel;
 mod log;
+mod postcopy;
 mod table;
 mod view;
 
