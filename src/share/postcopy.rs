@@ -12,11 +12,13 @@ use crate::error::{MemTableChange, Result};
 use crate::layout::GuestRange;
 use crate::table::TableRegion;
 
+type Handler = Box<dyn FnMut(GuestRange, u64) + Send>;
+
 /// What the caller gave to be told of bases.
 #[derive(Default)]
 pub(super) struct BaseHandler {
     /// The lock is never contended: it keeps the share `Sync`, whatever the handler is.
-    handler: Option<Mutex<Box<dyn FnMut(GuestRange, u64) + Send>>>,
+    handler: Option<Mutex<Handler>>,
 }
 
 impl BaseHandler {
