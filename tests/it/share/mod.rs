@@ -29,6 +29,8 @@ mod faults;
 mod kernel;
 mod log;
 mod postcopy;
+mod postcopy_faults;
+mod postcopy_peer;
 mod table;
 mod view;
 
