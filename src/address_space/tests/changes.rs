@@ -1,0 +1,251 @@
+//! Changes: their order, what readers see, who lags and who refuses.
+
+use super::*;
+
+#[test]
+fn they_are_told_in_order_and_undone_in_reverse() {
+    let (space, log) = (space(), Said::default());
+    let a = space.attach("a", script("a", &log)).unwrap();
+    let b = space.attach("b", script("b", &log)).unwrap();
+    let c = Script {
+        answers: vec![(2, refused)],
+        ..script("c", &log)
+    };
+    let c = space.attach("c", c).unwrap();
+    let d = space.attach("d", script("d", &log)).unwrap();
+    said(&log);
+
+    let error = space.insert(region(4)).unwrap_err();
+    let told: Vec<_> = said(&log)
+        .into_iter()
+        .map(|(who, what)| format!("{who}{what}"))
+        .collect();
+    // c may hold a part of what it refused.
+    assert_eq!(
+        told,
+        ["a[0, 4]", "b[0, 4]", "c[0, 4]", "c[0]", "b[0]", "a[0]"]
+    );
+    assert_eq!(present(&space), [0]);
+    for id in [&a, &b, &c, &d] {
+        assert_eq!(held(&space, id, all), [0]);
+    }
+    let text = error.to_string();
+    assert_eq!(
+        text,
+        "nothing was changed: listener \"c\" refuses the region 0x400000..=0x4fffff (1 MiB): no room"
+    );
+
+    space.insert(region(4)).unwrap();
+    assert_eq!(present(&space), [0, 4]);
+    for id in [a, b, c, d] {
+        assert_eq!(held(&space, &id, all), [0, 4]);
+    }
+}
+
+#[test]
+fn everybody_is_asked_before_anybody_is_told() {
+    let (space, log) = (space(), Said::default());
+    space.attach("a", script("a", &log)).unwrap();
+    let full = Script {
+        limit: 1,
+        ..script("b", &log)
+    };
+    space.attach("b", full).unwrap();
+    said(&log);
+    let error = space.insert(region(4)).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains(": listener \"b\" refuses the region"),
+        "{error}"
+    );
+    assert_eq!(said(&log), []);
+}
+
+#[test]
+fn readers_lose_memory_before_listeners_and_get_it_after_them() {
+    let (space, log) = (space(), Said::default());
+    let watching = Script {
+        readers: Some(space.memory()),
+        answers: vec![(4, refused), (7, refused)],
+        ..script("a", &log)
+    };
+    space.attach("a", watching).unwrap();
+    space.insert(region(4)).unwrap();
+    space.remove(GuestAddress(4 * MIB), MIB).unwrap();
+    // Refused, and undone.
+    space.insert(region(4)).unwrap_err();
+    space.insert(region(4)).unwrap();
+    space.remove(GuestAddress(4 * MIB), MIB).unwrap_err();
+    let told: Vec<_> = said(&log).into_iter().map(|(_, what)| what).collect();
+    assert_eq!(
+        told,
+        [
+            "[0] while readers see [0]",
+            "[0, 4] while readers see [0]",
+            "[0] while readers see [0]",
+            "[0, 4] while readers see [0]",
+            "[0] while readers see [0]",
+            "[0, 4] while readers see [0]",
+            "[0] while readers see [0]",
+            // It is put back before readers see the region again.
+            "[0, 4] while readers see [0]",
+        ]
+    );
+    assert_eq!(present(&space), [0, 4]);
+}
+
+#[test]
+fn a_region_that_is_replaced_is_never_seen_in_both_shapes() {
+    let (space, log) = (space(), Said::default());
+    let watching = Script {
+        readers: Some(space.memory()),
+        ..script("a", &log)
+    };
+    space.attach("a", watching).unwrap();
+    said(&log);
+    let report = space
+        .transaction()
+        .insert(region(0))
+        .insert(region(2))
+        .remove(GuestAddress(0), MIB)
+        .commit()
+        .unwrap();
+    assert_eq!(report.removed().len(), 1);
+    assert_eq!(
+        said(&log),
+        [("a", "[0, 2] while readers see []".to_owned())]
+    );
+
+    // Nothing is nothing.
+    let report = space.transaction().commit().unwrap();
+    assert_eq!(report.removed().len(), 0);
+    assert_eq!(said(&log), []);
+    // What cannot be is found before anybody hears of it.
+    let twice = space.transaction().insert(region(9)).insert(region(9));
+    assert!(matches!(twice.commit(), Err(Error::Overlap { .. })));
+    let gone = space
+        .transaction()
+        .insert(region(9))
+        .remove(GuestAddress(5 * MIB), MIB);
+    assert!(matches!(gone.commit(), Err(Error::NoSuchRegion { .. })));
+    assert_eq!(said(&log), []);
+    assert_eq!(present(&space), [0, 2]);
+}
+
+#[test]
+fn who_is_away_lags_or_stops_everything() {
+    for (attendance, stops) in [(Attendance::MayLag, false), (Attendance::Required, true)] {
+        let (space, log) = (space(), Said::default());
+        let a = space.attach("a", script("a", &log)).unwrap();
+        let dying = Script {
+            // To put it back is tried, too.
+            answers: if stops {
+                vec![(2, away), (3, away)]
+            } else {
+                vec![(2, away)]
+            },
+            ..script("b", &log)
+        };
+        let b = space.attach_as("b", attendance, dying).unwrap();
+        let c = space.attach("c", script("c", &log)).unwrap();
+        let done = space.insert(region(4));
+        let now: &[u64] = if stops { &[0] } else { &[0, 4] };
+        assert_eq!(present(&space), now);
+        assert_eq!(held(&space, &a, all), now);
+        assert_eq!(held(&space, &c, all), now);
+        let stale = space.listeners()[1].stale().map(str::to_owned);
+        assert_eq!(stale.as_deref(), Some("it died"));
+        let lagging = match done {
+            Ok(report) => report.stale().to_vec(),
+            Err(Error::AddressSpace(error)) => match *error {
+                AddressSpaceError::Away {
+                    listener,
+                    stale,
+                    region,
+                    ..
+                } => {
+                    assert_eq!(
+                        (listener.as_str(), region),
+                        ("b", Some(self::region(4).range()))
+                    );
+                    stale
+                }
+                other => panic!("{other}"),
+            },
+            Err(other) => panic!("{other}"),
+        };
+        assert_eq!(lagging.len(), 1);
+        assert_eq!((lagging[0].name(), lagging[0].reason()), ("b", "it died"));
+
+        // Back, it is told the present memory, by itself or with the next change.
+        if stops {
+            space.insert(region(4)).unwrap();
+        } else {
+            space.refresh(&b).unwrap();
+        }
+        assert_eq!(held(&space, &b, all), [0, 4]);
+        assert_eq!(space.listeners()[1].stale(), None);
+    }
+}
+
+#[test]
+fn who_cannot_be_put_back_is_stale_until_the_next_change() {
+    let (space, log) = (space(), Said::default());
+    let stuck = Script {
+        answers: vec![(3, refused)],
+        ..script("a", &log)
+    };
+    let a = space.attach("a", stuck).unwrap();
+    let refusing = Script {
+        answers: vec![(2, refused)],
+        ..script("b", &log)
+    };
+    space.attach("b", refusing).unwrap();
+    let error = space.insert(region(4)).unwrap_err();
+    assert!(
+        error.to_string().starts_with(
+            "nothing was changed, but \"a\" is stale (it could not be put back: no room): listener \"b\""
+        ),
+        "{error}"
+    );
+    assert_eq!(held(&space, &a, all), [0, 4]);
+    assert_eq!(present(&space), [0]);
+    space.insert(region(6)).unwrap();
+    assert_eq!(held(&space, &a, all), [0, 6]);
+    assert_eq!(space.listeners()[0].stale(), None);
+}
+
+#[test]
+fn a_listener_that_panics_refuses() {
+    struct Panics(bool);
+    impl MemoryListener for Panics {
+        fn check(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
+            Ok(())
+        }
+        fn update(&mut self, memory: &GuestMemoryShm) -> Result<(), ListenerError> {
+            assert!(memory.num_regions() < 2, "as it was told to");
+            Ok(())
+        }
+        fn waits(&self) -> bool {
+            self.0
+        }
+    }
+    // Here, and beside another, on another thread.
+    for waits in [false, true] {
+        let (space, log) = (space(), Said::default());
+        space.attach("a", Panics(waits)).unwrap();
+        let other = Script {
+            waits,
+            ..script("b", &log)
+        };
+        let b = space.attach("b", other).unwrap();
+        let error = space.insert(region(4)).unwrap_err().to_string();
+        assert!(error.contains("\"a\" refuses"), "{error}");
+        assert!(error.contains("panicked"), "{error}");
+        assert_eq!(held(&space, &b, all), [0]);
+        assert_eq!(present(&space), [0]);
+        let stale = |listener: &ListenerStatus| listener.stale().is_some();
+        assert!(!space.listeners().iter().any(stale));
+    }
+}

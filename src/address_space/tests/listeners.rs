@@ -1,0 +1,208 @@
+//! Listeners: side by side, attached and detached, by regions.
+
+use super::*;
+
+/// It returns only when all of them have been told.
+struct Meets(Arc<Barrier>, usize);
+
+impl MemoryListener for Meets {
+    fn check(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
+        Ok(())
+    }
+    fn update(&mut self, memory: &GuestMemoryShm) -> Result<(), ListenerError> {
+        if memory.num_regions() > 1 {
+            self.0.wait();
+            self.1 += 1;
+        }
+        Ok(())
+    }
+    fn waits(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn neighbours_that_wait_are_told_side_by_side() {
+    let space = space();
+    let barrier = Arc::new(Barrier::new(5));
+    let ids: Vec<_> = (0..5)
+        .map(|at| {
+            space
+                .attach(format!("{at}"), Meets(barrier.clone(), 0))
+                .unwrap()
+        })
+        .collect();
+    for _ in 0..50 {
+        space.insert(region(4)).unwrap();
+        space.remove(GuestAddress(4 * MIB), MIB).unwrap();
+    }
+    for id in ids {
+        assert_eq!(space.detach(id).unwrap().1, 50);
+    }
+}
+
+#[test]
+fn one_that_does_not_wait_parts_its_neighbours() {
+    let (space, log) = (space(), Said::default());
+    for (name, waits) in [("a", true), ("b", false), ("c", true)] {
+        let one = Script {
+            waits,
+            ..script(name, &log)
+        };
+        space.attach(name, one).unwrap();
+    }
+    said(&log);
+    space.insert(region(4)).unwrap();
+    let order: Vec<_> = said(&log).into_iter().map(|(who, _)| who).collect();
+    assert_eq!(order, ["a", "b", "c"]);
+}
+
+#[test]
+fn attaching_undoes_itself_and_gives_the_listener_back() {
+    let (space, log) = (space(), Said::default());
+    let refusing = Script {
+        answers: vec![(1, refused)],
+        ..script("a", &log)
+    };
+    let error = space.attach("a", refusing).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("\"a\" refuses the memory: no room"),
+        "{error}"
+    );
+    assert!(error.into_listener().held.is_empty());
+    assert_eq!(said(&log).last().unwrap().1, "[]");
+
+    // One that was only asked is not told anything.
+    let full = Script {
+        limit: 0,
+        ..script("b", &log)
+    };
+    let error = space.attach("b", full).unwrap_err();
+    assert!(matches!(Error::from(error), Error::AddressSpace(_)));
+    assert_eq!(said(&log), []);
+    assert_eq!(space.listeners(), []);
+}
+
+#[test]
+fn a_detached_listener_is_told_no_more_and_its_name_is_void() {
+    let (space, other) = (space(), self::space());
+    let log = Said::default();
+    let a = space.attach("a", script("a", &log)).unwrap();
+    let copy = a.clone();
+    let gone = |done: Result<()>| matches!(done, Err(Error::AddressSpace(error)) if matches!(*error, AddressSpaceError::NoSuchListener));
+    assert!(gone(other.with_listener(&a, |_| ())));
+    let listener = space.detach(a).unwrap();
+    assert_eq!(listener.held, [0]);
+    assert!(gone(space.refresh(&copy)));
+    space.insert(region(4)).unwrap();
+    assert_eq!(listener.held, [0]);
+}
+
+/// Takes one region more, or not.
+struct Regions(Arc<Mutex<Vec<String>>>, Option<u64>);
+
+impl RegionListener for Regions {
+    fn region_add(&mut self, region: &GuestRegionShm) -> Result<(), ListenerError> {
+        let at = region.range().start_addr().0 / MIB;
+        self.0.lock().unwrap().push(format!("+{at}"));
+        match self.1 {
+            Some(refused) if refused == at => Err(ListenerError::refused("full")),
+            _ => Ok(()),
+        }
+    }
+    fn region_remove(&mut self, region: &GuestRegionShm) -> Result<(), ListenerError> {
+        let at = region.range().start_addr().0 / MIB;
+        self.0.lock().unwrap().push(format!("-{at}"));
+        Ok(())
+    }
+}
+
+#[test]
+fn regions_go_from_above_and_come_from_below_and_the_one_that_failed_is_named() {
+    let space = space();
+    let log = Arc::new(Mutex::new(Vec::new()));
+    let id = space
+        .attach("dma", PerRegion::new(Regions(log.clone(), Some(8))))
+        .unwrap();
+    space
+        .transaction()
+        .insert(region(6))
+        .insert(region(4))
+        .commit()
+        .unwrap();
+    let change = space
+        .transaction()
+        .remove(GuestAddress(4 * MIB), MIB)
+        .remove(GuestAddress(6 * MIB), MIB)
+        .insert(region(8))
+        .insert(region(2));
+    let error = change.commit().unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("\"dma\" refuses the region 0x800000..="),
+        "{error}"
+    );
+    assert_eq!(
+        *log.lock().unwrap(),
+        ["+0", "+4", "+6", "-6", "-4", "+2", "+8", "-2", "+4", "+6"]
+    );
+    let held = space.with_listener(&id, |dma| dma.regions().len()).unwrap();
+    assert_eq!(held, 3);
+}
+
+#[test]
+fn a_listener_of_regions_that_was_away_is_told_all_of_them_when_it_begins_anew() {
+    struct Dma(Arc<Mutex<bool>>);
+    impl RegionListener for Dma {
+        fn region_add(&mut self, _: &GuestRegionShm) -> Result<(), ListenerError> {
+            match *self.0.lock().unwrap() {
+                true => Err(away()),
+                false => Ok(()),
+            }
+        }
+        fn region_remove(&mut self, _: &GuestRegionShm) -> Result<(), ListenerError> {
+            panic!("it is not there");
+        }
+    }
+    let (space, gone) = (space(), Arc::new(Mutex::new(false)));
+    let dma = space
+        .attach_as(
+            "dma",
+            Attendance::Required,
+            PerRegion::new(Dma(gone.clone())),
+        )
+        .unwrap();
+    *gone.lock().unwrap() = true;
+    // To be put back it is told nothing: it stays stale.
+    for _ in 0..2 {
+        let error = space.insert(region(4)).unwrap_err().to_string();
+        assert!(
+            error
+                .starts_with("nothing was changed, but \"dma\" is stale: listener \"dma\" is away"),
+            "{error}"
+        );
+    }
+    *gone.lock().unwrap() = false;
+    space.refresh(&dma).unwrap_err();
+    space.with_listener(&dma, PerRegion::begin_anew).unwrap();
+    space.refresh(&dma).unwrap();
+    space.insert(region(4)).unwrap();
+    let held = space.with_listener(&dma, |dma| dma.regions().len());
+    assert_eq!(held.unwrap(), 2);
+}
+
+#[test]
+fn a_removed_region_stays_mapped_while_somebody_reads_it() {
+    let space = space();
+    space.insert(region(4)).unwrap();
+    let address = GuestAddress(4 * MIB);
+    let held = space.memory().memory();
+    held.write_obj(42_u64, address).unwrap();
+    drop(space.remove(address, MIB).unwrap());
+
+    assert_eq!(held.read_obj::<u64>(address).unwrap(), 42);
+    assert!(space.memory().memory().read_obj::<u64>(address).is_err());
+}
