@@ -41,7 +41,7 @@ use slot::{Flags, Memory};
 /// - As long as KVM has a slot, what is behind it stays mapped. Dropped, it removes its slots; if
 ///   KVM refuses even that, the memory stays mapped for ever.
 /// - It can have the guest's writes [logged](Self::start_dirty_logging), keep the guest from
-///   [writing](Self::with_read_only), and place [ROMs](Self::add_rom).
+///   [writing](Self::add_read_only), and place [ROMs](Self::add_rom).
 ///
 /// For KVM the memory is ordinary memory: what others write to it (the VMM, daemons) is in no
 /// dirty log of KVM's.
@@ -134,8 +134,8 @@ impl KvmSlots {
     /// # Errors
     ///
     /// [`KvmError::NoReadOnly`] if KVM does not offer it; [`KvmError::TooLate`] if a region is
-    /// there already.
-    pub fn with_read_only(mut self, range: GuestRange) -> Result<Self> {
+    /// there already. Nothing is changed then.
+    pub fn add_read_only(&mut self, range: GuestRange) -> Result<()> {
         self.check_read_only(range)?;
         let there = self
             .slots
@@ -146,7 +146,7 @@ impl KvmSlots {
             return Err(KvmError::TooLate { range, region }.into());
         }
         self.read_only.push(range);
-        Ok(self)
+        Ok(())
     }
 
     /// The virtual machine.

@@ -24,8 +24,8 @@ fn rom(start: u64) -> (TempDir, GuestRom) {
 #[test]
 fn the_guest_reads_a_read_only_region_and_its_writes_exit() {
     let Some(vm) = new_vm() else { return };
-    let slots = KvmSlots::new(vm.clone()).unwrap();
-    let slots = slots.with_read_only(range(PLUG, 4 * MIB)).unwrap();
+    let mut slots = KvmSlots::new(vm.clone()).unwrap();
+    slots.add_read_only(range(PLUG, 4 * MIB)).unwrap();
     let mut machine = Machine::with(vm, slots);
     for start in [PLUG, PLUG + 2 * MIB, PLUG + 4 * MIB] {
         machine.space.insert(region(start, MIB)).unwrap();
@@ -48,8 +48,8 @@ fn the_guest_reads_a_read_only_region_and_its_writes_exit() {
 #[test]
 fn a_region_that_is_read_only_in_part_is_refused() {
     let Some(vm) = new_vm() else { return };
-    let slots = KvmSlots::new(vm.clone()).unwrap();
-    let slots = slots.with_read_only(range(PLUG, 2 * MIB)).unwrap();
+    let mut slots = KvmSlots::new(vm.clone()).unwrap();
+    slots.add_read_only(range(PLUG, 2 * MIB)).unwrap();
     let mut machine = Machine::with(vm, slots);
     for (start, size) in [(PLUG - MIB, 2), (PLUG + MIB, 2), (PLUG - MIB, 4)] {
         let error = machine.space.insert(region(start, size * MIB)).unwrap_err();
@@ -62,14 +62,36 @@ fn a_region_that_is_read_only_in_part_is_refused() {
         );
         machine.misses(start);
     }
+}
 
-    // What is there already, stays writable, and nobody is told otherwise.
-    let slots = machine.space.detach(machine.kvm).unwrap();
-    let error = slots.with_read_only(range(0x8000, PAGE)).unwrap_err();
+#[test]
+fn what_is_there_cannot_become_read_only_and_stays_there() {
+    let Some(mut machine) = Machine::new() else {
+        return;
+    };
+    let late = range(0x8000, PAGE);
+    let error = machine
+        .slots(|slots| slots.add_read_only(late))
+        .unwrap_err();
     assert!(
         matches!(error, Error::Kvm(KvmError::TooLate { region, .. }) if region == range(0, MIB)),
         "{error}"
     );
+    machine.reaches(0x8000);
+
+    // Detached, they are not dropped by the refusal either: the guest has its RAM as before.
+    let mut slots = machine.space.detach(machine.kvm).unwrap();
+    slots.add_read_only(late).unwrap_err();
+    assert_eq!(slots.slots().count(), 1);
+    assert!(machine.guest.writes(0x8000, 7));
+    assert_eq!(machine.guest.reads(0x8000), Some(7));
+    // Elsewhere it is not too late, and the slots have it when they are back.
+    slots.add_read_only(range(PLUG, MIB)).unwrap();
+    machine.kvm = machine.space.attach("kvm", slots).unwrap();
+    machine.space.insert(region(PLUG, MIB)).unwrap();
+    assert_eq!(machine.guest.reads(PLUG), Some(0));
+    assert!(!machine.guest.writes(PLUG, 7));
+    machine.reaches(0x8000);
 }
 
 #[test]
