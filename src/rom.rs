@@ -9,6 +9,8 @@ use vm_memory::GuestAddress;
 use crate::backing::{ShmBacking, page_size_of};
 use crate::error::{FileError, Result};
 use crate::layout::GuestRange;
+#[cfg(feature = "kvm")]
+use crate::mapping::HostAddr;
 use crate::mapping::Mapping;
 use crate::options::{Access, Backing, RamOptions};
 
@@ -100,6 +102,12 @@ impl GuestRom {
     /// it may be made, and it is read by volatile operations. A write there is SIGSEGV.
     pub fn as_ptr(&self) -> *const u8 {
         self.mapping.host_addr().as_ptr()
+    }
+
+    /// As [`as_ptr`](Self::as_ptr).
+    #[cfg(feature = "kvm")]
+    pub(crate) fn host_addr(&self) -> HostAddr {
+        self.mapping.host_addr()
     }
 
     /// Reads what is `offset` bytes into the ROM, by pread(2): no truncation is SIGBUS here.

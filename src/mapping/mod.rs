@@ -25,12 +25,16 @@ use crate::host::transparent;
 use crate::options::{CoreDump, MapOptions};
 use crate::report::{NotHuge, Note, log_notes};
 
+#[cfg(feature = "kvm")]
+mod guarded;
 mod numa;
 mod populate;
 mod remove;
 mod reserve;
 mod scan;
 
+#[cfg(feature = "kvm")]
+pub(crate) use guarded::GuardedWords;
 use reserve::{Reservation, placement, rehearse};
 pub(crate) use scan::cached;
 
@@ -47,10 +51,16 @@ pub(crate) struct Mapping {
 }
 
 /// Where a mapping is. Safe to have and to pass on; what is there is accessed through raw pointers.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct HostAddr(NonNull<u8>);
 
 impl HostAddr {
+    /// The address of what another part of the process has mapped.
+    #[cfg(feature = "kvm")]
+    pub(crate) fn new(addr: NonNull<u8>) -> Self {
+        Self(addr)
+    }
+
     #[inline]
     pub(crate) fn as_ptr(self) -> *mut u8 {
         self.0.as_ptr()
