@@ -158,7 +158,10 @@ pub use error::{
     Result, SlotLimit, StaleListener,
 };
 #[cfg(feature = "kvm")]
-pub use kvm::{DirtyPages, KvmSlot, KvmSlots};
+pub use kvm::{
+    DirtyPages, HypervisorVm, KvmSlot, KvmSlots, LogBuffer, SlotFlags, SlotMapping, SlotNumber,
+    SlotNumbers,
+};
 pub use layout::{GuestRange, ram_around_hole};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{

@@ -1,8 +1,8 @@
 //! The guest: a vCPU in 32-bit mode, and the code that it runs.
 
-use guest_memory_shm::{GuestRange, KvmSlots};
+use guest_memory_shm::GuestRange;
 use kvm_bindings::{kvm_regs, kvm_segment};
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vm_memory::GuestAddress;
 
 use crate::failure::{Failure, OrFail, Result};
@@ -81,9 +81,9 @@ pub(crate) struct Guest(VcpuFd);
 
 impl Guest {
     /// A vCPU in protected mode without paging, its segments flat: it reaches 4 GiB.
-    pub(crate) fn new(slots: &KvmSlots) -> Result<Self> {
+    pub(crate) fn new(vm: &VmFd) -> Result<Self> {
         let doing = || "cannot make a vCPU";
-        let vcpu = slots.vm().create_vcpu(0).or_fail(doing)?;
+        let vcpu = vm.create_vcpu(0).or_fail(doing)?;
         let mut sregs = vcpu.get_sregs().or_fail(doing)?;
         let code = kvm_segment {
             limit: u32::MAX,

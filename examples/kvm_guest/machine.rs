@@ -48,8 +48,8 @@ impl Machine {
         let space = AddressSpace::new(boot);
 
         // The hypervisor comes first: nobody tells the guest of memory that it does not have.
+        let guest = Guest::new(&vm)?;
         let slots = KvmSlots::new(vm).or_fail(|| "cannot use KVM's memory slots")?;
-        let guest = Guest::new(&slots)?;
         let kvm = space
             .attach("kvm", slots)
             .or_fail(|| "cannot give KVM the guest's RAM")?;

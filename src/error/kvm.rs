@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 
 use nix::errno::Errno;
 use vm_memory::GuestAddress;
@@ -23,10 +24,88 @@ pub enum KvmError {
     NoSuchSlots {
         /// The first number.
         first: u32,
-        /// The number behind the last.
+        /// The number after the last.
         end: u32,
         /// How many slots the VM can have.
         limit: u32,
+    },
+
+    /// Slot numbers belong to living [`SlotNumbers`](crate::SlotNumbers) of the same VM already.
+    #[error(
+        "the slot numbers {numbers:?} cannot be had: {held:?} belong to other SlotNumbers or \
+         KvmSlots of this VM, as long as these live: share one SlotNumbers \
+         (KvmSlots::with_numbers), or choose other numbers"
+    )]
+    #[non_exhaustive]
+    SlotsInUse {
+        /// What was asked for.
+        numbers: Range<u32>,
+        /// What others have that overlap it.
+        held: Range<u32>,
+    },
+
+    /// All slot numbers are taken.
+    #[error(
+        "all slot numbers of {numbers:?} are taken: use fewer slots, or make SlotNumbers with more \
+         numbers"
+    )]
+    #[non_exhaustive]
+    NoFreeNumber {
+        /// The numbers that there are.
+        numbers: Range<u32>,
+    },
+
+    /// A slot number is none of those that there are.
+    #[error("there is no slot number {number}: the numbers are {numbers:?}, choose one of those")]
+    #[non_exhaustive]
+    NoSuchNumber {
+        /// What was asked for.
+        number: u32,
+        /// The numbers that there are.
+        numbers: Range<u32>,
+    },
+
+    /// A slot number is taken.
+    #[error(
+        "the slot number {number} is taken: by a region or a ROM, by a device of the VMM, or by a \
+         slot that KVM did not let go; take numbers that must be what they were before others"
+    )]
+    #[non_exhaustive]
+    NumberTaken {
+        /// What was asked for.
+        number: u32,
+    },
+
+    /// A range has a slot or a slot number already.
+    #[error(
+        "{range} cannot be given slot number {number}: {other} has number {other_number} already; \
+         assign numbers before the memory is attached, and each range once"
+    )]
+    #[non_exhaustive]
+    NumberTooLate {
+        /// The range.
+        range: GuestRange,
+        /// The number that it was to have.
+        number: u32,
+        /// What is there.
+        other: GuestRange,
+        /// The number of that.
+        other_number: u32,
+    },
+
+    /// A part of a region has a slot number assigned, and a region has one as a whole.
+    #[error(
+        "the region {region} is not {assigned}, to which slot number {number} is assigned: let the \
+         region be what it was when it had that number, or assign no number"
+    )]
+    #[non_exhaustive]
+    PartlyAssigned {
+        /// The range of the region.
+        region: GuestRange,
+        /// The range with a number.
+        assigned: GuestRange,
+        /// The number.
+        number: u32,
     },
 
     /// The memory needs more slots than there are; KVM was not asked.
@@ -40,7 +119,7 @@ pub enum KvmError {
         regions: usize,
         /// ROMs that are there, and that were to be added.
         roms: usize,
-        /// How many slots may be used.
+        /// How many slots may be used: its own, and numbers that are free.
         slots: u32,
         /// How many slots the VM can have.
         limit: u32,
@@ -117,8 +196,21 @@ pub enum KvmError {
     #[error("KVM logs no writes of the guest: start it with KvmSlots::start_dirty_logging")]
     NotLogging,
 
-    /// KVM does not give the dirty log of a slot (KVM_GET_DIRTY_LOG). Nothing of it is lost: what
-    /// other slots gave comes with the next answer.
+    /// There is no room to read a dirty log to.
+    #[error(
+        "no room for the dirty log of {pages} pages: a log needs 256 MiB of address space, which \
+         RLIMIT_AS and vm.max_map_count limit, and memory for a bit per page"
+    )]
+    #[non_exhaustive]
+    NoLogBuffer {
+        /// How many pages the slot has.
+        pages: u64,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// KVM does not give the dirty log of a slot (KVM_GET_DIRTY_LOG). What other slots gave comes
+    /// with the next answer, and of this one all pages count as written as soon as KVM gives it.
     #[error(
         "KVM does not give the dirty log of memory slot {slot} ({range}): {}",
         LogMeaning(.source)
@@ -140,13 +232,13 @@ impl fmt::Display for Meaning<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match errno(self.0) {
             Errno::EEXIST => {
-                "another slot of the VM overlaps it, which is none of KvmSlots: remove that one, \
-                 or place the RAM elsewhere"
+                "another slot of the VM overlaps it, which is none of these KvmSlots: remove that \
+                 one, or place the RAM elsewhere"
             }
             Errno::EINVAL => {
-                "the guest address is beyond what this machine's CPU can address, or somebody else \
-                 uses this slot number: place the RAM lower, and keep the slot numbers of KvmSlots \
-                 and of others apart (KvmSlots::with_slots)"
+                "the guest address is beyond what this machine's CPU can address, or another part \
+                 of the VMM uses this slot number: place the RAM lower, and have all slots take \
+                 their numbers from one SlotNumbers"
             }
             Errno::ENOMEM | Errno::ENOSPC => {
                 "the kernel has no memory left for what it notes per page, or too many pages are \
@@ -171,8 +263,13 @@ impl fmt::Display for LogMeaning<'_> {
                 "the VM has a dirty ring (KVM_CAP_DIRTY_LOG_RING) in its place: harvest that"
             }
             Errno::ENOENT => {
-                "the slot is not logged any more, somebody else has changed it: keep the slot \
-                 numbers of KvmSlots and of others apart (KvmSlots::with_slots)"
+                "the slot is not logged any more, another part of the VMM has changed it: have all \
+                 slots take their numbers from one SlotNumbers; to go on, stop the log, start it \
+                 again, and count all pages as written"
+            }
+            Errno::EFAULT => {
+                "the slot is larger than this region, another part of the VMM has put its own \
+                 there: have all slots take their numbers from one SlotNumbers"
             }
             _ => return Meaning(self.0).fmt(f),
         })

@@ -4,7 +4,7 @@ use std::fmt;
 
 use vm_memory::GuestAddress;
 
-use super::KvmSlots;
+use super::{KvmSlot, KvmSlots, LogBuffer};
 use crate::error::{KvmError, Result};
 use crate::layout::{GuestRange, base_page_size};
 
@@ -84,12 +84,16 @@ impl KvmSlots {
     ///
     /// # Errors
     ///
-    /// [`KvmError::Refused`]: nothing is logged, unless KVM refused to put that back as well
+    /// [`KvmError::NoLogBuffer`] if there is no room to read logs; [`KvmError::Refused`]: nothing
+    /// is logged, unless KVM refused to put that back as well
     /// ([`is_logging`](crate::KvmSlot::is_logging)).
     pub fn start_dirty_logging(&mut self) -> Result<()> {
-        if self.logging {
+        if self.is_dirty_logging() {
             return Ok(());
         }
+        // Before the first bit is set, so that no harvest fails for want of it.
+        let pages = self.slots.values().map(KvmSlot::pages).max();
+        let log = LogBuffer::new(pages.unwrap_or(1))?;
         let mut done = Vec::new();
         for (start, slot) in &mut self.slots {
             let was = slot.is_logging();
@@ -102,7 +106,7 @@ impl KvmSlots {
                 }
             }
         }
-        self.logging = true;
+        self.log = Some(log);
         Ok(())
     }
 
@@ -113,7 +117,7 @@ impl KvmSlots {
     /// [`KvmError::Refused`], for the first slot that KVM goes on logging; it has ended for the
     /// others, and for regions that come later. Another call tries the rest once more.
     pub fn stop_dirty_logging(&mut self) -> Result<()> {
-        self.logging = false;
+        self.log = None;
         let mut done = Ok(());
         for slot in self.slots.values_mut() {
             done = done.and(slot.log(false));
@@ -123,7 +127,7 @@ impl KvmSlots {
 
     /// Whether the guest's writes are logged.
     pub fn is_dirty_logging(&self) -> bool {
-        self.logging
+        self.log.is_some()
     }
 
     /// Harvests KVM's dirty log (KVM_GET_DIRTY_LOG): which pages the guest wrote since it was last
@@ -137,14 +141,16 @@ impl KvmSlots {
     ///
     /// # Errors
     ///
-    /// [`KvmError::NotLogging`], and [`KvmError::NoDirtyLog`]: what was harvested before that
-    /// comes with the next answer.
+    /// [`KvmError::NotLogging`]; [`KvmError::NoDirtyLog`] and [`KvmError::NoLogBuffer`]: what
+    /// other regions gave comes with the next answer. Of a region whose log KVM did not give, all
+    /// pages count as written when it does: KVM may have cleared the log, or another slot was in
+    /// the place of this one.
     pub fn dirty_log(&mut self) -> Result<Vec<DirtyPages>> {
-        if !self.logging {
+        let Some(log) = &mut self.log else {
             return Err(KvmError::NotLogging.into());
-        }
+        };
         for slot in self.slots.values_mut() {
-            slot.harvest()?;
+            slot.harvest(log)?;
         }
         let dirty = self.slots.values_mut().filter_map(|slot| {
             let words = std::mem::take(&mut slot.pending);

@@ -1,46 +1,284 @@
-//! Which slot numbers are free.
+//! Who has which slot number.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The slot numbers that may be used. The lowest free one is used first: KVM's table of slots, and
-/// what the VMM has to remember, stays as small as the memory.
-#[derive(Debug)]
-pub(super) struct Numbers {
-    all: Range<u32>,
-    /// None from here on was ever used.
-    next: u32,
-    /// Those below `next` that are free again.
-    free: BTreeSet<u32>,
+use super::{HypervisorVm, claims};
+use crate::error::{KvmError, Result};
+
+/// Slot numbers of a VM, for all that make slots of it: [`KvmSlots`](crate::KvmSlots), and the
+/// VMM's own devices. Clones share them.
+///
+/// No number is given to two: neither by one of these, nor by two of the same VM, whose numbers
+/// cannot overlap as long as both live. (The same VM is the same `Arc`. Two of different `Arc`s
+/// on copies of one descriptor cannot be told from those of two VMs: share one.) The lowest free
+/// number is given first, so that KVM's table of slots stays as small as what is in it.
+///
+/// ```no_run
+/// use std::sync::Arc;
+///
+/// use guest_memory_shm::{AddressSpace, GuestMemoryShm, KvmSlots, SlotNumbers};
+/// use kvm_ioctls::Kvm;
+/// use vm_memory::GuestAddress;
+///
+/// let numbers = SlotNumbers::all(Arc::new(Kvm::new()?.create_vm()?))?;
+/// // A device of the VMM maps a window into the guest.
+/// let window = numbers.take()?;
+/// println!("the window is slot {}", window.number());
+///
+/// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 30)])?;
+/// let space = AddressSpace::new(memory);
+/// space.attach("kvm", KvmSlots::with_numbers(numbers.clone()))?;
+/// // Its slot is gone, so its number may be used again.
+/// drop(window);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct SlotNumbers(Arc<Shared>);
+
+/// A slot number that nothing else has: [`SlotNumbers::take`]. Dropped, it is free again, so drop
+/// it after its slot is gone.
+///
+/// It keeps the VM alive.
+#[must_use = "dropped, it is free again"]
+pub struct SlotNumber {
+    number: u32,
+    numbers: SlotNumbers,
+    then: Then,
 }
 
-impl Numbers {
-    pub(super) fn new(all: Range<u32>) -> Self {
-        Self {
-            next: all.start,
-            all,
-            free: BTreeSet::new(),
+/// What becomes of a number when it is dropped.
+#[derive(Clone, Copy)]
+enum Then {
+    Free,
+    Resting,
+    Lost,
+}
+
+struct Shared {
+    vm: Arc<dyn HypervisorVm>,
+    all: Range<u32>,
+    untaken: Mutex<Untaken>,
+}
+
+/// Numbers that nobody has.
+#[derive(Debug)]
+struct Untaken {
+    /// All from here on were never taken.
+    next: u32,
+    end: u32,
+    /// Those below `next` that are free again.
+    free: BTreeSet<u32>,
+    /// Those that may be wanted back, and are given to others last.
+    resting: BTreeSet<u32>,
+}
+
+impl SlotNumbers {
+    /// All numbers that the VM can have.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn all(vm: Arc<dyn HypervisorVm>) -> Result<Self> {
+        let limit = vm.max_slots();
+        Self::new(vm, 0..limit)
+    }
+
+    /// These numbers. Others of the VM belong to others.
+    ///
+    /// A number whose slot the hypervisor did not let go stays taken as long as the VM lives.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::NoSuchSlots`] if there are none, or the VM has not all of them;
+    /// [`KvmError::SlotsInUse`] if living `SlotNumbers` of this VM have some.
+    pub fn new(vm: Arc<dyn HypervisorVm>, numbers: Range<u32>) -> Result<Self> {
+        let limit = vm.max_slots();
+        if numbers.is_empty() || numbers.end > limit {
+            return Err(KvmError::NoSuchSlots {
+                first: numbers.start,
+                end: numbers.end,
+                limit,
+            }
+            .into());
+        }
+        let lost = claims::claim(&vm, &numbers).map_err(|held| KvmError::SlotsInUse {
+            numbers: numbers.clone(),
+            held,
+        })?;
+        let mut untaken = Untaken::new(&numbers);
+        for number in lost {
+            untaken.take_this(number);
+        }
+        Ok(Self(Arc::new(Shared {
+            vm,
+            all: numbers,
+            untaken: Mutex::new(untaken),
+        })))
+    }
+
+    /// The virtual machine.
+    pub fn vm(&self) -> &Arc<dyn HypervisorVm> {
+        &self.0.vm
+    }
+
+    /// The numbers, taken or not.
+    pub fn range(&self) -> Range<u32> {
+        self.0.all.clone()
+    }
+
+    /// How many can be taken.
+    pub fn free(&self) -> u32 {
+        self.lock().count()
+    }
+
+    /// Takes the lowest that is free.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::NoFreeNumber`] if all are taken.
+    pub fn take(&self) -> Result<SlotNumber> {
+        let lowest = self.lock().take();
+        let numbers = self.range();
+        Ok(lowest
+            .map(|number| self.taken(number))
+            .ok_or(KvmError::NoFreeNumber { numbers })?)
+    }
+
+    /// Takes this one.
+    ///
+    /// # Errors
+    ///
+    /// [`KvmError::NoSuchNumber`] if it is none of these, [`KvmError::NumberTaken`].
+    pub fn take_number(&self, number: u32) -> Result<SlotNumber> {
+        let numbers = self.range();
+        if !numbers.contains(&number) {
+            return Err(KvmError::NoSuchNumber { number, numbers }.into());
+        }
+        let taken = self.lock().take_this(number);
+        match taken {
+            true => Ok(self.taken(number)),
+            false => Err(KvmError::NumberTaken { number }.into()),
         }
     }
 
-    /// How many there are, free or not.
-    pub(super) fn count(&self) -> u32 {
-        self.all.end - self.all.start
+    /// A number that rests is as free as others.
+    pub(super) fn wake(&self, number: u32) {
+        let mut untaken = self.lock();
+        if untaken.resting.remove(&number) {
+            untaken.free.insert(number);
+        }
     }
 
-    pub(super) fn take(&mut self) -> Option<u32> {
+    fn taken(&self, number: u32) -> SlotNumber {
+        SlotNumber {
+            number,
+            numbers: self.clone(),
+            then: Then::Free,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Untaken> {
+        // Nothing panics under it.
+        self.0
+            .untaken
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl SlotNumber {
+    /// The number.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// Leaves it taken as long as the VM lives: its slot could not be removed.
+    pub fn lose(mut self) {
+        self.then = Then::Lost;
+    }
+
+    /// Frees it, but has it taken last: its user may want it back.
+    pub(super) fn rest(mut self) {
+        self.then = Then::Resting;
+    }
+}
+
+impl Drop for SlotNumber {
+    fn drop(&mut self) {
+        let number = self.number;
+        match self.then {
+            Then::Free => drop(self.numbers.lock().free.insert(number)),
+            Then::Resting => drop(self.numbers.lock().resting.insert(number)),
+            Then::Lost => claims::lose(self.numbers.vm(), number),
+        }
+    }
+}
+
+impl Untaken {
+    fn new(all: &Range<u32>) -> Self {
+        Self {
+            next: all.start,
+            end: all.end,
+            free: BTreeSet::new(),
+            resting: BTreeSet::new(),
+        }
+    }
+
+    fn count(&self) -> u32 {
+        // Each is one of the numbers, which are fewer than 2^32.
+        let again = u32::try_from(self.free.len() + self.resting.len());
+        self.end - self.next + again.unwrap_or(u32::MAX)
+    }
+
+    fn take(&mut self) -> Option<u32> {
         if let Some(lowest) = self.free.pop_first() {
             return Some(lowest);
         }
-        let number = self.next;
-        (number < self.all.end).then(|| {
+        if self.next < self.end {
             self.next += 1;
-            number
-        })
+            return Some(self.next - 1);
+        }
+        self.resting.pop_first()
     }
 
-    pub(super) fn give_back(&mut self, number: u32) {
-        self.free.insert(number);
+    /// Whether it was there to be taken. It must be one of all.
+    fn take_this(&mut self, number: u32) -> bool {
+        if number >= self.next {
+            self.free.extend(self.next..number);
+            self.next = number + 1;
+            return true;
+        }
+        self.free.remove(&number) || self.resting.remove(&number)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        claims::give_up(&self.vm, &self.all);
+    }
+}
+
+impl fmt::Debug for SlotNumbers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SlotNumbers")
+            .field("range", &self.0.all)
+            .field("free", &self.free())
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for SlotNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("SlotNumber").field(&self.number).finish()
+    }
+}
+
+impl fmt::Display for SlotNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.number.fmt(f)
     }
 }
 
@@ -50,15 +288,39 @@ mod tests {
 
     #[test]
     fn the_lowest_free_number_is_next_and_no_other_is_ever_given() {
-        let mut numbers = Numbers::new(3..6);
-        assert_eq!(numbers.count(), 3);
-        let mut taken = || numbers.take();
+        let mut untaken = Untaken::new(&(3..6));
+        assert_eq!(untaken.count(), 3);
+        let mut taken = || untaken.take();
         assert_eq!([taken(), taken(), taken()], [Some(3), Some(4), Some(5)]);
-        assert_eq!(taken(), None);
-        numbers.give_back(5);
-        numbers.give_back(3);
-        assert_eq!(numbers.take(), Some(3));
-        assert_eq!(numbers.take(), Some(5));
-        assert_eq!(numbers.take(), None);
+        assert_eq!((taken(), untaken.count()), (None, 0));
+        untaken.free.extend([5, 3]);
+        assert_eq!(untaken.count(), 2);
+        assert_eq!(untaken.take(), Some(3));
+        assert_eq!(untaken.take(), Some(5));
+        assert_eq!(untaken.take(), None);
+    }
+
+    #[test]
+    fn a_number_that_rests_is_given_last() {
+        let mut untaken = Untaken::new(&(0..3));
+        assert_eq!(untaken.take(), Some(0));
+        untaken.resting.insert(0);
+        assert_eq!(untaken.count(), 3);
+        let mut taken = || untaken.take();
+        assert_eq!([taken(), taken(), taken()], [Some(1), Some(2), Some(0)]);
+        assert_eq!(untaken.count(), 0);
+    }
+
+    #[test]
+    fn each_number_can_be_taken_by_name_once() {
+        let mut untaken = Untaken::new(&(10..20));
+        for number in [14, 10, 19, 11] {
+            assert!(untaken.take_this(number));
+            assert!(!untaken.take_this(number));
+        }
+        untaken.resting.insert(14);
+        assert!(untaken.take_this(14));
+        let rest: Vec<_> = std::iter::from_fn(|| untaken.take()).collect();
+        assert_eq!(rest, [12, 13, 15, 16, 17, 18]);
     }
 }

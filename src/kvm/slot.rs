@@ -1,19 +1,19 @@
-//! One memory slot of KVM.
+//! One memory slot.
 #![expect(
     unsafe_code,
-    reason = "KVM is given host addresses, which must stay mapped"
+    reason = "a hypervisor is given host addresses, which must stay mapped"
 )]
 
 use std::fmt;
 use std::io;
+use std::mem::ManuallyDrop;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
-use kvm_ioctls::VmFd;
-
+use super::{HypervisorVm, LogBuffer, SlotFlags, SlotMapping, SlotNumber};
 use crate::error::KvmError;
 use crate::layout::{GuestRange, base_page_size};
-use crate::mapping::{Mapping, to_usize};
+use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::ram::Ram;
 use crate::rom::GuestRom;
 
@@ -21,16 +21,20 @@ use crate::rom::GuestRom;
 ///
 /// [`KvmSlots::slots`](crate::KvmSlots::slots) shows those that there are.
 pub struct KvmSlot {
-    vm: Arc<VmFd>,
+    vm: Arc<dyn HypervisorVm>,
     number: u32,
+    /// What keeps the number from others.
+    taken: Option<SlotNumber>,
     range: GuestRange,
     read_only: bool,
     logging: bool,
     /// Pages that KVM has given and that were not passed on; empty if there are none.
     pub(super) pending: Vec<u64>,
+    /// Whether a log was asked for and did not come, so that what was in it may be lost.
+    unanswered: bool,
     /// What keeps the host addresses mapped.
     memory: Memory,
-    /// Whether KVM has the slot, and so the host addresses.
+    /// Whether KVM has the slot, and so the host addresses, or may have it.
     in_kvm: bool,
 }
 
@@ -41,39 +45,40 @@ pub(super) enum Memory {
     Rom(Arc<GuestRom>),
 }
 
-/// What the guest may do in a slot, and what is noted of it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Flags {
-    pub(super) read_only: bool,
-    pub(super) logging: bool,
-}
-
 impl KvmSlot {
-    /// Gives KVM the memory as slot `number`, which must be free.
+    /// The memory as this slot, which KVM has not yet.
     pub(super) fn new(
-        vm: &Arc<VmFd>,
-        number: u32,
+        vm: &Arc<dyn HypervisorVm>,
+        number: SlotNumber,
         memory: Memory,
-        flags: Flags,
-    ) -> Result<Self, KvmError> {
-        let mut slot = Self {
+        read_only: bool,
+    ) -> Self {
+        Self {
             vm: vm.clone(),
-            number,
+            number: number.number(),
+            taken: Some(number),
             range: memory.range(),
-            read_only: flags.read_only,
-            // Writes to what cannot be written are not worth a bitmap.
-            logging: flags.logging && !flags.read_only,
+            read_only,
+            logging: false,
             pending: Vec::new(),
+            unanswered: false,
             memory,
             in_kvm: false,
-        };
-        match slot.tell(slot.range.size(), slot.logging) {
-            Ok(()) => {
-                slot.in_kvm = true;
-                Ok(slot)
-            }
-            Err(source) => Err(slot.refused("add", source)),
         }
+    }
+
+    /// Gives it to KVM, which logs the guest's writes or not.
+    pub(super) fn make(&mut self, logging: bool) -> Result<(), KvmError> {
+        // Writes to what cannot be written are not worth a bitmap.
+        let logging = logging && !self.read_only;
+        // Until the answer is known: it may be a panic.
+        self.in_kvm = true;
+        if let Err(source) = self.set(logging) {
+            self.in_kvm = false;
+            return Err(self.refused("add", source));
+        }
+        self.logging = logging;
+        Ok(())
     }
 
     /// The number of the slot.
@@ -104,6 +109,21 @@ impl KvmSlot {
         }
     }
 
+    /// The slot as the hypervisor was told of it.
+    ///
+    /// For calls past the slots, of which they know nothing: pages of a log that is asked for by
+    /// this are missing from the next harvest, a slot that is removed by this is not put back.
+    pub fn mapping(&self) -> SlotMapping {
+        self.with_log(self.logging)
+    }
+
+    fn with_log(&self, logging: bool) -> SlotMapping {
+        let mut flags = SlotFlags::empty();
+        flags.set(SlotFlags::READ_ONLY, self.read_only);
+        flags.set(SlotFlags::LOG_DIRTY_PAGES, logging);
+        SlotMapping::at(self.number, self.range, self.memory.host_addr(), flags)
+    }
+
     /// Whether the slot is this RAM, at the same place.
     pub(super) fn is(&self, ram: &Ram) -> bool {
         match &self.memory {
@@ -113,19 +133,28 @@ impl KvmSlot {
     }
 
     /// What the RAM of the slot is mapped by.
-    pub(super) fn mapping(&self) -> Option<Weak<Mapping>> {
+    pub(super) fn ram(&self) -> Option<Weak<Mapping>> {
         match &self.memory {
             Memory::Ram(ram) => Some(Arc::downgrade(&ram.mapping)),
             Memory::Rom(_) => None,
         }
     }
 
-    /// Has all pages be pending.
+    pub(super) fn pages(&self) -> u64 {
+        self.range.size() / base_page_size()
+    }
+
+    /// Marks all pages pending.
     pub(super) fn mark_all(&mut self) {
-        let pages = self.range.size() / base_page_size();
-        self.pending = vec![u64::MAX; to_usize(pages.div_ceil(64))];
-        if let (Some(last), partly @ 1..) = (self.pending.last_mut(), pages % 64) {
-            *last = u64::MAX >> (64 - partly);
+        self.pending = vec![u64::MAX; to_usize(self.pages().div_ceil(64))];
+        self.cut();
+    }
+
+    /// Forgets pending pages past the last.
+    fn cut(&mut self) {
+        let partly = self.pages() % 64;
+        if let (Some(last), 1..) = (self.pending.last_mut(), partly) {
+            *last &= u64::MAX >> (64 - partly);
         }
     }
 
@@ -134,11 +163,16 @@ impl KvmSlot {
     /// The slot must be dropped afterwards.
     pub(super) fn remove(&mut self) -> Result<(), KvmError> {
         if self.in_kvm {
-            self.tell(0, self.logging)
-                .map_err(|source| self.refused("remove", source))?;
+            let answer = self.vm.remove_slot(&self.mapping());
+            answer.map_err(|source| self.refused("remove", source))?;
             self.in_kvm = false;
         }
         Ok(())
+    }
+
+    /// The number, of a slot that KVM does not have (any more).
+    pub(super) fn take_number(&mut self) -> Option<SlotNumber> {
+        self.taken.take_if(|_| !self.in_kvm)
     }
 
     /// Makes KVM log the guest's writes, or no longer. What is logged and was not harvested is
@@ -147,58 +181,54 @@ impl KvmSlot {
         if self.read_only || self.logging == logging {
             return Ok(());
         }
-        if let Err(source) = self.tell(self.range.size(), logging) {
+        if let Err(source) = self.set(logging) {
             return Err(self.refused("change the dirty logging of", source));
         }
         self.logging = logging;
         self.pending.clear();
+        self.unanswered = false;
         Ok(())
     }
 
-    /// Asks KVM which pages were written since it was last asked, and adds them to what is pending.
-    pub(super) fn harvest(&mut self) -> Result<(), KvmError> {
+    /// Asks KVM which pages were written since it was last asked, and adds them to those pending.
+    ///
+    /// KVM clears its log before it gives it. So where no answer came, all pages count as written
+    /// as soon as one comes.
+    pub(super) fn harvest(&mut self, log: &mut LogBuffer) -> Result<(), KvmError> {
         if !self.logging {
             return Ok(());
         }
-        let size = to_usize(self.range.size());
-        let answer = self.vm.get_dirty_log(self.number, size);
-        let words = answer.map_err(|error| KvmError::NoDirtyLog {
+        log.begin(self.pages())?;
+        let missed = std::mem::replace(&mut self.unanswered, true);
+        let answer = self.vm.dirty_log(&self.mapping(), log);
+        answer.map_err(|source| KvmError::NoDirtyLog {
             slot: self.number,
             range: self.range,
-            source: error.into(),
+            source,
         })?;
-        if self.pending.is_empty() {
-            self.pending = words;
-        } else {
+        self.unanswered = false;
+        let words = log.words();
+        if missed {
+            self.mark_all();
+        } else if !self.pending.is_empty() {
             for (pending, new) in self.pending.iter_mut().zip(words) {
                 *pending |= new;
             }
+        } else if words.iter().any(|word| *word != 0) {
+            self.pending = words.to_vec();
         }
+        self.cut();
         Ok(())
     }
 
-    /// KVM_SET_USER_MEMORY_REGION: creates the slot, changes its flags, or removes it (size 0).
-    fn tell(&self, size: u64, logging: bool) -> io::Result<()> {
-        let mut flags = 0;
-        if self.read_only {
-            flags |= KVM_MEM_READONLY;
-        }
-        if logging {
-            flags |= KVM_MEM_LOG_DIRTY_PAGES;
-        }
-        let region = kvm_userspace_memory_region {
-            slot: self.number,
-            flags,
-            guest_phys_addr: self.range.start_addr().0,
-            memory_size: size,
-            userspace_addr: self.memory.host_addr(),
-        };
-        // SAFETY: `size` is 0, or that of the mapping at `userspace_addr`, which `self.memory`
-        // keeps. That is dropped with the slot only, and dropping the slot takes it from KVM first,
-        // or leaves the mapping there for ever. The mapping is one of guest RAM, which this crate
-        // makes no reference to, so that the guest may write it at any time; or of a ROM, which is
-        // mapped for reading only, and whose slot is read-only.
-        unsafe { self.vm.set_user_memory_region(region) }.map_err(io::Error::from)
+    /// Makes the slot, or changes whether it is logged.
+    fn set(&self, logging: bool) -> io::Result<()> {
+        // SAFETY: the range is as large as the mapping at the host address, which `self.memory`
+        // keeps. That is dropped with the slot only, and dropping the slot takes it from the
+        // hypervisor first, or leaves the mapping there indefinitely. The mapping is one of guest
+        // RAM, which this crate makes no reference to, so that the guest may write it at any time;
+        // or of a ROM, which is mapped for reading only, and whose slot is read-only.
+        unsafe { self.vm.set_slot(&self.with_log(logging)) }
     }
 
     fn refused(&self, doing: &'static str, source: io::Error) -> KvmError {
@@ -212,12 +242,24 @@ impl KvmSlot {
 }
 
 impl Drop for KvmSlot {
-    /// KVM lets go before the memory is unmapped. Where it refuses to, the memory stays mapped for
-    /// ever: the guest must not reach what the host puts there next.
+    /// KVM lets go before the memory is unmapped and the number is free. Where it refuses to, the
+    /// memory stays mapped indefinitely, and the number taken: the guest must not reach what the
+    /// host puts there next, and no other slot must take the place of this one.
     fn drop(&mut self) {
-        if let Err(error) = self.remove() {
-            log::error!("its memory stays mapped: {error}");
-            std::mem::forget(self.memory.clone());
+        // Neither may be dropped by a panic of a hypervisor's or a logger's.
+        let memory = ManuallyDrop::new(self.memory.clone());
+        let removed = catch_unwind(AssertUnwindSafe(|| match self.remove() {
+            Ok(()) => {}
+            Err(error) => log::error!("its memory stays mapped: {error}"),
+        }));
+        if let Err(payload) = removed {
+            // Its own drop may panic, too.
+            std::mem::forget(payload);
+        }
+        if self.in_kvm {
+            self.taken.take().into_iter().for_each(SlotNumber::lose);
+        } else {
+            drop(ManuallyDrop::into_inner(memory));
         }
     }
 }
@@ -241,11 +283,10 @@ impl Memory {
         }
     }
 
-    fn host_addr(&self) -> u64 {
-        let start = match self {
-            Self::Ram(ram) => ram.mapping.host_addr().as_ptr().cast_const(),
-            Self::Rom(rom) => rom.as_ptr(),
-        };
-        start.addr() as u64
+    fn host_addr(&self) -> HostAddr {
+        match self {
+            Self::Ram(ram) => ram.mapping.host_addr(),
+            Self::Rom(rom) => rom.host_addr(),
+        }
     }
 }

@@ -166,14 +166,18 @@ fn a_harvest_that_fails_half_way_loses_nothing() {
                 if of == range(PLUG, MIB)),
             "{text}"
         );
-        assert!(text.contains("somebody else"), "{text}");
+        assert!(text.contains("another part of the VMM"), "{text}");
         machine.write(page * PAGE);
+        machine.write(PLUG + page * PAGE);
     }
     set_by_hand(&machine.vm, 1, &plugged, KVM_MEM_LOG_DIRTY_PAGES).unwrap();
     machine.write(PLUG);
-    let written = [(0x10, 1), (0x12, 2), (PLUG_PAGE, 1)];
+    // What the guest wrote to the second while nothing logged it is not known, so all counts.
+    let written = [(0x10, 1), (0x12, 2), (PLUG_PAGE, MIB / PAGE)];
     assert_eq!(machine.dirty(), written);
     assert_eq!(machine.dirty(), []);
+    machine.write(PLUG);
+    assert_eq!(machine.dirty(), [(PLUG_PAGE, 1)]);
 }
 
 #[test]

@@ -4,8 +4,8 @@
 use std::sync::{Arc, Mutex};
 
 use guest_memory_shm::{
-    AddressSpace, AddressSpaceError, Error, GuestMemoryShm, GuestRange, KvmError, KvmSlot,
-    KvmSlots, ListenerError, ListenerId, MemoryListener, PerRegion, RegionListener,
+    AddressSpace, AddressSpaceError, Error, GuestMemoryShm, GuestRange, HypervisorVm, KvmError,
+    KvmSlot, KvmSlots, ListenerError, ListenerId, MemoryListener, PerRegion, RegionListener,
 };
 use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};

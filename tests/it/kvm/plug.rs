@@ -49,8 +49,17 @@ fn a_region_is_replaced_by_another_in_its_place() {
     assert_eq!(machine.guest.reads(PLUG), Some(0));
     machine.reaches(PLUG - MIB);
     machine.reaches(2 * PLUG);
-    let numbers = [(0, 0), (1, PLUG - MIB), (2, 2 * PLUG)];
+    // The number of the old one is taken last, for the change might have to be undone.
+    let numbers = [(0, 0), (2, PLUG - MIB), (3, 2 * PLUG)];
     assert_eq!(machine.numbers(), numbers);
+    // It was not, so the next change may have it.
+    machine.space.insert(region(3 * PLUG, MIB)).unwrap();
+    assert_eq!(machine.numbers()[3], (1, 3 * PLUG));
+    // What is replaced by one of its size keeps its number.
+    let change = machine.space.transaction();
+    let change = change.remove(GuestAddress(2 * PLUG), MIB);
+    change.insert(region(2 * PLUG, MIB)).commit().unwrap();
+    assert_eq!(machine.numbers()[2], (3, 2 * PLUG));
 }
 
 #[test]
@@ -125,7 +134,7 @@ fn only_the_numbers_that_it_was_given_are_used() {
     assert!(machine.guest.writes(PLUG, 9));
     assert_eq!(crate::fork::byte_at(foreign.as_ptr()), 9);
 
-    let limit = KvmSlots::new(vm.clone()).unwrap().max_slots();
+    let limit = vm.max_slots();
     // What the kernel promises at least, and what it offers nowadays.
     assert!(limit >= 32, "{limit}");
     #[expect(clippy::reversed_empty_ranges, reason = "it is what is refused")]

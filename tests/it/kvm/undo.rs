@@ -156,7 +156,7 @@ fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     let text = error.to_string();
     for part in [
         "\"kvm\"",
-        "slot 2",
+        "slot 3",
         "another slot of the VM overlaps",
         "place the RAM elsewhere",
     ] {
@@ -174,7 +174,7 @@ fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     else {
         panic!("{cause}")
     };
-    assert_eq!((slot, of), (2, range(2 * PLUG, 2 * MIB)));
+    assert_eq!((slot, of), (3, range(2 * PLUG, 2 * MIB)));
     assert_eq!(source.raw_os_error(), Some(nix::libc::EEXIST));
 
     // Everybody has what was there: the very region, with its contents.
@@ -201,8 +201,8 @@ fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     machine.reaches(PLUG + MIB);
     machine.reaches(2 * PLUG + MIB);
     assert_eq!(others.table(), [0, 1024, 2048]);
-    // With the number that the refused slot did not get.
-    let numbers = [(0, 0), (1, PLUG), (2, 2 * PLUG)];
+    // With the numbers that undoing would not need.
+    let numbers = [(0, 0), (2, PLUG), (3, 2 * PLUG)];
     assert_eq!(machine.numbers(), numbers);
 }
 

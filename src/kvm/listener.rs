@@ -1,0 +1,109 @@
+//! The slots as a listener of an address space.
+
+use vm_memory::GuestMemoryBackend;
+use vm_memory::bitmap::Bitmap;
+
+use super::slot::Memory;
+use super::{KvmSlot, KvmSlots, check_size};
+use crate::address_space::{ListenerError, MemoryListener};
+use crate::error::{Error, KvmError, Result};
+use crate::layout::GuestRange;
+use crate::memory::GuestMemoryShm;
+
+/// The hypervisor is asked first whether it has the slots; what else it may refuse, it says only
+/// when it is told.
+impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
+    fn check(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
+        // This is a new change: the last one is over.
+        let slots = &self.slots;
+        self.assigned.settle(|range| {
+            let slot = slots.get(&range.start_addr().0);
+            slot.is_some_and(|slot| slot.range() == range)
+        });
+        let ranges = memory.iter().map(|region| region.range());
+        let assigned = ranges.filter(|range| self.assigned.keeps(*range)).count();
+        let regions = memory.num_regions();
+        if (regions + self.roms) as u64 > self.usable(assigned) {
+            return Err(refused(self.out_of_slots(regions, self.roms, assigned)));
+        }
+        memory.iter().try_for_each(|region| {
+            let range = region.range();
+            self.check_region(range)
+                .map_err(|error| refused(error).at(range))
+        })
+    }
+
+    fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
+        let gone = |slot: &&KvmSlot| {
+            let there = memory.find_region(slot.range().start_addr());
+            slot.rom().is_none() && !there.is_some_and(|region| slot.is(region.ram()))
+        };
+        let gone = self.slots.values().filter(gone);
+        let gone: Vec<GuestRange> = gone.map(KvmSlot::range).collect();
+        for range in gone.into_iter().rev() {
+            self.remove(range.start_addr().0)
+                .map_err(|error| refused(error).at(range))?;
+        }
+        for region in memory.iter() {
+            let range = region.range();
+            let there = self.slots.get(&range.start_addr().0);
+            if there.is_some_and(|slot| slot.is(region.ram())) {
+                continue;
+            }
+            self.is_read_only(range)
+                .map_err(Error::from)
+                .and_then(|read_only| self.add(Memory::Ram(region.ram().clone()), read_only))
+                .map_err(|error| refused(error).at(range))?;
+        }
+        Ok(())
+    }
+}
+
+impl KvmSlots {
+    /// Whether this region could have a slot, whatever other regions there are.
+    fn check_region(&self, region: GuestRange) -> Result<()> {
+        check_size(region)?;
+        self.is_read_only(region)?;
+        self.check_assigned(region)?;
+        let roms = self.slots.values().filter_map(KvmSlot::rom);
+        let mut ranges = roms.map(|rom| rom.range());
+        match ranges.find(|rom| rom.overlaps(&region)) {
+            None => Ok(()),
+            Some(rom) => Err(Error::Overlap {
+                first: rom.min(region),
+                second: rom.max(region),
+            }),
+        }
+    }
+
+    /// Whether what has a number assigned is this region as a whole.
+    pub(super) fn check_assigned(&self, region: GuestRange) -> Result<(), KvmError> {
+        match self.assigned.overlapping(region) {
+            Some((assigned, number)) if assigned != region => Err(KvmError::PartlyAssigned {
+                region,
+                assigned,
+                number,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the guest may only read `region`.
+    fn is_read_only(&self, region: GuestRange) -> Result<bool, KvmError> {
+        let near = |range: &&GuestRange| range.overlaps(&region);
+        let Some(read_only) = self.read_only.iter().find(near).copied() else {
+            return Ok(false);
+        };
+        let whole = read_only.start_addr() <= region.start_addr()
+            && region.last_addr() <= read_only.last_addr();
+        match whole {
+            true => Ok(true),
+            false => Err(KvmError::PartlyReadOnly { region, read_only }),
+        }
+    }
+}
+
+/// The cause is always an [`Error`].
+fn refused(error: impl Into<Error>) -> ListenerError {
+    ListenerError::refused(error.into())
+}
