@@ -10,12 +10,17 @@ use guest_memory_shm::{
 use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+mod clear;
 mod dirty;
 mod end;
 mod example;
+mod fake;
+mod foreign;
 mod guest;
+mod hypervisor;
 mod plug;
 mod read_only;
+mod shared;
 mod undo;
 
 use guest::{Guest, boot, byte_of, new_vm, region, remove_by_hand, set_by_hand};
