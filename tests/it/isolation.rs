@@ -10,7 +10,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::geteuid;
 
-use crate::support::skip;
+use crate::support::{NO_HOST_CHANGES, host_changes, may_change_host, skip};
 
 /// Runs a test in a process of its own: this binary once more, with nothing but that test.
 ///
@@ -88,6 +88,9 @@ impl HugePool {
 
     /// As [`with_available`](Self::with_available), but without a word on failure.
     pub(crate) fn try_with_available(page_size: u64, pages: u64) -> Result<Self, String> {
+        if !may_change_host() {
+            return Err(NO_HOST_CHANGES.to_owned());
+        }
         if !geteuid().is_root() {
             return Err("only root may change the pools of huge pages".to_owned());
         }
@@ -202,6 +205,9 @@ const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 impl ShmemHuge {
     /// Sets the switch, for example to `advise`, or prints why that is not possible.
     pub(crate) fn set(value: &str) -> Option<Self> {
+        if !host_changes() {
+            return None;
+        }
         if !geteuid().is_root() {
             skip("only root may change whether shared memory has huge pages");
             return None;

@@ -33,6 +33,27 @@ pub(crate) fn skip(reason: &str) {
     eprintln!("skipped: {reason}");
 }
 
+/// Whether tests may change this machine's settings: pools of huge pages, switches in sysfs, control
+/// groups. Prints why the test is skipped if not.
+///
+/// They may with `HOST_CHANGES=1`, as in CI; nobody who runs `cargo test` has asked for it.
+pub(crate) fn host_changes() -> bool {
+    let may = may_change_host();
+    if !may {
+        skip(NO_HOST_CHANGES);
+    }
+    may
+}
+
+/// As [`host_changes`], but without a word.
+pub(crate) fn may_change_host() -> bool {
+    std::env::var_os("HOST_CHANGES").is_some_and(|value| value == "1")
+}
+
+/// Why a test that changes the host is skipped.
+pub(crate) const NO_HOST_CHANGES: &str =
+    "it changes settings of this machine, which needs HOST_CHANGES=1";
+
 /// The binary of an example. `cargo test` builds it before the tests; `cargo test --test it` does
 /// not.
 pub(crate) fn example(name: &str) -> PathBuf {
