@@ -221,7 +221,8 @@ fn a_refusal_is_an_error_that_names_the_device_the_region_and_the_cause() {
 #[test]
 fn a_silent_device_costs_its_time_limit_and_nobody_else_more() {
     let (space, silent, there) = (space(), daemon(), daemon());
-    let limit = Duration::from_millis(80);
+    // It answers all that is said to it before the fault.
+    let limit = Duration::from_secs(1);
     space.attach("silent", share(&silent, limit)).unwrap();
     space.attach("there", share(&there, PATIENCE)).unwrap();
     silent.inject(Fault::never_answer(1));
@@ -229,7 +230,7 @@ fn a_silent_device_costs_its_time_limit_and_nobody_else_more() {
     assert!(
         report.stale()[0]
             .reason()
-            .contains("did not answer within 80ms")
+            .contains("did not answer within 1s")
     );
     assert_eq!(mapped(&there), published(&space));
 }
