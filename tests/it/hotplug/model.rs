@@ -3,7 +3,6 @@
 //! `MODEL_SEED=n` runs the sequence of one seed alone, `MODEL_SEEDS=n` as many as that.
 
 use std::collections::BTreeSet;
-use std::os::unix::net::UnixStream;
 
 use guest_memory_shm::mock::{Fault, FaultKind};
 use guest_memory_shm::{
@@ -353,16 +352,6 @@ impl World {
             assert_eq!(status.stale().is_some(), stale, "{}", of());
         }
     }
-}
-
-/// Changes the time limit of a daemon that is attached.
-fn set_limit(space: &AddressSpace, id: &ListenerId<Share>, limit: Duration) {
-    let changed = space.with_listener(id, |share| {
-        let (nobody, _) = UnixStream::pair().unwrap();
-        let place = Share::new(Frontend::from_stream(nobody, 1), Features::empty());
-        *share = std::mem::replace(share, place).with_time_limit(limit);
-    });
-    changed.unwrap();
 }
 
 #[track_caller]

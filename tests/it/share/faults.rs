@@ -176,11 +176,14 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
     for fault in FAULTS {
         let peer = Peer::start(MockDaemon::builder().with_fault(Fault::new(2, fault)));
         let (mut share, _) = peer.share();
-        if fault == FaultKind::NeverAnswer {
-            // It answers the first of the three changes in time.
-            share = share.with_time_limit(Duration::from_secs(1));
-        }
         let memory = memory(&[0, 1, 2]);
+        // Not under the limit: it answers this.
+        share
+            .update(&without(&memory, &[1, 2]).memory_table())
+            .unwrap();
+        if fault == FaultKind::NeverAnswer {
+            share = share.with_time_limit(Duration::from_millis(100));
+        }
         assert!(share.update(&memory.memory_table()).is_err());
         if fault == FaultKind::Refuse {
             // It is there, and holds the first region.
