@@ -267,22 +267,34 @@ fn a_dev_shm_without_room_for_one_more_file_is_named() {
     });
 }
 
+/// A file that is removed however the test ends.
+struct Named(String);
+
+impl Named {
+    fn create(path: String, text: &str) -> Self {
+        fs::write(&path, text).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        // It is gone only if the test fails.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
 #[test]
 fn a_name_that_a_dead_process_left_is_passed_over_and_left_alone() {
     in_own_process(|| {
         // The names of a process start at 0, and this one has not made any yet: that these are
         // the ones is shown by the next test.
         let names = [0, 1, 2].map(|count| format!("/dev/shm/gms-{}-{count}", std::process::id()));
-        for name in &names {
-            fs::write(name, "left").unwrap();
-        }
+        let names = names.map(|name| Named::create(name, "left"));
         let made = leaves_nothing(|| create(&Backing::PosixShm, MIB).map(drop));
         let texts = names
             .each_ref()
-            .map(|name| fs::read_to_string(name).unwrap_or_default());
-        for name in &names {
-            let _ = fs::remove_file(name);
-        }
+            .map(|name| fs::read_to_string(&name.0).unwrap_or_default());
         assert!(made.is_ok());
         assert_eq!(texts, ["left"; 3]);
     });
@@ -293,13 +305,9 @@ fn when_every_name_is_taken_the_last_is_told() {
     in_own_process(|| {
         let name = |count| format!("gms-{}-{count}", std::process::id());
         let path = |count| format!("/dev/shm/{}", name(count));
-        for count in 0..128 {
-            File::create(path(count)).unwrap();
-        }
+        let names: Vec<_> = (0..128).map(|n| Named::create(path(n), "")).collect();
         let result = leaves_nothing(|| create(&Backing::PosixShm, MIB));
-        for count in 0..128 {
-            fs::remove_file(path(count)).unwrap();
-        }
+        drop(names);
         assert_refused!(
             result,
             Error::ShmNamesTaken { tried: 128, .. },

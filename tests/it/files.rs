@@ -12,7 +12,7 @@ use guest_memory_shm::{
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-use crate::isolation::{PAGE, in_own_process, in_own_process_leaving_nothing};
+use crate::isolation::{PAGE, in_own_process, in_own_process_leaving_nothing, shm_dir};
 use crate::proc::{leaves_nothing, maps_in};
 
 const MIB: u64 = 1 << 20;
@@ -25,10 +25,7 @@ pub(crate) fn file_options(path: impl AsRef<Path>) -> RamOptions {
 /// A directory in memory, and one that is not.
 fn dirs() -> [(TempDir, BackingKind); 2] {
     [
-        (
-            tempfile::tempdir_in("/dev/shm").unwrap(),
-            BackingKind::ShmFile,
-        ),
+        (shm_dir(), BackingKind::ShmFile),
         // Next to the crate, because /tmp may be a tmpfs.
         (
             tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap(),
@@ -154,7 +151,7 @@ fn a_file_in_a_directory_has_no_name_and_goes_away_with_its_last_user() {
 #[test]
 fn paths_lead_through_symbolic_links_and_may_be_relative() {
     in_own_process(|| {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = shm_dir();
         fs::write(dir.path().join("file"), pattern(MIB)).unwrap();
         std::os::unix::fs::symlink("file", dir.path().join("link")).unwrap();
         std::env::set_current_dir(dir.path()).unwrap();
@@ -320,7 +317,7 @@ fn discard_data_frees_the_ram_when_its_last_user_goes_and_nothing_else() {
 
 #[test]
 fn a_backing_that_was_created_stays_when_it_is_dropped_without_ever_being_mapped() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = shm_dir();
     let path = dir.path().join("ram");
     drop(ShmBacking::create(&file_options(&path), MIB).unwrap());
     assert_eq!(fs::metadata(&path).unwrap().len(), MIB);

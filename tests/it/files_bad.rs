@@ -20,6 +20,7 @@ use vm_memory::GuestAddress;
 use crate::files::{file_options, pattern};
 use crate::isolation::{
     PAGE, assert_refused, in_own_process, in_own_process_leaving_nothing, mount_tmpfs, own_mounts,
+    shm_dir,
 };
 use crate::proc::leaves_nothing;
 use crate::support::skip;
@@ -59,7 +60,7 @@ pub(crate) fn names(dir: &Path) -> Vec<String> {
 #[test]
 fn a_file_with_contents_that_is_too_short_is_refused_and_not_made_longer() {
     in_own_process(|| {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = shm_dir();
         let path = dir.path().join("short");
         fs::write(&path, pattern(MIB)).unwrap();
         let shown = path.display();
@@ -88,7 +89,7 @@ fn a_file_with_contents_that_is_too_short_is_refused_and_not_made_longer() {
 #[test]
 fn numbers_that_do_not_fit_pages_are_refused() {
     in_own_process(|| {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = shm_dir();
         let path = dir.path().join("ram");
         for offset in [1, 0x400, 0x1fff] {
             let nearest = offset / PAGE * PAGE;
@@ -136,7 +137,7 @@ fn numbers_that_do_not_fit_pages_are_refused() {
 #[test]
 fn what_is_no_file_is_refused_by_its_name_without_opening_it() {
     in_own_process(|| {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = shm_dir();
         // Opening it would wait for a writer.
         mkfifo(&dir.path().join("fifo"), Mode::S_IRWXU).unwrap();
         let _listener = UnixListener::bind(dir.path().join("socket")).unwrap();
@@ -157,7 +158,7 @@ fn what_is_no_file_is_refused_by_its_name_without_opening_it() {
 #[test]
 fn paths_that_lead_nowhere_are_refused_with_the_reason() {
     in_own_process(|| {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = shm_dir();
         let path = |name: &str| dir.path().join(name);
         symlink("missing", path("dangling")).unwrap();
         symlink("loop", path("loop")).unwrap();
@@ -204,8 +205,8 @@ fn what_the_user_may_not_open_or_create_is_refused() {
         if !geteuid().is_root() {
             return skip("only root may become another user");
         }
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
-        let open = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = shm_dir();
+        let open = shm_dir();
         let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         fs::set_permissions(open.path(), everybody).unwrap();
         let theirs = open.path().join("theirs");
@@ -325,7 +326,7 @@ fn a_file_that_cannot_be_mapped_shared_is_refused() {
 
 #[test]
 fn a_file_that_is_truncated_between_creation_and_mapping_is_refused() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = shm_dir();
     let path = dir.path().join("ram");
     let backing = ShmBacking::create(&file_options(&path).with_offset(MIB), MIB).unwrap();
     let map = || GuestRegionShm::<()>::from_backing(&backing, MIB, GuestAddress(0), MIB);

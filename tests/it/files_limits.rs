@@ -17,7 +17,7 @@ use crate::bad_system::{chain, with_limit};
 use crate::files::{file_options, pattern};
 use crate::files_bad::{memory, names, refused, region};
 use crate::fork::dies_of_writing;
-use crate::isolation::{PAGE, assert_refused, in_own_process, mount_tmpfs, own_mounts};
+use crate::isolation::{PAGE, assert_refused, in_own_process, mount_tmpfs, own_mounts, shm_dir};
 use crate::proc::leaves_nothing;
 
 const MIB: u64 = 1 << 20;
@@ -85,7 +85,7 @@ fn ram_that_its_file_system_can_never_hold_is_refused_unless_that_is_meant() {
 #[test]
 fn the_limit_on_file_sizes_concerns_files_that_are_made_longer() {
     in_own_process(|| {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = shm_dir();
         let path = dir.path().join("ram");
         let long = dir.path().join("long");
         File::create(&long).unwrap().set_len(4 * MIB).unwrap();
@@ -112,7 +112,7 @@ fn the_limit_on_file_sizes_concerns_files_that_are_made_longer() {
 #[test]
 fn without_a_descriptor_no_file_is_created() {
     in_own_process(|| {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = shm_dir();
         let (reader, writer) = pipe().unwrap();
         let next = reader.as_raw_fd().min(writer.as_raw_fd()) as u64;
         drop((reader, writer));
@@ -138,7 +138,7 @@ fn without_a_descriptor_no_file_is_created() {
 #[test]
 fn when_a_later_step_fails_a_new_file_is_removed_and_an_empty_one_is_empty_again() {
     in_own_process(|| {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = shm_dir();
         let (new, empty) = (dir.path().join("new"), dir.path().join("empty"));
         File::create(&empty).unwrap();
         let old = dir.path().join("old");
@@ -180,7 +180,7 @@ fn when_a_later_step_fails_a_new_file_is_removed_and_an_empty_one_is_empty_again
 #[test]
 fn contents_that_were_there_survive_a_failure_although_they_were_to_be_discarded_at_the_end() {
     in_own_process(|| {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = shm_dir();
         let path = dir.path().join("ram");
         fs::write(&path, pattern(MIB)).unwrap();
         let options = file_options(&path).with_discard_data(DiscardData::OnDrop);

@@ -17,7 +17,9 @@ use vm_memory::GuestAddress;
 
 use crate::files::{file_options, pattern};
 use crate::fork::{dies_of_reading, dies_of_writing};
-use crate::isolation::{PAGE, assert_refused, in_own_process, in_own_process_leaving_nothing};
+use crate::isolation::{
+    PAGE, assert_refused, in_own_process, in_own_process_leaving_nothing, shm_dir,
+};
 use crate::proc::{leaves_nothing, maps_in};
 
 const MIB: u64 = 1 << 20;
@@ -25,7 +27,7 @@ const START: GuestAddress = GuestAddress(0xfff0_0000);
 
 /// A file with 64 pages of a pattern that nobody may write.
 fn firmware() -> (TempDir, PathBuf) {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = shm_dir();
     let path = dir.path().join("firmware");
     fs::write(&path, pattern(64 * PAGE)).unwrap();
     let mut permissions = fs::metadata(&path).unwrap().permissions();
@@ -167,7 +169,7 @@ fn a_rom_is_no_part_of_a_memory() {
 #[test]
 fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
     in_own_process_leaving_nothing!(|| {
-        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let dir = shm_dir();
         let path = |name| dir.path().join(name);
         File::create(path("empty")).unwrap();
         for (name, found) in [
@@ -223,7 +225,7 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
 
 #[test]
 fn a_rom_that_somebody_truncated_is_an_error_to_read_and_no_signal() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = shm_dir();
     let path = dir.path().join("rom");
     fs::write(&path, pattern(4 * PAGE)).unwrap();
     let rom = GuestRom::new(START, 4 * PAGE, &rom_options(&path)).unwrap();

@@ -4,6 +4,9 @@
     reason = "fork(2) is unsafe, and so is the touch of an address that may not be mapped"
 )]
 
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
@@ -30,6 +33,22 @@ fn child(action: impl FnOnce()) -> WaitStatus {
 
 fn no_core_dump() {
     let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0);
+}
+
+/// Lets a program have no descriptor of this process but the three standard ones.
+///
+/// Not all that libraries receive from sockets is closed on exec: a test that looks at what its
+/// process has would see what others had when it was started.
+pub(crate) fn inherits_no_descriptor(command: &mut Command) {
+    let close_on_exec = || {
+        let flags = nix::libc::CLOSE_RANGE_CLOEXEC.cast_signed();
+        // SAFETY: the call only marks descriptors; nothing in the child uses them before exec.
+        let answer = unsafe { nix::libc::close_range(3, u32::MAX, flags) };
+        nix::errno::Errno::result(answer)?;
+        Ok(())
+    };
+    // SAFETY: the closure makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(close_on_exec) };
 }
 
 /// The signal that a child of this process dies of when it does `action`, if it dies.

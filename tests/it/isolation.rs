@@ -1,16 +1,17 @@
 //! Tests that have something for themselves: a process, or a pool of huge pages.
 
-use std::fs::{self, File};
-use std::path::PathBuf;
-use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
-use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::geteuid;
+use tempfile::TempDir;
 
-use crate::support::skip;
+use crate::fork::inherits_no_descriptor;
+use crate::host_setting::{HostSetting, chosen_of};
+use crate::support::{host_changes, skip};
 
 /// Runs a test in a process of its own: this binary once more, with nothing but that test.
 ///
@@ -27,11 +28,22 @@ pub(crate) fn in_own_process<F: FnOnce()>(test: F) {
     if std::env::var_os(MARK).is_some() {
         return test();
     }
-    let output = Command::new(std::env::current_exe().expect("procfs is mounted"))
+    // What it leaves there, should it die, goes with this.
+    let place = TempDir::with_prefix("gms-own-").expect("there is room for a directory");
+    let mut command = Command::new(std::env::current_exe().expect("procfs is mounted"));
+    command
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(MARK, name)
-        .output()
-        .expect("this binary can be run");
+        .env("TMPDIR", place.path())
+        // A heap of its own for each thread is address space set aside, which shrinks as it grows.
+        .env("MALLOC_ARENA_MAX", "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    inherits_no_descriptor(&mut command);
+    let child = command.spawn().expect("this binary can be run");
+    let pid = child.id();
+    let output = child.wait_with_output().expect("it is our child");
     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
     let (out, err) = (text(&output.stdout), text(&output.stderr));
     // The reason of a skip is for the one who runs the tests.
@@ -39,12 +51,30 @@ pub(crate) fn in_own_process<F: FnOnce()>(test: F) {
         eprintln!("{line}");
     }
     if !output.status.success() {
-        HugePool::restore_after_death();
-        ShmemHuge::restore_after_death();
+        remove_names_of(pid);
     }
     assert!(output.status.success(), "{}\n{out}\n{err}", output.status);
     // Without this a wrong name would pass: then no test is run at all.
     assert!(out.contains("1 passed"), "{name} was not run: {out}");
+}
+
+/// A directory in /dev/shm, removed when it is dropped, and when this process is one of a test's own
+/// ([`in_own_process`]) and dies.
+pub(crate) fn shm_dir() -> TempDir {
+    let prefix = format!("gms-{}-dir-", std::process::id());
+    TempDir::with_prefix_in(prefix, SHM).expect("there is room for a directory")
+}
+
+/// Removes what a process that failed has left in /dev/shm.
+fn remove_names_of(pid: u32) {
+    let prefix = format!("gms-{pid}-");
+    for entry in fs::read_dir(SHM).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(&prefix) {
+            let path = entry.path();
+            let removed = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
+            eprintln!("{} was left: {removed:?}", path.display());
+        }
+    }
 }
 
 /// Gives this process its own mounts, to change those of /dev/shm, or prints why it cannot.
@@ -64,18 +94,20 @@ pub(crate) fn mount_tmpfs(at: &str, flags: MsFlags, data: &str) {
     mount(Some("tmpfs"), at, Some("tmpfs"), flags, Some(data)).expect("mounted");
 }
 
+const SHM: &str = "/dev/shm";
+
 /// The base page size in bytes.
 pub(crate) const PAGE: u64 = 4096;
 
-/// A pool of huge pages that has as many to give as a test needs; it is put back on drop, also
-/// when the test fails, and by whoever comes next when it dies.
+/// A pool of huge pages that has as many to give as a test needs; put back however the test ends.
 ///
-/// One at a time on the whole machine: in this process, and among all that use this guard (a lock
-/// on a file).
+/// One at a time on the whole machine, see [`HostSetting`].
 pub(crate) struct HugePool {
     page_size: u64,
-    _lock: Flock<File>,
-    _alone: MutexGuard<'static, ()>,
+    /// What it was made to have.
+    total: u64,
+    available: u64,
+    setting: HostSetting,
 }
 
 impl HugePool {
@@ -88,46 +120,32 @@ impl HugePool {
 
     /// As [`with_available`](Self::with_available), but without a word on failure.
     pub(crate) fn try_with_available(page_size: u64, pages: u64) -> Result<Self, String> {
-        if !geteuid().is_root() {
-            return Err("only root may change the pools of huge pages".to_owned());
-        }
-        if !pool_dir(page_size).is_dir() {
-            return Err(format!("the kernel has no huge pages of {page_size} bytes"));
-        }
-        let this = Self::lock(page_size);
-        let in_use = this.number("nr_hugepages") - this.available();
-        set_pool_total(page_size, in_use + pages);
-        if this.available() != pages || this.number("nr_overcommit_hugepages") != 0 {
+        let path = pool_dir(page_size).join("nr_hugepages");
+        let mut this = Self {
+            page_size,
+            total: 0,
+            available: pages,
+            setting: HostSetting::take(&path, str::trim)?,
+        };
+        let overcommit = this.number("nr_overcommit_hugepages");
+        if overcommit != 0 {
             return Err(format!(
-                "{pages} huge pages of {page_size} bytes cannot be had"
+                "nr_overcommit_hugepages is {overcommit}: pools have more than they say"
             ));
         }
-        Ok(this)
-    }
-
-    fn lock(page_size: u64) -> Self {
-        static ALONE: Mutex<()> = Mutex::new(());
-        // A test that failed while it held it has been reported already.
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let path = std::env::temp_dir().join("guest-memory-shm-hugepages.lock");
-        let file = File::create(path).expect("the directory for temporary files can be written");
-        let lock = Flock::lock(file, FlockArg::LockExclusive);
-        let lock = lock.expect("a file can be locked");
-        put_back();
-        let total = pool_number(page_size, "nr_hugepages");
-        fs::write(record(), format!("{page_size} {total}")).expect("the file can be written");
-        Self {
-            page_size,
-            _lock: lock,
-            _alone: alone,
+        // Another program may take some in between.
+        for _ in 0..3 {
+            let in_use = this.number("nr_hugepages") - this.now_available();
+            this.total = in_use + pages;
+            this.setting.set(&this.total.to_string());
+            if this.now_available() == pages {
+                return Ok(this);
+            }
         }
-    }
-
-    /// Puts back the pool that a process changed that died meanwhile.
-    fn restore_after_death() {
-        if geteuid().is_root() {
-            drop(Self::lock(2 << 20));
-        }
+        let available = this.now_available();
+        Err(format!(
+            "{pages} huge pages of {page_size} bytes cannot be had, but {available}"
+        ))
     }
 
     /// Unused pages.
@@ -140,42 +158,29 @@ impl HugePool {
         self.number("resv_hugepages")
     }
 
-    fn available(&self) -> u64 {
-        self.free() - self.reserved()
+    fn now_available(&self) -> u64 {
+        self.free().saturating_sub(self.reserved())
     }
 
     fn number(&self, name: &str) -> u64 {
-        pool_number(self.page_size, name)
+        let file = pool_dir(self.page_size).join(name);
+        let text = fs::read_to_string(file).expect("sysfs is mounted");
+        text.trim().parse().expect("it is a number")
     }
 }
 
 impl Drop for HugePool {
     fn drop(&mut self) {
-        put_back();
+        // What the test had is dropped by now: it was declared later.
+        let now = (self.number("nr_hugepages"), self.now_available());
+        if std::thread::panicking() && now != (self.total, self.available) {
+            eprintln!(
+                "the pool of huge pages was disturbed, by another program or by what this test \
+                 left: it has {} pages of which {} can be had, and had {} and {}",
+                now.0, now.1, self.total, self.available
+            );
+        }
     }
-}
-
-/// The file that says what is to be put back, also when the process that is to do it dies.
-fn record() -> PathBuf {
-    std::env::temp_dir().join("guest-memory-shm-hugepages.before")
-}
-
-/// Puts the pool back that the record names, if there is one.
-fn put_back() {
-    let Ok(text) = fs::read_to_string(record()) else {
-        return;
-    };
-    if let Some((page_size, total)) = text.split_once(' ') {
-        let page_size = page_size.parse().expect("it is a number");
-        set_pool_total(page_size, total.parse().expect("it is a number"));
-    }
-    fs::remove_file(record()).expect("the file is ours");
-}
-
-/// The kernel gives as many pages as it can, and no error.
-fn set_pool_total(page_size: u64, pages: u64) {
-    let path = pool_dir(page_size).join("nr_hugepages");
-    fs::write(path, pages.to_string()).expect("we are root");
 }
 
 fn pool_dir(page_size: u64) -> PathBuf {
@@ -183,100 +188,32 @@ fn pool_dir(page_size: u64) -> PathBuf {
     PathBuf::from(format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB"))
 }
 
-fn pool_number(page_size: u64, name: &str) -> u64 {
-    let text = fs::read_to_string(pool_dir(page_size).join(name)).expect("sysfs is mounted");
-    text.trim().parse().expect("it is a number")
-}
-
-/// Whether shared memory may have transparent huge pages, as a test needs it; the switch is put
-/// back on drop, also when the test fails, and by whoever comes next when it dies.
+/// Whether shared memory may have transparent huge pages, as a test needs it; put back however the
+/// test ends.
 ///
 /// One at a time on the whole machine, as [`HugePool`]; who needs both takes the pool first.
 pub(crate) struct ShmemHuge {
-    _lock: Flock<File>,
-    _alone: MutexGuard<'static, ()>,
+    _setting: HostSetting,
 }
-
-const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
 impl ShmemHuge {
     /// Sets the switch, for example to `advise`, or prints why that is not possible.
     pub(crate) fn set(value: &str) -> Option<Self> {
-        if !geteuid().is_root() {
-            skip("only root may change whether shared memory has huge pages");
+        if !host_changes() {
             return None;
         }
-        if fs::read_to_string(SHMEM_ENABLED).is_err() {
-            skip("the kernel has no transparent huge pages of shared memory");
-            return None;
-        }
-        let this = Self::lock();
-        fs::write(SHMEM_ENABLED, value).expect("we are root, and the kernel knows the value");
-        Some(this)
-    }
-
-    fn lock() -> Self {
-        static ALONE: Mutex<()> = Mutex::new(());
-        // A test that failed while it held it has been reported already.
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let path = std::env::temp_dir().join("guest-memory-shm-shmem-huge.lock");
-        let file = File::create(path).expect("the directory for temporary files can be written");
-        let lock = Flock::lock(file, FlockArg::LockExclusive);
-        let lock = lock.expect("a file can be locked");
-        Self::put_back();
-        fs::write(Self::record(), Self::now()).expect("the file can be written");
-        Self {
-            _lock: lock,
-            _alone: alone,
+        let path = Path::new("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
+        match HostSetting::take(path, chosen_of) {
+            Ok(setting) => {
+                setting.set(value);
+                Some(Self { _setting: setting })
+            }
+            Err(reason) => {
+                skip(&reason);
+                None
+            }
         }
     }
-
-    /// Puts back the switch that a process changed that died meanwhile.
-    fn restore_after_death() {
-        if geteuid().is_root() && Self::record().exists() {
-            drop(Self::lock());
-        }
-    }
-
-    /// What is chosen of `always within_size advise [never] deny force`.
-    pub(crate) fn now() -> String {
-        let text = fs::read_to_string(SHMEM_ENABLED).expect("sysfs is mounted");
-        let chosen = text.split(['[', ']']).nth(1);
-        chosen.expect("one is chosen").to_owned()
-    }
-
-    /// The file that says what is to be put back, also when the process that is to do it dies.
-    fn record() -> PathBuf {
-        std::env::temp_dir().join("guest-memory-shm-shmem-huge.before")
-    }
-
-    fn put_back() {
-        if let Ok(before) = fs::read_to_string(Self::record()) {
-            fs::write(SHMEM_ENABLED, before).expect("we are root");
-            fs::remove_file(Self::record()).expect("the file is ours");
-        }
-    }
-}
-
-impl Drop for ShmemHuge {
-    fn drop(&mut self) {
-        Self::put_back();
-    }
-}
-
-#[test]
-fn the_switch_for_huge_shared_memory_is_put_back() {
-    in_own_process(|| {
-        let Some(switch) = ShmemHuge::set("advise") else {
-            return;
-        };
-        let before = fs::read_to_string(ShmemHuge::record()).unwrap();
-        assert_eq!(ShmemHuge::now(), "advise");
-        drop(switch);
-        // Another process may have the switch by now, but then it wrote down what we put back.
-        let after = fs::read_to_string(ShmemHuge::record()).unwrap_or_else(|_| ShmemHuge::now());
-        assert_eq!(after, before);
-    });
 }
 
 /// Asserts that a result is an error of a variant, with exactly this text.

@@ -26,6 +26,7 @@ mod files_huge;
 mod files_limits;
 mod files_rom;
 mod fork;
+mod host_setting;
 mod hotplug;
 mod isolation;
 mod kvm;

@@ -164,6 +164,29 @@ pub(crate) fn leaves_nothing_but_heaps<R>(scenario: impl FnOnce() -> R) -> R {
 }
 
 #[test]
+fn holdings_are_the_same_however_large_the_heap_is() {
+    super::isolation::in_own_process(|| {
+        let before = Holdings::now();
+        let heap: Vec<_> = (0..1000).map(|_| vec![1u8; 10_000]).collect();
+        assert_eq!(Holdings::now(), before);
+        drop(heap);
+        assert_eq!(Holdings::now(), before);
+    });
+}
+
+#[test]
+fn holdings_of_a_process_of_its_own_are_no_inheritance() {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    // Here and in the process of its own; were it inherited, there would be two there.
+    let file = memfd_create("inherited", MFdFlags::empty()).expect("created");
+    super::isolation::in_own_process(|| {
+        let held = format!("{:?}", Holdings::now());
+        assert_eq!(held.matches("/memfd:inherited").count(), 1, "{held}");
+    });
+    drop(file);
+}
+
+#[test]
 fn holdings_see_a_descriptor_a_mapping_and_a_reservation() {
     super::isolation::in_own_process(|| {
         let nothing = Holdings::now();
@@ -182,9 +205,9 @@ fn holdings_see_a_descriptor_a_mapping_and_a_reservation() {
         assert_eq!(Holdings::now(), one);
         drop(backing);
         assert_eq!(Holdings::now(), nothing);
-        fs::write(format!("/dev/shm/gms-{}-x", std::process::id()), "").expect("written");
-        let named = Holdings::now();
-        fs::remove_file(format!("/dev/shm/gms-{}-x", std::process::id())).expect("removed");
-        assert_eq!(named.names.len(), 1);
+        let named = super::isolation::shm_dir();
+        assert_eq!(Holdings::now().names.len(), 1);
+        drop(named);
+        assert_eq!(Holdings::now(), nothing);
     });
 }

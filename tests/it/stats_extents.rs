@@ -8,7 +8,7 @@ use nix::fcntl::{FallocateFlags, fallocate, posix_fallocate};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::isolation::PAGE;
+use crate::isolation::{PAGE, shm_dir};
 use crate::support::skip;
 
 const MIB: u64 = 1 << 20;
@@ -179,7 +179,7 @@ fn untouched_pages_are_found_wherever_they_are() {
 
 #[test]
 fn a_part_of_a_larger_file_is_told_from_the_rest() {
-    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let dir = shm_dir();
     let path = dir.path().join("ram");
     let file = std::fs::File::create_new(&path).unwrap();
     file.set_len(4 * MIB).unwrap();

@@ -1,5 +1,6 @@
 //! What several tests need: peers that may be missing, and processes.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -33,8 +34,31 @@ pub(crate) fn skip(reason: &str) {
     eprintln!("skipped: {reason}");
 }
 
-/// The binary of an example. `cargo test` builds it before the tests; `cargo test --test it` does
-/// not.
+/// Whether tests may change this machine's settings: pools of huge pages, switches in sysfs, control
+/// groups. Prints why the test is skipped if not.
+///
+/// They may with `HOST_CHANGES=1`, as in CI; nobody who runs `cargo test` has asked for it.
+pub(crate) fn host_changes() -> bool {
+    let may = may_change_host();
+    if !may {
+        skip(NO_HOST_CHANGES);
+    }
+    may
+}
+
+/// As [`host_changes`], but without a word.
+pub(crate) fn may_change_host() -> bool {
+    std::env::var_os("HOST_CHANGES").is_some_and(|value| value == "1")
+}
+
+/// Why a test that changes the host is skipped.
+pub(crate) const NO_HOST_CHANGES: &str =
+    "it changes settings of this machine, which needs HOST_CHANGES=1";
+
+/// The binary of an example, as its sources are now.
+///
+/// `cargo test` builds it before the tests; `cargo test --test it` does not, so it is built here if
+/// it is missing or older than a source. Where that cannot be done, the one that is there is used.
 pub(crate) fn example(name: &str) -> PathBuf {
     static BUILDING: Mutex<()> = Mutex::new(());
     let _one = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -42,7 +66,7 @@ pub(crate) fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let profile = test.parent().and_then(Path::parent).unwrap();
     let binary = profile.join("examples").join(name);
-    if !binary.is_file() {
+    if is_older_than_its_sources(&binary) {
         let mut cargo = Command::new(env!("CARGO"));
         cargo.args(["build", "--quiet", "--example", name, "--target-dir"]);
         cargo.arg(profile.parent().unwrap());
@@ -50,11 +74,33 @@ pub(crate) fn example(name: &str) -> PathBuf {
             Some("debug") | None => {}
             Some(name) => drop(cargo.args(["--profile", name])),
         }
-        let manifest = env!("CARGO_MANIFEST_DIR");
-        assert!(cargo.current_dir(manifest).status().unwrap().success());
+        match cargo.current_dir(env!("CARGO_MANIFEST_DIR")).status() {
+            Ok(status) => assert!(status.success(), "{cargo:?}: {status}"),
+            Err(error) => eprintln!("{} is old, {cargo:?}: {error}", binary.display()),
+        }
     }
     assert!(binary.is_file(), "{}: build it first", binary.display());
     binary
+}
+
+/// Whether cargo would build `binary` again, by what it wrote beside it: a line that names the
+/// binary and its sources, with a backslash before spaces in names.
+fn is_older_than_its_sources(binary: &Path) -> bool {
+    let modified = |path: &Path| path.metadata().and_then(|metadata| metadata.modified());
+    let (Ok(built), Ok(line)) = (
+        modified(binary),
+        std::fs::read_to_string(binary.with_extension("d")),
+    ) else {
+        return true;
+    };
+    let sources = line.split_once(": ").map_or("", |(_, sources)| sources);
+    let sources = sources.trim_end().replace("\\ ", "\n").replace(' ', "\0");
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let all = sources
+        .split('\0')
+        .map(|source| PathBuf::from(source.replace('\n', " ")));
+    all.chain(["Cargo.toml", "Cargo.lock"].map(|file| manifest.join(file)))
+        .any(|source| modified(&source).is_ok_and(|modified| modified > built))
 }
 
 /// Ends and reaps a process that a test started, however the test ends.
@@ -137,9 +183,52 @@ impl StorageDaemon {
     }
 }
 
-/// Lets this process have as many descriptors as it may; says how many.
-pub(crate) fn raise_descriptor_limit() -> u64 {
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
-    hard
+/// Lets this process, and what it starts, have `wanted` descriptors, or prints why the test is
+/// skipped.
+///
+/// The soft limit is 1,024 nearly everywhere (`ulimit -n`); the hard one, up to which a process may
+/// raise it, is larger on most machines.
+pub(crate) fn may_have_descriptors(wanted: u64) -> bool {
+    // Another thread may raise it, too, and must not lower it.
+    static RAISING: Mutex<()> = Mutex::new(());
+    let _one = RAISING.lock().unwrap_or_else(PoisonError::into_inner);
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    if hard < wanted {
+        skip(&format!(
+            "it needs {wanted} descriptors, and the hard limit is {hard} (ulimit -Hn)"
+        ));
+        return false;
+    }
+    if soft < wanted {
+        setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).unwrap();
+    }
+    true
+}
+
+#[test]
+fn an_example_is_built_again_when_a_source_is_newer() {
+    let place = tempfile::tempdir().unwrap();
+    let [binary, source] = ["example", "a source.rs"].map(|name| place.path().join(name));
+    let built = std::time::SystemTime::now() + std::time::Duration::from_secs(3600);
+    let write = |path: &Path, text: &str, at| {
+        std::fs::write(path, text).unwrap();
+        File::options()
+            .write(true)
+            .open(path)
+            .unwrap()
+            .set_modified(at)
+            .unwrap();
+    };
+    write(&binary, "", built);
+    assert!(
+        is_older_than_its_sources(&binary),
+        "nobody says of what it is made"
+    );
+    let escaped = source.to_str().unwrap().replace(' ', "\\ ");
+    let line = format!("{}: /gone.rs {escaped}\n", binary.display());
+    write(&binary.with_extension("d"), &line, built);
+    write(&source, "", built);
+    assert!(!is_older_than_its_sources(&binary));
+    write(&source, "", built + std::time::Duration::from_secs(1));
+    assert!(is_older_than_its_sources(&binary));
 }

@@ -132,6 +132,7 @@ impl<'a> World<'a> {
             }
             Err(error) => self.check_error(&error),
         }
+        self.settle();
         for (at, member) in self.members.iter().enumerate() {
             // Nobody heard of anything else. One who hung up earlier heard of less.
             let gone = |f: &Planned| matches!(f.fault, Fault::Gone | Fault::Broken);
@@ -272,8 +273,19 @@ impl<'a> World<'a> {
         assert!(stale.iter().all(|stale| !stale.reason().is_empty()));
     }
 
+    /// Waits until the daemons that were hung up on have read all that they were sent before: on a
+    /// busy machine a time limit can be over before a daemon has met its fault.
+    fn settle(&self) {
+        for (member, broken) in self.members.iter().zip(&self.expected.broken) {
+            if let (Some(Server::Mock(daemon)), true) = (&member.server, broken) {
+                daemon.wait_disconnected(PATIENCE).unwrap();
+            }
+        }
+    }
+
     /// Looks at everybody after the operation: `memory` is what should be published.
     fn look(&mut self, memory: &GuestMemoryShm) {
+        self.settle();
         let table = memory.memory_table();
         assert_eq!(self.published().memory_table(), table, "what readers see");
         for status in self.space.listeners() {

@@ -1,6 +1,7 @@
 //! Memory that changes under daemons: a model of all that can happen, what other VMMs get wrong,
 //! and I/O meanwhile.
 
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use guest_memory_shm::mock::{BlkDevice, MockDaemon};
@@ -38,6 +39,16 @@ fn connect(daemon: &MockDaemon) -> (Frontend, BlkDevice) {
 fn share(daemon: &MockDaemon, limit: Duration) -> Share {
     let (frontend, device) = connect(daemon);
     VhostUserShare::new(frontend, device.protocol_features()).with_time_limit(limit)
+}
+
+/// Changes the time limit of a daemon that is attached.
+fn set_limit(space: &AddressSpace, id: &ListenerId<Share>, limit: Duration) {
+    let changed = space.with_listener(id, |share| {
+        let (nobody, _) = UnixStream::pair().unwrap();
+        let place = Share::new(Frontend::from_stream(nobody, 1), Features::empty());
+        *share = std::mem::replace(share, place).with_time_limit(limit);
+    });
+    changed.unwrap();
 }
 
 /// Connects to a daemon whose old connection ended, as a VMM does.

@@ -221,10 +221,10 @@ fn a_refusal_is_an_error_that_names_the_device_the_region_and_the_cause() {
 #[test]
 fn a_silent_device_costs_its_time_limit_and_nobody_else_more() {
     let (space, silent, there) = (space(), daemon(), daemon());
-    let limit = Duration::from_millis(80);
-    space.attach("silent", share(&silent, limit)).unwrap();
+    let id = space.attach("silent", share(&silent, PATIENCE)).unwrap();
     space.attach("there", share(&there, PATIENCE)).unwrap();
     silent.inject(Fault::never_answer(1));
+    set_limit(&space, &id, Duration::from_millis(80));
     let report = space.insert(region(4)).unwrap();
     assert!(
         report.stale()[0]

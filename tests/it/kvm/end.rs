@@ -1,10 +1,11 @@
 //! The end of slots and of what is behind them.
 
 use super::*;
-use crate::isolation::in_own_process_leaving_nothing;
+use crate::isolation::{in_own_process, in_own_process_leaving_nothing};
 use crate::proc::maps_in;
 
-/// Whether the RAM that starts at `addr` in this process is mapped.
+/// Whether the RAM that starts at `addr` in this process is mapped. Another thread may have mapped
+/// something else there: for a process of its own.
 fn is_mapped(addr: u64) -> bool {
     !maps_in(addr..addr + MIB).is_empty()
 }
@@ -35,6 +36,10 @@ fn dropped_slots_are_gone_from_kvm() {
 
 #[test]
 fn what_is_behind_a_slot_stays_mapped_until_the_slot_is_gone() {
+    in_own_process(|| stays_until_the_slot_is_gone());
+}
+
+fn stays_until_the_slot_is_gone() {
     let Some(machine) = Machine::new() else {
         return;
     };
@@ -59,6 +64,10 @@ fn what_is_behind_a_slot_stays_mapped_until_the_slot_is_gone() {
 
 #[test]
 fn what_kvm_does_not_let_go_stays_mapped_for_ever() {
+    in_own_process(|| stays_for_ever());
+}
+
+fn stays_for_ever() {
     let Some(machine) = Machine::new() else {
         return;
     };

@@ -44,6 +44,10 @@ fn whoever_refuses_a_region_nobody_keeps_it() {
 
 #[test]
 fn a_limit_is_met_before_anybody_is_told() {
+    // The example has each region's descriptor twice: the daemon is a part of it.
+    if !support::may_have_descriptors(2 * 510 + 100) {
+        return;
+    }
     let place = Place::new();
     let run = Run::of(place.share().args(["--hotplug", "510", "--ram", "4M"]));
     run.fails_with(&[

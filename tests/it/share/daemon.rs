@@ -101,7 +101,7 @@ fn qemu_storage_daemon_takes_regions_and_gives_them_back() {
 
 #[test]
 fn a_qemu_storage_daemon_that_is_stopped_during_an_update_is_silent() {
-    let disturbed = update_disturbed(Duration::from_millis(500), |daemon| daemon.process.stop());
+    let disturbed = update_disturbed(Duration::from_secs(2), |daemon| daemon.process.stop());
     if let Some((error, held)) = disturbed {
         assert!(matches!(error, Error::DaemonSilent { .. }), "{error:?}");
         assert!(
