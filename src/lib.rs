@@ -107,6 +107,9 @@
     )
 )]
 
+mod logs;
+mod panics;
+
 mod error;
 mod layout;
 mod units;

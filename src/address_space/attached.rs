@@ -8,6 +8,7 @@ use super::listener::{ListenerError, MemoryListener};
 use super::workers::{Answer, Call, Listener, Workers};
 use crate::error::{AddressSpaceError, Occasion, StaleListener};
 use crate::layout::GuestRange;
+use crate::logs;
 use crate::memory::GuestMemoryShm;
 
 /// Whether a change may happen while a listener is away.
@@ -89,7 +90,7 @@ impl<B: 'static> Attached<B> {
     }
 
     pub(super) fn become_stale(&mut self, reason: String) {
-        log::warn!("listener {:?} is stale: {reason}", self.name);
+        logs::warn!("listener {:?} is stale: {reason}", self.name);
         self.stale = Some(reason);
     }
 }
@@ -137,7 +138,7 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
                         let other = attached.tolerate(error);
                         // The first one stands for the others.
                         if let (Err(_), Err(other)) = (&objection, &other) {
-                            log::warn!("{:?}, too: {}", other.listener, other.error.reason());
+                            logs::warn!("{:?}, too: {}", other.listener, other.error.reason());
                         }
                         objection = objection.and(other);
                     }

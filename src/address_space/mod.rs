@@ -13,6 +13,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
 use crate::error::{AddressSpaceError, AttachError, Occasion, Result, StaleListener};
+use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::region::GuestRegionShm;
 
@@ -210,7 +211,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         let mut attached = Attached::new(id.id, name.into(), attendance, listener);
         match attached.bring_up(&memory) {
             Ok(()) => {
-                log::debug!("listener {:?} attached", attached.name);
+                logs::debug!("listener {:?} attached", attached.name);
                 listeners.all.push(attached);
                 Ok(id)
             }
@@ -238,7 +239,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         let mut listeners = self.lock();
         let at = listeners.place_of(&id)?;
         let attached = listeners.all.remove(at);
-        log::debug!("listener {:?} detached", attached.name);
+        logs::debug!("listener {:?} detached", attached.name);
         Ok(attached
             .into_listener()
             .ok_or(AddressSpaceError::NoSuchListener)?)

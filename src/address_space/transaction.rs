@@ -9,6 +9,7 @@ use super::AddressSpace;
 use super::attached::{Listeners, Objection};
 use crate::error::{Occasion, Result, StaleListener};
 use crate::layout::GuestRange;
+use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::region::GuestRegionShm;
 
@@ -114,7 +115,7 @@ impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
             .map_err(|objection| {
                 objection.into_error(Occasion::Change, steps.subject, listeners.stale())
             })?;
-        log::debug!("guest memory has {} regions now", steps.after.num_regions());
+        logs::debug!("guest memory has {} regions now", steps.after.num_regions());
         Ok(ChangeReport {
             removed: steps.removed,
             stale: listeners.stale(),

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use vm_memory::bitmap::Bitmap;
 
 use super::listener::{ListenerError, MemoryListener};
+use crate::logs;
 use crate::memory::GuestMemoryShm;
 
 pub(super) type Listener<B> = Box<dyn MemoryListener<B>>;
@@ -97,7 +98,7 @@ impl<B: Bitmap + Send + Sync + 'static> Workers<B> {
             match Worker::start() {
                 Ok(worker) => self.threads.push(worker),
                 Err(error) => {
-                    log::warn!(
+                    logs::warn!(
                         "listeners are told one after the other, no thread is left: {error}"
                     );
                     break;

@@ -15,6 +15,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use crate::address_space::{ListenerError, MemoryListener};
 use crate::error::{Error, KvmError, Result};
 use crate::layout::{GuestRange, base_page_size};
+use crate::logs;
 use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
 use crate::rom::GuestRom;
@@ -212,7 +213,7 @@ impl KvmSlots {
         };
         match KvmSlot::new(&self.vm, number, memory, flags) {
             Ok(mut slot) => {
-                log::debug!("memory slot {number} is {}", slot.range());
+                logs::debug!("memory slot {number} is {}", slot.range());
                 self.recall(&mut slot);
                 self.slots.insert(slot.range().start_addr().0, slot);
                 Ok(())

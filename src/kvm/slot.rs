@@ -13,6 +13,7 @@ use kvm_ioctls::VmFd;
 
 use crate::error::KvmError;
 use crate::layout::{GuestRange, base_page_size};
+use crate::logs;
 use crate::mapping::{Mapping, to_usize};
 use crate::ram::Ram;
 use crate::rom::GuestRom;
@@ -216,7 +217,7 @@ impl Drop for KvmSlot {
     /// ever: the guest must not reach what the host puts there next.
     fn drop(&mut self) {
         if let Err(error) = self.remove() {
-            log::error!("its memory stays mapped: {error}");
+            logs::error!("its memory stays mapped: {error}");
             std::mem::forget(self.memory.clone());
         }
     }

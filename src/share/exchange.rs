@@ -3,6 +3,7 @@
 use super::sink::{Answer, MemTableSink, SinkError};
 use super::{ShareReport, TimeLimit, VhostUserShare};
 use crate::error::{Error, MemTableChange, Result};
+use crate::logs;
 use crate::table::{MemoryTable, TableChange};
 
 impl<F: MemTableSink> VhostUserShare<F> {
@@ -110,7 +111,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         // A refusal says that the daemon is there, not that it stays: most hang up now.
         match self.attempt(change, F::barrier) {
             Ok(Err(gone)) => {
-                ::log::debug!("after its refusal: {gone}");
+                logs::debug!("after its refusal: {gone}");
                 Err(self.break_off(refused))
             }
             // Where it could not be asked, the next call finds out.
@@ -158,7 +159,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// serve one front-end at a time, so the next connection needs this one's end.
     pub(super) fn break_off(&mut self, error: Error) -> Error {
         self.end_connection();
-        ::log::warn!("share broken: {error}");
+        logs::warn!("share broken: {error}");
         self.broken = Some(error.to_string());
         error
     }

@@ -12,6 +12,7 @@ use vm_memory::GuestAddress;
 use vm_memory::bitmap::Bitmap;
 
 use crate::error::{Error, MemTableChange, Result, SlotLimit};
+use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::table::{MemoryTable, TableView};
 
@@ -270,7 +271,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             self.keep_bases(report);
             return Err(error);
         }
-        ::log::debug!(
+        logs::debug!(
             "daemon took {} regions less, {} more",
             report.removed,
             report.added
