@@ -368,11 +368,11 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     /// Closes the connection to a daemon that does not take what it has to.
     pub(crate) fn give_up(&mut self, reason: String) {
-        if self.broken.is_none() {
-            self.end_connection();
-            self.broken = Some(reason);
-        }
         self.forget_table();
+        if self.broken.is_none() {
+            self.broken = Some(reason);
+            self.end_connection();
+        }
     }
 
     /// Whether a call of the sink may wait for somebody.
