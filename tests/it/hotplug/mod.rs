@@ -10,6 +10,8 @@ use guest_memory_shm::{
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
+use crate::support::ToldAll;
+
 mod model;
 mod others;
 mod threads;

@@ -165,7 +165,7 @@ impl World {
         }
         if next == self.present {
             // Nothing is asked of anybody.
-            transaction.commit().unwrap();
+            drop(transaction.commit().unwrap());
             return String::from("an empty transaction");
         }
         let what = format!("{:?} -> {next:?}", self.present);
@@ -198,7 +198,7 @@ impl World {
             objection.get_or_insert((peer.name.clone(), refuses));
         }
         let Some((name, refuses)) = objection else {
-            done.unwrap_or_else(|error| panic!("{what}: {error}"));
+            drop(done.unwrap_or_else(|error| panic!("{what}: {error}")));
             self.present = next;
             return what;
         };
@@ -328,7 +328,7 @@ impl World {
             .with_listener(&self.recorder, |it| it.get_ref().0.clone());
         assert_eq!(recorded.unwrap(), self.present, "{}", context());
 
-        let listeners = self.space.listeners();
+        let listeners = self.space.listeners().unwrap();
         assert_eq!(listeners.len(), self.peers.len() + 1);
         for (peer, status) in self.peers.iter().zip(&listeners[1..]) {
             let of = || format!("{}: {:?}, {status:?}\n{}", peer.name, peer.state, context());
