@@ -9,6 +9,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard};
 
 use crate::error::AddressSpaceError;
 use crate::memory::GuestMemoryShm;
+use crate::panics::caught;
 
 /// The memory of an [`AddressSpace`](crate::AddressSpace), as it is published: for devices and the
 /// threads of virtqueues.
@@ -103,9 +104,7 @@ impl<B: Bitmap + Send + Sync + 'static> Publisher<B> {
     /// To be called during a change only, so that there is one publication at a time.
     pub(super) fn publish(&self, memory: &GuestMemoryShm<B>) {
         self.put_into_mirror(memory);
-        let readers = self.readers.memory.lock();
-        let readers = readers.unwrap_or_else(PoisonError::into_inner);
-        readers.replace(memory.clone());
+        replace(&self.readers.memory, memory, || ());
     }
 
     /// Whether the mirror is what was published. If it is not, it is now, and that is the error.
@@ -121,11 +120,24 @@ impl<B: Bitmap + Send + Sync + 'static> Publisher<B> {
     }
 
     fn put_into_mirror(&self, memory: &GuestMemoryShm<B>) {
-        // With its lock, so that nothing gets in between. Who has it may have panicked.
-        let mirror = self.mirror.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.mirror.memory().is(&self.readers.memory()) {
-            self.replaced.store(true, Ordering::Relaxed);
-        }
-        mirror.replace(memory.clone());
+        // With its lock, so that nothing gets in between.
+        replace(&self.mirror, memory, || {
+            if !self.mirror.memory().is(&self.readers.memory()) {
+                self.replaced.store(true, Ordering::Relaxed);
+            }
+        });
     }
+}
+
+/// Replaces what is in `atomic`, `first` under its lock.
+fn replace<B: Bitmap + Send + Sync + 'static>(
+    atomic: &GuestMemoryAtomic<GuestMemoryShm<B>>,
+    memory: &GuestMemoryShm<B>,
+    first: impl FnOnce(),
+) {
+    // Who has the lock may have panicked.
+    let exclusive = atomic.lock().unwrap_or_else(PoisonError::into_inner);
+    first();
+    // The new memory is there before the old one is dropped, whose bitmaps may panic then.
+    let _ = caught(|| exclusive.replace(memory.clone()));
 }

@@ -243,3 +243,66 @@ impl<B: Bitmap + Send + Sync + 'static> Drop for Change<'_, B> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::Mutex;
+
+    use vm_memory::GuestAddressSpace;
+
+    use super::*;
+    use crate::address_space::{ListenerError, MemoryListener};
+
+    /// How many regions it was told.
+    struct Counts(Arc<Mutex<Vec<usize>>>);
+
+    impl MemoryListener for Counts {
+        fn check(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
+            Ok(())
+        }
+        fn update(&mut self, memory: &GuestMemoryShm) -> Result<(), ListenerError> {
+            self.0.lock().unwrap().push(memory.num_regions());
+            Ok(())
+        }
+    }
+
+    /// All panics that are foreseen are caught earlier: this is for those that are not.
+    #[test]
+    fn a_change_that_ends_in_a_panic_is_undone() {
+        let before = GuestMemoryShm::from_ranges(&[
+            (GuestAddress(0), 1 << 20),
+            (GuestAddress(4 << 20), 1 << 20),
+        ])
+        .unwrap();
+        let space = AddressSpace::new(before.clone());
+        let told = Arc::new(Mutex::new(Vec::new()));
+        for name in ["a", "b"] {
+            space.attach(name, Counts(told.clone())).unwrap();
+        }
+        told.lock().unwrap().clear();
+        let work = || {
+            let mut listeners = space.lock().unwrap();
+            let (after, _) = before.remove_region(GuestAddress(0), 1 << 20).unwrap();
+            let mut change = Change {
+                publisher: &space.publisher,
+                listeners: &mut listeners,
+                before: &before,
+                told: Vec::new(),
+                complete: false,
+            };
+            change.publisher.publish(&after);
+            let Ok(()) = change.listeners.tell(&[0], &after, &mut change.told) else {
+                unreachable!("it takes everything");
+            };
+            panic!("unforeseen");
+        };
+        assert!(catch_unwind(AssertUnwindSafe(work)).is_err());
+        // Only the one that had been told was put back.
+        assert_eq!(*told.lock().unwrap(), [1, 2]);
+        assert!(space.memory().memory().is(&before));
+        assert!(space.atomic().memory().is(&before));
+        let report = space.remove(GuestAddress(0), 1 << 20).unwrap();
+        assert_eq!(report.removed().len(), 1);
+    }
+}

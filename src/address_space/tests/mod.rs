@@ -9,7 +9,10 @@ use crate::error::Error;
 use crate::options::RamOptions;
 
 mod changes;
+mod inside;
 mod listeners;
+mod panics;
+mod published;
 
 const MIB: u64 = 1 << 20;
 
