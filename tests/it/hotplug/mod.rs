@@ -12,6 +12,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace};
 
 use crate::support::ToldAll;
 
+mod logger;
 mod model;
 mod others;
 mod threads;
