@@ -147,8 +147,9 @@ fn attach(daemons: &[MockDaemon], memory: GuestMemoryShm) -> Result<AddressSpace
 
 /// What the bench measures on our side.
 fn change(space: &AddressSpace) -> Result<(), Failure> {
-    space.insert(region()?)?;
-    space.remove(PLUG, SIZE)?;
+    for report in [space.insert(region()?)?, space.remove(PLUG, SIZE)?] {
+        assert!(report.stale().is_empty(), "a daemon is away");
+    }
     Ok(())
 }
 

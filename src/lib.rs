@@ -107,6 +107,9 @@
     )
 )]
 
+mod logs;
+mod panics;
+
 mod error;
 mod layout;
 mod units;
@@ -146,7 +149,7 @@ pub mod mock;
 
 pub use address_space::{
     AddressSpace, Attendance, ChangeReport, ListenerError, ListenerId, ListenerStatus,
-    MemoryListener, PerRegion, RegionListener, Transaction,
+    MemoryListener, PerRegion, PublishedMemory, RegionListener, Transaction,
 };
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};

@@ -76,19 +76,7 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing), and
     /// [`Error::Populate`](crate::Error::Populate).
     pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {
-        let range = GuestRange::new(start, size)?;
-        range.check_aligned(page_size_of(options)?)?;
-        if options.access() == Access::ReadOnly {
-            return Err(FileError::ReadOnlyRam.into());
-        }
-        if let Some(note) = control_group_note(size) {
-            log_notes("RAM", &[note]);
-        }
-        let backing = ShmBacking::create_provisional(options, size)?;
-        let region = Self::place(&backing, backing.start(), range)?;
-        populate_new([(region.ram().clone(), options)])?;
-        backing.keep();
-        Ok(region)
+        Self::new_with_bitmap(start, size, options, new_bitmap)
     }
 
     /// A region of `size` bytes at `start`, on the part of `backing` at `offset`.
@@ -108,13 +96,114 @@ impl<B: NewBitmap> GuestRegionShm<B> {
         start: GuestAddress,
         size: u64,
     ) -> Result<Self> {
+        Self::from_backing_with_bitmap(backing, offset, start, size, new_bitmap)
+    }
+}
+
+/// The bitmap of a region, unless a function makes another one.
+pub(crate) fn new_bitmap<B: NewBitmap>(range: GuestRange) -> B {
+    B::with_len(to_usize(range.size()))
+}
+
+impl<B> GuestRegionShm<B> {
+    /// A region as [`new`](Self::new), with a dirty bitmap that a function makes for it: for bitmaps
+    /// that are no `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up otherwise.
+    ///
+    /// ```
+    /// use std::num::NonZeroUsize;
+    ///
+    /// use guest_memory_shm::{GuestRegionShm, RamOptions};
+    /// use vm_memory::bitmap::AtomicBitmap;
+    /// use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
+    ///
+    /// let page = NonZeroUsize::new(4096).expect("a page has a size");
+    /// let track = true;
+    /// let region = GuestRegionShm::<Option<AtomicBitmap>>::new_with_bitmap(
+    ///     GuestAddress(4 << 30),
+    ///     1 << 20,
+    ///     &RamOptions::new(),
+    ///     |range| track.then(|| AtomicBitmap::new(range.size() as usize, page)),
+    /// )?;
+    /// region.write_obj(1u8, MemoryRegionAddress(0x3000)).expect("there is RAM");
+    /// assert!(region.dirty_bitmap().as_ref().is_some_and(|dirty| dirty.is_bit_set(3)));
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`new`](Self::new).
+    ///
+    /// # Panics
+    ///
+    /// If `bitmap` does, which is called before anything is created.
+    pub fn new_with_bitmap(
+        start: GuestAddress,
+        size: u64,
+        options: &RamOptions,
+        bitmap: impl FnOnce(GuestRange) -> B,
+    ) -> Result<Self> {
+        let range = GuestRange::new(start, size)?;
+        range.check_aligned(page_size_of(options)?)?;
+        if options.access() == Access::ReadOnly {
+            return Err(FileError::ReadOnlyRam.into());
+        }
+        let bitmap = bitmap(range);
+        if let Some(note) = control_group_note(size) {
+            log_notes("RAM", &[note]);
+        }
+        let backing = ShmBacking::create_provisional(options, size)?;
+        let region = Self::place(&backing, backing.start(), range, bitmap)?;
+        populate_new([(region.ram().clone(), options)])?;
+        backing.keep();
+        Ok(region)
+    }
+
+    /// A region as [`from_backing`](Self::from_backing), with a dirty bitmap that a function makes
+    /// for it.
+    ///
+    /// ```
+    /// use guest_memory_shm::{GuestRegionShm, RamOptions, ShmBacking};
+    /// use vm_memory::GuestAddress;
+    /// use vm_memory::bitmap::AtomicBitmap;
+    ///
+    /// let backing = ShmBacking::create(&RamOptions::new(), 1 << 20)?;
+    /// let untracked = GuestRegionShm::<Option<AtomicBitmap>>::from_backing_with_bitmap(
+    ///     &backing,
+    ///     0,
+    ///     GuestAddress(0),
+    ///     1 << 20,
+    ///     |_| None,
+    /// )?;
+    /// assert!(untracked.dirty_bitmap().is_none());
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`from_backing`](Self::from_backing).
+    ///
+    /// # Panics
+    ///
+    /// If `bitmap` does, which is called before anything is mapped.
+    pub fn from_backing_with_bitmap(
+        backing: &ShmBacking,
+        offset: u64,
+        start: GuestAddress,
+        size: u64,
+        bitmap: impl FnOnce(GuestRange) -> B,
+    ) -> Result<Self> {
         let range = GuestRange::new(start, size)?;
         range.check_aligned(backing.page_size())?;
-        Self::place(backing, offset, range)
+        Self::place(backing, offset, range, bitmap(range))
     }
 
     /// The range must be aligned to the pages of the backing.
-    pub(crate) fn place(backing: &ShmBacking, offset: u64, range: GuestRange) -> Result<Self> {
+    pub(crate) fn place(
+        backing: &ShmBacking,
+        offset: u64,
+        range: GuestRange,
+        bitmap: B,
+    ) -> Result<Self> {
         if backing.map_options().access == Access::ReadOnly {
             return Err(FileError::ReadOnlyRam.into());
         }
@@ -123,7 +212,7 @@ impl<B: NewBitmap> GuestRegionShm<B> {
             range,
             host: mapping.host_addr(),
             shared: Arc::new(Shared {
-                bitmap: B::with_len(mapping.len()),
+                bitmap,
                 ram: Ram {
                     range,
                     mapping: Arc::new(mapping),
@@ -134,9 +223,7 @@ impl<B: NewBitmap> GuestRegionShm<B> {
             }),
         })
     }
-}
 
-impl<B> GuestRegionShm<B> {
     /// The guest addresses of the region.
     pub fn range(&self) -> GuestRange {
         self.range

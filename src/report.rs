@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+use crate::logs;
 use crate::options::NumaPolicy;
 use crate::units::HumanSize;
 
@@ -149,7 +150,7 @@ impl BuildReport {
 /// Logs notes as warnings; whoever finds them does.
 pub(crate) fn log_notes(backing: &str, notes: &[Note]) {
     for note in notes {
-        log::warn!("{backing}: {note}");
+        logs::warn!("{backing}: {note}");
     }
 }
 

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use guest_memory_shm::mock::{BlkDevice, BlkDriver, MockDaemon};
 use guest_memory_shm::{
-    AddressSpace, DirtyPages, GuestMemoryShm, GuestRange, GuestRegionShm, KvmSlots, ListenerId,
-    RamOptions, VhostUserShare,
+    AddressSpace, Attendance, DirtyPages, GuestMemoryShm, GuestRange, GuestRegionShm, KvmSlots,
+    ListenerId, PublishedMemory, RamOptions, VhostUserShare,
 };
 use kvm_ioctls::VmFd;
 use tempfile::TempDir;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::failure::{Failure, OrFail, Result};
 use crate::guest::{CODE, Exit, Guest, PAGE, PROGRAM, Pages};
@@ -32,7 +32,7 @@ pub(crate) struct Machine {
     share: ListenerId<VhostUserShare<Frontend>>,
     guest: Guest,
     device: BlkDevice,
-    driver: BlkDriver<GuestMemoryAtomic<GuestMemoryShm>>,
+    driver: BlkDriver<PublishedMemory>,
     daemon: MockDaemon,
     /// Where the daemon's socket is.
     _directory: TempDir,
@@ -66,7 +66,11 @@ impl Machine {
         let device = BlkDevice::negotiate(&mut frontend, wanted).or_fail(doing)?;
         let share = VhostUserShare::new(frontend, device.protocol_features());
         let share = space
-            .attach("disk", share.with_time_limit(PATIENCE))
+            .attach_as(
+                "disk",
+                Attendance::Required,
+                share.with_time_limit(PATIENCE),
+            )
             .or_fail(doing)?;
 
         let driver = BlkDriver::new(space.memory(), RINGS, 16).or_fail(doing)?;
@@ -92,16 +96,16 @@ impl Machine {
     pub(crate) fn plug(&self, range: GuestRange) -> Result<()> {
         let doing = || format!("cannot plug {range}");
         let region = GuestRegionShm::new(range.start_addr(), range.size(), &RamOptions::new());
-        self.space.insert(region.or_fail(doing)?).or_fail(doing)?;
-        Ok(())
+        // The daemon may not lag, so there is nothing in the report.
+        let plugged = self.space.insert(region.or_fail(doing)?);
+        plugged.map(drop).or_fail(doing)
     }
 
     /// Unplugs it, which a guest must have agreed to.
     pub(crate) fn unplug(&self, range: GuestRange) -> Result<()> {
         let doing = || format!("cannot unplug {range}");
         let removed = self.space.remove(range.start_addr(), range.size());
-        removed.or_fail(doing)?;
-        Ok(())
+        removed.map(drop).or_fail(doing)
     }
 
     /// Has the guest's code write the pages.

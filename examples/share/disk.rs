@@ -7,10 +7,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use guest_memory_shm::GuestMemoryShm;
 use guest_memory_shm::mock::{BlkDriver, BlkError, RequestId};
+use guest_memory_shm::{GuestMemoryShm, PublishedMemory};
 use indicatif::ProgressBar;
-use vm_memory::{GuestAddress, GuestMemoryAtomic};
+use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::failure::{Failure, OrFail, Result};
@@ -25,7 +25,7 @@ const BUFFERS_PER_REQUEST: usize = 2;
 /// A part of guest RAM that holds a part of the disk.
 pub(crate) type Buffer = (GuestAddress, u32);
 
-type Driver = BlkDriver<GuestMemoryAtomic<GuestMemoryShm>>;
+type Driver = BlkDriver<PublishedMemory>;
 
 /// The disk, through a virtqueue in guest RAM.
 pub(crate) struct Disk {
@@ -59,7 +59,7 @@ impl Disk {
     ) -> Result<Self> {
         let doing = || "cannot set up the virtqueue in guest RAM";
         // It waits for nothing by itself: `wait` below does, for the daemon's end as well.
-        let driver = BlkDriver::new(ram.atomic(), rings, QUEUE_SIZE)
+        let driver = BlkDriver::new(ram.published(), rings, QUEUE_SIZE)
             .or_fail(doing)?
             .with_time_limit(Duration::ZERO);
         let events = Epoll::new().or_fail(doing)?;

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use guest_memory_shm::mock::RingLayout;
 use guest_memory_shm::{
-    AddressSpace, GuestMemoryShm, GuestRange, GuestRegionShm, RamOptions, ram_around_hole,
+    AddressSpace, GuestMemoryShm, GuestRange, GuestRegionShm, PublishedMemory, RamOptions,
+    ram_around_hole,
 };
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
+use vm_memory::{GuestAddress, GuestAddressSpace};
 
 use crate::failure::{Failure, OrFail, Result};
 use crate::report::size;
@@ -89,7 +90,7 @@ impl Ram {
     }
 
     /// For the guest's driver, which sees every change from then on.
-    pub(crate) fn atomic(&self) -> GuestMemoryAtomic<GuestMemoryShm> {
+    pub(crate) fn published(&self) -> PublishedMemory {
         self.space.memory()
     }
 

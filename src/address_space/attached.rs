@@ -5,12 +5,61 @@ use std::any::Any;
 use vm_memory::bitmap::Bitmap;
 
 use super::listener::{ListenerError, MemoryListener};
-use super::workers::{Answer, Call, Listener, Workers};
+use super::status::ListenerStatus;
+use super::workers::{Answer, Call, Listener, Workers, panicked};
 use crate::error::{AddressSpaceError, Occasion, StaleListener};
 use crate::layout::GuestRange;
+use crate::logs;
 use crate::memory::GuestMemoryShm;
+use crate::panics::{caught, discard};
 
 /// Whether a change may happen while a listener is away.
+///
+/// By default it may: a daemon that died, or does not answer in time, costs the change its time
+/// limit, and then the change *succeeds without it*. It is named in
+/// [`ChangeReport::stale`](super::ChangeReport::stale), and knows nothing of the new memory: a guest
+/// that gives it a buffer there sees its device fail. So look at the report before the guest is told
+/// of the memory, or say that nothing happens without the daemon:
+///
+/// ```
+/// use guest_memory_shm::{
+///     AddressSpace, Attendance, GuestMemoryShm, GuestRegionShm, RamOptions, VhostUserShare,
+/// };
+/// # use guest_memory_shm::mock::{BlkDevice, Fault, MockDaemon};
+/// # use std::time::Duration;
+/// # use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+/// use vm_memory::GuestAddress;
+///
+/// # let daemon = MockDaemon::builder().start_unnamed()?;
+/// # let connect = || -> Result<_, Box<dyn std::error::Error>> {
+/// #     let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
+/// #     let features = BlkDevice::negotiate(&mut frontend, Features::all())?.protocol_features();
+/// #     Ok(VhostUserShare::new(frontend, features).with_time_limit(Duration::from_millis(50)))
+/// # };
+/// # let share = connect()?;
+/// let boot = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+/// let space = AddressSpace::new(boot);
+/// let disk = space.attach("disk0", share)?;
+///
+/// # daemon.inject(Fault::never_answer(1));
+/// // The daemon falls silent: RAM is plugged without it.
+/// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
+/// let report = space.insert(region)?;
+/// for stale in report.stale() {
+///     eprintln!("connect {} anew: {}", stale.name(), stale.reason());
+/// }
+/// assert!(report.stale()[0].is(&disk));
+///
+/// # drop(space.detach(disk)?);
+/// # daemon.wait_disconnected(Duration::from_secs(10))?;
+/// # let share = connect()?;
+/// // One that has to be there: RAM is not plugged, and the error says why.
+/// space.attach_as("disk0", Attendance::Required, share)?;
+/// # daemon.inject(Fault::never_answer(1));
+/// let region = GuestRegionShm::new(GuestAddress(8 << 30), 1 << 20, &RamOptions::new())?;
+/// assert!(space.insert(region).is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Attendance {
@@ -60,7 +109,7 @@ impl<B: 'static> Attached<B> {
             name,
             attendance,
             stale: None,
-            waits: listener.waits(),
+            waits: false,
             listener: Some(Box::new(listener)),
         }
     }
@@ -88,9 +137,16 @@ impl<B: 'static> Attached<B> {
         call.make(self.listener(), memory)
     }
 
+    /// Asks whether telling it is to wait, before it is told anything.
+    pub(super) fn ask_waits(&mut self) -> Answer {
+        let listener = self.listener();
+        self.waits = caught(|| listener.waits()).map_err(|panic| panicked(&panic))?;
+        Ok(())
+    }
+
     pub(super) fn become_stale(&mut self, reason: String) {
-        log::warn!("listener {:?} is stale: {reason}", self.name);
-        self.stale = Some(reason);
+        let reason = self.stale.insert(reason);
+        logs::warn!("listener {:?} is stale: {reason}", self.name);
     }
 }
 
@@ -118,7 +174,8 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
     /// Tells those at `places` this memory, in order of attachment; neighbours that wait are told
     /// side by side. At an objection nobody further is told.
     ///
-    /// `told` becomes the groups that were told, and may hold any part of it.
+    /// `told` becomes the groups that were told, and may hold any part of it; that of the group that
+    /// is just being told is in it.
     pub(super) fn tell(
         &mut self,
         places: &[usize],
@@ -126,18 +183,19 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
         told: &mut Vec<Vec<usize>>,
     ) -> Result<(), Objection> {
         for group in self.groups(places) {
-            let answers = self.tell_group(&group, memory);
             told.push(group.clone());
+            let answers = self.tell_group(&group, memory);
             let mut objection = Ok(());
             for (at, answer) in group.into_iter().zip(answers) {
                 let attached = &mut self.all[at];
                 match answer {
                     Ok(()) => attached.stale = None,
                     Err(error) => {
-                        let other = attached.tolerate(error);
+                        let mut other = attached.tolerate(error);
                         // The first one stands for the others.
-                        if let (Err(_), Err(other)) = (&objection, &other) {
-                            log::warn!("{:?}, too: {}", other.listener, other.error.reason());
+                        if let (Err(_), Err(other)) = (&objection, &mut other) {
+                            let reason = other.error.reason();
+                            logs::warn!("{:?}, too: {reason}", other.listener);
                         }
                         objection = objection.and(other);
                     }
@@ -158,13 +216,18 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
                     Ok(()) => attached.stale = None,
                     // One that is away already stays so, for the first reason.
                     Err(_) if attached.stale.is_some() => {}
-                    Err(error) => {
+                    Err(mut error) => {
                         let reason = format!("it could not be put back: {}", error.reason());
                         attached.become_stale(reason);
                     }
                 }
             }
         }
+    }
+
+    /// How all of them are.
+    pub(super) fn status(&self) -> Vec<ListenerStatus> {
+        self.all.iter().map(ListenerStatus::of).collect()
     }
 
     /// Who does not hold what it should.
@@ -208,9 +271,16 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
     }
 }
 
+impl<B: 'static> Drop for Listeners<B> {
+    /// All of them are let go, whatever one of them does then.
+    fn drop(&mut self) {
+        self.all.drain(..).for_each(discard);
+    }
+}
+
 impl<B: 'static> Attached<B> {
     /// Whether the change may go on without this listener, which is stale then.
-    fn tolerate(&mut self, error: ListenerError) -> Result<(), Objection> {
+    fn tolerate(&mut self, mut error: ListenerError) -> Result<(), Objection> {
         if !error.is_away() {
             return Err(self.object(error));
         }
@@ -236,11 +306,13 @@ impl Objection {
     /// As an error. `region` is what changed first, for a listener that did not say where it
     /// failed.
     pub(super) fn into_error(
-        self,
+        mut self,
         occasion: Occasion,
         region: Option<GuestRange>,
         stale: Vec<StaleListener>,
     ) -> AddressSpaceError {
+        // Whoever gets the error must be able to display it.
+        self.error.reason();
         let listener = self.listener;
         let region = self.error.range().or(region);
         let away = self.error.is_away();

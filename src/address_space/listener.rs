@@ -5,6 +5,7 @@ use std::fmt;
 
 use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
+use crate::panics::{caught, discard};
 
 /// What a listener's cause is kept as.
 type Cause = Box<dyn std::error::Error + Send + Sync>;
@@ -17,10 +18,19 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// to undo that, and to bring it up to date after it was away. [`PerRegion`](super::PerRegion)
 /// makes a listener of two functions that add and remove one region.
 ///
-/// A listener that panics refuses, and is told to undo what it did.
+/// A listener that panics refuses, with the panic's message as its cause, and is told to undo what
+/// it did. So does one whose error panics when it is displayed; what panics when it is dropped is
+/// left at that.
 ///
-/// Calls come from one thread at a time, but not always from the same one. They must not change
-/// the [`AddressSpace`](super::AddressSpace) that makes them: that would wait for itself.
+/// Calls come from one thread at a time, but not always from the same one. The methods of the
+/// [`AddressSpace`](super::AddressSpace) that makes them cannot be used meanwhile, but for
+/// [`memory`](super::AddressSpace::memory) and [`atomic`](super::AddressSpace::atomic): a change
+/// would wait for itself, and is
+/// [`AddressSpaceError::Reentrant`](crate::AddressSpaceError::Reentrant) instead. That is found out
+/// on the thread that makes the call. A listener that has *another* thread change the address
+/// space and waits for it, waits for ever. A listener may change another address space; two
+/// whose listeners change each other, from two threads at once, wait for each other: always take
+/// them in the same order.
 ///
 /// ```
 /// use guest_memory_shm::{AddressSpace, GuestMemoryShm, ListenerError, MemoryListener};
@@ -92,8 +102,11 @@ pub trait MemoryListener<B = ()>: Any + Send {
 pub struct ListenerError {
     away: bool,
     range: Option<GuestRange>,
-    cause: Cause,
+    cause: Kept,
 }
+
+/// A cause, which is code of others: it may panic when it is displayed or dropped.
+struct Kept(Option<Cause>);
 
 impl ListenerError {
     /// It does not take the memory.
@@ -101,7 +114,7 @@ impl ListenerError {
         Self {
             away: false,
             range: None,
-            cause: cause.into(),
+            cause: Kept(Some(cause.into())),
         }
     }
 
@@ -130,20 +143,30 @@ impl ListenerError {
         self.range
     }
 
-    /// The cause and the causes of it, in one line.
-    pub(super) fn reason(&self) -> String {
-        let mut texts = Vec::new();
-        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(self.cause.as_ref());
-        while let Some(error) = cause {
-            texts.push(error.to_string());
-            cause = error.source();
-        }
-        texts.join(": ")
+    /// The cause and the causes of it, in one line. If they panic, that is the cause from now on.
+    pub(super) fn reason(&mut self) -> String {
+        let text = || {
+            let mut texts = Vec::new();
+            let mut cause = std::error::Error::source(self);
+            while let Some(error) = cause {
+                texts.push(error.to_string());
+                cause = error.source();
+            }
+            texts.join(": ")
+        };
+        caught(text).unwrap_or_else(|panic| {
+            let text = format!("its error panicked when it was displayed: {panic}");
+            self.cause = Kept(Some(text.clone().into()));
+            text
+        })
     }
 
     /// Why.
-    pub fn into_cause(self) -> Box<dyn std::error::Error + Send + Sync> {
-        self.cause
+    pub fn into_cause(mut self) -> Box<dyn std::error::Error + Send + Sync> {
+        let Some(cause) = self.cause.0.take() else {
+            unreachable!("only this takes it, and takes the rest, too");
+        };
+        cause
     }
 }
 
@@ -155,6 +178,22 @@ impl fmt::Display for ListenerError {
 
 impl std::error::Error for ListenerError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(self.cause.as_ref())
+        let cause = self.cause.0.as_deref()?;
+        Some(cause)
+    }
+}
+
+impl fmt::Debug for Kept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(cause) => cause.fmt(f),
+            None => f.write_str("None"),
+        }
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        discard(self.0.take());
     }
 }

@@ -7,6 +7,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::listener::{ListenerError, MemoryListener};
 use crate::memory::GuestMemoryShm;
+use crate::panics::{caught, discard};
 use crate::region::GuestRegionShm;
 
 /// Somebody who is told of one region at a time, as hypervisors and VFIO are: wrapped in
@@ -70,12 +71,20 @@ pub trait RegionListener<B = ()>: Send + 'static {
 /// or grows never overlaps its successor, and no more are held at once than before or after.
 /// Dropped, it lets the regions go without telling the listener.
 ///
+/// A listener that panics in `region_add` or `region_remove` may hold the region, or not: before it is
+/// told anything else it is told to remove it, whatever it answers, and to add it anew where it is
+/// to be. Where that answer is no success, the region stays mapped as long as this lives.
+///
 /// A listener that was [away](ListenerError::away) once is told nothing more until
 /// [`begin_anew`](Self::begin_anew) says that it is back.
 pub struct PerRegion<L, B = ()> {
     listener: L,
     /// Sorted by address.
     held: Vec<GuestRegionShm<B>>,
+    /// The region that it is just being told of, or was when it panicked.
+    doubtful: Option<GuestRegionShm<B>>,
+    /// Regions that it said to hold no more by an error or a panic only.
+    lost: Vec<GuestRegionShm<B>>,
     /// Why it is away.
     away: Option<String>,
 }
@@ -86,6 +95,8 @@ impl<L: RegionListener<B>, B> PerRegion<L, B> {
         Self {
             listener,
             held: Vec::new(),
+            doubtful: None,
+            lost: Vec::new(),
             away: None,
         }
     }
@@ -93,8 +104,14 @@ impl<L: RegionListener<B>, B> PerRegion<L, B> {
     /// Goes on with a listener that holds no region, after it was away. It is told all of them at
     /// the next change, or by [`AddressSpace::refresh`](crate::AddressSpace::refresh).
     pub fn begin_anew(&mut self) {
-        self.held.clear();
+        self.let_go();
         self.away = None;
+    }
+
+    fn let_go(&mut self) {
+        self.held.clear();
+        self.doubtful = None;
+        self.lost.clear();
     }
 
     /// The regions that it was given and has not let go, sorted by address.
@@ -137,28 +154,60 @@ impl<L: RegionListener<B>, B: Bitmap + Send + Sync + 'static> MemoryListener<B>
 
 impl<L: RegionListener<B>, B: Bitmap> PerRegion<L, B> {
     fn tell(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
+        self.settle();
         for at in (0..self.held.len()).rev() {
             let region = &self.held[at];
             let there = memory.find_region(region.start_addr());
             if there.is_some_and(|there| there.is(region)) {
                 continue;
             }
-            let range = region.range();
-            let removed = self.listener.region_remove(region);
-            removed.map_err(|error| error.at(range))?;
+            let region = region.clone();
+            self.tell_one(&region, L::region_remove)?;
             self.held.remove(at);
         }
         for region in memory.iter() {
-            let range = region.range();
-            let place = self
-                .held
-                .binary_search_by_key(&range, GuestRegionShm::range);
-            let Err(place) = place else { continue };
-            let added = self.listener.region_add(region);
-            added.map_err(|error| error.at(range))?;
+            let Err(place) = self.place_of(region) else {
+                continue;
+            };
+            self.tell_one(region, L::region_add)?;
             self.held.insert(place, region.clone());
         }
         Ok(())
+    }
+
+    /// Makes one call. The region is in doubt until it returns: if it panics, it stays so.
+    fn tell_one(
+        &mut self,
+        region: &GuestRegionShm<B>,
+        call: fn(&mut L, &GuestRegionShm<B>) -> Result<(), ListenerError>,
+    ) -> Result<(), ListenerError> {
+        self.doubtful = Some(region.clone());
+        let answer = call(&mut self.listener, region);
+        self.doubtful = None;
+        answer.map_err(|error| error.at(region.range()))
+    }
+
+    /// After a panic nobody knows whether the region is held: has it removed, so that it is not.
+    fn settle(&mut self) {
+        let Some(region) = self.doubtful.take() else {
+            return;
+        };
+        if let Ok(at) = self.place_of(&region) {
+            self.held.remove(at);
+        }
+        match caught(|| self.listener.region_remove(&region)) {
+            Ok(Ok(())) => {}
+            answer => {
+                discard(answer);
+                self.lost.push(region);
+            }
+        }
+    }
+
+    fn place_of(&self, region: &GuestRegionShm<B>) -> Result<usize, usize> {
+        let range = region.range();
+        self.held
+            .binary_search_by_key(&range, GuestRegionShm::range)
     }
 
     fn check_present(&self) -> Result<(), ListenerError> {
@@ -169,12 +218,12 @@ impl<L: RegionListener<B>, B: Bitmap> PerRegion<L, B> {
     }
 
     /// What it holds is nobody's business any more once it is away.
-    fn note(&mut self, answer: Result<(), ListenerError>) -> Result<(), ListenerError> {
-        if let Err(error) = &answer
+    fn note(&mut self, mut answer: Result<(), ListenerError>) -> Result<(), ListenerError> {
+        if let Err(error) = &mut answer
             && error.is_away()
         {
             self.away = Some(error.reason());
-            self.held.clear();
+            self.let_go();
         }
         answer
     }

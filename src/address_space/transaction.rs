@@ -7,8 +7,10 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::AddressSpace;
 use super::attached::{Listeners, Objection};
+use super::published::Publisher;
 use crate::error::{Occasion, Result, StaleListener};
 use crate::layout::GuestRange;
+use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::region::GuestRegionShm;
 
@@ -43,8 +45,27 @@ pub struct Transaction<'a, B: Bitmap + Send + Sync + 'static = ()> {
     additions: Vec<Arc<GuestRegionShm<B>>>,
 }
 
-/// What a change did.
+/// What a change did, and who was not there to learn of it.
+///
+/// ```
+/// use guest_memory_shm::{AddressSpace, GuestMemoryShm};
+/// use vm_memory::GuestAddress;
+///
+/// let boot = GuestMemoryShm::<()>::from_ranges(&[
+///     (GuestAddress(0), 1 << 20),
+///     (GuestAddress(4 << 30), 1 << 20),
+/// ])?;
+/// let space = AddressSpace::new(boot);
+/// let report = space.remove(GuestAddress(4 << 30), 1 << 20)?;
+/// for stale in report.stale() {
+///     eprintln!("connect {} anew: {}", stale.name(), stale.reason());
+/// }
+/// assert_eq!(report.removed().len(), 1);
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
 #[derive(Debug)]
+#[must_use = "a listener that is away was not told, and the change succeeded without it: look at \
+              stale(), or attach it with Attendance::Required"]
 pub struct ChangeReport<B = ()> {
     removed: Vec<Arc<GuestRegionShm<B>>>,
     stale: Vec<StaleListener>,
@@ -99,9 +120,14 @@ impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
     /// [`AddressSpaceError::Refused`](crate::AddressSpaceError::Refused) and
     /// [`AddressSpaceError::Away`](crate::AddressSpaceError::Away): everybody who was told has
     /// been put back, but for those that the error calls stale.
+    /// [`AddressSpaceError::Reentrant`](crate::AddressSpaceError::Reentrant) from inside a listener,
+    /// and [`AddressSpaceError::MirrorReplaced`](crate::AddressSpaceError::MirrorReplaced), once, if
+    /// other code published through [`AddressSpace::atomic`]: nobody was asked or told.
     pub fn commit(self) -> Result<ChangeReport<B>> {
-        let mut listeners = self.space.lock();
-        let before = self.space.current();
+        let mut listeners = self.space.lock()?;
+        let publisher = &self.space.publisher;
+        publisher.check_mirror()?;
+        let before = publisher.current();
         let steps = Steps::new(&before, &self.removals, self.additions)?;
         if steps.is_empty() {
             return Ok(ChangeReport {
@@ -109,12 +135,17 @@ impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
                 stale: listeners.stale(),
             });
         }
-        self.space
-            .change(&mut listeners, &before, &steps)
-            .map_err(|objection| {
-                objection.into_error(Occasion::Change, steps.subject, listeners.stale())
-            })?;
-        log::debug!("guest memory has {} regions now", steps.after.num_regions());
+        let change = Change {
+            publisher,
+            listeners: &mut listeners,
+            before: &before,
+            told: Vec::new(),
+            complete: false,
+        };
+        change.make(&steps).map_err(|objection| {
+            objection.into_error(Occasion::Change, steps.subject, listeners.stale())
+        })?;
+        logs::debug!("guest memory has {} regions now", steps.after.num_regions());
         Ok(ChangeReport {
             removed: steps.removed,
             stale: listeners.stale(),
@@ -170,30 +201,108 @@ impl<B> Steps<B> {
     }
 }
 
-impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
+/// A change under way. Dropped before it is complete, by an objection or a panic, it is undone: who
+/// was told is put back or stale, and readers see the memory that was before.
+struct Change<'a, B: Bitmap + Send + Sync + 'static> {
+    publisher: &'a Publisher<B>,
+    listeners: &'a mut Listeners<B>,
+    before: &'a GuestMemoryShm<B>,
+    /// The groups that were told, or are being told.
+    told: Vec<Vec<usize>>,
+    complete: bool,
+}
+
+impl<B: Bitmap + Send + Sync + 'static> Change<'_, B> {
     /// Asks, tells and publishes, in the order in which no reader ever sees memory that somebody
     /// was not told of.
-    fn change(
-        &self,
-        listeners: &mut Listeners<B>,
-        before: &GuestMemoryShm<B>,
-        steps: &Steps<B>,
-    ) -> Result<(), Objection> {
-        let present = listeners.ask(&steps.after)?;
+    fn make(mut self, steps: &Steps<B>) -> Result<(), Objection> {
+        let present = self.listeners.ask(&steps.after)?;
         if let Some(without) = &steps.without {
-            self.publish(without);
+            self.publisher.publish(without);
         }
-        let mut told = Vec::new();
-        let done = listeners.tell(&present, &steps.after, &mut told);
-        if done.is_err() {
-            listeners.undo(told, before);
+        self.listeners
+            .tell(&present, &steps.after, &mut self.told)?;
+        match &steps.without {
+            Some(without) if without.is(&steps.after) => {}
+            _ => self.publisher.publish(&steps.after),
         }
-        match (&done, &steps.without) {
-            (Ok(()), Some(without)) if without.is(&steps.after) => {}
-            (Ok(()), _) => self.publish(&steps.after),
-            (Err(_), Some(_)) => self.publish(before),
-            (Err(_), None) => {}
+        self.complete = true;
+        Ok(())
+    }
+}
+
+impl<B: Bitmap + Send + Sync + 'static> Drop for Change<'_, B> {
+    fn drop(&mut self) {
+        if self.complete {
+            return;
         }
-        done
+        let told = std::mem::take(&mut self.told);
+        self.listeners.undo(told, self.before);
+        if !self.publisher.current().is(self.before) {
+            self.publisher.publish(self.before);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::Mutex;
+
+    use vm_memory::GuestAddressSpace;
+
+    use super::*;
+    use crate::address_space::{ListenerError, MemoryListener};
+
+    /// How many regions it was told.
+    struct Counts(Arc<Mutex<Vec<usize>>>);
+
+    impl MemoryListener for Counts {
+        fn check(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
+            Ok(())
+        }
+        fn update(&mut self, memory: &GuestMemoryShm) -> Result<(), ListenerError> {
+            self.0.lock().unwrap().push(memory.num_regions());
+            Ok(())
+        }
+    }
+
+    /// All panics that are foreseen are caught earlier: this is for those that are not.
+    #[test]
+    fn a_change_that_ends_in_a_panic_is_undone() {
+        let before = GuestMemoryShm::from_ranges(&[
+            (GuestAddress(0), 1 << 20),
+            (GuestAddress(4 << 20), 1 << 20),
+        ])
+        .unwrap();
+        let space = AddressSpace::new(before.clone());
+        let told = Arc::new(Mutex::new(Vec::new()));
+        for name in ["a", "b"] {
+            space.attach(name, Counts(told.clone())).unwrap();
+        }
+        told.lock().unwrap().clear();
+        let work = || {
+            let mut listeners = space.lock().unwrap();
+            let (after, _) = before.remove_region(GuestAddress(0), 1 << 20).unwrap();
+            let mut change = Change {
+                publisher: &space.publisher,
+                listeners: &mut listeners,
+                before: &before,
+                told: Vec::new(),
+                complete: false,
+            };
+            change.publisher.publish(&after);
+            let Ok(()) = change.listeners.tell(&[0], &after, &mut change.told) else {
+                unreachable!("it takes everything");
+            };
+            panic!("unforeseen");
+        };
+        assert!(catch_unwind(AssertUnwindSafe(work)).is_err());
+        // Only the one that had been told was put back.
+        assert_eq!(*told.lock().unwrap(), [1, 2]);
+        assert!(space.memory().memory().is(&before));
+        assert!(space.atomic().memory().is(&before));
+        let report = space.remove(GuestAddress(0), 1 << 20).unwrap();
+        assert_eq!(report.removed().len(), 1);
     }
 }

@@ -1,13 +1,15 @@
 //! Threads that tell several listeners side by side.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use vm_memory::bitmap::Bitmap;
 
+use super::busy::Busy;
 use super::listener::{ListenerError, MemoryListener};
+use crate::logs;
 use crate::memory::GuestMemoryShm;
+use crate::panics::{caught, discard};
 
 pub(super) type Listener<B> = Box<dyn MemoryListener<B>>;
 pub(super) type Answer = Result<(), ListenerError>;
@@ -30,9 +32,13 @@ impl Call {
             Self::Check => listener.check(memory),
             Self::Update => listener.update(memory),
         };
-        catch_unwind(AssertUnwindSafe(call))
-            .unwrap_or_else(|_| Err(ListenerError::refused("it panicked, see standard error")))
+        caught(call).unwrap_or_else(|panic| Err(panicked(&panic)))
     }
+}
+
+/// What a listener answers that panicked.
+pub(super) fn panicked(message: &str) -> ListenerError {
+    ListenerError::refused(format!("it panicked: {message}"))
 }
 
 /// Threads, started when they are first needed; each makes one call at a time.
@@ -50,7 +56,13 @@ struct Worker<B: 'static> {
     thread: JoinHandle<()>,
 }
 
-type Job<B> = (Listener<B>, GuestMemoryShm<B>);
+/// What a worker is given to do.
+struct Job<B: 'static> {
+    listener: Listener<B>,
+    memory: GuestMemoryShm<B>,
+    /// The address spaces that the call is on behalf of.
+    busy: Vec<u64>,
+}
 
 impl<B: Bitmap + Send + Sync + 'static> Workers<B> {
     pub(super) fn new() -> Self {
@@ -97,7 +109,7 @@ impl<B: Bitmap + Send + Sync + 'static> Workers<B> {
             match Worker::start() {
                 Ok(worker) => self.threads.push(worker),
                 Err(error) => {
-                    log::warn!(
+                    logs::warn!(
                         "listeners are told one after the other, no thread is left: {error}"
                     );
                     break;
@@ -130,10 +142,17 @@ impl<B: Bitmap + Send + Sync + 'static> Worker<B> {
         let thread = std::thread::Builder::new()
             .name("memory-listener".to_owned())
             .spawn(move || {
-                for (mut listener, memory) in to_do {
+                for job in to_do {
+                    let Job {
+                        mut listener,
+                        memory,
+                        busy,
+                    } = job;
+                    let busy = Busy::on_behalf(busy);
                     let answer = Call::Update.make(&mut listener, &memory);
                     // The memory is let go before the answer is seen: then no mapping is left.
-                    drop(memory);
+                    discard(memory);
+                    drop(busy);
                     if done.send((listener, answer)).is_err() {
                         break;
                     }
@@ -147,7 +166,12 @@ impl<B: Bitmap + Send + Sync + 'static> Worker<B> {
     }
 
     fn send(&self, listener: Listener<B>, memory: &GuestMemoryShm<B>) {
-        if self.jobs.send((listener, memory.clone())).is_err() {
+        let job = Job {
+            listener,
+            memory: memory.clone(),
+            busy: Busy::spaces(),
+        };
+        if self.jobs.send(job).is_err() {
             unreachable!("the thread lives as long as its worker");
         }
     }

@@ -9,6 +9,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use super::file_system::FileSystem;
 use super::{BackingKind, Seals, ShmBacking, base_page_size, seals};
 use crate::error::{AdoptError, Error, Result};
+use crate::logs;
 use crate::options::{CoreDump, MapOptions};
 
 /// What is demanded of a descriptor that is to be adopted.
@@ -108,7 +109,7 @@ pub(super) fn adopt(
             } = found;
             let backing =
                 ShmBacking::new(file, page_size, kind, seals, &metadata, policy.map_options);
-            log::debug!("adopted {backing:?}");
+            logs::debug!("adopted {backing:?}");
             Ok(backing)
         }
         Err(error) => Err(AdoptError {

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::error::{Error, NumaError, OptionsError, Result};
 use crate::host::nodes;
+use crate::logs;
 use crate::options::{Backing, NumaPolicy, PageSize, Populate, RamOptions};
 use crate::report::log_notes;
 
@@ -28,7 +29,7 @@ impl ShmBacking {
         if let Backing::File(path) = options.backing() {
             let backing = Self::from_file(file::open(options, path, len)?, options, len);
             log_notes(&backing.label(), backing.notes());
-            log::debug!("opened {}: {backing:?}", path.display());
+            logs::debug!("opened {}: {backing:?}", path.display());
             return Ok(backing);
         }
         let (file, kind) = match (options.backing(), options.page_size()) {
@@ -60,7 +61,7 @@ impl ShmBacking {
             inner.notes = notes;
         }
         log_notes(&backing.label(), backing.notes());
-        log::debug!("created {backing:?}");
+        logs::debug!("created {backing:?}");
         Ok(backing)
     }
 

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::logs;
+
 /// What becomes of a file when its last user in this process lets go of it.
 pub(super) struct FileEnd {
     file: Arc<File>,
@@ -60,7 +62,7 @@ impl Drop for FileEnd {
                 (Undo::Remove(path), false) => format!("remove {} again", path.display()),
                 (_, false) => "make a file empty again".to_owned(),
             };
-            log::error!("cannot {doing}: {error}");
+            logs::error!("cannot {doing}: {error}");
         }
     }
 }

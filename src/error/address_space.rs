@@ -43,6 +43,19 @@ pub enum AddressSpaceError {
 
     /// The listener was detached, or is attached to another address space.
     NoSuchListener,
+
+    /// The address space was called by what it was calling itself: a listener, a handler of bases, or
+    /// the closure of [`with_listener`](crate::AddressSpace::with_listener). To go on would be to
+    /// wait for itself; nothing was done.
+    ///
+    /// [`AddressSpace::memory`](crate::AddressSpace::memory) and
+    /// [`AddressSpace::atomic`](crate::AddressSpace::atomic) can be called there.
+    Reentrant,
+
+    /// Other code replaced the memory in [`AddressSpace::atomic`](crate::AddressSpace::atomic), past
+    /// all listeners. The memory of the address space is there again, nothing else was done, and the
+    /// next change goes on as ever.
+    MirrorReplaced,
 }
 
 impl fmt::Display for AddressSpaceError {
@@ -81,6 +94,16 @@ impl fmt::Display for AddressSpaceError {
                 "no such listener is attached here: it was detached, or belongs to another address \
                  space",
             ),
+            Self::Reentrant => f.write_str(
+                "the address space was called from inside of a change that it makes (by a listener, \
+                 a handler of bases, or the closure of with_listener), which would wait for itself: \
+                 call it when that has returned",
+            ),
+            Self::MirrorReplaced => f.write_str(
+                "nothing was changed: other code replaced the memory in AddressSpace::atomic(), \
+                 which no listener was told of; it is put back, so try again, and let only the \
+                 address space publish (AddressSpace::transaction)",
+            ),
         }
     }
 }
@@ -90,7 +113,7 @@ impl std::error::Error for AddressSpaceError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Refused { cause, .. } | Self::Away { cause, .. } => cause.source(),
-            Self::NoSuchListener => None,
+            Self::NoSuchListener | Self::Reentrant | Self::MirrorReplaced => None,
         }
     }
 }

@@ -7,6 +7,7 @@ use vm_memory::GuestAddress;
 use super::{KvmSlot, KvmSlots, LogBuffer};
 use crate::error::{KvmError, Result};
 use crate::layout::{GuestRange, base_page_size};
+use crate::logs;
 
 /// What the guest wrote of one region: [`KvmSlots::dirty_log`].
 #[derive(Clone, PartialEq, Eq)]
@@ -167,7 +168,7 @@ impl KvmSlots {
                 continue;
             };
             if let Err(error) = slot.log(false) {
-                log::warn!("the guest's writes go on being logged: {error}");
+                logs::warn!("the guest's writes go on being logged: {error}");
             }
         }
     }

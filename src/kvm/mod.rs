@@ -13,6 +13,7 @@ use std::sync::{Arc, Weak};
 
 use crate::error::{KvmError, Result};
 use crate::layout::{GuestRange, base_page_size};
+use crate::logs;
 use crate::mapping::Mapping;
 
 mod assigned;
@@ -251,7 +252,7 @@ impl KvmSlots {
             self.assigned.put_back(range, slot.take_number());
             return Err(error.into());
         }
-        log::debug!("memory slot {} is {range}", slot.number());
+        logs::debug!("memory slot {} is {range}", slot.number());
         self.recall(&mut slot);
         self.slots.insert(range.start_addr().0, slot);
         Ok(())

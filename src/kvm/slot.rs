@@ -7,13 +7,14 @@
 use std::fmt;
 use std::io;
 use std::mem::ManuallyDrop;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 
 use super::{HypervisorVm, LogBuffer, SlotFlags, SlotMapping, SlotNumber};
 use crate::error::KvmError;
 use crate::layout::{GuestRange, base_page_size};
+use crate::logs;
 use crate::mapping::{HostAddr, Mapping, to_usize};
+use crate::panics::caught;
 use crate::ram::Ram;
 use crate::rom::GuestRom;
 
@@ -246,15 +247,13 @@ impl Drop for KvmSlot {
     /// memory stays mapped indefinitely, and the number taken: the guest must not reach what the
     /// host puts there next, and no other slot must take the place of this one.
     fn drop(&mut self) {
-        // Neither may be dropped by a panic of a hypervisor's or a logger's.
+        // Neither may be dropped by a panic of the hypervisor's.
         let memory = ManuallyDrop::new(self.memory.clone());
-        let removed = catch_unwind(AssertUnwindSafe(|| match self.remove() {
-            Ok(()) => {}
-            Err(error) => log::error!("its memory stays mapped: {error}"),
-        }));
-        if let Err(payload) = removed {
-            // Its own drop may panic, too.
-            std::mem::forget(payload);
+        let removed = caught(|| self.remove());
+        match removed {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => logs::error!("its memory stays mapped: {error}"),
+            Err(panic) => logs::error!("its memory stays mapped, its removal panicked: {panic}"),
         }
         if self.in_kvm {
             self.taken.take().into_iter().for_each(SlotNumber::lose);

@@ -22,6 +22,7 @@ use crate::backing::ShmBacking;
 use crate::error::Error;
 use crate::error::Result;
 use crate::host::transparent;
+use crate::logs;
 use crate::options::{CoreDump, MapOptions};
 use crate::report::{NotHuge, Note, log_notes};
 
@@ -182,7 +183,7 @@ impl Span {
         // They hold whole hugetlb mappings, so the length needs no rounding to huge pages.
         let answer = unsafe { munmap(self.start, self.len.get()) };
         if let Err(errno) = answer {
-            log::error!(
+            logs::error!(
                 "cannot unmap {:#x} bytes at {:p}: {errno}",
                 self.len,
                 self.start

@@ -1,8 +1,8 @@
 //! Building guest memory: everything is checked before anything is created.
 
-use std::marker::PhantomData;
+use std::fmt;
 
-use vm_memory::bitmap::NewBitmap;
+use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::GuestMemoryShm;
@@ -14,7 +14,7 @@ use crate::error::{Error, FileError, Result};
 use crate::layout::{GuestRange, check_disjoint, pack};
 use crate::options::{Access, Backing, RamOptions};
 use crate::populate::populate_new;
-use crate::region::GuestRegionShm;
+use crate::region::{GuestRegionShm, new_bitmap};
 use crate::report::{BuildReport, log_notes};
 
 /// What the report calls all RAM that is built.
@@ -39,11 +39,16 @@ const ALL: &str = "all RAM";
 /// assert_eq!(memory.num_regions(), 3);
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
-#[derive(Debug)]
 #[must_use = "nothing is created before build()"]
 pub struct GuestMemoryShmBuilder<B = ()> {
     parts: Vec<Part>,
-    bitmap: PhantomData<fn() -> B>,
+    bitmaps: Bitmaps<B>,
+}
+
+/// What makes the bitmap of a region.
+enum Bitmaps<B> {
+    New(fn(GuestRange) -> B),
+    Given(Box<dyn Fn(GuestRange) -> B + Send + Sync>),
 }
 
 /// One backing, existing or to be created, and the ranges on it.
@@ -68,11 +73,48 @@ struct Plan<'a> {
     len: u64,
 }
 
-impl<B> GuestMemoryShmBuilder<B> {
+impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
     pub(super) fn new() -> Self {
         Self {
             parts: Vec::new(),
-            bitmap: PhantomData,
+            bitmaps: Bitmaps::New(new_bitmap),
+        }
+    }
+}
+
+impl<B> GuestMemoryShmBuilder<B> {
+    /// Has a function make the dirty bitmap of each region, of any type: for bitmaps that are no
+    /// `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up otherwise.
+    ///
+    /// Default: `NewBitmap::with_len`. The function is called during [`build`](Self::build), once for
+    /// each region, after all is checked and before anything is created. If it panics, so does that,
+    /// and nothing is left behind.
+    ///
+    /// ```
+    /// use std::num::NonZeroUsize;
+    ///
+    /// use guest_memory_shm::{GuestMemoryShm, RamOptions};
+    /// use vm_memory::bitmap::AtomicBitmap;
+    /// use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+    ///
+    /// let page = NonZeroUsize::new(4096).expect("a page has a size");
+    /// let track = true; // as this guest wants it
+    /// let memory: GuestMemoryShm<Option<AtomicBitmap>> = GuestMemoryShm::<()>::builder()
+    ///     .with_ram(RamOptions::new(), [(GuestAddress(0), 1 << 20)])
+    ///     .with_bitmap(move |range| track.then(|| AtomicBitmap::new(range.size() as usize, page)))
+    ///     .build()?;
+    /// memory.write_obj(1u8, GuestAddress(0x3000)).expect("there is RAM");
+    /// let region = memory.find_region(GuestAddress(0)).expect("there is RAM");
+    /// assert!(region.dirty_bitmap().as_ref().is_some_and(|dirty| dirty.is_bit_set(3)));
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
+    pub fn with_bitmap<C>(
+        self,
+        bitmap: impl Fn(GuestRange) -> C + Send + Sync + 'static,
+    ) -> GuestMemoryShmBuilder<C> {
+        GuestMemoryShmBuilder {
+            parts: self.parts,
+            bitmaps: Bitmaps::Given(Box::new(bitmap)),
         }
     }
 
@@ -112,7 +154,7 @@ impl<B> GuestMemoryShmBuilder<B> {
     }
 }
 
-impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
+impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     /// Creates the backings, maps them, places the regions, and populates those on new backings as
     /// their options say: all together, with as many threads as the options ask for that ask for
     /// the most.
@@ -128,6 +170,10 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
     /// [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for reading
     /// only; [`Error::Map`]; and [`Error::Populate`]. All numbers, and the pools of huge pages, are
     /// checked before anything is created, and a failure leaves nothing behind.
+    ///
+    /// # Panics
+    ///
+    /// If the function of [`with_bitmap`](Self::with_bitmap) does.
     pub fn build(self) -> Result<GuestMemoryShm<B>> {
         self.build_with_report().map(|(memory, _)| memory)
     }
@@ -138,12 +184,19 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
     /// # Errors
     ///
     /// Those of [`build`](Self::build).
+    ///
+    /// # Panics
+    ///
+    /// If the function of [`with_bitmap`](Self::with_bitmap) does.
     pub fn build_with_report(self) -> Result<(GuestMemoryShm<B>, BuildReport)> {
         let plans: Vec<Plan<'_>> = self.parts.iter().map(Part::plan).collect::<Result<_>>()?;
         let all: Vec<GuestRange> = plans.iter().flat_map(|plan| plan.ranges.clone()).collect();
         check_disjoint(&all)?;
         check_creations(&plans)?;
+        // Code of others: whatever it does, nothing is there yet.
+        let bitmaps: Vec<B> = all.iter().map(|range| self.bitmaps.make(*range)).collect();
 
+        let mut bitmaps = bitmaps.into_iter();
         let mut report = BuildReport::default();
         let new = plans.iter().filter(|plan| plan.options().is_some());
         let size = new.fold(0, |sum: u64, plan| sum.saturating_add(plan.len));
@@ -159,8 +212,9 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
                 Source::Use { backing, .. } => backing.clone(),
             };
             report.add(&backing.label(), backing.notes().iter().cloned());
-            for (range, offset) in plan.ranges.iter().zip(&plan.offsets) {
-                let region = GuestRegionShm::place(&backing, *offset, *range)?;
+            let places = plan.ranges.iter().zip(&plan.offsets);
+            for ((range, offset), bitmap) in places.zip(bitmaps.by_ref()) {
+                let region = GuestRegionShm::place(&backing, *offset, *range, bitmap)?;
                 let notes = region.ram().mapping.notes();
                 report.add(&backing.label(), notes.iter().cloned());
                 created.extend(
@@ -174,6 +228,23 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
         populate_new(created)?;
         memory.iter().for_each(|region| region.backing().keep());
         Ok((memory, report))
+    }
+}
+
+impl<B> Bitmaps<B> {
+    fn make(&self, range: GuestRange) -> B {
+        match self {
+            Self::New(make) => make(range),
+            Self::Given(make) => make(range),
+        }
+    }
+}
+
+impl<B> fmt::Debug for GuestMemoryShmBuilder<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestMemoryShmBuilder")
+            .field("parts", &self.parts)
+            .finish_non_exhaustive()
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vm_memory::bitmap::{Bitmap, MS, NewBitmap};
 use vm_memory::guest_memory::{Error as AccessError, Result as AccessResult};
-use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
+use vm_memory::mmap::GuestRegionMmap;
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestUsize,
     MemoryRegionAddress, VolatileSlice,
@@ -84,7 +84,8 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
         Self::builder().with_ram(RamOptions::new(), ranges).build()
     }
 
-    /// A builder, for RAM of several backings, or of other kinds than a memfd.
+    /// A builder, for RAM of several backings, of other kinds than a memfd, or with bitmaps that are
+    /// no `NewBitmap` ([`with_bitmap`](GuestMemoryShmBuilder::with_bitmap)).
     pub fn builder() -> GuestMemoryShmBuilder<B> {
         GuestMemoryShmBuilder::new()
     }
@@ -240,10 +241,13 @@ fn remap<B: Bitmap, C: NewBitmap>(region: &GuestRegionShm<B>) -> Result<GuestReg
     let file_offset = GuestMemoryRegion::file_offset(region)
         .cloned()
         .ok_or_else(|| failed("the region has no file".into()))?;
-    let mapping = MmapRegion::from_file(file_offset, to_usize(range.size()))
-        .map_err(|error| failed(Box::new(error)))?;
-    GuestRegionMmap::new(mapping, range.start_addr())
-        .ok_or_else(|| failed("the range runs past the address space".into()))
+    // `MmapRegion::from_file` is not there with vm-memory's feature `xen`.
+    GuestRegionMmap::from_range(
+        range.start_addr(),
+        to_usize(range.size()),
+        Some(file_offset),
+    )
+    .map_err(|error| failed(Box::new(error)))
 }
 
 impl<B: Bitmap> GuestMemoryBackend for GuestMemoryShm<B> {

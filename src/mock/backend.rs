@@ -23,6 +23,7 @@ use super::blk;
 use super::config::BlkConfig;
 use super::disk::SECTOR_SIZE;
 use super::state::{MockRegion, Shared, lock};
+use crate::logs;
 
 /// Bits of `vhost_user::message::VhostUserVirtioFeatures`, as shifts like all the others.
 const LOG_ALL: u32 = 26;
@@ -101,7 +102,7 @@ impl Backend {
             let chain = match queue.iter(memory.clone()) {
                 Ok(mut chains) => chains.next(),
                 Err(error) => {
-                    log::warn!("mock daemon: the queue is unusable: {error}");
+                    logs::warn!("mock daemon: the queue is unusable: {error}");
                     return false;
                 }
             };
@@ -109,7 +110,7 @@ impl Backend {
             let head = chain.head_index();
             let written = blk::serve(chain, &*memory, &self.shared.disk);
             if let Err(error) = queue.add_used(&*memory, head, written) {
-                log::warn!("mock daemon: cannot give chain {head} back: {error}");
+                logs::warn!("mock daemon: cannot give chain {head} back: {error}");
             }
             used += 1;
         }
@@ -117,7 +118,7 @@ impl Backend {
         let notify = used > 0 && queue.needs_notification(&*memory).unwrap_or(true);
         let more = queue.enable_notification(&*memory).unwrap_or(false);
         if notify && let Err(error) = vring.signal_used_queue() {
-            log::warn!("mock daemon: cannot signal the driver: {error}");
+            logs::warn!("mock daemon: cannot signal the driver: {error}");
         }
         more
     }
@@ -212,7 +213,7 @@ impl VhostUserBackend for Backend {
             None if u64::from(device_event) == self.exit_token() => {
                 return Err(io::Error::other("the connection is over"));
             }
-            None => log::warn!("mock daemon: event {device_event} belongs to no queue"),
+            None => logs::warn!("mock daemon: event {device_event} belongs to no queue"),
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 use super::disk::{RamDisk, SECTOR_SIZE};
+use crate::logs;
 
 /// Bytes of a request's header: type `u32`, reserved `u32`, sector `u64`, all little-endian.
 pub(super) const REQUEST_HEADER_SIZE: usize = 16;
@@ -33,7 +34,7 @@ where
     let mut output = Buffers::of(&descriptors, Direction::ToDriver);
     let mut input = Buffers::of(&descriptors, Direction::FromDriver);
     let Some(status_addr) = output.take_last_byte() else {
-        log::warn!("mock daemon: dropped a request without room for its status");
+        logs::warn!("mock daemon: dropped a request without room for its status");
         return 0;
     };
 
@@ -46,7 +47,7 @@ where
     match memory.write_obj(status, status_addr) {
         Ok(()) => written.saturating_add(1),
         Err(error) => {
-            log::warn!("mock daemon: cannot write the status at {status_addr:?}: {error}");
+            logs::warn!("mock daemon: cannot write the status at {status_addr:?}: {error}");
             written
         }
     }

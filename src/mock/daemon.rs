@@ -19,6 +19,7 @@ use super::request::LoggedRequest;
 use super::server;
 use super::state::{MockRegion, Options, Shared};
 use crate::error::{Error, Result};
+use crate::logs;
 
 /// What vhost-user-backend and libvhost-user offer.
 const DEFAULT_MEM_SLOTS: u64 = 509;
@@ -171,12 +172,12 @@ impl Drop for MockDaemon {
         self.shared.stop();
         // On Linux this wakes accept(), which then fails: nothing but the drop needs to end it.
         if let Err(errno) = shutdown(self.listener.as_raw_fd(), Shutdown::Both) {
-            log::error!("mock daemon: cannot stop listening: {errno}");
+            logs::error!("mock daemon: cannot stop listening: {errno}");
         }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            log::error!("mock daemon: its thread panicked");
+            logs::error!("mock daemon: its thread panicked");
         }
     }
 }
@@ -369,7 +370,7 @@ impl Drop for SocketFile {
         if Self::identity_at(&self.path).is_ok_and(|identity| identity == self.identity)
             && let Err(error) = fs::remove_file(&self.path)
         {
-            log::warn!(
+            logs::warn!(
                 "mock daemon: cannot remove {}: {error}",
                 self.path.display()
             );

@@ -25,6 +25,7 @@ use super::fault::FaultKind;
 use super::request::LoggedRequest;
 use super::state::{Link, Shared, lock};
 use super::wire::{Message, Receiver};
+use crate::logs;
 
 /// The specification's limit of regions in one SET_MEM_TABLE.
 const MAX_TABLE_REGIONS: usize = 8;
@@ -126,7 +127,7 @@ impl Gate<'_> {
                 return Ok(ControlFlow::Continue(()));
             }
         };
-        log::debug!(
+        logs::debug!(
             "mock daemon: {} meets {fault:?}",
             LoggedRequest::of(&message)
         );

@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use super::backend::Backend;
 use super::gate;
 use super::state::{Link, Shared};
+use crate::logs;
 
 /// A listening socket without a file: the kernel chooses a free abstract name.
 pub(super) fn listen_unnamed() -> io::Result<UnixListener> {
@@ -46,13 +47,13 @@ pub(super) fn run(listener: &UnixListener, shared: &Arc<Shared>) {
                 ErrorKind::Interrupted | ErrorKind::ConnectionAborted => continue,
                 _ if shared.is_stopping() => return,
                 _ => {
-                    log::error!("mock daemon: cannot accept connections any more: {error}");
+                    logs::error!("mock daemon: cannot accept connections any more: {error}");
                     return;
                 }
             },
         };
         if let Err(error) = serve(front, shared) {
-            log::debug!("mock daemon: the connection ended with an error: {error}");
+            logs::debug!("mock daemon: the connection ended with an error: {error}");
         }
         shared.disconnect();
         if shared.is_stopping() {
@@ -120,12 +121,12 @@ impl Drop for InnerDaemon {
     fn drop(&mut self) {
         self.backend.end();
         if let Err(error) = self.exit.write(1) {
-            log::error!("mock daemon: cannot end the worker thread: {error}");
+            logs::error!("mock daemon: cannot end the worker thread: {error}");
         }
         self.daemon.request_shutdown();
         // A front-end that just hangs up is an error to the crate, and so is a refused change.
         if let Err(error) = self.daemon.wait() {
-            log::debug!("mock daemon: the daemon behind the gate ended: {error}");
+            logs::debug!("mock daemon: the daemon behind the gate ended: {error}");
         }
     }
 }

@@ -11,6 +11,7 @@ use nix::sys::signal::SigSet;
 use super::CancelToken;
 use super::node::Affinity;
 use super::plan::{Chunk, Queue};
+use crate::logs;
 
 /// Threads need little but their few calls; the default of 2 MiB is address space for nothing.
 const STACK: usize = 256 << 10;
@@ -100,7 +101,7 @@ impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
                     Ok(thread) => started.push(thread),
                     Err(error) => {
                         let count = started.len();
-                        log::debug!("{count} of {threads} threads populate: {error}");
+                        logs::debug!("{count} of {threads} threads populate: {error}");
                         break;
                     }
                 }

@@ -15,6 +15,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::plan::{Chunk, Part};
 use crate::backing::Allocation;
+use crate::logs;
 use crate::mapping::to_usize;
 
 /// How much is read at once, in bytes, to see whether it is all zero.
@@ -31,7 +32,7 @@ impl Holes {
     pub(super) fn of(parts: &[Part]) -> Self {
         let holes = |part| {
             holes(part).unwrap_or_else(|error| {
-                log::debug!("cannot look for holes: {error}");
+                logs::debug!("cannot look for holes: {error}");
                 Vec::new()
             })
         };

@@ -26,6 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::error::PopulateError;
 use crate::error::Result;
 use crate::layout::GuestRange;
+use crate::logs;
 use crate::options::{Populate, RamOptions};
 use crate::ram::Ram;
 
@@ -286,6 +287,6 @@ pub(crate) fn populate_new<'a>(
         progress: None,
     };
     let populated = job.run()?;
-    log::debug!("{populated:?}");
+    logs::debug!("{populated:?}");
     Ok(())
 }

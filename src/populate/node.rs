@@ -7,6 +7,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::host::nodes;
+use crate::logs;
 use crate::options::NodeSet;
 
 /// Where the current thread may run.
@@ -36,12 +37,12 @@ impl Affinity {
             Some(before) => before,
             None => match sched_getaffinity(THIS) {
                 Ok(before) => *self.before.insert(before),
-                Err(errno) => return log::debug!("cannot read the CPUs of a thread: {errno}"),
+                Err(errno) => return logs::debug!("cannot read the CPUs of a thread: {errno}"),
             },
         };
         let near = intersection(&before, &cpus_of(nodes));
         if let Err(errno) = sched_setaffinity(THIS, &near.unwrap_or(before)) {
-            log::debug!("cannot keep a thread to the nodes {nodes}: {errno}");
+            logs::debug!("cannot keep a thread to the nodes {nodes}: {errno}");
         }
     }
 }

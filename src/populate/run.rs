@@ -10,6 +10,7 @@ use super::{
     CancelToken, OnFailure, PopulateOptions, PopulateProgress, Populated, ProgressFn, cause,
 };
 use crate::error::PopulateError;
+use crate::logs;
 use crate::options::Populate;
 
 /// A thread more for each of these, in bytes: below that it takes longer to start one.
@@ -150,7 +151,7 @@ fn give_back(plan: &Plan, threads: u32, holes: &Holes) {
         work: |chunk: &Chunk| {
             if let Err(error) = holes.give_back(&plan.parts, chunk) {
                 let range = plan.parts[chunk.part].in_guest(&chunk.range);
-                log::warn!("cannot give back what was populated of {range}: {error}");
+                logs::warn!("cannot give back what was populated of {range}: {error}");
             }
             Ok(())
         },

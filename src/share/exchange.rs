@@ -1,8 +1,11 @@
 //! What passes between a share and its daemon: changes, their acknowledgements, failures.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use super::sink::{Answer, MemTableSink, SinkError};
 use super::{ShareReport, TimeLimit, VhostUserShare};
 use crate::error::{Error, MemTableChange, Result};
+use crate::logs;
 use crate::table::{MemoryTable, TableChange};
 
 impl<F: MemTableSink> VhostUserShare<F> {
@@ -110,7 +113,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         // A refusal says that the daemon is there, not that it stays: most hang up now.
         match self.attempt(change, F::barrier) {
             Ok(Err(gone)) => {
-                ::log::debug!("after its refusal: {gone}");
+                logs::debug!("after its refusal: {gone}");
                 Err(self.break_off(refused))
             }
             // Where it could not be asked, the next call finds out.
@@ -139,7 +142,14 @@ impl<F: MemTableSink> VhostUserShare<F> {
         if let Some(limit) = &self.time_limit {
             limit.start()?;
         }
-        let answer = call(&mut self.sink);
+        let made = catch_unwind(AssertUnwindSafe(|| call(&mut self.sink)));
+        let answer = made.unwrap_or_else(|panic| {
+            // How much of the message passed is not known.
+            self.time_limit.as_ref().map(TimeLimit::stop);
+            self.broken = Some("the sink panicked".to_owned());
+            self.end_connection();
+            resume_unwind(panic)
+        });
         let expired = self.time_limit.as_ref().is_some_and(TimeLimit::stop);
         Ok(match answer {
             _ if expired => Err(Error::DaemonSilent {
@@ -157,9 +167,10 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// Ends the connection. Nothing more is said to a daemon in an unknown state; and most daemons
     /// serve one front-end at a time, so the next connection needs this one's end.
     pub(super) fn break_off(&mut self, error: Error) -> Error {
-        self.end_connection();
-        ::log::warn!("share broken: {error}");
+        // First of all: what follows calls code of others.
         self.broken = Some(error.to_string());
+        self.end_connection();
+        logs::warn!("share broken: {error}");
         error
     }
 

@@ -12,6 +12,7 @@ use vm_memory::GuestAddress;
 use vm_memory::bitmap::Bitmap;
 
 use crate::error::{Error, MemTableChange, Result, SlotLimit};
+use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::table::{MemoryTable, TableView};
 
@@ -270,7 +271,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             self.keep_bases(report);
             return Err(error);
         }
-        ::log::debug!(
+        logs::debug!(
             "daemon took {} regions less, {} more",
             report.removed,
             report.added
@@ -367,11 +368,11 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     /// Closes the connection to a daemon that does not take what it has to.
     pub(crate) fn give_up(&mut self, reason: String) {
-        if self.broken.is_none() {
-            self.end_connection();
-            self.broken = Some(reason);
-        }
         self.forget_table();
+        if self.broken.is_none() {
+            self.broken = Some(reason);
+            self.end_connection();
+        }
     }
 
     /// Whether a call of the sink may wait for somebody.

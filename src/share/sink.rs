@@ -230,6 +230,10 @@ fn has_hung_up(frontend: &Frontend) -> bool {
 
 impl From<&TableRegion> for VhostUserMemoryRegionInfo {
     /// The region in vhost's terms. The descriptor in it is valid as long as the region lives.
+    #[allow(
+        clippy::needless_update,
+        reason = "with vhost's feature `xen`, which any crate may turn on, there are more fields"
+    )]
     fn from(region: &TableRegion) -> Self {
         Self {
             guest_phys_addr: region.range().start_addr().0,
@@ -237,6 +241,7 @@ impl From<&TableRegion> for VhostUserMemoryRegionInfo {
             userspace_addr: region.userspace_addr(),
             mmap_offset: region.mmap_offset(),
             mmap_handle: region.as_fd().as_raw_fd(),
+            ..Self::default()
         }
     }
 }

@@ -15,6 +15,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use vhost::vhost_user::Frontend;
 
 use crate::error::{Error, Result};
+use crate::logs;
 
 /// Ends a connection from another thread than the one that waits on it.
 pub type HangUp = Box<dyn Fn() + Send>;
@@ -203,7 +204,7 @@ pub(super) fn hang_up(frontend: &Frontend) -> HangUp {
     Box::new(move || {
         let _ = &keep;
         if let Err(errno) = shutdown(fd, Shutdown::Both) {
-            log::debug!("the connection was closed already: {errno}");
+            logs::debug!("the connection was closed already: {errno}");
         }
     })
 }

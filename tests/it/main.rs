@@ -14,6 +14,7 @@ mod bad_descriptor;
 mod bad_huge_pages;
 mod bad_input;
 mod bad_system;
+mod bitmap;
 mod blk_daemon;
 mod discard;
 mod discard_accumulator;

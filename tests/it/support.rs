@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
+use guest_memory_shm::ChangeReport;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -32,6 +33,21 @@ pub(crate) fn skip(reason: &str) {
         "REQUIRE_PEERS is set, but {reason}"
     );
     eprintln!("skipped: {reason}");
+}
+
+/// A change that no listener may miss.
+pub(crate) trait ToldAll {
+    fn told_all(self);
+}
+
+impl<B> ToldAll for guest_memory_shm::Result<ChangeReport<B>> {
+    #[track_caller]
+    fn told_all(self) {
+        match self {
+            Ok(report) => assert_eq!(report.stale(), [], "not all were told"),
+            Err(error) => panic!("{error}"),
+        }
+    }
 }
 
 /// Whether tests may change this machine's settings: pools of huge pages, switches in sysfs, control

@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering::{self, Relaxed};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use guest_memory_shm::{
-    Backing, GuestMemoryShm, GuestMemoryShmBuilder, GuestRegionShm, RamOptions, ShmBacking,
+    Backing, GuestMemoryShm, GuestMemoryShmBuilder, GuestRegionShm, PublishedMemory, RamOptions,
+    ShmBacking,
 };
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
@@ -244,6 +245,8 @@ fn everything_that_is_shared_can_be_shared_between_threads() {
         shareable::<GuestMemoryAtomic<GuestMemoryShm>>();
         shareable::<GuestRegionShm>();
         shareable::<GuestMemoryShmBuilder>();
+        shareable::<GuestMemoryShmBuilder<Option<AtomicBitmap>>>();
+        shareable::<PublishedMemory>();
         shareable::<ShmBacking>();
         shareable::<RamOptions>();
         shareable::<Backing>();

@@ -2,14 +2,17 @@
 
 use std::sync::{Arc, Barrier, Mutex};
 
-use vm_memory::{Bytes, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
 
 use super::*;
 use crate::error::Error;
 use crate::options::RamOptions;
 
 mod changes;
+mod inside;
 mod listeners;
+mod panics;
+mod published;
 
 const MIB: u64 = 1 << 20;
 
@@ -26,7 +29,7 @@ struct Script {
     waits: bool,
     held: Vec<u64>,
     /// What readers see while it is told.
-    readers: Option<GuestMemoryAtomic<GuestMemoryShm>>,
+    readers: Option<PublishedMemory>,
 }
 
 fn mib(memory: &GuestMemoryShm) -> Vec<u64> {
@@ -73,6 +76,21 @@ fn script(name: &'static str, said: &Said) -> Script {
         waits: false,
         held: Vec::new(),
         readers: None,
+    }
+}
+
+/// A change that no listener may miss.
+trait ToldAll {
+    fn told_all(self);
+}
+
+impl<B> ToldAll for Result<ChangeReport<B>> {
+    #[track_caller]
+    fn told_all(self) {
+        match self {
+            Ok(report) => assert_eq!(report.stale(), [], "not all were told"),
+            Err(error) => panic!("{error}"),
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! Refusals and failures: what both sides hold after them, and how it goes on.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use super::*;
 
 /// Two updates, with a log from between them if the daemon can have one.
@@ -276,4 +278,21 @@ fn a_sink_without_logs_refuses_them() {
     assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
     assert_eq!((share.is_logging(), share.broken()), (false, None));
     share.update(&table(&[1])).unwrap();
+}
+
+/// What passed before the panic is not known: the share must not go on as if nothing had.
+#[test]
+fn a_sink_that_panics_breaks_the_share() {
+    let mut share = share(8, SLOTS | ACK);
+    share.update(&table(&[0])).unwrap();
+    let said = share.sink().said.len();
+    share.sink_mut().fail = Some((said - 1, || panic!("a sink's bug")));
+    let wanted = table(&[0, 2]);
+    let update = catch_unwind(AssertUnwindSafe(|| share.update(&wanted)));
+    assert!(update.is_err());
+    assert_eq!(share.broken(), Some("the sink panicked"));
+    assert_eq!(share.sink().said.len(), said + 1);
+    let refused = share.update(&wanted).unwrap_err();
+    assert!(matches!(refused, Error::ShareBroken { .. }), "{refused}");
+    assert_eq!(share.sink().said.len(), said + 1);
 }

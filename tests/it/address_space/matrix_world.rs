@@ -16,6 +16,8 @@ use super::matrix_hypervisor::Refusal;
 use super::matrix_member::{Id, Loose, Member, PATIENCE, Server, set_limit};
 use super::matrix_model::{Cause, Failure, Objection, Outcome};
 
+use crate::support::ToldAll;
+
 const MIB: u64 = 1 << 20;
 
 struct World<'a> {
@@ -63,10 +65,7 @@ pub(super) fn play(case: &Case, expected: &Outcome, test: &str) {
     world.all_hold(&after);
 
     let more = new_region(&(96, 2));
-    world
-        .space
-        .insert(Arc::clone(&more))
-        .expect("nothing is in the way");
+    world.space.insert(Arc::clone(&more)).told_all();
     world.all_hold(&with(&after, &[], &[Arc::clone(&more)]));
     let removed = world.space.remove(GuestAddress(96 * MIB), 2 * MIB);
     assert!(removed.expect("nothing is in the way").removed()[0].is(&more));
@@ -288,7 +287,7 @@ impl<'a> World<'a> {
         self.settle();
         let table = memory.memory_table();
         assert_eq!(self.published().memory_table(), table, "what readers see");
-        for status in self.space.listeners() {
+        for status in self.space.listeners().unwrap() {
             let at = self.members.iter().position(|m| m.name == status.name());
             let stale = self.expected.stale[at.expect("it is known")];
             assert_eq!(status.stale().is_some(), stale, "{status:?}");
@@ -364,7 +363,7 @@ impl<'a> World<'a> {
     fn all_hold(&mut self, memory: &GuestMemoryShm) {
         let table = memory.memory_table();
         assert_eq!(self.published().memory_table(), table, "what readers see");
-        for status in self.space.listeners() {
+        for status in self.space.listeners().unwrap() {
             assert_eq!(status.stale(), None, "{}", status.name());
         }
         for member in &mut self.members {

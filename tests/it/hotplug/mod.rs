@@ -11,6 +11,9 @@ use guest_memory_shm::{
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
+use crate::support::ToldAll;
+
+mod logger;
 mod model;
 mod others;
 mod threads;

@@ -52,7 +52,7 @@ fn a_resize_goes_on_without_a_device_that_is_disconnected() {
     assert_eq!(mapped(&there), published(&space));
     reconnect(&space, &id, &gone).unwrap();
     assert_eq!(mapped(&gone), published(&space));
-    assert_eq!(space.listeners()[0].stale(), None);
+    assert_eq!(space.listeners().unwrap()[0].stale(), None);
 }
 
 /// How many descriptors of this process are of the file.
@@ -72,7 +72,7 @@ fn ram_that_is_unplugged_while_a_device_is_away_is_free() {
     space.attach("gone", share(&daemon, PATIENCE)).unwrap();
     let plug = region(4);
     let ino = plug.backing().identity().ino;
-    space.insert(plug).unwrap();
+    space.insert(plug).told_all();
     assert!(descriptors_of(ino) > 0);
     daemon.hang_up();
     daemon.wait_disconnected(PATIENCE).unwrap();
@@ -89,7 +89,7 @@ fn a_guest_that_grew_past_eight_regions_reconnects() {
     let (space, daemon) = (space(), daemon());
     let id = space.attach("device", share(&daemon, PATIENCE)).unwrap();
     for at in 1..=20 {
-        space.insert(region(2 * at)).unwrap();
+        space.insert(region(2 * at)).told_all();
     }
     daemon.hang_up();
     daemon.clear_requests();
@@ -109,8 +109,8 @@ fn a_guest_that_grew_past_eight_regions_reconnects() {
     let error = done.map(drop).unwrap_err().to_string();
     assert!(error.contains("21 regions"), "{error}");
     assert_eq!(changes(&simple), [""; 0]);
-    assert!(space.listeners()[0].is(&id));
-    assert!(space.listeners()[0].stale().is_some());
+    assert!(space.listeners().unwrap()[0].is(&id));
+    assert!(space.listeners().unwrap()[0].stale().is_some());
     // It is away, as before, and not in the way of all that follows.
     simple.wait_disconnected(PATIENCE).unwrap();
     for at in 8..=20 {
@@ -126,9 +126,9 @@ fn a_guest_that_grew_past_eight_regions_reconnects() {
 fn what_is_unplugged_is_taken_from_the_daemon() {
     let (space, daemon) = (space(), daemon());
     space.attach("device", share(&daemon, PATIENCE)).unwrap();
-    space.insert(region(4)).unwrap();
+    space.insert(region(4)).told_all();
     daemon.clear_requests();
-    space.remove(GuestAddress(4 * MIB), MIB).unwrap();
+    space.remove(GuestAddress(4 * MIB), MIB).told_all();
     assert_eq!(changes(&daemon), ["remove"]);
     assert_eq!(mapped(&daemon), published(&space));
 }
@@ -149,7 +149,7 @@ fn a_table_that_is_refused_is_seen_with_acknowledgements_and_without() {
             daemon.inject(Fault::refuse(1));
             space.insert(region(4)).unwrap_err();
             assert_eq!(published(&space).len(), 1);
-            if space.listeners()[0].stale().is_some() {
+            if space.listeners().unwrap()[0].stale().is_some() {
                 reconnect(&space, &id, &daemon).unwrap();
             }
             assert_eq!(mapped(&daemon), published(&space));
@@ -165,7 +165,7 @@ fn every_region_has_a_descriptor_and_is_in_the_table() {
     for (at, backing) in [(4, Backing::Memfd), (6, Backing::PosixShm)] {
         let options = RamOptions::new().with_backing(backing);
         let region = GuestRegionShm::new(GuestAddress(at * MIB), MIB, &options).unwrap();
-        space.insert(region).unwrap();
+        space.insert(region).told_all();
     }
     let memory = space.memory().memory();
     assert!(memory.iter().all(|region| region.file_offset().is_some()));

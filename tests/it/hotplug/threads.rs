@@ -3,8 +3,9 @@
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use guest_memory_shm::PublishedMemory;
 use guest_memory_shm::mock::BlkDriver;
-use vm_memory::{Bytes, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
 use crate::isolation::{PAGE, in_own_process};
@@ -79,7 +80,7 @@ fn work(
 }
 
 /// Looks at memory without a daemon: every region that is there has its pattern.
-fn look(memory: &GuestMemoryAtomic<GuestMemoryShm>, ended: &AtomicBool, seen: &AtomicU64) {
+fn look(memory: &PublishedMemory, ended: &AtomicBool, seen: &AtomicU64) {
     while !ended.load(Ordering::Relaxed) {
         let held = memory.memory();
         for region in GuestMemoryBackend::iter(&*held).skip(1) {
@@ -149,12 +150,12 @@ fn scenario() {
                 break;
             }
             let place = PLACES[(round % 3) as usize];
-            space.insert(plug(place)).unwrap();
+            space.insert(plug(place)).told_all();
             usable.write().unwrap().push(place);
             if round % 3 == 2 {
                 for place in PLACES {
                     usable.write().unwrap().retain(|other| *other != place);
-                    space.remove(GuestAddress(place * MIB), MIB).unwrap();
+                    space.remove(GuestAddress(place * MIB), MIB).told_all();
                 }
                 assert_eq!(published(space).len(), 1);
             }

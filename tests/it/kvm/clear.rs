@@ -42,7 +42,7 @@ fn what_is_cleared_is_noted_again_and_nothing_else_is() {
     if !protects_by_hand(&vm) {
         return;
     }
-    machine.space.insert(region(PLUG, PAGES * PAGE)).unwrap();
+    machine.space.insert(region(PLUG, PAGES * PAGE)).told_all();
     machine.slots(KvmSlots::start_dirty_logging).unwrap();
     let slot = machine.slots(|slots| slots.slots().nth(1).unwrap().mapping());
     let write = |machine: &mut Machine, pages: &[u64]| {
@@ -78,7 +78,7 @@ fn words_that_are_not_of_the_log_are_refused() {
     if !protects_by_hand(&vm) {
         return;
     }
-    machine.space.insert(region(PLUG, PAGES * PAGE)).unwrap();
+    machine.space.insert(region(PLUG, PAGES * PAGE)).told_all();
     machine.slots(KvmSlots::start_dirty_logging).unwrap();
     let slot = machine.slots(|slots| slots.slots().nth(1).unwrap().mapping());
     for (first, words) in [(1, 1), (0, 4), (128, 2), (192, 1)] {

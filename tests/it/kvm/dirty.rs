@@ -31,7 +31,7 @@ fn the_log_names_exactly_the_pages_that_the_guest_wrote() {
     let Some(mut machine) = Machine::new() else {
         return;
     };
-    machine.space.insert(region(PLUG, MIB)).unwrap();
+    machine.space.insert(region(PLUG, MIB)).told_all();
     machine.write(PLUG);
     machine.slots(KvmSlots::start_dirty_logging).unwrap();
     assert!(machine.slots(|slots| slots.is_dirty_logging()));
@@ -78,7 +78,7 @@ fn logging_stays_on_for_regions_that_come_later() {
     };
     machine.slots(KvmSlots::start_dirty_logging).unwrap();
     machine.write(0x10 * PAGE);
-    machine.space.insert(region(PLUG, MIB)).unwrap();
+    machine.space.insert(region(PLUG, MIB)).told_all();
     machine.write(PLUG + PAGE);
     assert_eq!(machine.dirty(), [(0x10, 1), (PLUG_PAGE + 1, 1)]);
 
@@ -86,7 +86,7 @@ fn logging_stays_on_for_regions_that_come_later() {
     machine.write(PLUG + 2 * PAGE);
     let change = machine.space.transaction();
     let change = change.remove(GuestAddress(PLUG), MIB);
-    change.insert(region(PLUG, 2 * MIB)).commit().unwrap();
+    change.insert(region(PLUG, 2 * MIB)).commit().told_all();
     assert_eq!(machine.dirty(), []);
     machine.write(PLUG + 2 * MIB - 1);
     assert_eq!(machine.dirty(), [(PLUG_PAGE + 511, 1)]);
@@ -123,7 +123,7 @@ fn a_log_that_cannot_be_started_everywhere_is_started_nowhere() {
         return;
     };
     let plugged = region(PLUG, MIB);
-    machine.space.insert(plugged.clone()).unwrap();
+    machine.space.insert(plugged.clone()).told_all();
     usurp(&machine, 1, &plugged);
     let error = machine.slots(KvmSlots::start_dirty_logging).unwrap_err();
     let text = error.to_string();
@@ -153,7 +153,7 @@ fn a_harvest_that_fails_half_way_loses_nothing() {
         return;
     };
     let plugged = region(PLUG, MIB);
-    machine.space.insert(plugged.clone()).unwrap();
+    machine.space.insert(plugged.clone()).told_all();
     machine.slots(KvmSlots::start_dirty_logging).unwrap();
     machine.write(0x10 * PAGE);
     // Somebody switches the log of the second slot off.
@@ -186,7 +186,7 @@ fn a_log_that_cannot_be_stopped_everywhere_can_be_stopped_later() {
         return;
     };
     let memory = machine.space.memory().memory().arc_regions();
-    machine.space.insert(region(PLUG, MIB)).unwrap();
+    machine.space.insert(region(PLUG, MIB)).told_all();
     machine.slots(KvmSlots::start_dirty_logging).unwrap();
     usurp(&machine, 0, &memory[0]);
     let error = machine.slots(KvmSlots::stop_dirty_logging).unwrap_err();
@@ -200,7 +200,7 @@ fn a_log_that_cannot_be_stopped_everywhere_can_be_stopped_later() {
     };
     assert_eq!(logging(&machine), [true, false]);
     // Regions that come now are not logged.
-    machine.space.insert(region(2 * PLUG, MIB)).unwrap();
+    machine.space.insert(region(2 * PLUG, MIB)).told_all();
     assert_eq!(logging(&machine), [true, false, false]);
     give_back(&machine, 0, &memory[0]);
     machine.slots(KvmSlots::stop_dirty_logging).unwrap();

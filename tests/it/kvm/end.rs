@@ -45,7 +45,7 @@ fn stays_until_the_slot_is_gone() {
     };
     let plugged = region(PLUG, MIB);
     let host = plugged.as_ptr().addr() as u64;
-    machine.space.insert(plugged).unwrap();
+    machine.space.insert(plugged).told_all();
     let Machine {
         space,
         kvm,
@@ -73,7 +73,7 @@ fn stays_for_ever() {
     };
     let plugged = region(PLUG, MIB);
     let host = plugged.as_ptr().addr() as u64;
-    machine.space.insert(plugged.clone()).unwrap();
+    machine.space.insert(plugged.clone()).told_all();
     let first = machine.space.memory().memory().arc_regions().remove(0);
     let first_host = first.as_ptr().addr() as u64;
     drop(first);
@@ -108,7 +108,7 @@ fn a_machine_leaves_nothing_however_its_changes_end() {
             change.insert(region(2 * PLUG, MIB)).commit().unwrap_err();
             machine.misses(PLUG);
         }
-        machine.space.insert(region(PLUG, MIB)).unwrap();
+        machine.space.insert(region(PLUG, MIB)).told_all();
         machine.reaches(PLUG);
         remove_by_hand(&machine.vm, 100, &foreign).unwrap();
     });

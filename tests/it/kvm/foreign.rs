@@ -82,7 +82,7 @@ fn slots_of_other_numbers_serve_the_same_guest() {
         "{error}"
     );
     let mut machine = Machine::with(vm, slots);
-    machine.space.insert(region(PLUG, MIB)).unwrap();
+    machine.space.insert(region(PLUG, MIB)).told_all();
     machine.reaches(PLUG);
     assert!(machine.guest.writes(2 * PLUG, 3));
     drop(others);
@@ -145,7 +145,7 @@ fn a_foreign_slot_that_is_smaller_is_read_as_far_as_it_goes() {
         return;
     };
     let plugged = region(PLUG, 16 * MIB);
-    machine.space.insert(plugged.clone()).unwrap();
+    machine.space.insert(plugged.clone()).told_all();
     machine.slots(KvmSlots::start_dirty_logging).unwrap();
     remove_by_hand(&machine.vm, 1, &plugged).unwrap();
     let smaller = region(PLUG, MIB);
@@ -192,7 +192,7 @@ fn starting_the_log_puts_back_a_slot_that_another_removed() {
         return;
     };
     let plugged = region(PLUG, MIB);
-    machine.space.insert(plugged.clone()).unwrap();
+    machine.space.insert(plugged.clone()).told_all();
     remove_by_hand(&machine.vm, 1, &plugged).unwrap();
     machine.misses(PLUG);
     // For KVM the change of a slot that is not there makes it.
@@ -200,7 +200,7 @@ fn starting_the_log_puts_back_a_slot_that_another_removed() {
     machine.reaches(PLUG);
     let dirty = machine.slots(KvmSlots::dirty_log).unwrap();
     assert_eq!(dirty[0].region(), range(PLUG, MIB));
-    machine.space.remove(GuestAddress(PLUG), MIB).unwrap();
+    machine.space.remove(GuestAddress(PLUG), MIB).told_all();
     machine.misses(PLUG);
 }
 

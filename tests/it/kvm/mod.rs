@@ -10,6 +10,8 @@ use guest_memory_shm::{
 use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
+use crate::support::ToldAll;
+
 mod clear;
 mod dirty;
 mod end;

@@ -12,8 +12,8 @@ fn the_guest_reaches_a_region_from_plug_to_unplug() {
     machine.reaches(0x8000);
     for round in 0..3 {
         machine.misses(PLUG);
-        machine.space.insert(region(PLUG, 2 * MIB)).unwrap();
-        machine.space.insert(region(PLUG + 4 * MIB, MIB)).unwrap();
+        machine.space.insert(region(PLUG, 2 * MIB)).told_all();
+        machine.space.insert(region(PLUG + 4 * MIB, MIB)).told_all();
         machine.reaches(PLUG);
         machine.reaches(PLUG + 2 * MIB - 1);
         machine.misses(PLUG + 2 * MIB);
@@ -24,11 +24,11 @@ fn the_guest_reaches_a_region_from_plug_to_unplug() {
         // The other stays, with its contents.
         assert!(machine.guest.writes(PLUG + 4 * MIB, round));
         let change = machine.space.remove(GuestAddress(PLUG), 2 * MIB);
-        change.unwrap();
+        change.told_all();
         machine.misses(PLUG);
         assert_eq!(machine.guest.reads(PLUG + 4 * MIB), Some(round));
         let change = machine.space.remove(GuestAddress(PLUG + 4 * MIB), MIB);
-        change.unwrap();
+        change.told_all();
         machine.misses(PLUG + 4 * MIB);
     }
     machine.reaches(0x8000);
@@ -39,13 +39,13 @@ fn a_region_is_replaced_by_another_in_its_place() {
     let Some(mut machine) = Machine::new() else {
         return;
     };
-    machine.space.insert(region(PLUG, 2 * MIB)).unwrap();
+    machine.space.insert(region(PLUG, 2 * MIB)).told_all();
     assert!(machine.guest.writes(PLUG, 1));
     // The new one is larger, so that both could not be there at once.
     let change = machine.space.transaction();
     let change = change.remove(GuestAddress(PLUG), 2 * MIB);
     let change = change.insert(region(PLUG - MIB, 4 * MIB));
-    change.insert(region(2 * PLUG, MIB)).commit().unwrap();
+    change.insert(region(2 * PLUG, MIB)).commit().told_all();
     assert_eq!(machine.guest.reads(PLUG), Some(0));
     machine.reaches(PLUG - MIB);
     machine.reaches(2 * PLUG);
@@ -53,12 +53,12 @@ fn a_region_is_replaced_by_another_in_its_place() {
     let numbers = [(0, 0), (2, PLUG - MIB), (3, 2 * PLUG)];
     assert_eq!(machine.numbers(), numbers);
     // It was not, so the next change may have it.
-    machine.space.insert(region(3 * PLUG, MIB)).unwrap();
+    machine.space.insert(region(3 * PLUG, MIB)).told_all();
     assert_eq!(machine.numbers()[3], (1, 3 * PLUG));
     // What is replaced by one of its size keeps its number.
     let change = machine.space.transaction();
     let change = change.remove(GuestAddress(2 * PLUG), MIB);
-    change.insert(region(2 * PLUG, MIB)).commit().unwrap();
+    change.insert(region(2 * PLUG, MIB)).commit().told_all();
     assert_eq!(machine.numbers()[2], (3, 2 * PLUG));
 }
 
@@ -73,7 +73,7 @@ fn a_part_of_a_backing_is_what_the_guest_sees_of_it() {
         let start = GuestAddress(start);
         let part = guest_memory_shm::GuestRegionShm::from_backing;
         let part = part(whole.backing(), offset, start, MIB).unwrap();
-        machine.space.insert(part).unwrap();
+        machine.space.insert(part).told_all();
     }
     assert!(machine.guest.writes(PLUG + 5, 0x11));
     assert!(machine.guest.writes(PLUG + 8 * MIB + 7, 0x22));
@@ -97,10 +97,10 @@ fn slot_numbers_are_used_again_over_thousands_of_plugs() {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
         let place = PLUG + (state >> 60) * MIB;
         if plugged.remove(&place) {
-            machine.space.remove(GuestAddress(place), MIB).unwrap();
+            machine.space.remove(GuestAddress(place), MIB).told_all();
             unplugs += 1;
         } else if plugged.len() < 8 {
-            machine.space.insert(region(place, MIB)).unwrap();
+            machine.space.insert(region(place, MIB)).told_all();
             plugged.insert(place);
             plugs += 1;
         }
@@ -128,7 +128,7 @@ fn only_the_numbers_that_it_was_given_are_used() {
     let slots = KvmSlots::with_slots(vm.clone(), 7..9).unwrap();
     assert_eq!(slots.max_slots(), 2);
     let mut machine = Machine::with(vm.clone(), slots);
-    machine.space.insert(region(2 * PLUG, MIB)).unwrap();
+    machine.space.insert(region(2 * PLUG, MIB)).told_all();
     assert_eq!(machine.numbers(), [(7, 0), (8, 2 * PLUG)]);
     // The foreign one is there as before.
     assert!(machine.guest.writes(PLUG, 9));
@@ -161,14 +161,14 @@ fn a_guest_that_runs_does_not_notice_what_happens_elsewhere() {
     let Some(mut machine) = Machine::new() else {
         return;
     };
-    machine.space.insert(region(PLUG, MIB)).unwrap();
+    machine.space.insert(region(PLUG, MIB)).told_all();
     let (mut changes, space) = (0, &machine.space);
     std::thread::scope(|threads| {
         // Any exit of its but the last would fail this thread.
         let runs = threads.spawn(|| machine.guest.counts(PLUG, TIMES));
         while !runs.is_finished() || changes < 100 {
-            space.insert(region(2 * PLUG, MIB)).unwrap();
-            space.remove(GuestAddress(2 * PLUG), MIB).unwrap();
+            space.insert(region(2 * PLUG, MIB)).told_all();
+            space.remove(GuestAddress(2 * PLUG), MIB).told_all();
             changes += 2;
         }
         runs.join().unwrap();

@@ -28,7 +28,7 @@ fn the_guest_reads_a_read_only_region_and_its_writes_exit() {
     slots.add_read_only(range(PLUG, 4 * MIB)).unwrap();
     let mut machine = Machine::with(vm, slots);
     for start in [PLUG, PLUG + 2 * MIB, PLUG + 4 * MIB] {
-        machine.space.insert(region(start, MIB)).unwrap();
+        machine.space.insert(region(start, MIB)).told_all();
     }
     for start in [PLUG, PLUG + 2 * MIB] {
         let memory = machine.space.memory().memory().clone();
@@ -88,7 +88,7 @@ fn what_is_there_cannot_become_read_only_and_stays_there() {
     // Elsewhere it is not too late, and the slots have it when they are back.
     slots.add_read_only(range(PLUG, MIB)).unwrap();
     machine.kvm = machine.space.attach("kvm", slots).unwrap();
-    machine.space.insert(region(PLUG, MIB)).unwrap();
+    machine.space.insert(region(PLUG, MIB)).told_all();
     assert_eq!(machine.guest.reads(PLUG), Some(0));
     assert!(!machine.guest.writes(PLUG, 7));
     machine.reaches(0x8000);
@@ -107,8 +107,8 @@ fn a_rom_is_a_slot_that_the_guest_only_reads() {
     assert_eq!(machine.guest.reads(PLUG), Some(0xea));
 
     // Changes of the memory leave it alone, and it is not in their way.
-    machine.space.insert(region(2 * PLUG, MIB)).unwrap();
-    machine.space.remove(GuestAddress(2 * PLUG), MIB).unwrap();
+    machine.space.insert(region(2 * PLUG, MIB)).told_all();
+    machine.space.remove(GuestAddress(2 * PLUG), MIB).told_all();
     assert_eq!(machine.guest.reads(PLUG + 1), Some(0x90));
     machine.slots(KvmSlots::start_dirty_logging).unwrap();
     assert!(!machine.guest.writes(PLUG, 7));
@@ -128,7 +128,7 @@ fn a_rom_is_a_slot_that_the_guest_only_reads() {
             "{error}"
         );
     }
-    machine.space.insert(region(PLUG, MIB)).unwrap();
+    machine.space.insert(region(PLUG, MIB)).told_all();
     machine.reaches(PLUG);
 }
 
@@ -137,7 +137,7 @@ fn roms_and_regions_do_not_overlap_and_share_the_slots() {
     let Some(vm) = new_vm() else { return };
     let slots = KvmSlots::with_slots(vm.clone(), 0..3).unwrap();
     let mut machine = Machine::with(vm, slots);
-    machine.space.insert(region(PLUG, MIB)).unwrap();
+    machine.space.insert(region(PLUG, MIB)).told_all();
     for start in [PLUG, PLUG + MIB - PAGE, PLUG - 3 * PAGE] {
         let (_dir, rom) = rom(start);
         let error = machine.slots(|slots| slots.add_rom(rom)).unwrap_err();

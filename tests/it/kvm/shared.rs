@@ -34,7 +34,7 @@ fn devices_of_the_vmm_and_the_slots_take_numbers_from_one_place() {
     let first = Window::new(&vm, &numbers, 4 * PLUG);
     let mut machine = Machine::with(vm.clone(), KvmSlots::with_numbers(numbers.clone()));
     let second = Window::new(&vm, &numbers, 5 * PLUG);
-    machine.space.insert(region(PLUG, MIB)).unwrap();
+    machine.space.insert(region(PLUG, MIB)).told_all();
     assert_eq!(machine.numbers(), [(1, 0), (3, PLUG)]);
     assert_eq!((first.number.number(), second.number.number()), (0, 2));
 
@@ -61,9 +61,9 @@ fn devices_of_the_vmm_and_the_slots_take_numbers_from_one_place() {
 
     // What one gives back, another gets.
     drop(first);
-    machine.space.insert(region(2 * PLUG, MIB)).unwrap();
+    machine.space.insert(region(2 * PLUG, MIB)).told_all();
     assert_eq!(machine.numbers()[2], (0, 2 * PLUG));
-    machine.space.remove(GuestAddress(PLUG), MIB).unwrap();
+    machine.space.remove(GuestAddress(PLUG), MIB).told_all();
     let third = Window::new(&vm, &numbers, 4 * PLUG);
     assert_eq!(third.number.number(), 3);
     machine.reaches(2 * PLUG);
@@ -81,12 +81,12 @@ fn regions_get_the_numbers_that_they_had_before_a_restore() {
         slots.assign_number(range(start, size), number).unwrap();
     }
     let mut machine = Machine::with(vm, slots);
-    machine.space.insert(region(PLUG, 2 * MIB)).unwrap();
+    machine.space.insert(region(PLUG, 2 * MIB)).told_all();
     // Others get others, also before it is there.
-    machine.space.insert(region(3 * PLUG, MIB)).unwrap();
-    machine.space.insert(region(4 * PLUG, MIB)).unwrap();
-    machine.space.insert(region(5 * PLUG, MIB)).unwrap();
-    machine.space.insert(region(2 * PLUG, MIB)).unwrap();
+    machine.space.insert(region(3 * PLUG, MIB)).told_all();
+    machine.space.insert(region(4 * PLUG, MIB)).told_all();
+    machine.space.insert(region(5 * PLUG, MIB)).told_all();
+    machine.space.insert(region(2 * PLUG, MIB)).told_all();
     let numbers = [
         (7, 0),
         (300, PLUG),
@@ -100,8 +100,8 @@ fn regions_get_the_numbers_that_they_had_before_a_restore() {
     machine.reaches(2 * PLUG);
 
     // It was what it was; what comes there after an unplug is like all others.
-    machine.space.remove(GuestAddress(PLUG), 2 * MIB).unwrap();
-    machine.space.insert(region(PLUG + MIB, 2 * MIB)).unwrap();
+    machine.space.remove(GuestAddress(PLUG), 2 * MIB).told_all();
+    machine.space.insert(region(PLUG + MIB, 2 * MIB)).told_all();
     assert_eq!(machine.numbers()[1], (4, PLUG + MIB));
 }
 
@@ -231,7 +231,7 @@ fn a_change_that_is_undone_gives_each_region_its_number_back() {
         "{taken:?}"
     );
     space.detach(thief).unwrap();
-    anew().unwrap();
+    anew().told_all();
     let mut slots = fake.slots();
     slots.sort_by_key(|(_, start)| *start);
     assert_eq!(slots[2], (9, 3 * PLUG));

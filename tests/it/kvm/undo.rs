@@ -97,7 +97,7 @@ fn out_of_slots_is_said_before_anybody_is_told() {
     let Some(vm) = new_vm() else { return };
     let slots = KvmSlots::with_slots(vm.clone(), 4..6).unwrap();
     let (mut machine, others) = machine_behind_others(vm, slots);
-    machine.space.insert(region(PLUG, MIB)).unwrap();
+    machine.space.insert(region(PLUG, MIB)).told_all();
     assert_eq!(others.recorder.take(), ["add 1024"]);
 
     let error = machine.space.insert(region(2 * PLUG, MIB)).unwrap_err();
@@ -128,7 +128,7 @@ fn out_of_slots_is_said_before_anybody_is_told() {
     // As many as there are slots: one goes and one comes.
     let change = machine.space.transaction();
     let change = change.remove(GuestAddress(PLUG), MIB);
-    change.insert(region(2 * PLUG, MIB)).commit().unwrap();
+    change.insert(region(2 * PLUG, MIB)).commit().told_all();
     assert_eq!(others.table(), [0, 2048]);
     machine.misses(PLUG);
     machine.reaches(2 * PLUG);
@@ -140,7 +140,7 @@ fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     let Some(vm) = new_vm() else { return };
     let slots = KvmSlots::with_slots(vm.clone(), 0..8).unwrap();
     let (mut machine, others) = machine_behind_others(vm.clone(), slots);
-    machine.space.insert(region(PLUG, MIB)).unwrap();
+    machine.space.insert(region(PLUG, MIB)).told_all();
     assert!(machine.guest.writes(PLUG, 0x77));
     others.recorder.take();
     // A part of the VMM that nobody told of KvmSlots has a slot behind the second region.
@@ -197,7 +197,7 @@ fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     let change = change.remove(GuestAddress(PLUG), MIB);
     let change = change.insert(region(PLUG, 2 * MIB));
     let change = change.insert(region(2 * PLUG, 2 * MIB));
-    change.commit().unwrap();
+    change.commit().told_all();
     machine.reaches(PLUG + MIB);
     machine.reaches(2 * PLUG + MIB);
     assert_eq!(others.table(), [0, 1024, 2048]);
@@ -213,7 +213,7 @@ fn what_another_listener_refuses_is_undone_in_kvm() {
     };
     let vm = machine.vm.clone();
     machine.space.attach("last", Refuses(2)).unwrap();
-    machine.space.insert(region(PLUG, MIB)).unwrap();
+    machine.space.insert(region(PLUG, MIB)).told_all();
     assert!(machine.guest.writes(PLUG, 0x77));
 
     let change = machine.space.transaction();

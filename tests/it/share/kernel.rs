@@ -149,7 +149,7 @@ fn the_kernel_follows_an_address_space_and_its_refusal_undoes_a_change() {
         memory.num_regions()
     };
     assert_eq!(both_hold(&space), 2);
-    space.insert(regions(&[20]).remove(0)).unwrap();
+    space.insert(regions(&[20]).remove(0)).told_all();
     assert_eq!(both_hold(&space), 3);
     backend.refuse(true);
     space.insert(regions(&[30]).remove(0)).unwrap_err();
@@ -157,11 +157,12 @@ fn the_kernel_follows_an_address_space_and_its_refusal_undoes_a_change() {
     space.remove(GuestAddress(20 * MIB), MIB).unwrap_err();
     assert_eq!(both_hold(&space), 3);
     backend.refuse(false);
-    space.remove(GuestAddress(20 * MIB), MIB).unwrap();
+    space.remove(GuestAddress(20 * MIB), MIB).told_all();
     assert_eq!(both_hold(&space), 2);
     assert!(
         space
             .listeners()
+            .unwrap()
             .iter()
             .all(|listener| listener.stale().is_none())
     );

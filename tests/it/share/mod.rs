@@ -22,7 +22,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::fork::dies_of;
 use crate::isolation::in_own_process;
-use crate::support::{self, StorageDaemon};
+use crate::support::{self, StorageDaemon, ToldAll};
 
 mod daemon;
 mod faults;

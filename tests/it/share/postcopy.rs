@@ -32,16 +32,16 @@ fn regions_that_are_plugged_while_postcopy_listens_are_acknowledged_at_once() {
         let space = AddressSpace::new(memory(&[0, 2]));
         let id = space.attach("blk", share).unwrap();
         for start in [10, 20] {
-            space.insert(regions(&[start]).remove(0)).unwrap();
+            space.insert(regions(&[start]).remove(0)).told_all();
         }
-        space.remove(GuestAddress(2 * MIB), MIB).unwrap();
+        space.remove(GuestAddress(2 * MIB), MIB).told_all();
         let base = |start| (start, BASE + start * MIB);
         assert_eq!(told(&bases), [0, 2, 10, 20].map(base));
 
         // Afterwards it is as it was before.
         let end = |share: &mut VhostUserShare<Frontend>| share.sink_mut().postcopy_end();
         space.with_listener(&id, end).unwrap().unwrap();
-        space.insert(regions(&[30]).remove(0)).unwrap();
+        space.insert(regions(&[30]).remove(0)).told_all();
         assert_eq!(told(&bases).len(), 4);
 
         let mut share = space.detach(id).unwrap();
@@ -116,7 +116,7 @@ fn pages_that_are_waited_for_right_after_the_acknowledgement_have_a_known_base()
     let space = AddressSpace::new(memory(&[1]));
     let id = space.attach("blk", share).unwrap();
     for start in [10, 20] {
-        space.insert(regions(&[start]).remove(0)).unwrap();
+        space.insert(regions(&[start]).remove(0)).told_all();
     }
     drop(space.detach(id).unwrap());
     // Its readers have got what they waited for, or it would not end.
@@ -184,7 +184,7 @@ fn qemu_storage_daemon_waits_for_late_pages_of_regions_that_were_acknowledged() 
     } = postcopy;
     let space = AddressSpace::new(memory(&[0]));
     let id = space.attach("blk", share).unwrap();
-    space.insert(regions(&[10]).remove(0)).unwrap();
+    space.insert(regions(&[10]).remove(0)).told_all();
     // A whole table is mapped anew each time.
     let starts: Vec<u64> = told(&bases).iter().map(|(start, _)| *start).collect();
     assert_eq!(starts, [0, 0, 10]);
@@ -219,7 +219,7 @@ fn qemu_storage_daemon_waits_for_late_pages_of_regions_that_were_acknowledged() 
     let resolved = resolver.join().unwrap();
     assert!(resolved.contains(&late), "{resolved:x?}");
     assert!(resolved.contains(&other), "{resolved:x?}");
-    space.insert(regions(&[20]).remove(0)).unwrap();
+    space.insert(regions(&[20]).remove(0)).told_all();
     assert_eq!(told(&bases).len(), 3);
     let end = GuestAddress(11 * MIB - PAGE);
     driver.read(16, &[(end, PAGE as u32)]).unwrap();

@@ -1,0 +1,277 @@
+//! Calls of the address space from inside of its own changes, which would wait for themselves.
+
+use std::sync::Weak;
+use std::thread;
+
+use super::*;
+use crate::error::Error;
+
+/// What every method says that would have to wait.
+fn all_refuse(space: &AddressSpace, id: Option<&ListenerId<Script>>) {
+    let reentrant = |failed: Option<Error>| match failed {
+        Some(Error::AddressSpace(error)) => {
+            assert!(matches!(*error, AddressSpaceError::Reentrant), "{error}");
+            assert!(error.to_string().contains("wait for itself"), "{error}");
+        }
+        other => panic!("{other:?}"),
+    };
+    reentrant(space.insert(region(32)).err());
+    reentrant(space.remove(GuestAddress(0), MIB).err());
+    reentrant(space.transaction().commit().err());
+    reentrant(space.listeners().err());
+    let error = space
+        .attach("z", script("z", &Said::default()))
+        .unwrap_err();
+    let (error, listener) = error.into_parts();
+    reentrant(Some(error));
+    assert_eq!(listener.updates, 0);
+    if let Some(id) = id {
+        reentrant(space.with_listener(id, |_| ()).err());
+        reentrant(space.refresh(id).err());
+        reentrant(space.detach(id.clone()).err());
+    }
+    // These never wait.
+    assert!(!present(space).is_empty());
+    assert!(space.atomic().memory().num_regions() > 0);
+    let shown = format!("{space:?}");
+    assert!(shown.contains("a change is under way"), "{shown}");
+}
+
+/// Does something whenever it is told.
+struct Does<F> {
+    what: F,
+    waits: bool,
+}
+
+impl<F: FnMut() + Send + 'static> MemoryListener for Does<F> {
+    fn check(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
+        (self.what)();
+        Ok(())
+    }
+    fn update(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
+        (self.what)();
+        Ok(())
+    }
+    fn waits(&self) -> bool {
+        self.waits
+    }
+}
+
+/// Calls everything of the address space, and counts how often it did.
+fn meddler(
+    space: &Arc<AddressSpace>,
+    id: &ListenerId<Script>,
+    waits: bool,
+    calls: &Arc<Mutex<usize>>,
+) -> Does<impl FnMut() + Send + 'static> {
+    let (space, id, calls) = (Arc::downgrade(space), id.clone(), calls.clone());
+    Does {
+        what: move || {
+            all_refuse(&Weak::upgrade(&space).unwrap(), Some(&id));
+            *calls.lock().unwrap() += 1;
+        },
+        waits,
+    }
+}
+
+#[test]
+fn a_listener_that_calls_the_address_space_is_told_so() {
+    // Two that wait are told by two threads, one of which is a worker.
+    for waits in [false, true] {
+        let (space, log, calls) = (Arc::new(space()), Said::default(), Arc::default());
+        let id = space.attach("a", script("a", &log)).unwrap();
+        for name in ["b", "c", "d"] {
+            let meddler = meddler(&space, &id, waits, &calls);
+            space.attach(name, meddler).unwrap();
+        }
+        *calls.lock().unwrap() = 0;
+        space.insert(region(4)).told_all();
+        space.remove(GuestAddress(4 * MIB), MIB).told_all();
+        // Asked and told.
+        assert_eq!(*calls.lock().unwrap(), 3 * 2 * 2);
+        assert_eq!(present(&space), [0]);
+        assert_eq!(space.listeners().unwrap().len(), 4);
+        let shown = format!("{space:?}");
+        assert!(shown.contains("name: \"b\""), "{shown}");
+    }
+}
+
+#[test]
+fn the_closure_of_with_listener_cannot_call_it_either() {
+    let (space, log) = (space(), Said::default());
+    let id = space.attach("a", script("a", &log)).unwrap();
+    let called = space.with_listener(&id, |_| {
+        all_refuse(&space, Some(&id));
+        7
+    });
+    assert_eq!(called.unwrap(), 7);
+    space.insert(region(4)).told_all();
+}
+
+#[test]
+fn what_is_dropped_or_displayed_in_a_change_cannot_call_it_either() {
+    #[derive(Debug)]
+    struct Meddles(Weak<AddressSpace>, Arc<Mutex<usize>>);
+    impl Meddles {
+        fn meddle(&self) {
+            if let Some(space) = self.0.upgrade() {
+                all_refuse(&space, None);
+                *self.1.lock().unwrap() += 1;
+            }
+        }
+    }
+    impl Drop for Meddles {
+        fn drop(&mut self) {
+            self.meddle();
+        }
+    }
+    impl std::fmt::Display for Meddles {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            self.meddle();
+            f.write_str("it died")
+        }
+    }
+    impl std::error::Error for Meddles {}
+    struct Dies(Weak<AddressSpace>, Arc<Mutex<usize>>);
+    impl MemoryListener for Dies {
+        fn check(&mut self, memory: &GuestMemoryShm) -> Result<(), ListenerError> {
+            match memory.num_regions() {
+                1 => Ok(()),
+                _ => Err(ListenerError::away(Meddles(self.0.clone(), self.1.clone()))),
+            }
+        }
+        fn update(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
+            Ok(())
+        }
+    }
+    let (space, calls) = (Arc::new(space()), Arc::default());
+    let dies = Dies(Arc::downgrade(&space), Arc::clone(&calls));
+    space.attach("a", dies).unwrap();
+    let report = space.insert(region(4)).unwrap();
+    assert_eq!(report.stale()[0].reason(), "it died");
+    // Displayed, dropped.
+    assert_eq!(*calls.lock().unwrap(), 2);
+}
+
+#[test]
+fn a_listener_may_change_another_address_space_but_not_by_way_of_it_its_own() {
+    let (first, second) = (Arc::new(space()), Arc::new(space()));
+    let calls = Arc::new(Mutex::new(0));
+    // Its listeners are told by two threads.
+    for name in ["a", "b"] {
+        let (first, calls) = (Arc::downgrade(&first), Arc::clone(&calls));
+        let meddles = Does {
+            what: move || {
+                let first = first.upgrade().unwrap();
+                // While nothing of the first is under way it could be changed from here.
+                if first.listeners().is_err() {
+                    all_refuse(&first, None);
+                    *calls.lock().unwrap() += 1;
+                }
+            },
+            waits: true,
+        };
+        second.attach(name, meddles).unwrap();
+    }
+    let changes = {
+        let second = Arc::downgrade(&second);
+        let mut next = 100;
+        move || {
+            next += 2;
+            let second = second.upgrade().unwrap();
+            second.insert(region(next)).told_all();
+        }
+    };
+    first
+        .attach(
+            "c",
+            Does {
+                what: changes,
+                waits: false,
+            },
+        )
+        .unwrap();
+    *calls.lock().unwrap() = 0;
+    first.insert(region(4)).told_all();
+    // Two changes of the second, one when the listener is asked and one when it is told.
+    assert_eq!(present(&second).len(), 1 + 4);
+    assert_eq!(*calls.lock().unwrap(), 2 * 2 * 2);
+}
+
+#[test]
+fn other_threads_wait_for_a_change_and_go_on_after_it() {
+    let (space, calls) = (Arc::new(space()), Arc::new(Mutex::new(Vec::new())));
+    let weak = Arc::downgrade(&space);
+    let threads = Arc::clone(&calls);
+    let starts = move || {
+        let space = weak.upgrade().unwrap();
+        if present(&space).len() == 1 && threads.lock().unwrap().is_empty() {
+            let other = thread::spawn(move || space.insert(region(8)).map(drop));
+            threads.lock().unwrap().push(other);
+        }
+    };
+    space
+        .attach(
+            "a",
+            Does {
+                what: starts,
+                waits: false,
+            },
+        )
+        .unwrap();
+    space.insert(region(4)).told_all();
+    let other = calls.lock().unwrap().pop().unwrap();
+    other.join().unwrap().unwrap();
+    assert_eq!(present(&space), [0, 4, 8]);
+}
+
+#[cfg(feature = "vhost-user")]
+#[test]
+fn a_handler_of_bases_cannot_call_it_either() {
+    use crate::error::MemTableChange;
+    use crate::share::{HangUp, MemTableSink, SinkError, VhostUserShare};
+    use crate::table::TableRegion;
+    use vhost::vhost_user::VhostUserProtocolFeatures as Features;
+
+    /// A daemon while postcopy listens.
+    struct Listens;
+    impl MemTableSink for Listens {
+        fn request_acks(&mut self) {}
+        fn set_mem_table(&mut self, _: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError> {
+            unreachable!("it has slots")
+        }
+        fn add_mem_region(&mut self, _: &TableRegion) -> Result<Option<u64>, SinkError> {
+            Ok(Some(7))
+        }
+        fn remove_mem_region(&mut self, _: &TableRegion) -> Result<(), SinkError> {
+            Ok(())
+        }
+        fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
+            Ok(8)
+        }
+        fn acknowledge_bases(&mut self, _: MemTableChange) -> Result<(), SinkError> {
+            Ok(())
+        }
+        fn barrier(&mut self) -> Result<(), SinkError> {
+            Ok(())
+        }
+        /// It could wait, and so is told by a worker beside another.
+        fn hang_up(&self) -> Option<HangUp> {
+            Some(Box::new(|| ()))
+        }
+    }
+    let (space, calls) = (Arc::new(space()), Arc::new(Mutex::new(0)));
+    let features = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
+    for name in ["a", "b"] {
+        let (inner, calls) = (Arc::downgrade(&space), Arc::clone(&calls));
+        let handler = move |_, _| {
+            all_refuse(&inner.upgrade().unwrap(), None);
+            *calls.lock().unwrap() += 1;
+        };
+        let share = VhostUserShare::new(Listens, features).with_base_handler(handler);
+        space.attach(name, share).unwrap();
+    }
+    *calls.lock().unwrap() = 0;
+    space.insert(region(4)).told_all();
+    assert_eq!(*calls.lock().unwrap(), 2);
+}
