@@ -26,9 +26,8 @@
 //!   address.
 //! - A **memory** ([`GuestMemoryShm`]) is an immutable, sorted set of regions with a constant-time
 //!   index. Hotplug makes a new one.
-//! - An **address space** ([`AddressSpace`]) publishes memories, through vm-memory's
-//!   `GuestMemoryAtomic`, and tells listeners (daemons, the hypervisor) of each change: all of
-//!   them, or none.
+//! - An **address space** ([`AddressSpace`]) publishes memories to readers, and tells listeners
+//!   (daemons, the hypervisor) of each change: all of them, or none.
 //!
 #![cfg_attr(
     feature = "vhost-user",
@@ -61,43 +60,67 @@
 //! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it; `TableView`: how much of it |
 //! | `share` | `VhostUserShare`: one daemon's view kept equal to a table, its dirty log, and in-kernel vhost |
 //! | `address_space` | [`AddressSpace`]: memory that changes, published to readers and told to listeners |
-//! | `kvm` | `KvmSlots`, with the feature `kvm`: KVM's memory slots kept equal to the memory |
+//! | `kvm` | `KvmSlots`, with the feature `kvm`: the memory slots of KVM, or of any `HypervisorVm`, kept equal to the memory; `SlotNumbers` |
 //! | `mock` | with the feature `mock`: an in-process daemon and a driver, for tests |
 //!
 //! # Invariants
 //!
-//! 1. A [`GuestMemoryShm`] never changes once built.
-//! 2. Every region is `MAP_SHARED`, has a descriptor, and lies inside its backing's size when it is
-//!    mapped (for ever, if the backing is sealed). Memory that cannot be shared cannot be expressed,
-//!    so no daemon is ever sent a private mapping.
-//! 3. A created memfd is sealed (`SHRINK|GROW|SEAL`) before it is first mapped. POSIX shm and plain
-//!    files cannot be sealed: [`Seals`] says so, nothing pretends.
+//! Each with its exceptions.
+//!
+//! 1. A [`GuestMemoryShm`] never changes once built, and only its [`AddressSpace`] publishes another:
+//!    readers get a [`PublishedMemory`], which they cannot replace. *Except* through
+//!    [`AddressSpace::atomic`], a mirror in vm-memory's type: what other code publishes there is
+//!    seen by the users of the mirror, and is an error at the next change.
+//! 2. Every region is `MAP_SHARED`, has a descriptor, and lies inside its backing when it is mapped.
+//!    Memory that cannot be shared cannot be expressed, so no daemon is ever sent a private mapping.
+//!    A region *stays* inside a sealed backing. POSIX shm, plain files, memfds made with
+//!    [`Sealing::Unsealed`] and descriptors adopted without seals can be truncated by any process
+//!    that has them: [`Seals`] says so, nothing pretends.
+//! 3. A created memfd is sealed (`SHRINK|GROW|SEAL`) before it is first mapped. *Except* with
+//!    [`Sealing::Unsealed`]; and a daemon's dirty log is sealed against shrinking only, because it
+//!    grows with the memory.
 //! 4. No `&[u8]` or `&mut [u8]` over guest RAM, ever: `VolatileSlice`, or an address.
-//! 5. No call of this crate raises SIGBUS or SIGXFSZ in its caller: capacity is checked or
-//!    allocated by calls that return an error.
+//! 5. What a call can know, it says by an error: capacity is checked or allocated before RAM is
+//!    promised, so no call of this crate raises SIGBUS or SIGXFSZ in its caller, and populating is
+//!    refused before the kernel would end the process for it. *Except* where the caller has it try
+//!    anyway, and where others take the memory in between: populating looks again while it runs, as
+//!    a best effort. RAM that is lazy promises nothing: touching a page that is not there can still
+//!    fail, by a signal.
 //! 6. Order at creation: size, seal, map, bind to NUMA nodes, advise, populate. Policies and advice
 //!    after the first page are silently useless.
-//! 7. Failure leaves nothing: no name in `/dev/shm`, no descriptor, no mapping, no page.
-//! 8. A change of an [`AddressSpace`] reaches all listeners or none. A listener that could not be put
-//!    back, or was away and may be, is stale, and is told everything later.
-//! 9. nix and libc types stay out of public signatures; vhost types are only in `share`, `receive`,
-//!    `address_space` and `mock`, those of kvm-ioctls only in `kvm`.
+//! 7. Failure leaves nothing: no name in `/dev/shm`, no descriptor, no mapping, no page. *Except* the
+//!    pages of a failed populate with [`OnFailure::Keep`], and those that were touched or cannot be
+//!    told from older ones; the name of a POSIX shm object if the process is killed between
+//!    shm_open(3) and shm_unlink(3); and memory that the hypervisor refuses to let go, which stays mapped.
+//! 8. A change of an [`AddressSpace`] reaches all listeners that are there, or none, also when a
+//!    listener, a callback or the logger panics. One that is away and
+//!    [may lag](Attendance::MayLag), the default, is left out and named
+//!    ([`ChangeReport::stale`]); so is one that could not be put back. They are told everything
+//!    when they are back.
+//! 9. No wait for another process without a time limit. It is one for each message; and what a
+//!    listener of the VMM's own does, or [`AddressSpace::with_listener`] is given to do, is not covered.
+//! 10. No page that a daemon noted in its dirty log is missing from what is harvested until the log is
+//!    stopped, whatever becomes of the daemon or its connection. Too many pages is allowed, and said.
+//! 11. nix and libc types stay out of public signatures; vhost types are only in `share`, `receive`,
+//!    `address_space` and `mock`, those of kvm-ioctls only in `kvm`, vmm-sys-util's only in `mock`.
 //!
 //! # Safety model
 //!
 //! Guest RAM is written by the guest and by other processes at any time, so this crate never makes
 //! a reference to it: accesses go through vm-memory's volatile and atomic operations. A mapping
 //! inside a sealed file cannot fault. A mapping of an unsealed file (POSIX shm, a file with a path)
-//! faults with SIGBUS when somebody truncates the file: hand those descriptors to trusted
-//! processes only. Unsafe code is in `mapping` (mmap and its kin), in `region` (the volatile slice
-//! that vm-memory wants made from a pointer), in `kvm` (the host addresses that KVM is given, which
-//! stay mapped as long as it has them), and in the mock (descriptors received from a socket).
+//! faults with SIGBUS when another process truncates the file: hand those descriptors to trusted
+//! processes only. Unsafe code is in `mapping` (mmap and its kin, and the words with a guard that
+//! dirty logs are read into), in `region` (the volatile slice that vm-memory wants made from a
+//! pointer), in `kvm` (the host addresses that a hypervisor is given, which stay mapped as long as
+//! it has them; the calls that read and clear dirty logs; `HypervisorVm`, whose implementations
+//! promise the same), and in the mock (descriptors received from a socket).
 //!
 //! # What it does not do
 //!
 //! It maps no device windows, no private memory, no memory of confidential guests (guest_memfd).
-//! KVM is the one hypervisor that it talks to: for another, the address and the size of each region
-//! are there, and a [`RegionListener`] is told of them.
+//! KVM is the one hypervisor that it talks to by itself: for another, implement `HypervisorVm`, or a
+//! [`RegionListener`].
 
 #![cfg_attr(
     test,
