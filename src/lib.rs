@@ -43,6 +43,7 @@
 //! |---|---|
 //! | `error` | the one [`Error`] type, which names ranges and seals of the modules below |
 //! | `units` | sizes for people |
+//! | `panics`, `logs` | code of others that panics, the logger included, as an answer |
 //! | `layout` | guest ranges: alignment, overlap, holes, offsets in a backing |
 //! | `options` | [`RamOptions`]: what RAM is asked for, typed or in QEMU's syntax |
 //! | `report` | [`BuildReport`]: what building has to say: options without effect, limits that are near |
