@@ -18,8 +18,8 @@ const SEEDS: u64 = 60;
 const STEPS: usize = 60;
 /// Where regions may be, in MiB: 0 is always there.
 const PLACES: u64 = 12;
-/// How long a silent daemon holds everybody up. The others are given more than they ever need.
-const SILENCE: Duration = Duration::from_millis(500);
+/// How long a silent daemon holds everybody up.
+const LIMIT: Duration = Duration::from_millis(60);
 
 /// Sebastiano Vigna's splitmix64.
 struct Random(u64);
@@ -227,7 +227,7 @@ impl World {
         };
         self.daemons += 1;
         let name = format!("daemon {}", self.daemons);
-        let share = share(&daemon, PATIENCE);
+        let share = share(&daemon, LIMIT);
         let refuse = self.random.below(4) == 0;
         if refuse {
             // At some message or other.
@@ -267,9 +267,6 @@ impl World {
         let Some(peer) = self.peers.iter_mut().find(|peer| peer.state == State::Away) else {
             return String::from("nobody to reconnect");
         };
-        if peer.fault != Some(FaultKind::NeverAnswer) {
-            set_limit(&self.space, &peer.id, PATIENCE);
-        }
         let done = reconnect(&self.space, &peer.id, &peer.daemon);
         peer.state = State::Holds(BTreeSet::new());
         match peer.answer(&self.present) {
@@ -308,9 +305,6 @@ impl World {
         let peer = &mut self.peers[at];
         if peer.fault.is_none() {
             peer.daemon.inject(Fault::new(1, kind));
-            if kind == FaultKind::NeverAnswer {
-                set_limit(&self.space, &peer.id, SILENCE);
-            }
             peer.fault = Some(kind);
         }
         format!("{} will {:?}", peer.name, peer.fault)
