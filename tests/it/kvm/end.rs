@@ -36,7 +36,9 @@ fn dropped_slots_are_gone_from_kvm() {
 
 #[test]
 fn what_is_behind_a_slot_stays_mapped_until_the_slot_is_gone() {
-    in_own_process(|| stays_until_the_slot_is_gone());
+    in_own_process(|| {
+        stays_until_the_slot_is_gone();
+    });
 }
 
 fn stays_until_the_slot_is_gone() {
@@ -64,7 +66,9 @@ fn stays_until_the_slot_is_gone() {
 
 #[test]
 fn what_kvm_does_not_let_go_stays_mapped_for_ever() {
-    in_own_process(|| stays_for_ever());
+    in_own_process(|| {
+        stays_for_ever();
+    });
 }
 
 fn stays_for_ever() {

@@ -170,12 +170,12 @@ fn a_daemon_that_will_not_have_the_hot_added_region_is_named() {
         (Fault::hang_up_before(3), "the daemon hung up when told to"),
         (
             Fault::never_answer(3),
-            "the daemon did not answer within 2s when told to",
+            "the daemon did not answer within 5s when told to",
         ),
     ] {
         // What it is told before, it answers: within the time that it has on a busy machine, too.
         let builder = MockDaemon::builder().with_fault(fault);
-        let (run, _daemon, place) = with_mock(builder, &["--time-limit", "2", "--read-to", "out"]);
+        let (run, _daemon, place) = with_mock(builder, &["--time-limit", "5", "--read-to", "out"]);
         run.fails_with(&["cannot hot-add RAM", text, add]);
         assert_eq!(place.names(), ["mock.sock"]);
     }
