@@ -74,7 +74,7 @@ impl ShmBacking {
         Self {
             inner: Arc::new(Inner {
                 start: options.offset(),
-                len: options.offset() + len,
+                end: options.offset() + len,
                 page_size: opened.page_size,
                 kind,
                 seals: opened.seals,
@@ -83,7 +83,7 @@ impl ShmBacking {
                 name: options.name().map(str::to_owned),
                 notes,
                 file: opened.file,
-                end: Some(opened.end),
+                file_end: Some(opened.end),
                 gate: Arc::default(),
             }),
         }

@@ -60,7 +60,7 @@ const BLOCK: u64 = 512;
 /// use guest_memory_shm::{RamOptions, Seals, ShmBacking};
 ///
 /// let backing = ShmBacking::create(&RamOptions::new(), 64 << 20)?;
-/// assert_eq!(backing.len(), 64 << 20);
+/// assert_eq!(backing.size(), 64 << 20);
 /// assert_eq!(backing.allocated()?, 0);
 /// assert!(backing.seals().contains(Seals::SHRINK | Seals::GROW));
 /// # Ok::<(), guest_memory_shm::Error>(())
@@ -74,7 +74,8 @@ struct Inner {
     file: Arc<File>,
     /// Where RAM begins in it.
     start: u64,
-    len: u64,
+    /// Where RAM ends in it.
+    end: u64,
     page_size: u64,
     kind: BackingKind,
     seals: Seals,
@@ -85,7 +86,7 @@ struct Inner {
     /// What of its options has no effect, and limits that are near.
     notes: Vec<Note>,
     /// Of a file that was opened by its path.
-    end: Option<FileEnd>,
+    file_end: Option<FileEnd>,
     /// For every discard on it.
     gate: Arc<DiscardGate>,
 }
@@ -95,8 +96,8 @@ impl ShmBacking {
     ///
     /// The options hold for every region on it: transparent huge pages and core dumps too.
     /// A memfd is sealed against any change of its size before this returns. In a
-    /// [`Backing::File`] the RAM is behind [`RamOptions::offset`], from [`start`](Self::start) to
-    /// [`len`](Self::len).
+    /// [`Backing::File`] the RAM is past [`RamOptions::offset`], from [`start`](Self::start) to
+    /// [`end`](Self::end).
     ///
     /// ```
     /// use guest_memory_shm::{Backing, BackingKind, RamOptions, ShmBacking};
@@ -126,7 +127,7 @@ impl ShmBacking {
 
     /// Everything that needs the backing is there: it stays, also when it is dropped.
     pub(crate) fn keep(&self) {
-        if let Some(end) = &self.inner.end {
+        if let Some(end) = &self.inner.file_end {
             end.keep();
         }
     }
@@ -170,7 +171,7 @@ impl ShmBacking {
             inner: Arc::new(Inner {
                 file: Arc::new(file),
                 start: 0,
-                len: metadata.len(),
+                end: metadata.len(),
                 page_size,
                 kind,
                 seals,
@@ -178,7 +179,7 @@ impl ShmBacking {
                 map_options,
                 name: None,
                 notes: Vec::new(),
-                end: None,
+                file_end: None,
                 gate: Arc::default(),
             }),
         }
@@ -189,12 +190,30 @@ impl ShmBacking {
         self.inner.start
     }
 
-    /// The length in bytes, as it was when the backing was made; sealed backings keep it.
+    /// Where RAM ends in it, in bytes from the start of the file: no region reaches further.
     ///
-    /// Of a [`Backing::File`], which may be longer: the end of the RAM in it.
-    #[expect(clippy::len_without_is_empty, reason = "a backing is never empty")]
-    pub fn len(&self) -> u64 {
-        self.inner.len
+    /// Of a [`Backing::File`] that is [`RamOptions::offset`] and the size of the RAM, and the file
+    /// may be longer; of all others it is the length of the file when the backing was made, which
+    /// sealed ones keep.
+    pub fn end(&self) -> u64 {
+        self.inner.end
+    }
+
+    /// How much RAM it can carry, in bytes: from [`start`](Self::start) to [`end`](Self::end).
+    ///
+    /// ```
+    /// use guest_memory_shm::{Backing, RamOptions, ShmBacking};
+    ///
+    /// let options = RamOptions::new()
+    ///     .with_backing(Backing::File("/dev/shm".into()))
+    ///     .with_offset(1 << 20);
+    /// let backing = ShmBacking::create(&options, 4 << 20)?;
+    /// assert_eq!((backing.start(), backing.end()), (1 << 20, 5 << 20));
+    /// assert_eq!(backing.size(), 4 << 20);
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
+    pub fn size(&self) -> u64 {
+        self.inner.end - self.inner.start
     }
 
     /// The size of its pages in bytes: offsets and sizes of regions are multiples of it.
@@ -289,9 +308,9 @@ impl ShmBacking {
         }
         let metadata = self.inner.file.metadata();
         let metadata = metadata.map_err(|source| self.fstat_error(source))?;
-        if metadata.len() < self.len() {
+        if metadata.len() < self.end() {
             return Err(Error::BackingTruncated {
-                len: self.len(),
+                end: self.end(),
                 now: metadata.len(),
             });
         }
@@ -302,7 +321,7 @@ impl ShmBacking {
         Error::CreateBacking {
             doing: "fstat the descriptor",
             kind: "shared memory",
-            size: self.len(),
+            size: self.size(),
             source,
         }
     }
@@ -327,11 +346,11 @@ impl ShmBacking {
             });
         }
         match offset.checked_add(size) {
-            Some(end) if end <= self.len() => Ok(()),
+            Some(end) if end <= self.end() => Ok(()),
             _ => Err(Error::OutsideBacking {
                 offset,
                 size,
-                len: self.len(),
+                end: self.end(),
             }),
         }
     }
@@ -348,7 +367,7 @@ impl fmt::Debug for ShmBacking {
         f.debug_struct("ShmBacking")
             .field("kind", &self.inner.kind)
             .field("start", &format_args!("{:#x}", self.inner.start))
-            .field("len", &format_args!("{}", HumanSize(self.inner.len)))
+            .field("size", &format_args!("{}", HumanSize(self.size())))
             .field(
                 "page_size",
                 &format_args!("{}", HumanSize(self.inner.page_size)),

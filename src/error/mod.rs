@@ -365,28 +365,28 @@ pub enum Error {
 
     /// A region reaches past the end of its backing.
     #[error(
-        "a region of {} at offset {offset:#x} ends past its backing of {}: touching it there \
-         would be SIGBUS",
-        HumanSize(*.size), HumanSize(*.len)
+        "a region of {} at offset {offset:#x} runs past the end of its backing at {end:#x}: \
+         touching it there would be SIGBUS",
+        HumanSize(*.size)
     )]
     OutsideBacking {
         /// The offset in the backing, in bytes.
         offset: u64,
         /// The size of the region in bytes.
         size: u64,
-        /// The length of the backing in bytes.
-        len: u64,
+        /// Where the RAM of the backing ends in it, in bytes.
+        end: u64,
     },
 
     /// A backing that is not sealed became shorter since it was created or adopted.
     #[error(
-        "the backing had {} and has {} now: somebody truncated it, touching what is gone would be \
-         SIGBUS; use a sealed memfd or a trusted peer",
-        HumanSize(*.len), HumanSize(*.now)
+        "the backing had at least {} and has {} now: somebody truncated it, touching what is gone \
+         would be SIGBUS; use a sealed memfd or a trusted peer",
+        HumanSize(*.end), HumanSize(*.now)
     )]
     BackingTruncated {
-        /// The length that it had, in bytes.
-        len: u64,
+        /// Where its RAM ends in it, in bytes: it was at least that long.
+        end: u64,
         /// The length that it has, in bytes.
         now: u64,
     },

@@ -106,15 +106,15 @@ pub enum PopulateError {
 
     /// Somebody truncated the backing, which was not sealed.
     #[error(
-        "cannot populate {range}: its backing had {} and has {} now, somebody truncated it; use a \
-         sealed memfd or a trusted peer",
-        HumanSize(*.len), HumanSize(*.now)
+        "cannot populate {range}: its backing had at least {} and has {} now, somebody truncated it; \
+         use a sealed memfd or a trusted peer",
+        HumanSize(*.end), HumanSize(*.now)
     )]
     Truncated {
         /// The part of the RAM.
         range: GuestRange,
-        /// The length that the backing had, in bytes.
-        len: u64,
+        /// Where the RAM ends in the backing, in bytes: it was at least that long.
+        end: u64,
         /// The length that it has, in bytes.
         now: u64,
     },
@@ -208,11 +208,11 @@ mod tests {
             (
                 PopulateError::Truncated {
                     range,
-                    len: 1 << 30,
+                    end: 1 << 30,
                     now: 0,
                 },
-                "its backing had 1 GiB and has 0 bytes now, somebody truncated it; use a sealed \
-                 memfd or a trusted peer",
+                "its backing had at least 1 GiB and has 0 bytes now, somebody truncated it; use a \
+                 sealed memfd or a trusted peer",
             ),
             (
                 PopulateError::System {

@@ -152,7 +152,7 @@ mod tests {
     ];
 
     fn mapped(backing: &ShmBacking) -> Mapping {
-        Mapping::new(backing, 0, backing.len()).unwrap()
+        Mapping::new(backing, 0, backing.size()).unwrap()
     }
 
     fn resident(mapping: &Mapping) -> Vec<bool> {

@@ -126,7 +126,7 @@ fn file_offset(backing: &ShmBacking, offset: u64, size: u64) -> Result<i64> {
     i64::try_from(offset).map_err(|_| Error::OutsideBacking {
         offset,
         size,
-        len: backing.len(),
+        end: backing.end(),
     })
 }
 

@@ -33,8 +33,8 @@ pub(super) fn find(plan: &Plan, failure: Failure, needed: u64) -> PopulateError 
 /// Whether somebody truncated the backing of the part.
 pub(super) fn truncated(part: &Part, range: GuestRange) -> Option<PopulateError> {
     match part.backing().check_not_truncated() {
-        Err(Error::BackingTruncated { len, now }) => {
-            Some(PopulateError::Truncated { range, len, now })
+        Err(Error::BackingTruncated { end, now }) => {
+            Some(PopulateError::Truncated { range, end, now })
         }
         _ => None,
     }

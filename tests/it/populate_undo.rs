@@ -308,8 +308,8 @@ fn a_backing_that_was_truncated_is_named_and_not_made_longer_again() {
         assert!(
             matches!(
                 refused,
-                Err(Error::Populate(PopulateError::Truncated { len, now, .. }))
-                    if (len, now) == (16 * MIB, MIB)
+                Err(Error::Populate(PopulateError::Truncated { end, now, .. }))
+                    if (end, now) == (16 * MIB, MIB)
             ),
             "{refused:?}"
         );
