@@ -138,6 +138,13 @@ pub enum PopulateError {
         source: io::Error,
     },
 
+    /// The handle is a copy in a child of fork(2), which has none of the threads.
+    #[error(
+        "populating in the background goes on in the process that started it, not in its children: \
+         wait for it there"
+    )]
+    OtherProcess,
+
     /// A system call failed for a reason that has no variant of its own.
     #[error("cannot populate {range}: the kernel could not {doing}")]
     System {

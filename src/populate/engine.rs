@@ -1,9 +1,11 @@
 //! A pool of threads that works through queues of chunks.
 
+use std::any::Any;
 use std::io;
-use std::sync::RwLock;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, RwLock};
 use std::thread;
 
 use nix::sys::signal::SigSet;
@@ -73,34 +75,38 @@ impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
     /// the result of each chunk. Gives the number of threads.
     ///
     /// If the system refuses threads, there are fewer; if it refuses all, this one does the work.
+    /// A panic of `done`, or of a logger in a thread, stops all of them and is resumed.
     pub(super) fn run(&self, threads: u32, mut done: impl FnMut(Result<u64, Failure>)) -> u32 {
         let gate = RwLock::new(());
+        let panicked = Panicked::default();
         thread::scope(|scope| {
             let _stop = StopOnDrop(self.stop);
             // It ends with this closure: no thread waits for a listener that panicked.
             let (sender, receiver) = mpsc::sync_channel(threads as usize * AHEAD);
             let closed = gate.write();
             let mut started = Vec::new();
+            let mut refused = None;
             for home in 0..threads {
                 let sender = sender.clone();
-                let gate = &gate;
+                let (gate, panicked) = (&gate, &panicked);
                 let body = move || {
                     // A signal would interrupt fallocate(2), which then undoes what it did; and
                     // a handler of the VMM's belongs into one of its threads.
                     let _ = SigSet::all().thread_block();
                     // Whether it was opened or abandoned: `stop` says what to do.
                     drop(gate.read());
-                    self.work_through(home as usize, |result| {
-                        // Nobody listens any more only if this is abandoned.
-                        let _ = sender.send(result);
+                    panicked.catch(self.stop, || {
+                        self.work_through(home as usize, |result| {
+                            // Nobody listens any more only if this is abandoned.
+                            let _ = sender.send(result);
+                        });
                     });
                 };
                 let builder = thread::Builder::new().name("populate".to_owned());
                 match builder.stack_size(STACK).spawn_scoped(scope, body) {
                     Ok(thread) => started.push(thread),
                     Err(error) => {
-                        let count = started.len();
-                        log::debug!("{count} of {threads} threads populate: {error}");
+                        refused = Some(error);
                         break;
                     }
                 }
@@ -114,11 +120,15 @@ impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
             receiver.iter().for_each(done);
             let mut count = 0;
             for thread in started {
-                // The scope would only wait for the end of its work, not for its stack to go.
-                if let Err(panic) = thread.join() {
-                    std::panic::resume_unwind(panic);
-                }
+                // The scope would only wait for the end of its work, not for its stack to go. A
+                // panic was caught in it.
+                let _ = thread.join();
                 count += 1;
+            }
+            panicked.resume();
+            // Not before the work is done: a logger may panic.
+            if let Some(error) = refused {
+                log::debug!("{count} of {threads} threads populate: {error}");
             }
             count
         })
@@ -127,10 +137,11 @@ impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
     /// Takes chunks until there are none: from the own queue first, then from the others.
     fn work_through(&self, home: usize, mut done: impl FnMut(Result<u64, Failure>)) {
         let mut affinity = Affinity::of_this_thread();
+        let mut refused = None;
         for at in 0..self.queues.len() {
             let queue = &self.queues[(home + at) % self.queues.len()];
             if !queue.is_empty() {
-                affinity.keep_to(queue.nodes);
+                refused = affinity.keep_to(queue.nodes).err().or(refused);
             }
             while !self.stop.is_set()
                 && let Some(chunk) = queue.take()
@@ -142,6 +153,51 @@ impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
                 done(result.map(|()| chunk.range.end - chunk.range.start));
             }
         }
+        // Not before the work is done: a logger may panic.
+        if let Some(errno) = refused {
+            log::debug!("cannot keep a thread to the nodes of its pages: {errno}");
+        }
+    }
+}
+
+/// The first panic of a thread. It is taken out of the thread here: a thread that is dropped with
+/// one inside drops it, and if that panics, too, the process is ended.
+#[derive(Default)]
+struct Panicked {
+    first: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+impl Panicked {
+    fn catch(&self, stop: &Stop, work: impl FnOnce()) {
+        // What was half done is in the kernel, and `stop` says that nothing more is begun.
+        let Err(panic) = catch_unwind(AssertUnwindSafe(work)) else {
+            return;
+        };
+        stop.set();
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*first {
+            None => *first = Some(panic),
+            Some(_) => std::mem::forget(panic),
+        }
+    }
+
+    fn resume(&self) {
+        let first = self
+            .first
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(panic) = first {
+            resume_unwind(panic);
+        }
+    }
+}
+
+impl Drop for Panicked {
+    /// Another panic is on its way already.
+    fn drop(&mut self) {
+        let first = self.first.get_mut().unwrap_or_else(PoisonError::into_inner);
+        std::mem::forget(first.take());
     }
 }
 

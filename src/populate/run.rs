@@ -1,6 +1,10 @@
 //! A job of populating, from its plan to its result.
 
+use std::any::Any;
+use std::io;
 use std::num::NonZeroU32;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Mutex, PoisonError};
 use std::thread::available_parallelism;
 
 use super::engine::{Engine, Failure, Stop};
@@ -65,17 +69,23 @@ impl<'a> Job<'a> {
             OnFailure::Keep => None,
         };
         let stop = Stop::new(self.policy.cancel);
-        let mut outcome = populate(&plan, threads, &stop, self.progress);
-        let Some(error) = outcome.error(&plan) else {
-            return Ok(Populated {
-                bytes: total,
-                threads: outcome.threads,
-            });
-        };
-        if let Some(holes) = holes {
+        let progress = self.progress;
+        let ended = caught(|| {
+            let mut outcome = populate(&plan, threads, &stop, progress);
+            match outcome.error(&plan) {
+                None => Ok(Populated {
+                    bytes: total,
+                    threads: outcome.threads,
+                }),
+                Some(error) => Err(error),
+            }
+        });
+        if !matches!(ended, Ok(Ok(_)))
+            && let Some(holes) = holes
+        {
             give_back(&plan, threads, &holes);
         }
-        Err(error)
+        ended.unwrap_or_else(|panic| resume_unwind(panic))
     }
 }
 
@@ -141,21 +151,41 @@ impl Outcome {
     }
 }
 
+/// Code of the user's runs while there are pages to be given back: the progress callback, and the
+/// logger. Their panic is resumed when they are.
+fn caught<R>(work: impl FnOnce() -> R) -> Result<R, Box<dyn Any + Send>> {
+    // Nothing that was half done is looked at afterwards, but what the kernel has.
+    catch_unwind(AssertUnwindSafe(work))
+}
+
 /// Gives back what was worked on, all threads together: reading it takes its time, too.
 fn give_back(plan: &Plan, threads: u32, holes: &Holes) {
     let taken: Vec<Queue> = plan.queues.iter().map(Queue::taken).collect();
+    let failed: Mutex<Option<(Chunk, io::Error)>> = Mutex::new(None);
     let engine = Engine {
         queues: &taken,
         stop: &Stop::default(),
         work: |chunk: &Chunk| {
             if let Err(error) = holes.give_back(&plan.parts, chunk) {
-                let range = plan.parts[chunk.part].in_guest(&chunk.range);
-                log::warn!("cannot give back what was populated of {range}: {error}");
+                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                failed.get_or_insert((chunk.clone(), error));
             }
             Ok(())
         },
     };
-    engine.run(threads, |_| {});
+    let ended = caught(|| {
+        engine.run(threads, |_| {});
+        // Only now: a logger may panic.
+        let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((chunk, error)) = failed.take() {
+            let range = plan.parts[chunk.part].in_guest(&chunk.range);
+            log::warn!("cannot give back what was populated of {range}: {error}");
+        }
+    });
+    if let Err(panic) = ended {
+        // The reason why all this is done is the one to be told, and dropping this one may panic.
+        std::mem::forget(panic);
+    }
 }
 
 fn default_threads(bytes: u64) -> u32 {
