@@ -155,6 +155,8 @@ fn a_handle_in_a_child_of_fork_is_harmless() {
         let memory = memory(RamOptions::new(), SIZE);
         let (handle, done, go) = standing_still(&memory, prefault());
         let mut slot = Some(handle);
+        // Dropped first: the handle waits for what waits for it.
+        let go = go;
         let child = |action: &mut dyn FnMut(PopulateHandle)| {
             assert_eq!(dies_of(|| action(slot.take().unwrap())), None);
         };
