@@ -14,7 +14,7 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
-use crate::backing::{ShmBacking, control_group_note, page_size_of};
+use crate::backing::{ShmBacking, memory_notes, page_size_of};
 use crate::error::{FileError, Result};
 use crate::layout::GuestRange;
 use crate::mapping::{HostAddr, Mapping, to_usize};
@@ -81,9 +81,7 @@ impl<B: NewBitmap> GuestRegionShm<B> {
         if options.access() == Access::ReadOnly {
             return Err(FileError::ReadOnlyRam.into());
         }
-        if let Some(note) = control_group_note(size) {
-            log_notes("RAM", &[note]);
-        }
+        log_notes("RAM", &memory_notes(&[(options, size)]));
         let backing = ShmBacking::create_provisional(options, size)?;
         let region = Self::place(&backing, backing.start(), range)?;
         populate_new([(region.ram().clone(), options)])?;

@@ -8,12 +8,12 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::{
-    BLOCK, BackingKind, FileIdentity, Inner, ShmBacking, base_page_size, capacity, check_pool,
-    file, hugetlb, memfd, notes, posix_shm, seals,
+    BLOCK, BackingKind, FileIdentity, Inner, ShmBacking, base_page_size, capacity, check_groups,
+    check_pool, file, hugetlb, memfd, notes, posix_shm, seals,
 };
 use crate::error::{Error, NumaError, OptionsError, Result};
 use crate::host::nodes;
-use crate::options::{Backing, NumaPolicy, PageSize, Populate, RamOptions};
+use crate::options::{Backing, NumaPolicy, OnShortage, PageSize, Populate, RamOptions};
 use crate::report::log_notes;
 
 impl ShmBacking {
@@ -24,6 +24,9 @@ impl ShmBacking {
         let huge_pages = huge_pages(options, len, page_size)?;
         if huge_pages > 0 {
             check_pool(huge_pages, page_size)?;
+            if options.on_shortage() == OnShortage::Refuse {
+                check_groups(huge_pages, page_size)?;
+            }
         }
         if let Backing::File(path) = options.backing() {
             let backing = Self::from_file(file::open(options, path, len)?, options, len);

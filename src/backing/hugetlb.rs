@@ -9,6 +9,8 @@ use nix::sys::memfd::MFdFlags;
 
 use super::descriptor_limit;
 use crate::error::{Error, Result};
+use crate::host::meminfo;
+use crate::host::memory::{Demand, Kind, MemoryLimits};
 
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 
@@ -46,6 +48,21 @@ pub(crate) fn check_pool(needed: u64, page_size: u64) -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// Checks that the control groups of this process leave `needed` pages of `page_size` bytes, and
+/// their promise.
+pub(crate) fn check_groups(needed: u64, page_size: u64) -> Result<()> {
+    let kind = Kind::Huge {
+        page_size,
+        reserving: true,
+    };
+    let demand = Demand::of(kind, needed.saturating_mul(page_size));
+    let limits = MemoryLimits::of_this_process().map_err(unreadable)?;
+    match demand.shortage(&limits.bounds(&demand, 0)) {
+        Some(shortage) => Err(Error::HugePagesLimited { shortage }),
+        None => Ok(()),
+    }
 }
 
 /// The state of a pool, in pages.
@@ -118,12 +135,7 @@ fn unreadable(source: io::Error) -> Error {
 }
 
 fn default_size() -> Option<u64> {
-    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("Hugepagesize:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
+    meminfo::value(&fs::read_to_string("/proc/meminfo").ok()?, "Hugepagesize")
 }
 
 #[cfg(test)]

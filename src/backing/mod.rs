@@ -38,13 +38,13 @@ mod seals;
 
 pub(crate) use crate::layout::base_page_size;
 pub use adopt::{AdoptPolicy, SealPolicy};
-pub(crate) use capacity::{check_descriptors, check_posix_shm, control_group_note};
+pub(crate) use capacity::{check_descriptors, check_posix_shm, memory_notes};
 pub(crate) use create::{check_creation, huge_pages, page_size_of, start_of};
 use create::{check_file_size_limit, descriptor_error, descriptor_limit, kind_name};
 pub(crate) use extents::Allocation;
 use file_end::FileEnd;
 pub(crate) use gate::{Closed, DiscardGate, Passage};
-pub(crate) use hugetlb::check_pool;
+pub(crate) use hugetlb::{check_groups, check_pool};
 pub use kind::{BackingKind, FileIdentity};
 pub use seals::Seals;
 

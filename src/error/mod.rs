@@ -8,6 +8,7 @@ use std::time::Duration;
 use vm_memory::GuestAddress;
 
 use crate::layout::GuestRange;
+use crate::shortage::MemoryShortage;
 use crate::units::HumanSize;
 
 mod address_space;
@@ -203,6 +204,13 @@ pub enum Error {
         reserved: u64,
         /// The page size in bytes.
         page_size: u64,
+    },
+
+    /// A control group of this process does not leave the huge pages that the RAM needs.
+    #[error("cannot have huge pages: {shortage}")]
+    HugePagesLimited {
+        /// What is short.
+        shortage: MemoryShortage,
     },
 
     /// The state of the pools of huge pages cannot be read.

@@ -5,6 +5,7 @@ use std::io;
 use vm_memory::GuestAddress;
 
 use crate::layout::GuestRange;
+use crate::shortage::MemoryShortage;
 use crate::units::HumanSize;
 
 /// Why RAM could not be populated.
@@ -72,36 +73,15 @@ pub enum PopulateError {
         page_size: u64,
     },
 
-    /// The control group of this process may not have so much memory.
-    #[error(
-        "cannot populate {range}: {} more are needed, and the control group {group} has {} of its \
-         memory.max left: raise it",
-        HumanSize(*.needed), HumanSize(*.left)
-    )]
-    ControlGroup {
-        /// The part of the RAM.
+    /// There is not enough memory: a control group, the machine or its NUMA nodes do not leave
+    /// enough. Either nothing was populated, or others took memory meanwhile. To try anyway there
+    /// is [`OnShortage::TryAnyway`](crate::OnShortage::TryAnyway).
+    #[error("cannot populate {range}: {shortage}")]
+    NotEnoughMemory {
+        /// The part of the RAM at which the memory would end, or that was being worked on.
         range: GuestRange,
-        /// What was still missing, in bytes.
-        needed: u64,
-        /// The name of the control group.
-        group: Box<str>,
-        /// What the group had left of its limit, in bytes.
-        left: u64,
-    },
-
-    /// The system has no memory left.
-    #[error(
-        "cannot populate {range}: {} more are needed, and the system has {} available: give the \
-         guest less RAM, or free memory",
-        HumanSize(*.needed), HumanSize(*.available)
-    )]
-    OutOfMemory {
-        /// The part of the RAM.
-        range: GuestRange,
-        /// What was still missing, in bytes.
-        needed: u64,
-        /// `MemAvailable` of proc_meminfo(5), in bytes.
-        available: u64,
+        /// What is short.
+        shortage: MemoryShortage,
     },
 
     /// Somebody truncated the backing, which was not sealed.
@@ -160,6 +140,7 @@ pub enum PopulateError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shortage::MemoryLimit;
 
     #[test]
     fn texts_name_the_cause_the_range_and_the_way_out() {
@@ -194,23 +175,17 @@ mod tests {
                  /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472, or leave out hugetlb=on (PageSize::Base)",
             ),
             (
-                PopulateError::ControlGroup {
+                PopulateError::NotEnoughMemory {
                     range,
-                    needed: 1 << 30,
-                    group: "/vm".into(),
-                    left: 1 << 20,
+                    shortage: MemoryShortage {
+                        needed: 1 << 30,
+                        left: 1 << 20,
+                        limit: MemoryLimit::Machine,
+                    },
                 },
-                "1 GiB more are needed, and the control group /vm has 1 MiB of its memory.max \
-                 left: raise it",
-            ),
-            (
-                PopulateError::OutOfMemory {
-                    range,
-                    needed: 1 << 30,
-                    available: 1 << 20,
-                },
-                "1 GiB more are needed, and the system has 1 MiB available: give the guest less \
-                 RAM, or free memory",
+                "1 GiB more are needed, and this machine's memory and swap (/proc/meminfo) leaves \
+                 1 MiB: free memory or add swap, or ask for less RAM, or try anyway and risk \
+                 SIGKILL (OnShortage::TryAnyway, on-shortage=try-anyway)",
             ),
             (
                 PopulateError::Truncated {

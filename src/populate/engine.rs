@@ -13,6 +13,7 @@ use nix::sys::signal::SigSet;
 use super::CancelToken;
 use super::node::Affinity;
 use super::plan::{Chunk, Queue};
+use crate::shortage::MemoryShortage;
 
 /// Threads need little but their few calls; the default of 2 MiB is address space for nothing.
 const STACK: usize = 256 << 10;
@@ -25,8 +26,16 @@ const AHEAD: usize = 2;
 #[derive(Debug)]
 pub(super) struct Failure {
     pub(super) chunk: Chunk,
-    pub(super) doing: &'static str,
-    pub(super) source: io::Error,
+    pub(super) why: Why,
+}
+
+/// What went wrong with it.
+#[derive(Debug)]
+pub(super) enum Why {
+    /// The system refused to do this.
+    Refused(&'static str, io::Error),
+    /// Others took the memory.
+    Short(MemoryShortage),
 }
 
 /// Tells all threads to stop after the chunk that they work on.
@@ -66,11 +75,12 @@ impl Drop for StopOnDrop<'_> {
 pub(super) struct Engine<'a, W> {
     pub(super) queues: &'a [Queue],
     pub(super) stop: &'a Stop,
-    /// What is to be done with a chunk.
+    /// What is to be done with a chunk: it gives how many bytes are done, of which some may be left
+    /// when all is to stop.
     pub(super) work: W,
 }
 
-impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
+impl<W: Fn(&Chunk) -> Result<u64, Failure> + Sync> Engine<'_, W> {
     /// Works through the queues with at most `threads` threads, and calls `done` in this one with
     /// the result of each chunk. Gives the number of threads.
     ///
@@ -150,7 +160,7 @@ impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
                 if result.is_err() {
                     self.stop.set();
                 }
-                done(result.map(|()| chunk.range.end - chunk.range.start));
+                done(result);
             }
         }
         // Not before the work is done: a logger may panic.
@@ -234,7 +244,7 @@ mod tests {
                 work: |chunk: &Chunk| {
                     let new = seen.lock().unwrap().insert((chunk.part, chunk.range.start));
                     assert!(new, "{chunk:?} was done twice");
-                    Ok(())
+                    Ok(10)
                 },
             };
             let mut bytes = 0;
@@ -254,7 +264,7 @@ mod tests {
             stop: &Stop::default(),
             work: |_: &Chunk| {
                 meeting.wait();
-                Ok(())
+                Ok(10)
             },
         };
         let mut done = 0;
@@ -271,10 +281,9 @@ mod tests {
             work: |chunk: &Chunk| match chunk.range.start {
                 50 => Err(Failure {
                     chunk: chunk.clone(),
-                    doing: "test",
-                    source: io::ErrorKind::Other.into(),
+                    why: Why::Refused("test", io::ErrorKind::Other.into()),
                 }),
-                _ => Ok(()),
+                _ => Ok(10),
             },
         };
         let mut results = Vec::new();
@@ -290,7 +299,7 @@ mod tests {
         let engine = Engine {
             queues: &queues,
             stop: &stop,
-            work: |_: &Chunk| Ok(()),
+            work: |_: &Chunk| Ok(10),
         };
         let run = std::panic::AssertUnwindSafe(|| engine.run(2, |_| panic!("on purpose")));
         assert!(std::panic::catch_unwind(run).is_err());

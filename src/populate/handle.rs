@@ -45,6 +45,8 @@ impl PopulateHandle {
         let done = Arc::new(AtomicU64::new(0));
         let total = job.total();
         let cancel = job.policy.cancel.clone();
+        // Here, and not in the background: whoever asks for too much is to be told at once.
+        let looking = job.look()?;
         let counter = done.clone();
         let mut listener = job.progress.take();
         job.progress = Some(Box::new(move |progress| {
@@ -57,7 +59,7 @@ impl PopulateHandle {
         let body = move || {
             // As in the threads that do the work, which inherit it.
             let _ = SigSet::all().thread_block();
-            job.run()
+            job.run(&looking)
         };
         let builder = Builder::new().name("populate".to_owned());
         let thread = builder.spawn(body);

@@ -10,6 +10,7 @@ use std::thread::available_parallelism;
 use super::engine::{Engine, Failure, Stop};
 use super::holes::Holes;
 use super::plan::{Chunk, Part, Plan, Queue};
+use super::work::Looking;
 use super::{
     CancelToken, OnFailure, PopulateOptions, PopulateProgress, Populated, ProgressFn, cause,
 };
@@ -54,7 +55,12 @@ impl<'a> Job<'a> {
         self.parts.iter().map(Part::len).sum()
     }
 
-    pub(super) fn run(self) -> Result<Populated, PopulateError> {
+    /// Looks whether there is memory for all of it.
+    pub(super) fn look(&self) -> Result<Looking, PopulateError> {
+        Looking::begin(&self.parts)
+    }
+
+    pub(super) fn run(self, looking: &Looking) -> Result<Populated, PopulateError> {
         let total = self.total();
         let asked = self.policy.threads.map(NonZeroU32::get);
         let threads = asked.unwrap_or_else(|| default_threads(total));
@@ -71,8 +77,8 @@ impl<'a> Job<'a> {
         let stop = Stop::new(self.policy.cancel);
         let progress = self.progress;
         let ended = caught(|| {
-            let mut outcome = populate(&plan, threads, &stop, progress);
-            match outcome.error(&plan) {
+            let mut outcome = populate(&plan, looking, threads, &stop, progress);
+            match outcome.error(&plan, looking) {
                 None => Ok(Populated {
                     bytes: total,
                     threads: outcome.threads,
@@ -99,6 +105,7 @@ struct Outcome {
 
 fn populate(
     plan: &Plan,
+    looking: &Looking,
     threads: u32,
     stop: &Stop,
     mut progress: Option<ProgressFn<'_>>,
@@ -106,11 +113,13 @@ fn populate(
     let engine = Engine {
         queues: &plan.queues,
         stop,
-        work: |chunk: &Chunk| plan.populate(chunk),
+        work: |chunk: &Chunk| plan.populate(chunk, looking, stop),
     };
     let mut done = 0;
     let mut failure = None;
     let threads = engine.run(threads, |result| match result {
+        // Stopped before its first piece.
+        Ok(0) => {}
         Ok(bytes) => {
             done += bytes;
             let total = plan.total;
@@ -137,10 +146,10 @@ fn populate(
 
 impl Outcome {
     /// Why not all is done, if it is not. The first failure counts: the others follow from it.
-    fn error(&mut self, plan: &Plan) -> Option<PopulateError> {
+    fn error(&mut self, plan: &Plan, looking: &Looking) -> Option<PopulateError> {
         let (done, total) = (self.done, plan.total);
         if let Some(failure) = self.failure.take() {
-            return Some(cause::find(plan, failure, total - done));
+            return Some(cause::find(plan, looking, failure, total - done));
         }
         if done < total {
             return Some(PopulateError::Cancelled { done, total });
@@ -170,7 +179,7 @@ fn give_back(plan: &Plan, threads: u32, holes: &Holes) {
                 let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
                 failed.get_or_insert((chunk.clone(), error));
             }
-            Ok(())
+            Ok(0)
         },
     };
     let ended = caught(|| {
