@@ -15,6 +15,7 @@ mod bad_huge_pages;
 mod bad_input;
 mod bad_system;
 mod blk_daemon;
+mod control_group;
 mod discard;
 mod discard_accumulator;
 mod discard_huge;

@@ -143,3 +143,13 @@ pub(crate) fn raise_descriptor_limit() -> u64 {
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
     hard
 }
+
+/// Whether tests may change the settings of this host: pools of huge pages, switches, control
+/// groups. Prints why a test is skipped if not.
+pub(crate) fn host_changes() -> bool {
+    let allowed = std::env::var_os("HOST_CHANGES").is_some_and(|value| value == "1");
+    if !allowed {
+        skip("it changes settings of this host, which it may only with HOST_CHANGES=1");
+    }
+    allowed
+}
