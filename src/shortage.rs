@@ -16,7 +16,7 @@ use crate::units::HumanSize;
 /// // More than any machine has.
 /// let options = RamOptions::new().with_populate(Populate::Prefault);
 /// let refused = GuestMemoryShm::<()>::builder()
-///     .with_ram(options, [(GuestAddress(0), 1 << 45)])
+///     .with_ram(options, [(GuestAddress(0), 1 << 46)])
 ///     .build();
 /// match refused {
 ///     Err(Error::Populate(PopulateError::NotEnoughMemory { shortage, .. })) => {

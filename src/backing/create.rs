@@ -195,14 +195,9 @@ pub(super) fn descriptor_error(
     size: u64,
     errno: Errno,
 ) -> Error {
-    let source = io::Error::from(errno);
-    match descriptor_limit(&source) {
-        Some(limit) => Error::NoDescriptors {
-            doing: kind_name(backing),
-            limit,
-            source,
-        },
-        None => Error::CreateBacking {
+    match no_descriptors(kind_name(backing), errno.into()) {
+        Ok(error) => error,
+        Err(source) => Error::CreateBacking {
             doing,
             kind: kind_name(backing),
             size,
@@ -211,12 +206,18 @@ pub(super) fn descriptor_error(
     }
 }
 
-/// The soft limit on descriptors, if `error` says that there are no more.
-pub(super) fn descriptor_limit(error: &io::Error) -> Option<u64> {
-    match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::EMFILE | Errno::ENFILE) => {
-            Some(getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft))
-        }
-        _ => None,
+/// The error that says that there are no more descriptors for this, if `source` does; else `source`.
+pub(super) fn no_descriptors(
+    doing: &'static str,
+    source: io::Error,
+) -> std::result::Result<Error, io::Error> {
+    match source.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EMFILE) => Ok(Error::NoDescriptors {
+            doing,
+            limit: getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft),
+            source,
+        }),
+        Some(Errno::ENFILE) => Ok(Error::NoSystemDescriptors { doing, source }),
+        _ => Err(source),
     }
 }

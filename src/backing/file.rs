@@ -17,7 +17,7 @@ use super::capacity::{self, Capacity};
 use super::file_end::{FileEnd, Undo, punch};
 use super::file_open::{Created, open_or_create};
 use super::file_system::FileSystem;
-use super::{BLOCK, BackingKind, Seals, check_file_size_limit, descriptor_limit, seals};
+use super::{BLOCK, BackingKind, Seals, check_file_size_limit, no_descriptors, seals};
 use crate::error::{Error, FileError, Result};
 use crate::host::memory::Kind;
 use crate::options::{Access, DiscardData, NodeSet, RamOptions};
@@ -305,13 +305,9 @@ fn parent(path: &Path) -> &Path {
 }
 
 pub(super) fn open_error(path: &Path, source: io::Error) -> Error {
-    match descriptor_limit(&source) {
-        Some(limit) => Error::NoDescriptors {
-            doing: "file",
-            limit,
-            source,
-        },
-        None => FileError::Open {
+    match no_descriptors("file", source) {
+        Ok(error) => error,
+        Err(source) => FileError::Open {
             path: path.to_owned(),
             source,
         }

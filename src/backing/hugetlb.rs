@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::memfd::MFdFlags;
 
-use super::descriptor_limit;
+use super::no_descriptors;
 use crate::error::{Error, Result};
 use crate::host::meminfo;
 use crate::host::memory::{Demand, Kind, MemoryLimits};
@@ -60,7 +60,9 @@ pub(crate) fn check_groups(needed: u64, page_size: u64) -> Result<()> {
     let demand = Demand::of(kind, needed.saturating_mul(page_size));
     let limits = MemoryLimits::of_this_process().map_err(unreadable)?;
     match demand.shortage(&limits.bounds(&demand, 0)) {
-        Some(shortage) => Err(Error::HugePagesLimited { shortage }),
+        Some(shortage) => Err(Error::HugePagesLimited {
+            shortage: Box::new(shortage),
+        }),
         None => Ok(()),
     }
 }
@@ -124,14 +126,8 @@ fn offered_sizes() -> Result<Vec<u64>> {
 
 /// What is there cannot be known: no more descriptors, or a masked /sys.
 fn unreadable(source: io::Error) -> Error {
-    match descriptor_limit(&source) {
-        Some(limit) => Error::NoDescriptors {
-            doing: "reading the pools of huge pages",
-            limit,
-            source,
-        },
-        None => Error::HugePoolUnreadable { source },
-    }
+    no_descriptors("reading the pools of huge pages", source)
+        .unwrap_or_else(|source| Error::HugePoolUnreadable { source })
 }
 
 fn default_size() -> Option<u64> {

@@ -7,6 +7,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
@@ -40,7 +41,7 @@ pub(crate) use crate::layout::base_page_size;
 pub use adopt::{AdoptPolicy, SealPolicy};
 pub(crate) use capacity::{check_descriptors, check_posix_shm, memory_notes};
 pub(crate) use create::{check_creation, huge_pages, page_size_of, start_of};
-use create::{check_file_size_limit, descriptor_error, descriptor_limit, kind_name};
+use create::{check_file_size_limit, descriptor_error, kind_name, no_descriptors};
 pub(crate) use extents::Allocation;
 use file_end::FileEnd;
 pub(crate) use gate::{Closed, DiscardGate, Passage};
@@ -112,10 +113,10 @@ impl ShmBacking {
     /// # Errors
     ///
     /// Those of [`RamOptions::check`]; [`OptionsError::SizeMismatch`], [`Error::BackingTooLong`] and
-    /// [`Error::UnalignedSize`] for a bad `len`;
-    /// [`Error::HugePosixShm`], [`Error::NoSuchHugePageSize`] and [`Error::HugePoolShort`] for huge
-    /// pages that cannot be had; [`Error::FileSizeLimit`], [`Error::NoDescriptors`],
-    /// [`Error::ShmTooSmall`], [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits
+    /// [`Error::UnalignedSize`] for a bad `len`; [`Error::HugePosixShm`],
+    /// [`Error::NoSuchHugePageSize`], [`Error::HugePoolShort`] and [`Error::HugePagesLimited`] for
+    /// huge pages that cannot be had; [`Error::FileSizeLimit`], [`Error::NoDescriptors`],
+    /// [`Error::NoSystemDescriptors`], [`Error::ShmTooSmall`], [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits
     /// of the system; [`Error::File`] for a file that cannot be used; [`Error::CreateBacking`] if a
     /// system call fails for another reason. Nothing is left behind: a file that was created is
     /// removed, one that was empty is empty again.
@@ -288,6 +289,11 @@ impl ShmBacking {
         let metadata = self.inner.file.metadata();
         let metadata = metadata.map_err(|source| self.fstat_error(source))?;
         Ok(metadata.blocks() * BLOCK)
+    }
+
+    /// Makes a hole of a part of it, for every process that maps it (fallocate(2)).
+    pub(crate) fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        file_end::punch(self.file(), range)
     }
 
     /// The gate that discards on it go through, the same for all clones.

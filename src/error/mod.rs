@@ -210,7 +210,7 @@ pub enum Error {
     #[error("cannot have huge pages: {shortage}")]
     HugePagesLimited {
         /// What is short.
-        shortage: MemoryShortage,
+        shortage: Box<MemoryShortage>,
     },
 
     /// The state of the pools of huge pages cannot be read.
@@ -245,7 +245,19 @@ pub enum Error {
         doing: &'static str,
         /// The soft limit on descriptors of this process.
         limit: u64,
-        /// The system's answer: `EMFILE`, or `ENFILE` for the limit of the whole system.
+        /// The system's answer, `EMFILE`.
+        source: io::Error,
+    },
+
+    /// The whole system has as many files open as it may: a limit of the process is of no concern.
+    #[error(
+        "no file can be opened for {doing}: the whole system has as many open as it may, raise the \
+         limit (sysctl fs.file-max), or close some"
+    )]
+    NoSystemDescriptors {
+        /// What needed one.
+        doing: &'static str,
+        /// The system's answer, `ENFILE`.
         source: io::Error,
     },
 

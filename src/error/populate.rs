@@ -4,6 +4,7 @@ use std::io;
 
 use vm_memory::GuestAddress;
 
+use super::text::more_descriptors;
 use crate::layout::GuestRange;
 use crate::shortage::MemoryShortage;
 use crate::units::HumanSize;
@@ -81,7 +82,19 @@ pub enum PopulateError {
         /// The part of the RAM at which the memory would end, or that was being worked on.
         range: GuestRange,
         /// What is short.
-        shortage: MemoryShortage,
+        shortage: Box<MemoryShortage>,
+    },
+
+    /// What limits memory cannot be looked at without a file descriptor, and populating without
+    /// looking may end in SIGKILL.
+    #[error(
+        "cannot see whether there is memory to populate: {}, or try anyway \
+         (OnShortage::TryAnyway, on-shortage=try-anyway)",
+        more_descriptors(.source)
+    )]
+    CannotLook {
+        /// The system's answer, `EMFILE` or `ENFILE`.
+        source: io::Error,
     },
 
     /// Somebody truncated the backing, which was not sealed.
@@ -177,11 +190,11 @@ mod tests {
             (
                 PopulateError::NotEnoughMemory {
                     range,
-                    shortage: MemoryShortage {
+                    shortage: Box::new(MemoryShortage {
                         needed: 1 << 30,
                         left: 1 << 20,
                         limit: MemoryLimit::Machine,
-                    },
+                    }),
                 },
                 "1 GiB more are needed, and this machine's memory and swap (/proc/meminfo) leaves \
                  1 MiB: free memory or add swap, or ask for less RAM, or try anyway and risk \

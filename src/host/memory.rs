@@ -193,7 +193,7 @@ impl MemoryLimits {
         // Memory is charged to the group of the process, huge pages to that of the thread.
         let process = read("/proc/self/cgroup")?;
         let thread = read("/proc/thread-self/cgroup")?;
-        let mounts = mounts::all();
+        let mounts = mounts::parse(&read(mounts::MOUNTINFO)?);
         let proc = Path::new("/proc");
         Self::new(&process, &thread, &mounts, proc, Path::new(nodes::DIR))
     }

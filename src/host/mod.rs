@@ -1,8 +1,9 @@
-//! What this machine offers and forbids: NUMA nodes, transparent huge pages, limits.
+//! What this machine offers and forbids: memory, NUMA nodes, transparent huge pages, calls, limits.
 //!
 //! Read from procfs and sysfs when it is asked for, because an administrator may change it. Where
 //! they are not mounted, nothing is claimed.
 
+pub(crate) mod calls;
 mod control_group;
 mod kept;
 pub(crate) mod limits;

@@ -26,7 +26,7 @@ pub(super) fn find(plan: &Plan, looking: &Looking, failure: Failure, needed: u64
         Why::Short(piece) => {
             // Of all that is still missing, unless others have given something back by now.
             let all = looking.shortage(&plan.parts);
-            let shortage = all.map_or(piece, |(_, shortage)| shortage);
+            let shortage = all.map_or(piece, |(_, shortage)| shortage).into();
             return PopulateError::NotEnoughMemory { range, shortage };
         }
     };
@@ -99,5 +99,6 @@ fn not_enough(part: &Part, range: GuestRange, needed: u64, len: u64) -> Option<P
     let limits = MemoryLimits::of_this_process().ok()?;
     let mut shortage = demand.shortage(&limits.bounds(&demand, 0))?;
     shortage.needed = needed.max(shortage.needed);
+    let shortage = shortage.into();
     Some(PopulateError::NotEnoughMemory { range, shortage })
 }

@@ -55,7 +55,7 @@ impl Holes {
             zeros(backing.file(), range, backing.page_size(), |zeros| {
                 let start = zeros.start - part.ram.offset;
                 let end = zeros.end - part.ram.offset;
-                part.ram.mapping.remove(start..end)
+                part.ram.remove(start..end)
             })?;
         }
         Ok(())

@@ -12,13 +12,13 @@ use super::need;
 use super::plan::{Chunk, GRAIN, Part, Plan};
 use super::watch::{Watch, Wish};
 use crate::error::{Error, PopulateError};
+use crate::host::calls::{is_refused, retried};
 use crate::host::memory::{Kind, MemoryLimits};
 use crate::options::Populate;
 use crate::shortage::MemoryShortage;
 
 const ALLOCATE: &str = "allocate pages";
 const MAP: &str = "map pages";
-const LOOK: &str = "show how much memory there is (it takes some file descriptors)";
 
 /// What looks whether there is memory.
 pub(super) struct Looking {
@@ -33,20 +33,15 @@ impl Looking {
     ///
     /// # Errors
     ///
-    /// [`PopulateError::NotEnoughMemory`] if there is not enough for all of them.
+    /// [`PopulateError::NotEnoughMemory`] if there is not enough for all of them;
+    /// [`PopulateError::CannotLook`].
     pub(super) fn begin(parts: &[Part]) -> Result<Self, PopulateError> {
         let kinds = need::kinds(parts);
-        let Some(first) = parts.first() else {
-            return Ok(Self::without(kinds));
-        };
         if kinds.iter().all(Option::is_none) {
             return Ok(Self::without(kinds));
         }
-        let limits = MemoryLimits::of_this_process().map_err(|source| PopulateError::System {
-            range: first.in_guest(&first.range),
-            doing: LOOK,
-            source,
-        })?;
+        let limits = MemoryLimits::of_this_process();
+        let limits = limits.map_err(|source| PopulateError::CannotLook { source })?;
         let limits = Arc::new(limits);
         let looked_at = limits.clone();
         let this = Self {
@@ -58,7 +53,7 @@ impl Looking {
             None => Ok(this),
             Some((at, shortage)) => Err(PopulateError::NotEnoughMemory {
                 range: parts[at].in_guest(&parts[at].range),
-                shortage,
+                shortage: Box::new(shortage),
             }),
         }
     }
@@ -160,7 +155,7 @@ impl Plan {
 }
 
 impl Part {
-    /// Allocates without mapping; `false` if the file system cannot do that.
+    /// Allocates without mapping; `false` if the file system cannot do that, or a filter forbids it.
     fn allocate(&self, range: &Range<u64>) -> io::Result<bool> {
         // Never makes a file longer that somebody truncated: that would hide it.
         if let Err(Error::BackingTruncated { .. }) = self.backing().check_not_truncated() {
@@ -169,14 +164,13 @@ impl Part {
         let at = self.in_backing(range);
         let file_offset = |offset| i64::try_from(offset).map_err(|_| Errno::EFBIG);
         let (start, len) = (file_offset(at.start)?, file_offset(at.end - at.start)?);
-        loop {
-            let flags = FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            match fallocate(self.backing(), flags, start, len) {
-                Ok(()) => return Ok(true),
-                Err(Errno::EINTR) => {}
-                Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => return Ok(false),
-                Err(errno) => return Err(errno.into()),
-            }
+        let flags = FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match retried(|| fallocate(self.backing(), flags, start, len)) {
+            Ok(()) => Ok(true),
+            // A signal undoes what it did: where they come faster than it is done, it never is.
+            Err(Errno::EOPNOTSUPP | Errno::EINTR) => Ok(false),
+            Err(errno) if is_refused(errno) => Ok(false),
+            Err(errno) => Err(errno.into()),
         }
     }
 

@@ -49,6 +49,7 @@ mod populate_undo;
 mod proc;
 mod receive;
 mod report;
+mod seccomp;
 mod share;
 mod stats;
 mod stats_extents;
