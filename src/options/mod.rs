@@ -158,7 +158,7 @@ impl RamOptions {
     }
 
     /// Sets how much of the RAM exists before it is first used (QEMU's `prealloc`); nothing unless
-    /// set.
+    /// set. What there is not enough memory for is [refused](Self::with_on_shortage).
     #[must_use]
     pub fn with_populate(mut self, populate: Populate) -> Self {
         self.populate = populate;

@@ -1,232 +1,19 @@
-//! Real control groups, and processes in them that ask for more memory than they may have.
-//!
-//! Each process is this binary once more, with one scenario, or an example. It is in the group from
-//! its first instruction on.
+//! What processes in a group do, and what must come of it there.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::{Command, Stdio};
 
 use guest_memory_shm::{
-    Error, GuestMemoryShm, MemoryLimit, OnFailure, OnShortage, Populate, PopulateError,
-    PopulateOptions, RamOptions,
+    Error, GuestMemoryShm, MemoryLimit, OnFailure, OnShortage, PageSize, Populate, PopulateError,
+    PopulateOptions, RamOptions, Reserve,
 };
-use nix::sys::signal::Signal;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::populate::{MIB, allocated, memory, threads};
-use crate::support::{Process, example, host_changes, skip};
-
-/// Names the scenario that a process is to play.
-const SCENARIO: &str = "GUEST_MEMORY_SHM_SCENARIO";
-const LIMIT: u64 = 64 * MIB;
-const TOO_MUCH: u64 = 256 * MIB;
-
-/// A control group with a limit on memory; it goes away with what is in it when it is dropped.
-struct Group {
-    dir: PathBuf,
-    limit_file: &'static str,
-}
-
-impl Group {
-    /// A group that may have so many bytes, or none after printing why.
-    fn with_limit(bytes: u64) -> Option<Self> {
-        static COUNTER: AtomicU32 = AtomicU32::new(0);
-        if !host_changes() {
-            return None;
-        }
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let one = mounts.lines().find(|line| {
-            line.split_once(" - cgroup ")
-                .is_some_and(|(_, options)| options.split([',', ' ']).any(|name| name == "memory"))
-        });
-        let two = mounts.lines().find(|line| {
-            let point = point(line);
-            let given = fs::read_to_string(point.join("cgroup.subtree_control"));
-            line.contains(" - cgroup2 ") && given.is_ok_and(|given| given.contains("memory"))
-        });
-        let (root, limit_file) = match (one, two) {
-            (Some(line), _) => (point(line), "memory.limit_in_bytes"),
-            (None, Some(line)) => (point(line), "memory.max"),
-            (None, None) => {
-                skip("no control groups that limit memory are mounted");
-                return None;
-            }
-        };
-        remove_those_of_the_dead(&root);
-        let count = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let dir = root.join(format!("gms-test-{}-{count}", std::process::id()));
-        if fs::create_dir(&dir).is_err() {
-            skip("this process may not make control groups");
-            return None;
-        }
-        let this = Self { dir, limit_file };
-        fs::write(this.dir.join(limit_file), bytes.to_string()).unwrap();
-        Some(this)
-    }
-
-    /// The program in the group. Its shell moves itself, and becomes the program.
-    fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new("sh");
-        let script = r#"echo $$ >"$0/cgroup.procs" && exec "$@""#;
-        command.arg("-c").arg(script).arg(&self.dir).arg(program);
-        // The allocator and the tests themselves take little memory then, and always the same.
-        command.env("RUST_BACKTRACE", "0");
-        command
-    }
-
-    /// A process of its own in the group that plays a scenario.
-    fn play(&self, scenario: &str) -> Output {
-        let mut command = self.command(&std::env::current_exe().unwrap());
-        as_scenario(&mut command, scenario).output().unwrap()
-    }
-
-    /// Asserts that a scenario comes to its end.
-    fn plays(&self, scenario: &str) {
-        let output = self.play(scenario);
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let (out, err) = (text(&output.stdout), text(&output.stderr));
-        assert!(
-            output.status.success() && out.contains("1 passed"),
-            "{scenario}: {}\n{out}\n{err}",
-            output.status
-        );
-    }
-
-    fn limit_path(&self) -> PathBuf {
-        self.dir.join(self.limit_file)
-    }
-}
-
-/// Where a line of mountinfo says that something is mounted.
-fn point(line: &str) -> PathBuf {
-    line.split(' ').nth(4).unwrap_or_default().into()
-}
-
-fn as_scenario<'a>(command: &'a mut Command, scenario: &str) -> &'a mut Command {
-    let test = ["--exact", "control_group::scenario", "--nocapture"];
-    command.args(test).arg("--test-threads=1");
-    command.env(SCENARIO, scenario)
-}
-
-/// Removes what tests left that were killed.
-fn remove_those_of_the_dead(root: &Path) {
-    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
-        let name = entry.file_name().into_string().unwrap_or_default();
-        let pid = name
-            .strip_prefix("gms-test-")
-            .and_then(|rest| rest.split('-').next());
-        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
-            // Not if something is in it.
-            let _ = fs::remove_dir(entry.path());
-        }
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // What a failed test left running, for as long as it takes to end.
-        for _ in 0..10_000 {
-            let pids = fs::read_to_string(self.dir.join("cgroup.procs")).unwrap_or_default();
-            for pid in pids.lines().filter_map(|pid| pid.parse().ok()) {
-                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
-            }
-            if pids.is_empty() && fs::remove_dir(&self.dir).is_ok() {
-                return;
-            }
-            std::thread::yield_now();
-        }
-        eprintln!("{} is left", self.dir.display());
-    }
-}
-
-#[test]
-fn more_than_the_group_may_have_is_refused_before_the_first_page() {
-    let Some(group) = Group::with_limit(LIMIT) else {
-        return;
-    };
-    for scenario in ["build", "build from a string", "later", "in the background"] {
-        group.plays(scenario);
-    }
-    // The controls: the group does bite, and what fits is had.
-    for scenario in ["try anyway", "build and try anyway", "touch"] {
-        let status = group.play(scenario).status;
-        assert_eq!(status.signal(), Some(Signal::SIGKILL as i32), "{scenario}");
-    }
-    group.plays("fit");
-}
-
-#[test]
-fn memdev_says_on_one_line_what_is_short_and_where() {
-    let memdev = example("memdev");
-    let Some(group) = Group::with_limit(LIMIT) else {
-        return;
-    };
-    for args in [
-        &["memory-backend-memfd,size=256M,prealloc=on"][..],
-        &["memory-backend-shm,size=256M,populate=allocate"],
-        &["--populate", "memory-backend-memfd,size=256M"],
-    ] {
-        let output = group.command(&memdev).args(args).output().unwrap();
-        let text = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{args:?}: {text}");
-        assert_eq!(text.lines().count(), 1, "{text}");
-        for part in [
-            "more are needed",
-            group.limit_path().to_str().unwrap(),
-            "raise it",
-        ] {
-            assert!(text.contains(part), "{part} is missing: {text}");
-        }
-    }
-    for args in [
-        &["memory-backend-memfd,size=256M,prealloc=on,on-shortage=try-anyway"][..],
-        &[
-            "--populate",
-            "memory-backend-memfd,size=256M,on-shortage=try-anyway",
-        ],
-    ] {
-        let output = group.command(&memdev).args(args).output().unwrap();
-        assert_eq!(
-            output.status.signal(),
-            Some(Signal::SIGKILL as i32),
-            "{args:?}"
-        );
-    }
-    let small = group
-        .command(&memdev)
-        .args(["--populate", "memory-backend-memfd,size=32M"])
-        .output();
-    assert!(small.unwrap().status.success());
-}
-
-#[test]
-fn what_is_there_already_and_what_can_be_dropped_do_not_count() {
-    let Some(group) = Group::with_limit(LIMIT) else {
-        return;
-    };
-    group.plays("there already");
-    group.plays("beside a file");
-}
-
-#[test]
-fn when_another_process_takes_the_rest_it_ends_in_time() {
-    let Some(group) = Group::with_limit(TOO_MUCH) else {
-        return;
-    };
-    group.plays("another takes the rest");
-}
-
-#[test]
-fn lazy_ram_larger_than_the_group_is_noted() {
-    let Some(group) = Group::with_limit(LIMIT) else {
-        return;
-    };
-    group.plays("lazy");
-}
+use super::group::{SCENARIO, as_scenario};
+use super::{LIMIT, TOO_MUCH};
+use crate::populate::{HUGE, MIB, allocated, memory, threads};
+use crate::support::Process;
 
 /// What a process in a group plays; nothing without one.
 #[test]
@@ -257,6 +44,7 @@ fn scenario() {
         "another takes the rest" => another_takes_the_rest(),
         "the other" => the_other(),
         "lazy" => lazy(),
+        "huge pages" => huge_pages(),
         other => panic!("{other}"),
     }
 }
@@ -443,6 +231,62 @@ fn the_other() {
     // Until it is killed.
     let _ = std::io::stdin().read_line(&mut String::new());
     assert!(taken.iter().all(|byte| *byte == 1));
+}
+
+/// In a group that may have four of them.
+fn huge_pages() {
+    let options = RamOptions::new().with_page_size(PageSize::Huge(Some(HUGE)));
+    let build = |options: &RamOptions, pages: u64| {
+        GuestMemoryShm::<()>::builder()
+            .with_ram(options.clone(), [(GuestAddress(0), pages * HUGE)])
+            .build()
+    };
+    // Promised pages can be had for sure, so they are refused at once; also when the kernel is
+    // asked.
+    let anyway = options.clone().with_on_shortage(OnShortage::TryAnyway);
+    let refused = build(&options, 5).unwrap_err();
+    match &refused {
+        Error::HugePagesLimited { shortage } => {
+            assert_eq!((shortage.needed, shortage.left), (5 * HUGE, 4 * HUGE));
+            let name = shortage.limit.path().file_name().unwrap();
+            assert!(
+                name.to_str().unwrap().starts_with("hugetlb.2MB."),
+                "{refused}"
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+    let populating = anyway.with_populate(Populate::Prefault);
+    match build(&populating, 5) {
+        Err(Error::HugePagesLimited { .. }) => {}
+        Err(Error::Populate(PopulateError::NotEnoughMemory { .. })) => {}
+        other => panic!("{other:?}"),
+    }
+    // What is not promised is refused before the first page.
+    let unreserved = options.clone().with_reserve(Reserve::Off);
+    let memory = build(&unreserved, 5).unwrap();
+    for mode in MODES {
+        match memory.populate(PopulateOptions::new(mode)) {
+            Err(Error::Populate(PopulateError::NotEnoughMemory { shortage, .. })) => {
+                assert_eq!((shortage.needed, shortage.left), (5 * HUGE, 4 * HUGE));
+            }
+            other => panic!("{mode:?}: {other:?}"),
+        }
+        // The kernel's own answer is an error, not a signal, and has its cause named.
+        let anyway = PopulateOptions::new(mode).with_on_shortage(OnShortage::TryAnyway);
+        match memory.populate(anyway) {
+            Err(Error::Populate(PopulateError::NotEnoughMemory { .. })) => {}
+            other => panic!("{mode:?}: {other:?}"),
+        }
+        assert_eq!(allocated(&memory), 0, "{mode:?}");
+    }
+    // What fits is had.
+    drop(memory);
+    for options in [options, unreserved] {
+        let memory = build(&options, 4).unwrap();
+        let populate = PopulateOptions::new(Populate::Prefault);
+        assert_eq!(memory.populate(populate).unwrap().bytes, 4 * HUGE);
+    }
 }
 
 fn lazy() {
