@@ -140,6 +140,7 @@ mod units;
 
 mod options;
 mod report;
+mod shortage;
 
 mod host;
 
@@ -192,8 +193,8 @@ pub use kvm::{
 pub use layout::{GuestRange, ram_around_hole};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{
-    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, PageSize, Populate,
-    RamOptions, Reserve, Sealing,
+    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
+    Populate, RamOptions, Reserve, Sealing,
 };
 pub use populate::{
     CancelToken, OnFailure, PopulateHandle, PopulateOptions, PopulateProgress, Populated,
@@ -205,6 +206,7 @@ pub use rom::GuestRom;
 pub use share::{
     DaemonLog, HangUp, KernelVhost, MemTableSink, ShareReport, SinkError, TimeLimit, VhostUserShare,
 };
+pub use shortage::{MemoryLimit, MemoryShortage};
 pub use stats::{Extents, MemoryStats, NodeStats, RegionStats};
 #[cfg(feature = "vhost-user")]
 pub use table::{MemoryTable, TableChange, TableRegion, TableView, UserAddresses};

@@ -1,8 +1,11 @@
 //! The RAM of a region: a mapping, the backing behind it, and where it lies in both.
 
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::backing::ShmBacking;
+use crate::host::calls::was_refused;
 use crate::layout::GuestRange;
 use crate::mapping::Mapping;
 
@@ -15,4 +18,19 @@ pub(crate) struct Ram {
     pub(crate) backing: ShmBacking,
     /// Where it starts in the backing, in bytes.
     pub(crate) offset: u64,
+}
+
+impl Ram {
+    /// Frees the pages at these byte offsets in the region, for every process that maps them. The
+    /// offsets must be multiples of the page size.
+    pub(crate) fn remove(&self, range: Range<u64>) -> io::Result<()> {
+        match self.mapping.remove(range.clone()) {
+            // Forbidden by a filter. The descriptor does the same, but tells no userfaultfd.
+            Err(error) if was_refused(&error) => {
+                let range = self.offset + range.start..self.offset + range.end;
+                self.backing.punch(range).map_err(|_| error)
+            }
+            answer => answer,
+        }
+    }
 }

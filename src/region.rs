@@ -14,7 +14,7 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
-use crate::backing::{ShmBacking, control_group_note, page_size_of};
+use crate::backing::{ShmBacking, memory_notes, page_size_of};
 use crate::error::{FileError, Result};
 use crate::layout::GuestRange;
 use crate::mapping::{HostAddr, Mapping, to_usize};
@@ -88,7 +88,8 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     /// [`Error::OutsideBacking`](crate::Error::OutsideBacking) for a part that the backing does not
     /// have; [`Error::BackingTruncated`](crate::Error::BackingTruncated) for one that it has no
     /// more; [`FileError::ReadOnlyRam`] for a file that is opened for reading only;
-    /// [`Error::HugePoolShort`](crate::Error::HugePoolShort) and
+    /// [`Error::HugePoolShort`](crate::Error::HugePoolShort),
+    /// [`Error::HugePagesLimited`](crate::Error::HugePagesLimited) and
     /// [`Error::Map`](crate::Error::Map) if it cannot be mapped.
     pub fn from_backing(
         backing: &ShmBacking,
@@ -148,9 +149,7 @@ impl<B> GuestRegionShm<B> {
             return Err(FileError::ReadOnlyRam.into());
         }
         let bitmap = bitmap(range);
-        if let Some(note) = control_group_note(size) {
-            log_notes("RAM", &[note]);
-        }
+        log_notes("RAM", &memory_notes(&[(options, size)]));
         let backing = ShmBacking::create_provisional(options, size)?;
         let region = Self::place(&backing, backing.start(), range, bitmap)?;
         populate_new([(region.ram().clone(), options)])?;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::logs;
@@ -73,16 +74,22 @@ pub enum Note {
         /// What is free, in bytes.
         free: u64,
     },
-    /// The control group of this process may not have that much memory.
+    /// A control group of this process may not have that much memory.
     ControlGroup {
         /// The size of the RAM in bytes.
         size: u64,
-        /// The limit in bytes.
-        limit: u64,
-        /// What the group uses already, in bytes.
-        used: u64,
-        /// The group.
-        group: String,
+        /// What the limit leaves now, in bytes.
+        left: u64,
+        /// The file in which the limit stands. That of `memory.high` slows the group down, the
+        /// others end a process.
+        file: PathBuf,
+    },
+    /// The RAM is larger than all of the machine's memory and swap.
+    Machine {
+        /// The size of the RAM in bytes.
+        size: u64,
+        /// `MemTotal` and `SwapTotal` of proc_meminfo(5) together, in bytes.
+        total: u64,
     },
 }
 
@@ -176,7 +183,10 @@ impl Note {
             Self::OneNode { .. } => Some("policy"),
             Self::HugetlbSize { .. } => Some("hugetlbsize"),
             Self::CanonicalPath => Some("x-use-canonical-path-for-ramblock-id"),
-            Self::Advice { .. } | Self::FileSystemFull { .. } | Self::ControlGroup { .. } => None,
+            Self::Advice { .. }
+            | Self::FileSystemFull { .. }
+            | Self::ControlGroup { .. }
+            | Self::Machine { .. } => None,
         }
     }
 }
@@ -236,18 +246,20 @@ impl fmt::Display for Note {
                 HumanSize(*size),
                 HumanSize(*free)
             ),
-            Self::ControlGroup {
-                size,
-                limit,
-                used,
-                group,
-            } => write!(
+            Self::ControlGroup { size, left, file } => write!(
                 f,
-                "the control group {group} may have {} of memory and uses {}: {} of RAM are more \
-                 than it has left, raise its memory.max",
-                HumanSize(*limit),
-                HumanSize(*used),
-                HumanSize(*size)
+                "{} of RAM are more than the {} that the control group's limit in {} leaves: raise \
+                 it, or give the guest less",
+                HumanSize(*size),
+                HumanSize(*left),
+                file.display()
+            ),
+            Self::Machine { size, total } => write!(
+                f,
+                "{} of RAM are more than the {} of memory and swap that this machine has: a guest \
+                 that uses it all is ended by the kernel",
+                HumanSize(*size),
+                HumanSize(*total)
             ),
         }
     }

@@ -30,7 +30,7 @@ pub(crate) struct Args {
     #[arg(required = true, value_name = "OPTIONS")]
     pub(crate) options: Vec<String>,
 
-    /// Fault in all of the RAM, with a progress bar
+    /// Fault in all of the RAM, with a progress bar, unless there is not enough memory
     #[arg(long)]
     pub(crate) populate: bool,
 

@@ -3,7 +3,8 @@
 use std::ops::ControlFlow;
 
 use guest_memory_shm::{
-    Access, BuildReport, GuestMemoryShm, GuestRom, Populate, PopulateOptions, RamOptions,
+    Access, BuildReport, GuestMemoryShm, GuestRom, OnShortage, Populate, PopulateOptions,
+    RamOptions,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use vm_memory::GuestAddress;
@@ -65,6 +66,7 @@ pub(crate) fn parse(texts: &[String]) -> Result<Vec<Backend>> {
 pub(crate) fn build(mut backends: Vec<Backend>, populate: bool) -> Result<Built> {
     let mut builder = GuestMemoryShm::builder();
     let mut ram = false;
+    let mut on_shortage = OnShortage::Refuse;
     for backend in &mut backends {
         let named = backend.options.clone().with_name(&backend.id);
         let size = named.size().unwrap_or_default();
@@ -72,6 +74,9 @@ pub(crate) fn build(mut backends: Vec<Backend>, populate: bool) -> Result<Built>
             let rom = GuestRom::new(backend.start, size, &named);
             backend.rom = Some(rom.map_err(|error| one_line(&backend.id, &error))?);
             continue;
+        }
+        if named.on_shortage() == OnShortage::TryAnyway {
+            on_shortage = OnShortage::TryAnyway;
         }
         let options = if populate {
             named.with_populate(Populate::Lazy)
@@ -88,7 +93,7 @@ pub(crate) fn build(mut backends: Vec<Backend>, populate: bool) -> Result<Built>
         (GuestMemoryShm::new(), BuildReport::default())
     };
     if populate && ram {
-        fault_in(&memory)?;
+        fault_in(&memory, on_shortage)?;
     }
     Ok(Built {
         backends,
@@ -97,7 +102,8 @@ pub(crate) fn build(mut backends: Vec<Backend>, populate: bool) -> Result<Built>
     })
 }
 
-fn fault_in(memory: &GuestMemoryShm) -> Result<()> {
+/// All of the RAM together, and so anyway if that is asked for with any of it.
+fn fault_in(memory: &GuestMemoryShm, on_shortage: OnShortage) -> Result<()> {
     let bar = ProgressBar::new(0);
     let template =
         "populating {wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec}";
@@ -105,11 +111,13 @@ fn fault_in(memory: &GuestMemoryShm) -> Result<()> {
         bar.set_style(style);
     }
     let shown = bar.clone();
-    let options = PopulateOptions::new(Populate::Prefault).with_progress(move |progress| {
-        shown.set_length(progress.total);
-        shown.set_position(progress.done);
-        ControlFlow::Continue(())
-    });
+    let options = PopulateOptions::new(Populate::Prefault)
+        .with_on_shortage(on_shortage)
+        .with_progress(move |progress| {
+            shown.set_length(progress.total);
+            shown.set_position(progress.done);
+            ControlFlow::Continue(())
+        });
     let populated = memory.populate(options);
     bar.finish_and_clear();
     populated

@@ -181,5 +181,5 @@ fn is_mapped(table: &ReceivedTable, region: &ReceivedRegion, file: &File) {
         (held.range().start_addr(), held.range().size()),
         (guest_addr, size)
     );
-    assert!(held.offset() + size <= held.backing().len());
+    assert!(held.offset() + size <= held.backing().end());
 }

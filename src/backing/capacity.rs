@@ -4,9 +4,11 @@ use std::os::fd::AsFd;
 
 use nix::sys::statvfs::{Statvfs, fstatvfs};
 
+use super::{file, hugetlb};
 use crate::error::{Error, Result};
-use crate::host::limits;
-use crate::options::{Populate, RamOptions};
+use crate::host::memory::{Demand, Kind, MemoryLimits};
+use crate::host::{limits, meminfo};
+use crate::options::{Backing, NodeSet, PageSize, Populate, RamOptions};
 use crate::report::Note;
 
 /// Where POSIX shared memory objects are, on Linux.
@@ -93,15 +95,37 @@ pub(super) fn note(file: &impl AsFd, size: u64) -> Option<Note> {
     (size > free).then_some(Note::FileSystemFull { size, free })
 }
 
-/// The note about a control group that may not have that much memory.
-pub(crate) fn control_group_note(size: u64) -> Option<Note> {
-    let group = limits::ControlGroup::tightest()?;
-    (size > group.left()).then_some(Note::ControlGroup {
-        size,
-        limit: group.limit,
-        used: group.used,
-        group: group.name,
-    })
+/// The notes about limits on memory that new RAM of these sizes may meet when it is used.
+pub(crate) fn memory_notes(parts: &[(&RamOptions, u64)]) -> Vec<Note> {
+    let mut demand = Demand::default();
+    for (options, size) in parts {
+        if let Some(kind) = kind(options) {
+            demand.add(kind, *size);
+        }
+    }
+    let mut notes = Vec::new();
+    let size = demand.base();
+    match meminfo::total() {
+        Some(total) if size > total => notes.push(Note::Machine { size, total }),
+        _ => {}
+    }
+    // Without a descriptor for that nothing can be built either.
+    let limits = MemoryLimits::of_this_process().ok();
+    let short = limits.and_then(|limits| limits.group_too_small_for(&demand));
+    notes.extend(short.map(|(size, left, file)| Note::ControlGroup { size, left, file }));
+    notes
+}
+
+/// What pages the RAM will have; none for files on a disk, whose pages the kernel can drop.
+fn kind(options: &RamOptions) -> Option<Kind> {
+    match (options.backing(), options.page_size()) {
+        (Backing::File(path), _) => file::memory_kind(path),
+        (_, PageSize::Huge(size)) => Some(Kind::Huge {
+            page_size: hugetlb::page_size(size).ok()?,
+            reserving: true,
+        }),
+        _ => Some(Kind::Base(NodeSet::new())),
+    }
 }
 
 /// Refuses more backings than there are descriptors for.

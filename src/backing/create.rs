@@ -8,13 +8,13 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::{
-    BLOCK, BackingKind, FileIdentity, Inner, ShmBacking, base_page_size, capacity, check_pool,
-    file, hugetlb, memfd, notes, posix_shm, seals,
+    BLOCK, BackingKind, FileIdentity, Inner, ShmBacking, base_page_size, capacity, check_groups,
+    check_pool, file, hugetlb, memfd, notes, posix_shm, seals,
 };
 use crate::error::{Error, NumaError, OptionsError, Result};
 use crate::host::nodes;
 use crate::logs;
-use crate::options::{Backing, NumaPolicy, PageSize, Populate, RamOptions};
+use crate::options::{Backing, NumaPolicy, OnShortage, PageSize, Populate, RamOptions};
 use crate::report::log_notes;
 
 impl ShmBacking {
@@ -25,6 +25,9 @@ impl ShmBacking {
         let huge_pages = huge_pages(options, len, page_size)?;
         if huge_pages > 0 {
             check_pool(huge_pages, page_size)?;
+            if options.on_shortage() == OnShortage::Refuse {
+                check_groups(huge_pages, page_size)?;
+            }
         }
         if let Backing::File(path) = options.backing() {
             let backing = Self::from_file(file::open(options, path, len)?, options, len);
@@ -75,7 +78,7 @@ impl ShmBacking {
         Self {
             inner: Arc::new(Inner {
                 start: options.offset(),
-                len: options.offset() + len,
+                end: options.offset() + len,
                 page_size: opened.page_size,
                 kind,
                 seals: opened.seals,
@@ -84,7 +87,7 @@ impl ShmBacking {
                 name: options.name().map(str::to_owned),
                 notes,
                 file: opened.file,
-                end: Some(opened.end),
+                file_end: Some(opened.end),
                 gate: Arc::default(),
             }),
         }
@@ -193,14 +196,9 @@ pub(super) fn descriptor_error(
     size: u64,
     errno: Errno,
 ) -> Error {
-    let source = io::Error::from(errno);
-    match descriptor_limit(&source) {
-        Some(limit) => Error::NoDescriptors {
-            doing: kind_name(backing),
-            limit,
-            source,
-        },
-        None => Error::CreateBacking {
+    match no_descriptors(kind_name(backing), errno.into()) {
+        Ok(error) => error,
+        Err(source) => Error::CreateBacking {
             doing,
             kind: kind_name(backing),
             size,
@@ -209,12 +207,18 @@ pub(super) fn descriptor_error(
     }
 }
 
-/// The soft limit on descriptors, if `error` says that there are no more.
-pub(super) fn descriptor_limit(error: &io::Error) -> Option<u64> {
-    match error.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::EMFILE | Errno::ENFILE) => {
-            Some(getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft))
-        }
-        _ => None,
+/// The error that says that there are no more descriptors for this, if `source` does; else `source`.
+pub(super) fn no_descriptors(
+    doing: &'static str,
+    source: io::Error,
+) -> std::result::Result<Error, io::Error> {
+    match source.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EMFILE) => Ok(Error::NoDescriptors {
+            doing,
+            limit: getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft),
+            source,
+        }),
+        Some(Errno::ENFILE) => Ok(Error::NoSystemDescriptors { doing, source }),
+        _ => Err(source),
     }
 }

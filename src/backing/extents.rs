@@ -45,15 +45,15 @@ impl ShmBacking {
         if bytes == 0 {
             return Ok(Allocation::Nothing);
         }
-        if self.start() > 0 || metadata.len() != self.len() {
+        if self.start() > 0 || metadata.len() != self.end() {
             return Ok(Allocation::AtMost(bytes));
         }
         // A file on a disk has blocks besides those of its contents.
         let exact = self.is_on_tmpfs() || self.is_hugetlb();
-        if exact && bytes >= self.len() {
+        if exact && bytes >= self.size() {
             return Ok(Allocation::Everything);
         }
-        Ok(Allocation::Some(bytes.min(self.len())))
+        Ok(Allocation::Some(bytes.min(self.size())))
     }
 
     /// How many bytes of the range are allocated. Not for hugetlb, where the kernel does not tell.

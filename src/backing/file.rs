@@ -17,9 +17,10 @@ use super::capacity::{self, Capacity};
 use super::file_end::{FileEnd, Undo, punch};
 use super::file_open::{Created, open_or_create};
 use super::file_system::FileSystem;
-use super::{BLOCK, BackingKind, Seals, check_file_size_limit, descriptor_limit, seals};
+use super::{BLOCK, BackingKind, Seals, check_file_size_limit, no_descriptors, seals};
 use crate::error::{Error, FileError, Result};
-use crate::options::{Access, DiscardData, RamOptions};
+use crate::host::memory::Kind;
+use crate::options::{Access, DiscardData, NodeSet, RamOptions};
 
 /// A file that is long enough to be mapped, and what becomes of it.
 pub(super) struct Opened {
@@ -82,6 +83,19 @@ pub(super) fn huge_pages(path: &Path, size: u64) -> Result<u64> {
     match place.file_system {
         FileSystem::Hugetlbfs { page_size } if place.is_new() => Ok(size / page_size),
         _ => Ok(0),
+    }
+}
+
+/// What the pages of a file at this path are made of: nothing that the kernel could not drop, if
+/// it is on a disk.
+pub(super) fn memory_kind(path: &Path) -> Option<Kind> {
+    match Place::look(path).ok()?.file_system {
+        FileSystem::Tmpfs => Some(Kind::Base(NodeSet::new())),
+        FileSystem::Hugetlbfs { page_size } => Some(Kind::Huge {
+            page_size,
+            reserving: true,
+        }),
+        FileSystem::Other { .. } => None,
     }
 }
 
@@ -291,13 +305,9 @@ fn parent(path: &Path) -> &Path {
 }
 
 pub(super) fn open_error(path: &Path, source: io::Error) -> Error {
-    match descriptor_limit(&source) {
-        Some(limit) => Error::NoDescriptors {
-            doing: "file",
-            limit,
-            source,
-        },
-        None => FileError::Open {
+    match no_descriptors("file", source) {
+        Ok(error) => error,
+        Err(source) => FileError::Open {
             path: path.to_owned(),
             source,
         }

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::memfd::MFdFlags;
 
-use super::descriptor_limit;
+use super::no_descriptors;
 use crate::error::{Error, Result};
+use crate::host::meminfo;
+use crate::host::memory::{Demand, Kind, MemoryLimits};
 
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 
@@ -46,6 +48,23 @@ pub(crate) fn check_pool(needed: u64, page_size: u64) -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// Checks that the control groups of this process leave `needed` pages of `page_size` bytes, and
+/// their promise.
+pub(crate) fn check_groups(needed: u64, page_size: u64) -> Result<()> {
+    let kind = Kind::Huge {
+        page_size,
+        reserving: true,
+    };
+    let demand = Demand::of(kind, needed.saturating_mul(page_size));
+    let limits = MemoryLimits::of_this_process().map_err(unreadable)?;
+    match demand.shortage(&limits.bounds(&demand, 0)) {
+        Some(shortage) => Err(Error::HugePagesLimited {
+            shortage: Box::new(shortage),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// The state of a pool, in pages.
@@ -107,23 +126,12 @@ fn offered_sizes() -> Result<Vec<u64>> {
 
 /// What is there cannot be known: no more descriptors, or a masked /sys.
 fn unreadable(source: io::Error) -> Error {
-    match descriptor_limit(&source) {
-        Some(limit) => Error::NoDescriptors {
-            doing: "reading the pools of huge pages",
-            limit,
-            source,
-        },
-        None => Error::HugePoolUnreadable { source },
-    }
+    no_descriptors("reading the pools of huge pages", source)
+        .unwrap_or_else(|source| Error::HugePoolUnreadable { source })
 }
 
 fn default_size() -> Option<u64> {
-    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("Hugepagesize:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
+    meminfo::value(&fs::read_to_string("/proc/meminfo").ok()?, "Hugepagesize")
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
@@ -38,13 +39,13 @@ mod seals;
 
 pub(crate) use crate::layout::base_page_size;
 pub use adopt::{AdoptPolicy, SealPolicy};
-pub(crate) use capacity::{check_descriptors, check_posix_shm, control_group_note};
+pub(crate) use capacity::{check_descriptors, check_posix_shm, memory_notes};
 pub(crate) use create::{check_creation, huge_pages, page_size_of, start_of};
-use create::{check_file_size_limit, descriptor_error, descriptor_limit, kind_name};
+use create::{check_file_size_limit, descriptor_error, kind_name, no_descriptors};
 pub(crate) use extents::Allocation;
 use file_end::FileEnd;
 pub(crate) use gate::{Closed, DiscardGate, Passage};
-pub(crate) use hugetlb::check_pool;
+pub(crate) use hugetlb::{check_groups, check_pool};
 pub use kind::{BackingKind, FileIdentity};
 pub use seals::Seals;
 
@@ -60,7 +61,7 @@ const BLOCK: u64 = 512;
 /// use guest_memory_shm::{RamOptions, Seals, ShmBacking};
 ///
 /// let backing = ShmBacking::create(&RamOptions::new(), 64 << 20)?;
-/// assert_eq!(backing.len(), 64 << 20);
+/// assert_eq!(backing.size(), 64 << 20);
 /// assert_eq!(backing.allocated()?, 0);
 /// assert!(backing.seals().contains(Seals::SHRINK | Seals::GROW));
 /// # Ok::<(), guest_memory_shm::Error>(())
@@ -74,7 +75,8 @@ struct Inner {
     file: Arc<File>,
     /// Where RAM begins in it.
     start: u64,
-    len: u64,
+    /// Where RAM ends in it.
+    end: u64,
     page_size: u64,
     kind: BackingKind,
     seals: Seals,
@@ -85,7 +87,7 @@ struct Inner {
     /// What of its options has no effect, and limits that are near.
     notes: Vec<Note>,
     /// Of a file that was opened by its path.
-    end: Option<FileEnd>,
+    file_end: Option<FileEnd>,
     /// For every discard on it.
     gate: Arc<DiscardGate>,
 }
@@ -95,8 +97,8 @@ impl ShmBacking {
     ///
     /// The options hold for every region on it: transparent huge pages and core dumps too.
     /// A memfd is sealed against any change of its size before this returns. In a
-    /// [`Backing::File`] the RAM is behind [`RamOptions::offset`], from [`start`](Self::start) to
-    /// [`len`](Self::len).
+    /// [`Backing::File`] the RAM is past [`RamOptions::offset`], from [`start`](Self::start) to
+    /// [`end`](Self::end).
     ///
     /// ```
     /// use guest_memory_shm::{Backing, BackingKind, RamOptions, ShmBacking};
@@ -111,10 +113,10 @@ impl ShmBacking {
     /// # Errors
     ///
     /// Those of [`RamOptions::check`]; [`OptionsError::SizeMismatch`], [`Error::BackingTooLong`] and
-    /// [`Error::UnalignedSize`] for a bad `len`;
-    /// [`Error::HugePosixShm`], [`Error::NoSuchHugePageSize`] and [`Error::HugePoolShort`] for huge
-    /// pages that cannot be had; [`Error::FileSizeLimit`], [`Error::NoDescriptors`],
-    /// [`Error::ShmTooSmall`], [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits
+    /// [`Error::UnalignedSize`] for a bad `len`; [`Error::HugePosixShm`],
+    /// [`Error::NoSuchHugePageSize`], [`Error::HugePoolShort`] and [`Error::HugePagesLimited`] for
+    /// huge pages that cannot be had; [`Error::FileSizeLimit`], [`Error::NoDescriptors`],
+    /// [`Error::NoSystemDescriptors`], [`Error::ShmTooSmall`], [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits
     /// of the system; [`Error::File`] for a file that cannot be used; [`Error::CreateBacking`] if a
     /// system call fails for another reason. Nothing is left behind: a file that was created is
     /// removed, one that was empty is empty again.
@@ -126,7 +128,7 @@ impl ShmBacking {
 
     /// Everything that needs the backing is there: it stays, also when it is dropped.
     pub(crate) fn keep(&self) {
-        if let Some(end) = &self.inner.end {
+        if let Some(end) = &self.inner.file_end {
             end.keep();
         }
     }
@@ -170,7 +172,7 @@ impl ShmBacking {
             inner: Arc::new(Inner {
                 file: Arc::new(file),
                 start: 0,
-                len: metadata.len(),
+                end: metadata.len(),
                 page_size,
                 kind,
                 seals,
@@ -178,7 +180,7 @@ impl ShmBacking {
                 map_options,
                 name: None,
                 notes: Vec::new(),
-                end: None,
+                file_end: None,
                 gate: Arc::default(),
             }),
         }
@@ -189,12 +191,30 @@ impl ShmBacking {
         self.inner.start
     }
 
-    /// The length in bytes, as it was when the backing was made; sealed backings keep it.
+    /// Where RAM ends in it, in bytes from the start of the file: no region reaches further.
     ///
-    /// Of a [`Backing::File`], which may be longer: the end of the RAM in it.
-    #[expect(clippy::len_without_is_empty, reason = "a backing is never empty")]
-    pub fn len(&self) -> u64 {
-        self.inner.len
+    /// Of a [`Backing::File`] that is [`RamOptions::offset`] and the size of the RAM, and the file
+    /// may be longer; of all others it is the length of the file when the backing was made, which
+    /// sealed ones keep.
+    pub fn end(&self) -> u64 {
+        self.inner.end
+    }
+
+    /// How much RAM it can carry, in bytes: from [`start`](Self::start) to [`end`](Self::end).
+    ///
+    /// ```
+    /// use guest_memory_shm::{Backing, RamOptions, ShmBacking};
+    ///
+    /// let options = RamOptions::new()
+    ///     .with_backing(Backing::File("/dev/shm".into()))
+    ///     .with_offset(1 << 20);
+    /// let backing = ShmBacking::create(&options, 4 << 20)?;
+    /// assert_eq!((backing.start(), backing.end()), (1 << 20, 5 << 20));
+    /// assert_eq!(backing.size(), 4 << 20);
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
+    pub fn size(&self) -> u64 {
+        self.inner.end - self.inner.start
     }
 
     /// The size of its pages in bytes: offsets and sizes of regions are multiples of it.
@@ -271,6 +291,11 @@ impl ShmBacking {
         Ok(metadata.blocks() * BLOCK)
     }
 
+    /// Makes a hole of a part of it, for every process that maps it (fallocate(2)).
+    pub(crate) fn punch(&self, range: Range<u64>) -> io::Result<()> {
+        file_end::punch(self.file(), range)
+    }
+
     /// The gate that discards on it go through, the same for all clones.
     pub(crate) fn gate(&self) -> &Arc<DiscardGate> {
         &self.inner.gate
@@ -289,9 +314,9 @@ impl ShmBacking {
         }
         let metadata = self.inner.file.metadata();
         let metadata = metadata.map_err(|source| self.fstat_error(source))?;
-        if metadata.len() < self.len() {
+        if metadata.len() < self.end() {
             return Err(Error::BackingTruncated {
-                len: self.len(),
+                end: self.end(),
                 now: metadata.len(),
             });
         }
@@ -302,7 +327,7 @@ impl ShmBacking {
         Error::CreateBacking {
             doing: "fstat the descriptor",
             kind: "shared memory",
-            size: self.len(),
+            size: self.size(),
             source,
         }
     }
@@ -327,11 +352,11 @@ impl ShmBacking {
             });
         }
         match offset.checked_add(size) {
-            Some(end) if end <= self.len() => Ok(()),
+            Some(end) if end <= self.end() => Ok(()),
             _ => Err(Error::OutsideBacking {
                 offset,
                 size,
-                len: self.len(),
+                end: self.end(),
             }),
         }
     }
@@ -348,7 +373,7 @@ impl fmt::Debug for ShmBacking {
         f.debug_struct("ShmBacking")
             .field("kind", &self.inner.kind)
             .field("start", &format_args!("{:#x}", self.inner.start))
-            .field("len", &format_args!("{}", HumanSize(self.inner.len)))
+            .field("size", &format_args!("{}", HumanSize(self.size())))
             .field(
                 "page_size",
                 &format_args!("{}", HumanSize(self.inner.page_size)),

@@ -86,7 +86,7 @@ impl Piece<'_> {
         if whole.is_empty() {
             return Ok(discarded);
         }
-        let removed = self.ram.mapping.remove(whole.clone());
+        let removed = self.ram.remove(whole.clone());
         removed.map_err(|source| ("madvise(MADV_REMOVE)", source))?;
 
         // A huge page of shmem that is not whole in the range was split, or, if it could not be,

@@ -227,7 +227,10 @@ fn remedy(source: &io::Error) -> &'static str {
 fn why_not_discarded(source: &io::Error) -> &'static str {
     match source.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EBADF) => "it is opened for reading only",
-        Some(Errno::EPERM) => "it is sealed against writing, or may only be appended to",
+        Some(Errno::EPERM) => {
+            "it is sealed against writing, may only be appended to, or a seccomp filter forbids \
+             fallocate(2)"
+        }
         _ => "its file system cannot free parts of a file",
     }
 }
@@ -310,8 +313,8 @@ mod tests {
             ),
             (
                 no_discard(Errno::EPERM),
-                "discard-data=on cannot be kept for /dev/shm/ram: it is sealed against writing, or \
-                 may only be appended to, so leave it off",
+                "discard-data=on cannot be kept for /dev/shm/ram: it is sealed against writing, may \
+                 only be appended to, or a seccomp filter forbids fallocate(2), so leave it off",
             ),
             (
                 no_discard(Errno::EOPNOTSUPP),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use vm_memory::GuestAddress;
 
 use crate::layout::GuestRange;
+use crate::shortage::MemoryShortage;
 use crate::units::HumanSize;
 
 mod address_space;
@@ -205,6 +206,13 @@ pub enum Error {
         page_size: u64,
     },
 
+    /// A control group of this process does not leave the huge pages that the RAM needs.
+    #[error("cannot have huge pages: {shortage}")]
+    HugePagesLimited {
+        /// What is short.
+        shortage: Box<MemoryShortage>,
+    },
+
     /// The state of the pools of huge pages cannot be read.
     #[error(
         "cannot read the pools of huge pages in /sys/kernel/mm/hugepages: mount sysfs there, or \
@@ -237,7 +245,19 @@ pub enum Error {
         doing: &'static str,
         /// The soft limit on descriptors of this process.
         limit: u64,
-        /// The system's answer: `EMFILE`, or `ENFILE` for the limit of the whole system.
+        /// The system's answer, `EMFILE`.
+        source: io::Error,
+    },
+
+    /// The whole system has as many files open as it may: a limit of the process is of no concern.
+    #[error(
+        "no file can be opened for {doing}: the whole system has as many open as it may, raise the \
+         limit (sysctl fs.file-max), or close some"
+    )]
+    NoSystemDescriptors {
+        /// What needed one.
+        doing: &'static str,
+        /// The system's answer, `ENFILE`.
         source: io::Error,
     },
 
@@ -365,28 +385,28 @@ pub enum Error {
 
     /// A region reaches past the end of its backing.
     #[error(
-        "a region of {} at offset {offset:#x} ends past its backing of {}: touching it there \
-         would be SIGBUS",
-        HumanSize(*.size), HumanSize(*.len)
+        "a region of {} at offset {offset:#x} runs past the end of its backing at {end:#x}: \
+         touching it there would be SIGBUS",
+        HumanSize(*.size)
     )]
     OutsideBacking {
         /// The offset in the backing, in bytes.
         offset: u64,
         /// The size of the region in bytes.
         size: u64,
-        /// The length of the backing in bytes.
-        len: u64,
+        /// Where the RAM of the backing ends in it, in bytes.
+        end: u64,
     },
 
     /// A backing that is not sealed became shorter since it was created or adopted.
     #[error(
-        "the backing had {} and has {} now: somebody truncated it, touching what is gone would be \
-         SIGBUS; use a sealed memfd or a trusted peer",
-        HumanSize(*.len), HumanSize(*.now)
+        "the backing had at least {} and has {} now: somebody truncated it, touching what is gone \
+         would be SIGBUS; use a sealed memfd or a trusted peer",
+        HumanSize(*.end), HumanSize(*.now)
     )]
     BackingTruncated {
-        /// The length that it had, in bytes.
-        len: u64,
+        /// Where its RAM ends in it, in bytes: it was at least that long.
+        end: u64,
         /// The length that it has, in bytes.
         now: u64,
     },

@@ -4,7 +4,9 @@ use std::io;
 
 use vm_memory::GuestAddress;
 
+use super::text::more_descriptors;
 use crate::layout::GuestRange;
+use crate::shortage::MemoryShortage;
 use crate::units::HumanSize;
 
 /// Why RAM could not be populated.
@@ -72,49 +74,40 @@ pub enum PopulateError {
         page_size: u64,
     },
 
-    /// The control group of this process may not have so much memory.
-    #[error(
-        "cannot populate {range}: {} more are needed, and the control group {group} has {} of its \
-         memory.max left: raise it",
-        HumanSize(*.needed), HumanSize(*.left)
-    )]
-    ControlGroup {
-        /// The part of the RAM.
+    /// There is not enough memory: a control group, the machine or its NUMA nodes do not leave
+    /// enough. Either nothing was populated, or others took memory meanwhile. To try anyway there
+    /// is [`OnShortage::TryAnyway`](crate::OnShortage::TryAnyway).
+    #[error("cannot populate {range}: {shortage}")]
+    NotEnoughMemory {
+        /// The part of the RAM at which the memory would end, or that was being worked on.
         range: GuestRange,
-        /// What was still missing, in bytes.
-        needed: u64,
-        /// The name of the control group.
-        group: Box<str>,
-        /// What the group had left of its limit, in bytes.
-        left: u64,
+        /// What is short.
+        shortage: Box<MemoryShortage>,
     },
 
-    /// The system has no memory left.
+    /// What limits memory cannot be looked at without a file descriptor, and populating without
+    /// looking may end in SIGKILL.
     #[error(
-        "cannot populate {range}: {} more are needed, and the system has {} available: give the \
-         guest less RAM, or free memory",
-        HumanSize(*.needed), HumanSize(*.available)
+        "cannot see whether there is memory to populate: {}, or try anyway \
+         (OnShortage::TryAnyway, on-shortage=try-anyway)",
+        more_descriptors(.source)
     )]
-    OutOfMemory {
-        /// The part of the RAM.
-        range: GuestRange,
-        /// What was still missing, in bytes.
-        needed: u64,
-        /// `MemAvailable` of proc_meminfo(5), in bytes.
-        available: u64,
+    CannotLook {
+        /// The system's answer, `EMFILE` or `ENFILE`.
+        source: io::Error,
     },
 
     /// Somebody truncated the backing, which was not sealed.
     #[error(
-        "cannot populate {range}: its backing had {} and has {} now, somebody truncated it; use a \
-         sealed memfd or a trusted peer",
-        HumanSize(*.len), HumanSize(*.now)
+        "cannot populate {range}: its backing had at least {} and has {} now, somebody truncated it; \
+         use a sealed memfd or a trusted peer",
+        HumanSize(*.end), HumanSize(*.now)
     )]
     Truncated {
         /// The part of the RAM.
         range: GuestRange,
-        /// The length that the backing had, in bytes.
-        len: u64,
+        /// Where the RAM ends in the backing, in bytes: it was at least that long.
+        end: u64,
         /// The length that it has, in bytes.
         now: u64,
     },
@@ -138,6 +131,13 @@ pub enum PopulateError {
         source: io::Error,
     },
 
+    /// The handle is a copy in a child of fork(2), which has none of the threads.
+    #[error(
+        "populating in the background goes on in the process that started it, not in its children: \
+         wait for it there"
+    )]
+    OtherProcess,
+
     /// A system call failed for a reason that has no variant of its own.
     #[error("cannot populate {range}: the kernel could not {doing}")]
     System {
@@ -153,6 +153,7 @@ pub enum PopulateError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::shortage::MemoryLimit;
 
     #[test]
     fn texts_name_the_cause_the_range_and_the_way_out() {
@@ -187,32 +188,26 @@ mod tests {
                  /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472, or leave out hugetlb=on (PageSize::Base)",
             ),
             (
-                PopulateError::ControlGroup {
+                PopulateError::NotEnoughMemory {
                     range,
-                    needed: 1 << 30,
-                    group: "/vm".into(),
-                    left: 1 << 20,
+                    shortage: Box::new(MemoryShortage {
+                        needed: 1 << 30,
+                        left: 1 << 20,
+                        limit: MemoryLimit::Machine,
+                    }),
                 },
-                "1 GiB more are needed, and the control group /vm has 1 MiB of its memory.max \
-                 left: raise it",
-            ),
-            (
-                PopulateError::OutOfMemory {
-                    range,
-                    needed: 1 << 30,
-                    available: 1 << 20,
-                },
-                "1 GiB more are needed, and the system has 1 MiB available: give the guest less \
-                 RAM, or free memory",
+                "1 GiB more are needed, and this machine's memory and swap (/proc/meminfo) leaves \
+                 1 MiB: free memory or add swap, or ask for less RAM, or try anyway and risk \
+                 SIGKILL (OnShortage::TryAnyway, on-shortage=try-anyway)",
             ),
             (
                 PopulateError::Truncated {
                     range,
-                    len: 1 << 30,
+                    end: 1 << 30,
                     now: 0,
                 },
-                "its backing had 1 GiB and has 0 bytes now, somebody truncated it; use a sealed \
-                 memfd or a trusted peer",
+                "its backing had at least 1 GiB and has 0 bytes now, somebody truncated it; use a \
+                 sealed memfd or a trusted peer",
             ),
             (
                 PopulateError::System {

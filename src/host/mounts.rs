@@ -60,8 +60,15 @@ impl Mount {
 /// All mounts that this thread sees (it may have a mount namespace of its own); none where procfs
 /// is not mounted.
 pub(crate) fn all() -> Vec<Mount> {
-    let text = fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
-    text.lines().filter_map(Mount::parse).collect()
+    parse(&fs::read_to_string(MOUNTINFO).unwrap_or_default())
+}
+
+/// Where the kernel lists them.
+pub(super) const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
+
+/// Those of a list.
+pub(super) fn parse(mountinfo: &str) -> Vec<Mount> {
+    mountinfo.lines().filter_map(Mount::parse).collect()
 }
 
 /// The kernel writes blanks and backslashes of paths in octal, as `\040`.

@@ -4,17 +4,36 @@ use std::fs;
 
 use crate::options::NodeSet;
 
-const NODES: &str = "/sys/devices/system/node";
+pub(crate) const DIR: &str = "/sys/devices/system/node";
 
 /// The nodes that have memory, or `None` if the kernel does not tell, as one without NUMA.
 pub(crate) fn with_memory() -> Option<NodeSet> {
-    let text = fs::read_to_string(format!("{NODES}/has_memory")).ok()?;
+    let text = fs::read_to_string(format!("{DIR}/has_memory")).ok()?;
     NodeSet::from_nodes(parse_list(&text)?).ok()
+}
+
+/// The nodes that pages may come from that this thread allocates, if they are not all that have
+/// memory (cpuset(7)); empty if they are, or if the kernel does not tell.
+pub(crate) fn only_allowed() -> NodeSet {
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    with_memory()
+        .and_then(|all| restriction(&status, all))
+        .unwrap_or_default()
+}
+
+fn restriction(status: &str, with_memory: NodeSet) -> Option<NodeSet> {
+    let list = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Mems_allowed_list:"))?;
+    let listed = parse_list(list)?.into_iter();
+    let there = listed.filter(|node| with_memory.contains(*node));
+    let allowed = NodeSet::from_nodes(there).ok()?;
+    (allowed != with_memory).then_some(allowed)
 }
 
 /// The CPUs of a node, or `None` if the kernel does not tell.
 pub(crate) fn cpus(node: u32) -> Option<Vec<u32>> {
-    parse_list(&fs::read_to_string(format!("{NODES}/node{node}/cpulist")).ok()?)
+    parse_list(&fs::read_to_string(format!("{DIR}/node{node}/cpulist")).ok()?)
 }
 
 /// The numbers of a list in the kernel's syntax, `0,2-3`.
@@ -39,6 +58,18 @@ mod tests {
         assert_eq!(parse_list("0,2-4,7\n"), Some(vec![0, 2, 3, 4, 7]));
         assert_eq!(parse_list("\n"), Some(vec![]));
         assert_eq!(parse_list("0-x"), None);
+    }
+
+    #[test]
+    fn nodes_are_a_restriction_only_if_others_have_memory() {
+        let set = |nodes: &[u32]| NodeSet::from_nodes(nodes.iter().copied()).unwrap();
+        let status = |list: &str| format!("Name:\tx\nMems_allowed_list:\t{list}\n");
+        let both = set(&[0, 1]);
+        assert_eq!(restriction(&status("0-1"), both), None);
+        // Kernels list nodes that could be, too.
+        assert_eq!(restriction(&status("0-63"), both), None);
+        assert_eq!(restriction(&status("1"), both), Some(set(&[1])));
+        assert_eq!(restriction("Name:\tx\n", both), None);
     }
 
     #[test]

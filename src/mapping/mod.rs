@@ -99,7 +99,8 @@ impl Mapping {
     ///
     /// [`Error::UnalignedOffset`], [`Error::UnalignedSize`], [`Error::OutsideBacking`],
     /// [`Error::BackingTruncated`]; [`Error::Numa`];
-    /// [`Error::HugePoolShort`] if the pool cannot promise the pages; [`Error::Map`].
+    /// [`Error::HugePoolShort`] and [`Error::HugePagesLimited`] if the pages cannot be promised;
+    /// [`Error::Map`].
     pub(crate) fn new(backing: &ShmBacking, offset: u64, size: u64) -> Result<Self> {
         backing.check_inside(offset, size)?;
         backing.check_not_truncated()?;

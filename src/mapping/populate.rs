@@ -11,6 +11,7 @@ use nix::libc::{
 use nix::sys::mman::{MmapAdvise, madvise};
 
 use super::{Mapping, to_usize};
+use crate::host::calls::{retried, was_refused};
 use crate::options::Access;
 
 impl Mapping {
@@ -34,8 +35,10 @@ impl Mapping {
             Access::ReadOnly => MmapAdvise::MADV_POPULATE_READ,
         };
         match self.advise_range(range.clone(), advice) {
-            // Linux before 5.14.
-            Err(error) if error.raw_os_error() == Some(Errno::EINVAL as i32) => {
+            // Linux before 5.14, or a filter that does not know the advice.
+            Err(error)
+                if error.raw_os_error() == Some(Errno::EINVAL as i32) || was_refused(&error) =>
+            {
                 self.touch(range, page_size, access)
             }
             answer => answer,
@@ -46,17 +49,15 @@ impl Mapping {
         let Some(span) = self.inside(range)? else {
             return Ok(());
         };
-        loop {
+        let answer = retried(|| {
             // SAFETY: the range is mapped, and by a mapping of this crate, as `inside` checked.
             // Nothing that is there is changed, only what a touch would bring in is brought in.
-            match unsafe { madvise(span.start, span.len.get(), advice) } {
-                Err(Errno::EINTR | Errno::EAGAIN) => {}
-                answer => return Ok(answer?),
-            }
-        }
+            unsafe { madvise(span.start, span.len.get(), advice) }
+        });
+        Ok(answer?)
     }
 
-    /// Touches each page by the kernel's hand: for kernels that cannot populate.
+    /// Touches each page by the kernel's hand: for kernels that cannot populate, or must not.
     ///
     /// A store of ours would be SIGBUS where there is no page, and a load and store would undo
     /// what others write in between. A futex operation is neither: it answers `EFAULT`, and
@@ -110,7 +111,7 @@ fn look(word: *mut u32) -> io::Result<()> {
 /// An operation on two words: one of ours, on which nobody waits, and `word`.
 fn futex(operation: c_int, word: *mut u32, encoded: c_int) -> io::Result<c_long> {
     let own = 0_u32;
-    loop {
+    let answer = retried(|| {
         // SAFETY: `own` lives until the call is over. `word` is in a mapping of the caller's, is
         // aligned (it starts a page), and is accessed by the kernel atomically, which other
         // processes may do at any time: guest RAM is never referred to by a reference.
@@ -125,11 +126,9 @@ fn futex(operation: c_int, word: *mut u32, encoded: c_int) -> io::Result<c_long>
                 encoded,
             )
         };
-        match Errno::result(answer) {
-            Err(Errno::EINTR | Errno::EAGAIN) => {}
-            answer => return Ok(answer?),
-        }
-    }
+        Errno::result(answer)
+    });
+    Ok(answer?)
 }
 
 #[cfg(test)]
@@ -152,7 +151,7 @@ mod tests {
     ];
 
     fn mapped(backing: &ShmBacking) -> Mapping {
-        Mapping::new(backing, 0, backing.len()).unwrap()
+        Mapping::new(backing, 0, backing.size()).unwrap()
     }
 
     fn resident(mapping: &Mapping) -> Vec<bool> {

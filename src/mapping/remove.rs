@@ -8,6 +8,7 @@ use nix::errno::Errno;
 use nix::sys::mman::{MmapAdvise, MsFlags, madvise, msync};
 
 use super::{Mapping, Span, to_usize};
+use crate::host::calls::is_refused;
 
 impl Mapping {
     /// Frees the pages at these byte offsets in the mapping, for every process that maps them, and
@@ -40,6 +41,8 @@ impl Mapping {
         match unsafe { msync(span.start, span.len.get(), MsFlags::MS_INVALIDATE) } {
             Ok(()) => Ok(false),
             Err(Errno::EBUSY) => Ok(true),
+            // By a filter; a page that is locked is found when it is to be removed, then.
+            Err(errno) if is_refused(errno) => Ok(false),
             Err(errno) => Err(errno.into()),
         }
     }

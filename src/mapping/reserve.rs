@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
 use super::{Mapping, Span, to_usize};
-use crate::backing::{ShmBacking, base_page_size};
+use crate::backing::{ShmBacking, base_page_size, check_groups, check_pool};
 use crate::error::{Error, FileError, Result};
 use crate::options::Access;
 
@@ -126,7 +126,7 @@ fn file_offset(backing: &ShmBacking, offset: u64, size: u64) -> Result<i64> {
     i64::try_from(offset).map_err(|_| Error::OutsideBacking {
         offset,
         size,
-        len: backing.len(),
+        end: backing.end(),
     })
 }
 
@@ -178,7 +178,9 @@ fn large_page(size: u64, backing: &ShmBacking) -> u64 {
 fn map_error(backing: &ShmBacking, size: u64, errno: Errno) -> Error {
     if backing.is_hugetlb() && errno == Errno::ENOMEM {
         let needed = size / backing.page_size();
-        if let Err(short) = crate::backing::check_pool(needed, backing.page_size()) {
+        let page_size = backing.page_size();
+        let short = check_pool(needed, page_size).and_then(|()| check_groups(needed, page_size));
+        if let Err(short) = short {
             return short;
         }
     }

@@ -10,6 +10,7 @@ use nix::libc;
 
 use super::{Mapping, Span, to_usize};
 use crate::backing::base_page_size;
+use crate::host::calls::{is_refused, was_refused};
 
 /// How much of a mapping mincore(2) is asked about at once, in bytes: a byte of answer per page.
 const WINDOW: u64 = 1 << 30;
@@ -66,8 +67,8 @@ impl Mapping {
     /// The byte offsets in the mapping of the pages of a hugetlb backing that this process has
     /// mapped, in order (mincore(2)). `page_size` is that of the backing.
     ///
-    /// Pages that exist, but were only touched by other processes, are not among them. (For a
-    /// tmpfs mincore would name them too.)
+    /// Pages that exist, but were only touched by other processes, are not among them, and none is
+    /// where a filter forbids the call. (For a tmpfs mincore would name them too.)
     pub(crate) fn mapped(&self, page_size: u64) -> io::Result<Vec<Range<u64>>> {
         let base = base_page_size();
         let window = WINDOW.max(page_size).min(self.len() as u64);
@@ -76,7 +77,11 @@ impl Mapping {
         for from in (0..self.len() as u64).step_by(to_usize(window)) {
             let len = window.min(self.len() as u64 - from);
             let span = self.ram.part(to_usize(from), to_usize(len));
-            mincore(span, &mut answer)?;
+            match mincore(span, &mut answer) {
+                // By a filter: then it cannot be told of any page.
+                Err(error) if was_refused(&error) => return Ok(Vec::new()),
+                done => done?,
+            }
             for page in (0..len).step_by(to_usize(page_size)) {
                 if answer[to_usize(page / base)] & 1 == 0 {
                     continue;
@@ -91,8 +96,8 @@ impl Mapping {
         Ok(found)
     }
 
-    /// How many bytes of it this process has mapped by huge pages; none if the kernel cannot say
-    /// (`PAGEMAP_SCAN` of /proc/PID/pagemap, Linux 6.7).
+    /// How many bytes of it this process has mapped by huge pages; none if the kernel cannot say, or
+    /// must not (`PAGEMAP_SCAN` of /proc/PID/pagemap, Linux 6.7).
     pub(crate) fn mapped_huge(&self) -> io::Result<Option<u64>> {
         let pagemap = File::open("/proc/self/pagemap")?;
         let start = self.ram.start.addr().get() as u64;
@@ -118,6 +123,7 @@ impl Mapping {
             let found = match found {
                 Ok(found) => usize::try_from(found).unwrap_or(0),
                 Err(Errno::ENOTTY | Errno::EINVAL) => return Ok(None),
+                Err(errno) if is_refused(errno) => return Ok(None),
                 Err(errno) => return Err(errno.into()),
             };
             huge += answer
@@ -175,7 +181,8 @@ pub(crate) fn cached(file: impl AsFd, range: Range<u64>) -> io::Result<Option<u6
         // What is swapped out counts as evicted here.
         Ok(_) => Ok(Some((answer.cache + answer.evicted) * base_page_size())),
         // Not there, not allowed (a seccomp filter), or not for this file system.
-        Err(Errno::ENOSYS | Errno::EPERM | Errno::EACCES | Errno::EOPNOTSUPP) => Ok(None),
+        Err(Errno::EOPNOTSUPP) => Ok(None),
+        Err(errno) if is_refused(errno) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
 }
@@ -206,6 +213,32 @@ mod tests {
         assert_eq!(cached(&backing, 0..16 * page).unwrap(), Some(2 * page));
         assert_eq!(cached(&backing, page..2 * page).unwrap(), Some(page));
         assert_eq!(cached(&backing, 2 * page..16 * page).unwrap(), Some(0));
+    }
+
+    #[test]
+    fn what_a_filter_forbids_to_ask_is_not_known() {
+        use crate::host::calls::forbidden;
+        let page = base_page_size();
+        let backing = ShmBacking::create(&RamOptions::new(), 8 * page).unwrap();
+        let mapping = Mapping::new(&backing, 0, 8 * page).unwrap();
+        mapping
+            .populate(0..page, page, crate::options::Access::ReadWrite)
+            .unwrap();
+        for errno in [Errno::EPERM, Errno::EACCES, Errno::ENOSYS] {
+            let calls = [libc::SYS_ioctl, libc::SYS_mincore, libc::SYS_msync];
+            forbidden(&calls, errno, || {
+                assert_eq!(mapping.mapped_huge().unwrap(), None);
+                assert_eq!(mapping.mapped(page).unwrap(), []);
+                assert!(!mapping.is_locked(0..page).unwrap());
+            });
+        }
+        // The control: another answer is none that means that.
+        let calls = [libc::SYS_ioctl, libc::SYS_mincore];
+        forbidden(&calls, Errno::EIO, || {
+            assert!(mapping.mapped_huge().is_err());
+            assert!(mapping.mapped(page).is_err());
+        });
+        assert_eq!(mapping.mapped(page).unwrap(), vec![0..page]);
     }
 
     #[test]

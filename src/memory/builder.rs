@@ -7,12 +7,12 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::GuestMemoryShm;
 use crate::backing::{
-    ShmBacking, check_creation, check_descriptors, check_pool, check_posix_shm, control_group_note,
-    huge_pages, page_size_of, start_of,
+    ShmBacking, check_creation, check_descriptors, check_groups, check_pool, check_posix_shm,
+    huge_pages, memory_notes, page_size_of, start_of,
 };
 use crate::error::{Error, FileError, Result};
 use crate::layout::{GuestRange, check_disjoint, pack};
-use crate::options::{Access, Backing, RamOptions};
+use crate::options::{Access, Backing, OnShortage, RamOptions};
 use crate::populate::populate_new;
 use crate::region::{GuestRegionShm, new_bitmap};
 use crate::report::{BuildReport, log_notes};
@@ -168,8 +168,9 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     /// [`Error::UnalignedSize`], [`Error::Overlap`], [`Error::UnalignedOffset`],
     /// [`Error::OutsideBacking`], [`Error::BackingTruncated`] for bad places; those of
     /// [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for reading
-    /// only; [`Error::Map`]; and [`Error::Populate`]. All numbers, and the pools of huge pages, are
-    /// checked before anything is created, and a failure leaves nothing behind.
+    /// only; [`Error::Map`]; and [`Error::Populate`], if there is not enough memory before the first
+    /// page. All numbers, and the pools of huge pages, are checked before anything is created, and a
+    /// failure leaves nothing behind.
     ///
     /// # Panics
     ///
@@ -198,12 +199,12 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
 
         let mut bitmaps = bitmaps.into_iter();
         let mut report = BuildReport::default();
-        let new = plans.iter().filter(|plan| plan.options().is_some());
-        let size = new.fold(0, |sum: u64, plan| sum.saturating_add(plan.len));
-        if let Some(note) = control_group_note(size) {
-            log_notes(ALL, std::slice::from_ref(&note));
-            report.add(ALL, [note]);
-        }
+        let new = plans
+            .iter()
+            .filter_map(|plan| Some((plan.options()?, plan.len)));
+        let notes = memory_notes(&new.collect::<Vec<_>>());
+        log_notes(ALL, &notes);
+        report.add(ALL, notes);
         let mut regions = Vec::with_capacity(all.len());
         let mut created = Vec::new();
         for plan in &plans {
@@ -297,6 +298,8 @@ impl Part {
 /// Checks all backings to be created, together where they draw on the same resource.
 fn check_creations(plans: &[Plan<'_>]) -> Result<()> {
     let mut huge: Vec<(u64, u64)> = Vec::new();
+    // Of these, those that a control group must leave.
+    let mut limited: Vec<(u64, u64)> = Vec::new();
     let mut shm: Vec<(&RamOptions, u64)> = Vec::new();
     let mut descriptors = 0;
     for plan in plans {
@@ -310,14 +313,25 @@ fn check_creations(plans: &[Plan<'_>]) -> Result<()> {
         }
         let pages = huge_pages(options, plan.len, page_size)?;
         if pages > 0 {
-            match huge.iter_mut().find(|(size, _)| *size == page_size) {
-                Some((_, needed)) => *needed += pages,
-                None => huge.push((page_size, pages)),
+            add(&mut huge, page_size, pages);
+            if options.on_shortage() == OnShortage::Refuse {
+                add(&mut limited, page_size, pages);
             }
         }
     }
     check_descriptors(descriptors)?;
     check_posix_shm(&shm)?;
     huge.iter()
-        .try_for_each(|(page_size, needed)| check_pool(*needed, *page_size))
+        .try_for_each(|(page_size, needed)| check_pool(*needed, *page_size))?;
+    limited
+        .iter()
+        .try_for_each(|(page_size, needed)| check_groups(*needed, *page_size))
+}
+
+/// Adds pages to those of the same size.
+fn add(sums: &mut Vec<(u64, u64)>, page_size: u64, pages: u64) {
+    match sums.iter_mut().find(|(size, _)| *size == page_size) {
+        Some((_, sum)) => *sum += pages,
+        None => sums.push((page_size, pages)),
+    }
 }

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::populate::{self, PopulateHandle, PopulateOptions, Populated};
 use crate::ram::Ram;
 #[cfg(doc)]
-use crate::{OnFailure, Populate, PopulateError};
+use crate::{OnFailure, OnShortage, Populate, PopulateError};
 
 impl<B> GuestMemoryShm<B> {
     /// Populates the RAM, or a part of it, and returns when that is done.
@@ -17,8 +17,10 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// A [`PopulateError`] that names the cause, the range and the way out. All that was done is
-    /// undone then, as [`OnFailure`] says.
+    /// A [`PopulateError`] that names the cause, the range and the way out. If there is not enough
+    /// memory, that is [`PopulateError::NotEnoughMemory`] before the first page, or later, if others
+    /// take it meanwhile (unless [`OnShortage::TryAnyway`] is set). All that was done is undone then,
+    /// as [`OnFailure`] says, also if the progress callback panics.
     pub fn populate(&self, options: PopulateOptions<'_>) -> Result<Populated> {
         populate::populate(self.rams(), options)
     }
@@ -30,8 +32,8 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`PopulateError::NotRam`] for a bad range, [`PopulateError::NoThread`] if no thread can be
-    /// had. Others come from [`PopulateHandle::wait`].
+    /// [`PopulateError::NotRam`] for a bad range, [`PopulateError::NotEnoughMemory`] if there is not
+    /// enough now, [`PopulateError::NoThread`] if no thread can be had. Others come from [`PopulateHandle::wait`].
     pub fn populate_in_background(
         &self,
         options: PopulateOptions<'static>,

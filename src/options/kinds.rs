@@ -145,6 +145,34 @@ pub enum Populate {
     Prefault,
 }
 
+/// What becomes of populating RAM for which there is not enough memory.
+///
+/// The kernel refuses nothing by itself: it ends a process (the OOM killer's SIGKILL), this one or
+/// another. So this crate looks at what limits memory before it populates, and again and again while
+/// it does: the control groups of this process (cgroups(7)), the machine (proc_meminfo(5)), and the
+/// NUMA nodes that the pages must come from.
+///
+/// ```
+/// use guest_memory_shm::{OnShortage, Populate, PopulateOptions, RamOptions};
+///
+/// assert_eq!(RamOptions::new().on_shortage(), OnShortage::Refuse);
+/// // The VMM knows that another process in its control group is about to end.
+/// let hopeful = PopulateOptions::new(Populate::Prefault).with_on_shortage(OnShortage::TryAnyway);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum OnShortage {
+    /// It is an error: before the first page if it can be known then, and later if others take the
+    /// memory meanwhile.
+    ///
+    /// That is as good as what the kernel tells, and as fast: if others take memory faster than
+    /// this process looks, the kernel may still end one.
+    #[default]
+    Refuse,
+    /// Nothing is looked at (`on-shortage=try-anyway`). Where memory is short, a process is ended.
+    TryAnyway,
+}
+
 /// Whether guest RAM is part of a core dump of the VMM.
 ///
 /// ```

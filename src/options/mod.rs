@@ -8,7 +8,7 @@ mod numa;
 mod qemu;
 
 pub use kinds::{
-    Access, Backing, CoreDump, DiscardData, Merge, PageSize, Populate, Reserve, Sealing,
+    Access, Backing, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate, Reserve, Sealing,
 };
 pub use numa::{NodeSet, NumaPolicy};
 
@@ -64,6 +64,7 @@ pub use numa::{NodeSet, NumaPolicy};
 /// | `pmem` | a switch that must be off | | file |
 /// | `thp` | a switch that QEMU does not have | [`PageSize::Transparent`] | |
 /// | `populate` | `lazy`, `allocate`, `prefault`, which QEMU does not have | [`with_populate`](Self::with_populate) | |
+/// | `on-shortage` | `refuse`, `try-anyway`, which QEMU does not have | [`with_on_shortage`](Self::with_on_shortage) | |
 ///
 /// Switches are `on`, `true`, `yes`, `y` and `off`, `false`, `no`, `n`. Sizes are numbers of bytes
 /// with the suffixes `K`, `M`, `G`, `T`, `P`, `E` for powers of 1024, with a fraction if they have a
@@ -78,6 +79,7 @@ pub struct RamOptions {
     reserve: Option<Reserve>,
     populate: Populate,
     populate_threads: Option<NonZeroU32>,
+    on_shortage: OnShortage,
     numa: NumaPolicy,
     core_dump: CoreDump,
     merge: Option<Merge>,
@@ -156,7 +158,7 @@ impl RamOptions {
     }
 
     /// Sets how much of the RAM exists before it is first used (QEMU's `prealloc`); nothing unless
-    /// set.
+    /// set. What there is not enough memory for is [refused](Self::with_on_shortage).
     #[must_use]
     pub fn with_populate(mut self, populate: Populate) -> Self {
         self.populate = populate;
@@ -168,6 +170,14 @@ impl RamOptions {
     #[must_use]
     pub fn with_populate_threads(mut self, threads: NonZeroU32) -> Self {
         self.populate_threads = Some(threads);
+        self
+    }
+
+    /// Sets what becomes of populating it if there is not enough memory (`on-shortage` in strings);
+    /// it is refused unless set.
+    #[must_use]
+    pub fn with_on_shortage(mut self, on_shortage: OnShortage) -> Self {
+        self.on_shortage = on_shortage;
         self
     }
 
@@ -264,6 +274,11 @@ impl RamOptions {
     /// How many threads populate, if that is set.
     pub fn populate_threads(&self) -> Option<NonZeroU32> {
         self.populate_threads
+    }
+
+    /// What becomes of populating it if there is not enough memory.
+    pub fn on_shortage(&self) -> OnShortage {
+        self.on_shortage
     }
 
     /// On which NUMA nodes pages are allocated.

@@ -70,6 +70,13 @@ impl NodeSet {
         self.bits & other.bits != 0
     }
 
+    /// The nodes that are in both.
+    pub(crate) const fn intersection(&self, other: Self) -> Self {
+        Self {
+            bits: self.bits & other.bits,
+        }
+    }
+
     /// Whether no node is in it.
     pub const fn is_empty(&self) -> bool {
         self.bits == 0

@@ -12,6 +12,7 @@ use super::CancelToken;
 use super::node::Affinity;
 use super::plan::{Chunk, Queue};
 use crate::logs;
+use crate::shortage::MemoryShortage;
 
 /// Threads need little but their few calls; the default of 2 MiB is address space for nothing.
 const STACK: usize = 256 << 10;
@@ -24,8 +25,16 @@ const AHEAD: usize = 2;
 #[derive(Debug)]
 pub(super) struct Failure {
     pub(super) chunk: Chunk,
-    pub(super) doing: &'static str,
-    pub(super) source: io::Error,
+    pub(super) why: Why,
+}
+
+/// What went wrong with it.
+#[derive(Debug)]
+pub(super) enum Why {
+    /// The system refused to do this.
+    Refused(&'static str, io::Error),
+    /// Others took the memory.
+    Short(MemoryShortage),
 }
 
 /// Tells all threads to stop after the chunk that they work on.
@@ -65,15 +74,17 @@ impl Drop for StopOnDrop<'_> {
 pub(super) struct Engine<'a, W> {
     pub(super) queues: &'a [Queue],
     pub(super) stop: &'a Stop,
-    /// What is to be done with a chunk.
+    /// What is to be done with a chunk: it gives how many bytes are done, of which some may be left
+    /// when all is to stop.
     pub(super) work: W,
 }
 
-impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
+impl<W: Fn(&Chunk) -> Result<u64, Failure> + Sync> Engine<'_, W> {
     /// Works through the queues with at most `threads` threads, and calls `done` in this one with
     /// the result of each chunk. Gives the number of threads.
     ///
     /// If the system refuses threads, there are fewer; if it refuses all, this one does the work.
+    /// A panic of `done` stops all of them and is resumed.
     pub(super) fn run(&self, threads: u32, mut done: impl FnMut(Result<u64, Failure>)) -> u32 {
         let gate = RwLock::new(());
         thread::scope(|scope| {
@@ -115,10 +126,9 @@ impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
             receiver.iter().for_each(done);
             let mut count = 0;
             for thread in started {
-                // The scope would only wait for the end of its work, not for its stack to go.
-                if let Err(panic) = thread.join() {
-                    std::panic::resume_unwind(panic);
-                }
+                // The scope would only wait for the end of its work, not for its stack to go. No code
+                // of others runs in it that could panic.
+                let _ = thread.join();
                 count += 1;
             }
             count
@@ -128,10 +138,11 @@ impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
     /// Takes chunks until there are none: from the own queue first, then from the others.
     fn work_through(&self, home: usize, mut done: impl FnMut(Result<u64, Failure>)) {
         let mut affinity = Affinity::of_this_thread();
+        let mut refused = None;
         for at in 0..self.queues.len() {
             let queue = &self.queues[(home + at) % self.queues.len()];
             if !queue.is_empty() {
-                affinity.keep_to(queue.nodes);
+                refused = affinity.keep_to(queue.nodes).err().or(refused);
             }
             while !self.stop.is_set()
                 && let Some(chunk) = queue.take()
@@ -140,8 +151,11 @@ impl<W: Fn(&Chunk) -> Result<(), Failure> + Sync> Engine<'_, W> {
                 if result.is_err() {
                     self.stop.set();
                 }
-                done(result.map(|()| chunk.range.end - chunk.range.start));
+                done(result);
             }
+        }
+        if let Some(errno) = refused {
+            logs::debug!("cannot keep a thread to the nodes of its pages: {errno}");
         }
     }
 }
@@ -179,7 +193,7 @@ mod tests {
                 work: |chunk: &Chunk| {
                     let new = seen.lock().unwrap().insert((chunk.part, chunk.range.start));
                     assert!(new, "{chunk:?} was done twice");
-                    Ok(())
+                    Ok(10)
                 },
             };
             let mut bytes = 0;
@@ -199,7 +213,7 @@ mod tests {
             stop: &Stop::default(),
             work: |_: &Chunk| {
                 meeting.wait();
-                Ok(())
+                Ok(10)
             },
         };
         let mut done = 0;
@@ -216,10 +230,9 @@ mod tests {
             work: |chunk: &Chunk| match chunk.range.start {
                 50 => Err(Failure {
                     chunk: chunk.clone(),
-                    doing: "test",
-                    source: io::ErrorKind::Other.into(),
+                    why: Why::Refused("test", io::ErrorKind::Other.into()),
                 }),
-                _ => Ok(()),
+                _ => Ok(10),
             },
         };
         let mut results = Vec::new();
@@ -235,7 +248,7 @@ mod tests {
         let engine = Engine {
             queues: &queues,
             stop: &stop,
-            work: |_: &Chunk| Ok(()),
+            work: |_: &Chunk| Ok(10),
         };
         let run = std::panic::AssertUnwindSafe(|| engine.run(2, |_| panic!("on purpose")));
         assert!(std::panic::catch_unwind(run).is_err());

@@ -13,7 +13,8 @@ use crate::error::{Error, PopulateError};
 
 /// Populating that goes on in the background: to ask how far it is, to wait for, to cancel.
 ///
-/// Dropping it cancels, and waits until the threads are gone.
+/// Dropping it cancels, and waits until the threads are gone. In a child of fork(2), which has the
+/// handle and none of the threads, dropping it does nothing.
 ///
 /// ```
 /// use guest_memory_shm::{GuestMemoryShm, Populate, PopulateOptions};
@@ -35,6 +36,8 @@ pub struct PopulateHandle {
     cancel: CancelToken,
     /// There until it is waited for.
     thread: Option<JoinHandle<Result<Populated, PopulateError>>>,
+    /// The process that the thread runs in: a child of fork(2) has no copy of it.
+    pid: u32,
 }
 
 impl PopulateHandle {
@@ -42,6 +45,8 @@ impl PopulateHandle {
         let done = Arc::new(AtomicU64::new(0));
         let total = job.total();
         let cancel = job.policy.cancel.clone();
+        // Here, and not in the background: whoever asks for too much is to be told at once.
+        let looking = job.look()?;
         let counter = done.clone();
         let mut listener = job.progress.take();
         job.progress = Some(Box::new(move |progress| {
@@ -54,7 +59,7 @@ impl PopulateHandle {
         let body = move || {
             // As in the threads that do the work, which inherit it.
             let _ = SigSet::all().thread_block();
-            job.run()
+            job.run(&looking)
         };
         let builder = Builder::new().name("populate".to_owned());
         let thread = builder.spawn(body);
@@ -64,6 +69,7 @@ impl PopulateHandle {
             total,
             cancel,
             thread: Some(thread),
+            pid: std::process::id(),
         })
     }
 
@@ -77,7 +83,7 @@ impl PopulateHandle {
 
     /// Whether it has ended, in whatever way: [`wait`](Self::wait) returns at once then.
     pub fn is_finished(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+        self.is_elsewhere() || self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Cancels it; [`wait`](Self::wait) then says whether that was in time.
@@ -89,12 +95,16 @@ impl PopulateHandle {
     ///
     /// # Errors
     ///
-    /// Those of [`GuestMemoryShm::populate`](crate::GuestMemoryShm::populate).
+    /// Those of [`GuestMemoryShm::populate`](crate::GuestMemoryShm::populate);
+    /// [`PopulateError::OtherProcess`] in a child of fork(2).
     ///
     /// # Panics
     ///
     /// If the progress callback panicked, with its panic.
     pub fn wait(mut self) -> Result<Populated, Error> {
+        if self.is_elsewhere() {
+            return Err(PopulateError::OtherProcess.into());
+        }
         let Some(thread) = self.thread.take() else {
             unreachable!("only this method and drop take it");
         };
@@ -103,14 +113,28 @@ impl PopulateHandle {
             Err(panic) => std::panic::resume_unwind(panic),
         }
     }
+
+    /// Whether this is a copy of the handle in a child of fork(2).
+    fn is_elsewhere(&self) -> bool {
+        self.pid != std::process::id()
+    }
 }
 
 impl Drop for PopulateHandle {
     fn drop(&mut self) {
-        if let Some(thread) = self.thread.take() {
-            self.cancel();
-            // A panic was printed where it happened; nobody is there to be told.
-            let _ = thread.join();
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        if self.is_elsewhere() {
+            // There is no such thread to be joined or detached, and asking for one is undefined.
+            std::mem::forget(thread);
+            return;
+        }
+        self.cancel();
+        if let Err(panic) = thread.join() {
+            // It was printed where it happened, and nobody is there to be told. Dropping it may
+            // panic in turn, which would end the process if this is dropped by a panic.
+            std::mem::forget(panic);
         }
     }
 }

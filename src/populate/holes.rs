@@ -56,7 +56,7 @@ impl Holes {
             zeros(backing.file(), range, backing.page_size(), |zeros| {
                 let start = zeros.start - part.ram.offset;
                 let end = zeros.end - part.ram.offset;
-                part.ram.mapping.remove(start..end)
+                part.ram.remove(start..end)
             })?;
         }
         Ok(())
@@ -75,8 +75,8 @@ fn holes(part: &Part) -> io::Result<Vec<Range<u64>>> {
             Ok(gaps(range, there))
         }
         Allocation::Some(bytes) => {
-            let data: Vec<_> =
-                Data::of(backing.file(), 0..backing.len()).collect::<Result<_, _>>()?;
+            let data: Vec<_> = Data::of(backing.file(), backing.start()..backing.end())
+                .collect::<Result<_, _>>()?;
             let seen: u64 = data.iter().map(|data| data.end - data.start).sum();
             // Or else there are pages that look like holes.
             Ok(if seen == bytes {

@@ -3,8 +3,10 @@
 //! A [`plan`] cuts the RAM into chunks, and puts them into queues: one for RAM that may come from
 //! anywhere, and one for each set of NUMA nodes that RAM is bound to. An [`engine`] of threads
 //! works on the queues, [`work`] is what is done to a chunk, and [`holes`] remembers what was
-//! there before, so that a failure can be undone. [`cause`] finds out why there was one, which the
-//! kernel does not tell. [`handle`] does all this in the background.
+//! there before, so that a failure can be undone. [`need`] counts what is missing, before anything
+//! is done, and [`watch`] looks again before each piece whether there is memory for it. [`cause`]
+//! finds out why there was a failure, which the kernel does not tell. [`handle`] does all this in the
+//! background.
 //!
 //! # Why it is done as it is
 //!
@@ -15,6 +17,9 @@
 //!   one that does not maps its chunk right away.
 //! - The stack of a new thread is a mapping, and making one waits for all page faults of the
 //!   process: all threads are started, then they are released together.
+//! - Where memory is short the kernel refuses nothing: it ends a process. So what a control group or
+//!   the machine can still give is asked, not tried out. A look takes some microseconds for each
+//!   group that is limited, and 20 or so for the machine.
 
 use std::fmt;
 use std::num::NonZeroU32;
@@ -27,16 +32,18 @@ use crate::error::PopulateError;
 use crate::error::Result;
 use crate::layout::GuestRange;
 use crate::logs;
-use crate::options::{Populate, RamOptions};
+use crate::options::{OnShortage, Populate, RamOptions};
 use crate::ram::Ram;
 
 mod cause;
 mod engine;
 mod handle;
 mod holes;
+mod need;
 mod node;
 mod plan;
 mod run;
+mod watch;
 mod work;
 
 pub use handle::PopulateHandle;
@@ -68,6 +75,7 @@ pub struct PopulateOptions<'a> {
     progress: Option<ProgressFn<'a>>,
     cancel: CancelToken,
     on_failure: Option<OnFailure>,
+    on_shortage: OnShortage,
 }
 
 type ProgressFn<'a> = Box<dyn FnMut(PopulateProgress) -> ControlFlow<()> + Send + 'a>;
@@ -166,6 +174,7 @@ impl<'a> PopulateOptions<'a> {
             progress: None,
             cancel: CancelToken::new(),
             on_failure: None,
+            on_shortage: OnShortage::Refuse,
         }
     }
 
@@ -212,6 +221,12 @@ impl<'a> PopulateOptions<'a> {
         self.on_failure = Some(on_failure);
         self
     }
+
+    /// Sets what becomes of it if there is not enough memory; it is refused unless set.
+    pub fn with_on_shortage(mut self, on_shortage: OnShortage) -> Self {
+        self.on_shortage = on_shortage;
+        self
+    }
 }
 
 impl fmt::Debug for PopulateOptions<'_> {
@@ -222,6 +237,7 @@ impl fmt::Debug for PopulateOptions<'_> {
             .field("range", &self.range)
             .field("cancel", &self.cancel)
             .field("on_failure", &self.on_failure)
+            .field("on_shortage", &self.on_shortage)
             .finish_non_exhaustive()
     }
 }
@@ -232,7 +248,9 @@ pub(crate) fn populate(
     options: PopulateOptions<'_>,
 ) -> Result<Populated> {
     let parts = parts(rams, &options)?;
-    Ok(Job::new(parts, options, OnFailure::GiveBack).run()?)
+    let job = Job::new(parts, options, OnFailure::GiveBack);
+    let looking = job.look()?;
+    Ok(job.run(&looking)?)
 }
 
 /// As [`populate`], while the caller goes on.
@@ -247,10 +265,14 @@ pub(crate) fn populate_in_background(
 
 /// The parts of the RAM, sorted by address, that the options are about.
 fn parts(rams: impl Iterator<Item = Ram>, options: &PopulateOptions<'_>) -> Result<Vec<Part>> {
-    match options.range {
-        Some(range) => Ok(plan::select(rams, range, options.mode)?),
-        None => Ok(rams.map(|ram| Part::whole(ram, options.mode)).collect()),
-    }
+    let parts = match options.range {
+        Some(range) => plan::select(rams, range, options.mode)?,
+        None => rams.map(|ram| Part::whole(ram, options.mode)).collect(),
+    };
+    let parts = parts.into_iter();
+    Ok(parts
+        .map(|part| part.with_on_shortage(options.on_shortage))
+        .collect())
 }
 
 /// Populates RAM on backings that were just made, as their options say, all of it together.
@@ -264,7 +286,8 @@ pub(crate) fn populate_new<'a>(
     for (ram, options) in made {
         if options.populate() != Populate::Lazy {
             threads = threads.max(options.populate_threads());
-            parts.push(Part::whole(ram, options.populate()));
+            let part = Part::whole(ram, options.populate());
+            parts.push(part.with_on_shortage(options.on_shortage()));
         }
     }
     if parts.is_empty() {
@@ -286,7 +309,8 @@ pub(crate) fn populate_new<'a>(
         },
         progress: None,
     };
-    let populated = job.run()?;
+    let looking = job.look()?;
+    let populated = job.run(&looking)?;
     logs::debug!("{populated:?}");
     Ok(())
 }

@@ -3,11 +3,11 @@
 //! The page is on the right node whoever allocates it, that is what mbind(2) is for; but clearing
 //! it from another node takes far longer.
 
+use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::host::nodes;
-use crate::logs;
 use crate::options::NodeSet;
 
 /// Where the current thread may run.
@@ -28,29 +28,25 @@ impl Affinity {
 
     /// Keeps the thread to the CPUs of `nodes` that it may use at all, or, if there are none, or no
     /// nodes are given, to where it was at first.
-    pub(super) fn keep_to(&mut self, nodes: NodeSet) {
+    pub(super) fn keep_to(&mut self, nodes: NodeSet) -> Result<(), Errno> {
         if nodes == self.nodes {
-            return;
+            return Ok(());
         }
         self.nodes = nodes;
         let before = match self.before {
             Some(before) => before,
-            None => match sched_getaffinity(THIS) {
-                Ok(before) => *self.before.insert(before),
-                Err(errno) => return logs::debug!("cannot read the CPUs of a thread: {errno}"),
-            },
+            None => *self.before.insert(sched_getaffinity(THIS)?),
         };
         let near = intersection(&before, &cpus_of(nodes));
-        if let Err(errno) = sched_setaffinity(THIS, &near.unwrap_or(before)) {
-            logs::debug!("cannot keep a thread to the nodes {nodes}: {errno}");
-        }
+        sched_setaffinity(THIS, &near.unwrap_or(before))
     }
 }
 
 impl Drop for Affinity {
     /// It may be a thread of the caller's.
     fn drop(&mut self) {
-        self.keep_to(NodeSet::new());
+        // If this is refused, so was what it would undo.
+        let _ = self.keep_to(NodeSet::new());
     }
 }
 
@@ -110,15 +106,17 @@ mod tests {
             let before = sched_getaffinity(THIS).unwrap();
             let near = intersection(&before, &of_node).unwrap();
             let mut affinity = Affinity::of_this_thread();
-            affinity.keep_to(first);
+            affinity.keep_to(first).unwrap();
             assert_eq!(sched_getaffinity(THIS).unwrap(), near);
             // A node without CPUs: anywhere.
-            affinity.keep_to(NodeSet::from_nodes([127]).unwrap());
+            affinity
+                .keep_to(NodeSet::from_nodes([127]).unwrap())
+                .unwrap();
             assert_eq!(sched_getaffinity(THIS).unwrap(), before);
             // One CPU, so that there is something to see on a machine with one node.
             let one = (0..CpuSet::count()).find(|cpu| near.is_set(*cpu) == Ok(true));
             sched_setaffinity(THIS, &set(&[one.unwrap()])).unwrap();
-            affinity.keep_to(first);
+            affinity.keep_to(first).unwrap();
             assert_eq!(sched_getaffinity(THIS).unwrap(), near);
             drop(affinity);
             assert_eq!(sched_getaffinity(THIS).unwrap(), before);

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::backing::{FileIdentity, ShmBacking};
 use crate::error::PopulateError;
 use crate::layout::GuestRange;
-use crate::options::{NodeSet, NumaPolicy, Populate};
+use crate::options::{NodeSet, NumaPolicy, OnShortage, Populate};
 use crate::ram::Ram;
 use crate::report::{NotHuge, Note};
 
@@ -17,7 +17,7 @@ const CHUNK: u64 = 16 << 20;
 
 /// The least that is worth a chunk of its own, in bytes, and the grid of all cuts: no huge page
 /// is cut in two.
-const GRAIN: u64 = 2 << 20;
+pub(super) const GRAIN: u64 = 2 << 20;
 
 /// How many chunks each thread should have, so that all end at the same time.
 const CHUNKS_PER_THREAD: u64 = 8;
@@ -29,6 +29,7 @@ pub(super) struct Part {
     /// In bytes from the start of the region, whole pages, not empty.
     pub(super) range: Range<u64>,
     pub(super) mode: Populate,
+    pub(super) on_shortage: OnShortage,
 }
 
 /// A piece of work.
@@ -65,7 +66,19 @@ pub(super) struct Plan {
 impl Part {
     pub(super) fn whole(ram: Ram, mode: Populate) -> Self {
         let range = 0..ram.range.size();
-        Self { ram, range, mode }
+        Self {
+            ram,
+            range,
+            mode,
+            on_shortage: OnShortage::default(),
+        }
+    }
+
+    pub(super) fn with_on_shortage(self, on_shortage: OnShortage) -> Self {
+        Self {
+            on_shortage,
+            ..self
+        }
     }
 
     pub(super) fn len(&self) -> u64 {
@@ -137,9 +150,8 @@ pub(super) fn select(
         // Regions are whole pages: rounding up stays inside.
         let end = (at + len).next_multiple_of(page);
         parts.push(Part {
-            ram,
             range: first..end,
-            mode,
+            ..Part::whole(ram, mode)
         });
         missing -= len;
         start.0 = start.0.wrapping_add(len);

@@ -1,11 +1,14 @@
 //! A job of populating, from its plan to its result.
 
+use std::any::Any;
 use std::num::NonZeroU32;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::thread::available_parallelism;
 
 use super::engine::{Engine, Failure, Stop};
 use super::holes::Holes;
 use super::plan::{Chunk, Part, Plan, Queue};
+use super::work::Looking;
 use super::{
     CancelToken, OnFailure, PopulateOptions, PopulateProgress, Populated, ProgressFn, cause,
 };
@@ -51,7 +54,12 @@ impl<'a> Job<'a> {
         self.parts.iter().map(Part::len).sum()
     }
 
-    pub(super) fn run(self) -> Result<Populated, PopulateError> {
+    /// Looks whether there is memory for all of it.
+    pub(super) fn look(&self) -> Result<Looking, PopulateError> {
+        Looking::begin(&self.parts)
+    }
+
+    pub(super) fn run(self, looking: &Looking) -> Result<Populated, PopulateError> {
         let total = self.total();
         let asked = self.policy.threads.map(NonZeroU32::get);
         let threads = asked.unwrap_or_else(|| default_threads(total));
@@ -66,17 +74,23 @@ impl<'a> Job<'a> {
             OnFailure::Keep => None,
         };
         let stop = Stop::new(self.policy.cancel);
-        let mut outcome = populate(&plan, threads, &stop, self.progress);
-        let Some(error) = outcome.error(&plan) else {
-            return Ok(Populated {
-                bytes: total,
-                threads: outcome.threads,
-            });
-        };
-        if let Some(holes) = holes {
+        let progress = self.progress;
+        let ended = caught(|| {
+            let mut outcome = populate(&plan, looking, threads, &stop, progress);
+            match outcome.error(&plan, looking) {
+                None => Ok(Populated {
+                    bytes: total,
+                    threads: outcome.threads,
+                }),
+                Some(error) => Err(error),
+            }
+        });
+        if !matches!(ended, Ok(Ok(_)))
+            && let Some(holes) = holes
+        {
             give_back(&plan, threads, &holes);
         }
-        Err(error)
+        ended.unwrap_or_else(|panic| resume_unwind(panic))
     }
 }
 
@@ -90,6 +104,7 @@ struct Outcome {
 
 fn populate(
     plan: &Plan,
+    looking: &Looking,
     threads: u32,
     stop: &Stop,
     mut progress: Option<ProgressFn<'_>>,
@@ -97,11 +112,13 @@ fn populate(
     let engine = Engine {
         queues: &plan.queues,
         stop,
-        work: |chunk: &Chunk| plan.populate(chunk),
+        work: |chunk: &Chunk| plan.populate(chunk, looking, stop),
     };
     let mut done = 0;
     let mut failure = None;
     let threads = engine.run(threads, |result| match result {
+        // Stopped before its first piece.
+        Ok(0) => {}
         Ok(bytes) => {
             done += bytes;
             let total = plan.total;
@@ -128,10 +145,10 @@ fn populate(
 
 impl Outcome {
     /// Why not all is done, if it is not. The first failure counts: the others follow from it.
-    fn error(&mut self, plan: &Plan) -> Option<PopulateError> {
+    fn error(&mut self, plan: &Plan, looking: &Looking) -> Option<PopulateError> {
         let (done, total) = (self.done, plan.total);
         if let Some(failure) = self.failure.take() {
-            return Some(cause::find(plan, failure, total - done));
+            return Some(cause::find(plan, looking, failure, total - done));
         }
         if done < total {
             return Some(PopulateError::Cancelled { done, total });
@@ -140,6 +157,13 @@ impl Outcome {
         let mut parts = plan.parts.iter();
         parts.find_map(|part| cause::truncated(part, part.in_guest(&part.range)))
     }
+}
+
+/// Code of the user's runs while there are pages to be given back: the progress callback. Its panic
+/// is resumed when they are.
+fn caught<R>(work: impl FnOnce() -> R) -> Result<R, Box<dyn Any + Send>> {
+    // Nothing that was half done is looked at afterwards, but what the kernel has.
+    catch_unwind(AssertUnwindSafe(work))
 }
 
 /// Gives back what was worked on, all threads together: reading it takes its time, too.
@@ -153,7 +177,7 @@ fn give_back(plan: &Plan, threads: u32, holes: &Holes) {
                 let range = plan.parts[chunk.part].in_guest(&chunk.range);
                 logs::warn!("cannot give back what was populated of {range}: {error}");
             }
-            Ok(())
+            Ok(0)
         },
     };
     engine.run(threads, |_| {});

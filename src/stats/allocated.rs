@@ -85,5 +85,5 @@ fn covers_once(regions: &[&Ram]) -> bool {
         }
         end = part.end;
     }
-    end == regions[0].backing.len()
+    end == regions[0].backing.end()
 }

@@ -89,7 +89,7 @@ fn of_one_backing(regions: &[&Ram], resolution: u64, found: &mut Vec<Range<u64>>
     let allocation = backing.allocation()?;
     let total = match allocation {
         Allocation::Nothing => return Ok(0),
-        Allocation::Everything => backing.len(),
+        Allocation::Everything => backing.size(),
         Allocation::Some(bytes) | Allocation::AtMost(bytes) => bytes,
     };
     let mut located = 0;

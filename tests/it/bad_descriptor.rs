@@ -147,7 +147,7 @@ fn a_file_that_is_too_short_is_refused_and_not_made_longer() {
         );
         let exact = adopt(memfd(2 * MIB), &policy).unwrap();
         assert_eq!(
-            (exact.len(), exact.kind()),
+            (exact.size(), exact.kind()),
             (2 * MIB, BackingKind::AdoptedShm)
         );
     });
@@ -189,7 +189,7 @@ fn a_file_on_disk_is_refused_unless_it_is_meant() {
         let policy = AdoptPolicy::new().with_disk_files();
         let backing = adopt(file.try_clone().unwrap(), &policy).unwrap();
         assert_eq!(backing.kind(), BackingKind::AdoptedFile);
-        assert_eq!((backing.seals(), backing.len()), (Seals::empty(), MIB));
+        assert_eq!((backing.seals(), backing.size()), (Seals::empty(), MIB));
         let region = GuestRegionShm::<()>::from_backing(&backing, PAGE, GuestAddress(0), PAGE);
         region
             .unwrap()
@@ -331,7 +331,7 @@ fn an_owner_who_resizes_the_file_meanwhile_cannot_make_its_length_wrong() {
             resizing.recv().unwrap();
             ShmBacking::adopt(file.try_clone().unwrap().into(), &policy).unwrap()
         });
-        assert_eq!(adopted.len(), file.metadata().unwrap().len());
+        assert_eq!(adopted.size(), file.metadata().unwrap().len());
     }
 }
 
@@ -349,7 +349,7 @@ fn a_file_that_was_truncated_after_its_adoption_is_not_mapped() {
         assert_refused!(
             build(),
             Error::BackingTruncated { now: PAGE, .. },
-            "the backing had 1 MiB and has 4 KiB now: somebody truncated it, touching what is \
+            "the backing had at least 1 MiB and has 4 KiB now: somebody truncated it, touching what is \
              gone would be SIGBUS; use a sealed memfd or a trusted peer",
         );
         ftruncate(&file, MIB as i64).unwrap();

@@ -269,8 +269,8 @@ fn a_region_that_its_backing_does_not_have_is_refused() {
         assert_refused!(
             place(3 * PAGE, 2 * PAGE),
             Error::OutsideBacking { .. },
-            "a region of 8 KiB at offset 0x3000 ends past its backing of 16 KiB: touching it \
-             there would be SIGBUS",
+            "a region of 8 KiB at offset 0x3000 runs past the end of its backing at 0x4000: \
+             touching it there would be SIGBUS",
         );
         assert!(matches!(
             place(u64::MAX - PAGE + 1, PAGE),

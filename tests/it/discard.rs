@@ -304,7 +304,7 @@ fn a_file_on_a_disk_gets_holes() {
         }
         Err(error) => panic!("{error}"),
     }
-    assert_eq!(disk.len(), SIZE);
+    assert_eq!(disk.size(), SIZE);
     std::fs::File::from(disk.as_fd().try_clone_to_owned().unwrap())
         .sync_all()
         .unwrap();

@@ -64,10 +64,14 @@ fn a_file_that_has_contents_becomes_ram_with_them_and_keeps_its_length() {
         assert_eq!(ram.backing().kind(), kind);
         assert_eq!(ram.is_hugetlbfs(), Some(false));
         assert_eq!(
-            (ram.backing().start(), ram.backing().len()),
+            (ram.backing().start(), ram.backing().end()),
             (0, 2 * MIB),
             "what may be used ends with the RAM"
         );
+        let beside = file_options(&path).with_offset(MIB);
+        let beside = ShmBacking::create(&beside, MIB).unwrap();
+        assert_eq!((beside.start(), beside.end()), (MIB, 2 * MIB));
+        assert_eq!(beside.size(), MIB, "the size is not where it ends");
         assert!(!ram.backing().seals().intersects(Seals::RESIZE));
 
         // What is written is in the file, for everybody who reads that.

@@ -335,6 +335,6 @@ fn a_file_that_is_truncated_between_creation_and_mapping_is_refused() {
     file.set_len(2 * MIB - 1).unwrap();
     assert!(matches!(
         map(),
-        Err(Error::BackingTruncated { len, now }) if (len, now) == (2 * MIB, 2 * MIB - 1)
+        Err(Error::BackingTruncated { end, now }) if (end, now) == (2 * MIB, 2 * MIB - 1)
     ));
 }

@@ -271,7 +271,7 @@ fn without_a_reservation_no_pool_is_asked_before_the_file_is_created() {
         with_hugetlbfs(1, "", |dir, _| {
             let options = file_options(dir).with_reserve(Reserve::Off);
             let backing = ShmBacking::create(&options, 8 * HUGE).unwrap();
-            assert_eq!(backing.len(), 8 * HUGE);
+            assert_eq!(backing.size(), 8 * HUGE);
             assert!(matches!(options.backing(), Backing::File(_)));
         });
     });

@@ -235,7 +235,7 @@ fn a_rom_that_somebody_truncated_is_an_error_to_read_and_no_signal() {
     rom.read(PAGE - 8, &mut bytes).unwrap();
     assert!(matches!(
         rom.read(PAGE - 4, &mut bytes),
-        Err(Error::BackingTruncated { len, now }) if (len, now) == (4 * PAGE, PAGE)
+        Err(Error::BackingTruncated { end, now }) if (end, now) == (4 * PAGE, PAGE)
     ));
     // The control: the mapping has no such answer.
     let gone = rom.as_ptr().wrapping_add(PAGE as usize);

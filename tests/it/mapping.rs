@@ -174,10 +174,10 @@ fn the_ranges_of_one_backing_lie_behind_each_other_in_one_file() {
 
         let backing = at(0).backing();
         assert_eq!(backing, at(4 * GIB).backing());
-        assert_eq!(backing.len(), 2 * MIB + 4 * PAGE);
+        assert_eq!(backing.size(), 2 * MIB + 4 * PAGE);
         // One more mapping of the whole file, as a daemon has it.
         let whole = FileOffset::new(file_of(backing), 0);
-        let whole = MmapRegion::<()>::from_file(whole, backing.len() as usize).unwrap();
+        let whole = MmapRegion::<()>::from_file(whole, backing.size() as usize).unwrap();
         for (number, (addr, size)) in (1..).zip(ranges) {
             let last = GuestAddress(addr.0 + size - 8);
             memory.write_obj::<u64>(number, last).unwrap();

@@ -125,7 +125,7 @@ fn a_memfd_of_huge_pages_is_sealed_and_can_be_adopted() {
 
         let ours = ShmBacking::adopt(fd, &AdoptPolicy::new()).unwrap();
         assert_eq!(ours.kind(), BackingKind::AdoptedHugetlb);
-        assert_eq!((ours.len(), ours.page_size()), (2 * HUGE, HUGE));
+        assert_eq!((ours.size(), ours.page_size()), (2 * HUGE, HUGE));
         let place =
             |backing| GuestRegionShm::<()>::from_backing(backing, HUGE, GuestAddress(0), HUGE);
         let (one, other) = (place(&theirs).unwrap(), place(&ours).unwrap());

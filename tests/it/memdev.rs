@@ -138,6 +138,28 @@ fn a_rom_is_built_beside_the_ram() {
 }
 
 #[test]
+fn more_than_the_machine_has_is_one_line_with_need_rest_and_remedy() {
+    for args in [
+        &["--populate", "memory-backend-memfd,size=64T"][..],
+        &["memory-backend-memfd,size=64T,prealloc=on"],
+        &["memory-backend-memfd,size=64T,populate=allocate"],
+    ] {
+        let output = memdev(args);
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {errors}");
+        assert_eq!(errors.lines().count(), 1, "{errors}");
+        for part in [
+            "64 TiB",
+            "more are needed",
+            "/proc/meminfo",
+            "ask for less RAM",
+        ] {
+            assert!(errors.contains(part), "{part} is missing: {errors}");
+        }
+    }
+}
+
+#[test]
 fn bad_options_are_one_line_with_the_property_the_value_and_the_remedy() {
     for (options, parts) in [
         (

@@ -3,8 +3,8 @@
 use std::num::NonZeroU32;
 
 use guest_memory_shm::{
-    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, PageSize, Populate,
-    RamOptions, Reserve, Sealing,
+    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
+    Populate, RamOptions, Reserve, Sealing,
 };
 
 const MIB: u64 = 1 << 20;
@@ -75,6 +75,11 @@ fn every_property_of_every_backend_is_read() {
             (
                 "prealloc-threads=0x4",
                 options.clone().with_populate_threads(threads(4)),
+            ),
+            ("on-shortage=refuse", options.clone()),
+            (
+                "on-shortage=try-anyway",
+                options.clone().with_on_shortage(OnShortage::TryAnyway),
             ),
             ("prealloc-context=", options.clone()),
             ("policy=default", options.clone()),
@@ -328,6 +333,11 @@ fn every_property_that_is_wrong_is_named() {
             &memfd,
             "populate=on",
             "populate=on: expected lazy, allocate or prefault",
+        ),
+        (
+            &memfd,
+            "on-shortage=on",
+            "on-shortage=on: expected refuse or try-anyway",
         ),
         (
             &memfd,

@@ -95,7 +95,7 @@ fn a_size_that_is_set_must_be_that_of_the_ranges() {
             if (set, ram) == (MIB, 2 * MIB)
     ));
     let region = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &options).unwrap();
-    assert_eq!(region.backing().len(), MIB);
+    assert_eq!(region.backing().size(), MIB);
 }
 
 #[test]
@@ -158,7 +158,7 @@ fn what_only_the_system_knows_is_refused_when_ram_is_built() {
 #[test]
 fn the_ram_of_a_string_is_what_the_string_says() {
     let region = built("memory-backend-memfd,id=ram-from-string,size=1.5M").unwrap();
-    assert_eq!(region.backing().len(), 3 * MIB / 2);
+    assert_eq!(region.backing().size(), 3 * MIB / 2);
     let start = region.as_ptr().addr() as u64;
     let line = maps().into_iter().find(|line| line.range.start == start);
     let line = line.unwrap();

@@ -3,8 +3,8 @@
 use std::num::NonZeroU32;
 
 use guest_memory_shm::{
-    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, PageSize, Populate,
-    RamOptions, Reserve, Sealing,
+    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
+    Populate, RamOptions, Reserve, Sealing,
 };
 use proptest::collection::btree_set;
 use proptest::option;
@@ -110,6 +110,10 @@ fn valid_options() -> impl Strategy<Value = RamOptions> {
             if let Some(reserve) = reserve {
                 options = options.with_reserve(reserve);
             }
+            // Any number does: half of the options are to have it.
+            if size % 2 == 0 {
+                options = options.with_on_shortage(OnShortage::TryAnyway);
+            }
             // What is populated is neither unreserved nor read-only.
             if reserve != Some(Reserve::Off) && options.access() == Access::ReadWrite {
                 options = options.with_populate(populate);
@@ -125,7 +129,7 @@ fn strings() -> impl Strategy<Value = String> {
         "(no)?(share|reserve|prealloc|merge|dump|hugetlb|seal|thp|readonly|discard-data)(=(on|off|y|no))?",
         "(size|hugetlbsize|align|offset)=[0-9]{1,3}(\\.5)?[KMG]?",
         "(policy=(bind|default)|host-nodes=[0-9](-[0-9])?|prealloc-threads=[0-9])",
-        "(id=[a-c1]|mem-path=[/a,=]{1,4}|rom=(on|off|auto)|populate=(lazy|allocate))",
+        "(id=[a-c1]|mem-path=[/a,=]{1,4}|rom=(on|off|auto)|populate=(lazy|allocate)|on-shortage=(refuse|try-anyway))",
         "x-use-canonical-path-for-ramblock-id(=off)?",
     ];
     let kind = select(vec!["memfd", "shm", "file"]);

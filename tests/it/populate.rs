@@ -300,6 +300,69 @@ fn ram_that_is_bound_to_a_node_is_populated_and_the_caller_stays_where_it_was() 
     assert_eq!(allowed(), before);
 }
 
+/// More than any machine has, less than the address space of a process.
+const ENDLESS: u64 = 1 << 46;
+
+#[test]
+fn more_than_the_machine_has_is_refused_before_the_first_page() {
+    let assert_short = |result: Result<(), Error>| match result {
+        Err(Error::Populate(PopulateError::NotEnoughMemory { range, shortage })) => {
+            assert_eq!(shortage.limit.path().to_str(), Some("/proc/meminfo"));
+            assert!(shortage.needed >= ENDLESS && shortage.left < ENDLESS);
+            assert_eq!(range.size(), ENDLESS);
+        }
+        other => panic!("{other:?}"),
+    };
+    for mode in [Populate::Allocate, Populate::Prefault] {
+        let built = GuestMemoryShm::<()>::builder()
+            .with_ram(RamOptions::new(), [(GuestAddress(0), MIB)])
+            .with_ram(
+                RamOptions::new().with_populate(mode),
+                [(GuestAddress(1 << 47), ENDLESS)],
+            )
+            .build();
+        assert_short(built.map(drop));
+        let options = RamOptions::new().with_populate(mode);
+        assert_short(GuestRegionShm::<()>::new(GuestAddress(0), ENDLESS, &options).map(drop));
+
+        let lazy = memory(RamOptions::new(), ENDLESS);
+        assert_short(lazy.populate(PopulateOptions::new(mode)).map(drop));
+        let started = lazy.populate_in_background(PopulateOptions::new(mode));
+        assert_short(started.map(drop));
+        assert_eq!(allocated(&lazy), 0);
+        // A part of it can be had.
+        let part = PopulateOptions::new(mode).with_range(range(ENDLESS / 2, MIB));
+        assert_eq!(lazy.populate(part).unwrap().bytes, MIB);
+        assert_eq!(allocated(&lazy), MIB);
+    }
+}
+
+#[test]
+fn the_file_of_populated_ram_that_is_refused_is_removed_again() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = dir.path().join("ram");
+    // A file system is asked first how much it holds, so the RAM is small: what is too much is
+    // what is beside it.
+    let built = GuestMemoryShm::<()>::builder()
+        .with_ram(
+            RamOptions::new()
+                .with_backing(Backing::File(path.clone()))
+                .with_populate(Populate::Prefault),
+            [(GuestAddress(0), MIB)],
+        )
+        .with_ram(
+            RamOptions::new().with_populate(Populate::Prefault),
+            [(GuestAddress(1 << 47), ENDLESS)],
+        )
+        .build();
+    assert!(matches!(
+        built,
+        Err(Error::Populate(PopulateError::NotEnoughMemory { range, .. }))
+            if range.start_addr() == GuestAddress(1 << 47)
+    ));
+    assert!(!path.exists());
+}
+
 #[test]
 fn huge_pages_of_a_pool_are_taken_when_they_are_populated() {
     in_own_process(|| {

@@ -9,6 +9,7 @@ use guest_memory_shm::{
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
+use crate::fork::dies_of;
 use crate::isolation::in_own_process;
 use crate::populate::{
     MIB, allocated, memory, no_thread_populates, populating_threads, range, threads,
@@ -116,6 +117,64 @@ fn dropping_the_handle_cancels_and_leaves_no_thread() {
         };
         drop_it();
         leaves_nothing_but_heaps(drop_it);
+    });
+}
+
+#[test]
+fn a_callback_that_panics_harms_nobody_who_drops_the_handle() {
+    /// Panics when it is dropped, too.
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            panic!("a payload that panics");
+        }
+    }
+    in_own_process(|| {
+        let memory = memory(RamOptions::new(), SIZE);
+        let options = prefault()
+            .with_on_failure(OnFailure::GiveBack)
+            .with_progress(|_| std::panic::panic_any(Bomb));
+        let handle = memory.populate_in_background(options).unwrap();
+        while !handle.is_finished() {
+            std::thread::yield_now();
+        }
+        // During a panic, a second one would end the process.
+        let panicking = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let _handle = handle;
+            panic!("on purpose");
+        }));
+        assert!(panicking.is_err());
+        assert_eq!(allocated(&memory), 0, "what was populated is given back");
+        no_thread_populates();
+    });
+}
+
+#[test]
+fn a_handle_in_a_child_of_fork_is_harmless() {
+    in_own_process(|| {
+        let memory = memory(RamOptions::new(), SIZE);
+        let (handle, done, go) = standing_still(&memory, prefault());
+        let mut slot = Some(handle);
+        // Dropped first: the handle waits for what waits for it.
+        let go = go;
+        let child = |action: &mut dyn FnMut(PopulateHandle)| {
+            assert_eq!(dies_of(|| action(slot.take().unwrap())), None);
+        };
+        // What they take is theirs: a copy.
+        let mut child = child;
+        child(&mut |handle| drop(handle));
+        child(&mut |handle| {
+            assert!(handle.is_finished());
+            assert_eq!(handle.progress().done, done);
+            handle.cancel();
+            assert!(matches!(
+                handle.wait(),
+                Err(Error::Populate(PopulateError::OtherProcess))
+            ));
+        });
+        // The control: here it goes on as if nothing had been.
+        drop(go);
+        assert_eq!(slot.unwrap().wait().unwrap().bytes, SIZE);
     });
 }
 

@@ -172,6 +172,43 @@ fn a_panic_of_the_callback_reaches_the_caller_and_leaves_no_thread() {
     });
 }
 
+/// What a callback panics with, and what may panic again.
+struct Bomb;
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        // Twice at once would end the process.
+        assert!(std::thread::panicking(), "a payload that panics");
+    }
+}
+
+#[test]
+fn a_panic_of_the_callback_gives_the_pages_back_as_an_error_does() {
+    for mode in MODES {
+        for (on_failure, all_given_back) in [(OnFailure::GiveBack, true), (OnFailure::Keep, false)]
+        {
+            let memory = memory(RamOptions::new(), SIZE);
+            memory.write_obj(7u8, GuestAddress(5 * PAGE)).unwrap();
+            let mut most = 0;
+            let options = PopulateOptions::new(mode)
+                .with_threads(threads(2))
+                .with_on_failure(on_failure)
+                .with_progress(|_| {
+                    most = allocated(&memory);
+                    std::panic::panic_any(Bomb)
+                });
+            let populating = std::panic::AssertUnwindSafe(|| memory.populate(options));
+            let panic = std::panic::catch_unwind(populating).unwrap_err();
+            assert!(panic.is::<Bomb>(), "the callback's own panic");
+            std::mem::forget(panic);
+            assert!(most > PAGE, "the control");
+            let left = allocated(&memory);
+            assert_eq!(left == PAGE, all_given_back, "{mode:?}: {left}");
+            assert_eq!(memory.read_obj::<u8>(GuestAddress(5 * PAGE)).unwrap(), 7);
+        }
+    }
+}
+
 /// Lazy RAM on POSIX shm, however small /dev/shm is.
 fn unreserved(size: u64) -> GuestMemoryShm {
     let options = RamOptions::new()
@@ -308,8 +345,8 @@ fn a_backing_that_was_truncated_is_named_and_not_made_longer_again() {
         assert!(
             matches!(
                 refused,
-                Err(Error::Populate(PopulateError::Truncated { len, now, .. }))
-                    if (len, now) == (16 * MIB, MIB)
+                Err(Error::Populate(PopulateError::Truncated { end, now, .. }))
+                    if (end, now) == (16 * MIB, MIB)
             ),
             "{refused:?}"
         );

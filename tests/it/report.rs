@@ -59,6 +59,34 @@ fn properties_of_qemu_that_mean_nothing_here_are_reported() {
 }
 
 #[test]
+fn ram_larger_than_the_machine_is_reported_and_built() {
+    // More than any machine has.
+    let size = 1 << 46;
+    let found = report(RamOptions::new(), size);
+    let notes = found.lines().iter().map(|line| line.note());
+    let notes: Vec<_> = notes
+        .filter(|note| matches!(note, Note::Machine { .. }))
+        .collect();
+    let [Note::Machine { size: noted, total }] = notes[..] else {
+        panic!("{found}");
+    };
+    assert!(*noted == size && *total < size);
+    let text = notes[0].to_string();
+    assert!(
+        text.starts_with("64 TiB of RAM are more than the "),
+        "{text}"
+    );
+    assert!(text.contains("that this machine has"), "{text}");
+    // A file on a disk is not in memory as a whole.
+    let disk = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let on_disk = RamOptions::new()
+        .with_backing(Backing::File(disk.path().to_owned()))
+        .with_reserve(Reserve::Off);
+    let found = report(on_disk, 1 << 43);
+    assert!(!found.to_string().contains("this machine"), "{found}");
+}
+
+#[test]
 fn a_region_and_a_backing_report_as_building_does() {
     let options = RamOptions::new().with_merge(Merge::On);
     let region = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &options).unwrap();

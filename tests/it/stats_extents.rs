@@ -99,7 +99,7 @@ proptest! {
         // Full backings are told without a look at them.
         if let (true, of @ 0..3) = all {
             let backing = memory.iter().nth(of).unwrap().backing();
-            fallocate(backing, FallocateFlags::empty(), 0, backing.len() as i64).unwrap();
+            fallocate(backing, FallocateFlags::empty(), 0, backing.size() as i64).unwrap();
             let on_it = if of < 2 { &REGIONS[..2] } else { &REGIONS[2..] };
             pages.extend(on_it.iter().flat_map(|(start, size)| *start..start + size));
         }

@@ -11,14 +11,14 @@ pub(super) enum Kind {
     File,
 }
 
-/// Those of every type, and this crate's own `populate` and `thp` at the end.
+/// Those of every type, and this crate's own `populate`, `on-shortage` and `thp` at the end.
 macro_rules! properties {
     ($($own:literal),*) => {
         &[
             "id", "size", "share", "reserve", "prealloc", "prealloc-threads", "prealloc-context",
             "host-nodes", "policy", "merge", "dump", "x-use-canonical-path-for-ramblock-id",
             $($own,)*
-            "populate", "thp",
+            "populate", "on-shortage", "thp",
         ]
     };
 }

@@ -9,8 +9,8 @@ use super::pairs::Pairs;
 use super::values::{self, A_NUMBER, A_SIZE, A_SWITCH, NODES};
 use crate::error::{Error, OptionsError, Result};
 use crate::options::{
-    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, PageSize, Populate,
-    RamOptions, Reserve, Sealing, Unused,
+    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
+    Populate, RamOptions, Reserve, Sealing, Unused,
 };
 
 /// Reads what QEMU's `-object` takes: `memory-backend-memfd,size=64M,prealloc=on`.
@@ -93,6 +93,7 @@ impl Reader<'_> {
             }),
             populate: self.populate()?,
             populate_threads: self.threads()?,
+            on_shortage: self.on_shortage()?,
             numa: self.numa()?,
             core_dump: match self.switch("dump")? {
                 Some(false) => CoreDump::Exclude,
@@ -212,6 +213,14 @@ impl Reader<'_> {
                 .ok()
                 .and_then(NonZeroU32::new)
         })
+    }
+
+    fn on_shortage(&self) -> Result<OnShortage, OptionsError> {
+        match self.pairs.last("on-shortage") {
+            None | Some("refuse") => Ok(OnShortage::Refuse),
+            Some("try-anyway") => Ok(OnShortage::TryAnyway),
+            Some(value) => Err(value_error("on-shortage", value, "refuse or try-anyway")),
+        }
     }
 
     fn numa(&self) -> Result<NumaPolicy, OptionsError> {

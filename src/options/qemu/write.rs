@@ -6,7 +6,8 @@ use super::kind::Kind;
 use super::pairs::write_value;
 use super::values::write_size;
 use crate::options::{
-    Access, Backing, CoreDump, DiscardData, Merge, PageSize, Populate, RamOptions, Reserve, Sealing,
+    Access, Backing, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate, RamOptions,
+    Reserve, Sealing,
 };
 
 /// As QEMU's `-object` takes them, or nearly: `memory-backend-memfd,size=64M,dump=off`.
@@ -104,6 +105,9 @@ impl RamOptions {
         }
         if let Some(threads) = self.populate_threads {
             write!(f, ",prealloc-threads={threads}")?;
+        }
+        if self.on_shortage == OnShortage::TryAnyway {
+            f.write_str(",on-shortage=try-anyway")?;
         }
         Ok(())
     }

@@ -92,6 +92,10 @@ const ONLY_WE: &[Exception] = &[
         reason: "populate is ours",
         holds: |text, _| text.contains(",populate="),
     },
+    Exception {
+        reason: "on-shortage is ours",
+        holds: |text, _| text.contains(",on-shortage="),
+    },
 ];
 
 fn refused_with(ours: &Result<(), String>, start: &str) -> bool {

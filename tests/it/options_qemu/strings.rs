@@ -149,10 +149,10 @@ const USUAL: [&str; 25] = [
 ];
 
 /// How many of [`BEHIND`] come behind every backend; the others are about lists as such.
-const SOME_BEHIND: usize = 14;
+const SOME_BEHIND: usize = 15;
 
 /// What comes behind the backends.
-const BEHIND: [&str; 44] = [
+const BEHIND: [&str; 45] = [
     "",
     ",",
     ",foo",
@@ -165,6 +165,7 @@ const BEHIND: [&str; 44] = [
     ",prealloc-context=",
     ",prealloc-context=x",
     ",populate=allocate",
+    ",on-shortage=try-anyway",
     ",size=x,size=1M",
     ",qom-type=memory-backend-foo,qom-type=memory-backend-shm,share=on",
     ",,",

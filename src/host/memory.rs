@@ -1,0 +1,341 @@
+//! How much memory this process can still get, by all that limits it: its control groups, the
+//! machine, the NUMA nodes that it may use.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::control_group::{Branch, Controller, Left, MemoryGroup};
+use super::kept::{Kept, is_no_descriptor};
+use super::mounts::{self, Mount};
+use super::{meminfo, nodes};
+use crate::options::NodeSet;
+use crate::shortage::{MemoryLimit, MemoryShortage};
+
+/// What is kept back of each limit, in bytes, for what this process and others in its group need
+/// besides: stacks, page tables, the chunk that another process is about to take.
+const MARGIN: u64 = 4 << 20;
+
+/// The same of the machine and of a node, one byte in so many: nobody is well off there with
+/// nothing left.
+const RESERVE: u64 = 512;
+
+/// The kernel's own need for shared memory, one byte in so many: page tables (1 in 512) and the
+/// index of the file (1 in 455), both charged to the group.
+const OVERHEAD: u64 = 128;
+
+/// What pages are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Memory of the machine, from these nodes, or from anywhere if they are none.
+    Base(NodeSet),
+    /// Pages of a pool.
+    Huge {
+        /// In bytes.
+        page_size: u64,
+        /// Whether they are not promised to the mapping yet.
+        reserving: bool,
+    },
+}
+
+/// How much is needed of each kind, in bytes.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Demand {
+    of: Vec<(Kind, u64)>,
+}
+
+impl Demand {
+    pub(crate) fn of(kind: Kind, bytes: u64) -> Self {
+        let mut demand = Self::default();
+        demand.add(kind, bytes);
+        demand
+    }
+
+    pub(crate) fn add(&mut self, kind: Kind, bytes: u64) {
+        match self.of.iter_mut().find(|(known, _)| *known == kind) {
+            Some((_, sum)) => *sum = sum.saturating_add(bytes),
+            None => self.of.push((kind, bytes)),
+        }
+    }
+
+    pub(crate) fn take(&mut self, kind: Kind, bytes: u64) {
+        if let Some((_, sum)) = self.of.iter_mut().find(|(known, _)| *known == kind) {
+            *sum = sum.saturating_sub(bytes);
+        }
+    }
+
+    /// What of it a limit is about, with what the kernel needs for it.
+    pub(crate) fn on(&self, bound: &Bound) -> u64 {
+        let concerned = self.of.iter().filter(|(kind, _)| bound.scope.has(*kind));
+        let charged = concerned.map(|(kind, bytes)| kind.charged(*bytes));
+        charged.fold(0, u64::saturating_add)
+    }
+
+    /// Whether nothing is needed.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.of.iter().all(|(_, bytes)| *bytes == 0)
+    }
+
+    /// What of it is memory of the machine, without what the kernel needs for it.
+    pub(crate) fn base(&self) -> u64 {
+        let base = self
+            .of
+            .iter()
+            .filter(|(kind, _)| matches!(kind, Kind::Base(_)));
+        base.map(|(_, bytes)| *bytes).fold(0, u64::saturating_add)
+    }
+
+    /// All of it.
+    fn total(&self) -> u64 {
+        let charged = self.of.iter().map(|(kind, bytes)| kind.charged(*bytes));
+        charged.fold(0, u64::saturating_add)
+    }
+
+    /// What is short of it, most of all.
+    pub(crate) fn shortage(&self, bounds: &[Bound]) -> Option<MemoryShortage> {
+        let short = bounds.iter().filter_map(|bound| {
+            let needed = self.on(bound);
+            (needed > bound.left).then(|| bound.shortage(needed))
+        });
+        short.max_by_key(|short| short.needed - short.left)
+    }
+}
+
+impl Kind {
+    /// What is charged for so many bytes.
+    pub(crate) fn charged(self, bytes: u64) -> u64 {
+        match self {
+            Self::Base(_) => bytes.saturating_add(bytes / OVERHEAD),
+            Self::Huge { .. } => bytes,
+        }
+    }
+}
+
+/// What a limit leaves.
+#[derive(Clone, Debug)]
+pub(crate) struct Bound {
+    limit: MemoryLimit,
+    scope: Scope,
+    /// In bytes; at least so many, if it is enough.
+    pub(crate) left: u64,
+}
+
+/// Which kinds a limit is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scope {
+    Base,
+    BaseAndHuge,
+    Nodes(NodeSet),
+    Huge(u64),
+}
+
+impl Scope {
+    fn has(self, kind: Kind) -> bool {
+        match (self, kind) {
+            (Self::Base, Kind::Base(_)) | (Self::BaseAndHuge, _) => true,
+            (Self::Nodes(nodes), Kind::Base(of)) => nodes == of,
+            (Self::Huge(size), Kind::Huge { page_size, .. }) => size == page_size,
+            _ => false,
+        }
+    }
+}
+
+impl Bound {
+    pub(crate) fn shortage(&self, needed: u64) -> MemoryShortage {
+        MemoryShortage {
+            needed,
+            left: self.left,
+            limit: self.limit.clone(),
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of_machine(left: u64) -> Self {
+        Self {
+            limit: MemoryLimit::Machine,
+            scope: Scope::Base,
+            left,
+        }
+    }
+
+    fn of_group(left: Left, scope: Scope, margin: u64) -> Self {
+        Self {
+            limit: MemoryLimit::ControlGroup { file: left.file },
+            scope,
+            left: left.bytes.saturating_sub(margin),
+        }
+    }
+}
+
+/// All that limits the memory of this process, to be looked at as often as needed.
+#[derive(Debug, Default)]
+pub(crate) struct MemoryLimits {
+    groups: Vec<MemoryGroup>,
+    /// Whether the memory controller counts huge pages of pools, too.
+    accounts_hugetlb: bool,
+    hugetlb: Vec<Branch>,
+    meminfo: Kept,
+    swappiness: Kept,
+    nodes: PathBuf,
+}
+
+impl MemoryLimits {
+    /// Finds them. Where procfs is not mounted there are none.
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE` and `ENFILE`: what cannot be opened now cannot be looked at.
+    pub(crate) fn of_this_process() -> io::Result<Self> {
+        let read = |path: &str| match fs::read_to_string(path) {
+            Err(error) if is_no_descriptor(&error) => Err(error),
+            answer => Ok(answer.unwrap_or_default()),
+        };
+        // Memory is charged to the group of the process, huge pages to that of the thread.
+        let process = read("/proc/self/cgroup")?;
+        let thread = read("/proc/thread-self/cgroup")?;
+        let mounts = mounts::parse(&read(mounts::MOUNTINFO)?);
+        let proc = Path::new("/proc");
+        Self::new(&process, &thread, &mounts, proc, Path::new(nodes::DIR))
+    }
+
+    fn new(
+        process: &str,
+        thread: &str,
+        mounts: &[Mount],
+        proc: &Path,
+        nodes: &Path,
+    ) -> io::Result<Self> {
+        let memory = Branch::all(Controller::Memory, process, mounts);
+        let this = Self {
+            groups: memory.iter().flat_map(Branch::memory).collect(),
+            accounts_hugetlb: memory.iter().any(Branch::accounts_hugetlb),
+            hugetlb: Branch::all(Controller::Hugetlb, thread, mounts),
+            meminfo: Kept::new(proc.join("meminfo")),
+            swappiness: Kept::new(proc.join("sys/vm/swappiness")),
+            nodes: nodes.to_owned(),
+        };
+        this.meminfo.open()?;
+        this.swappiness.open()?;
+        this.groups.iter().try_for_each(MemoryGroup::open)?;
+        Ok(this)
+    }
+
+    /// What each limit leaves that is about something in `demand`; where it is `enough` and the
+    /// demand, that may be a lower bound.
+    pub(crate) fn bounds(&self, demand: &Demand, enough: u64) -> Vec<Bound> {
+        let enough = enough.max(demand.total()).saturating_add(MARGIN);
+        let mut bounds = Vec::new();
+        let base = demand
+            .of
+            .iter()
+            .any(|(kind, _)| matches!(kind, Kind::Base(_)));
+        if base || self.accounts_hugetlb {
+            let meminfo = self.meminfo.read().unwrap_or_default();
+            let swap = meminfo::value(&meminfo, "SwapFree").unwrap_or(0);
+            self.add_groups(&mut bounds, swap, enough);
+            if base {
+                bounds.extend(machine(&meminfo, swap));
+            }
+            for (kind, _) in &demand.of {
+                if let Kind::Base(of) = kind
+                    && !of.is_empty()
+                {
+                    bounds.extend(self.of_nodes(*of, swap));
+                }
+            }
+        }
+        for (kind, _) in &demand.of {
+            if let Kind::Huge {
+                page_size,
+                reserving,
+            } = *kind
+            {
+                let branches = self.hugetlb.iter();
+                let left = branches.flat_map(|branch| branch.hugetlb(page_size, reserving));
+                bounds.extend(left.map(|left| Bound::of_group(left, Scope::Huge(page_size), 0)));
+            }
+        }
+        bounds
+    }
+
+    /// The limit of a group that the demand exceeds, if one does, or the one above which the group
+    /// is slowed down (`memory.high`): how much of the demand it is about, what it leaves, and the
+    /// file in which it stands.
+    pub(crate) fn group_too_small_for(&self, demand: &Demand) -> Option<(u64, u64, PathBuf)> {
+        let mut bounds = self.bounds(demand, 0);
+        let high = self.groups.iter().filter_map(MemoryGroup::left_to_high);
+        bounds.extend(high.map(|left| Bound::of_group(left, self.scope(), 0)));
+        let short = bounds.iter().filter_map(|bound| {
+            let MemoryLimit::ControlGroup { file } = &bound.limit else {
+                return None;
+            };
+            let concerned = demand.of.iter().filter(|(kind, _)| bound.scope.has(*kind));
+            let size = concerned
+                .map(|(_, bytes)| *bytes)
+                .fold(0, u64::saturating_add);
+            (demand.on(bound) > bound.left).then(|| (size, bound.left, file.clone()))
+        });
+        short.max_by_key(|(size, left, _)| size.saturating_sub(*left))
+    }
+
+    fn scope(&self) -> Scope {
+        if self.accounts_hugetlb {
+            Scope::BaseAndHuge
+        } else {
+            Scope::Base
+        }
+    }
+
+    fn add_groups(&self, bounds: &mut Vec<Bound>, swap: u64, enough: u64) {
+        // Without it reclaim in a group leaves anonymous and shared memory where it is.
+        let swap = match self.swappiness.number() {
+            Some(0) => 0,
+            _ => swap,
+        };
+        let limits = self.groups.iter().filter_map(MemoryGroup::swap_left);
+        let swap = limits.fold(swap, u64::min);
+        let left = self
+            .groups
+            .iter()
+            .flat_map(|group| group.left(swap, enough));
+        bounds.extend(left.map(|left| Bound::of_group(left, self.scope(), MARGIN)));
+    }
+
+    /// What nodes have: free pages, clean pages of files, and swap space.
+    fn of_nodes(&self, nodes: NodeSet, swap: u64) -> Option<Bound> {
+        let mut left = 0_u64;
+        for node in nodes.iter() {
+            let text = fs::read_to_string(self.nodes.join(format!("node{node}/meminfo"))).ok()?;
+            let value = |name| meminfo::value(&text, name).unwrap_or(0);
+            let cached = value("Active(file)") + value("Inactive(file)");
+            let written_first = value("Dirty") + value("Writeback");
+            let all = value("MemFree") + cached.saturating_sub(written_first);
+            left += all.saturating_sub(reserve(value("MemTotal")));
+        }
+        Some(Bound {
+            limit: MemoryLimit::Nodes { nodes },
+            scope: Scope::Nodes(nodes),
+            left: left.saturating_add(swap),
+        })
+    }
+}
+
+/// What the machine can still give.
+fn machine(meminfo: &str, swap: u64) -> Option<Bound> {
+    let available = meminfo::value(meminfo, "MemAvailable")?;
+    let total = meminfo::value(meminfo, "MemTotal").unwrap_or(0);
+    let left = available.saturating_add(swap);
+    Some(Bound {
+        limit: MemoryLimit::Machine,
+        scope: Scope::Base,
+        left: left.saturating_sub(reserve(total)),
+    })
+}
+
+fn reserve(total: u64) -> u64 {
+    MARGIN.max(total / RESERVE)
+}
+
+#[cfg(test)]
+#[path = "memory_tests.rs"]
+mod tests;

@@ -1,0 +1,240 @@
+//! Looking again, before each piece of work, whether there is memory for it.
+//!
+//! Others take memory, too, while RAM is populated: other threads of this job, about which all is
+//! known, and other processes, about which only what they have taken so far is. So at most a quarter
+//! of what is left is worked on at once. Where that is less than a chunk, chunks are done in smaller
+//! pieces: up to three others that do the same, in the same group, are no danger, and as the rest
+//! shrinks, so does what is taken between two looks.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use super::engine::Stop;
+use crate::host::memory::{Bound, Demand, Kind};
+use crate::shortage::MemoryShortage;
+
+/// At most this part of what is left is worked on at once.
+const AT_ONCE: u64 = 4;
+
+/// Lets work begin for which there is memory.
+pub(super) struct Watch {
+    look: Box<Look>,
+    /// What is being worked on, and may or may not be there by now.
+    under_way: Mutex<Demand>,
+    /// Some of it is done.
+    done: Condvar,
+}
+
+/// What the limits leave that are about something in the demand, exactly if it is less than so many
+/// bytes.
+type Look = dyn Fn(&Demand, u64) -> Vec<Bound> + Send + Sync;
+
+/// A piece of work that has begun; when it is dropped, its pages are there, or will not come.
+pub(super) struct Pass<'a> {
+    watch: &'a Watch,
+    kind: Kind,
+    bytes: u64,
+    /// How much may be done, in bytes.
+    pub(super) len: u64,
+}
+
+/// What is to be begun.
+pub(super) struct Wish {
+    pub(super) kind: Kind,
+    /// In bytes.
+    pub(super) len: u64,
+    /// The least that is worth a call, in bytes.
+    pub(super) grain: u64,
+}
+
+impl Watch {
+    pub(super) fn new(look: impl Fn(&Demand, u64) -> Vec<Bound> + Send + Sync + 'static) -> Self {
+        Self {
+            look: Box::new(look),
+            under_way: Mutex::default(),
+            done: Condvar::new(),
+        }
+    }
+
+    /// Waits until all of a wish, or its beginning, may be begun; none if the work is to stop.
+    ///
+    /// `missing` says how much of so many bytes at its beginning is not there yet. That takes a
+    /// while, and is only asked if there might be too little for all of it.
+    ///
+    /// # Errors
+    ///
+    /// What is short of the least piece, when nothing else is under way that might turn out to need
+    /// less than was thought.
+    pub(super) fn begin(
+        &self,
+        wish: &Wish,
+        stop: &Stop,
+        missing: impl Fn(u64) -> u64,
+    ) -> Result<Option<Pass<'_>>, MemoryShortage> {
+        let mut under_way = self
+            .under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        while !stop.is_set() {
+            let mut all = under_way.clone();
+            all.add(wish.kind, wish.len);
+            let bounds = (self.look)(&all, wish.len.saturating_mul(2 * AT_ONCE));
+            let pass = |under_way: &mut Demand, len: u64, bytes: u64| {
+                under_way.add(wish.kind, bytes);
+                Some(Pass {
+                    watch: self,
+                    kind: wish.kind,
+                    bytes,
+                    len,
+                })
+            };
+            let least = wish.len.min(wish.grain);
+            let quota = bounds.iter().map(|bound| {
+                let quota = (bound.left / AT_ONCE).saturating_sub(under_way.on(bound));
+                quota - quota % wish.grain
+            });
+            let quota = quota.min().unwrap_or(u64::MAX);
+            if quota >= least {
+                let len = wish.len.min(quota);
+                return Ok(pass(&mut under_way, len, len));
+            }
+            if under_way.is_empty() {
+                // Alone the last pages are taken, too, those that are there already for nothing.
+                let bytes = missing(least);
+                let needed = Demand::of(wish.kind, bytes);
+                return match needed.shortage(&bounds) {
+                    None => Ok(pass(&mut under_way, least, bytes)),
+                    Some(shortage) => Err(shortage),
+                };
+            }
+            under_way = self
+                .done
+                .wait(under_way)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(None)
+    }
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        let under_way = self.watch.under_way.lock();
+        let mut under_way = under_way.unwrap_or_else(PoisonError::into_inner);
+        under_way.take(self.kind, self.bytes);
+        self.watch.done.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+    use crate::options::NodeSet;
+
+    const MIB: u64 = 1 << 20;
+    const KIND: Kind = Kind::Base(NodeSet::new());
+
+    /// A machine of which so much is left, and a watch that looks at it.
+    fn machine(left: u64) -> (Arc<AtomicU64>, Watch) {
+        let left = Arc::new(AtomicU64::new(left));
+        let seen = left.clone();
+        let watch = Watch::new(move |demand, _| {
+            assert!(!demand.is_empty());
+            vec![Bound::of_machine(seen.load(Ordering::Relaxed))]
+        });
+        (left, watch)
+    }
+
+    fn wish(len: u64) -> Wish {
+        Wish {
+            kind: KIND,
+            len,
+            grain: 2 * MIB,
+        }
+    }
+
+    fn begin(watch: &Watch, len: u64) -> Result<Pass<'_>, MemoryShortage> {
+        let pass = watch.begin(&wish(len), &Stop::default(), |len| len)?;
+        Ok(pass.expect("it is not stopped"))
+    }
+
+    #[test]
+    fn at_most_a_quarter_of_the_rest_is_worked_on_at_once() {
+        let (left, watch) = machine(1000 * MIB);
+        let one = begin(&watch, 16 * MIB).unwrap();
+        assert_eq!(one.len, 16 * MIB);
+        // Others took nearly all.
+        left.store(100 * MIB, Ordering::Relaxed);
+        let two = begin(&watch, 16 * MIB).unwrap();
+        assert_eq!(two.len, 8 * MIB, "25 MiB less 16, in whole pieces");
+        drop((one, two));
+        left.store(40 * MIB, Ordering::Relaxed);
+        assert_eq!(begin(&watch, 16 * MIB).unwrap().len, 10 * MIB);
+        left.store(5 * MIB, Ordering::Relaxed);
+        assert_eq!(begin(&watch, 16 * MIB).unwrap().len, 2 * MIB);
+        assert_eq!(begin(&watch, MIB).unwrap().len, MIB);
+    }
+
+    #[test]
+    fn when_others_take_the_rest_it_is_an_error_that_names_need_and_rest() {
+        let (left, watch) = machine(100 * MIB);
+        drop(begin(&watch, 16 * MIB).unwrap());
+        left.store(2 * MIB, Ordering::Relaxed);
+        let short = begin(&watch, 16 * MIB).err().unwrap();
+        assert_eq!(short.left, 2 * MIB);
+        assert_eq!(short.needed, KIND.charged(2 * MIB));
+        // It is not the end of everything: nothing is under way that was not begun.
+        left.store(100 * MIB, Ordering::Relaxed);
+        assert_eq!(begin(&watch, 16 * MIB).unwrap().len, 16 * MIB);
+    }
+
+    #[test]
+    fn pages_that_are_there_need_nothing() {
+        let (_, watch) = machine(0);
+        let stop = Stop::default();
+        let pass = watch.begin(&wish(16 * MIB), &stop, |_| 0).unwrap();
+        assert_eq!(pass.unwrap().len, 2 * MIB);
+        assert!(watch.begin(&wish(16 * MIB), &stop, |_| 4096).is_err());
+    }
+
+    #[test]
+    fn whoever_has_too_little_waits_for_the_others_and_sees_what_they_left() {
+        let (left, watch) = machine(3 * MIB);
+        let first = begin(&watch, 16 * MIB).unwrap();
+        assert_eq!(first.len, 2 * MIB);
+        std::thread::scope(|scope| {
+            let second = scope.spawn(|| begin(&watch, 16 * MIB).map(|pass| pass.len));
+            // Only now there is something for it, whether it waits by now or not.
+            left.store(6 * MIB, Ordering::Relaxed);
+            drop(first);
+            assert_eq!(second.join().unwrap(), Ok(2 * MIB));
+        });
+        let third = begin(&watch, 16 * MIB).unwrap();
+        std::thread::scope(|scope| {
+            let fourth = scope.spawn(|| begin(&watch, 16 * MIB).map(|pass| pass.len));
+            left.store(MIB, Ordering::Relaxed);
+            drop(third);
+            assert!(fourth.join().unwrap().is_err());
+        });
+    }
+
+    #[test]
+    fn whoever_waits_hears_that_the_work_is_to_stop() {
+        let (_, watch) = machine(3 * MIB);
+        let stop = Stop::default();
+        let pass = begin(&watch, 16 * MIB).unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| watch.begin(&wish(16 * MIB), &stop, |len| len));
+            stop.set();
+            drop(pass);
+            assert!(waiting.join().unwrap().unwrap().is_none());
+        });
+    }
+
+    #[test]
+    fn without_limits_all_is_begun_at_once() {
+        let watch = Watch::new(|_, _| Vec::new());
+        assert_eq!(begin(&watch, 1 << 50).unwrap().len, 1 << 50);
+    }
+}

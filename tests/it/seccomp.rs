@@ -1,0 +1,266 @@
+//! System calls that a seccomp filter forbids, as VMMs do: another way is taken, or it is said.
+
+use nix::errno::Errno;
+use nix::libc::{
+    MADV_POPULATE_WRITE, SYS_fallocate, SYS_futex, SYS_madvise, SYS_memfd_create, SYS_msync,
+    SYS_openat, c_long,
+};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, apply_filter,
+};
+use vm_memory::{Bytes, GuestAddress};
+
+use guest_memory_shm::{
+    Backing, CoreDump, Error, GuestMemoryShm, Note, OnFailure, OnShortage, PageSize, Populate,
+    PopulateError, PopulateOptions, RamOptions,
+};
+
+use crate::bad_system::chain;
+use crate::isolation::PAGE;
+use crate::populate::{MIB, allocated, memory, threads};
+
+const SIZE: u64 = 32 * MIB;
+const MODES: [Populate; 2] = [Populate::Allocate, Populate::Prefault];
+/// What filters answer that let the process live.
+const ANSWERS: [Errno; 3] = [Errno::EPERM, Errno::EACCES, Errno::ENOSYS];
+
+/// A call, and, if it is only forbidden with that, the value of an argument: (which, value).
+pub(crate) type Call = (c_long, Option<(u8, u64)>);
+
+/// Does something in a thread for which a filter answers each of these calls, and for the threads
+/// that it starts.
+pub(crate) fn forbidden<R: Send>(
+    calls: &[Call],
+    errno: Errno,
+    work: impl FnOnce() -> R + Send,
+) -> R {
+    let rule = |(call, argument): &Call| {
+        let only = argument.map(|(which, value)| {
+            let equal = SeccompCmpOp::Eq;
+            let condition = SeccompCondition::new(which, SeccompCmpArgLen::Dword, equal, value);
+            SeccompRule::new(vec![condition.unwrap()]).unwrap()
+        });
+        (*call, only.into_iter().collect())
+    };
+    let arch = std::env::consts::ARCH.try_into().unwrap();
+    let answer = SeccompAction::Errno(errno as u32);
+    let rules = calls.iter().map(rule).collect();
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, answer, arch).unwrap();
+    let program = BpfProgram::try_from(filter).unwrap();
+    let filtered = || {
+        apply_filter(&program).unwrap();
+        work()
+    };
+    std::thread::scope(|scope| scope.spawn(filtered).join().unwrap())
+}
+
+const FALLOCATE: Call = (SYS_fallocate, None);
+const MADVISE: Call = (SYS_madvise, None);
+
+#[test]
+fn ram_is_allocated_without_fallocate() {
+    for errno in ANSWERS {
+        for mode in MODES {
+            let populated = forbidden(&[FALLOCATE], errno, || {
+                let options = RamOptions::new().with_populate(mode);
+                allocated(&memory(options, SIZE))
+            });
+            assert_eq!(populated, SIZE, "{errno} {mode:?}");
+        }
+    }
+    // The control: an answer that means something else is an error.
+    let failed = forbidden(&[FALLOCATE], Errno::EIO, || {
+        memory(RamOptions::new(), SIZE).populate(PopulateOptions::new(Populate::Allocate))
+    });
+    assert!(
+        matches!(failed, Err(Error::Populate(PopulateError::System { .. }))),
+        "{failed:?}"
+    );
+}
+
+#[test]
+fn ram_is_populated_without_any_advice_and_what_is_not_advised_is_reported() {
+    for errno in ANSWERS {
+        for mode in MODES {
+            for backing in [Backing::Memfd, Backing::PosixShm] {
+                let options = RamOptions::new()
+                    .with_backing(backing)
+                    .with_page_size(PageSize::Transparent)
+                    .with_core_dump(CoreDump::Exclude)
+                    .with_populate(mode);
+                let built = forbidden(&[MADVISE], errno, || {
+                    GuestMemoryShm::<()>::builder()
+                        .with_ram(options, [(GuestAddress(0), SIZE)])
+                        .build_with_report()
+                });
+                let (memory, report) = built.unwrap();
+                assert_eq!(allocated(&memory), SIZE, "{errno} {mode:?}");
+                let text = report.to_string();
+                let advice = report.lines().iter();
+                let advice = advice.filter(|line| matches!(line.note(), Note::Advice { .. }));
+                assert_eq!(advice.count(), 2, "{text}");
+                assert!(text.contains("leave guest RAM out of core dumps"), "{text}");
+                assert!(text.contains("use transparent huge pages"), "{text}");
+            }
+        }
+    }
+}
+
+#[test]
+fn with_neither_fallocate_nor_advice_pages_come_all_the_same() {
+    let populated = forbidden(&[FALLOCATE, MADVISE], Errno::EPERM, || {
+        let memory = memory(RamOptions::new(), SIZE);
+        memory.write_obj(7u8, GuestAddress(5 * PAGE)).unwrap();
+        memory
+            .populate(PopulateOptions::new(Populate::Prefault))
+            .unwrap();
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(5 * PAGE)).unwrap(), 7);
+        allocated(&memory)
+    });
+    assert_eq!(populated, SIZE);
+}
+
+#[test]
+fn pages_are_given_back_without_advice() {
+    for errno in ANSWERS {
+        forbidden(&[MADVISE, (SYS_msync, None)], errno, || {
+            let memory = memory(RamOptions::new().with_populate(Populate::Allocate), SIZE);
+            let discarded = memory.discard(GuestAddress(MIB), MIB).unwrap();
+            assert_eq!(discarded.freed, MIB);
+            assert_eq!(allocated(&memory), SIZE - MIB);
+        });
+        forbidden(&[MADVISE], errno, || {
+            let memory = memory(RamOptions::new(), SIZE);
+            let options = PopulateOptions::new(Populate::Allocate)
+                .with_threads(threads(2))
+                .with_on_failure(OnFailure::GiveBack)
+                .with_progress(|_| std::ops::ControlFlow::Break(()));
+            let cancelled = memory.populate(options);
+            assert!(
+                matches!(cancelled, Err(Error::Populate(PopulateError::Cancelled { done, .. })) if done > 0)
+            );
+            assert_eq!(allocated(&memory), 0, "{errno}");
+        });
+    }
+    // The control: with neither way it is an error.
+    forbidden(&[MADVISE, FALLOCATE], Errno::EPERM, || {
+        let memory = memory(RamOptions::new(), MIB);
+        memory.write_obj(7u8, GuestAddress(0)).unwrap();
+        assert!(matches!(
+            memory.discard(GuestAddress(0), PAGE),
+            Err(Error::Discard(_))
+        ));
+        assert_eq!(allocated(&memory), PAGE);
+    });
+}
+
+#[test]
+fn a_call_that_is_to_be_made_again_without_end_ends() {
+    let populate = Some((2, MADV_POPULATE_WRITE as u64));
+    for (calls, errno) in [
+        (&[(SYS_madvise, populate)][..], Errno::EAGAIN),
+        (&[(SYS_madvise, populate)], Errno::EINTR),
+        (&[FALLOCATE], Errno::EAGAIN),
+    ] {
+        let failed = forbidden(calls, errno, || {
+            let memory = memory(RamOptions::new(), SIZE);
+            let options = PopulateOptions::new(Populate::Prefault).with_threads(threads(1));
+            let failed = memory.populate(options).unwrap_err();
+            assert_eq!(allocated(&memory), 0);
+            failed
+        });
+        assert!(
+            matches!(failed, Error::Populate(PopulateError::System { .. })),
+            "{failed:?}"
+        );
+        let code = format!("os error {}", errno as i32);
+        assert!(chain(&failed).contains(&code), "{}", chain(&failed));
+    }
+    // Signals that come faster than it can be done: it is done in another way.
+    let populated = forbidden(&[FALLOCATE], Errno::EINTR, || {
+        allocated(&memory(
+            RamOptions::new().with_populate(Populate::Allocate),
+            SIZE,
+        ))
+    });
+    assert_eq!(populated, SIZE);
+}
+
+#[test]
+fn the_old_way_of_populating_ends_too() {
+    // FUTEX_WAKE_OP with its private flag, which nothing else uses.
+    let wake_op = Some((1, 5 | 128));
+    let failed = forbidden(&[MADVISE, (SYS_futex, wake_op)], Errno::EAGAIN, || {
+        let memory = memory(RamOptions::new(), MIB);
+        memory.populate(PopulateOptions::new(Populate::Prefault))
+    });
+    assert!(
+        matches!(failed, Err(Error::Populate(PopulateError::System { .. }))),
+        "{failed:?}"
+    );
+}
+
+#[test]
+fn a_system_that_is_out_of_files_is_not_told_to_raise_the_limit_of_the_process() {
+    let memfd = RamOptions::new();
+    let shm = RamOptions::new().with_backing(Backing::PosixShm);
+    let file = RamOptions::new().with_backing(Backing::File("/dev/shm".into()));
+    let huge = RamOptions::new().with_page_size(PageSize::Huge(None));
+    for (options, call, name) in [
+        (memfd, SYS_memfd_create, "memfd"),
+        (shm, SYS_openat, "POSIX shm"),
+        (file, SYS_openat, "file"),
+        (huge, SYS_openat, "reading the pools of huge pages"),
+    ] {
+        let build = || {
+            GuestMemoryShm::<()>::builder()
+                .with_ram(options.clone(), [(GuestAddress(0), 1 << 30)])
+                .build()
+                .unwrap_err()
+        };
+        let system = forbidden(&[(call, None)], Errno::ENFILE, build);
+        assert!(
+            matches!(system, Error::NoSystemDescriptors { .. }),
+            "{system:?}"
+        );
+        assert_eq!(
+            system.to_string(),
+            format!(
+                "no file can be opened for {name}: the whole system has as many open as it may, \
+                 raise the limit (sysctl fs.file-max), or close some"
+            )
+        );
+        // The control.
+        let process = forbidden(&[(call, None)], Errno::EMFILE, build);
+        assert!(
+            matches!(process, Error::NoDescriptors { .. }),
+            "{process:?}"
+        );
+        assert!(process.to_string().contains("RLIMIT_NOFILE"), "{process}");
+    }
+}
+
+#[test]
+fn who_cannot_look_whether_there_is_memory_is_told_so() {
+    let memory = memory(RamOptions::new(), MIB);
+    for (errno, remedy) in [
+        (Errno::EMFILE, "RLIMIT_NOFILE"),
+        (Errno::ENFILE, "fs.file-max"),
+    ] {
+        forbidden(&[(SYS_openat, None)], errno, || {
+            let options = || PopulateOptions::new(Populate::Allocate);
+            let refused = memory.populate(options()).unwrap_err();
+            assert!(matches!(
+                refused,
+                Error::Populate(PopulateError::CannotLook { .. })
+            ));
+            assert!(refused.to_string().contains(remedy), "{refused}");
+            assert_eq!(allocated(&memory), 0);
+            let anyway = options().with_on_shortage(OnShortage::TryAnyway);
+            memory.populate(anyway).unwrap();
+            assert_eq!(allocated(&memory), MIB);
+            memory.discard(GuestAddress(0), MIB).unwrap();
+        });
+    }
+}
