@@ -33,6 +33,7 @@ mod linux_guest;
 mod mapping;
 mod mapping_huge;
 mod memdev;
+mod mock;
 mod model;
 mod model_collection;
 mod no_sigbus;
