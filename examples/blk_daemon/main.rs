@@ -9,16 +9,19 @@
 //! - `request`: one request, every word of which is the guest's and may be wrong;
 //! - `buffers`: the request's pieces of guest RAM; no reference to guest RAM is ever made;
 //! - `image`: the file behind the disk, and its last, partial sector;
-//! - `config`: what the guest is told about the disk; `args` and `share`'s `failure`: the rim.
+//! - `config`: what the guest is told about the disk; `args`: the command line;
+//! - `failure`, `rim`: what the examples have in common.
 
 mod args;
 mod buffers;
 mod config;
 mod device;
-#[path = "../share/failure.rs"]
+#[path = "../common/failure.rs"]
 mod failure;
 mod image;
 mod request;
+#[path = "../common/rim.rs"]
+mod rim;
 mod server;
 mod socket;
 
@@ -26,30 +29,19 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser;
-
 use args::Args;
-use failure::{Failure, OrFail, Result};
+use failure::{Result, Words};
 use image::Image;
 use server::Ending;
 use socket::Socket;
 
+/// The errors of this program's are its own.
+const WORDS: Words = &[];
+
 fn main() -> ExitCode {
     let log = env_logger::Env::default().default_filter_or("warn");
     env_logger::Builder::from_env(log).init();
-    let done = match Args::try_parse() {
-        Ok(args) => run(&args),
-        Err(help) if !help.use_stderr() => help.print().or_fail(|| "cannot print the help"),
-        Err(error) => Err(usage(&error)),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            // Where even that fails, the exit status is all that is left to say.
-            let _ = writeln!(std::io::stderr(), "blk_daemon: {failure}");
-            ExitCode::FAILURE
-        }
-    }
+    rim::run("blk_daemon", run)
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -73,13 +65,4 @@ fn run(args: &Args) -> Result<()> {
         args.socket.display()
     );
     server::serve(socket.listener(), &image, args.queues, &ending)
-}
-
-/// What clap says on several lines, on one.
-fn usage(error: &clap::Error) -> Failure {
-    let text = error.render().to_string();
-    let paragraph = text.lines().take_while(|line| !line.trim().is_empty());
-    let line = paragraph.map(str::trim).collect::<Vec<_>>().join(" ");
-    let line = line.strip_prefix("error: ").unwrap_or(&line);
-    Failure::new(format!("{line}; see blk_daemon --help"))
 }
