@@ -5,7 +5,9 @@
 //!
 //! - `socket`: the socket that front-ends find, and that is gone when the daemon is;
 //! - `server`: one front-end after the other, and the end by a signal;
-//! - `device`: features, the memory that a front-end shares, queues and their threads;
+//! - `handler`: what each message does; memory and logs are checked before they are used;
+//! - `dirty_log`: the front-end's dirty log; `queue`: the threads that serve queues;
+//! - `device`: features, and the requests in a queue;
 //! - `request`: one request, every word of which is the guest's and may be wrong;
 //! - `buffers`: the request's pieces of guest RAM; no reference to guest RAM is ever made;
 //! - `image`: the file behind the disk, and its last, partial sector;
@@ -16,9 +18,12 @@ mod args;
 mod buffers;
 mod config;
 mod device;
+mod dirty_log;
 #[path = "../common/failure.rs"]
 mod failure;
+mod handler;
 mod image;
+mod queue;
 mod request;
 #[path = "../common/rim.rs"]
 mod rim;
@@ -28,6 +33,8 @@ mod socket;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
+
+use nix::sys::signal::SigSet;
 
 use args::Args;
 use failure::{Result, Words};
@@ -48,9 +55,15 @@ fn run(args: &Args) -> Result<()> {
     // Before any other thread exists: all inherit which signals are blocked.
     let signals = server::block_signals()?;
     let image = Arc::new(Image::open(&args.file, args.read_only)?);
-    let socket = Socket::bind(&args.socket)?;
+    let socket = Arc::new(Socket::bind(&args.socket)?);
+    let served = serve(args, &image, &socket, signals);
+    socket.remove();
+    served
+}
+
+fn serve(args: &Args, image: &Arc<Image>, socket: &Arc<Socket>, signals: SigSet) -> Result<()> {
     let ending = Arc::new(Ending::new(socket.listener())?);
-    server::end_by(signals, Arc::clone(&ending))?;
+    server::end_by(signals, Arc::clone(&ending), Arc::clone(socket))?;
     // For whoever waits until there is something to connect to; nobody need listen.
     let _ = writeln!(
         std::io::stdout(),
@@ -64,5 +77,5 @@ fn run(args: &Args) -> Result<()> {
         },
         args.socket.display()
     );
-    server::serve(socket.listener(), &image, args.queues, &ending)
+    server::serve(socket.listener(), image, args.queues, &ending)
 }
