@@ -56,6 +56,25 @@ impl fmt::Display for ShortSize {
     }
 }
 
+/// Rows of a table for people, in columns that are as wide as what is in them; those whose letter in
+/// `sides` is `r` stand to the right. A row may end early. No line ends with blanks.
+pub(crate) fn columns(sides: &str, rows: &[Vec<String>]) -> String {
+    let width = |at: usize| {
+        let texts = rows.iter().filter_map(|row| row.get(at));
+        texts.map(|text| text.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..sides.len()).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let fields = row.iter().zip(&widths).zip(sides.chars());
+        let fields = fields.map(|((text, width), side)| match side {
+            'r' => format!("{text:>width$}"),
+            _ => format!("{text:<width$}"),
+        });
+        fields.collect::<Vec<_>>().join(" ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,5 +95,17 @@ mod tests {
         ] {
             assert_eq!(HumanSize(bytes).to_string(), text);
         }
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_what_is_in_them() {
+        let row = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
+        let rows = [
+            row(&["what", "size", "note"]),
+            row(&["a", "1024", ""]),
+            row(&["·····", "7"]),
+        ];
+        let lines = ["what  size note", "a     1024", "·····    7"];
+        assert_eq!(columns("lrl", &rows), lines.join("\n"));
     }
 }

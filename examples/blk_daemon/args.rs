@@ -10,7 +10,8 @@ Serves a disk image to a guest as a vhost-user-blk daemon.
 The guest reads, writes, flushes, discards and zeroes the image through the RAM that its VMM shares \
 with this process. One front-end is served after the other: one that hangs up or dies is no error, \
 and a VMM that connects again goes on where it was. SIGINT and SIGTERM end the daemon: what is \
-under way is finished, and the socket is removed. Exit status: 0, or 1 after any error.
+under way is finished, and the socket is removed. Exit status: 0; 2 where the command line is \
+wrong, 1 after any other error.
 
 The size of the image never changes. If it is no multiple of 512 bytes, the disk has one sector \
 more than the image has whole sectors: what lies beyond the end of the file reads as zeroes, and a \
@@ -37,14 +38,15 @@ A guest in QEMU with this disk; with reconnect-ms it survives a restart of the d
       -chardev socket,id=c,path=/tmp/blk.sock,reconnect-ms=100 \\
       -device vhost-user-blk-pci,chardev=c ...
 
-Memory that is shorter than its front-end says is refused. A front-end that truncates it later ends \
-the daemon with SIGBUS: share sealed memfds where that matters.
+Memory and dirty logs that are shorter than their front-end says are refused. A front-end that \
+truncates its memory later ends the daemon with SIGBUS: share sealed memfds where that matters. A \
+dirty log must be sealed against that, or let itself be sealed.
 
 RUST_LOG=blk_daemon=debug shows front-ends, memory tables and failed requests; warnings are shown \
 anyway.";
 
 #[derive(Debug, Parser)]
-#[command(name = "blk_daemon", long_about = ABOUT, after_long_help = EXAMPLES)]
+#[command(name = "blk_daemon", long_about = ABOUT, after_long_help = EXAMPLES, next_line_help = true)]
 /// Serves a disk image to a guest as a vhost-user-blk daemon
 pub(crate) struct Args {
     /// Listen on this Unix socket; what a daemon that died left there is replaced

@@ -1,12 +1,11 @@
-//! The device that one front-end sees.
+//! The device that one front-end sees: what it offers, and the requests in its queues.
 
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
-use vhost_user_backend::bitmap::BitmapMmapRegion;
-use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
+use guest_memory_shm::GuestMemoryShm;
+use vhost::vhost_user::VhostUserProtocolFeatures;
+use vhost_user_backend::{VringMutex, VringT};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -16,13 +15,10 @@ use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{
-    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-};
-use vmm_sys_util::epoll::EventSet;
+use vm_memory::GuestMemoryAtomic;
 
 use crate::config;
-use crate::failure::{OrFail, Result};
+use crate::dirty_log::Marks;
 use crate::image::{Image, Lane};
 use crate::request;
 
@@ -31,13 +27,13 @@ const LOG_ALL: u32 = 26;
 const PROTOCOL_FEATURES: u32 = 30;
 
 /// The largest ring.
-const MAX_QUEUE_SIZE: usize = 1024;
+pub(crate) const MAX_QUEUE_SIZE: u16 = 1024;
 
 /// After so many requests a change of the memory table has its turn.
 const BATCH: u32 = 32;
 
-type Memory = GuestMemoryMmap<BitmapMmapRegion>;
-type Vring = VringMutex<GuestMemoryAtomic<Memory>>;
+pub(crate) type Memory = GuestMemoryShm<Marks>;
+pub(crate) type Vring = VringMutex<GuestMemoryAtomic<Memory>>;
 
 /// The state that ends with the connection.
 pub(crate) struct Device {
@@ -45,9 +41,7 @@ pub(crate) struct Device {
     queues: u16,
     /// The memory that was shared and checked last. Held for reading while requests use it: what
     /// is acknowledged as removed must not be in use any more.
-    memory: RwLock<Option<Arc<Memory>>>,
-    /// The image, once for each queue.
-    lanes: Vec<Mutex<Lane>>,
+    memory: RwLock<Arc<Memory>>,
     /// The guest knows no flushes: its writes are to be on the medium when they are done.
     write_through: AtomicBool,
     /// The connection is over: a guest that keeps its ring full must not keep the threads.
@@ -55,18 +49,14 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    pub(crate) fn new(image: &Arc<Image>, queues: u16) -> Result<Self> {
-        let lanes = (0..queues).map(|_| Lane::new(image).map(Mutex::new));
-        Ok(Self {
+    pub(crate) fn new(image: &Arc<Image>, queues: u16) -> Self {
+        Self {
             image: Arc::clone(image),
             queues,
-            memory: RwLock::new(None),
-            lanes: lanes
-                .collect::<io::Result<_>>()
-                .or_fail(|| "cannot open the image once for each queue")?,
+            memory: RwLock::default(),
             write_through: AtomicBool::new(true),
             over: AtomicBool::new(false),
-        })
+        }
     }
 
     /// Stops after the requests that are under way.
@@ -74,21 +64,20 @@ impl Device {
         self.over.store(true, Ordering::Relaxed);
     }
 
-    /// The token of the event that ends a thread: the first one that vhost-user-backend leaves to
-    /// its user.
-    pub(crate) fn exit_token(&self) -> u64 {
-        u64::from(self.queues) + 1
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn queues(&self) -> u16 {
+        self.queues
     }
 
     /// Carries out what is available in a queue, in its order: a daemon after this one, which
     /// starts where the used ring ends, carries out exactly what this one left undone.
-    fn serve_queue(&self, vring: &Vring, lane: &mut Lane) {
-        while !self.over.load(Ordering::Relaxed) {
+    pub(crate) fn serve_queue(&self, vring: &Vring, lane: &mut Lane) {
+        while !self.is_over() {
             let memory = self.memory.read().unwrap_or_else(PoisonError::into_inner);
-            let Some(memory) = memory.as_ref() else {
-                return;
-            };
-            if !self.serve_batch(vring, memory, lane) {
+            if !self.serve_batch(vring, &memory, lane) {
                 return;
             }
         }
@@ -140,51 +129,17 @@ impl Device {
     }
 
     /// Puts `memory` in the place of what there was, when nothing uses that any more.
-    fn replace_memory(&self, memory: Option<Arc<Memory>>) {
+    pub(crate) fn replace_memory(&self, memory: Memory) {
         let mut place = self.memory.write().unwrap_or_else(PoisonError::into_inner);
-        *place = memory;
-    }
-}
-
-/// Refuses regions that are longer than their files: to touch what is missing would kill us.
-fn check(memory: &Memory) -> io::Result<()> {
-    for region in memory.iter() {
-        let (start, len) = (region.start_addr().0, region.len());
-        let refuse = |reason: &str| {
-            let text = format!("the region of {len} bytes at {start:#x} {reason}");
-            Err(io::Error::new(io::ErrorKind::InvalidInput, text))
-        };
-        let Some(file) = region.file_offset() else {
-            return refuse("has no file");
-        };
-        let file_len = file.file().metadata()?.len();
-        if file
-            .start()
-            .checked_add(len)
-            .is_none_or(|end| end > file_len)
-        {
-            return refuse(&format!(
-                "is beyond the end of its file of {file_len} bytes"
-            ));
-        }
-        log::debug!("region: {len} bytes at {start:#x}");
-    }
-    Ok(())
-}
-
-impl VhostUserBackend for Device {
-    type Bitmap = BitmapMmapRegion;
-    type Vring = Vring;
-
-    fn num_queues(&self) -> usize {
-        self.queues.into()
+        *place = Arc::new(memory);
     }
 
-    fn max_queue_size(&self) -> usize {
-        MAX_QUEUE_SIZE
+    /// Waits for the requests that were taken.
+    pub(crate) fn settle(&self) {
+        drop(self.memory.write().unwrap_or_else(PoisonError::into_inner));
     }
 
-    fn features(&self) -> u64 {
+    pub(crate) fn features(&self) -> u64 {
         let mut bits = vec![
             VIRTIO_F_VERSION_1,
             VIRTIO_RING_F_EVENT_IDX,
@@ -205,13 +160,13 @@ impl VhostUserBackend for Device {
         bits.iter().fold(0, |set, bit| set | 1 << bit)
     }
 
-    fn acked_features(&self, features: u64) {
+    pub(crate) fn acked_features(&self, features: u64) {
         log::debug!("the guest takes the features {features:#x}");
         let flushes = features & 1 << VIRTIO_BLK_F_FLUSH != 0;
         self.write_through.store(!flushes, Ordering::Relaxed);
     }
 
-    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+    pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         // REPLY_ACK is offered by the vhost crate.
         VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
@@ -219,11 +174,8 @@ impl VhostUserBackend for Device {
             | VhostUserProtocolFeatures::LOG_SHMFD
     }
 
-    fn set_event_idx(&self, _enabled: bool) {
-        // The queues know.
-    }
-
-    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+    /// A part of the configuration space, empty where there is none.
+    pub(crate) fn config(&self, offset: u32, size: u32) -> Vec<u8> {
         let bytes = config::bytes(&self.image, self.queues);
         let start = offset as usize;
         start
@@ -231,49 +183,5 @@ impl VhostUserBackend for Device {
             .and_then(|end| bytes.get(start..end))
             .map(<[u8]>::to_vec)
             .unwrap_or_default()
-    }
-
-    fn update_memory(&self, memory: GuestMemoryAtomic<Memory>) -> io::Result<()> {
-        let memory = memory.memory().into_inner();
-        log::debug!("memory table with {} regions", memory.num_regions());
-        let checked = check(&memory);
-        // After an error the connection is given up: until then no request is carried out.
-        self.replace_memory(checked.is_ok().then_some(memory));
-        checked.inspect_err(|error| log::warn!("refused a memory table: {error}"))
-    }
-
-    fn queues_per_thread(&self) -> Vec<u64> {
-        (0..self.queues).map(|queue| 1 << queue).collect()
-    }
-
-    fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
-        log::debug!("queue {queue_index} stops");
-        // It takes no requests any more: wait for the one that it took.
-        drop(self.memory.write().unwrap_or_else(PoisonError::into_inner));
-        Ok(())
-    }
-
-    fn handle_event(
-        &self,
-        device_event: u16,
-        _events: EventSet,
-        vrings: &[Vring],
-        thread_id: usize,
-    ) -> io::Result<()> {
-        // An error is how a thread is told to end.
-        if u64::from(device_event) == self.exit_token() {
-            return Err(io::Error::other("the connection is over"));
-        }
-        match (
-            vrings.get(usize::from(device_event)),
-            self.lanes.get(thread_id),
-        ) {
-            (Some(vring), Some(lane)) => {
-                let mut lane = lane.lock().unwrap_or_else(PoisonError::into_inner);
-                self.serve_queue(vring, &mut lane);
-            }
-            _ => log::warn!("event {device_event} belongs to no queue"),
-        }
-        Ok(())
     }
 }

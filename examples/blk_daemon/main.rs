@@ -5,20 +5,28 @@
 //!
 //! - `socket`: the socket that front-ends find, and that is gone when the daemon is;
 //! - `server`: one front-end after the other, and the end by a signal;
-//! - `device`: features, the memory that a front-end shares, queues and their threads;
+//! - `handler`: what each message does; memory and logs are checked before they are used;
+//! - `dirty_log`: the front-end's dirty log; `queue`: the threads that serve queues;
+//! - `device`: features, and the requests in a queue;
 //! - `request`: one request, every word of which is the guest's and may be wrong;
 //! - `buffers`: the request's pieces of guest RAM; no reference to guest RAM is ever made;
 //! - `image`: the file behind the disk, and its last, partial sector;
-//! - `config`: what the guest is told about the disk; `args` and `share`'s `failure`: the rim.
+//! - `config`: what the guest is told about the disk; `args`: the command line;
+//! - `failure`, `rim`: what the examples have in common.
 
 mod args;
 mod buffers;
 mod config;
 mod device;
-#[path = "../share/failure.rs"]
+mod dirty_log;
+#[path = "../common/failure.rs"]
 mod failure;
+mod handler;
 mod image;
+mod queue;
 mod request;
+#[path = "../common/rim.rs"]
+mod rim;
 mod server;
 mod socket;
 
@@ -26,39 +34,36 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser;
+use nix::sys::signal::SigSet;
 
 use args::Args;
-use failure::{Failure, OrFail, Result};
+use failure::{Result, Words};
 use image::Image;
 use server::Ending;
 use socket::Socket;
 
+/// The errors of this program's are its own.
+const WORDS: Words = &[];
+
 fn main() -> ExitCode {
     let log = env_logger::Env::default().default_filter_or("warn");
     env_logger::Builder::from_env(log).init();
-    let done = match Args::try_parse() {
-        Ok(args) => run(&args),
-        Err(help) if !help.use_stderr() => help.print().or_fail(|| "cannot print the help"),
-        Err(error) => Err(usage(&error)),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            // Where even that fails, the exit status is all that is left to say.
-            let _ = writeln!(std::io::stderr(), "blk_daemon: {failure}");
-            ExitCode::FAILURE
-        }
-    }
+    rim::run("blk_daemon", run)
 }
 
 fn run(args: &Args) -> Result<()> {
     // Before any other thread exists: all inherit which signals are blocked.
     let signals = server::block_signals()?;
     let image = Arc::new(Image::open(&args.file, args.read_only)?);
-    let socket = Socket::bind(&args.socket)?;
+    let socket = Arc::new(Socket::bind(&args.socket)?);
+    let served = serve(args, &image, &socket, signals);
+    socket.remove();
+    served
+}
+
+fn serve(args: &Args, image: &Arc<Image>, socket: &Arc<Socket>, signals: SigSet) -> Result<()> {
     let ending = Arc::new(Ending::new(socket.listener())?);
-    server::end_by(signals, Arc::clone(&ending))?;
+    server::end_by(signals, Arc::clone(&ending), Arc::clone(socket))?;
     // For whoever waits until there is something to connect to; nobody need listen.
     let _ = writeln!(
         std::io::stdout(),
@@ -72,14 +77,5 @@ fn run(args: &Args) -> Result<()> {
         },
         args.socket.display()
     );
-    server::serve(socket.listener(), &image, args.queues, &ending)
-}
-
-/// What clap says on several lines, on one.
-fn usage(error: &clap::Error) -> Failure {
-    let text = error.render().to_string();
-    let paragraph = text.lines().take_while(|line| !line.trim().is_empty());
-    let line = paragraph.map(str::trim).collect::<Vec<_>>().join(" ");
-    let line = line.strip_prefix("error: ").unwrap_or(&line);
-    Failure::new(format!("{line}; see blk_daemon --help"))
+    server::serve(socket.listener(), image, args.queues, &ending)
 }

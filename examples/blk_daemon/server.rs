@@ -1,21 +1,22 @@
 //! One front-end after the other, until a signal ends the daemon.
 
+use std::io::{self, ErrorKind};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::socket::{Shutdown, shutdown};
-use vhost::vhost_user::{Error as ProtocolError, Listener};
-use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserDaemon};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+use nix::sys::signal::{SigSet, Signal, raise};
+use nix::sys::socket;
+use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
 use crate::device::Device;
 use crate::failure::{OrFail, Result};
+use crate::handler::Handler;
 use crate::image::Image;
+use crate::socket::Socket;
 
 /// Blocks the signals that end the daemon, to be waited for, and the one by which the kernel would
 /// end it where a write exceeds the limit on file sizes: that is an I/O error of the guest's.
@@ -31,20 +32,20 @@ pub(crate) fn block_signals() -> Result<SigSet> {
     Ok(ending)
 }
 
-/// Starts the thread that waits for `signals` and ends the daemon. The second signal does what
-/// signals do by default: it kills a daemon that is stuck.
-pub(crate) fn end_by(signals: SigSet, ending: Arc<Ending>) -> Result<()> {
+/// Starts the thread that waits for `signals` and ends the daemon. The second signal kills a daemon
+/// that is stuck, as signals do by default; its socket goes all the same.
+pub(crate) fn end_by(signals: SigSet, ending: Arc<Ending>, socket: Arc<Socket>) -> Result<()> {
     let wait = move || {
         match signals.wait() {
             Ok(signal) => log::info!("ended by {signal}"),
             Err(error) => log::error!("cannot wait for signals: {error}"),
         }
         ending.begin();
-        if let Err(error) = signals.thread_unblock() {
-            log::error!("cannot unblock signals: {error}");
-        }
-        loop {
-            thread::park();
+        if let Ok(signal) = signals.wait() {
+            socket.remove();
+            // If the process was started with the signal ignored, it does not kill.
+            let _ = signals.thread_unblock().and_then(|()| raise(signal));
+            process::exit(128 + signal as i32);
         }
     };
     let thread = thread::Builder::new().name("signals".into());
@@ -63,7 +64,7 @@ pub(crate) struct Ending {
 #[derive(Default)]
 struct EndingState {
     begun: bool,
-    connection: Option<ShutdownHandle>,
+    connection: Option<UnixStream>,
 }
 
 impl Ending {
@@ -80,9 +81,9 @@ impl Ending {
         let mut state = self.lock();
         state.begun = true;
         if let Some(connection) = &state.connection {
-            connection.shutdown();
+            hang_up(connection);
         }
-        if let Err(error) = shutdown(self.listener.as_raw_fd(), Shutdown::Both) {
+        if let Err(error) = socket::shutdown(self.listener.as_raw_fd(), socket::Shutdown::Both) {
             log::error!("cannot stop listening: {error}");
         }
     }
@@ -92,12 +93,12 @@ impl Ending {
     }
 
     /// Names the connection that is served, if any; an end that has begun ends it at once.
-    fn set_connection(&self, connection: Option<ShutdownHandle>) {
+    fn set_connection(&self, connection: Option<UnixStream>) {
         let mut state = self.lock();
         if state.begun
             && let Some(connection) = &connection
         {
-            connection.shutdown();
+            hang_up(connection);
         }
         state.connection = connection;
     }
@@ -107,6 +108,11 @@ impl Ending {
     }
 }
 
+fn hang_up(connection: &UnixStream) {
+    // An error says that the front-end was faster.
+    let _ = connection.shutdown(Shutdown::Both);
+}
+
 /// Serves one front-end after the other until `ending` begins.
 pub(crate) fn serve(
     listener: &UnixListener,
@@ -114,72 +120,46 @@ pub(crate) fn serve(
     queues: u16,
     ending: &Ending,
 ) -> Result<()> {
-    let doing = || "cannot serve";
-    let mut listener = Listener::from(listener.try_clone().or_fail(doing)?);
     while !ending.has_begun() {
-        let mut connection = Connection::new(image, queues)?;
-        match connection.daemon.start(&mut listener) {
-            Ok(()) => {}
+        let connection = match listener.accept() {
+            Ok((connection, _)) => connection,
             Err(_) if ending.has_begun() => break,
-            Err(error) => return Err(error.to_string()).or_fail(|| "cannot accept a front-end"),
-        }
+            Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
+            Err(error) => return Err(error).or_fail(|| "cannot accept a front-end"),
+        };
         log::info!("a front-end is here");
-        ending.set_connection(connection.daemon.shutdown_handle());
-        let ended = connection.daemon.wait();
+        let ended = serve_one(connection, image, queues, ending);
         ending.set_connection(None);
         match ended {
-            Ok(())
-            | Err(DaemonError::HandleRequest(
-                ProtocolError::Disconnected | ProtocolError::PartialMessage,
-            )) => log::info!("the front-end has gone"),
-            Err(error) => log::warn!("the front-end was given up: {error}"),
+            Ok(
+                ProtocolError::Disconnected
+                | ProtocolError::PartialMessage
+                | ProtocolError::SocketBroken(_),
+            ) => log::info!("the front-end has gone"),
+            _ if ending.has_begun() => log::info!("the front-end was hung up on"),
+            Ok(error) => log::warn!("the front-end was given up: {error}"),
+            // The next one may find more descriptors or memory.
+            Err(error) => log::warn!("cannot serve a front-end, it was hung up on: {error}"),
         }
     }
     Ok(())
 }
 
-/// All that belongs to one front-end; its threads end on drop.
-struct Connection {
-    daemon: VhostUserDaemon<Arc<Device>>,
-    device: Arc<Device>,
-    exit: EventFd,
-}
-
-impl Connection {
-    fn new(image: &Arc<Image>, queues: u16) -> Result<Self> {
-        let doing = || "cannot prepare for a front-end";
-        let exit = EventFd::new(EFD_CLOEXEC).or_fail(doing)?;
-        let device = Arc::new(Device::new(image, queues)?);
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let daemon = VhostUserDaemon::new("front-end".into(), Arc::clone(&device), memory)
-            .map_err(|error| error.to_string())
-            .or_fail(doing)?;
-
-        // The threads end by an event of ours and not by `exit_event`: vhost-user-backend 0.24
-        // never closes the descriptor that it takes there.
-        for handler in daemon.get_epoll_handlers() {
-            let watched =
-                handler.register_listener(exit.as_raw_fd(), EventSet::IN, device.exit_token());
-            if watched.is_err() {
-                // Dropped, the daemon would wait for ever for threads that nothing can end.
-                std::mem::forget(daemon);
-                return watched.or_fail(doing).map(|()| unreachable!());
-            }
-        }
-        Ok(Self {
-            daemon,
-            device,
-            exit,
-        })
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.device.end();
-        // Nobody reads it: it wakes every thread.
-        if let Err(error) = self.exit.write(1) {
-            log::error!("cannot end the threads: {error}");
+/// Serves a front-end to its end, which is the result. Nothing is left of it then.
+fn serve_one(
+    connection: UnixStream,
+    image: &Arc<Image>,
+    queues: u16,
+    ending: &Ending,
+) -> io::Result<ProtocolError> {
+    let device = Arc::new(Device::new(image, queues));
+    let handler = Handler::new(image, device)?;
+    ending.set_connection(Some(connection.try_clone()?));
+    let handler = Arc::new(Mutex::new(handler));
+    let mut requests = BackendReqHandler::from_stream(connection, handler);
+    loop {
+        if let Err(error) = requests.handle_request() {
+            return Ok(error);
         }
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::failure::{Failure, OrFail, Result};
 
-/// A listening socket with a name, which is removed on drop.
+/// A listening socket with a name.
 pub(crate) struct Socket {
     listener: UnixListener,
     path: PathBuf,
@@ -47,10 +47,9 @@ impl Socket {
     pub(crate) fn listener(&self) -> &UnixListener {
         &self.listener
     }
-}
 
-impl Drop for Socket {
-    fn drop(&mut self) {
+    /// Takes the name away, if it is ours still.
+    pub(crate) fn remove(&self) {
         let ours = fs::symlink_metadata(&self.path)
             .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.identity);
         if ours && let Err(error) = fs::remove_file(&self.path) {

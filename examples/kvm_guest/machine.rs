@@ -1,6 +1,5 @@
 //! The machine: guest memory that KVM and a daemon know, and the daemon's disk.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +9,6 @@ use guest_memory_shm::{
     ListenerId, PublishedMemory, RamOptions, VhostUserShare,
 };
 use kvm_ioctls::VmFd;
-use tempfile::TempDir;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -34,8 +32,6 @@ pub(crate) struct Machine {
     device: BlkDevice,
     driver: BlkDriver<PublishedMemory>,
     daemon: MockDaemon,
-    /// Where the daemon's socket is.
-    _directory: TempDir,
 }
 
 impl Machine {
@@ -55,10 +51,9 @@ impl Machine {
             .or_fail(|| "cannot give KVM the guest's RAM")?;
 
         let doing = || "cannot use the daemon";
-        let directory = TempDir::with_prefix("kvm_guest-").or_fail(doing)?;
         let daemon = MockDaemon::builder()
             .with_disk_size(u64::from(pages) * u64::from(PAGE))
-            .start(directory.path().join("blk.sock"))
+            .start_unnamed()
             .or_fail(doing)?;
         let stream = daemon.connect().or_fail(doing)?;
         let mut frontend = Frontend::from_stream(stream, 1);
@@ -88,7 +83,6 @@ impl Machine {
             device,
             driver,
             daemon,
-            _directory: directory,
         })
     }
 
@@ -132,11 +126,6 @@ impl Machine {
     pub(crate) fn dirty_log(&self) -> Result<Vec<DirtyPages>> {
         self.kvm(KvmSlots::dirty_log)?
             .or_fail(|| "cannot read KVM's dirty log")
-    }
-
-    /// Where the daemon listens.
-    pub(crate) fn socket(&self) -> Option<&Path> {
-        self.daemon.path()
     }
 
     /// The addresses of the regions that the daemon maps.

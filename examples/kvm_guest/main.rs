@@ -3,48 +3,53 @@
 //!
 //! - `machine`: the address space and its two listeners, the virtqueue, the disk;
 //! - `guest`: the vCPU and the few instructions that it runs;
-//! - `run`: what happens, in order, and the report of it; `args`: the command line.
+//! - `run`: what happens, in order, and the report of it; `args`: the command line;
+//! - `failure`, `rim`: what the examples have in common.
 
 mod args;
-#[path = "../share/failure.rs"]
+#[path = "../common/failure.rs"]
 mod failure;
 #[cfg(target_arch = "x86_64")]
 mod guest;
 #[cfg(target_arch = "x86_64")]
 mod machine;
+#[path = "../common/rim.rs"]
+mod rim;
 #[cfg(target_arch = "x86_64")]
 mod run;
 
-use std::io::{Write, stderr, stdout};
 use std::process::ExitCode;
 
-use clap::Parser;
-
 use args::Args;
-use failure::{Failure, OrFail, Result};
+use failure::{Result, Words};
+use rim::fold_lines;
+
+/// The remedies of the crate's errors, as far as this program has them.
+const WORDS: Words = &[
+    ("restart it or reconnect to it", "run this again"),
+    (
+        "connect it anew (AddressSpace::reconnect), detach it, or attach it with \
+         Attendance::MayLag",
+        "run this again",
+    ),
+    ("connect it anew and attach it then", "run this again"),
+    (
+        ", restart the daemon or allow more with VhostUserShare::with_time_limit",
+        "",
+    ),
+    ("listener \"", "\""),
+];
 
 fn main() -> ExitCode {
     env_logger::init();
-    let text = match Args::try_parse() {
-        Ok(args) => run(&args),
-        Err(help) if !help.use_stderr() => Ok(help.render().to_string()),
-        Err(error) => Err(usage(&error)),
-    };
-    let done = text.and_then(|text| {
-        let mut out = stdout().lock();
-        out.write_all(text.as_bytes())
-            .and_then(|()| out.flush())
-            .or_fail(|| "cannot print the report")
-    });
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            // Where even that fails, the exit status is all that is left to say.
-            let _ = writeln!(stderr(), "kvm_guest: {failure}");
-            ExitCode::FAILURE
-        }
-    }
+    rim::run("kvm_guest", |args: &Args| {
+        let indent = |line: &str| if line.starts_with(' ') { VALUES } else { 2 };
+        rim::print(&fold_lines(&run(args)?, indent))
+    })
 }
+
+/// Where the values of the report begin.
+const VALUES: usize = 16;
 
 #[cfg(target_arch = "x86_64")]
 fn run(args: &Args) -> Result<String> {
@@ -61,13 +66,4 @@ fn run(args: &Args) -> Result<String> {
 #[cfg(not(target_arch = "x86_64"))]
 fn run(_args: &Args) -> Result<String> {
     Ok("kvm_guest: the guest's code is for x86-64, so no guest was run\n".to_owned())
-}
-
-/// clap's paragraph as one line.
-fn usage(error: &clap::Error) -> Failure {
-    let text = error.render().to_string();
-    let paragraph = text.lines().take_while(|line| !line.trim().is_empty());
-    let line = paragraph.map(str::trim).collect::<Vec<_>>().join(" ");
-    let line = line.strip_prefix("error: ").unwrap_or(&line);
-    Failure::new(format!("{line}; see kvm_guest --help"))
 }

@@ -56,10 +56,7 @@ pub(crate) fn run(args: &Args, kvm: &Kvm) -> Result<String> {
         format_args!("1 vCPU, {} bytes of code", PROGRAM.len()),
     );
     report.lines("KVM", machine.slots()?);
-    let socket = machine.socket().map(Path::display);
-    if let Some(socket) = socket {
-        report.line("daemon", format_args!("{socket} (in this process)"));
-    }
+    report.line("daemon", "in this process, on a socket without a name");
     report.line("", holds(&machine));
     machine.start_dirty_logging()?;
     report.line("guest writes", miss(&mut machine, pages)?);
@@ -99,7 +96,7 @@ pub(crate) fn run(args: &Args, kvm: &Kvm) -> Result<String> {
 fn choose(args: &Args) -> Result<Pages> {
     let there = args.plug * (MIB / PAGE);
     if args.pages > there {
-        return Err(Failure::new(format!(
+        return Err(Failure::usage(format!(
             "a region of {} MiB has {there} pages and not {}: give fewer with --pages, or more \
              with --plug",
             args.plug, args.pages

@@ -1,55 +1,44 @@
 //! Builds guest RAM from QEMU's memory backend options and says what came of it.
 
-use std::io::{Write, stdout};
 use std::process::ExitCode;
 
-use clap::Parser;
-use clap::error::ErrorKind;
-
 mod args;
+#[path = "../common/bar.rs"]
+mod bar;
 mod build;
+#[path = "../common/ending.rs"]
+mod ending;
+#[path = "../common/failure.rs"]
+mod failure;
 mod json;
 mod map;
+#[path = "../common/rim.rs"]
+mod rim;
 mod text;
 
 use args::Args;
-use build::{Built, Result, one_line};
+use build::Built;
+use failure::{OrFail, Result, Words};
+use rim::fold_lines;
+
+/// The remedies of the crate's errors, in the words of the options.
+const WORDS: Words = &[
+    ("use a memfd backing", "use memory-backend-memfd"),
+    ("use Backing::File", "use memory-backend-file"),
+];
 
 fn main() -> ExitCode {
     // What has no effect is in the report: the log is for those who ask for it.
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("error")).init();
-    let args = match Args::try_parse() {
-        Ok(args) => args,
-        Err(error) => {
-            let _ = error.print();
-            // --help is no error; clap's own status for errors is 2.
-            return match error.kind() {
-                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
-                _ => ExitCode::FAILURE,
-            };
-        }
-    };
-    match run(&args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(line) => {
-            eprintln!("memdev: {line}");
-            ExitCode::FAILURE
-        }
-    }
+    rim::run("memdev", run)
 }
 
 fn run(args: &Args) -> Result<()> {
+    ending::watch()?;
     let backends = build::parse(&args.options)?;
     let built = build::build(backends, args.populate)?;
-    let text =
-        output(args, &built).map_err(|error| one_line("cannot ask for the facts", &error))?;
-    // A reader that has seen enough is no error.
-    match stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(one_line("cannot write the report", &error))
-        }
-        _ => Ok(()),
-    }
+    let text = output(args, &built).or_fail(|| "cannot ask for the facts")?;
+    rim::print(&text)
 }
 
 fn output(args: &Args, built: &Built) -> guest_memory_shm::Result<String> {
@@ -66,5 +55,5 @@ fn output(args: &Args, built: &Built) -> guest_memory_shm::Result<String> {
         text.push('\n');
         text += &map::draw(&built.memory, |range| heading(range.start_addr()))?;
     }
-    Ok(text)
+    Ok(fold_lines(&text, |_| 2))
 }

@@ -15,13 +15,15 @@ Shares guest RAM with a vhost-user-blk daemon and copies a disk through it.
 Without any option everything happens in this process: guest RAM around a PCI hole, a daemon on a \
 real Unix socket, negotiation, the memory table, a region that is hot-added, reads and writes \
 through a virtqueue that lives in the shared RAM, each byte compared with the daemon's disk, and \
-the removal of the region. The report at the end says what happened. Exit status: 0, or 1 after \
-any error.
+the removal of the region. The report at the end says what happened.
 
 With --socket the daemon is another process, for example qemu-storage-daemon. Its disk is only \
 written by --write-from and --overwrite: without any of those and --read-to the first 64 MiB of \
 the disk are read twice, through different regions, and compared (a disk that somebody else writes to \
-meanwhile can differ).";
+meanwhile can differ).
+
+Exit status: 0; 2 where the command line is wrong, 1 after any other error. SIGINT and SIGTERM end \
+it at any time, and nothing is left behind.";
 
 const EXAMPLES: &str = "\
 Examples (in the source tree, share is: cargo run --release --example share --):
@@ -44,13 +46,13 @@ Examples (in the source tree, share is: cargo run --release --example share --):
 
 A daemon to try it with:
   qemu-storage-daemon --blockdev driver=file,node-name=f,filename=disk.img \\
-      --export type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path=/tmp/blk.sock,\\
-writable=on
+      --export type=vhost-user-blk,id=e,node-name=f,writable=on,\\
+addr.type=unix,addr.path=/tmp/blk.sock
 
 RUST_LOG=debug shows what happens on the way.";
 
 #[derive(Debug, Parser)]
-#[command(name = "share", long_about = ABOUT, after_long_help = EXAMPLES)]
+#[command(name = "share", long_about = ABOUT, after_long_help = EXAMPLES, next_line_help = true)]
 /// Shares guest RAM with a vhost-user-blk daemon and copies a disk through it
 pub(crate) struct Args {
     /// Connect to the daemon that listens on this Unix socket, instead of one in this process

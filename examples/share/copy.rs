@@ -1,61 +1,73 @@
 //! The two copies: the disk to a file, and a file to the disk.
 
-use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use guest_memory_shm::GuestMemoryShm;
 use indicatif::ProgressBar;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
 use nix::sys::resource::{Resource, getrlimit};
-use tempfile::NamedTempFile;
+use nix::unistd::linkat;
+use tempfile::TempPath;
 use vm_memory::Bytes;
 
 use crate::daemon::LocalDaemon;
 use crate::disk::{Buffer, SECTOR, total};
+use crate::ending::{self, Undo};
 use crate::failure::{Failure, OrFail, Result};
 use crate::report::size;
 use crate::session::Session;
 
-/// A file that takes the disk's contents. It has another name until it is complete.
+/// A file that takes the disk's contents. It has no name until it is complete: however this process
+/// ends, half a copy is never left.
 pub(crate) struct Output {
-    file: NamedTempFile,
+    file: File,
     path: PathBuf,
+    /// The name that it has where the file system has no files without one.
+    partial: Option<(TempPath, Undo)>,
 }
 
 impl Output {
     pub(crate) fn create(path: &Path) -> Result<Self> {
-        let refuse = |reason: &str| {
-            let path = path.display();
-            Err(Failure::new(format!("cannot write {path}: {reason}")))
-        };
+        let doing = || format!("cannot write {}", path.display());
+        let refuse = |reason: &str| Err(Failure::new(format!("{}: {reason}", doing())));
         // The rename at the end would put a plain file in the place of whatever is there.
         if let Ok(metadata) = fs::metadata(path)
             && !metadata.is_file()
         {
             return refuse("it exists and is no regular file, give another name");
         }
-        let (Some(name), Some(directory)) = (path.file_name(), path.parent()) else {
+        if path.file_name().is_none() || path.parent().is_none() {
             return refuse("it has no file name");
+        }
+        let unnamed = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .mode(MODE)
+            .custom_flags(OFlag::O_TMPFILE.bits())
+            .open(directory_of(path));
+        let (file, partial) = match unnamed {
+            // To give it a name, its entry in procfs is needed.
+            Ok(file) if in_procfs(&file).exists() => (file, None),
+            Err(error) if !may_be_missing(&error) => return Err(error).or_fail(doing),
+            _ => {
+                let _whole = ending::whole();
+                let named = builder(path).tempfile_in(directory_of(path));
+                let (file, name) = named.or_fail(doing)?.into_parts();
+                let left = name.to_path_buf();
+                let undo = ending::undo(move || drop(fs::remove_file(&left)));
+                (file, Some((name, undo)))
+            }
         };
-        let here = Path::new(".");
-        let directory = if directory.as_os_str().is_empty() {
-            here
-        } else {
-            directory
-        };
-        let mut prefix = name.to_owned();
-        prefix.push(".");
-        let file = tempfile::Builder::new()
-            .prefix(&prefix)
-            .suffix(".partial")
-            // As File::create would: the umask takes its share.
-            .permissions(fs::Permissions::from_mode(0o666))
-            .tempfile_in(directory)
-            .or_fail(|| format!("cannot write {}", path.display()))?;
+        let path = path.to_owned();
         Ok(Self {
             file,
-            path: path.to_owned(),
+            path,
+            partial,
         })
     }
 
@@ -74,7 +86,7 @@ impl Output {
                 size(limit)
             )));
         }
-        let file = self.file.as_file_mut();
+        let file = &mut self.file;
         let Session { disk, ram, .. } = session;
         disk.read(ram, len, bar, |memory, offset, buffers| {
             for (addr, length) in buffers {
@@ -90,12 +102,62 @@ impl Output {
     /// Has the file written back, and gives it its name, which is returned.
     pub(crate) fn complete(self) -> Result<PathBuf> {
         let doing = || format!("cannot complete {}", self.path.display());
-        self.file.as_file().sync_all().or_fail(doing)?;
-        let renamed = self.file.persist(&self.path);
-        renamed
-            .map_err(|refused| refused.error)
-            .or_fail(|| format!("cannot complete {}", self.path.display()))?;
+        self.file.sync_all().or_fail(doing)?;
+        let _whole = ending::whole();
+        let named = match self.partial {
+            Some((name, _undo)) => name.persist(&self.path).map_err(|refused| refused.error),
+            None => give_name(&self.file, &self.path),
+        };
+        named.or_fail(doing)?;
         Ok(self.path)
+    }
+}
+
+/// As File::create would: the umask takes its share.
+const MODE: u32 = 0o666;
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(directory) if !directory.as_os_str().is_empty() => directory,
+        _ => Path::new("."),
+    }
+}
+
+/// Makes names beside `path` that tell what they are.
+fn builder(path: &Path) -> tempfile::Builder<'_, 'static> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(path.file_name().unwrap_or_default());
+    builder.suffix(".partial");
+    builder.permissions(fs::Permissions::from_mode(MODE));
+    builder
+}
+
+/// Whether O_TMPFILE failed because there is no such thing: on this file system, or at all.
+fn may_be_missing(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error().map(Errno::from_raw),
+        Some(Errno::EOPNOTSUPP | Errno::EISDIR | Errno::EINVAL)
+    )
+}
+
+fn in_procfs(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+/// Gives a file without a name the name `path`, also where another has it (see open(2), O_TMPFILE).
+fn give_name(file: &File, path: &Path) -> io::Result<()> {
+    let link = |name: &Path| {
+        let flags = AtFlags::AT_SYMLINK_FOLLOW;
+        linkat(AT_FDCWD, &in_procfs(file), AT_FDCWD, name, flags).map_err(io::Error::from)
+    };
+    match link(path) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            // A link replaces nothing, a rename does.
+            let beside = builder(path).make_in(directory_of(path), link)?;
+            let renamed = beside.into_temp_path().persist(path);
+            renamed.map_err(|refused| refused.error)
+        }
+        linked => linked,
     }
 }
 

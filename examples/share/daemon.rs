@@ -1,17 +1,16 @@
 //! The daemon in this process, and the pattern on its disk.
 
-use std::path::PathBuf;
+use std::os::unix::net::UnixStream;
 
 use guest_memory_shm::mock::MockDaemon;
-use tempfile::TempDir;
 
 use crate::failure::{Failure, OrFail, Result};
 use crate::report::size;
 
-/// A daemon on a real Unix socket in a directory of its own, which goes with it.
+/// A daemon on a real Unix socket, without a name in any directory: however this process ends,
+/// nothing is left of it.
 pub(crate) struct LocalDaemon {
     daemon: MockDaemon,
-    directory: TempDir,
 }
 
 impl LocalDaemon {
@@ -23,17 +22,16 @@ impl LocalDaemon {
         contents.try_reserve_exact(bytes).or_fail(too_large)?;
         contents.resize(bytes, 0);
         pattern.fill(0, &mut contents);
-        let directory = TempDir::with_prefix("share-")
-            .or_fail(|| "cannot create a directory for the daemon's socket")?;
         let daemon = MockDaemon::builder()
             .with_disk_contents(contents)
-            .start(directory.path().join("blk.sock"))
+            .start_unnamed()
             .or_fail(|| "cannot start the daemon")?;
-        Ok(Self { daemon, directory })
+        Ok(Self { daemon })
     }
 
-    pub(crate) fn socket(&self) -> PathBuf {
-        self.directory.path().join("blk.sock")
+    pub(crate) fn connect(&self) -> Result<UnixStream> {
+        let stream = self.daemon.connect();
+        stream.or_fail(|| "cannot connect to the daemon in this process")
     }
 
     pub(crate) fn daemon(&self) -> &MockDaemon {

@@ -123,8 +123,8 @@ impl Disk {
         self.wait(request, || "cannot flush the disk".to_owned())
     }
 
-    /// Reads one sector into `buffer`, wherever that is.
-    pub(crate) fn read_sector_into(&mut self, buffer: GuestAddress) -> Result<()> {
+    /// Whether the daemon answers a read into `buffer`, wherever that is, with an error.
+    pub(crate) fn refuses_to_read_into(&mut self, buffer: GuestAddress) -> Result<bool> {
         let doing = || {
             format!(
                 "cannot read the first sector into guest address {:#x}",
@@ -132,7 +132,11 @@ impl Disk {
             )
         };
         let request = self.driver.submit_read(0, &[(buffer, 512)]);
-        self.wait(request.or_fail(doing)?, doing)
+        match self.outcome(request.or_fail(doing)?, doing)? {
+            Ok(()) => Ok(false),
+            Err(BlkError::Status { .. }) => Ok(true),
+            Err(error) => Err(error).or_fail(doing),
+        }
     }
 
     /// Reads a part of the disk into a buffer.
@@ -213,12 +217,22 @@ impl Disk {
         sets
     }
 
-    /// Waits until the daemon has completed `request`, until it hangs up, or for the time limit.
+    /// Waits until the daemon has completed `request` well.
     fn wait(&mut self, request: RequestId, doing: impl Fn() -> String) -> Result<()> {
+        self.outcome(request, &doing)?.or_fail(doing)
+    }
+
+    /// Waits until the daemon has completed `request`, until it hangs up, or for the time limit. The
+    /// inner result is that of the request.
+    fn outcome(
+        &mut self,
+        request: RequestId,
+        doing: impl Fn() -> String,
+    ) -> Result<std::result::Result<(), BlkError>> {
         let deadline = Instant::now().checked_add(self.limit);
         loop {
             match self.driver.wait(request) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(Ok(())),
                 Err(BlkError::TimedOut { in_flight, .. }) => {
                     let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
                     if left.is_some_and(|left| left.is_zero()) {
@@ -237,7 +251,7 @@ impl Disk {
                         )));
                     }
                 }
-                Err(error) => return Err(error).or_fail(doing),
+                Err(error) => return Ok(Err(error)),
             }
         }
     }

@@ -9,10 +9,10 @@ use vm_memory::GuestAddress;
 
 use crate::args::Args;
 use crate::daemon::{LocalDaemon, Pattern};
-use crate::failure::{Failure, OrFail, Result};
+use crate::failure::{Failure, OrFail, Result, in_words};
 use crate::ram::{PLUG_SIZE, Ram};
 use crate::report::{Report, size};
-use crate::session::Session;
+use crate::session::{Endpoint, Session};
 use crate::worker::{Guest, Usable, Worker};
 
 /// The disk of each daemon in this process.
@@ -38,9 +38,11 @@ impl Daemons {
         })
     }
 
-    fn sockets(&self) -> Vec<PathBuf> {
-        let local = self.local.iter().map(LocalDaemon::socket);
-        self.foreign.iter().cloned().chain(local).collect()
+    fn endpoints(&self) -> Vec<Endpoint<'_>> {
+        let foreign = self.foreign.iter().map(|path| Endpoint::Socket(path));
+        foreign
+            .chain(self.local.iter().map(Endpoint::Local))
+            .collect()
     }
 
     /// The n-th of all, counted from 1, if it is in this process.
@@ -73,24 +75,24 @@ pub(crate) fn run(args: &Args, regions: u64, ram: &Arc<Ram>) -> Result<()> {
             1 if args.socket.is_some() => "daemon 1 is the one behind --socket".to_owned(),
             _ => format!("the daemons are 1 to {}, see --daemons", args.daemons),
         };
-        return Err(Failure::new(format!(
+        return Err(Failure::usage(format!(
             "--refuse {nth}: {problem}; only one in this process can be told to refuse"
         )));
     }
-    let sockets = daemons.sockets();
+    let endpoints = daemons.endpoints();
     let mut report = Report::default();
     report.section(format_args!(
         "Guest RAM: {} around a PCI hole, shared with {} daemon{}",
         size(args.ram),
-        sockets.len(),
-        if sockets.len() == 1 { "" } else { "s" }
+        endpoints.len(),
+        if endpoints.len() == 1 { "" } else { "s" }
     ));
     report.block(ram.memory());
 
     let guest = Arc::new(Guest::default());
     let mut workers = Vec::new();
-    for (nth, socket) in sockets.iter().enumerate() {
-        let session = Session::start(nth, socket, ram.clone(), args.time_limit)?;
+    for (nth, endpoint) in endpoints.iter().enumerate() {
+        let session = Session::start(nth, endpoint, ram.clone(), args.time_limit)?;
         let ours = nth > 0 || daemons.foreign.is_none() || args.overwrite;
         if nth == 0 {
             for region in ram.memory().arc_regions() {
@@ -134,8 +136,8 @@ pub(crate) fn run(args: &Args, regions: u64, ram: &Arc<Ram>) -> Result<()> {
         .map(Worker::end)
         .collect::<Result<_>>()?;
     let data = match daemons.foreign.is_some() && !args.overwrite {
-        true => "all that daemon 1 gave was the same through two regions, all else was right",
-        false => "every byte that was read was compared with what was written, and was right",
+        true => "what daemon 1 gave was the same through two regions, all else is right",
+        false => "every byte that was read is what was written",
     };
     report.line("data", data);
     for session in sessions {
@@ -187,7 +189,7 @@ impl Hotplug<'_> {
                 "daemon {daemon} did not refuse region {nth}"
             )));
         };
-        report.line("refused", &refused);
+        report.line("refused", in_words(&refused.to_string(), crate::WORDS));
         let mut holders = daemons.who_holds(start);
         if self
             .ram

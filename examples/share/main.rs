@@ -8,54 +8,84 @@
 //! - `hotplug`, `worker`: many regions that come and go under many daemons while I/O runs;
 //! - `disk`: requests whose buffers lie in several regions, several of them in flight;
 //! - `copy`, `selftest`: what is done with it; no reference to guest RAM is ever made;
-//! - `daemon`: the daemon in this process; `args`, `report`, `failure`: the rim.
+//! - `daemon`: the daemon in this process; `args`, `report`: the rim;
+//! - `bar`, `ending`, `failure`, `rim`: what the examples have in common.
 
 mod args;
+#[path = "../common/bar.rs"]
+mod bar;
 mod copy;
 mod daemon;
 mod disk;
+#[path = "../common/ending.rs"]
+mod ending;
+#[path = "../common/failure.rs"]
 mod failure;
 mod hotplug;
 mod ram;
 mod report;
+#[path = "../common/rim.rs"]
+mod rim;
 mod selftest;
 mod session;
 mod worker;
 
-use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
-use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
-
 use args::Args;
+use bar::with_bar;
 use copy::{Input, Output};
 use daemon::{LocalDaemon, Pattern};
-use failure::{Failure, OrFail, Result};
+use failure::{Failure, Result, Words};
 use ram::Ram;
 use report::{Report, size};
-use session::Session;
+use session::{Endpoint, Session};
+
+/// The remedies of the crate's errors, as far as this program has them.
+const WORDS: Words = &[
+    ("VhostUserShare::with_time_limit", "--time-limit"),
+    (
+        "daemon or allow more time",
+        "daemon or allow more with --time-limit",
+    ),
+    (
+        "restart it or reconnect to it",
+        "restart it, and run this again",
+    ),
+    (
+        "connect it anew (AddressSpace::reconnect), detach it, or attach it with \
+         Attendance::MayLag",
+        "restart it, and run this again",
+    ),
+    (
+        "connect it anew and attach it then",
+        "restart it, and run this again",
+    ),
+    ("or connect anew in this process", "or run this again"),
+    (
+        " (the share must be given the protocol features that SET_PROTOCOL_FEATURES acknowledged)",
+        "",
+    ),
+    (
+        "negotiate CONFIGURE_MEM_SLOTS with the daemon or use fewer regions",
+        "use fewer regions, or a daemon that offers CONFIGURE_MEM_SLOTS",
+    ),
+    (
+        "leave out hugetlb=on (PageSize::Base)",
+        "use --backing memfd",
+    ),
+    ("use a memfd backing", "use --backing memfd"),
+    ("listener \"", "\""),
+];
 
 /// The disk of the daemon in this process, unless something else decides.
 const DISK_SIZE: u64 = 64 << 20;
 
 fn main() -> ExitCode {
     env_logger::init();
-    let done = match Args::try_parse() {
-        Ok(args) => run(&args),
-        Err(help) if !help.use_stderr() => help.print().or_fail(|| "cannot print the help"),
-        Err(error) => Err(usage(&error)),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            // Where even that fails, the exit status is all that is left to say.
-            let _ = writeln!(std::io::stderr(), "share: {failure}");
-            ExitCode::FAILURE
-        }
-    }
+    rim::run("share", run)
 }
 
 /// What is done with the disk.
@@ -66,6 +96,7 @@ enum Job {
 }
 
 fn run(args: &Args) -> Result<()> {
+    ending::watch()?;
     // What can fail without the daemon fails before it is bothered.
     let ram = Arc::new(Ram::new(args.ram, &args.ram_options())?);
     if let Some(regions) = args.hotplug {
@@ -76,15 +107,17 @@ fn run(args: &Args) -> Result<()> {
         (_, Some(file)) => Job::WriteFrom(Input::open(file)?),
         _ => Job::SelfTest,
     };
-    let (path, local) = match &args.socket {
-        Some(path) => (path.clone(), None),
-        None => {
-            let daemon = LocalDaemon::start(disk_size(args, &job), Pattern::Daemon)?;
-            (daemon.socket(), Some(daemon))
-        }
+    let local = match &args.socket {
+        Some(_) => None,
+        None => Some(LocalDaemon::start(disk_size(args, &job), Pattern::Daemon)?),
+    };
+    let endpoint = match (&args.socket, &local) {
+        (Some(path), _) => Endpoint::Socket(path),
+        (None, Some(local)) => Endpoint::Local(local),
+        (None, None) => return Err(Failure::new("there is no daemon")),
     };
 
-    let mut session = Session::start(0, &path, ram, args.time_limit)?;
+    let mut session = Session::start(0, &endpoint, ram, args.time_limit)?;
     let mut report = Report::default();
     session.plug()?;
     report.section(format_args!(
@@ -93,7 +126,7 @@ fn run(args: &Args) -> Result<()> {
         size(session.ram.plug().range().size())
     ));
     report.block(session.ram.memory());
-    report.daemon(&path, local.is_some(), &session)?;
+    report.daemon(&endpoint, &session)?;
     report.section("I/O, through buffers in all regions");
     let after = work(job, &mut session, local.as_ref(), &mut report)?;
 
@@ -140,8 +173,8 @@ fn work(
     let capacity = session.capacity;
     match (job, local) {
         (Job::ReadTo(mut output), _) => {
-            let bar = progress("reading", capacity);
-            let (bytes, time) = timed(|| output.fill(session, &bar))?;
+            let (bytes, time) =
+                timed(|| with_bar("reading", capacity, |bar| output.fill(session, bar)))?;
             report.io("read", bytes, time);
             let (path, time) = timed(|| output.complete())?;
             let value = format!("{}, written back in {time:.1?}", path.display());
@@ -149,8 +182,8 @@ fn work(
             Ok(Some(Pattern::Daemon))
         }
         (Job::WriteFrom(mut input), local) => {
-            let bar = progress("writing", input.len());
-            let (bytes, time) = timed(|| input.drain(session, &bar))?;
+            let (bytes, time) =
+                timed(|| with_bar("writing", input.len(), |bar| input.drain(session, bar)))?;
             report.io("written, flushed", bytes, time);
             if bytes < capacity {
                 let rest = size(capacity - bytes);
@@ -166,11 +199,17 @@ fn work(
             Ok(None)
         }
         (Job::SelfTest, Some(daemon)) => {
-            let bar = progress("reading", capacity);
-            let (bytes, time) = timed(|| selftest::read_pattern(session, &bar))?;
+            let (bytes, time) = timed(|| {
+                with_bar("reading", capacity, |bar| {
+                    selftest::read_pattern(session, bar)
+                })
+            })?;
             report.io("read", bytes, time);
-            let bar = progress("writing", capacity);
-            let (bytes, time) = timed(|| selftest::write_pattern(session, &bar))?;
+            let (bytes, time) = timed(|| {
+                with_bar("writing", capacity, |bar| {
+                    selftest::write_pattern(session, bar)
+                })
+            })?;
             selftest::check_pattern(session, daemon)?;
             report.io("written, flushed", bytes, time);
             report.line(
@@ -181,8 +220,11 @@ fn work(
             Ok(Some(Pattern::Guest))
         }
         (Job::SelfTest, None) => {
-            let bar = progress("reading", capacity);
-            let (bytes, time) = timed(|| selftest::read_twice(session, &bar))?;
+            let (bytes, time) = timed(|| {
+                with_bar("reading", capacity, |bar| {
+                    selftest::read_twice(session, bar)
+                })
+            })?;
             report.io("read", bytes, time);
             report.line("verified", "two reads through different buffers are equal");
             report.line("written", "nothing: the disk belongs to somebody else");
@@ -208,8 +250,11 @@ fn check_removal(
             "the daemon still holds the region that was removed",
         ));
     }
-    let refused = selftest::read_into_removed(session)?;
-    report.line("out of reach", refused);
+    selftest::read_into_removed(session)?;
+    report.line(
+        "out of reach",
+        "the removed region, as it must be: the daemon refused to read into it",
+    );
     Ok(())
 }
 
@@ -218,23 +263,4 @@ fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
     let start = Instant::now();
     let done = work()?;
     Ok((done, start.elapsed()))
-}
-
-/// A bar on standard error, if that is a terminal.
-fn progress(doing: &'static str, bytes: u64) -> ProgressBar {
-    let template = "{msg} {bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-    let style = ProgressStyle::with_template(template);
-    ProgressBar::new(bytes)
-        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-        .with_message(doing)
-        .with_finish(ProgressFinish::AndClear)
-}
-
-/// clap's paragraph as one line.
-fn usage(error: &clap::Error) -> Failure {
-    let text = error.render().to_string();
-    let paragraph = text.lines().take_while(|line| !line.trim().is_empty());
-    let line = paragraph.map(str::trim).collect::<Vec<_>>().join(" ");
-    let line = line.strip_prefix("error: ").unwrap_or(&line);
-    Failure::new(format!("{line}; see share --help"))
 }

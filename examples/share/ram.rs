@@ -9,6 +9,7 @@ use guest_memory_shm::{
 };
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
+use crate::ending;
 use crate::failure::{Failure, OrFail, Result};
 use crate::report::size;
 
@@ -55,7 +56,7 @@ impl Ram {
     /// Both are made at once, so that a shortage shows now and not when the guest is running.
     pub(crate) fn new(ram_size: u64, options: &RamOptions) -> Result<Self> {
         if ram_size < 2 * REGION_ALIGN || !ram_size.is_multiple_of(REGION_ALIGN) {
-            return Err(Failure::new(format!(
+            return Err(Failure::usage(format!(
                 "guest RAM of {} cannot be: the rings and buffers on both sides of the hole need \
                  {}, and the regions are whole huge pages of {}: give a larger multiple with --ram",
                 size(ram_size),
@@ -71,11 +72,14 @@ impl Ram {
         let plug_addr = end.and_then(|end| end.checked_next_multiple_of(GIB));
         let plug_addr = GuestAddress(plug_addr.unwrap_or(u64::MAX));
 
+        // POSIX shared memory has a name for a moment.
+        let whole = ending::whole();
         let all = GuestMemoryShm::<()>::builder()
             .with_ram(options.clone(), ranges)
             .with_ram(options.clone(), [(plug_addr, PLUG_SIZE)])
             .build()
             .or_fail(doing)?;
+        drop(whole);
         let (booted, plug) = all.remove_region(plug_addr, PLUG_SIZE).or_fail(doing)?;
         Ok(Self {
             space: AddressSpace::new(booted),
@@ -107,6 +111,7 @@ impl Ram {
     /// Another region, behind the first that can be hot-added and `nth` others.
     pub(crate) fn another_plug(&self, nth: u64) -> Result<GuestRegionShm> {
         let start = self.plug.range().start_addr().0 + nth * PLUG_SIZE;
+        let _whole = ending::whole();
         GuestRegionShm::new(GuestAddress(start), PLUG_SIZE, &self.options)
             .or_fail(|| format!("cannot create {} of guest RAM to hot-add", size(PLUG_SIZE)))
     }

@@ -1,14 +1,16 @@
 //! What a run did, for people.
 
-use std::fmt::{self, Write as _};
-use std::io::{self, Write as _};
-use std::path::Path;
+use std::fmt;
 use std::time::Duration;
 
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
-use crate::failure::{OrFail, Result};
-use crate::session::Session;
+use crate::failure::Result;
+use crate::rim::{self, fold};
+use crate::session::{Endpoint, Session};
+
+/// Where the values begin.
+const VALUES: usize = 20;
 
 /// The lines of the report so far.
 #[derive(Debug, Default)]
@@ -20,26 +22,28 @@ impl Report {
     /// A headline, and a blank line before it.
     pub(crate) fn section(&mut self, title: impl fmt::Display) {
         let gap = if self.text.is_empty() { "" } else { "\n" };
-        self.add(format_args!("{gap}{title}"));
+        self.add(&format!("{gap}{title}"), 2);
     }
 
     /// A line with a name and a value.
     pub(crate) fn line(&mut self, name: &str, value: impl fmt::Display) {
-        self.add(format_args!("  {name:<18}{value}"));
+        self.add(&format!("  {name:<18}{value}"), VALUES);
     }
 
     /// Lines that are indented as they come.
     pub(crate) fn block(&mut self, block: impl fmt::Display) {
         for line in block.to_string().lines() {
-            self.add(format_args!("  {line}"));
+            self.add(&format!("  {line}"), 4);
         }
     }
 
     /// What the daemon is.
-    pub(crate) fn daemon(&mut self, path: &Path, local: bool, session: &Session) -> Result<()> {
-        let place = if local { " (in this process)" } else { "" };
+    pub(crate) fn daemon(&mut self, endpoint: &Endpoint, session: &Session) -> Result<()> {
         self.section("Daemon");
-        self.line("socket", format_args!("{}{place}", path.display()));
+        match endpoint {
+            Endpoint::Socket(path) => self.line("socket", path.display()),
+            Endpoint::Local(_) => self.line("socket", "one without a name (in this process)"),
+        }
         self.line(
             "virtio features",
             virtio_features(session.device.features()),
@@ -65,15 +69,12 @@ impl Report {
 
     /// Writes the report to standard output.
     pub(crate) fn print(&self) -> Result<()> {
-        let mut out = io::stdout().lock();
-        out.write_all(self.text.as_bytes())
-            .and_then(|()| out.flush())
-            .or_fail(|| "cannot print the report")
+        rim::print(&self.text)
     }
 
-    fn add(&mut self, line: fmt::Arguments<'_>) {
-        // Writing to a string does not fail.
-        let _ = writeln!(self.text, "{line}");
+    fn add(&mut self, line: &str, indent: usize) {
+        self.text += &fold(line, indent);
+        self.text.push('\n');
     }
 }
 

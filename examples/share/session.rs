@@ -1,5 +1,6 @@
 //! A connected daemon: negotiation, its memory table, the virtqueue, hotplug.
 
+use std::fmt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, mpsc};
@@ -10,12 +11,31 @@ use guest_memory_shm::mock::BlkDevice;
 use guest_memory_shm::{Attendance, ListenerId, TimeLimit, VhostUserShare};
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 
+use crate::daemon::LocalDaemon;
 use crate::disk::Disk;
 use crate::failure::{Failure, OrFail, Result};
 use crate::ram::{Ram, rings};
 
 /// The one queue that is used.
 const QUEUE: usize = 0;
+
+/// Where a daemon is.
+#[derive(Clone, Copy)]
+pub(crate) enum Endpoint<'a> {
+    /// In another process, which listens there.
+    Socket(&'a Path),
+    /// In this process.
+    Local(&'a LocalDaemon),
+}
+
+impl fmt::Display for Endpoint<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket(path) => write!(f, "at {}", path.display()),
+            Self::Local(_) => f.write_str("in this process"),
+        }
+    }
+}
 
 /// A daemon that holds the guest's RAM, and the guest's disk through it.
 pub(crate) struct Session {
@@ -29,11 +49,18 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// Connects to the `nth` daemon, which is at `path`, negotiates, shares `ram` with it and
-    /// starts the queue.
-    pub(crate) fn start(nth: usize, path: &Path, ram: Arc<Ram>, limit: Duration) -> Result<Self> {
-        let stream = connect(path, limit)?;
-        let doing = || format!("cannot use the daemon at {}", path.display());
+    /// Connects to the `nth` daemon, negotiates, shares `ram` with it and starts the queue.
+    pub(crate) fn start(
+        nth: usize,
+        endpoint: &Endpoint,
+        ram: Arc<Ram>,
+        limit: Duration,
+    ) -> Result<Self> {
+        let stream = match endpoint {
+            Endpoint::Socket(path) => connect(path, limit)?,
+            Endpoint::Local(daemon) => daemon.connect()?,
+        };
+        let doing = || format!("cannot use the daemon {endpoint}");
         let peer = stream.try_clone().or_fail(doing)?;
         let mut frontend = Frontend::from_stream(stream, 1);
 

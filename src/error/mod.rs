@@ -517,7 +517,8 @@ pub enum Error {
     /// The daemon refused a change of its memory table. Whether the share goes on, says
     /// `VhostUserShare::broken`.
     #[error(
-        "the daemon refused to {change}: it may be out of memory, address space or memory slots"
+        "the daemon refused to {change}: it may be out of memory, address space or memory slots, \
+         or its policy (seals) forbids it: look at its log"
     )]
     DaemonRefused {
         /// The change.

@@ -115,6 +115,14 @@ fn texts_name_the_values_and_the_way_out() {
              with a larger max_mem_regions or use fewer regions; nothing was sent",
         ),
         (
+            Error::DaemonRefused {
+                change: MemTableChange::SetTable(2),
+                source: "1".into(),
+            },
+            "the daemon refused to take a memory table of 2 regions: it may be out of memory, \
+             address space or memory slots, or its policy (seals) forbids it: look at its log",
+        ),
+        (
             Error::DaemonSilent {
                 change: MemTableChange::Add(range(1 << 32, 1 << 30)),
                 limit: Duration::from_secs(5),

@@ -5,33 +5,36 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use super::GuestMemoryShm;
 use crate::backing::Seals;
-use crate::units::HumanSize;
+use crate::units::{HumanSize, columns};
 
 /// A table: a line of headings, and a line per region.
 ///
 /// The descriptor is its number in this process; the offset is that of the region in it.
 impl<B> fmt::Display for GuestMemoryShm<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{:<35} {:>9} {:>7} {:>4} {:>11} {:<6} backing",
-            "guest address", "size", "page", "fd", "offset", "sealed"
-        )?;
-        for region in self.regions.iter() {
+        let headings = [
+            "guest address",
+            "size",
+            "page",
+            "fd",
+            "offset",
+            "sealed",
+            "backing",
+        ];
+        let mut rows = vec![headings.map(str::to_owned).to_vec()];
+        rows.extend(self.regions.iter().map(|region| {
             let (range, backing) = (region.range(), region.backing());
-            let addresses = format!("{:#x}..={:#x}", range.start_addr().0, range.last_addr().0);
             let sealed = backing.seals().contains(Seals::RESIZE);
-            write!(
-                f,
-                "\n{addresses:<35} {:>9} {:>7} {:>4} {:>#11x} {:<6} {}",
-                HumanSize(range.size()),
-                HumanSize(backing.page_size()),
-                backing.as_fd().as_raw_fd(),
-                region.offset(),
-                if sealed { "yes" } else { "no" },
-                backing.kind(),
-            )?;
-        }
-        Ok(())
+            vec![
+                format!("{:#x}..={:#x}", range.start_addr().0, range.last_addr().0),
+                HumanSize(range.size()).to_string(),
+                HumanSize(backing.page_size()).to_string(),
+                backing.as_fd().as_raw_fd().to_string(),
+                format!("{:#x}", region.offset()),
+                (if sealed { "yes" } else { "no" }).to_owned(),
+                backing.kind().to_string(),
+            ]
+        }));
+        f.write_str(&columns("lrrrrll", &rows))
     }
 }

@@ -17,7 +17,7 @@ use super::disk::{RamDisk, SECTOR_SIZE};
 use super::fault::{Fault, FaultPlan};
 use super::request::LoggedRequest;
 use super::server;
-use super::state::{MockRegion, Options, Shared};
+use super::state::{Listening, MockRegion, Options, Shared};
 use crate::error::{Error, Result};
 use crate::logs;
 
@@ -29,7 +29,8 @@ const MAX_QUEUES: u16 = 32;
 /// A vhost-user-blk daemon inside this process, with a RAM disk.
 ///
 /// It listens on a Unix socket and serves one front-end after the other; while one is connected,
-/// the next one waits. Every connection begins with an empty table of guest memory; the disk, the
+/// the next one waits. Where this process has no descriptors left, clients are hung up on, and
+/// messages whose descriptors did not all arrive are refused, until there are some again. Every connection begins with an empty table of guest memory; the disk, the
 /// log of requests and the faults to come belong to the daemon and outlive connections.
 ///
 /// Dropping it hangs up, ends all its threads, closes what it opened and removes the socket file.
@@ -49,7 +50,6 @@ const MAX_QUEUES: u16 = 32;
 /// ```
 pub struct MockDaemon {
     shared: Arc<Shared>,
-    listener: Arc<UnixListener>,
     thread: Option<JoinHandle<()>>,
     file: Option<SocketFile>,
     /// The process that its threads run in: a child of fork(2) has no copy of them.
@@ -65,9 +65,12 @@ impl MockDaemon {
     /// A new connection to the daemon, also to one without a path.
     ///
     /// # Errors
-    /// [`Error::Mock`] with the cause of `connect(2)`.
+    /// [`Error::Mock`] with the cause of `connect(2)`; with [`ErrorKind::ConnectionRefused`] and the
+    /// reason, if the daemon could not accept connections any more and has stopped listening.
     pub fn connect(&self) -> Result<UnixStream> {
-        server::connect_to(&self.listener).map_err(failed("connect to the mock daemon"))
+        let listener = self.shared.listener();
+        let connected = listener.and_then(|listener| server::connect_to(&listener));
+        connected.map_err(failed("connect to the mock daemon"))
     }
 
     /// The path of the socket, if it has one.
@@ -169,9 +172,10 @@ impl Drop for MockDaemon {
             std::mem::forget(self.file.take());
             return;
         }
-        self.shared.stop();
         // On Linux this wakes accept(), which then fails: nothing but the drop needs to end it.
-        if let Err(errno) = shutdown(self.listener.as_raw_fd(), Shutdown::Both) {
+        if let Listening::Yes(listener) = self.shared.stop()
+            && let Err(errno) = shutdown(listener.as_raw_fd(), Shutdown::Both)
+        {
             logs::error!("mock daemon: cannot stop listening: {errno}");
         }
         if let Some(thread) = self.thread.take()
@@ -325,19 +329,21 @@ impl MockDaemonBuilder {
         for fault in self.faults {
             faults.push(fault);
         }
-        let shared = Arc::new(Shared::new(self.options, RamDisk::new(contents), faults));
         let listener = Arc::new(listener);
+        let disk = RamDisk::new(contents);
+        let shared = Shared::new(self.options, disk, faults, Arc::clone(&listener));
+        let shared = Arc::new(shared);
+        let spare = server::Spare::new().map_err(failed(doing))?;
         let thread = {
-            let (listener, shared) = (Arc::clone(&listener), Arc::clone(&shared));
+            let shared = Arc::clone(&shared);
             thread::Builder::new()
                 .name("mock-gate".into())
-                .spawn(move || server::run(&listener, &shared))
+                .spawn(move || server::run(&listener, spare, &shared))
                 .map_err(failed(doing))?
         };
         Ok(MockDaemon {
             pid: std::process::id(),
             shared,
-            listener,
             thread: Some(thread),
             file,
         })

@@ -19,10 +19,11 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::fstat;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
 use super::fault::FaultKind;
-use super::request::LoggedRequest;
+use super::request::{LoggedRegion, LoggedRequest};
 use super::state::{Link, Shared, lock};
 use super::wire::{Message, Receiver};
 use crate::logs;
@@ -76,7 +77,14 @@ struct Gate<'a> {
 impl Gate<'_> {
     fn relay_requests(&mut self) -> io::Result<()> {
         while let Some(mut message) = self.receive()? {
+            if message.cut_off {
+                match self.refuse_cut_off(message)? {
+                    ControlFlow::Continue(()) => continue,
+                    ControlFlow::Break(()) => break,
+                }
+            }
             match message.code() {
+                Some(FrontendReq::SET_LOG_BASE) if !has_room(&message) => break,
                 Some(FrontendReq::SET_PROTOCOL_FEATURES) => self.note_features(&mut message),
                 Some(FrontendReq::GET_FEATURES) => self.barrier.expect(Asker::FrontEnd),
                 Some(
@@ -102,6 +110,28 @@ impl Gate<'_> {
         Ok(message)
     }
 
+    /// Refuses a message whose descriptors did not all arrive; those that did are closed.
+    fn refuse_cut_off(&self, message: Message) -> io::Result<ControlFlow<()>> {
+        logs::warn!(
+            "mock daemon: refused {}: this process has no descriptors left for those that came \
+             with it, raise RLIMIT_NOFILE (ulimit -n)",
+            LoggedRequest::of(&message)
+        );
+        let answered_otherwise = matches!(
+            message.code(),
+            None | Some(FrontendReq::SET_LOG_BASE | FrontendReq::SET_DEVICE_STATE_FD)
+        );
+        if answered_otherwise || !self.reply_ack || !message.wants_answer() {
+            return Ok(ControlFlow::Break(()));
+        }
+        let refusal = Message::answer(message.request, REFUSED);
+        // Now, and not when the answer is on its way: who reads it may count on them.
+        drop(message);
+        self.pass_barrier()?;
+        refusal.send(&self.link.front)?;
+        Ok(ControlFlow::Continue(()))
+    }
+
     /// The daemon behind must not think that REPLY_ACK is in use where it is not offered.
     fn note_features(&mut self, message: &mut Message) {
         let Some(mut bits) = message.u64_at(0) else {
@@ -121,7 +151,7 @@ impl Gate<'_> {
         let request = message.request;
         let fault = match self.shared.next_change() {
             Some(fault) => fault,
-            None if self.exceeds_limits(&message)? => FaultKind::Refuse,
+            None if !has_room(&message) || self.exceeds_limits(&message)? => FaultKind::Refuse,
             None => {
                 message.send(&self.link.inner)?;
                 return Ok(ControlFlow::Continue(()));
@@ -221,6 +251,28 @@ fn relay_answers(link: &Link, shared: &Shared, barrier: &Barrier) -> io::Result<
         message.send(&link.front)?;
     }
     Ok(())
+}
+
+/// Whether the files that came with a message are as long as the message says: to touch what is
+/// missing would end this process with SIGBUS. A message that is not whole is the daemon's to refuse.
+fn has_room(message: &Message) -> bool {
+    let ends: Vec<_> = match LoggedRequest::of(message) {
+        LoggedRequest::SetMemTable(regions) => regions.iter().map(LoggedRegion::end).collect(),
+        LoggedRequest::AddMemRegion(region) => vec![region.end()],
+        LoggedRequest::SetLogBase { size, mmap_offset } => vec![mmap_offset.checked_add(size)],
+        _ => Vec::new(),
+    };
+    ends.into_iter().zip(&message.fds).all(|(end, fd)| {
+        let len = fstat(fd).map_or(0, |facts| u64::try_from(facts.st_size).unwrap_or(0));
+        let fits = end.is_some_and(|end| end <= len);
+        if !fits {
+            logs::warn!(
+                "mock daemon: refused {}: its file has {len} bytes",
+                LoggedRequest::of(message)
+            );
+        }
+        fits
+    })
 }
 
 /// Waits for `delay`, or until the connection ends: then true.

@@ -53,8 +53,8 @@
 //! # What it does not do
 //! - It is no daemon for production: one front-end at a time, one thread for all queues, a disk
 //!   that ends with the process.
-//! - It does not look at the size of the files that it is sent, as real daemons do not: a region
-//!   beyond the end of its file is accepted, and touching it ends this process with SIGBUS.
+//! - It refuses regions and logs that are longer than their files, which not every real daemon
+//!   does. A file that is truncated later ends this process with SIGBUS, as it ends real ones: seal it.
 //! - Packed rings, postcopy, in-flight tracking, and writes to the configuration are not offered.
 //! - SET_LOG_BASE is, with the weakness of `vhost-user-backend`: regions added later are not
 //!   logged until the log is set again.

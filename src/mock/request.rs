@@ -103,6 +103,13 @@ impl LoggedRequest {
     }
 }
 
+impl LoggedRegion {
+    /// Where it ends in its file.
+    pub(super) fn end(&self) -> Option<u64> {
+        self.mmap_offset.checked_add(self.size)
+    }
+}
+
 impl fmt::Display for LoggedRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

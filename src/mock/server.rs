@@ -4,7 +4,9 @@ use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
@@ -38,28 +40,87 @@ pub(super) fn connect_to(listener: &UnixListener) -> io::Result<UnixStream> {
     UnixStream::connect_addr(&listener.local_addr()?)
 }
 
-/// Serves until the owner stops the daemon, who then shuts `listener` down to wake this thread.
-pub(super) fn run(listener: &UnixListener, shared: &Arc<Shared>) {
-    loop {
-        let front = match listener.accept() {
-            Ok((front, _)) => front,
-            Err(error) => match error.kind() {
-                ErrorKind::Interrupted | ErrorKind::ConnectionAborted => continue,
-                _ if shared.is_stopping() => return,
-                _ => {
-                    logs::error!("mock daemon: cannot accept connections any more: {error}");
-                    return;
+/// How long the thread waits where nothing tells it that there are descriptors or memory again.
+const SHORTAGE: Duration = Duration::from_millis(20);
+
+/// Serves one connection after the other until the owner stops the daemon, who then shuts
+/// `listener` down to wake this thread. Where connections cannot be accepted any more, the
+/// listening ends as well: no client shall wait for an answer that never comes.
+pub(super) fn run(listener: &UnixListener, mut spare: Spare, shared: &Arc<Shared>) {
+    while !shared.is_stopping() {
+        match spare.accept(listener) {
+            Ok(Some(front)) => {
+                if let Err(error) = serve(front, shared) {
+                    logs::debug!("mock daemon: the connection ended with an error: {error}");
                 }
-            },
-        };
-        if let Err(error) = serve(front, shared) {
-            logs::debug!("mock daemon: the connection ended with an error: {error}");
-        }
-        shared.disconnect();
-        if shared.is_stopping() {
-            return;
+                shared.disconnect();
+            }
+            Ok(None) => {}
+            Err(_) if shared.is_stopping() => {}
+            Err(error) if is_shortage(&error) => shared.wait_stopping(SHORTAGE),
+            Err(error) => {
+                logs::error!("mock daemon: stops listening, it cannot accept: {error}");
+                shared.stop_listening(error);
+                return;
+            }
         }
     }
+}
+
+/// A descriptor that is kept for the time when there is no other.
+///
+/// A connection that cannot be accepted stays in the queue, and its client waits. With the spare
+/// one's number it can be accepted, to be hung up on: its client learns that it is not served.
+pub(super) struct Spare {
+    kept: Option<EventFd>,
+    /// A shortage is one line in the log.
+    short: bool,
+}
+
+impl Spare {
+    pub(super) fn new() -> io::Result<Spare> {
+        Ok(Spare {
+            kept: Some(EventFd::new(EFD_CLOEXEC)?),
+            short: false,
+        })
+    }
+
+    /// The next connection to serve; `None` if there is none after all.
+    fn accept(&mut self, listener: &UnixListener) -> io::Result<Option<UnixStream>> {
+        match listener.accept() {
+            Err(error) if is_shortage(&error) => {
+                if !self.short {
+                    logs::warn!("mock daemon: hangs up on clients until there is more: {error}");
+                }
+                self.short = true;
+            }
+            Err(error) if error.kind() == ErrorKind::ConnectionAborted => return Ok(None),
+            accepted => {
+                self.short = false;
+                return accepted.map(|(front, _)| Some(front));
+            }
+        }
+        // Another thread may be faster and take the number: then this fails, too.
+        drop(self.kept.take());
+        let accepted = listener.accept();
+        // It waits where no client does yet: there may be more by now.
+        self.kept = EventFd::new(EFD_CLOEXEC).ok();
+        let (front, _) = accepted?;
+        if self.kept.is_some() {
+            return Ok(Some(front));
+        }
+        drop(front);
+        self.kept = EventFd::new(EFD_CLOEXEC).ok();
+        Ok(None)
+    }
+}
+
+/// Whether accept(2) failed for want of something that may be there again.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error().map(Errno::from_raw),
+        Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)
+    )
 }
 
 /// Serves one front-end with a daemon of its own, from the first request to the hang-up.

@@ -1,9 +1,9 @@
 //! What the daemon's threads and its owner share.
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::Shutdown;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -96,16 +96,35 @@ struct State {
     requests: Vec<LoggedRequest>,
     faults: FaultPlan,
     link: Option<Arc<Link>>,
+    listener: Listening,
     stopping: bool,
 }
 
+/// The socket that clients connect to. Whoever takes it out of here closes it, and with it all
+/// connections that wait there.
+#[derive(Debug, Default)]
+pub(super) enum Listening {
+    /// There is none yet, or it was taken.
+    #[default]
+    No,
+    Yes(Arc<UnixListener>),
+    /// It was closed, for this reason.
+    Failed(io::Error),
+}
+
 impl Shared {
-    pub(super) fn new(options: Options, disk: RamDisk, faults: FaultPlan) -> Shared {
+    pub(super) fn new(
+        options: Options,
+        disk: RamDisk,
+        faults: FaultPlan,
+        listener: Arc<UnixListener>,
+    ) -> Shared {
         Shared {
             options,
             disk,
             state: Mutex::new(State {
                 faults,
+                listener: Listening::Yes(listener),
                 ..State::default()
             }),
             changed: Condvar::new(),
@@ -159,10 +178,41 @@ impl Shared {
         }
     }
 
-    /// Forbids new connections and ends the current one.
-    pub(super) fn stop(&self) {
-        lock(&self.state).stopping = true;
+    /// Forbids new connections, ends the current one, and takes the listening socket.
+    pub(super) fn stop(&self) -> Listening {
+        let listener = {
+            let mut state = lock(&self.state);
+            state.stopping = true;
+            std::mem::take(&mut state.listener)
+        };
+        self.changed.notify_all();
         self.hang_up();
+        listener
+    }
+
+    /// Waits until the daemon is stopped, or for `limit`.
+    pub(super) fn wait_stopping(&self, limit: Duration) {
+        self.wait(limit, |state| state.stopping);
+    }
+
+    /// The listening socket.
+    ///
+    /// # Errors
+    /// Why there is none any more.
+    pub(super) fn listener(&self) -> io::Result<Arc<UnixListener>> {
+        match &lock(&self.state).listener {
+            Listening::Yes(listener) => Ok(Arc::clone(listener)),
+            Listening::No => Err(ErrorKind::NotConnected.into()),
+            Listening::Failed(reason) => Err(io::Error::new(
+                ErrorKind::ConnectionRefused,
+                format!("it stopped listening, it could not accept: {reason}"),
+            )),
+        }
+    }
+
+    /// Closes the listening socket as soon as its last user is done.
+    pub(super) fn stop_listening(&self, reason: io::Error) {
+        lock(&self.state).listener = Listening::Failed(reason);
     }
 
     pub(super) fn is_stopping(&self) -> bool {

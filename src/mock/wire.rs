@@ -6,15 +6,20 @@ use std::os::unix::net::UnixStream;
 
 use nix::cmsg_space;
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::libc::{SCM_RIGHTS, SOL_SOCKET};
+use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE, VhostUserHeaderFlag};
 
 /// Bytes of the header: request, flags and body size, each a native-endian `u32`.
 const HEADER_SIZE: usize = 12;
 
-/// The kernel's limit for one message (SCM_MAX_FD). With room for all of them nothing is ever cut
-/// off, and so nothing is installed in our table that we cannot see.
+/// The kernel's limit for one message (SCM_MAX_FD). With room for all of them only this process's
+/// limit of descriptors can cut some of them off.
 const MAX_FDS: usize = 253;
+
+/// Bytes before a control message's data: its length in the machine's word size, its level and its
+/// type (`struct cmsghdr`, see cmsg(3)). Its data begins there, as `CMSG_ALIGN` of it is itself.
+const CONTROL_HEADER: usize = size_of::<usize>() + 8;
 
 /// The protocol version that every header carries in its lowest bits.
 const VERSION: u32 = 1;
@@ -27,6 +32,9 @@ pub(super) struct Message {
     pub(super) flags: u32,
     pub(super) body: Vec<u8>,
     pub(super) fds: Vec<OwnedFd>,
+    /// Some of its descriptors did not arrive, because this process has no numbers left for them.
+    /// What it has in `fds` is the first of them.
+    pub(super) cut_off: bool,
 }
 
 impl Message {
@@ -37,6 +45,7 @@ impl Message {
             flags: VERSION,
             body: Vec::new(),
             fds: Vec::new(),
+            cut_off: false,
         }
     }
 
@@ -47,6 +56,7 @@ impl Message {
             flags: VERSION | VhostUserHeaderFlag::REPLY.bits(),
             body: value.to_ne_bytes().to_vec(),
             fds: Vec::new(),
+            cut_off: false,
         }
     }
 
@@ -125,11 +135,15 @@ impl Receiver {
         let mut header = [0; HEADER_SIZE];
         let mut filled = 0;
         let mut fds = Vec::new();
+        let mut cut_off = false;
         while filled < HEADER_SIZE {
             match self.receive_some(socket, &mut header[filled..], &mut fds)? {
-                0 if filled == 0 => return Ok(None),
-                0 => return Err(ErrorKind::UnexpectedEof.into()),
-                received => filled += received,
+                (0, _) if filled == 0 => return Ok(None),
+                (0, _) => return Err(ErrorKind::UnexpectedEof.into()),
+                (received, cut) => {
+                    filled += received;
+                    cut_off |= cut;
+                }
             }
         }
 
@@ -154,17 +168,22 @@ impl Receiver {
             flags: field(1),
             body,
             fds,
+            cut_off,
         }))
     }
 
+    /// Receives some bytes, adds the descriptors that came with them, and says how many bytes these
+    /// are, and whether descriptors were cut off.
     fn receive_some(
         &mut self,
         socket: &UnixStream,
         buffer: &mut [u8],
         fds: &mut Vec<OwnedFd>,
-    ) -> io::Result<usize> {
+    ) -> io::Result<(usize, bool)> {
+        // The kernel writes only what it has to say.
+        self.control.fill(0);
         let mut iov = [IoSliceMut::new(buffer)];
-        let received = loop {
+        let (bytes, flags) = loop {
             match recvmsg::<()>(
                 socket.as_raw_fd(),
                 &mut iov,
@@ -172,16 +191,32 @@ impl Receiver {
                 MsgFlags::MSG_CMSG_CLOEXEC,
             ) {
                 Err(Errno::EINTR) => {}
-                received => break received?,
+                received => {
+                    let received = received?;
+                    break (received.bytes, received.flags);
+                }
             }
         };
-        for message in received.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(raw) = message {
-                fds.extend(raw.into_iter().map(adopt));
-            }
-        }
-        Ok(received.bytes)
+        // nix shows nothing of a message that was cut off; but what was not is in our table.
+        fds.extend(rights(&self.control).map(adopt));
+        Ok((bytes, flags.contains(MsgFlags::MSG_CTRUNC)))
     }
+}
+
+/// The descriptors in a control buffer that was all zeroes before the kernel wrote to it. Unix
+/// sockets have one control message for all of them, and no other unless it is asked for.
+fn rights(control: &[u8]) -> impl Iterator<Item = RawFd> {
+    let rights = || {
+        let (len, rest) = control.split_first_chunk()?;
+        let (level, rest) = rest.split_first_chunk()?;
+        let (kind, _) = rest.split_first_chunk()?;
+        let is_rights =
+            i32::from_ne_bytes(*level) == SOL_SOCKET && i32::from_ne_bytes(*kind) == SCM_RIGHTS;
+        let data = control.get(CONTROL_HEADER..usize::from_ne_bytes(*len))?;
+        is_rights.then_some(data)
+    };
+    let (fds, _) = rights().unwrap_or_default().as_chunks();
+    fds.iter().map(|fd| RawFd::from_ne_bytes(*fd))
 }
 
 /// Takes ownership of a descriptor that recvmsg has just installed.
@@ -190,9 +225,9 @@ impl Receiver {
     reason = "nix hands received descriptors over as bare integers"
 )]
 fn adopt(fd: RawFd) -> OwnedFd {
-    // SAFETY: the only caller passes each number of a ScmRights list once. The kernel opened the
-    // descriptor for this message a moment ago, nobody else has learned its number, and it needs
-    // nothing but close() to be released.
+    // SAFETY: the only caller passes each number of an SCM_RIGHTS list once, which the kernel has
+    // just written: it opened the descriptor for this message a moment ago, no one else has learned
+    // its number, and it needs nothing but close() to be released.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
@@ -212,6 +247,7 @@ mod tests {
             flags: 9,
             body: (0..=255).collect(),
             fds: files.into_iter().map(OwnedFd::from).collect(),
+            cut_off: false,
         };
         message.send(&left).unwrap();
         Message::bare(FrontendReq::GET_FEATURES)
@@ -222,7 +258,7 @@ mod tests {
         let mut receiver = Receiver::new();
         let first = receiver.receive(&right).unwrap().unwrap();
         assert_eq!((first.request, first.flags), (5, 9));
-        assert!(first.wants_answer());
+        assert!(first.wants_answer() && !first.cut_off);
         assert_eq!(first.body, message.body);
         let got: Vec<u64> = first
             .fds

@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use super::{MemoryStats, RegionStats};
+use super::MemoryStats;
 use crate::backing::Seals;
-use crate::units::ShortSize;
+use crate::units::{ShortSize, columns};
 
 fn known(bytes: Option<u64>) -> String {
     bytes.map_or_else(
@@ -16,47 +16,37 @@ fn known(bytes: Option<u64>) -> String {
 /// A line of headings, a line per region, the totals, the nodes, what is locked, and the notes.
 impl fmt::Display for MemoryStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let address = |region: &RegionStats| {
-            let range = region.range;
-            format!("{:#x}..={:#x}", range.start_addr().0, range.last_addr().0)
-        };
-        let wide = |texts: Vec<usize>, least: usize| texts.into_iter().fold(least, usize::max);
-        let lengths = |text: &dyn Fn(&RegionStats) -> String| {
-            self.regions
-                .iter()
-                .map(|region| text(region).chars().count())
-                .collect()
-        };
-        let places = wide(lengths(&address), "guest address".len());
-        let kinds = wide(lengths(&|region| region.kind.to_string()), "backing".len());
-        writeln!(
-            f,
-            "{:<places$} {:>9} {:>9} {:>9} {:>8} {:<6} {:<kinds$} name",
-            "guest address", "size", "allocated", "huge", "page", "sealed", "backing"
-        )?;
-        for region in &self.regions {
+        let headings = [
+            "guest address",
+            "size",
+            "allocated",
+            "huge",
+            "page",
+            "sealed",
+            "backing",
+            "name",
+        ];
+        let mut rows = vec![headings.map(str::to_owned).to_vec()];
+        rows.extend(self.regions.iter().map(|region| {
             let sealed = region.seals.contains(Seals::RESIZE);
-            writeln!(
-                f,
-                "{:<places$} {:>9} {:>9} {:>9} {:>8} {:<6} {:<kinds$} {}",
-                address(region),
-                ShortSize(region.size()),
-                ShortSize(region.allocated),
+            vec![
+                format!("{:#x}", region.range.start_addr().0),
+                ShortSize(region.size()).to_string(),
+                ShortSize(region.allocated).to_string(),
                 known(region.huge),
-                ShortSize(region.page_size),
-                if sealed { "yes" } else { "no" },
-                region.kind,
-                region.name,
-            )?;
-        }
-        write!(
-            f,
-            "{:<places$} {:>9} {:>9} {:>9}",
-            "total",
-            ShortSize(self.size()),
-            ShortSize(self.allocated()),
+                ShortSize(region.page_size).to_string(),
+                (if sealed { "yes" } else { "no" }).to_owned(),
+                region.kind.to_string(),
+                region.name.clone(),
+            ]
+        }));
+        rows.push(vec![
+            "total".to_owned(),
+            ShortSize(self.size()).to_string(),
+            ShortSize(self.allocated()).to_string(),
             known(self.huge()),
-        )?;
+        ]);
+        f.write_str(&columns("lrrrrlll", &rows))?;
         if self.unlocated > 0 {
             let unlocated = ShortSize(self.unlocated);
             write!(f, "\nin a region that cannot be told: {unlocated}")?;
@@ -79,7 +69,7 @@ impl fmt::Display for MemoryStats {
 mod tests {
     use vm_memory::GuestAddress;
 
-    use super::super::NodeStats;
+    use super::super::{NodeStats, RegionStats};
     use super::*;
     use crate::backing::BackingKind;
     use crate::layout::GuestRange;
@@ -115,10 +105,10 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "guest address                  size allocated      huge     page sealed backing       name",
-                "0x0..=0xbfffffff              3 GiB   1.5 GiB     2 MiB    2 MiB yes    hugetlb memfd ram",
-                "0x100000000..=0x100000fff     4 KiB       0 B   unknown    2 MiB yes    hugetlb memfd ram",
-                "total                       3.0 GiB   1.5 GiB   unknown",
+                "guest address    size allocated    huge  page sealed backing       name",
+                "0x0             3 GiB   1.5 GiB   2 MiB 2 MiB yes    hugetlb memfd ram",
+                "0x100000000     4 KiB       0 B unknown 2 MiB yes    hugetlb memfd ram",
+                "total         3.0 GiB   1.5 GiB unknown",
                 "in a region that cannot be told: 2 MiB",
                 "allocated on node 0: 12 MiB",
                 "locked by this process: 100 B",

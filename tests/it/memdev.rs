@@ -161,26 +161,33 @@ fn more_than_the_machine_has_is_one_line_with_need_rest_and_remedy() {
 
 #[test]
 fn bad_options_are_one_line_with_the_property_the_value_and_the_remedy() {
-    for (options, parts) in [
+    for (status, options, parts) in [
         (
+            2,
             &["memory-backend-shm,size=64X"][..],
             &["size=64X", "64M"][..],
         ),
         (
+            2,
             &["memory-backend-shm,size=1M,share=off"],
             &["share=off", "share=on"],
         ),
-        (&["memory-backend-shm"], &["size", "size=64M"]),
+        (2, &["memory-backend-shm"], &["size", "size=64M"]),
         (
+            2,
             &["memory-backend-memfd,size=1M,seals=on"],
             &["seals", "seal"],
         ),
-        (&["memory-backend-memfd,size=1M,pmem=on"], &["pmem"]),
+        (2, &["memory-backend-memfd,size=1M,pmem=on"], &["pmem"]),
+        (2, &["--bogus"], &["--bogus", "--help"]),
+        (2, &[], &["OPTIONS", "--help"]),
         (
+            1,
             &["memory-backend-file,size=1M,share=on,mem-path=/nonexistent/x"],
             &["/nonexistent/x", "create"],
         ),
         (
+            2,
             &[
                 "memory-backend-shm,id=a,size=1M",
                 "memory-backend-shm,id=a,size=1M",
@@ -188,15 +195,17 @@ fn bad_options_are_one_line_with_the_property_the_value_and_the_remedy() {
             &["id=a", "another"],
         ),
         (
+            1,
             &["memory-backend-memfd,size=1M,policy=bind,host-nodes=127"],
             &["host-nodes=127", "policy=bind", "choose"],
         ),
     ] {
         let output = memdev(options);
         let errors = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{options:?}");
+        assert_eq!(output.status.code(), Some(status), "{errors}");
         assert_eq!(errors.lines().count(), 1, "{errors}");
         assert!(errors.starts_with("memdev: "), "{errors}");
+        assert!(!errors.contains("::"), "{errors}");
         assert!(output.stdout.is_empty());
         for part in parts {
             assert!(errors.contains(part), "{part} is missing: {errors}");

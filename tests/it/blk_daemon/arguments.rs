@@ -16,9 +16,20 @@ use crate::isolation::{in_own_process, mount_tmpfs, own_mounts};
 /// Asserts that it ends at once, with one line that has all of `texts`.
 #[track_caller]
 fn refused(command: &mut Command, texts: &[&str]) {
+    ends_with(1, command, texts);
+}
+
+/// As [`refused`], because of its command line.
+#[track_caller]
+fn misused(command: &mut Command, texts: &[&str]) {
+    ends_with(2, command, texts);
+}
+
+#[track_caller]
+fn ends_with(code: i32, command: &mut Command, texts: &[&str]) {
     let output = run(command);
     let errors = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert_eq!(output.status.code(), Some(code), "{errors}");
     assert!(errors.starts_with("blk_daemon: "), "{errors}");
     assert_eq!(errors.lines().count(), 1, "{errors}");
     for text in texts {
@@ -39,10 +50,10 @@ fn a_bad_command_line_is_one_line_that_tells_the_way_out() {
             &["--queue"],
         ),
     ] {
-        refused(bare_command().args(args), texts);
+        misused(bare_command().args(args), texts);
     }
     for queues in ["0", "65", "-1", "many"] {
-        refused(
+        misused(
             command(&socket, &image).args(["--queues", queues]),
             &["--queues", queues],
         );

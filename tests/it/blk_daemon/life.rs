@@ -3,16 +3,19 @@
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
+use guest_memory_shm::mock::BlkDevice;
+use guest_memory_shm::{GuestRegionShm, RamOptions};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::mount::MsFlags;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::Signal;
 use nix::unistd::ftruncate;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo};
-
-use guest_memory_shm::mock::BlkDevice;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::frontend::{DATA, Guest};
@@ -125,8 +128,8 @@ fn a_region_beyond_the_end_of_its_file_is_refused() {
             mmap_handle: file.as_raw_fd(),
         };
         assert!(frontend.set_mem_table(&[region]).is_err());
-        daemon.wait_for_log("beyond the end of its file of 1048576 bytes");
-        daemon.wait_for_log("the front-end was given up");
+        let line = daemon.wait_for_log("the front-end was given up");
+        assert!(line.contains("its file has 1 MiB"), "{line}");
     }
     assert_eq!(Guest::connect(daemon.socket()).capacity(), 4096);
     daemon.end(Signal::SIGTERM);
@@ -158,6 +161,24 @@ fn signals_end_it_cleanly_whatever_it_does() {
         let daemon = place.daemon(&image);
         let _silent = UnixStream::connect(daemon.socket()).unwrap();
         daemon.end(signal);
+    }
+}
+
+#[test]
+fn a_second_signal_kills_it_and_leaves_no_socket_either() {
+    let place = Place::new();
+    let image = place.image(4096);
+    for _ in 0..10 {
+        let mut daemon = place.daemon(&image);
+        let _silent = UnixStream::connect(daemon.socket()).unwrap();
+        // Both arrive at once; it may have ended by the first one before it sees the other.
+        daemon.process().stop();
+        for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGCONT] {
+            daemon.send(signal);
+        }
+        let status = daemon.wait();
+        assert!(status.success() || status.signal().is_some(), "{status}");
+        assert!(!daemon.socket().exists(), "{status}");
     }
 }
 
@@ -258,37 +279,134 @@ fn a_full_file_system_is_an_io_error_of_the_guest() {
     });
 }
 
+/// A dirty log in a file of so many bytes.
+struct DirtyLog {
+    file: File,
+    region: VhostUserDirtyLogRegion,
+}
+
+impl DirtyLog {
+    fn new(flags: MFdFlags, len: i64, size: u64, offset: u64) -> Self {
+        let file = File::from(memfd_create("log", flags).unwrap());
+        ftruncate(&file, len).unwrap();
+        let region = VhostUserDirtyLogRegion {
+            mmap_size: size,
+            mmap_offset: offset,
+            mmap_handle: file.as_raw_fd(),
+        };
+        Self { file, region }
+    }
+
+    fn send(&self, guest: &mut Guest) -> vhost::Result<()> {
+        guest.share.sink_mut().set_log_base(0, Some(self.region))
+    }
+
+    fn has(&self, addr: GuestAddress) -> bool {
+        let (page, mut byte) = (addr.0 / 4096, [0]);
+        self.file.read_exact_at(&mut byte, page / 8).unwrap();
+        byte[0] & 1 << (page % 8) != 0
+    }
+}
+
+/// The RAM of the guest has 1024 pages: a log of 128 bytes.
+const LOG: u64 = 128;
+
 #[test]
 fn what_the_daemon_writes_is_in_the_dirty_log() {
     let place = Place::new();
     let image = place.image(1 << 20);
     let daemon = place.daemon(&image);
     let mut guest = Guest::connect(daemon.socket());
-    // A bit for each of 1024 pages.
-    let log = File::from(memfd_create("log", MFdFlags::empty()).unwrap());
-    ftruncate(&log, 128).unwrap();
-    let region = VhostUserDirtyLogRegion {
-        mmap_size: 128,
-        mmap_offset: 0,
-        mmap_handle: log.as_raw_fd(),
-    };
-    guest
-        .share
-        .sink_mut()
-        .set_log_base(0, Some(region))
-        .unwrap();
-    let dirty = |page: u64| {
-        let mut byte = [0];
-        log.read_exact_at(&mut byte, page / 8).unwrap();
-        byte[0] & 1 << (page % 8) != 0
-    };
-    let data = DATA.0 / 4096;
+    let log = DirtyLog::new(MFdFlags::MFD_ALLOW_SEALING, 128, LOG, 0);
+    log.send(&mut guest).unwrap();
     guest.write(0, &[1; 8192]).unwrap();
-    assert!(!dirty(data));
+    assert!(!log.has(DATA));
     guest.drivers[0].read(0, &[(DATA, 8192)]).unwrap();
-    assert_eq!(
-        [0, 1, 2].map(|page| dirty(data + page)),
-        [true, true, false]
-    );
+    let pages = [0, 1, 2].map(|page| GuestAddress(DATA.0 + page * 4096));
+    assert_eq!(pages.map(|page| log.has(page)), [true, true, false]);
+    daemon.end(Signal::SIGTERM);
+}
+
+#[test]
+fn a_dirty_log_that_could_end_the_daemon_is_refused() {
+    let sealable = MFdFlags::MFD_ALLOW_SEALING;
+    let place = Place::new();
+    let image = place.image(1 << 20);
+    let mut daemon = place.daemon(&image);
+    for (flags, len, size, offset, reason) in [
+        (
+            sealable,
+            0,
+            LOG,
+            0,
+            "128 bytes at offset 0x0 is not in its file of 0 bytes",
+        ),
+        (sealable, 64, LOG, 0, "not in its file of 64 bytes"),
+        (sealable, 4096, 8192, 0, "not in its file of 4096 bytes"),
+        (
+            sealable,
+            4096,
+            LOG,
+            4096,
+            "offset 0x1000 is not in its file",
+        ),
+        (sealable, 4096, LOG, 1 << 62, "not in its file"),
+        (
+            sealable,
+            4096,
+            LOG - 8,
+            0,
+            "120 bytes does not reach to 0x3fffff",
+        ),
+        (
+            MFdFlags::empty(),
+            4096,
+            LOG,
+            0,
+            "not sealed against shrinking",
+        ),
+    ] {
+        let mut guest = Guest::connect(daemon.socket());
+        let log = DirtyLog::new(flags, len, size, offset);
+        log.send(&mut guest).expect_err(reason);
+        let line = daemon.wait_for_log("the front-end was given up");
+        assert!(line.contains(reason), "{line}");
+    }
+
+    // A log that is sealed by its front-end is taken as well as one that is not yet; neither can be
+    // cut then, and the daemon goes on writing.
+    let sealed = DirtyLog::new(sealable, 4096, LOG, 0);
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+    fcntl(&sealed.file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+    for log in [sealed, DirtyLog::new(sealable, 4096, LOG, 0)] {
+        let mut guest = Guest::connect(daemon.socket());
+        log.send(&mut guest).unwrap();
+        assert_eq!(ftruncate(&log.file, 0), Err(Errno::EPERM));
+        guest.read(0, 4096).unwrap();
+        assert!(log.has(DATA));
+        drop(guest);
+        daemon.wait_for_log("the front-end has gone");
+    }
+    daemon.end(Signal::SIGTERM);
+}
+
+#[test]
+fn a_region_that_comes_after_the_log_is_logged() {
+    let place = Place::new();
+    let image = place.image(1 << 20);
+    let daemon = place.daemon(&image);
+    let mut guest = Guest::connect(daemon.socket());
+    let plug = GuestAddress(1 << 30);
+    // A bit for each page up to 2 GiB.
+    let log = DirtyLog::new(MFdFlags::MFD_ALLOW_SEALING, 1 << 16, 1 << 16, 0);
+    log.send(&mut guest).unwrap();
+    let region = GuestRegionShm::new(plug, 1 << 20, &RamOptions::new()).unwrap();
+    let memory = guest.memory.insert_region(region.into()).unwrap();
+    guest.share.update(&memory.memory_table()).unwrap();
+    guest.drivers[0].read(0, &[(plug, 4096)]).unwrap();
+    assert!(log.has(plug) && !log.has(GuestAddress(plug.0 + 4096)));
+    let mut bytes = vec![0; 4096];
+    memory.read_slice(&mut bytes, plug).unwrap();
+    assert_eq!(bytes, pattern(0, 4096));
     daemon.end(Signal::SIGTERM);
 }

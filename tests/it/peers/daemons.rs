@@ -60,7 +60,11 @@ fn a_daemon_that_is_killed_half_way_ends_the_copy() {
 fn a_daemon_that_falls_silent_half_way_ends_the_copy_at_the_time_limit() {
     let place = Place::new();
     if let Some(line) = disturbed_copy(&place, "3", |daemon| daemon.process.stop()) {
-        assert!(line.contains("did not answer within 3s"), "{line}");
+        let text = "did not answer within 3s";
+        assert!(
+            line.contains(text) && line.contains("--time-limit"),
+            "{line}"
+        );
     }
 }
 

@@ -11,7 +11,20 @@ fn what_cannot_be_is_said_in_one_line_before_anything_is_done() {
     fs::write(&large, [1; 4096]).unwrap();
     drop(UnixListener::bind(&refused).unwrap());
     let path = |path: &PathBuf| path.to_str().unwrap().to_owned();
-    let cases: [(&[&str], &[&str]); 17] = [
+    let misuses: [(&[&str], &[&str]); 8] = [
+        (&["--ram", "2M"], &["guest RAM of 2 MiB", "4 MiB", "--ram"]),
+        (&["--ram", "5000000"], &["guest RAM of 5000000 bytes"]),
+        (&["--ram", "99999999T"], &["more than 2^64"]),
+        (&["--ram", "64M?"], &["--ram", "K, M, G or T"]),
+        (&["--backing", "paper"], &["memfd, shm, hugetlb"]),
+        (&["--disk", "1000"], &["--disk", "whole sectors"]),
+        (&["--overwrite"], &["--hotplug", "--socket", "--help"]),
+        (&["--ramm", "1G"], &["--ramm", "--help"]),
+    ];
+    for (arguments, texts) in misuses {
+        Run::of(place.share().args(arguments)).is_misused(texts);
+    }
+    let cases: [(&[&str], &[&str]); 11] = [
         (
             &["--socket", &path(&missing)],
             &["cannot connect to", "No such file"],
@@ -21,17 +34,11 @@ fn what_cannot_be_is_said_in_one_line_before_anything_is_done() {
             &["cannot connect to", "Connection refused"],
         ),
         (&["--socket", &path(&odd)], &["cannot connect to"]),
-        (&["--ram", "2M"], &["guest RAM of 2 MiB", "4 MiB", "--ram"]),
-        (&["--ram", "5000000"], &["guest RAM of 5000000 bytes"]),
         (&["--ram", "8388608T"], &["cannot create 8388608 TiB"]),
-        (&["--ram", "99999999T"], &["more than 2^64"]),
-        (&["--ram", "64M?"], &["--ram", "K, M, G or T"]),
         (
             &["--ram", "64G", "--backing", "hugetlb"],
-            &["needs 32769 huge pages", "nr_hugepages"],
+            &["needs 32769 huge pages", "nr_hugepages", "--backing memfd"],
         ),
-        (&["--backing", "paper"], &["memfd, shm, hugetlb"]),
-        (&["--disk", "1000"], &["--disk", "whole sectors"]),
         (&["--disk", "8000T"], &["does not fit in memory"]),
         (
             &["--write-from", &path(&missing)],

@@ -14,7 +14,7 @@ fn regions_come_and_go_under_many_daemons() {
     for line in [
         "  added             30 regions of 2 MiB, told to all\n",
         "  removed           30 regions, held by nobody any more\n",
-        "compared with what was written, and was right\n",
+        "  data              every byte that was read is what was written\n",
     ] {
         assert!(run.out.contains(line), "{}", run.out);
     }
@@ -28,8 +28,7 @@ fn whoever_refuses_a_region_nobody_keeps_it() {
         let mut share = place.share();
         let run = Run::of(share.args(["--hotplug", "5", "--daemons", "3", "--refuse", daemon]));
         run.passes();
-        let refused =
-            format!(" nothing was changed: listener \"daemon {daemon}\" refuses the region ");
+        let refused = format!(" nothing was changed: \"daemon {daemon}\" refuses the region\n");
         assert!(run.out.contains(&refused), "{}", run.out);
         let kept = "  kept by           nobody: neither the guest nor a daemon has it\n";
         assert!(run.out.contains(kept), "{}", run.out);
@@ -51,7 +50,7 @@ fn a_limit_is_met_before_anybody_is_told() {
     let place = Place::new();
     let run = Run::of(place.share().args(["--hotplug", "510", "--ram", "4M"]));
     run.fails_with(&[
-        "cannot hot-add region 508: nothing was changed: listener \"daemon 1\" refuses the region ",
+        "cannot hot-add region 508: nothing was changed: \"daemon 1\" refuses the region ",
         "the daemon has 509 memory slots",
     ]);
 }
@@ -60,7 +59,7 @@ fn a_limit_is_met_before_anybody_is_told() {
 fn a_daemon_that_is_not_there_cannot_refuse() {
     let place = Place::new();
     let run = Run::of(place.share().args(["--hotplug", "2", "--refuse", "2"]));
-    run.fails_with(&["--refuse 2: the daemons are 1 to 1, see --daemons"]);
+    run.is_misused(&["--refuse 2: the daemons are 1 to 1, see --daemons"]);
 }
 
 /// A real daemon: read from only, written to as well, and beside others.

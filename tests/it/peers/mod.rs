@@ -21,6 +21,7 @@ mod copies;
 mod daemons;
 mod errors;
 mod hotplug;
+mod signals;
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 256 * MIB;
@@ -71,14 +72,29 @@ impl Run {
     /// Asserts that it failed with one line that contains all of `texts`, and left nothing.
     #[track_caller]
     fn fails_with(&self, texts: &[&str]) {
+        self.ends_with(1, texts);
+    }
+
+    /// As [`fails_with`](Self::fails_with), because of its command line.
+    #[track_caller]
+    fn is_misused(&self, texts: &[&str]) {
+        self.ends_with(2, texts);
+    }
+
+    #[track_caller]
+    fn ends_with(&self, code: i32, texts: &[&str]) {
         let line = self.errors.trim_end_matches('\n');
-        assert_eq!(self.status.code(), Some(1), "{line}");
+        assert_eq!(self.status.code(), Some(code), "{line}");
         assert!(
             line.starts_with("share: ") && !line.contains('\n'),
             "{line}"
         );
         for text in texts {
             assert!(line.contains(text), "no {text:?} in: {line}");
+        }
+        // What only a program can do helps no one at a shell.
+        for name in ["::", "with_"] {
+            assert!(!line.contains(name), "{name} in: {line}");
         }
         assert_eq!(self.out, "");
         self.check_left_nothing();

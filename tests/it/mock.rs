@@ -1,0 +1,328 @@
+//! The mock daemon where this process is short of descriptors, and what else a frontend can do to
+//! it: no client waits for ever, nothing leaks, nothing kills the process that it lives in.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use guest_memory_shm::mock::{BlkDevice, BlkDriver, LoggedRequest, MockDaemon};
+use guest_memory_shm::{GuestMemoryShm, VhostUserShare};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use vhost::vhost_user::{
+    Error as ProtocolError, Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features,
+};
+use vhost::{
+    Error as VhostError, VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo,
+};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::isolation::in_own_process;
+
+/// For what comes at once unless something is wrong.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Numbers of descriptors below this one are all in use in some tests.
+const LOW: RawFd = 64;
+
+/// How many numbers of descriptors this process may use, for as long as this lives.
+struct Limit {
+    before: u64,
+    hard: u64,
+}
+
+impl Limit {
+    fn new(numbers: u64) -> Self {
+        let (before, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, numbers, hard).unwrap();
+        Self { before, hard }
+    }
+}
+
+impl Drop for Limit {
+    fn drop(&mut self) {
+        setrlimit(Resource::RLIMIT_NOFILE, self.before, self.hard).unwrap();
+    }
+}
+
+fn spare_file() -> OwnedFd {
+    File::open("/dev/null").unwrap().into()
+}
+
+/// Takes all numbers that are left.
+fn take_all() -> Vec<OwnedFd> {
+    let file = spare_file();
+    let copy = || fcntl(&file, FcntlArg::F_DUPFD_CLOEXEC(0)).map(own);
+    let mut all: Vec<OwnedFd> = std::iter::from_fn(|| copy().ok()).collect();
+    all.push(file);
+    all
+}
+
+/// Takes all numbers below [`LOW`].
+fn take_low() -> Vec<OwnedFd> {
+    let mut low = Vec::new();
+    loop {
+        let file = spare_file();
+        if file.as_raw_fd() >= LOW {
+            return low;
+        }
+        low.push(file);
+    }
+}
+
+#[allow(unsafe_code, reason = "fcntl gives a bare number")]
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: fcntl has just made it, and no one else knows of it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn descriptors() -> usize {
+    fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+fn connect(daemon: &MockDaemon) -> UnixStream {
+    let stream = daemon.connect().unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+fn negotiate(daemon: &MockDaemon) -> (Frontend, BlkDevice) {
+    let mut frontend = Frontend::from_stream(connect(daemon), 1);
+    let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
+    (frontend, device)
+}
+
+/// Asks for the features. By hand: vhost's `Frontend` waits for ever, whatever the socket says.
+fn assert_served(mut stream: &UnixStream) {
+    let request = [1u32, 1, 0].map(u32::to_ne_bytes);
+    stream.write_all(request.as_flattened()).unwrap();
+    stream.read_exact(&mut [0; 20]).unwrap();
+}
+
+/// Regions of 4 KiB, each said to be at `offset` of a file of `len` bytes.
+fn regions(count: u64, len: u64, offset: u64) -> (Vec<File>, Vec<VhostUserMemoryRegionInfo>) {
+    let file = |_| memfd(len);
+    let files: Vec<File> = (0..count).map(file).collect();
+    let infos = files.iter().zip(0..).map(|(file, at)| {
+        let addr = at * 4096;
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: addr,
+            memory_size: 4096,
+            userspace_addr: 0x10_0000 + addr,
+            mmap_offset: offset,
+            mmap_handle: file.as_raw_fd(),
+        }
+    });
+    let infos = infos.collect();
+    (files, infos)
+}
+
+fn memfd(len: u64) -> File {
+    let file = File::from(memfd_create("mock", MFdFlags::MFD_CLOEXEC).unwrap());
+    file.set_len(len).unwrap();
+    file
+}
+
+#[test]
+fn a_client_that_cannot_be_accepted_is_hung_up_on_and_a_later_one_is_served() {
+    in_own_process(|| {
+        let mut low = take_low();
+        // The listening socket and the descriptor that the daemon keeps in reserve.
+        low.truncate(low.len() - 2);
+        let daemon = MockDaemon::builder().start_unnamed().unwrap();
+        let first = connect(&daemon);
+        daemon.wait_connected(PATIENCE).unwrap();
+        let mut second = connect(&daemon);
+        assert!(first.as_raw_fd() >= LOW && second.as_raw_fd() >= LOW);
+        // From here on not one number is free, whatever is closed above.
+        let short = Limit::new(LOW as u64);
+        drop(first);
+        assert_eq!(second.read(&mut [0]).unwrap(), 0);
+        drop(short);
+
+        assert_served(&connect(&daemon));
+    });
+}
+
+#[test]
+fn clients_wait_while_not_even_that_is_possible_and_are_served_when_it_is() {
+    in_own_process(|| {
+        let _low = take_low();
+        let daemon = MockDaemon::builder().start_unnamed().unwrap();
+        let first = connect(&daemon);
+        daemon.wait_connected(PATIENCE).unwrap();
+        let second = connect(&daemon);
+        let short = Limit::new(LOW as u64);
+        drop(first);
+        daemon.wait_disconnected(PATIENCE).unwrap();
+        drop(short);
+        assert_served(&second);
+
+        // Such a daemon can be dropped, too.
+        let short = Limit::new(LOW as u64);
+        drop(second);
+        daemon.wait_disconnected(PATIENCE).unwrap();
+        drop(daemon);
+        drop(short);
+    });
+}
+
+#[test]
+fn a_message_whose_descriptors_do_not_all_arrive_is_refused_and_leaves_none() {
+    in_own_process(|| {
+        let _limit = Limit::new(256);
+        let daemon = MockDaemon::builder().start_unnamed().unwrap();
+        let (frontend, _) = negotiate(&daemon);
+        let (_files, table) = regions(4, 4096, 0);
+        let before = descriptors();
+        for left in [0, 1, 3] {
+            let mut all = take_all();
+            all.truncate(all.len() - left);
+            let refused = frontend.set_mem_table(&table).unwrap_err();
+            drop(all);
+            assert!(
+                matches!(
+                    refused,
+                    VhostError::VhostUserProtocol(ProtocolError::BackendInternalError)
+                ),
+                "{left}: {refused}"
+            );
+            assert_eq!(descriptors(), before, "{left}");
+            assert_eq!(daemon.table(), []);
+        }
+        // The connection is still in step.
+        frontend.set_mem_table(&table).unwrap();
+        assert_eq!(daemon.table().len(), 4);
+    });
+}
+
+#[test]
+fn without_acknowledgements_such_a_message_is_refused_by_a_hang_up() {
+    in_own_process(|| {
+        let _limit = Limit::new(256);
+        let daemon = MockDaemon::builder()
+            .without_reply_ack()
+            .start_unnamed()
+            .unwrap();
+        let (_files, table) = regions(4, 4096, 0);
+        let before = descriptors();
+        let (frontend, _) = negotiate(&daemon);
+        let mut all = take_all();
+        all.truncate(all.len() - 1);
+        frontend.set_mem_table(&table).unwrap();
+        assert!(frontend.get_features().is_err());
+        daemon.wait_disconnected(PATIENCE).unwrap();
+        drop(all);
+        drop(frontend);
+        assert_eq!(descriptors(), before);
+        negotiate(&daemon);
+    });
+}
+
+#[test]
+fn regions_and_logs_that_are_longer_than_their_files_are_refused() {
+    let daemon = MockDaemon::builder().start_unnamed().unwrap();
+    let (mut frontend, _) = negotiate(&daemon);
+    for offset in [4096, 1 << 40, 0u64.wrapping_sub(4096)] {
+        let (_files, infos) = regions(1, 4096, offset);
+        assert!(frontend.add_mem_region(&infos[0]).is_err(), "{offset:#x}");
+        assert!(frontend.set_mem_table(&infos).is_err(), "{offset:#x}");
+        assert_eq!(daemon.table(), []);
+    }
+    let (_files, infos) = regions(1, 4096, 0);
+    frontend.set_mem_table(&infos).unwrap();
+    assert_eq!(daemon.table().len(), 1);
+    drop(frontend);
+
+    // No answer to SET_LOG_BASE is a refusal: it hangs up.
+    for (len, size, offset) in [(0, 8, 0), (8, 16, 0), (4096, 8, 4096), (8, 8, 1 << 62)] {
+        let (frontend, _) = negotiate(&daemon);
+        frontend.set_mem_table(&infos).unwrap();
+        let file = memfd(len);
+        let log = VhostUserDirtyLogRegion {
+            mmap_size: size,
+            mmap_offset: offset,
+            mmap_handle: file.as_raw_fd(),
+        };
+        let case = format!("{size} bytes at {offset:#x} of {len}");
+        assert!(frontend.set_log_base(0, Some(log)).is_err(), "{case}");
+        assert!(frontend.get_features().is_err(), "{case}");
+    }
+    let (frontend, _) = negotiate(&daemon);
+    let file = memfd(8);
+    let log = VhostUserDirtyLogRegion {
+        mmap_size: 8,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    };
+    frontend.set_mem_table(&infos).unwrap();
+    frontend.set_log_base(0, Some(log)).unwrap();
+}
+
+#[test]
+fn a_queue_is_kicked_when_a_daemon_without_acknowledgements_has_enabled_it() {
+    const SET_VRING_ENABLE: u32 = 18;
+    let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let mut driver = BlkDriver::new(&memory, GuestAddress(0), 16).unwrap();
+
+    // The daemon's end: it looks at the kick while the question after the enabling is unanswered.
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(PATIENCE)).unwrap();
+    let kick = driver.kick().try_clone().unwrap();
+    let kicked = move || kick.read().is_ok();
+    let daemon = thread::spawn(move || {
+        let mut requests = Vec::new();
+        let mut kicked_early = None;
+        loop {
+            let mut header = [0; 12];
+            if (&theirs).read_exact(&mut header).is_err() {
+                return (requests, kicked_early);
+            }
+            let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+            let mut body = vec![0; word(8) as usize];
+            (&theirs).read_exact(&mut body).unwrap();
+            let enabled = requests.last() == Some(&SET_VRING_ENABLE);
+            requests.push(word(0));
+            let answer = match word(0) {
+                // GET_FEATURES: VERSION_1 and PROTOCOL_FEATURES; GET_PROTOCOL_FEATURES: none.
+                1 => 1u64 << 32 | 1 << 30,
+                15 => 0,
+                _ => continue,
+            };
+            if enabled {
+                kicked_early = Some(kicked());
+            }
+            let header = [word(0), 5, 8].map(u32::to_ne_bytes);
+            (&theirs)
+                .write_all(&[header.as_flattened(), &answer.to_ne_bytes()].concat())
+                .unwrap();
+        }
+    });
+    let mut frontend = Frontend::from_stream(ours, 1);
+    let device = BlkDevice::negotiate(&mut frontend, Features::REPLY_ACK).unwrap();
+    let started = device.start_queue(&mut frontend, 0, &driver, |addr| Some(addr.0));
+    drop(frontend);
+    let (requests, kicked_early) = daemon.join().unwrap();
+    started.unwrap();
+    assert_eq!(requests[requests.len() - 2..], [SET_VRING_ENABLE, 1]);
+    assert_eq!(kicked_early, Some(false));
+    assert_eq!(driver.kick().read().unwrap(), 1);
+
+    // With acknowledgements there is nothing to ask.
+    let daemon = MockDaemon::builder().start_unnamed().unwrap();
+    let (frontend, device) = negotiate(&daemon);
+    let mut share = VhostUserShare::new(frontend, device.protocol_features());
+    share.update(&memory.memory_table()).unwrap();
+    let table = share.table().clone();
+    let translate = |addr| table.user_addr(addr);
+    device
+        .start_queue(share.sink_mut(), 0, &driver, translate)
+        .unwrap();
+    let last = daemon.requests().pop();
+    assert_eq!(last, Some(LoggedRequest::Other(SET_VRING_ENABLE)));
+    memory.write_slice(&[7; 512], GuestAddress(0x8000)).unwrap();
+    driver.write(1, &[(GuestAddress(0x8000), 512)]).unwrap();
+}
