@@ -20,6 +20,7 @@ mod discard_accumulator;
 mod discard_huge;
 mod discard_inhibit;
 mod drop_in;
+mod faults;
 mod files;
 mod files_bad;
 mod files_huge;

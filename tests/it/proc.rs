@@ -111,6 +111,27 @@ impl Holdings {
     }
 }
 
+impl Holdings {
+    /// As [`now`](Self::now), but for the guard pages of threads' stacks, which the C library keeps
+    /// for the next thread. For a process in which it makes no heap for a thread.
+    pub(crate) fn beside_stacks() -> Self {
+        let page = |line: &MapsLine| line.range.end - line.range.start <= crate::isolation::PAGE;
+        let mut found = Self::now();
+        let lone = maps();
+        let guards = lone.iter().filter(|line| {
+            line.permissions == "---p" && line.path.is_empty() && page(line)
+        });
+        found.reserved -= guards.map(|line| line.range.end - line.range.start).sum::<u64>();
+        found
+    }
+}
+
+/// How many threads this process has.
+pub(crate) fn thread_count() -> usize {
+    let tasks = fs::read_dir("/proc/self/task").expect("procfs is mounted");
+    tasks.count()
+}
+
 /// The open descriptors and what they stand for, without the one that is open to look.
 fn descriptors() -> Vec<(i32, String)> {
     let dir = fs::read_dir("/proc/self/fd").expect("procfs is mounted");
