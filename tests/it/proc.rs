@@ -149,7 +149,7 @@ fn descriptors() -> Vec<(i32, String)> {
 }
 
 /// The names in /dev/shm that this process would use.
-fn shm_names() -> Vec<String> {
+pub(crate) fn shm_names() -> Vec<String> {
     let prefix = format!("gms-{}-", std::process::id());
     let Ok(dir) = fs::read_dir("/dev/shm") else {
         return Vec::new();

@@ -108,7 +108,8 @@ impl Call {
                 &[EIO, ENOMEM, EACCES, EPERM, ENOSYS, EOVERFLOW]
             }
             "statfs" | "fstatfs" => &[EINTR, EIO, ENOMEM, EACCES, EPERM, ENOSYS],
-            "lseek" => &[ENXIO, EINVAL, EIO, EPERM, EOPNOTSUPP],
+            // ENXIO is no failure: it says that there is no more data.
+            "lseek" => &[EINVAL, EIO, EPERM, EOPNOTSUPP],
             "read" | "pread64" | "readv" | "getdents64" | "readlink" | "readlinkat" => {
                 &[EINTR, EIO, EAGAIN, ENOMEM, EPERM, EACCES, EINVAL]
             }

@@ -157,6 +157,16 @@ pub(super) fn close(fd: i32) {
     unsafe { libc::close(fd) };
 }
 
+/// Unmaps what munmap(2) did not, because it was to fail.
+pub(super) fn unmap(range: std::ops::Range<u64>) {
+    let len = usize::try_from(range.end - range.start).unwrap();
+    let start = usize::try_from(range.start).unwrap();
+    let start = std::ptr::with_exposed_provenance_mut(start);
+    // SAFETY: its owner gave it up, and nothing refers to it any more.
+    let answer = unsafe { libc::munmap(start, len) };
+    assert_eq!(answer, 0);
+}
+
 /// Whether a descriptor is one of a folder. Allocates nothing.
 pub(super) fn is_folder(fd: u64) -> bool {
     // SAFETY: it is made of integers only.

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::path::Path;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -9,10 +10,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::call::Call;
+use super::filter;
 use super::known::KNOWN;
 use super::stage::{Fault, Missing, Stage, When};
 use super::watchdog::Watchdog;
-use crate::proc::{Holdings, thread_count};
+use crate::proc::{Holdings, MapsLine, maps, shm_names, thread_count};
 
 /// How long what ends by itself may take to end: a thread that was joined, a daemon's descriptors.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -45,7 +47,7 @@ pub(super) enum Outcome {
     /// It was done, in truth.
     Done,
     /// It gave an error, and everything is as it was before.
-    Refused,
+    Refused(String),
 }
 
 /// One call of one operation that fails.
@@ -104,7 +106,7 @@ impl State {
 
 /// Plays the cases of all operations, in a process of its own.
 pub(super) fn play(operations: &[Operation]) {
-    super::filter::calm_the_allocator();
+    filter::calm_the_allocator();
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         PANICS.fetch_add(1, Ordering::SeqCst);
@@ -160,7 +162,8 @@ pub(super) fn play(operations: &[Operation]) {
 
 /// Plays a case. Says whether the fault happened, or what is wrong.
 fn attack(case: &Case<'_>) -> Result<bool, String> {
-    let before = State::now(!case.fault.call.gives_back());
+    let before = State::now(true);
+    let mappings = maps();
     let stage = Stage::attacking(case.fault, case.operation.missing);
     let played = catch_unwind(AssertUnwindSafe(|| {
         let outcome = (case.operation.run)(&stage);
@@ -169,16 +172,37 @@ fn attack(case: &Case<'_>) -> Result<bool, String> {
         (outcome, fired)
     }));
     let played = played.map_err(|panic| text_of(panic.as_ref()));
+    if case.fault.call.gives_back() {
+        sweep(&mappings);
+    }
     let left = State::left_since(&before);
     let (outcome, fired) = played?;
     if let Some(left) = left {
         return Err(format!("{outcome:?}, and left: {left:#?}\nbefore: {before:#?}"));
     }
-    if !fired && !matches!(outcome, Outcome::Done) {
-        return Err("nothing failed, but it was refused".to_owned());
+    if let Outcome::Refused(error) = &outcome
+        && !fired
+    {
+        return Err(format!("nothing failed, but it was refused: {error}"));
     }
     succeeds(case.operation).map_err(|failure| format!("the next: {failure}"))?;
     Ok(fired)
+}
+
+/// Gives back, in the place of a call that failed to, what has come since `before`.
+fn sweep(before: &[MapsLine]) {
+    for line in maps() {
+        let is_reservation = line.permissions == "---p" && line.path.is_empty();
+        let is_ram = ["/memfd:", "/dev/shm", "/anon_hugepage", "/tmp"]
+            .iter()
+            .any(|path| line.path.starts_with(path));
+        if (is_reservation || is_ram) && !before.contains(&line) {
+            filter::unmap(line.range);
+        }
+    }
+    for name in shm_names() {
+        std::fs::remove_file(Path::new("/dev/shm").join(name)).unwrap();
+    }
 }
 
 /// Runs an operation without a fault.
@@ -188,7 +212,7 @@ fn succeeds(operation: &Operation) -> Result<(), String> {
     let done = catch_unwind(AssertUnwindSafe(|| (operation.run)(&stage)));
     match done.map_err(|panic| text_of(panic.as_ref()))? {
         Outcome::Done => {}
-        Outcome::Refused => return Err("it was refused".to_owned()),
+        Outcome::Refused(error) => return Err(format!("it was refused: {error}")),
     }
     match State::left_since(&before) {
         // The first in a process makes what stays.
@@ -312,5 +336,5 @@ pub(super) fn says_something(error: &dyn std::error::Error) -> Outcome {
         assert!(text.trim().len() > 8 && text.contains(' '), "{text:?}");
         next = error.source();
     }
-    Outcome::Refused
+    Outcome::Refused(error.to_string())
 }
