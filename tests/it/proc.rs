@@ -118,10 +118,12 @@ impl Holdings {
         let page = |line: &MapsLine| line.range.end - line.range.start <= crate::isolation::PAGE;
         let mut found = Self::now();
         let lone = maps();
-        let guards = lone.iter().filter(|line| {
-            line.permissions == "---p" && line.path.is_empty() && page(line)
-        });
-        found.reserved -= guards.map(|line| line.range.end - line.range.start).sum::<u64>();
+        let guards = lone
+            .iter()
+            .filter(|line| line.permissions == "---p" && line.path.is_empty() && page(line));
+        found.reserved -= guards
+            .map(|line| line.range.end - line.range.start)
+            .sum::<u64>();
         found
     }
 }

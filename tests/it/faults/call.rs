@@ -27,11 +27,15 @@ const FOLDER: u64 = 1;
 const NOEXEC_SEAL: u32 = 8;
 
 /// Linux before 5.14: madvise(2) does not know MADV_POPULATE_READ and MADV_POPULATE_WRITE.
-pub(super) const WITHOUT_POPULATE: &[(Call, Errno)] =
-    &[(Call::new(libc::SYS_madvise, 22), EINVAL), (Call::new(libc::SYS_madvise, 23), EINVAL)];
+pub(super) const WITHOUT_POPULATE: &[(Call, Errno)] = &[
+    (Call::new(libc::SYS_madvise, 22), EINVAL),
+    (Call::new(libc::SYS_madvise, 23), EINVAL),
+];
 /// Linux before 6.5: no cachestat(2); before 6.7: no PAGEMAP_SCAN.
-pub(super) const WITHOUT_SCANS: &[(Call, Errno)] =
-    &[(Call::new(451, 0), ENOSYS), (Call::new(libc::SYS_ioctl, 0xc060_6610), ENOTTY)];
+pub(super) const WITHOUT_SCANS: &[(Call, Errno)] = &[
+    (Call::new(451, 0), ENOSYS),
+    (Call::new(libc::SYS_ioctl, 0xc060_6610), ENOTTY),
+];
 
 impl Call {
     const fn new(number: c_long, kind: u64) -> Self {
@@ -69,7 +73,9 @@ impl Call {
     pub(super) fn is_exempt(self) -> bool {
         matches!(
             (self.number, self.kind),
-            (libc::SYS_mmap, HEAP) | (libc::SYS_brk | libc::SYS_mremap | libc::SYS_rseq, _) | (libc::SYS_mprotect, 0)
+            (libc::SYS_mmap, HEAP)
+                | (libc::SYS_brk | libc::SYS_mremap | libc::SYS_rseq, _)
+                | (libc::SYS_mprotect, 0)
         )
     }
 
@@ -123,7 +129,15 @@ impl Call {
             | "dup" | "pipe2" => &[EMFILE, ENFILE, ENOMEM, EPERM, EACCES, EINTR],
             "connect" => &[EINTR, EAGAIN, ECONNREFUSED, EACCES, EPERM, ENOMEM],
             "sendmsg" | "sendto" => &[
-                EINTR, EAGAIN, ENOBUFS, ENOMEM, EPIPE, ECONNRESET, ETOOMANYREFS, EPERM, ENOSYS,
+                EINTR,
+                EAGAIN,
+                ENOBUFS,
+                ENOMEM,
+                EPIPE,
+                ECONNRESET,
+                ETOOMANYREFS,
+                EPERM,
+                ENOSYS,
             ],
             "recvmsg" | "recvfrom" => &[EINTR, EAGAIN, ENOMEM, ECONNRESET, EPERM, ENOSYS],
             "poll" | "ppoll" => &[EINTR, ENOMEM, EINVAL, EPERM],
@@ -147,10 +161,13 @@ impl Call {
 
     /// Whether all further calls may fail by this error, too: it is a state, and nobody tries again
     /// for as long as it lasts.
+    ///
+    /// vhost's `Frontend` does, where a message cannot be sent or received for want of memory:
+    /// what ends that is the end of the connection, after which no kernel says so any more.
     pub(super) fn may_last(self, errno: Errno) -> bool {
         let lasts = match errno {
             EINTR => false,
-            EAGAIN => !matches!(
+            EAGAIN | ENOMEM | ENOBUFS => !matches!(
                 self.name(),
                 "read" | "write" | "sendmsg" | "recvmsg" | "recvfrom" | "sendto" | "getrandom"
             ),

@@ -49,6 +49,12 @@ pub(super) fn install(watched: Option<&[c_long]>) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(listener) })
 }
 
+/// Whether this process may have filters with supervisors, of which a thread has one at most.
+pub(super) fn can_install() -> Result<(), Errno> {
+    let attempt = std::thread::spawn(|| install(Some(&[])).map(drop));
+    attempt.join().expect("it does not panic")
+}
+
 fn program(watched: Option<&[c_long]>) -> Vec<sock_filter> {
     let load = |at| statement(BPF_LD | BPF_W | BPF_ABS, at);
     let equal = |number: c_long, then, otherwise| sock_filter {
@@ -72,7 +78,11 @@ fn program(watched: Option<&[c_long]>) -> Vec<sock_filter> {
         statement(BPF_ALU | BPF_AND | BPF_K, FUTEX_COMMAND),
         equal(CRATES_FUTEXES[0].into(), 1, 0),
         equal(CRATES_FUTEXES[1].into(), 0, 1),
-        if is_watched(libc::SYS_futex) { ask } else { allow },
+        if is_watched(libc::SYS_futex) {
+            ask
+        } else {
+            allow
+        },
         load(NUMBER),
     ]);
     for number in [libc::SYS_futex, libc::SYS_exit, libc::SYS_exit_group] {

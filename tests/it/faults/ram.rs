@@ -6,8 +6,9 @@ use std::path::Path;
 
 use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, map_table};
 use guest_memory_shm::{
-    Access, AdoptPolicy, Backing, CoreDump, Error, GuestMemoryShm, GuestRegionShm, GuestRom, NodeSet, NumaPolicy,
-    OnFailure, PageSize, Populate, PopulateOptions, Populated, RamOptions, SealPolicy, ShmBacking,
+    Access, AdoptPolicy, Backing, CoreDump, Error, GuestMemoryShm, GuestRegionShm, GuestRom,
+    NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions, Populated, RamOptions,
+    SealPolicy, ShmBacking,
 };
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -23,7 +24,9 @@ const REGIONS: [(GuestAddress, u64); 2] = [(GuestAddress(0), SIZE), (GuestAddres
 
 pub(super) const BUILDS: &[Operation] = &[
     Operation::new("build a memfd", |stage| build(stage, &RamOptions::new())),
-    Operation::new("build with all options", |stage| build(stage, &all_options())),
+    Operation::new("build with all options", |stage| {
+        build(stage, &all_options())
+    }),
     Operation::new("build with all options on Linux 5.10", |stage| {
         build(stage, &all_options())
     })
@@ -174,8 +177,14 @@ fn map_rom(stage: &Stage) -> Outcome {
 
 fn adopt(stage: &Stage) -> Outcome {
     let theirs = ShmBacking::create(&RamOptions::new(), SIZE).unwrap();
-    let fd = File::from(std::os::fd::AsFd::as_fd(&theirs).try_clone_to_owned().unwrap());
-    let policy = AdoptPolicy::new().with_min_len(SIZE).with_seals(SealPolicy::Add);
+    let fd = File::from(
+        std::os::fd::AsFd::as_fd(&theirs)
+            .try_clone_to_owned()
+            .unwrap(),
+    );
+    let policy = AdoptPolicy::new()
+        .with_min_len(SIZE)
+        .with_seals(SealPolicy::Add);
     let adopted = stage.attacked(|| ShmBacking::adopt(fd.into(), &policy));
     match adopted {
         Ok(backing) => {
@@ -277,13 +286,15 @@ fn tell(stage: &Stage, options: &RamOptions) -> Outcome {
     let start = GuestAddress(4 * SIZE);
     memory.write_obj(1_u64, start).unwrap();
     let page = memory.iter().next().unwrap().backing().page_size();
-    let told = stage.attacked(|| -> Result<_, Error> {
-        Ok((memory.stats()?, memory.extents(0)?))
-    });
+    let told = stage.attacked(|| -> Result<_, Error> { Ok((memory.stats()?, memory.extents(0)?)) });
     match told {
         Ok((stats, extents)) => {
             assert_eq!((stats.size(), stats.allocated()), (2 * SIZE, page));
-            let found: Vec<_> = extents.ranges.iter().map(|r| (r.start_addr(), r.size())).collect();
+            let found: Vec<_> = extents
+                .ranges
+                .iter()
+                .map(|r| (r.start_addr(), r.size()))
+                .collect();
             assert_eq!(found, [(start, page)]);
             Outcome::Done
         }
@@ -294,7 +305,9 @@ fn tell(stage: &Stage, options: &RamOptions) -> Outcome {
 fn receive(stage: &Stage) -> Outcome {
     let theirs = |len| ShmBacking::create(&RamOptions::new(), len).unwrap();
     let file = |backing: &ShmBacking| {
-        std::os::fd::AsFd::as_fd(backing).try_clone_to_owned().unwrap()
+        std::os::fd::AsFd::as_fd(backing)
+            .try_clone_to_owned()
+            .unwrap()
     };
     let (one, two, three) = (theirs(MIB), theirs(MIB), theirs(MIB));
     let region = |number: u64| ReceivedRegion {

@@ -118,7 +118,9 @@ impl Stage {
         lock(&self.supervisors).push(supervisor.unwrap());
         let watched = self.shared.fault.map(|fault| {
             let missing = self.shared.missing.iter().map(|(call, _)| call.number);
-            std::iter::once(fault.call.number).chain(missing).collect::<Vec<_>>()
+            std::iter::once(fault.call.number)
+                .chain(missing)
+                .collect::<Vec<_>>()
         });
         let done = std::thread::scope(|scope| {
             let subject = scope.spawn(|| {
