@@ -112,6 +112,14 @@ impl Holdings {
 }
 
 impl Holdings {
+    /// As [`now`](Self::now), but for address space that is set aside, for the heaps of threads too.
+    pub(crate) fn beside_heaps() -> Self {
+        Self {
+            reserved: 0,
+            ..Self::now()
+        }
+    }
+
     /// As [`now`](Self::now), but for the guard pages of threads' stacks, which the C library keeps
     /// for the next thread. For a process in which it makes no heap for a thread.
     pub(crate) fn beside_stacks() -> Self {
@@ -176,13 +184,9 @@ pub(crate) fn leaves_nothing<R>(scenario: impl FnOnce() -> R) -> R {
 /// As [`leaves_nothing`], for what starts threads: the C library sets address space aside for the
 /// heap of a thread, and keeps it for the next.
 pub(crate) fn leaves_nothing_but_heaps<R>(scenario: impl FnOnce() -> R) -> R {
-    let now = || Holdings {
-        reserved: 0,
-        ..Holdings::now()
-    };
-    let before = now();
+    let before = Holdings::beside_heaps();
     let result = scenario();
-    assert_eq!(now(), before, "something is left");
+    assert_eq!(Holdings::beside_heaps(), before, "something is left");
     result
 }
 

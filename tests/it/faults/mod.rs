@@ -25,7 +25,6 @@ mod peers;
 mod play;
 mod ram;
 mod stage;
-mod watchdog;
 
 use play::{Operation, Outcome, play, says_something};
 use stage::Stage;

@@ -13,8 +13,8 @@ use super::call::Call;
 use super::filter;
 use super::known::KNOWN;
 use super::stage::{Fault, Missing, Stage, When};
-use super::watchdog::Watchdog;
 use crate::proc::{Holdings, MapsLine, maps, shm_names, thread_count};
+use crate::watchdog::Watchdog;
 
 /// How long what ends by itself may take to end: a thread that was joined, a daemon's descriptors.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -144,7 +144,7 @@ pub(super) fn failures_of(operations: &[Operation], patience: Duration) -> Optio
     let (mut failures, mut fired) = (Vec::new(), 0);
     let start = Instant::now();
     for case in &cases {
-        watchdog.expect(&case.to_string());
+        watchdog.expect(&format!("FAULTS='{case}'"));
         match attack(case, patience) {
             Ok(has_fired) => fired += usize::from(has_fired),
             Err(failure) => {

@@ -1,4 +1,4 @@
-//! What ends a process in which an operation hangs, and says where.
+//! What ends a process in which a test hangs, and says where.
 
 use std::fs;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 /// More than a thousand times what a case takes.
 const LIMIT: Duration = Duration::from_secs(60);
 
-pub(super) struct Watchdog {
+pub(crate) struct Watchdog {
     shared: Arc<(Mutex<State>, Condvar)>,
     thread: JoinHandle<()>,
 }
@@ -19,7 +19,7 @@ struct State {
 }
 
 impl Watchdog {
-    pub(super) fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let state = State {
             current: Some(("start".to_owned(), Instant::now() + LIMIT)),
         };
@@ -30,12 +30,12 @@ impl Watchdog {
     }
 
     /// Something begins: it has time until the limit.
-    pub(super) fn expect(&self, what: &str) {
+    pub(crate) fn expect(&self, what: &str) {
         let mut state = lock(&self.shared.0);
         state.current = Some((what.to_owned(), Instant::now() + LIMIT));
     }
 
-    pub(super) fn end(self) {
+    pub(crate) fn end(self) {
         lock(&self.shared.0).current = None;
         self.shared.1.notify_one();
         self.thread.join().expect("it does not panic");
@@ -47,7 +47,7 @@ fn watch(state: &Mutex<State>, changed: &Condvar) {
     while let Some((what, deadline)) = &guard.current {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            eprintln!("failed: FAULTS='{what}': it hangs\n{}", threads());
+            eprintln!("failed: {what}: it hangs\n{}", threads());
             std::process::abort();
         }
         let woken = changed.wait_timeout(guard, left);
