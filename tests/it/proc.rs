@@ -92,8 +92,11 @@ impl Holdings {
     /// Only a process that does nothing else can say so: see `isolation::in_own_process`.
     pub(crate) fn now() -> Self {
         let mut mappings = maps();
-        let reserved = mappings
+        // AddressSanitizer's allocator sets aside what it likes.
+        let counted = mappings
             .iter()
+            .filter(|_| std::env::var_os("ASAN_OPTIONS").is_none());
+        let reserved = counted
             .filter(|line| line.permissions == "---p" && line.path.is_empty())
             .map(|line| line.range.end - line.range.start)
             .sum();
@@ -120,19 +123,21 @@ impl Holdings {
         }
     }
 
-    /// As [`now`](Self::now), but for the guard pages of threads' stacks, which the C library keeps
-    /// for the next thread. For a process in which it makes no heap for a thread.
-    pub(crate) fn beside_stacks() -> Self {
-        let page = |line: &MapsLine| line.range.end - line.range.start <= crate::isolation::PAGE;
-        let mut found = Self::now();
-        let lone = maps();
-        let guards = lone
-            .iter()
-            .filter(|line| line.permissions == "---p" && line.path.is_empty() && page(line));
-        found.reserved -= guards
-            .map(|line| line.range.end - line.range.start)
-            .sum::<u64>();
-        found
+    /// As [`now`](Self::now), but for what the C library sets aside for threads: the guard page of a
+    /// stack, which it keeps for the next thread, and the rest of a heap, which ends at 64 MiB.
+    pub(crate) fn beside_threads() -> Self {
+        const HEAP: u64 = 64 << 20;
+        let all = maps();
+        let lone = all.iter().filter(|line| {
+            let size = line.range.end - line.range.start;
+            let is_guard = size == crate::isolation::PAGE;
+            let is_heap = line.range.end.is_multiple_of(HEAP) && size < HEAP;
+            line.permissions == "---p" && line.path.is_empty() && !is_guard && !is_heap
+        });
+        Self {
+            reserved: lone.map(|line| line.range.end - line.range.start).sum(),
+            ..Self::now()
+        }
     }
 }
 

@@ -82,7 +82,7 @@ impl State {
     /// All of it, or only what runs.
     fn now(holdings: bool) -> Self {
         Self {
-            holdings: holdings.then(Holdings::beside_stacks),
+            holdings: holdings.then(Holdings::beside_threads),
             threads: thread_count(),
             panics: PANICS.load(Ordering::SeqCst),
         }
