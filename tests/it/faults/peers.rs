@@ -435,7 +435,10 @@ fn attach(stage: &Stage, who: Who) -> Outcome {
     let mut world = World::new(stage, Who::Frontend, 1);
     let daemon = who.start(stage);
     let share = new_share(&daemon);
-    let attached = who.attack(stage, || world.space.attach("new", share));
+    let attached = who.attack(stage, || {
+        let attached = world.space.attach("new", share);
+        attached.map_err(Box::new)
+    });
     let attached = match attached {
         Ok(id) => {
             world.daemons.push((daemon, id));

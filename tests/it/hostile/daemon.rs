@@ -268,7 +268,8 @@ pub(super) fn converse(mut random: Random) {
             let share = VhostUserShare::new(frontend, features).with_time_limit(LIMIT);
             let attendance = random.of(&[Attendance::MayLag, Attendance::Required]);
             let name = format!("disk{number}");
-            match in_time(|| space.attach_as(name, attendance, share)) {
+            let attach = || space.attach_as(name, attendance, share).map_err(Box::new);
+            match in_time(attach) {
                 Ok(id) => daemons.push(id),
                 Err(error) => says_something(error.error()),
             }
