@@ -92,10 +92,12 @@ impl Holdings {
     /// Only a process that does nothing else can say so: see `isolation::in_own_process`.
     pub(crate) fn now() -> Self {
         let mut mappings = maps();
-        // AddressSanitizer's allocator sets aside what it likes.
-        let counted = mappings
+        // The allocators of AddressSanitizer and ThreadSanitizer set aside what they like.
+        let sanitizers = ["ASAN_OPTIONS", "TSAN_OPTIONS"];
+        let sanitized = sanitizers
             .iter()
-            .filter(|_| std::env::var_os("ASAN_OPTIONS").is_none());
+            .any(|name| std::env::var_os(name).is_some());
+        let counted = mappings.iter().filter(|_| !sanitized);
         let reserved = counted
             .filter(|line| line.permissions == "---p" && line.path.is_empty())
             .map(|line| line.range.end - line.range.start)
