@@ -92,8 +92,13 @@ impl Holdings {
     /// Only a process that does nothing else can say so: see `isolation::in_own_process`.
     pub(crate) fn now() -> Self {
         let mut mappings = maps();
-        let reserved = mappings
+        // The allocators of AddressSanitizer and ThreadSanitizer set aside what they like.
+        let sanitizers = ["ASAN_OPTIONS", "TSAN_OPTIONS"];
+        let sanitized = sanitizers
             .iter()
+            .any(|name| std::env::var_os(name).is_some());
+        let counted = mappings.iter().filter(|_| !sanitized);
+        let reserved = counted
             .filter(|line| line.permissions == "---p" && line.path.is_empty())
             .map(|line| line.range.end - line.range.start)
             .sum();
@@ -109,6 +114,39 @@ impl Holdings {
             names: shm_names(),
         }
     }
+}
+
+impl Holdings {
+    /// As [`now`](Self::now), but for address space that is set aside, for the heaps of threads too.
+    pub(crate) fn beside_heaps() -> Self {
+        Self {
+            reserved: 0,
+            ..Self::now()
+        }
+    }
+
+    /// As [`now`](Self::now), but for what the C library sets aside for threads: the guard page of a
+    /// stack, which it keeps for the next thread, and the rest of a heap, which ends at 64 MiB.
+    pub(crate) fn beside_threads() -> Self {
+        const HEAP: u64 = 64 << 20;
+        let all = maps();
+        let lone = all.iter().filter(|line| {
+            let size = line.range.end - line.range.start;
+            let is_guard = size == crate::isolation::PAGE;
+            let is_heap = line.range.end.is_multiple_of(HEAP) && size < HEAP;
+            line.permissions == "---p" && line.path.is_empty() && !is_guard && !is_heap
+        });
+        Self {
+            reserved: lone.map(|line| line.range.end - line.range.start).sum(),
+            ..Self::now()
+        }
+    }
+}
+
+/// How many threads this process has.
+pub(crate) fn thread_count() -> usize {
+    let tasks = fs::read_dir("/proc/self/task").expect("procfs is mounted");
+    tasks.count()
 }
 
 /// The open descriptors and what they stand for, without the one that is open to look.
@@ -128,7 +166,7 @@ fn descriptors() -> Vec<(i32, String)> {
 }
 
 /// The names in /dev/shm that this process would use.
-fn shm_names() -> Vec<String> {
+pub(crate) fn shm_names() -> Vec<String> {
     let prefix = format!("gms-{}-", std::process::id());
     let Ok(dir) = fs::read_dir("/dev/shm") else {
         return Vec::new();
@@ -153,13 +191,9 @@ pub(crate) fn leaves_nothing<R>(scenario: impl FnOnce() -> R) -> R {
 /// As [`leaves_nothing`], for what starts threads: the C library sets address space aside for the
 /// heap of a thread, and keeps it for the next.
 pub(crate) fn leaves_nothing_but_heaps<R>(scenario: impl FnOnce() -> R) -> R {
-    let now = || Holdings {
-        reserved: 0,
-        ..Holdings::now()
-    };
-    let before = now();
+    let before = Holdings::beside_heaps();
     let result = scenario();
-    assert_eq!(now(), before, "something is left");
+    assert_eq!(Holdings::beside_heaps(), before, "something is left");
     result
 }
 

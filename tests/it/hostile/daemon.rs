@@ -1,0 +1,378 @@
+//! A daemon that answers anything, early, late, twice, or not at all.
+
+use std::io::{IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use guest_memory_shm::mock::BlkDevice;
+use guest_memory_shm::{
+    AddressSpace, Attendance, Error, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions,
+    TimeLimit, VhostUserShare,
+};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+use vm_memory::{GuestAddress, GuestAddressSpace};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use super::Random;
+
+const MIB: u64 = 1 << 20;
+/// What a silent daemon costs. Whether an answer comes in time does not matter here.
+const LIMIT: Duration = Duration::from_millis(100);
+/// More than all calls of an operation may take together, each within its limit, a hundred times.
+const MOST: Duration = Duration::from_secs(30);
+
+const GET_FEATURES: u32 = 1;
+const SET_LOG_BASE: u32 = 6;
+const GET_PROTOCOL_FEATURES: u32 = 15;
+const GET_QUEUE_NUM: u32 = 17;
+const GET_CONFIG: u32 = 24;
+const GET_MAX_MEM_SLOTS: u32 = 36;
+
+const VERSION: u32 = 1;
+const REPLY: u32 = 4;
+const NEED_REPLY: u32 = 8;
+
+/// What it does in the place of an answer.
+#[derive(Clone, Copy)]
+enum Trick {
+    OtherValue,
+    OtherRequest,
+    OtherFlags,
+    OtherSize,
+    OtherLength,
+    Half,
+    Garbage,
+    Flood,
+    Twice,
+    Early,
+    Descriptors,
+    Late,
+    Drop,
+    Never,
+    HangUp,
+    AnswerAndHangUp,
+}
+
+const TRICKS: [Trick; 16] = [
+    Trick::OtherValue,
+    Trick::OtherRequest,
+    Trick::OtherFlags,
+    Trick::OtherSize,
+    Trick::OtherLength,
+    Trick::Half,
+    Trick::Garbage,
+    Trick::Flood,
+    Trick::Twice,
+    Trick::Early,
+    Trick::Descriptors,
+    Trick::Late,
+    Trick::Drop,
+    Trick::Never,
+    Trick::HangUp,
+    Trick::AnswerAndHangUp,
+];
+
+struct Hostile {
+    socket: UnixStream,
+    random: Random,
+    /// Of 100 messages, how many are not answered as they should be.
+    tricks: u64,
+}
+
+impl Hostile {
+    /// A connection to a new one.
+    fn start(random: &mut Random) -> (UnixStream, JoinHandle<()>) {
+        let (ours, socket) = UnixStream::pair().unwrap();
+        let tricks = random.of(&[2, 5, 10, 30]);
+        let random = Random(random.next());
+        let this = Self {
+            socket,
+            random,
+            tricks,
+        };
+        (ours, std::thread::spawn(move || drop(this.serve())))
+    }
+
+    /// Until it or the frontend hangs up.
+    fn serve(mut self) -> std::io::Result<()> {
+        loop {
+            let Some(header) = self.receive()? else {
+                return Ok(());
+            };
+            let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+            let mut body = vec![0; word(8) as usize];
+            self.socket.read_exact(&mut body)?;
+            let (request, flags) = (word(0), word(4));
+            let answer = self.answer(request, flags, &body);
+            match self.random.below(100) < self.tricks {
+                true => {
+                    let trick = self.random.of(&TRICKS);
+                    let answer = answer.unwrap_or_else(|| vec![0; 8]);
+                    if !self.play(trick, request, answer)? {
+                        return Ok(());
+                    }
+                }
+                false => {
+                    if let Some(body) = answer {
+                        self.send(request, VERSION | REPLY, body.len(), &body)?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The next header; what comes with it is closed.
+    fn receive(&self) -> std::io::Result<Option<[u8; 12]>> {
+        let mut header = [0; 12];
+        let mut control = nix::cmsg_space!([RawFd; 64]);
+        let mut space = [IoSliceMut::new(&mut header)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL;
+        let fd = self.socket.as_raw_fd();
+        let got = recvmsg::<()>(fd, &mut space, Some(&mut control), flags)?;
+        for message in got.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(fds) = message {
+                fds.into_iter().map(own).for_each(drop);
+            }
+        }
+        let whole = got.bytes == 12;
+        Ok(whole.then_some(header))
+    }
+
+    /// What a good daemon answers.
+    fn answer(&mut self, request: u32, flags: u32, body: &[u8]) -> Option<Vec<u8>> {
+        let value = match request {
+            GET_FEATURES => 1 << 32 | 1 << 30 | 1 << 26,
+            GET_PROTOCOL_FEATURES => {
+                let all = Features::CONFIG
+                    | Features::REPLY_ACK
+                    | Features::CONFIGURE_MEM_SLOTS
+                    | Features::LOG_SHMFD
+                    | Features::MQ;
+                // All more often than not.
+                let some = self.random.next() | self.random.next();
+                all.bits() & some
+            }
+            GET_QUEUE_NUM => 1,
+            GET_MAX_MEM_SLOTS => self.random.of(&[1, 8, 32, 509, u64::MAX]),
+            GET_CONFIG => return Some(body.to_vec()),
+            SET_LOG_BASE => 0,
+            _ if flags & NEED_REPLY != 0 => u64::from(self.random.below(50) == 0),
+            _ => return None,
+        };
+        Some(value.to_ne_bytes().to_vec())
+    }
+
+    /// Says whether the connection goes on.
+    fn play(&mut self, trick: Trick, request: u32, body: Vec<u8>) -> std::io::Result<bool> {
+        let good = VERSION | REPLY;
+        let len = body.len();
+        match trick {
+            Trick::OtherValue => {
+                let value = self.random.word().to_ne_bytes();
+                self.send(request, good, 8, &value)?;
+            }
+            Trick::OtherRequest => {
+                let other = self.random.below(50) as u32;
+                self.send(other, good, len, &body)?;
+            }
+            Trick::OtherFlags => {
+                let flags = self.random.word() as u32;
+                self.send(request, flags, len, &body)?;
+            }
+            Trick::OtherSize => {
+                let size = self.random.word() as u32;
+                self.send(request, good, size as usize, &body)?;
+            }
+            Trick::OtherLength => {
+                let body = self.random.bytes(5000);
+                self.send(request, good, body.len(), &body)?;
+            }
+            Trick::Half => {
+                let header = [request, good, len as u32].map(u32::to_ne_bytes);
+                let message = [header.as_flattened(), &body].concat();
+                let cut = self.random.below(message.len() as u64) as usize;
+                self.socket.write_all(&message[..cut])?;
+                return Ok(self.random.below(2) == 0);
+            }
+            Trick::Garbage => {
+                let bytes = self.random.bytes(200);
+                self.socket.write_all(&bytes)?;
+            }
+            Trick::Flood => {
+                let bytes = vec![self.random.next() as u8; 100_000];
+                self.socket.write_all(&bytes)?;
+            }
+            Trick::Twice => {
+                self.send(request, good, len, &body)?;
+                self.send(request, good, len, &body)?;
+            }
+            Trick::Early => {
+                self.send(request, good, len, &body)?;
+                let next = self.random.of(&[GET_FEATURES, SET_LOG_BASE, 37, 38, 5]);
+                self.send(next, good, 8, &[0; 8])?;
+            }
+            Trick::Descriptors => {
+                let count = self.random.below(40) as usize + 1;
+                let fds = vec![self.socket.as_raw_fd(); count];
+                let header = [request, good, len as u32].map(u32::to_ne_bytes);
+                let sent = self
+                    .socket
+                    .send_with_fds(&[header.as_flattened(), &body], &fds);
+                sent?;
+            }
+            Trick::Late => {
+                std::thread::sleep(Duration::from_millis(self.random.below(20)));
+                self.send(request, good, len, &body)?;
+            }
+            Trick::Drop => {}
+            Trick::Never => {
+                let mut rest = Vec::new();
+                self.socket.read_to_end(&mut rest)?;
+                return Ok(false);
+            }
+            Trick::HangUp => return Ok(false),
+            Trick::AnswerAndHangUp => {
+                self.send(request, good, len, &body)?;
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn send(&mut self, request: u32, flags: u32, size: usize, body: &[u8]) -> std::io::Result<()> {
+        let header = [request, flags, size as u32].map(u32::to_ne_bytes);
+        self.socket
+            .write_all(&[header.as_flattened(), body].concat())
+    }
+}
+
+#[allow(unsafe_code, reason = "descriptors come from a socket as bare numbers")]
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just made it for this message, and nobody else knows of it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+type Share = VhostUserShare<Frontend>;
+
+/// Changes an address space with such daemons, and looks at it after each change.
+pub(super) fn converse(mut random: Random) {
+    let space = AddressSpace::new(GuestMemoryShm::from_arc_regions(vec![region(0)]).unwrap());
+    let mut threads = Vec::new();
+    let mut daemons: Vec<ListenerId<Share>> = Vec::new();
+    for number in 0..2 {
+        if let Some((frontend, features)) = negotiate(&mut random, &mut threads) {
+            let share = VhostUserShare::new(frontend, features).with_time_limit(LIMIT);
+            let attendance = random.of(&[Attendance::MayLag, Attendance::Required]);
+            let name = format!("disk{number}");
+            let attach = || space.attach_as(name, attendance, share).map_err(Box::new);
+            match in_time(attach) {
+                Ok(id) => daemons.push(id),
+                Err(error) => says_something(error.error()),
+            }
+        }
+        look(&space, &daemons);
+    }
+    for _ in 0..8 {
+        let before = space.memory().memory().memory_table();
+        let at = 2 * random.below(12);
+        let start = GuestAddress(at * MIB);
+        let changed = match random.below(4) {
+            0 => in_time(|| space.insert(region(at)).map(drop)),
+            1 => in_time(|| space.remove(start, MIB).map(drop)),
+            2 => {
+                let change = space.transaction().insert(region(at + 1));
+                let change = change.insert(region(at + 30));
+                in_time(|| change.remove(GuestAddress(0), MIB).commit().map(drop))
+            }
+            _ => match daemons.get(random.below(2) as usize) {
+                None => Ok(()),
+                Some(id) => use_daemon(&space, id, &mut random, &mut threads),
+            },
+        };
+        if let Err(error) = changed {
+            says_something(&error);
+            assert_eq!(space.memory().memory().memory_table(), before);
+        }
+        look(&space, &daemons);
+    }
+    in_time(|| drop(space));
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+/// Something besides changes.
+fn use_daemon(
+    space: &AddressSpace,
+    id: &ListenerId<Share>,
+    random: &mut Random,
+    threads: &mut Vec<JoinHandle<()>>,
+) -> Result<(), Error> {
+    match random.below(4) {
+        0 => in_time(|| space.with_listener(id, Share::start_log)?),
+        1 => in_time(|| space.with_listener(id, Share::drain_dirty).map(drop)),
+        2 => in_time(|| space.refresh(id)),
+        _ => {
+            let Some((frontend, features)) = negotiate(random, threads) else {
+                return Ok(());
+            };
+            in_time(|| space.reconnect(id, frontend, features).map(drop))
+        }
+    }
+}
+
+fn negotiate(
+    random: &mut Random,
+    threads: &mut Vec<JoinHandle<()>>,
+) -> Option<(Frontend, Features)> {
+    let (stream, thread) = Hostile::start(random);
+    threads.push(thread);
+    let mut frontend = Frontend::from_stream(stream, 1);
+    let mut limit = TimeLimit::new(&frontend, LIMIT);
+    let device = in_time(|| limit.run(|| BlkDevice::negotiate(&mut frontend, Features::all())));
+    match device {
+        Ok(Ok(device)) => Some((frontend, device.protocol_features())),
+        Ok(Err(error)) | Err(error) => {
+            says_something(&error);
+            None
+        }
+    }
+}
+
+/// Asserts that each daemon was told what is published, by its own account, or is called stale.
+fn look(space: &AddressSpace, daemons: &[ListenerId<Share>]) {
+    let table = space.memory().memory().memory_table();
+    for status in space.listeners().unwrap() {
+        let id = daemons.iter().find(|id| status.is(id));
+        let id = id.expect("it is one of these");
+        let (held, broken) = space
+            .with_listener(id, |share| {
+                (share.table().clone(), share.broken().is_some())
+            })
+            .unwrap();
+        match status.stale() {
+            Some(reason) => assert!(!reason.is_empty()),
+            None => assert!(broken || held == table, "{status:?}: {held:?}"),
+        }
+    }
+}
+
+fn in_time<T>(work: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let done = work();
+    assert!(start.elapsed() < MOST, "it took {:?}", start.elapsed());
+    done
+}
+
+fn says_something(error: &dyn std::error::Error) {
+    assert!(error.to_string().len() > 8, "{error:?}");
+}
+
+fn region(start: u64) -> Arc<GuestRegionShm> {
+    let region = GuestRegionShm::new(GuestAddress(start * MIB), MIB, &RamOptions::new());
+    Arc::new(region.unwrap())
+}
