@@ -4,6 +4,8 @@ use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
 
 use super::{AddressSpace, ListenerError, ListenerId, MemoryListener};
+#[cfg(doc)]
+use crate::error::AddressSpaceError;
 use crate::error::{Error, MemTableChange, Result};
 use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
@@ -106,7 +108,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// # Errors
     ///
     /// Those of [`refresh`](Self::refresh); the new connection is closed then, and so is the old one:
-    /// the daemon is away, as before.
+    /// the daemon is away, as before. With [`AddressSpaceError::NoSuchListener`] and
+    /// [`AddressSpaceError::Reentrant`] only the new one is closed, and the daemon is what it was.
     pub fn reconnect<F: MemTableSink + Send + 'static>(
         &self,
         id: &ListenerId<VhostUserShare<F>>,

@@ -170,7 +170,9 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         self.publisher.mirror()
     }
 
-    /// Plugs a region: every listener is told of it, and then readers see it.
+    /// Plugs a region: every listener is told of it, and then readers see it. Who is away and may be
+    /// is not told, and the report [names it](ChangeReport::stale): see to it before the guest is
+    /// told of the region.
     ///
     /// # Errors
     ///

@@ -562,7 +562,8 @@ fn a_connection_that_panics_when_it_is_taken_leaves_the_daemon_away() {
     // It is away, and so it lags.
     let report = space.insert(region(4)).unwrap();
     assert!(report.stale()[0].is(&daemon));
-    drop(space.reconnect(&daemon, Sink(false), features).unwrap());
+    let Sink(panics) = space.reconnect(&daemon, Sink(false), features).unwrap();
+    assert!(panics, "it is the one from before");
     let held = space.with_listener(&daemon, |share| share.table().regions().len());
     assert_eq!(held.unwrap(), 2);
 }

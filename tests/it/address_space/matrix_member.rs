@@ -31,7 +31,7 @@ pub(super) enum Server {
 }
 
 /// A listener, as long as it is not attached.
-#[expect(
+#[allow(
     clippy::large_enum_variant,
     reason = "there is one per listener of a case"
 )]
