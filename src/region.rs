@@ -64,8 +64,8 @@ struct Shared<B> {
 }
 
 impl<B: NewBitmap> GuestRegionShm<B> {
-    /// A region of `size` bytes at `start`, with a new backing of its own, populated as the options
-    /// say.
+    /// A region of `size` bytes at `start`, with a new backing of its own, populated as the
+    /// options say.
     ///
     /// # Errors
     ///
@@ -85,11 +85,11 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     ///
     /// Those of a bad place, as [`new`](Self::new);
     /// [`Error::UnalignedOffset`](crate::Error::UnalignedOffset) and
-    /// [`Error::OutsideBacking`](crate::Error::OutsideBacking) for a part that the backing does not
-    /// have; [`Error::BackingTruncated`](crate::Error::BackingTruncated) for one that it has no
-    /// more; [`FileError::ReadOnlyRam`] for a file that is opened for reading only;
-    /// [`Error::HugePoolShort`](crate::Error::HugePoolShort) and
-    /// [`Error::Map`](crate::Error::Map) if it cannot be mapped.
+    /// [`Error::OutsideBacking`](crate::Error::OutsideBacking) for a part that the backing does
+    /// not have; [`Error::BackingTruncated`](crate::Error::BackingTruncated) for one that it has
+    /// no more; [`FileError::ReadOnlyRam`] for a file that is opened for reading only;
+    /// [`Error::HugePoolShort`](crate::Error::HugePoolShort) and [`Error::Map`](crate::Error::Map)
+    /// if it cannot be mapped.
     pub fn from_backing(
         backing: &ShmBacking,
         offset: u64,
@@ -106,8 +106,9 @@ pub(crate) fn new_bitmap<B: NewBitmap>(range: GuestRange) -> B {
 }
 
 impl<B> GuestRegionShm<B> {
-    /// A region as [`new`](Self::new), with a dirty bitmap that a function makes for it: for bitmaps
-    /// that are no `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up otherwise.
+    /// A region as [`new`](Self::new), with a dirty bitmap that a function makes for it: for
+    /// bitmaps that are no `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up
+    /// otherwise.
     ///
     /// ```
     /// use std::num::NonZeroUsize;

@@ -1,8 +1,8 @@
 //! Random operations, faults and panics against a naive model of an address space under daemons.
 //!
-//! `MODEL_SEED=n` runs the sequence of one seed alone, `MODEL_SEEDS=n` as many as that. In front of
-//! the daemons are two listeners with moods, who panic in every way there is, and the logger panics,
-//! too.
+//! `MODEL_SEED=n` runs the sequence of one seed alone, `MODEL_SEEDS=n` as many as that. In front
+//! of the daemons are two listeners with moods, who panic in every way there is, and the logger
+//! panics, too.
 
 use std::sync::Arc;
 
@@ -23,8 +23,8 @@ const SEEDS: u64 = 60;
 const STEPS: usize = 60;
 /// Where regions may be, in MiB: 0 is always there.
 const PLACES: u64 = 12;
-/// How long a silent daemon holds everybody up. One that is not must never be taken for it, however
-/// busy the machine is.
+/// How long a silent daemon holds everybody up. One that is not must never be taken for it,
+/// however busy the machine is.
 const LIMIT: Duration = Duration::from_secs(2);
 /// Daemons are silent in every so many sequences only: each costs its limit.
 const SILENCE: u64 = 10;
