@@ -64,8 +64,8 @@ struct Shared<B> {
 }
 
 impl<B: NewBitmap> GuestRegionShm<B> {
-    /// A region of `size` bytes at `start`, with a new backing of its own, populated as the options
-    /// say.
+    /// A region of `size` bytes at `start`, with a new backing of its own, populated as the
+    /// options say.
     ///
     /// # Errors
     ///
@@ -107,8 +107,9 @@ pub(crate) fn new_bitmap<B: NewBitmap>(range: GuestRange) -> B {
 }
 
 impl<B> GuestRegionShm<B> {
-    /// A region as [`new`](Self::new), with a dirty bitmap that a function makes for it: for bitmaps
-    /// that are no `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up otherwise.
+    /// A region as [`new`](Self::new), with a dirty bitmap that a function makes for it: for
+    /// bitmaps that are no `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up
+    /// otherwise.
     ///
     /// ```
     /// use std::num::NonZeroUsize;

@@ -17,9 +17,9 @@ use crate::panics::{caught, discard};
 ///
 /// By default it may: a daemon that died, or does not answer in time, costs the change its time
 /// limit, and then the change *succeeds without it*. It is named in
-/// [`ChangeReport::stale`](super::ChangeReport::stale), and knows nothing of the new memory: a guest
-/// that gives it a buffer there sees its device fail. So look at the report before the guest is told
-/// of the memory, or say that nothing happens without the daemon:
+/// [`ChangeReport::stale`](super::ChangeReport::stale), and knows nothing of the new memory: a
+/// guest that gives it a buffer there sees its device fail. So look at the report before the guest
+/// is told of the memory, or say that nothing happens without the daemon:
 ///
 /// ```
 /// use guest_memory_shm::{
@@ -174,8 +174,8 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
     /// Tells those at `places` this memory, in order of attachment; neighbours that wait are told
     /// side by side. At an objection nobody further is told.
     ///
-    /// `told` becomes the groups that were told, and may hold any part of it; that of the group that
-    /// is just being told is in it.
+    /// `told` becomes the groups that were told, and may hold any part of it; that of the group
+    /// that is just being told is in it.
     pub(super) fn tell(
         &mut self,
         places: &[usize],

@@ -4,6 +4,8 @@ use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
 
 use super::{AddressSpace, ListenerError, ListenerId, MemoryListener};
+#[cfg(doc)]
+use crate::error::AddressSpaceError;
 use crate::error::{Error, MemTableChange, Result};
 use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
@@ -12,9 +14,9 @@ use crate::share::{MemTableSink, VhostUserShare};
 /// A daemon, which is away once its share is broken, until it is
 /// [connected to anew](AddressSpace::reconnect).
 ///
-/// It refuses what it answers with a refusal, what exceeds a limit, and what it hangs up at: that is
-/// how libvhost-user refuses, and daemons without REPLY_ACK; if it died at that very moment, the
-/// change is undone for nothing, and the next attempt finds it away. A daemon that has hung up
+/// It refuses what it answers with a refusal, what exceeds a limit, and what it hangs up at: that
+/// is how libvhost-user refuses, and daemons without REPLY_ACK; if it died at that very moment,
+/// the change is undone for nothing, and the next attempt finds it away. A daemon that has hung up
 /// before, or is silent, is away.
 impl<F, B> MemoryListener<B> for VhostUserShare<F>
 where
@@ -105,8 +107,9 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// # Errors
     ///
-    /// Those of [`refresh`](Self::refresh); the new connection is closed then, and so is the old one:
-    /// the daemon is away, as before.
+    /// Those of [`refresh`](Self::refresh); the new connection is closed then, and so is the old
+    /// one: the daemon is away, as before. With [`AddressSpaceError::NoSuchListener`] and
+    /// [`AddressSpaceError::Reentrant`] only the new one is closed, and the daemon is what it was.
     pub fn reconnect<F: MemTableSink + Send + 'static>(
         &self,
         id: &ListenerId<VhostUserShare<F>>,

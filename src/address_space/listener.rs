@@ -26,11 +26,11 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// [`AddressSpace`](super::AddressSpace) that makes them cannot be used meanwhile, but for
 /// [`memory`](super::AddressSpace::memory) and [`atomic`](super::AddressSpace::atomic): a change
 /// would wait for itself, and is
-/// [`AddressSpaceError::Reentrant`](crate::AddressSpaceError::Reentrant) instead. That is found out
-/// on the thread that makes the call. A listener that has *another* thread change the address
-/// space and waits for it, waits for ever. A listener may change another address space; two
-/// whose listeners change each other, from two threads at once, wait for each other: always take
-/// them in the same order.
+/// [`AddressSpaceError::Reentrant`](crate::AddressSpaceError::Reentrant) instead. That is found
+/// out on the thread that makes the call. A listener that has *another* thread change the address
+/// space and waits for it, waits for ever. A listener may change another address space; two whose
+/// listeners change each other, from two threads at once, wait for each other: always take them in
+/// the same order.
 ///
 /// ```
 /// use guest_memory_shm::{AddressSpace, GuestMemoryShm, ListenerError, MemoryListener};
@@ -85,8 +85,8 @@ pub trait MemoryListener<B = ()>: Any + Send {
 
     /// Whether to tell it is to wait for somebody else, such as another process.
     ///
-    /// Asked once, when it is attached. Neighbours in the order of attachment that wait are told side by side, so that a slow one
-    /// costs its own time and not the sum.
+    /// Asked once, when it is attached. Neighbours in the order of attachment that wait are told
+    /// side by side, so that a slow one costs its own time and not the sum.
     fn waits(&self) -> bool {
         false
     }

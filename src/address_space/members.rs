@@ -38,8 +38,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// # Errors
     ///
     /// [`AttachError`] gives the listener back. The reason is [`AddressSpaceError::Refused`] or
-    /// [`AddressSpaceError::Away`]; what it was told was taken back, or it is called stale. Or it is
-    /// [`AddressSpaceError::Reentrant`], and it was told nothing.
+    /// [`AddressSpaceError::Away`]; what it was told was taken back, or it is called stale. Or it
+    /// is [`AddressSpaceError::Reentrant`], and it was told nothing.
     pub fn attach_as<L: MemoryListener<B>>(
         &self,
         name: impl Into<String>,
@@ -103,12 +103,13 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// What `work` calls of this address space is [`AddressSpaceError::Reentrant`], but for
     /// [`memory`](Self::memory) and [`atomic`](Self::atomic).
     ///
-    /// If `work` panics, so does this call. The listener is as `work` left it then, and is told the
-    /// memory at the next change, or by [`refresh`](Self::refresh).
+    /// If `work` panics, so does this call. The listener is as `work` left it then, and is told
+    /// the memory at the next change, or by [`refresh`](Self::refresh).
     ///
     /// # Errors
     ///
-    /// [`AddressSpaceError::NoSuchListener`] and [`AddressSpaceError::Reentrant`]: nothing was done.
+    /// [`AddressSpaceError::NoSuchListener`] and [`AddressSpaceError::Reentrant`]: nothing was
+    /// done.
     pub fn with_listener<L: MemoryListener<B>, T>(
         &self,
         id: &ListenerId<L>,

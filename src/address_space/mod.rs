@@ -52,14 +52,16 @@ pub use transaction::{ChangeReport, Transaction};
 /// cannot even be put back is [stale](Self::listeners), with its reason, until it is brought up to
 /// date ([`refresh`](Self::refresh), or any later change) or [detached](Self::detach).
 ///
-/// All of this holds when a listener panics, or the logger does: a listener that panics has refused.
+/// All of this holds when a listener panics, or the logger does: a listener that panics has
+/// refused.
 ///
 /// A listener that is away, a daemon that died or is silent, does not stop a change unless its
 /// [`Attendance`] says so: look at what each change [reports](ChangeReport::stale).
 ///
 /// A listener, and the closure of [`with_listener`](Self::with_listener), cannot call the address
 /// space, but for [`memory`](Self::memory) and [`atomic`](Self::atomic): that is
-/// [`AddressSpaceError::Reentrant`]. Calls from other threads wait for the change that is under way.
+/// [`AddressSpaceError::Reentrant`]. Calls from other threads wait for the change that is under
+/// way.
 ///
 /// Readers, such as the threads of virtqueues, take [`memory`](Self::memory) and hold it for a
 /// batch: they never wait for a change, and never see memory that a listener was not told of (but
@@ -134,16 +136,17 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// names `GuestMemoryAtomic`. All calls give clones of one, which each change of the memory is
     /// written to, too.
     ///
-    /// That type lets whoever has it publish (`lock().replace(..)`), and no listener would be told.
-    /// It is for reading only: what other code puts there is seen by the users of this, and not by
-    /// those of [`memory`](Self::memory), until the next change, which is
-    /// [`AddressSpaceError::MirrorReplaced`] instead and puts the memory of the address space back;
-    /// after that changes go on. A change waits for whoever holds its `lock()`, and one that is made
-    /// *by* who holds it waits for ever: nothing can find that out.
+    /// That type lets whoever has it publish (`lock().replace(..)`), and no listener would be
+    /// told. It is for reading only: what other code puts there is seen by the users of this, and
+    /// not by those of [`memory`](Self::memory), until the next change, which is
+    /// [`AddressSpaceError::MirrorReplaced`] instead and puts the memory of the address space
+    /// back; after that changes go on. A change waits for whoever holds its `lock()`, and one that
+    /// is made *by* who holds it waits for ever: nothing can find that out.
     ///
     /// ```
-    /// use guest_memory_shm::{AddressSpace, AddressSpaceError, Error, GuestMemoryShm, GuestRegionShm};
-    /// use guest_memory_shm::RamOptions;
+    /// use guest_memory_shm::{
+    ///     AddressSpace, AddressSpaceError, Error, GuestMemoryShm, GuestRegionShm, RamOptions,
+    /// };
     /// use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend};
     ///
     /// /// Somebody else's.
@@ -170,7 +173,9 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         self.publisher.mirror()
     }
 
-    /// Plugs a region: every listener is told of it, and then readers see it.
+    /// Plugs a region: every listener is told of it, and then readers see it. Who is away and may
+    /// be is not told, and the report [names it](ChangeReport::stale): see to it before the guest
+    /// is told of the region.
     ///
     /// # Errors
     ///

@@ -71,9 +71,9 @@ pub trait RegionListener<B = ()>: Send + 'static {
 /// or grows never overlaps its successor, and no more are held at once than before or after.
 /// Dropped, it lets the regions go without telling the listener.
 ///
-/// A listener that panics in `region_add` or `region_remove` may hold the region, or not: before it is
-/// told anything else it is told to remove it, whatever it answers, and to add it anew where it is
-/// to be. Where that answer is no success, the region stays mapped as long as this lives.
+/// A listener that panics in `region_add` or `region_remove` may hold the region, or not: before
+/// it is told anything else it is told to remove it, whatever it answers, and to add it anew where
+/// it is to be. Where that answer is no success, the region stays mapped as long as this lives.
 ///
 /// A listener that was [away](ListenerError::away) once is told nothing more until
 /// [`begin_anew`](Self::begin_anew) says that it is back.

@@ -14,8 +14,8 @@ use crate::panics::caught;
 /// The memory of an [`AddressSpace`](crate::AddressSpace), as it is published: for devices and the
 /// threads of virtqueues.
 ///
-/// vm-memory's `GuestAddressSpace` that can only be read: what publishes is the address space, after
-/// all listeners were told. Taking the memory out of it (`memory()`) costs as much as with
+/// vm-memory's `GuestAddressSpace` that can only be read: what publishes is the address space,
+/// after all listeners were told. Taking the memory out of it (`memory()`) costs as much as with
 /// `GuestMemoryAtomic`, and never waits. A clone costs one reference count, and outlives the
 /// address space.
 ///
@@ -69,8 +69,8 @@ impl<B: Bitmap + Send + Sync + 'static> fmt::Debug for PublishedMemory<B> {
     }
 }
 
-/// What an address space publishes by: to readers, and a second time for those who want vm-memory's
-/// type, with which they could publish, too.
+/// What an address space publishes by: to readers, and a second time for those who want
+/// vm-memory's type, with which they could publish, too.
 pub(super) struct Publisher<B: Bitmap + Send + Sync + 'static> {
     readers: PublishedMemory<B>,
     mirror: GuestMemoryAtomic<GuestMemoryShm<B>>,

@@ -120,8 +120,9 @@ impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
     /// [`AddressSpaceError::Refused`](crate::AddressSpaceError::Refused) and
     /// [`AddressSpaceError::Away`](crate::AddressSpaceError::Away): everybody who was told has
     /// been put back, but for those that the error calls stale.
-    /// [`AddressSpaceError::Reentrant`](crate::AddressSpaceError::Reentrant) from inside a listener,
-    /// and [`AddressSpaceError::MirrorReplaced`](crate::AddressSpaceError::MirrorReplaced), once, if
+    /// [`AddressSpaceError::Reentrant`](crate::AddressSpaceError::Reentrant) from inside a
+    /// listener, and
+    /// [`AddressSpaceError::MirrorReplaced`](crate::AddressSpaceError::MirrorReplaced), once, if
     /// other code published through [`AddressSpace::atomic`]: nobody was asked or told.
     pub fn commit(self) -> Result<ChangeReport<B>> {
         let mut listeners = self.space.lock()?;
@@ -201,8 +202,8 @@ impl<B> Steps<B> {
     }
 }
 
-/// A change under way. Dropped before it is complete, by an objection or a panic, it is undone: who
-/// was told is put back or stale, and readers see the memory that was before.
+/// A change under way. Dropped before it is complete, by an objection or a panic, it is undone:
+/// who was told is put back or stale, and readers see the memory that was before.
 struct Change<'a, B: Bitmap + Send + Sync + 'static> {
     publisher: &'a Publisher<B>,
     listeners: &'a mut Listeners<B>,

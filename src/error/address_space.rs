@@ -34,8 +34,8 @@ pub enum AddressSpaceError {
         occasion: Occasion,
         /// The region at which it failed, or else one that the change is about.
         region: Option<GuestRange>,
-        /// Who is stale now, and why: this listener, unless it is back already, who could not be put
-        /// back, and who was stale before.
+        /// Who is stale now, and why: this listener, unless it is back already, who could not be
+        /// put back, and who was stale before.
         stale: Vec<StaleListener>,
         /// What became of it.
         cause: Box<dyn std::error::Error + Send + Sync>,
@@ -44,17 +44,17 @@ pub enum AddressSpaceError {
     /// The listener was detached, or is attached to another address space.
     NoSuchListener,
 
-    /// The address space was called by what it was calling itself: a listener, a handler of bases, or
-    /// the closure of [`with_listener`](crate::AddressSpace::with_listener). To go on would be to
-    /// wait for itself; nothing was done.
+    /// The address space was called by what it was calling itself: a listener, a handler of bases,
+    /// or the closure of [`with_listener`](crate::AddressSpace::with_listener). To go on would be
+    /// to wait for itself; nothing was done.
     ///
     /// [`AddressSpace::memory`](crate::AddressSpace::memory) and
     /// [`AddressSpace::atomic`](crate::AddressSpace::atomic) can be called there.
     Reentrant,
 
-    /// Other code replaced the memory in [`AddressSpace::atomic`](crate::AddressSpace::atomic), past
-    /// all listeners. The memory of the address space is there again, nothing else was done, and the
-    /// next change goes on as ever.
+    /// Other code replaced the memory in [`AddressSpace::atomic`](crate::AddressSpace::atomic),
+    /// past all listeners. The memory of the address space is there again, nothing else was done,
+    /// and the next change goes on as ever.
     MirrorReplaced,
 }
 

@@ -86,9 +86,9 @@ impl<B> GuestMemoryShmBuilder<B> {
     /// Has a function make the dirty bitmap of each region, of any type: for bitmaps that are no
     /// `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up otherwise.
     ///
-    /// Default: `NewBitmap::with_len`. The function is called during [`build`](Self::build), once for
-    /// each region, after all is checked and before anything is created. If it panics, so does that,
-    /// and nothing is left behind.
+    /// Default: `NewBitmap::with_len`. The function is called during [`build`](Self::build), once
+    /// for each region, after all is checked and before anything is created. If it panics, so does
+    /// that, and nothing is left behind.
     ///
     /// ```
     /// use std::num::NonZeroUsize;
@@ -99,9 +99,10 @@ impl<B> GuestMemoryShmBuilder<B> {
     ///
     /// let page = NonZeroUsize::new(4096).expect("a page has a size");
     /// let track = true; // as this guest wants it
+    /// let bitmap = move |size: u64| track.then(|| AtomicBitmap::new(size as usize, page));
     /// let memory: GuestMemoryShm<Option<AtomicBitmap>> = GuestMemoryShm::<()>::builder()
     ///     .with_ram(RamOptions::new(), [(GuestAddress(0), 1 << 20)])
-    ///     .with_bitmap(move |range| track.then(|| AtomicBitmap::new(range.size() as usize, page)))
+    ///     .with_bitmap(move |range| bitmap(range.size()))
     ///     .build()?;
     /// memory.write_obj(1u8, GuestAddress(0x3000)).expect("there is RAM");
     /// let region = memory.find_region(GuestAddress(0)).expect("there is RAM");

@@ -27,10 +27,11 @@ use index::Index;
 
 /// The RAM of a guest: shared-memory regions behind vm-memory's traits.
 ///
-/// Takes the place of vm-memory's `GuestMemoryMmap`: a VMM changes its type alias and keeps the code
-/// behind it (see [below](#porting-from-guestmemorymmap)). `B` is the dirty bitmap of each region, `()` for none. It never changes: hotplug makes a
-/// new memory ([`insert_region`](Self::insert_region)), which shares the regions and is published
-/// through vm-memory's `GuestMemoryAtomic`. Cloning it clones references to the regions.
+/// Takes the place of vm-memory's `GuestMemoryMmap`: a VMM changes its type alias and keeps the
+/// code behind it (see [below](#porting-from-guestmemorymmap)). `B` is the dirty bitmap of each
+/// region, `()` for none. It never changes: hotplug makes a new memory
+/// ([`insert_region`](Self::insert_region)), which shares the regions and is published through
+/// vm-memory's `GuestMemoryAtomic`. Cloning it clones references to the regions.
 ///
 /// `Display` prints the regions as a table.
 ///
@@ -84,8 +85,8 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
         Self::builder().with_ram(RamOptions::new(), ranges).build()
     }
 
-    /// A builder, for RAM of several backings, of other kinds than a memfd, or with bitmaps that are
-    /// no `NewBitmap` ([`with_bitmap`](GuestMemoryShmBuilder::with_bitmap)).
+    /// A builder, for RAM of several backings, of other kinds than a memfd, or with bitmaps that
+    /// are no `NewBitmap` ([`with_bitmap`](GuestMemoryShmBuilder::with_bitmap)).
     pub fn builder() -> GuestMemoryShmBuilder<B> {
         GuestMemoryShmBuilder::new()
     }

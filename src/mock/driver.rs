@@ -39,8 +39,9 @@ pub struct RequestId(pub(super) u64);
 /// may be in flight, and one request may have several buffers. EVENT_IDX and indirect descriptors
 /// are not used.
 ///
-/// `memory` is anything that leads to a `GuestMemory`: a reference, an `Arc`, or a
-/// [`GuestMemoryAtomic`](vm_memory::GuestMemoryAtomic), with which the driver sees hotplug.
+/// `memory` is anything that leads to a `GuestMemory`: a reference, an `Arc`, or what sees
+/// hotplug, a [`PublishedMemory`](crate::PublishedMemory) or a
+/// [`GuestMemoryAtomic`](vm_memory::GuestMemoryAtomic).
 /// [`BlkDevice::start_queue`](super::BlkDevice::start_queue) connects it to a daemon.
 ///
 /// ```

@@ -12,6 +12,7 @@ mod changes;
 mod inside;
 mod listeners;
 mod panics;
+mod panics_around;
 mod published;
 
 const MIB: u64 = 1 << 20;

@@ -56,8 +56,8 @@ impl World {
         let mut told = Vec::new();
         let mut objection = self.asked(&checks);
         if objection.is_none() {
-            // Who is away is not told; those that are, in two groups: the first one with moods, and
-            // then the second beside the daemons.
+            // Who is away is not told; those that are, in two groups: the first one with moods,
+            // and then the second beside the daemons.
             let there = |at: usize| checks[at].is_none();
             for group in [0, 1] {
                 if objection.is_some() {

@@ -1,8 +1,8 @@
 //! Random operations, faults and panics against a naive model of an address space under daemons.
 //!
-//! `MODEL_SEED=n` runs the sequence of one seed alone, `MODEL_SEEDS=n` as many as that. In front of
-//! the daemons are two listeners with moods, who panic in every way there is, and the logger panics,
-//! too.
+//! `MODEL_SEED=n` runs the sequence of one seed alone, `MODEL_SEEDS=n` as many as that. In front
+//! of the daemons are two listeners with moods, who panic in every way there is, and the logger
+//! panics, too.
 
 use std::sync::Arc;
 

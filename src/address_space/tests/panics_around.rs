@@ -1,0 +1,292 @@
+//! Panics around changes: when listeners come and go, are used and refreshed; in listeners of
+//! regions, in bitmaps, and in connections.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::panics::{Bomb, WAYS, panics};
+use super::*;
+
+#[test]
+fn a_listener_that_panics_when_it_is_attached_is_given_back() {
+    struct Shy;
+    impl MemoryListener for Shy {
+        fn check(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
+            Ok(())
+        }
+        fn update(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
+            unreachable!("it was never attached")
+        }
+        fn waits(&self) -> bool {
+            panic!("a listener's bug")
+        }
+    }
+    let space = space();
+    let error = space.attach("a", Shy).unwrap_err();
+    assert!(
+        error.to_string().contains("it panicked: a listener's bug"),
+        "{error}"
+    );
+    let Shy = error.into_listener();
+
+    // It panics at what it is told, and when that is taken back.
+    let error = space
+        .attach("b", panics(&[1, 2], false, WAYS[2].0))
+        .unwrap_err();
+    assert!(error.to_string().contains("\"b\" is stale"), "{error}");
+    assert_eq!(error.into_listener().told, 2);
+    assert_eq!(space.listeners().unwrap(), []);
+    space.insert(region(4)).told_all();
+}
+
+#[test]
+fn who_panics_when_refreshed_is_stale_until_it_does_not() {
+    let space = space();
+    let a = space.attach("a", panics(&[2], false, WAYS[2].0)).unwrap();
+    let error = space.refresh(&a).unwrap_err().to_string();
+    assert!(error.contains("it panicked"), "{error}");
+    let stale = space.listeners().unwrap()[0].stale().map(str::to_owned);
+    assert!(stale.is_some_and(|reason| reason.contains("it panicked")));
+    space.refresh(&a).unwrap();
+    assert_eq!(space.listeners().unwrap()[0].stale(), None);
+}
+
+#[test]
+fn a_closure_that_panics_on_a_listener_is_its_callers_and_changes_go_on() {
+    let (space, log) = (space(), Said::default());
+    let a = space.attach("a", script("a", &log)).unwrap();
+    let work = || space.with_listener(&a, |_| panic_any(7));
+    let payload = catch_unwind(AssertUnwindSafe(work)).unwrap_err();
+    assert_eq!(payload.downcast_ref(), Some(&7));
+    space.insert(region(4)).told_all();
+    assert_eq!(held(&space, &a, all), [0, 4]);
+}
+
+#[test]
+fn listeners_that_panic_when_they_are_dropped_are_all_dropped() {
+    static DROPPED: AtomicUsize = AtomicUsize::new(0);
+    struct Last(bool);
+    impl MemoryListener for Last {
+        fn check(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
+            Ok(())
+        }
+        fn update(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
+            Ok(())
+        }
+        fn waits(&self) -> bool {
+            true
+        }
+    }
+    impl Drop for Last {
+        fn drop(&mut self) {
+            DROPPED.fetch_add(1, Ordering::Relaxed);
+            match self.0 {
+                true => panic_any(Bomb),
+                false => panic!("a listener's bug"),
+            }
+        }
+    }
+    let space = space();
+    for bomb in [true, false, true] {
+        space.attach("a", Last(bomb)).unwrap();
+    }
+    space.insert(region(4)).told_all();
+    // Two panics at once would end the process.
+    drop(space);
+    assert_eq!(DROPPED.load(Ordering::Relaxed), 3);
+}
+
+/// It takes a region, or lets it go, before or after it panics.
+#[derive(Default)]
+struct Dma {
+    held: Vec<u64>,
+    /// What it panics at, and whether it has done it then.
+    panics: Option<(char, bool)>,
+}
+
+impl Dma {
+    fn tell(&mut self, what: char, region: &GuestRegionShm) -> Result<(), ListenerError> {
+        let at = region.range().start_addr().0 / MIB;
+        let done = match self.panics {
+            Some((when, done)) if when == what => {
+                self.panics = None;
+                Some(done)
+            }
+            _ => None,
+        };
+        assert!(done != Some(false), "a listener's bug");
+        let there = self.held.contains(&at);
+        match what {
+            '+' if there => return Err(ListenerError::refused("it is there")),
+            '+' => self.held.push(at),
+            _ if !there => return Err(ListenerError::refused("it is not there")),
+            _ => self.held.retain(|other| *other != at),
+        }
+        assert!(done != Some(true), "a listener's bug");
+        Ok(())
+    }
+}
+
+impl RegionListener for Dma {
+    fn region_add(&mut self, region: &GuestRegionShm) -> Result<(), ListenerError> {
+        self.tell('+', region)
+    }
+    fn region_remove(&mut self, region: &GuestRegionShm) -> Result<(), ListenerError> {
+        self.tell('-', region)
+    }
+}
+
+#[test]
+fn a_listener_of_regions_that_panics_holds_what_readers_see_all_the_same() {
+    for what in ['+', '-'] {
+        for done in [false, true] {
+            let space = space();
+            space.insert(region(4)).told_all();
+            let dma = space.attach("dma", PerRegion::new(Dma::default())).unwrap();
+            let arm = |dma: &mut PerRegion<Dma>| dma.get_mut().panics = Some((what, done));
+            space.with_listener(&dma, arm).unwrap();
+            // One comes and one goes.
+            let change = space.transaction().insert(region(8));
+            let change = change.remove(GuestAddress(4 * MIB), MIB);
+            let error = change.commit().unwrap_err().to_string();
+            assert!(error.contains("\"dma\" refuses"), "{error}");
+            let held = |dma: &mut PerRegion<Dma>| {
+                let mut held = dma.get_ref().held.clone();
+                held.sort_unstable();
+                assert_eq!(dma.regions().len(), held.len());
+                held
+            };
+            let holds = space.with_listener(&dma, held).unwrap();
+            assert_eq!(holds, present(&space), "{what}{done}");
+            assert_eq!(present(&space), [0, 4]);
+            assert_eq!(space.listeners().unwrap()[0].stale(), None);
+
+            space.insert(region(8)).told_all();
+            assert_eq!(space.with_listener(&dma, held).unwrap(), [0, 4, 8]);
+        }
+    }
+}
+
+thread_local! {
+    /// Whether bitmaps panic when this thread drops them.
+    static ARMED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// A bitmap whose drop can panic: it is dropped wherever the last of a memory is.
+#[derive(Debug, Default)]
+struct Fragile;
+
+impl Drop for Fragile {
+    fn drop(&mut self) {
+        assert!(!ARMED.replace(false), "a bitmap's bug");
+    }
+}
+
+impl vm_memory::bitmap::WithBitmapSlice<'_> for Fragile {
+    type S = ();
+}
+
+impl Bitmap for Fragile {
+    fn mark_dirty(&self, _: usize, _: usize) {}
+    fn dirty_at(&self, _: usize) -> bool {
+        false
+    }
+    fn slice_at(&self, _: usize) {}
+}
+
+#[test]
+fn a_memory_that_panics_when_it_is_dropped_by_a_publication_does_not_stop_it() {
+    /// In the middle of a change it puts a memory into the mirror, whose drop panics: it is
+    /// dropped when the new one is published.
+    struct Saboteur(GuestMemoryAtomic<GuestMemoryShm<Fragile>>, Vec<usize>);
+    impl MemoryListener<Fragile> for Saboteur {
+        fn check(&mut self, _: &GuestMemoryShm<Fragile>) -> Result<(), ListenerError> {
+            Ok(())
+        }
+        fn update(&mut self, memory: &GuestMemoryShm<Fragile>) -> Result<(), ListenerError> {
+            self.1.push(memory.num_regions());
+            if memory.num_regions() > 1 {
+                let foreign = fragile(64);
+                self.0.lock().unwrap().replace(foreign);
+                ARMED.set(true);
+            }
+            Ok(())
+        }
+    }
+    fn fragile(at: u64) -> GuestMemoryShm<Fragile> {
+        GuestMemoryShm::<()>::builder()
+            .with_bitmap(|_| Fragile)
+            .with_ram(RamOptions::new(), [(GuestAddress(at * MIB), MIB)])
+            .build()
+            .unwrap()
+    }
+    let space = AddressSpace::new(fragile(0));
+    let saboteur = Saboteur(space.atomic(), Vec::new());
+    let id = space.attach("a", saboteur).unwrap();
+    let place = (GuestAddress(4 * MIB), MIB);
+    let new = |_| Fragile;
+    let region = GuestRegionShm::new_with_bitmap(place.0, place.1, &RamOptions::new(), new);
+    space.insert(region.unwrap()).told_all();
+    assert!(!ARMED.get(), "nothing was dropped");
+    assert_eq!(space.memory().memory().num_regions(), 2);
+    assert_eq!(space.atomic().memory().num_regions(), 2);
+    let told = space.with_listener(&id, |saboteur| saboteur.1.clone());
+    assert_eq!(told.unwrap(), [1, 2]);
+    // What it did is an error, at the next change.
+    let error = space.remove(place.0, place.1).unwrap_err();
+    assert!(
+        error.to_string().contains("AddressSpace::atomic()"),
+        "{error}"
+    );
+    space.remove(place.0, place.1).told_all();
+}
+
+#[cfg(feature = "vhost-user")]
+#[test]
+fn a_connection_that_panics_when_it_is_taken_leaves_the_daemon_away() {
+    use crate::share::{HangUp, MemTableSink, SinkError, VhostUserShare};
+    use crate::table::TableRegion;
+    use vhost::vhost_user::VhostUserProtocolFeatures as Features;
+
+    struct Sink(bool);
+    impl MemTableSink for Sink {
+        fn request_acks(&mut self) {
+            assert!(!self.0, "a connection's bug");
+        }
+        fn set_mem_table(&mut self, _: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError> {
+            Ok(None)
+        }
+        fn add_mem_region(&mut self, _: &TableRegion) -> Result<Option<u64>, SinkError> {
+            Ok(None)
+        }
+        fn remove_mem_region(&mut self, _: &TableRegion) -> Result<(), SinkError> {
+            Ok(())
+        }
+        fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
+            Ok(8)
+        }
+        fn barrier(&mut self) -> Result<(), SinkError> {
+            Ok(())
+        }
+        fn hang_up(&self) -> Option<HangUp> {
+            None
+        }
+    }
+    let space = space();
+    let features = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
+    let share = VhostUserShare::new(Sink(false), features);
+    let daemon = space.attach("daemon", share).unwrap();
+    let failed = space.reconnect(&daemon, Sink(true), features);
+    let error = failed.map(drop).unwrap_err().to_string();
+    assert!(error.contains("it panicked: a connection's bug"), "{error}");
+    let stale = space.listeners().unwrap()[0].stale().map(str::to_owned);
+    assert!(stale.is_some_and(|reason| reason.contains("a connection's bug")));
+    // It is away, and so it lags.
+    let report = space.insert(region(4)).unwrap();
+    assert!(report.stale()[0].is(&daemon));
+    let Sink(panics) = space.reconnect(&daemon, Sink(false), features).unwrap();
+    assert!(panics, "it is the one from before");
+    let held = space.with_listener(&daemon, |share| share.table().regions().len());
+    assert_eq!(held.unwrap(), 2);
+}
