@@ -28,8 +28,8 @@ const MAX_QUEUES: u16 = 32;
 /// A vhost-user-blk daemon inside this process, with a RAM disk.
 ///
 /// It listens on a Unix socket and serves one front-end after the other; while one is connected,
-/// the next one waits. Where this process has no descriptors left, clients are hung up on, and
-/// messages whose descriptors did not all arrive are refused, until there are some again. Every connection begins with an empty table of guest memory; the disk, the
+/// the next one waits. Where this process has no descriptors left, clients are hung up on until
+/// there are some again, and so are those whose message lost descriptors that way. Every connection begins with an empty table of guest memory; the disk, the
 /// log of requests and the faults to come belong to the daemon and outlive connections.
 ///
 /// Dropping it hangs up, ends all its threads, closes what it opened and removes the socket file.
