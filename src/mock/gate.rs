@@ -225,7 +225,8 @@ fn relay_answers(link: &Link, shared: &Shared, barrier: &Barrier) -> io::Result<
 }
 
 /// Whether the files that came with a message are as long as the message says: to touch what is
-/// missing would end this process with SIGBUS. A message that is not whole is the daemon's to refuse.
+/// missing would end this process with SIGBUS. A message that is not whole is the daemon's to
+/// refuse.
 fn has_room(message: &Message) -> bool {
     let ends: Vec<_> = match LoggedRequest::of(message) {
         LoggedRequest::SetMemTable(regions) => regions.iter().map(LoggedRegion::end).collect(),

@@ -224,8 +224,8 @@ fn rights(control: &[u8]) -> impl Iterator<Item = RawFd> {
 )]
 fn adopt(fd: RawFd) -> OwnedFd {
     // SAFETY: the only caller passes each number of an SCM_RIGHTS list once, which the kernel has
-    // just written: it opened the descriptor for this message a moment ago, no one else has learned
-    // its number, and it needs nothing but close() to be released.
+    // just written: it opened the descriptor for this message a moment ago, no one else has
+    // learned its number, and it needs nothing but close() to be released.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
