@@ -56,8 +56,8 @@ impl fmt::Display for ShortSize {
     }
 }
 
-/// Rows of a table for people, in columns that are as wide as what is in them; those whose letter in
-/// `sides` is `r` stand to the right. A row may end early. No line ends with blanks.
+/// Rows of a table for people, in columns that are as wide as what is in them; those whose letter
+/// in `sides` is `r` stand to the right. A row may end early. No line ends with blanks.
 pub(crate) fn columns(sides: &str, rows: &[Vec<String>]) -> String {
     let width = |at: usize| {
         let texts = rows.iter().filter_map(|row| row.get(at));

@@ -13,8 +13,8 @@ use vm_memory::{FileOffset, GuestAddress, MmapRegion, VolatileMemory};
 /// Bytes of guest memory for which there is a bit, from guest address 0 on.
 const PAGE: u64 = 4096;
 
-/// A log that is mapped. No touch of it is SIGBUS, now or later: its file is long enough, and sealed
-/// against being cut.
+/// A log that is mapped. No touch of it is SIGBUS, now or later: its file is long enough, and
+/// sealed against being cut.
 #[derive(Debug)]
 pub(crate) struct Log {
     bits: MmapRegion,

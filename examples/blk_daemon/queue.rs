@@ -58,8 +58,8 @@ impl QueueThread {
         })
     }
 
-    /// Waits for kicks if the queue runs, and for none if it does not. To be called after each change
-    /// of that.
+    /// Waits for kicks if the queue runs, and for none if it does not. To be called after each
+    /// change of that.
     pub(crate) fn follow_state(&mut self) -> io::Result<()> {
         let kick = {
             let vring = self.vring.get_ref();
@@ -82,8 +82,8 @@ impl QueueThread {
         Ok(())
     }
 
-    /// Waits for no kick. To be called before the descriptor is closed: the front-end has the eventfd,
-    /// too, so closing alone would not end the wait for it.
+    /// Waits for no kick. To be called before the descriptor is closed: the front-end has the
+    /// eventfd, too, so closing alone would not end the wait for it.
     pub(crate) fn ignore_kicks(&mut self) {
         if let Some(kick) = self.watched.take()
             && let Err(error) =

@@ -32,8 +32,8 @@ pub(crate) fn block_signals() -> Result<SigSet> {
     Ok(ending)
 }
 
-/// Starts the thread that waits for `signals` and ends the daemon. The second signal kills a daemon
-/// that is stuck, as signals do by default; its socket goes all the same.
+/// Starts the thread that waits for `signals` and ends the daemon. The second signal kills a
+/// daemon that is stuck, as signals do by default; its socket goes all the same.
 pub(crate) fn end_by(signals: SigSet, ending: Arc<Ending>, socket: Arc<Socket>) -> Result<()> {
     let wait = move || {
         match signals.wait() {

@@ -1,9 +1,9 @@
-//! The end by a signal. SIGINT and SIGTERM can come at any moment, and then nothing may be left: not
-//! a file, not a name in /dev/shm, not half a line on the terminal.
+//! The end by a signal. SIGINT and SIGTERM can come at any moment, and then nothing may be left:
+//! not a file, not a name in /dev/shm, not half a line on the terminal.
 //!
-//! All threads block both signals, and one waits for them. It ends the process by the very signal, as
-//! if it had never been blocked (for a shell that is status 130 or 143), but for two things:
-//! it waits for the end of what must not be left half done, and it undoes what was begun.
+//! All threads block both signals, and one waits for them. It ends the process by the very
+//! signal, as if it had never been blocked (for a shell that is status 130 or 143), but for two
+//! things: it waits for the end of what must not be left half done, and it undoes what was begun.
 
 use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -38,8 +38,8 @@ pub(crate) fn watch() -> Result<()> {
     thread.spawn(wait).map(drop).or_fail(doing)
 }
 
-/// What is done as long as the result lives is done wholly before a signal ends the process: it has
-/// to be little.
+/// What is done as long as the result lives is done wholly before a signal ends the process: it
+/// has to be little.
 pub(crate) fn whole() -> MutexGuard<'static, ()> {
     lock(&WHOLE)
 }

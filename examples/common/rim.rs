@@ -55,8 +55,8 @@ pub(crate) fn fold_lines(text: &str, indent: impl Fn(&str) -> usize) -> String {
     lines.map(|line| line + "\n").collect()
 }
 
-/// Breaks a line at blanks where it is too long; what follows is indented by `indent`. A word that is
-/// too long for any line stays whole.
+/// Breaks a line at blanks where it is too long; what follows is indented by `indent`. A word
+/// that is too long for any line stays whole.
 pub(crate) fn fold(line: &str, indent: usize) -> String {
     let mut folded = String::new();
     let mut rest = line.to_owned();

@@ -22,8 +22,8 @@ use crate::failure::{Failure, OrFail, Result};
 use crate::report::size;
 use crate::session::Session;
 
-/// A file that takes the disk's contents. It has no name until it is complete: however this process
-/// ends, half a copy is never left.
+/// A file that takes the disk's contents. It has no name until it is complete: however this
+/// process ends, half a copy is never left.
 pub(crate) struct Output {
     file: File,
     path: PathBuf,
@@ -144,7 +144,8 @@ fn in_procfs(file: &File) -> PathBuf {
     format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
-/// Gives a file without a name the name `path`, also where another has it (see open(2), O_TMPFILE).
+/// Gives a file without a name the name `path`, also where another has it (see open(2),
+/// O_TMPFILE).
 fn give_name(file: &File, path: &Path) -> io::Result<()> {
     let link = |name: &Path| {
         let flags = AtFlags::AT_SYMLINK_FOLLOW;

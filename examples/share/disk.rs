@@ -222,8 +222,8 @@ impl Disk {
         self.outcome(request, &doing)?.or_fail(doing)
     }
 
-    /// Waits until the daemon has completed `request`, until it hangs up, or for the time limit. The
-    /// inner result is that of the request.
+    /// Waits until the daemon has completed `request`, until it hangs up, or for the time limit.
+    /// The inner result is that of the request.
     fn outcome(
         &mut self,
         request: RequestId,

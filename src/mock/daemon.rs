@@ -29,9 +29,10 @@ const MAX_QUEUES: u16 = 32;
 /// A vhost-user-blk daemon inside this process, with a RAM disk.
 ///
 /// It listens on a Unix socket and serves one front-end after the other; while one is connected,
-/// the next one waits. Where this process has no descriptors left, clients are hung up on, and
-/// messages whose descriptors did not all arrive are refused, until there are some again. Every connection begins with an empty table of guest memory; the disk, the
-/// log of requests and the faults to come belong to the daemon and outlive connections.
+/// the next one waits. Where this process has no descriptors left, clients are hung up on until
+/// there are some again, and so are those whose message lost descriptors that way. Every
+/// connection begins with an empty table of guest memory; the disk, the log of requests and the
+/// faults to come belong to the daemon and outlive connections.
 ///
 /// Dropping it hangs up, ends all its threads, closes what it opened and removes the socket file.
 ///
@@ -65,8 +66,8 @@ impl MockDaemon {
     /// A new connection to the daemon, also to one without a path.
     ///
     /// # Errors
-    /// [`Error::Mock`] with the cause of `connect(2)`; with [`ErrorKind::ConnectionRefused`] and the
-    /// reason, if the daemon could not accept connections any more and has stopped listening.
+    /// [`Error::Mock`] with the cause of `connect(2)`; with [`ErrorKind::ConnectionRefused`] and
+    /// the reason, if the daemon could not accept connections any more and has stopped listening.
     pub fn connect(&self) -> Result<UnixStream> {
         let listener = self.shared.listener();
         let connected = listener.and_then(|listener| server::connect_to(&listener));

@@ -178,8 +178,8 @@ impl BlkDevice {
         frontend
             .set_vring_enable(index, true)
             .map_err(failed("enable the queue"))?;
-        // A daemon may drop a kick that comes before it has enabled the queue. Messages are handled
-        // in order: without acknowledgements, the answer to a question says that it has.
+        // A daemon may drop a kick that comes before it has enabled the queue. Messages are
+        // handled in order: without acknowledgements, the answer to a question says that it has.
         if !self
             .protocol_features
             .contains(VhostUserProtocolFeatures::REPLY_ACK)

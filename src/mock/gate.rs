@@ -77,12 +77,6 @@ struct Gate<'a> {
 impl Gate<'_> {
     fn relay_requests(&mut self) -> io::Result<()> {
         while let Some(mut message) = self.receive()? {
-            if message.cut_off {
-                match self.refuse_cut_off(message)? {
-                    ControlFlow::Continue(()) => continue,
-                    ControlFlow::Break(()) => break,
-                }
-            }
             match message.code() {
                 Some(FrontendReq::SET_LOG_BASE) if !has_room(&message) => break,
                 Some(FrontendReq::SET_PROTOCOL_FEATURES) => self.note_features(&mut message),
@@ -108,28 +102,6 @@ impl Gate<'_> {
             self.shared.log(LoggedRequest::of(message));
         }
         Ok(message)
-    }
-
-    /// Refuses a message whose descriptors did not all arrive; those that did are closed.
-    fn refuse_cut_off(&self, message: Message) -> io::Result<ControlFlow<()>> {
-        logs::warn!(
-            "mock daemon: refused {}: this process has no descriptors left for those that came \
-             with it, raise RLIMIT_NOFILE (ulimit -n)",
-            LoggedRequest::of(&message)
-        );
-        let answered_otherwise = matches!(
-            message.code(),
-            None | Some(FrontendReq::SET_LOG_BASE | FrontendReq::SET_DEVICE_STATE_FD)
-        );
-        if answered_otherwise || !self.reply_ack || !message.wants_answer() {
-            return Ok(ControlFlow::Break(()));
-        }
-        let refusal = Message::answer(message.request, REFUSED);
-        // Now, and not when the answer is on its way: who reads it may count on them.
-        drop(message);
-        self.pass_barrier()?;
-        refusal.send(&self.link.front)?;
-        Ok(ControlFlow::Continue(()))
     }
 
     /// The daemon behind must not think that REPLY_ACK is in use where it is not offered.
@@ -254,7 +226,8 @@ fn relay_answers(link: &Link, shared: &Shared, barrier: &Barrier) -> io::Result<
 }
 
 /// Whether the files that came with a message are as long as the message says: to touch what is
-/// missing would end this process with SIGBUS. A message that is not whole is the daemon's to refuse.
+/// missing would end this process with SIGBUS. A message that is not whole is the daemon's to
+/// refuse.
 fn has_room(message: &Message) -> bool {
     let ends: Vec<_> = match LoggedRequest::of(message) {
         LoggedRequest::SetMemTable(regions) => regions.iter().map(LoggedRegion::end).collect(),

@@ -32,9 +32,6 @@ pub(super) struct Message {
     pub(super) flags: u32,
     pub(super) body: Vec<u8>,
     pub(super) fds: Vec<OwnedFd>,
-    /// Some of its descriptors did not arrive, because this process has no numbers left for them.
-    /// What it has in `fds` is the first of them.
-    pub(super) cut_off: bool,
 }
 
 impl Message {
@@ -45,7 +42,6 @@ impl Message {
             flags: VERSION,
             body: Vec::new(),
             fds: Vec::new(),
-            cut_off: false,
         }
     }
 
@@ -56,7 +52,6 @@ impl Message {
             flags: VERSION | VhostUserHeaderFlag::REPLY.bits(),
             body: value.to_ne_bytes().to_vec(),
             fds: Vec::new(),
-            cut_off: false,
         }
     }
 
@@ -131,19 +126,18 @@ impl Receiver {
     }
 
     /// The next message, or `None` where the peer hung up between two messages.
+    ///
+    /// One whose descriptors did not all arrive is an error: the kernel drops those for which this
+    /// process has no numbers left. Those that arrived are closed.
     pub(super) fn receive(&mut self, socket: &UnixStream) -> io::Result<Option<Message>> {
         let mut header = [0; HEADER_SIZE];
         let mut filled = 0;
         let mut fds = Vec::new();
-        let mut cut_off = false;
         while filled < HEADER_SIZE {
             match self.receive_some(socket, &mut header[filled..], &mut fds)? {
-                (0, _) if filled == 0 => return Ok(None),
-                (0, _) => return Err(ErrorKind::UnexpectedEof.into()),
-                (received, cut) => {
-                    filled += received;
-                    cut_off |= cut;
-                }
+                0 if filled == 0 => return Ok(None),
+                0 => return Err(ErrorKind::UnexpectedEof.into()),
+                received => filled += received,
             }
         }
 
@@ -168,18 +162,16 @@ impl Receiver {
             flags: field(1),
             body,
             fds,
-            cut_off,
         }))
     }
 
-    /// Receives some bytes, adds the descriptors that came with them, and says how many bytes these
-    /// are, and whether descriptors were cut off.
+    /// Receives some bytes, and adds the descriptors that came with them.
     fn receive_some(
         &mut self,
         socket: &UnixStream,
         buffer: &mut [u8],
         fds: &mut Vec<OwnedFd>,
-    ) -> io::Result<(usize, bool)> {
+    ) -> io::Result<usize> {
         // The kernel writes only what it has to say.
         self.control.fill(0);
         let mut iov = [IoSliceMut::new(buffer)];
@@ -197,9 +189,15 @@ impl Receiver {
                 }
             }
         };
-        // nix shows nothing of a message that was cut off; but what was not is in our table.
+        // nix shows nothing where some were cut off; but those that were not are in our table.
         fds.extend(rights(&self.control).map(adopt));
-        Ok((bytes, flags.contains(MsgFlags::MSG_CTRUNC)))
+        if flags.contains(MsgFlags::MSG_CTRUNC) {
+            let reason = "no descriptors are left for those that came with a message: raise \
+                          RLIMIT_NOFILE (ulimit -n)";
+            log::warn!("mock daemon: hangs up: {reason}");
+            return Err(io::Error::other(reason));
+        }
+        Ok(bytes)
     }
 }
 
@@ -226,8 +224,8 @@ fn rights(control: &[u8]) -> impl Iterator<Item = RawFd> {
 )]
 fn adopt(fd: RawFd) -> OwnedFd {
     // SAFETY: the only caller passes each number of an SCM_RIGHTS list once, which the kernel has
-    // just written: it opened the descriptor for this message a moment ago, no one else has learned
-    // its number, and it needs nothing but close() to be released.
+    // just written: it opened the descriptor for this message a moment ago, no one else has
+    // learned its number, and it needs nothing but close() to be released.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
@@ -247,7 +245,6 @@ mod tests {
             flags: 9,
             body: (0..=255).collect(),
             fds: files.into_iter().map(OwnedFd::from).collect(),
-            cut_off: false,
         };
         message.send(&left).unwrap();
         Message::bare(FrontendReq::GET_FEATURES)
@@ -258,7 +255,7 @@ mod tests {
         let mut receiver = Receiver::new();
         let first = receiver.receive(&right).unwrap().unwrap();
         assert_eq!((first.request, first.flags), (5, 9));
-        assert!(first.wants_answer() && !first.cut_off);
+        assert!(first.wants_answer());
         assert_eq!(first.body, message.body);
         let got: Vec<u64> = first
             .fds

@@ -22,10 +22,10 @@
 //! the file long enough; that there are pages for it, they do not promise. In a sealed file of huge
 //! pages the frontend can punch holes, and touching them with an empty pool is SIGBUS, too.
 //!
-//! Descriptors for which the process has no numbers left are dropped by the kernel, and recvmsg(2) says
-//! MSG_CTRUNC. Those that came before them are in the process all the same: a daemon that receives
-//! messages by itself takes them out of the control buffer, hands them in with the message, which then
-//! has fewer than regions and is refused, and so they are closed.
+//! Descriptors for which the process has no numbers left are dropped by the kernel, and
+//! recvmsg(2) says MSG_CTRUNC. Those that came before them are in the process all the same: a
+//! daemon that receives messages by itself takes them out of the control buffer, hands them in
+//! with the message, which then has fewer than regions and is refused, and so they are closed.
 //!
 //! A message without NEED_REPLY has no answer to put the code in: a daemon that refuses such a one
 //! must hang up, or the frontend takes it for done.

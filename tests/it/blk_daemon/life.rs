@@ -373,8 +373,8 @@ fn a_dirty_log_that_could_end_the_daemon_is_refused() {
         assert!(line.contains(reason), "{line}");
     }
 
-    // A log that is sealed by its front-end is taken as well as one that is not yet; neither can be
-    // cut then, and the daemon goes on writing.
+    // A log that is sealed by its front-end is taken as well as one that is not yet; neither can
+    // be cut then, and the daemon goes on writing.
     let sealed = DirtyLog::new(sealable, 4096, LOG, 0);
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
     fcntl(&sealed.file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
