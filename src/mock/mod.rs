@@ -34,7 +34,7 @@
 //! let device = BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all())?;
 //! assert_eq!(device.capacity(), Some(4096));
 //! let mut share = VhostUserShare::new(frontend, device.protocol_features());
-//! share.update(&memory.memory_table())?;
+//! share.update_table(&memory.memory_table())?;
 //! assert_eq!(daemon.table()[0].size, 1 << 20);
 //!
 //! // Drive the device: its rings are told in terms of the table.

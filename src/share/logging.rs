@@ -63,8 +63,9 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// # Errors
     ///
     /// [`Error::LogNotShared`] if LOG_SHMFD is not among the protocol features;
-    /// [`Error::ShareBroken`]; those of a new memfd; and those of [`update`](Self::update) if the
-    /// daemon does not take the log. The daemon does not log then.
+    /// [`Error::ShareBroken`]; those of a new memfd; and those of
+    /// [`update_table`](Self::update_table) if the daemon does not take the log. The daemon does not
+    /// log then.
     pub fn start_log(&mut self) -> Result<()> {
         self.check_not_broken()?;
         if self.logging.is_some() {

@@ -41,9 +41,9 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// over. With CONFIGURE_MEM_SLOTS regions are added and removed one by one (ADD_MEM_REG,
 /// REM_MEM_REG), up to the daemon's GET_MAX_MEM_SLOTS; without it the whole table is sent
 /// (SET_MEM_TABLE), at most 8 regions. Every change is acknowledged by the daemon before
-/// [`update`](Self::update) returns: by REPLY_ACK where it was negotiated, otherwise by a round
-/// trip. No call waits longer than the [time limit](Self::with_time_limit) for an answer; a change of
-/// many regions is as many calls.
+/// [`update_table`](Self::update_table) returns: by REPLY_ACK where it was negotiated, otherwise by
+/// a round trip. No call waits longer than the [time limit](Self::with_time_limit) for an answer; a
+/// change of many regions is as many calls.
 ///
 /// ```
 /// use std::time::Duration;
@@ -70,7 +70,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// })??;
 ///
 /// let mut share = VhostUserShare::new(frontend, features);
-/// share.update(&memory.memory_table())?;
+/// share.update_table(&memory.memory_table())?;
 /// # assert_eq!(daemon.table().len(), 1);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -170,7 +170,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     }
 
     /// Goes on with a new connection to the daemon, which holds no region yet; gives back the old
-    /// one. The next [`update`](Self::update) sends the whole table.
+    /// one. The next [`update_table`](Self::update_table) sends the whole table.
     ///
     /// Most daemons serve one front-end at a time: the old connection must have ended before they
     /// answer on the new one. That of a broken share has.
@@ -205,7 +205,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// Whether the daemon could take `table`, as far as limits say; nothing is changed.
     ///
     /// The daemon is asked for its number of memory slots (GET_MAX_MEM_SLOTS) unless it was
-    /// before. [`update`](Self::update) checks the same.
+    /// before. [`update_table`](Self::update_table) checks the same.
     ///
     /// # Errors
     ///
@@ -215,7 +215,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// [`Error::NoTimeLimit`], after which the share goes on as before, and
     /// [`Error::DaemonRefused`], [`Error::DaemonHungUp`], [`Error::DaemonSilent`],
     /// [`Error::DaemonProtocol`], after which it is broken.
-    pub fn check(&mut self, table: &MemoryTable) -> Result<()> {
+    pub fn check_table(&mut self, table: &MemoryTable) -> Result<()> {
         self.check_not_broken()?;
         self.check_log()?;
         if *table == self.held {
@@ -255,8 +255,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// [`reconnect`](Self::reconnect). A daemon that acknowledges a change and hangs up right after
     /// it, as libvhost-user does to refuse one, counts as hung up; among several changes the error
     /// may then name the change behind the refused one.
-    pub fn update(&mut self, table: &MemoryTable) -> Result<ShareReport> {
-        self.check(table)?;
+    pub fn update_table(&mut self, table: &MemoryTable) -> Result<ShareReport> {
+        self.check_table(table)?;
         let change = self.held.change_to(table);
         if change.is_empty() && !self.log_is_due() {
             return Ok(ShareReport::default());
@@ -278,27 +278,27 @@ impl<F: MemTableSink> VhostUserShare<F> {
         Ok(report)
     }
 
-    /// [`check`](Self::check), of what the daemon gets to see of `memory`.
+    /// [`check_table`](Self::check_table), of what the daemon gets to see of `memory`.
     ///
     /// # Errors
     ///
-    /// Those of [`check`](Self::check), and
+    /// Those of [`check_table`](Self::check_table), and
     /// [`Error::OpaqueConstant`] if the [view](Self::with_view) does not fit the memory.
     pub fn check_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<()> {
         let table = memory.memory_table_as(&self.view)?;
-        self.check(&table)
+        self.check_table(&table)
     }
 
-    /// [`update`](Self::update), to what the daemon gets to see of `memory`. A change outside of
-    /// its [view](Self::with_view) sends no message.
+    /// [`update_table`](Self::update_table), to what the daemon gets to see of `memory`. A change
+    /// outside of its [view](Self::with_view) sends no message.
     ///
     /// # Errors
     ///
-    /// Those of [`update`](Self::update), and [`Error::OpaqueConstant`] if the view does not fit
-    /// the memory: nothing was sent.
+    /// Those of [`update_table`](Self::update_table), and [`Error::OpaqueConstant`] if the view does
+    /// not fit the memory: nothing was sent.
     pub fn update_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<ShareReport> {
         let table = memory.memory_table_as(&self.view)?;
-        self.update(&table)
+        self.update_table(&table)
     }
 
     /// What the daemon has acknowledged. After a failure this may be part of a change. What a

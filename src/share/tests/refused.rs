@@ -8,11 +8,11 @@ fn exchange(
     first: &MemoryTable,
     second: &MemoryTable,
 ) -> Result<()> {
-    share.update(first)?;
+    share.update_table(first)?;
     if share.log_shmfd {
         share.start_log()?;
     }
-    share.update(second).map(drop)
+    share.update_table(second).map(drop)
 }
 
 #[test]
@@ -57,7 +57,7 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
                     assert_eq!(share.broken(), None);
                     assert_eq!(said[step + 1], &Said::Barrier);
                     assert_eq!(starts(share.table()), share.sink().held);
-                    share.update(&second).unwrap();
+                    share.update_table(&second).unwrap();
                     assert_eq!(share.sink().held, [2, 3]);
                     assert_eq!(share.table(), &second);
                     continue;
@@ -66,7 +66,7 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
 
                 let said = share.sink().said.len();
                 assert!(matches!(
-                    share.update(&first),
+                    share.update_table(&first),
                     Err(Error::ShareBroken { .. })
                 ));
                 assert_eq!(
@@ -80,7 +80,7 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
                     ..Script::default()
                 };
                 let _ = share.reconnect(fresh, features);
-                assert_eq!(share.update(&second).unwrap().added(), 2);
+                assert_eq!(share.update_table(&second).unwrap().added(), 2);
                 assert_eq!((share.broken(), share.table()), (None, &second));
                 let said = &share.sink().said;
                 let last = said.iter().rfind(|said| **said != Said::Barrier);
@@ -95,7 +95,7 @@ fn what_was_acknowledged_before_a_failure_is_known() {
     let mut share = share(8, SLOTS | ACK);
     share.sink_mut().fail = Some((2, || SinkError::Refused("no".into())));
     assert!(matches!(
-        share.update(&table(&[0, 2])),
+        share.update_table(&table(&[0, 2])),
         Err(Error::DaemonRefused { change: MemTableChange::Add(range), .. })
             if range.start_addr() == GuestAddress(2 << 20)
     ));
@@ -136,7 +136,7 @@ fn a_refusal_followed_by_silence_breaks_the_share() {
         }
     }
     let mut share = VhostUserShare::new(Leaves::default(), SLOTS | ACK);
-    let refused = share.update(&table(&[0, 2])).unwrap_err();
+    let refused = share.update_table(&table(&[0, 2])).unwrap_err();
     assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
     assert_eq!(share.broken(), Some(refused.to_string().as_str()));
 }
@@ -146,14 +146,14 @@ fn a_refused_whole_table_breaks_the_share_unless_the_sink_says_it_keeps_the_old_
     for keeps_table in [false, true] {
         let mut share = share(0, Features::empty());
         share.sink_mut().keeps_table = keeps_table;
-        share.update(&table(&[0, 2])).unwrap();
+        share.update_table(&table(&[0, 2])).unwrap();
         let steps = share.sink().said.len();
         share.sink_mut().fail = Some((steps, || SinkError::Refused("no".into())));
-        let refused = share.update(&table(&[4])).unwrap_err();
+        let refused = share.update_table(&table(&[4])).unwrap_err();
         assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
         assert_eq!(share.broken().is_none(), keeps_table);
         assert_eq!(starts(share.table()), [0, 2]);
-        assert_eq!(share.update(&table(&[4])).is_ok(), keeps_table);
+        assert_eq!(share.update_table(&table(&[4])).is_ok(), keeps_table);
     }
 }
 
@@ -163,7 +163,7 @@ fn bases_of_a_failed_update_and_of_a_dropped_report_are_kept() {
     share.sink_mut().base = Some(7);
     // The third region is refused, after GET_MAX_MEM_SLOTS and two regions, each acknowledged.
     share.sink_mut().fail = Some((5, || SinkError::Refused("no".into())));
-    share.update(&table(&[1, 2, 3])).unwrap_err();
+    share.update_table(&table(&[1, 2, 3])).unwrap_err();
     let mib = |start: u64| GuestAddress(start << 20);
     assert_eq!(share.take_bases(), [(mib(1), 7), (mib(2), 7)]);
     assert_eq!(share.take_bases(), []);
@@ -172,12 +172,12 @@ fn bases_of_a_failed_update_and_of_a_dropped_report_are_kept() {
     let more = table(&[4, 5]);
     let mut all = held.clone();
     more.regions().iter().for_each(|region| all.insert(region));
-    let report = share.update(&all).unwrap();
+    let report = share.update_table(&all).unwrap();
     share.keep_bases(report);
     // What is gone has no base.
     let mut fewer = all.clone();
     fewer.remove(&more.regions()[0]);
-    share.update(&fewer).unwrap();
+    share.update_table(&fewer).unwrap();
     assert_eq!(share.take_bases(), [(mib(5), 7)]);
 }
 
@@ -190,10 +190,10 @@ fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
         let features = features | Features::LOG_SHMFD;
         let good = {
             let mut share = share(8, features);
-            share.update(&first).unwrap();
+            share.update_table(&first).unwrap();
             share.start_log().unwrap();
             share.sink_mut().said.clear();
-            share.update(&second).unwrap();
+            share.update_table(&second).unwrap();
             share.into_sink().said
         };
         let logs = good
@@ -204,11 +204,11 @@ fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
         assert_eq!(places.len(), 2, "{good:?}");
         for at in places {
             let mut share = share(8, features);
-            share.update(&first).unwrap();
+            share.update_table(&first).unwrap();
             share.start_log().unwrap();
             share.sink_mut().said.clear();
             share.sink_mut().fail = Some((at, || SinkError::Refused("no".into())));
-            let refused = share.update(&second).unwrap_err();
+            let refused = share.update_table(&second).unwrap_err();
             let text = "refused to take a dirty log of 96 bytes";
             assert!(refused.to_string().contains(text), "{refused}");
             assert_eq!(share.broken(), None);
@@ -218,14 +218,14 @@ fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
 
             share.sink_mut().said.clear();
             share.sink_mut().fail = None;
-            share.update(&second).unwrap();
+            share.update_table(&second).unwrap();
             assert_eq!(share.table(), &second);
             assert_eq!(
                 share.sink().said.iter().rfind(|said| **said != Barrier),
                 Some(&Log(12))
             );
             share.sink_mut().said.clear();
-            share.update(&second).unwrap();
+            share.update_table(&second).unwrap();
             assert_eq!(share.sink().said, []);
         }
     }
@@ -234,7 +234,7 @@ fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
 #[test]
 fn a_log_that_does_not_start_leaves_nothing_behind() {
     let mut share = share(8, SLOTS | ACK | Features::LOG_SHMFD);
-    share.update(&table(&[0])).unwrap();
+    share.update_table(&table(&[0])).unwrap();
     share.sink_mut().said.clear();
     share.sink_mut().fail = Some((0, || SinkError::Refused("no".into())));
     share.start_log().unwrap_err();
@@ -271,9 +271,9 @@ fn a_sink_without_logs_refuses_them() {
         }
     }
     let mut share = VhostUserShare::new(Plain, ACK | Features::LOG_SHMFD);
-    share.update(&table(&[0])).unwrap();
+    share.update_table(&table(&[0])).unwrap();
     let refused = share.start_log().unwrap_err();
     assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
     assert_eq!((share.is_logging(), share.broken()), (false, None));
-    share.update(&table(&[1])).unwrap();
+    share.update_table(&table(&[1])).unwrap();
 }

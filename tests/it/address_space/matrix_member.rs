@@ -316,7 +316,9 @@ impl Member {
                 set_limit(share, limit);
             }
             if case.faults_of(at).any(|f| f.fault == Fault::Broken) {
-                share.update(&unlike_any().memory_table()).unwrap_err();
+                share
+                    .update_table(&unlike_any().memory_table())
+                    .unwrap_err();
                 assert!(share.broken().is_some());
             }
         });
