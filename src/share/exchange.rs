@@ -1,6 +1,7 @@
 //! What passes between a share and its daemon: changes, their acknowledgements, failures.
 
 use super::sink::{Answer, MemTableSink, SinkError};
+use super::time_limit::Clock;
 use super::{ShareReport, TimeLimit, VhostUserShare};
 use crate::error::{Error, MemTableChange, Result};
 use crate::table::{MemoryTable, TableChange};
@@ -136,16 +137,22 @@ impl<F: MemTableSink> VhostUserShare<F> {
         change: MemTableChange,
         call: impl FnOnce(&mut F) -> Answer<T>,
     ) -> Result<Result<T>> {
-        if let Some(limit) = &self.time_limit {
-            limit.start()?;
+        let silent = Error::DaemonSilent {
+            change,
+            limit: self.limit,
+        };
+        if let Some(limit) = &self.time_limit
+            && limit.start()? == Clock::RanOut
+        {
+            return Ok(Err(silent));
+        }
+        if std::mem::take(&mut self.acks_due) {
+            self.sink.request_acks();
         }
         let answer = call(&mut self.sink);
         let expired = self.time_limit.as_ref().is_some_and(TimeLimit::stop);
         Ok(match answer {
-            _ if expired => Err(Error::DaemonSilent {
-                change,
-                limit: self.limit,
-            }),
+            _ if expired => Err(silent),
             Ok(answer) => Ok(answer),
             Err(SinkError::Refused(source)) => Err(Error::DaemonRefused { change, source }),
             Err(SinkError::HungUp(source)) => Err(Error::DaemonHungUp { change, source }),
@@ -164,8 +171,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
     }
 
     pub(super) fn end_connection(&self) {
-        if let Some(hang_up) = self.sink.hang_up() {
-            hang_up();
+        if let Some(limit) = &self.time_limit {
+            limit.end_connection();
         }
     }
 }

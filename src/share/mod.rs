@@ -16,6 +16,7 @@ use crate::memory::GuestMemoryShm;
 use crate::table::{MemoryTable, TableView};
 
 mod exchange;
+mod hang_up;
 mod kernel;
 mod log;
 mod logging;
@@ -25,11 +26,12 @@ mod time_limit;
 mod wire;
 
 pub use self::log::DaemonLog;
+pub use hang_up::HangUp;
 pub use kernel::KernelVhost;
 use logging::Logging;
 use postcopy::BaseHandler;
 pub use sink::{MemTableSink, SinkError};
-pub use time_limit::{HangUp, TimeLimit};
+pub use time_limit::TimeLimit;
 
 /// How long a daemon may take to answer, unless set otherwise: mapping a region takes it
 /// microseconds, but it may be busy with I/O.
@@ -82,6 +84,8 @@ pub struct VhostUserShare<F> {
     limit: Duration,
     mem_slots: bool,
     reply_ack: bool,
+    /// The sink has yet to be told that changes are acknowledged.
+    acks_due: bool,
     log_shmfd: bool,
     /// The daemon's answer to GET_MAX_MEM_SLOTS, once it was asked.
     slots: Option<u64>,
@@ -134,6 +138,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             limit: TIME_LIMIT,
             mem_slots: false,
             reply_ack: false,
+            acks_due: false,
             log_shmfd: false,
             slots: None,
             view: TableView::default(),
@@ -149,10 +154,15 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     /// Sets how long the daemon may take for each answer; 10 seconds unless set. Without any time
     /// every update fails.
+    ///
+    /// A call that another thread makes on a clone of the frontend takes from this time while it
+    /// waits, because it has the frontend's lock; at its end the connection is closed for both.
     #[must_use]
     pub fn with_time_limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
-        self.watch();
+        if let Some(watching) = &mut self.time_limit {
+            watching.set_limit(limit);
+        }
         self
     }
 
@@ -191,13 +201,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             logging.begin();
         }
         self.broken = None;
-        self.watch();
-        if self.reply_ack {
-            self.sink.request_acks();
-        }
-    }
-
-    fn watch(&mut self) {
+        self.acks_due = self.reply_ack;
         let hang_up = self.sink.hang_up();
         self.time_limit = hang_up.map(|hang_up| TimeLimit::with_hang_up(hang_up, self.limit));
     }
@@ -358,7 +362,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     /// Breaks the share if the daemon has hung up since it was last told something, and says so.
     pub(crate) fn check_there(&mut self) -> Result<()> {
-        if self.broken.is_none() && self.sink.is_gone() {
+        let is_gone = self.time_limit.as_ref().is_some_and(TimeLimit::is_gone);
+        if self.broken.is_none() && is_gone {
             let error = Error::DaemonGone;
             return Err(self.break_off(error));
         }

@@ -88,9 +88,6 @@ impl MemTableSink for Sink {
     fn barrier(&mut self) -> Result<(), SinkError> {
         self.frontend().barrier()
     }
-    fn is_gone(&self) -> bool {
-        self.frontend.as_ref().is_some_and(MemTableSink::is_gone)
-    }
     fn hang_up(&self) -> Option<HangUp> {
         self.frontend.as_ref().and_then(MemTableSink::hang_up)
     }

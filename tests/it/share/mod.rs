@@ -24,6 +24,7 @@ use crate::fork::dies_of;
 use crate::isolation::in_own_process;
 use crate::support::{self, StorageDaemon};
 
+mod clones;
 mod daemon;
 mod faults;
 mod kernel;
