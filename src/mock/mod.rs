@@ -78,6 +78,7 @@ mod ring;
 mod server;
 mod state;
 mod wire;
+mod writer;
 
 #[cfg(test)]
 mod tests;
@@ -91,3 +92,4 @@ pub use fault::{Fault, FaultKind};
 pub use request::{LoggedRegion, LoggedRequest};
 pub use ring::RingLayout;
 pub use state::MockRegion;
+pub use writer::MockWriter;
