@@ -41,6 +41,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         }
         for region in change.additions() {
             let step = MemTableChange::Add(region.range());
+            self.expect_unlogged(std::slice::from_ref(region));
             if let Some(base) = self.change(step, |sink| sink.add_mem_region(region))? {
                 // The answer says that it was taken.
                 self.held.insert(region);
@@ -56,6 +57,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     fn send_whole(&mut self, table: &MemoryTable, report: &mut ShareReport) -> Result<()> {
         // Before, so that they count also if the answer never comes.
         self.mark_what_stays(table);
+        self.expect_unlogged(table.regions());
         let step = MemTableChange::SetTable(table.regions().len());
         let set = |sink: &mut F| sink.set_mem_table(table.regions());
         let bases = match self.sink.refusal_keeps_table() {
@@ -164,13 +166,21 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// Ends the connection. Nothing more is said to a daemon in an unknown state; and most daemons
     /// serve one front-end at a time, so the next connection needs this one's end.
     pub(super) fn break_off(&mut self, error: Error) -> Error {
-        self.end_connection();
         ::log::warn!("share broken: {error}");
-        self.broken = Some(error.to_string());
+        self.break_for(error.to_string());
         error
     }
 
-    pub(super) fn end_connection(&self) {
+    /// Ends the connection, for this reason.
+    pub(super) fn break_for(&mut self, reason: String) {
+        self.end_connection();
+        if let Some(logging) = &mut self.logging {
+            logging.end(&reason);
+        }
+        self.broken = Some(reason);
+    }
+
+    fn end_connection(&self) {
         if let Some(limit) = &self.time_limit {
             limit.end_connection();
         }

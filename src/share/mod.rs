@@ -21,7 +21,10 @@ mod kernel;
 mod log;
 mod logging;
 mod postcopy;
+mod process;
 mod sink;
+mod socket;
+mod stopped;
 mod time_limit;
 mod wire;
 
@@ -30,7 +33,9 @@ pub use hang_up::HangUp;
 pub use kernel::KernelVhost;
 use logging::Logging;
 use postcopy::BaseHandler;
+pub use process::DaemonProcess;
 pub use sink::{MemTableSink, SinkError};
+pub use stopped::{FormerDaemon, StoppedLog};
 pub use time_limit::TimeLimit;
 
 /// How long a daemon may take to answer, unless set otherwise: mapping a region takes it
@@ -198,7 +203,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
         self.held = MemoryTable::default();
         self.bases = Vec::new();
         if let Some(logging) = &mut self.logging {
-            logging.begin();
+            // Unless it was broken off.
+            logging.end("another connection took its place");
         }
         self.broken = None;
         self.acks_due = self.reply_ack;
@@ -245,7 +251,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// [`Error::LogNotShared`] if the daemon is to log ([`start_log`](Self::start_log)) and a
     /// reconnection left LOG_SHMFD out; and those of a new memfd for its log. Where such an error,
     /// or a refusal of the log, comes after the table, the table is what the daemon holds, and
-    /// the next update, to any table, sends the log.
+    /// the next update, to any table, sends the log; until then all of it counts as dirty.
     ///
     /// [`Error::DaemonRefused`]: the daemon answered that it does not take a change. If that was a
     /// single region and the daemon still answers after it, the share goes on: [`table`](Self::table)
@@ -373,8 +379,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// Closes the connection to a daemon that does not take what it has to.
     pub(crate) fn give_up(&mut self, reason: String) {
         if self.broken.is_none() {
-            self.end_connection();
-            self.broken = Some(reason);
+            self.break_for(reason);
         }
         self.forget_table();
     }

@@ -10,6 +10,8 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
 use super::hang_up::HangUp;
 use super::log::DaemonLog;
+use super::process::DaemonProcess;
+use super::socket::socket_of;
 use super::wire;
 use crate::error::MemTableChange;
 use crate::table::{MemoryTable, TableRegion};
@@ -74,13 +76,15 @@ pub trait MemTableSink {
     }
 
     /// SET_LOG_BASE: has the daemon log what it writes in this log, instead of the one before.
+    /// Gives the process that answered, if that is known: whether a daemon that was hung up on is
+    /// dead is what [`VhostUserShare::stop_log`](crate::VhostUserShare::stop_log) has to say.
     ///
     /// Called only if LOG_SHMFD was negotiated. A sink that carries no log refuses it.
     ///
     /// # Errors
     ///
     /// The way in which the daemon did not take it.
-    fn set_log_base(&mut self, _log: &DaemonLog) -> Result<(), SinkError> {
+    fn set_log_base(&mut self, _log: &DaemonLog) -> Result<Option<DaemonProcess>, SinkError> {
         Err(SinkError::Refused("this connection carries no log".into()))
     }
 
@@ -192,8 +196,8 @@ impl MemTableSink for Frontend {
 
     /// Exchanges the message itself, because vhost 0.18 understands the answer of its own daemons
     /// only. No clone of the frontend may make a call meanwhile.
-    fn set_log_base(&mut self, log: &DaemonLog) -> Result<(), SinkError> {
-        wire::set_log_base(self.as_raw_fd(), log)
+    fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<DaemonProcess>, SinkError> {
+        wire::set_log_base(socket_of(self), log)
     }
 
     fn barrier(&mut self) -> Result<(), SinkError> {

@@ -83,8 +83,8 @@ impl MemTableSink for Script {
     fn barrier(&mut self) -> Answer<()> {
         self.say(Said::Barrier)
     }
-    fn set_log_base(&mut self, log: &DaemonLog) -> Answer<()> {
-        self.say(Said::Log(log.size() / 8))
+    fn set_log_base(&mut self, log: &DaemonLog) -> Answer<Option<DaemonProcess>> {
+        self.say(Said::Log(log.size() / 8)).map(|()| None)
     }
     fn refusal_keeps_table(&self) -> bool {
         self.keeps_table

@@ -1,6 +1,7 @@
 //! Refusals and failures: what both sides hold after them, and how it goes on.
 
 use super::*;
+use crate::layout::GuestRange;
 
 /// Two updates, with a log from between them if the daemon can have one.
 fn exchange(
@@ -215,6 +216,11 @@ fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
             // Before the table it stands in its way, after it it does not undo it.
             let held = if at == 0 { &first } else { &second };
             assert_eq!(share.table(), held);
+            // Without it nothing says what is written to these regions, which are all new.
+            let unlogged: &[u64] = if at == 0 { &[] } else { &[0, 2] };
+            for _ in 0..2 {
+                assert_eq!(starts_of(&share.drain_dirty()), unlogged, "in each harvest");
+            }
 
             share.sink_mut().said.clear();
             share.sink_mut().fail = None;
@@ -227,8 +233,20 @@ fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
             share.sink_mut().said.clear();
             share.update_table(&second).unwrap();
             assert_eq!(share.sink().said, []);
+            let dirty = share.drain_dirty();
+            assert!(
+                unlogged.iter().all(|at| starts_of(&dirty).contains(at)),
+                "until it came"
+            );
+            assert_eq!(share.drain_dirty(), []);
         }
     }
+}
+
+/// Where the ranges start, in MiB.
+fn starts_of(ranges: &[GuestRange]) -> Vec<u64> {
+    let starts = ranges.iter().map(|range| range.start_addr().0 >> 20);
+    starts.collect()
 }
 
 #[test]

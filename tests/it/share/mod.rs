@@ -12,9 +12,9 @@ use guest_memory_shm::mock::{
     BlkDevice, BlkDriver, BlkError, Fault, FaultKind, LoggedRequest, MockDaemon, MockDaemonBuilder,
 };
 use guest_memory_shm::{
-    AddressSpace, Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, HangUp, KernelVhost,
-    MemTableSink, MemoryTable, RamOptions, SinkError, SlotLimit, TableRegion, TableView,
-    UserAddresses, VhostUserShare,
+    AddressSpace, Backing, DaemonLog, DaemonProcess, Error, GuestMemoryShm, GuestRange,
+    GuestRegionShm, HangUp, KernelVhost, MemTableSink, MemoryTable, RamOptions, SinkError,
+    SlotLimit, TableRegion, TableView, UserAddresses, VhostUserShare,
 };
 use tempfile::TempDir;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
@@ -29,6 +29,7 @@ mod daemon;
 mod faults;
 mod kernel;
 mod log;
+mod log_faults;
 mod postcopy;
 mod postcopy_faults;
 mod postcopy_peer;
