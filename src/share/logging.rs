@@ -174,6 +174,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         });
         let table = self.held.clone();
         let sent = self.log_before(&table);
+        let sent = sent.and_then(|()| self.confirm_log());
         match (&sent, &mut self.logging) {
             // The regions were there before the log: once is enough.
             (Ok(()), Some(logging)) => logging.settle(),
@@ -276,7 +277,9 @@ impl<F: MemTableSink> VhostUserShare<F> {
         };
         // Without a region nothing can be written, and there may be no log.
         let sent = match logging.log {
-            Some(_) if self.held != MemoryTable::default() => self.send_log(),
+            Some(_) if self.held != MemoryTable::default() => {
+                self.send_log().and_then(|()| self.confirm_log())
+            }
             _ => Ok(()),
         };
         if let Some(logging) = &mut self.logging {
@@ -304,6 +307,17 @@ impl<F: MemTableSink> VhostUserShare<F> {
             let stay = held.filter(|region| next.contains(region));
             let ranges: Vec<_> = stay.map(TableRegion::range).collect();
             logging.mark(&ranges);
+        }
+    }
+
+    /// The answer to a log cannot refuse it. A daemon that does not take it hangs up: that it is
+    /// there after its answer shows that it did.
+    fn confirm_log(&mut self) -> Result<()> {
+        match &self.logging {
+            Some(Logging { log: Some(log), .. }) => {
+                self.call(MemTableChange::SetLog(log.size()), F::barrier)
+            }
+            _ => Ok(()),
         }
     }
 

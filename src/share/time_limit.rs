@@ -161,7 +161,6 @@ impl TimeLimit {
         let deadline = Instant::now().checked_add(self.limit);
         let mut state = self.shared.wait_known(deadline);
         if state.line.is_none() {
-            state.is_busy = true;
             return Ok(Clock::RanOut);
         }
         state.deadline = deadline;
@@ -184,10 +183,15 @@ impl TimeLimit {
         }
     }
 
-    /// Whether the other side has ended the connection, as far as that can be seen without a word
-    /// and without waiting.
+    /// Whether the other side has ended the connection, as far as that can be seen without a word.
+    /// It takes no longer than a call may.
     pub(super) fn is_gone(&self) -> bool {
-        !self.is_a_copy() && self.shared.lock().line.as_ref().is_some_and(Line::is_gone)
+        if self.is_a_copy() {
+            return false;
+        }
+        let deadline = Instant::now().checked_add(self.limit);
+        let state = self.shared.wait_known(deadline);
+        state.line.as_ref().is_some_and(Line::is_gone)
     }
 
     /// Whether fork(2) made it: then the thread is not in this process.
@@ -209,10 +213,10 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until the connection is known, or the deadline has come.
+    /// Waits until the connection is known, or the deadline has come; once in vain, no more.
     fn wait_known(&self, deadline: Option<Instant>) -> MutexGuard<'_, State> {
         let mut state = self.lock();
-        while state.line.is_none() {
+        while state.line.is_none() && !state.is_busy {
             state = match deadline {
                 None => self
                     .known
@@ -221,6 +225,7 @@ impl Shared {
                 Some(deadline) => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     if left.is_zero() {
+                        state.is_busy = true;
                         break;
                     }
                     let woken = self.known.wait_timeout(state, left);
@@ -278,14 +283,9 @@ impl Drop for TimeLimit {
         }
         let gone = Err(io::ErrorKind::NotConnected.into());
         let thread = std::mem::replace(&mut self.thread, gone);
-        let mut state = self.shared.lock();
-        if !state.is_busy {
-            // It has hardly begun, and holds the connection open until it has ended.
-            drop(state);
-            state = self
-                .shared
-                .wait_known(Instant::now().checked_add(self.limit));
-        }
+        // It may have hardly begun, and holds the connection open until it has ended.
+        let deadline = Instant::now().checked_add(self.limit);
+        let mut state = self.shared.wait_known(deadline);
         state.ended = true;
         let is_known = state.line.is_some();
         drop(state);
