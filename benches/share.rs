@@ -77,7 +77,7 @@ fn share(daemon: &MockDaemon, table: &MemoryTable) -> Result<Duration, Box<dyn E
     let (frontend, features) = connect(daemon)?;
     let mut share = VhostUserShare::new(frontend, features);
     let start = Instant::now();
-    share.update(table)?;
+    share.update_table(table)?;
     let elapsed = start.elapsed();
     check_and_leave(daemon, share.into_sink())?;
     Ok(elapsed)

@@ -204,7 +204,8 @@ pub use report::{BuildReport, NotHuge, Note, ReportLine};
 pub use rom::GuestRom;
 #[cfg(feature = "vhost-user")]
 pub use share::{
-    DaemonLog, HangUp, KernelVhost, MemTableSink, ShareReport, SinkError, TimeLimit, VhostUserShare,
+    DaemonLog, DaemonProcess, FormerDaemon, HangUp, KernelVhost, MemTableSink, ShareReport,
+    SinkError, StoppedLog, TimeLimit, VhostUserShare,
 };
 pub use shortage::{MemoryLimit, MemoryShortage};
 pub use stats::{Extents, MemoryStats, NodeStats, RegionStats};

@@ -17,6 +17,21 @@ const NAME: &str = "guest-memory-shm";
 ///
 /// The order is the point: the size is fixed by seals before anybody can map it or be sent it.
 pub(super) fn create(options: &RamOptions, len: u64, huge: Option<u64>) -> Result<File> {
+    let seals = match options.sealing() {
+        Sealing::Sealed => seals::RAM,
+        // Nobody who gets the descriptor may add a seal either, as one against writing.
+        Sealing::Unsealed => Seals::SEAL,
+    };
+    create_sealed(options, len, huge, seals)
+}
+
+/// A memfd with these seals, whatever the options say of them.
+pub(super) fn create_sealed(
+    options: &RamOptions,
+    len: u64,
+    huge: Option<u64>,
+    seals: Seals,
+) -> Result<File> {
     let mut flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     if let Some(page_size) = huge {
         flags |= hugetlb::memfd_flags(page_size);
@@ -28,11 +43,6 @@ pub(super) fn create(options: &RamOptions, len: u64, huge: Option<u64>) -> Resul
     );
     file.set_len(len)
         .map_err(|source| set_len_error(len, source))?;
-    let seals = match options.sealing() {
-        Sealing::Sealed => seals::RAM,
-        // Nobody who gets the descriptor may add a seal either, as one against writing.
-        Sealing::Unsealed => Seals::SEAL,
-    };
     seals::add(&file, seals).map_err(|source| Error::CreateBacking {
         doing: "seal the memfd",
         kind: "memfd",

@@ -30,6 +30,8 @@ mod file_end;
 mod file_open;
 mod file_system;
 mod gate;
+#[cfg(feature = "vhost-user")]
+mod growable;
 mod hugetlb;
 mod kind;
 mod memfd;

@@ -18,6 +18,7 @@ use super::fault::{Fault, FaultPlan};
 use super::request::LoggedRequest;
 use super::server;
 use super::state::{Listening, MockRegion, Options, Shared};
+use super::writer::MockWriter;
 use crate::error::{Error, Result};
 use crate::logs;
 
@@ -138,6 +139,12 @@ impl MockDaemon {
     /// Forgets the requests so far.
     pub fn clear_requests(&self) {
         self.shared.clear_requests();
+    }
+
+    /// The guest's memory as the daemon of the current connection maps it, for writes that it
+    /// notes in its log; none if no front-end is being served.
+    pub fn writer(&self) -> Option<MockWriter> {
+        self.shared.memory().map(MockWriter::new)
     }
 
     /// The contents of the disk.

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 /// One misbehaviour, and the change of the memory table at which it shows.
 ///
-/// A *change* is a SET_MEM_TABLE, ADD_MEM_REG or REM_MEM_REG request. Changes are counted from 1:
+/// A *change* is a SET_MEM_TABLE, ADD_MEM_REG or REM_MEM_REG request; for a fault
+/// [at a log](Self::at_log) it is a SET_LOG_BASE. Changes are counted from 1:
 /// since the start of the daemon for a fault told to the builder, since
 /// [`MockDaemon::inject`](super::MockDaemon::inject) for one told later. The count goes on across
 /// reconnects. A fault fires once; change number 0 never comes.
@@ -23,14 +24,15 @@ use std::time::Duration;
 pub struct Fault {
     change: u64,
     kind: FaultKind,
+    at_log: bool,
 }
 
 /// The ways in which the mock misbehaves at one change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FaultKind {
-    /// The change is not applied; its answer is 1 and the connection stays. Without REPLY_ACK: the
-    /// connection ends.
+    /// The change is not applied; its answer is 1 and the connection stays. Without REPLY_ACK, and
+    /// for a log, whose answer cannot refuse: the connection ends.
     Refuse,
     /// The change is applied at once, its answer comes so much later. The front-end hanging up
     /// ends the wait.
@@ -38,6 +40,10 @@ pub enum FaultKind {
     /// The change is not applied, and neither it nor anything after it on this connection is
     /// answered. The connection stays open until either side hangs up.
     NeverAnswer,
+    /// The change is applied, but neither it nor anything after it on this connection is answered.
+    NeverAnswerAfter,
+    /// The change is applied, and its answer is none of the protocol. The connection stays.
+    AnswerNonsense,
     /// The change is not applied and the daemon hangs up.
     HangUpBefore,
     /// The change is applied and the daemon hangs up without having answered.
@@ -81,7 +87,29 @@ impl Fault {
 
     /// The fault of this kind at this change.
     pub fn new(change: u64, kind: FaultKind) -> Fault {
-        Fault { change, kind }
+        Fault {
+            change,
+            kind,
+            at_log: false,
+        }
+    }
+
+    /// Has the fault count and meet SET_LOG_BASE requests, instead of changes of the table.
+    ///
+    /// ```
+    /// use guest_memory_shm::mock::Fault;
+    ///
+    /// assert!(Fault::hang_up_after(1).at_log().is_at_log());
+    /// ```
+    #[must_use]
+    pub fn at_log(mut self) -> Fault {
+        self.at_log = true;
+        self
+    }
+
+    /// Whether it counts and meets SET_LOG_BASE requests.
+    pub fn is_at_log(&self) -> bool {
+        self.at_log
     }
 
     /// The number of the change at which the fault shows, from 1.
@@ -117,8 +145,18 @@ impl FaultPlan {
     /// Counts one change and says what is wrong with it. Of several faults that meet at one
     /// change, the one that was told first wins and the others are spent.
     pub(super) fn next_change(&mut self) -> Option<FaultKind> {
+        self.next(false)
+    }
+
+    /// The same for one log.
+    pub(super) fn next_log(&mut self) -> Option<FaultKind> {
+        self.next(true)
+    }
+
+    fn next(&mut self, at_log: bool) -> Option<FaultKind> {
         let mut fired = None;
         self.pending.retain_mut(|fault| match fault.change {
+            _ if fault.at_log != at_log => true,
             0 => true,
             1 => {
                 fired.get_or_insert(fault.kind);

@@ -89,6 +89,10 @@ impl Gate<'_> {
                     ControlFlow::Continue(()) => continue,
                     ControlFlow::Break(()) => break,
                 },
+                Some(FrontendReq::SET_LOG_BASE) => match self.set_log(message)? {
+                    ControlFlow::Continue(()) => continue,
+                    ControlFlow::Break(()) => break,
+                },
                 _ => {}
             }
             message.send(&self.link.inner)?;
@@ -120,7 +124,6 @@ impl Gate<'_> {
     /// A change of the table; `Break` ends the connection.
     fn change(&mut self, message: Message) -> io::Result<ControlFlow<()>> {
         let wants_answer = self.reply_ack && message.wants_answer();
-        let request = message.request;
         let fault = match self.shared.next_change() {
             Some(fault) => fault,
             None if !has_room(&message) || self.exceeds_limits(&message)? => FaultKind::Refuse,
@@ -129,6 +132,31 @@ impl Gate<'_> {
                 return Ok(ControlFlow::Continue(()));
             }
         };
+        let refuses_by = wants_answer.then_some(REFUSED);
+        self.misbehave(message, fault, wants_answer, refuses_by)
+    }
+
+    /// A new dirty log, which is always answered; `Break` ends the connection.
+    fn set_log(&mut self, message: Message) -> io::Result<ControlFlow<()>> {
+        match self.shared.next_log() {
+            Some(fault) => self.misbehave(message, fault, true, None),
+            None => {
+                self.barrier.expect_log(Asker::FrontEnd);
+                message.send(&self.link.inner)?;
+                Ok(ControlFlow::Continue(()))
+            }
+        }
+    }
+
+    /// Plays a fault; a refusal is the answer `refuses_by`, or a hang-up.
+    fn misbehave(
+        &mut self,
+        message: Message,
+        fault: FaultKind,
+        wants_answer: bool,
+        refuses_by: Option<u64>,
+    ) -> io::Result<ControlFlow<()>> {
+        let request = message.request;
         logs::debug!(
             "mock daemon: {} meets {fault:?}",
             LoggedRequest::of(&message)
@@ -140,25 +168,39 @@ impl Gate<'_> {
             true => Message::answer(request, value).send(&self.link.front),
             false => Ok(()),
         };
-        match fault {
-            FaultKind::Refuse if wants_answer => answer(REFUSED)?,
-            FaultKind::Refuse | FaultKind::HangUpBefore => return Ok(ControlFlow::Break(())),
-            FaultKind::AnswerLate(delay) => {
+        match (fault, refuses_by) {
+            (FaultKind::Refuse, Some(refused)) => answer(refused)?,
+            (FaultKind::Refuse, None) | (FaultKind::HangUpBefore, _) => {
+                return Ok(ControlFlow::Break(()));
+            }
+            (FaultKind::AnswerLate(delay), _) => {
                 self.apply(message)?;
                 if wait_for_hang_up(self.link, delay)? {
                     return Ok(ControlFlow::Break(()));
                 }
                 answer(DONE)?;
             }
-            FaultKind::NeverAnswer => {
+            (FaultKind::AnswerNonsense, _) => {
+                self.apply(message)?;
+                // No request has this number. It is as long as any answer that is waited for.
+                let mut nonsense = Message::answer(u32::MAX, u64::MAX);
+                nonsense.body.resize(16, 0x5a);
+                nonsense.send(&self.link.front)?;
+            }
+            (FaultKind::NeverAnswerAfter, _) => {
+                self.apply(message)?;
                 while self.receive()?.is_some() {}
                 return Ok(ControlFlow::Break(()));
             }
-            FaultKind::HangUpAfter => {
+            (FaultKind::NeverAnswer, _) => {
+                while self.receive()?.is_some() {}
+                return Ok(ControlFlow::Break(()));
+            }
+            (FaultKind::HangUpAfter, _) => {
                 self.apply(message)?;
                 return Ok(ControlFlow::Break(()));
             }
-            FaultKind::AnswerThenHangUp => {
+            (FaultKind::AnswerThenHangUp, _) => {
                 answer(DONE)?;
                 return Ok(ControlFlow::Break(()));
             }
@@ -187,6 +229,9 @@ impl Gate<'_> {
 
     /// Has the daemon apply the change and returns once it has, without an answer to anybody.
     fn apply(&self, message: Message) -> io::Result<()> {
+        if message.code() == Some(FrontendReq::SET_LOG_BASE) {
+            self.barrier.expect_log(Asker::Gate);
+        }
         message.without_answer().send(&self.link.inner)?;
         self.pass_barrier()
     }
@@ -205,6 +250,12 @@ fn relay_answers(link: &Link, shared: &Shared, barrier: &Barrier) -> io::Result<
         let rewritten = match (message.code(), message.u64_at(0)) {
             (Some(FrontendReq::GET_FEATURES), _) => {
                 if barrier.arrive() == Some(Asker::Gate) {
+                    continue;
+                }
+                None
+            }
+            (Some(FrontendReq::SET_LOG_BASE), _) => {
+                if barrier.arrive_log() == Some(Asker::Gate) {
                     continue;
                 }
                 None
@@ -267,7 +318,7 @@ fn wait_for_hang_up(link: &Link, delay: Duration) -> io::Result<bool> {
     }
 }
 
-/// Who sent a GET_FEATURES.
+/// Who sent a GET_FEATURES, or answers a SET_LOG_BASE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asker {
     FrontEnd,
@@ -285,6 +336,8 @@ struct Barrier {
 struct BarrierState {
     /// The GET_FEATURES under way, oldest first.
     asked: VecDeque<Asker>,
+    /// The SET_LOG_BASE under way, oldest first.
+    logs: VecDeque<Asker>,
     closed: bool,
 }
 
@@ -301,6 +354,16 @@ impl Barrier {
             self.changed.notify_all();
         }
         asker
+    }
+
+    /// To be called before a log is sent.
+    fn expect_log(&self, asker: Asker) {
+        lock(&self.state).logs.push_back(asker);
+    }
+
+    /// The answer to a log has come. Says whose it is.
+    fn arrive_log(&self) -> Option<Asker> {
+        lock(&self.state).logs.pop_front()
     }
 
     fn close(&self) {

@@ -34,7 +34,7 @@
 //! let device = BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all())?;
 //! assert_eq!(device.capacity(), Some(4096));
 //! let mut share = VhostUserShare::new(frontend, device.protocol_features());
-//! share.update(&memory.memory_table())?;
+//! share.update_table(&memory.memory_table())?;
 //! assert_eq!(daemon.table()[0].size, 1 << 20);
 //!
 //! // Drive the device: its rings are told in terms of the table.
@@ -78,6 +78,7 @@ mod ring;
 mod server;
 mod state;
 mod wire;
+mod writer;
 
 #[cfg(test)]
 mod tests;
@@ -91,3 +92,4 @@ pub use fault::{Fault, FaultKind};
 pub use request::{LoggedRegion, LoggedRequest};
 pub use ring::RingLayout;
 pub use state::MockRegion;
+pub use writer::MockWriter;

@@ -152,6 +152,7 @@ impl InnerDaemon {
         let inner = connect_to(&listener)?;
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let backend = Arc::new(Backend::new(Arc::clone(shared), memory.clone()));
+        shared.set_memory(memory.clone());
         let daemon = VhostUserDaemon::new("mock-daemon".into(), Arc::clone(&backend), memory)
             .map_err(to_io)?;
 

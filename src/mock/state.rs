@@ -1,5 +1,6 @@
 //! What the daemon's threads and its owner share.
 
+use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::Shutdown;
 use std::os::unix::fs::MetadataExt;
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::backend::Memory;
 use super::disk::RamDisk;
 use super::fault::{FaultKind, FaultPlan};
 use super::request::LoggedRequest;
@@ -95,6 +97,8 @@ struct State {
     table: Vec<MockRegion>,
     requests: Vec<LoggedRequest>,
     faults: FaultPlan,
+    /// What the daemon of the current connection maps.
+    memory: Mapped,
     link: Option<Arc<Link>>,
     listener: Listening,
     stopping: bool,
@@ -110,6 +114,16 @@ pub(super) enum Listening {
     Yes(Arc<UnixListener>),
     /// It was closed, for this reason.
     Failed(io::Error),
+}
+
+/// What a daemon maps, if there is one.
+#[derive(Default)]
+struct Mapped(Option<Memory>);
+
+impl fmt::Debug for Mapped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Some(..)" } else { "None" })
+    }
 }
 
 impl Shared {
@@ -146,8 +160,21 @@ impl Shared {
 
     /// Notes that the current connection is over and its threads are gone.
     pub(super) fn disconnect(&self) {
-        lock(&self.state).link = None;
+        let mut state = lock(&self.state);
+        state.link = None;
+        state.memory = Mapped(None);
+        drop(state);
         self.changed.notify_all();
+    }
+
+    /// The daemon of the connection that begins maps this.
+    pub(super) fn set_memory(&self, memory: Memory) {
+        lock(&self.state).memory = Mapped(Some(memory));
+    }
+
+    pub(super) fn memory(&self) -> Option<Memory> {
+        let state = lock(&self.state);
+        state.link.as_ref().and(state.memory.0.clone())
     }
 
     pub(super) fn is_connected(&self) -> bool {
@@ -242,6 +269,10 @@ impl Shared {
 
     pub(super) fn next_change(&self) -> Option<FaultKind> {
         lock(&self.state).faults.next_change()
+    }
+
+    pub(super) fn next_log(&self) -> Option<FaultKind> {
+        lock(&self.state).faults.next_log()
     }
 
     pub(super) fn with_faults<T>(&self, use_them: impl FnOnce(&mut FaultPlan) -> T) -> T {

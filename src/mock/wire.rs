@@ -10,6 +10,8 @@ use nix::libc::{SCM_RIGHTS, SOL_SOCKET};
 use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE, VhostUserHeaderFlag};
 
+use crate::logs;
+
 /// Bytes of the header: request, flags and body size, each a native-endian `u32`.
 const HEADER_SIZE: usize = 12;
 
@@ -194,7 +196,7 @@ impl Receiver {
         if flags.contains(MsgFlags::MSG_CTRUNC) {
             let reason = "no descriptors are left for those that came with a message: raise \
                           RLIMIT_NOFILE (ulimit -n)";
-            log::warn!("mock daemon: hangs up: {reason}");
+            logs::warn!("mock daemon: hangs up: {reason}");
             return Err(io::Error::other(reason));
         }
         Ok(bytes)

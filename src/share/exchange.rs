@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use super::sink::{Answer, MemTableSink, SinkError};
+use super::time_limit::Clock;
 use super::{ShareReport, TimeLimit, VhostUserShare};
 use crate::error::{Error, MemTableChange, Result};
 use crate::logs;
@@ -43,6 +44,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         }
         for region in change.additions() {
             let step = MemTableChange::Add(region.range());
+            self.expect_unlogged(std::slice::from_ref(region));
             if let Some(base) = self.change(step, |sink| sink.add_mem_region(region))? {
                 // The answer says that it was taken.
                 self.held.insert(region);
@@ -58,6 +60,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     fn send_whole(&mut self, table: &MemoryTable, report: &mut ShareReport) -> Result<()> {
         // Before, so that they count also if the answer never comes.
         self.mark_what_stays(table);
+        self.expect_unlogged(table.regions());
         let step = MemTableChange::SetTable(table.regions().len());
         let set = |sink: &mut F| sink.set_mem_table(table.regions());
         let bases = match self.sink.refusal_keeps_table() {
@@ -139,23 +142,28 @@ impl<F: MemTableSink> VhostUserShare<F> {
         change: MemTableChange,
         call: impl FnOnce(&mut F) -> Answer<T>,
     ) -> Result<Result<T>> {
-        if let Some(limit) = &self.time_limit {
-            limit.start()?;
+        let silent = Error::DaemonSilent {
+            change,
+            limit: self.limit,
+        };
+        if let Some(limit) = &self.time_limit
+            && limit.start()? == Clock::RanOut
+        {
+            return Ok(Err(silent));
+        }
+        if std::mem::take(&mut self.acks_due) {
+            self.sink.request_acks();
         }
         let made = catch_unwind(AssertUnwindSafe(|| call(&mut self.sink)));
         let answer = made.unwrap_or_else(|panic| {
             // How much of the message passed is not known.
             self.time_limit.as_ref().map(TimeLimit::stop);
-            self.broken = Some("the sink panicked".to_owned());
-            self.end_connection();
+            self.break_for("the sink panicked".to_owned());
             resume_unwind(panic)
         });
         let expired = self.time_limit.as_ref().is_some_and(TimeLimit::stop);
         Ok(match answer {
-            _ if expired => Err(Error::DaemonSilent {
-                change,
-                limit: self.limit,
-            }),
+            _ if expired => Err(silent),
             Ok(answer) => Ok(answer),
             Err(SinkError::Refused(source)) => Err(Error::DaemonRefused { change, source }),
             Err(SinkError::HungUp(source)) => Err(Error::DaemonHungUp { change, source }),
@@ -167,16 +175,24 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// Ends the connection. Nothing more is said to a daemon in an unknown state; and most daemons
     /// serve one front-end at a time, so the next connection needs this one's end.
     pub(super) fn break_off(&mut self, error: Error) -> Error {
-        // First of all: what follows calls code of others.
-        self.broken = Some(error.to_string());
-        self.end_connection();
+        self.break_for(error.to_string());
         logs::warn!("share broken: {error}");
         error
     }
 
-    pub(super) fn end_connection(&self) {
-        if let Some(hang_up) = self.sink.hang_up() {
-            hang_up();
+    /// Ends the connection, for this reason.
+    pub(super) fn break_for(&mut self, reason: String) {
+        if let Some(logging) = &mut self.logging {
+            logging.end(&reason);
+        }
+        self.broken = Some(reason);
+        // Last of all: it may call code of others.
+        self.end_connection();
+    }
+
+    fn end_connection(&self) {
+        if let Some(limit) = &self.time_limit {
+            limit.end_connection();
         }
     }
 }

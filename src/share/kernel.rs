@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use vhost::{VHOST_MAX_MEMORY_REGIONS, VhostBackend, VhostUserMemoryRegionInfo};
 
+use super::hang_up::HangUp;
 use super::sink::{Answer, MemTableSink, SinkError};
-use super::time_limit::HangUp;
 use crate::error::{Error, Result, SlotLimit};
 use crate::mapping::Mapping;
 use crate::table::{MemoryTable, TableRegion};

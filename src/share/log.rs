@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{GuestAddress, GuestMemoryRegion, VolatileMemory, VolatileSlice};
 
+use crate::backing::{ShmBacking, base_page_size};
 use crate::error::Result;
 use crate::layout::GuestRange;
 use crate::mapping::to_usize;
-use crate::options::RamOptions;
 use crate::region::GuestRegionShm;
 use crate::table::MemoryTable;
 
@@ -17,15 +17,22 @@ const PAGE: u64 = 4096;
 /// Pages per word.
 const WORD: u64 = 64;
 
-/// The dirty log of one daemon: a sealed memfd in which it sets a bit for each page of 4 KiB that
-/// it writes.
+/// The dirty log of one daemon: a memfd in which it sets a bit for each page of 4 KiB that it
+/// writes.
 ///
-/// The bits count from guest address 0 to the end of the last region of the table (vhost-user
-/// specification, "Migration"): page `n` is bit `n % 8` of byte `n / 8`. Only bits of regions that
-/// the daemon was told of count; what else it sets is its own business.
+/// The bits count from guest address 0 to the end of the last region of the table or beyond it
+/// (vhost-user specification, "Migration"): page `n` is bit `n % 8` of byte `n / 8`. Only bits of
+/// regions that the daemon was told of count; what else it sets is its own business.
 ///
-/// A [`VhostUserShare`](crate::VhostUserShare) makes, sizes and reads it; see
-/// [`start_log`](crate::VhostUserShare::start_log). A sink sends it.
+/// It is one file from [`start_log`](crate::VhostUserShare::start_log) to
+/// [`stop_log`](crate::VhostUserShare::stop_log), in which no mapping of it can fault: it grows in
+/// place, and is sealed against shrinking (`F_SEAL_SHRINK` and `F_SEAL_SEAL`). So a daemon may set
+/// bits in whichever mapping of it there is, one from before it grew or from before a reconnection
+/// too, and they are all found. It is not sealed against growing: a daemon can make it longer,
+/// which costs memory where the daemon writes.
+///
+/// A [`VhostUserShare`](crate::VhostUserShare) makes, sizes and reads it. A sink sends it. A clone is
+/// another handle of the same bits.
 ///
 /// ```
 /// use std::os::fd::AsFd;
@@ -36,12 +43,12 @@ const WORD: u64 = 64;
 ///     format!("{} bytes at {:?}", log.size(), log.as_fd())
 /// }
 /// ```
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DaemonLog {
     bits: GuestRegionShm,
     size: u64,
     /// The pages of regions that the daemon was told of since it logs, as far as the log has bits
-    /// for them: first, and first behind them. Sorted, with gaps between them.
+    /// for them: first, and first after them. Sorted, with gaps between them.
     pages: Vec<(u64, u64)>,
 }
 
@@ -57,28 +64,36 @@ impl DaemonLog {
 
     /// A log without a bit set, in which no page counts yet. The size is a multiple of 8.
     pub(super) fn new(size: u64) -> Result<Self> {
-        let options = RamOptions::new().with_name("dirty-log");
-        let file = size.next_multiple_of(crate::layout::base_page_size());
+        let backing = ShmBacking::create_growable("dirty-log", file_len(size))?;
         Ok(Self {
-            bits: GuestRegionShm::new(GuestAddress(0), file, &options)?,
+            bits: map(&backing)?,
             size,
             pages: Vec::new(),
         })
     }
 
-    /// The size in bytes, a multiple of 8. The descriptor's file may be longer.
+    /// Makes it longer, a multiple of 8 bytes, if it is shorter than that. Mappings from before are
+    /// mappings of the same bits.
+    pub(super) fn grow(&mut self, size: u64) -> Result<()> {
+        let len = file_len(size);
+        if len > self.bits.backing().end() {
+            self.bits = map(&self.bits.backing().grow(len)?)?;
+        }
+        self.size = self.size.max(size);
+        Ok(())
+    }
+
+    /// The size in bytes, a multiple of 8. The descriptor's file may be longer, and is never
+    /// shorter: as many bytes can be mapped without a fault.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Has the pages of these regions count too, as far as the log has bits for them.
+    /// Has the pages of these regions count too, from now on, as far as the log has bits for them.
     pub(super) fn watch(&mut self, table: &MemoryTable) {
-        let regions = table.regions().iter();
-        self.watch_pages(regions.map(|region| pages_of(region.range())));
-    }
-
-    fn watch_pages(&mut self, more: impl Iterator<Item = (u64, u64)>) {
         let limit = self.size * 8;
+        let regions = table.regions().iter();
+        let more = regions.map(|region| pages_of(region.range()));
         let mut pages: Vec<_> = self.pages.drain(..).chain(more).collect();
         pages.sort_unstable();
         for (first, end) in pages {
@@ -102,18 +117,6 @@ impl DaemonLog {
     /// Takes the bits that are set, in the order of addresses.
     pub(super) fn drain(&self, dirty: &mut DirtyRanges) {
         self.take_words(|word, bits| dirty.add_word(word, bits));
-    }
-
-    /// Moves the bits that are set into `next`, where they count as they did here; those that it
-    /// has no room for go to `dirty`.
-    pub(super) fn move_into(&self, next: &mut Self, dirty: &mut DirtyRanges) {
-        next.watch_pages(self.pages.iter().copied());
-        self.take_words(|word, bits| match word < next.size / 8 {
-            true => {
-                next.with_word(word, |there| there.fetch_or(bits.to_le(), Ordering::SeqCst));
-            }
-            false => dirty.add_word(word, bits),
-        });
     }
 
     /// Takes each word that is not 0, with the bits that count; the others stay.
@@ -149,6 +152,15 @@ impl AsFd for DaemonLog {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.bits.backing().as_fd()
     }
+}
+
+/// The length of the file of a log.
+fn file_len(size: u64) -> u64 {
+    size.next_multiple_of(base_page_size())
+}
+
+fn map(backing: &ShmBacking) -> Result<GuestRegionShm> {
+    GuestRegionShm::from_backing(backing, 0, GuestAddress(0), backing.end())
 }
 
 fn pages_of(range: GuestRange) -> (u64, u64) {
@@ -277,7 +289,7 @@ mod tests {
         let file = std::fs::File::from(log.as_fd().try_clone_to_owned().unwrap());
         assert_eq!(file.metadata().unwrap().len(), 4096);
         // A daemon cannot make our reading of it a SIGBUS.
-        assert!(file.set_len(0).is_err());
+        file.set_len(0).unwrap_err();
     }
 
     #[test]
@@ -310,19 +322,28 @@ mod tests {
     }
 
     #[test]
-    fn what_is_set_moves_to_a_longer_log_and_falls_out_of_a_shorter_one_as_ranges() {
-        let (mut short, mut long) = (log(&[(0, 64)]), log(&[(0, 200)]));
-        set(&short, &[1, 2, 63]);
-        set(&long, &[2, 3]);
-        let mut dirty = DirtyRanges::default();
-        short.move_into(&mut long, &mut dirty);
-        assert_eq!(in_pages(dirty.clone()), []);
-        assert_eq!(drain(&short), []);
-        set(&long, &[64, 100, 101]);
-        long.move_into(&mut short, &mut dirty);
-        assert_eq!(drain(&long), []);
-        assert_eq!(drain(&short), [(1, 3), (63, 1)]);
-        assert_eq!(in_pages(dirty), [(64, 1), (100, 2)]);
+    fn bits_that_are_set_in_any_mapping_from_any_time_are_found() {
+        let (first, second) = (table(&[(0, 64)]), table(&[(0, 64), (1 << 20, 64)]));
+        let mut log = log(&[(0, 64)]);
+        let mapped_before = log.bits.clone();
+        let set_in = |bits: &GuestRegionShm, page: usize| {
+            let all = bits.as_volatile_slice().unwrap();
+            let word = all.get_atomic_ref::<AtomicU64>(page / 64 * 8).unwrap();
+            word.fetch_or(1_u64.to_le() << (page % 64), Ordering::SeqCst);
+        };
+        set_in(&mapped_before, 1);
+        log.grow(DaemonLog::size_for(&second)).unwrap();
+        log.watch(&second);
+        set_in(&mapped_before, 2);
+        // In the same page of the file, and in another one.
+        set(&log, &[3, 1 << 20]);
+        assert_eq!(drain(&log), [(1, 3), (1 << 20, 1)]);
+        // A shorter table leaves it as it is.
+        log.grow(DaemonLog::size_for(&first)).unwrap();
+        assert_eq!(log.size(), DaemonLog::size_for(&second));
+        set_in(&mapped_before, 5);
+        set(&log, &[(1 << 20) + 1]);
+        assert_eq!(drain(&log), [(5, 1), ((1 << 20) + 1, 1)]);
     }
 
     #[test]

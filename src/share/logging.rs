@@ -10,40 +10,134 @@
 //! Guests use a region only after it was told to all, so nothing is written to a new one between
 //! the table and the log that follows. SET_MEM_TABLE, however, replaces *all* regions in such a
 //! daemon: what it writes to those that stay, until the log follows, is not logged. Their pages
-//! all count as dirty then.
+//! all count as dirty then. Where the log does not follow, the pages of all regions that the daemon
+//! may hold without it do, in each harvest until it does.
+//!
+//! There is one log until logging stops, which grows in place and is never sent with a smaller
+//! size: whichever message a daemon handled last, it sets bits in the same pages, and they are
+//! harvested. That includes a daemon whose connection has ended, and which does not know it yet.
 
 use super::log::{DaemonLog, DirtyRanges};
+use super::process::DaemonProcess;
+use super::stopped::{FormerDaemon, StoppedLog};
 use super::{MemTableSink, VhostUserShare};
 use crate::error::{Error, MemTableChange, Result};
 use crate::layout::GuestRange;
-use crate::table::MemoryTable;
+use crate::logs;
+use crate::table::{MemoryTable, TableRegion};
 
 /// That a daemon is to log.
 #[derive(Debug, Default)]
 pub(super) struct Logging {
     /// Absent until there was a region.
     log: Option<DaemonLog>,
-    /// The daemon acknowledged `log`, on this connection.
-    sent: bool,
-    /// It did so after it took the table that it holds.
+    /// The size with which the daemon took it, on this connection: 0 if it has not.
+    taken: u64,
+    /// The daemon took it after it took the table that it holds.
     settled: bool,
-    /// What was set in logs that are gone, and has no place in this one.
-    dirty: DirtyRanges,
+    /// It did not, and an update has ended since the table.
+    overdue: bool,
+    /// Regions that the daemon may hold, and may not log yet.
+    unlogged: Vec<GuestRange>,
+    /// The daemon was told of a region, on this connection.
+    reaches_ram: bool,
+    /// The daemon's process, as far as it is known.
+    process: Option<DaemonProcess>,
+    /// Those whose connections have ended, and that are not known to be dead.
+    former: Vec<Former>,
+}
+
+/// A daemon whose connection has ended.
+#[derive(Debug)]
+struct Former {
+    reason: String,
+    process: Option<DaemonProcess>,
+    /// What it may have written without logging it, when the connection ended and later.
+    unlogged: Vec<GuestRange>,
+    /// That was harvested, as it was when the connection ended.
+    is_counted: bool,
+}
+
+impl Former {
+    fn id(&self) -> Option<u32> {
+        self.process.as_ref().map(DaemonProcess::id)
+    }
+
+    fn is_dead(&self) -> bool {
+        self.process.as_ref().is_some_and(DaemonProcess::is_dead)
+    }
 }
 
 impl Logging {
-    /// On a new connection nobody has the log.
-    pub(super) fn begin(&mut self) {
-        self.sent = false;
+    /// The connection has ended, or no call is made on it any more.
+    pub(super) fn end(&mut self, reason: &str) {
+        let process = self.process.take();
+        let unlogged = std::mem::take(&mut self.unlogged);
+        // It is noted once, and only if there is something that it could write to.
+        if std::mem::take(&mut self.reaches_ram) {
+            self.note_former(Former {
+                reason: reason.to_owned(),
+                process,
+                unlogged,
+                is_counted: false,
+            });
+        }
+        self.taken = 0;
         self.settled = false;
+        self.overdue = false;
     }
 
-    fn replace(&mut self, log: DaemonLog) {
-        if let Some(old) = self.log.replace(log)
-            && let Some(log) = &mut self.log
-        {
-            old.move_into(log, &mut self.dirty);
+    fn note_former(&mut self, mut daemon: Former) {
+        // One process may lose its connection again and again.
+        if let Some(id) = daemon.id() {
+            let before = |known: &mut Former| known.id() == Some(id) && !known.is_dead();
+            for known in self.former.extract_if(.., before) {
+                let more = known.unlogged.into_iter();
+                let more: Vec<_> = more.filter(|r| !daemon.unlogged.contains(r)).collect();
+                daemon.unlogged.extend(more);
+            }
         }
+        self.former.push(daemon);
+    }
+
+    /// The daemon logs all that it writes.
+    fn settle(&mut self) {
+        if self.overdue {
+            self.mark(&self.unlogged);
+        }
+        self.unlogged.clear();
+        self.overdue = false;
+        self.settled = true;
+    }
+
+    fn mark(&self, ranges: &[GuestRange]) {
+        if let Some(log) = &self.log {
+            ranges.iter().for_each(|range| log.mark(*range));
+        }
+    }
+
+    /// Takes what is dirty; the last time together with what was not noted by daemons that were
+    /// not known to be dead until now.
+    fn harvest(&mut self, is_last: bool) -> Vec<GuestRange> {
+        let mut former = std::mem::take(&mut self.former);
+        // Before the log is read: what the dead have noted is there.
+        former.retain_mut(|daemon| {
+            let is_dead = daemon.is_dead();
+            if !daemon.is_counted || is_last && !is_dead {
+                self.mark(&daemon.unlogged);
+                daemon.is_counted = true;
+            }
+            !is_dead
+        });
+        self.former = former;
+        if !self.settled {
+            self.mark(&self.unlogged);
+        }
+        let mut dirty = DirtyRanges::default();
+        if let Some(log) = &self.log {
+            log.drain(&mut dirty);
+        }
+        dirty.into_ranges()
     }
 }
 
@@ -51,9 +145,12 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// Has the daemon log the pages that it writes, from now on and across changes of its table
     /// and reconnections, until [`stop_log`](Self::stop_log). Does nothing if it does already.
     ///
-    /// The log is sent (SET_LOG_BASE) with each table: sized for it, before the table when it
-    /// grows, after it when it shrinks, and nothing that was set is lost on the way. Whatever
-    /// daemons log, they do so only with the feature `VHOST_F_LOG_ALL` (bit 26) acknowledged: call
+    /// The log is sent (SET_LOG_BASE) with each table: before it if the log has to grow for it, and
+    /// after it. It is one file all the time, and never gets smaller. So nothing that a daemon
+    /// notes is lost, wherever it is in a change of the table when it hangs up, falls silent or
+    /// answers nonsense, and what it notes after that is not either: it comes in a later harvest.
+    ///
+    /// Daemons log only with the feature `VHOST_F_LOG_ALL` (bit 26) acknowledged: call
     /// SET_FEATURES with it after this, and again after each reconnection, once the table was sent.
     /// Used rings are logged where SET_VRING_ADDR says so.
     ///
@@ -63,33 +160,50 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// # Errors
     ///
     /// [`Error::LogNotShared`] if LOG_SHMFD is not among the protocol features;
-    /// [`Error::ShareBroken`]; those of a new memfd; and those of [`update`](Self::update) if the
-    /// daemon does not take the log. The daemon does not log then.
+    /// [`Error::ShareBroken`]; those of a new memfd; and those of
+    /// [`update_table`](Self::update_table) if the daemon does not take the log. The daemon does not
+    /// log then.
     pub fn start_log(&mut self) -> Result<()> {
         self.check_not_broken()?;
         if self.logging.is_some() {
             return Ok(());
         }
         self.check_log_shmfd()?;
-        self.logging = Some(Logging::default());
+        self.logging = Some(Logging {
+            reaches_ram: self.held != MemoryTable::default(),
+            ..Logging::default()
+        });
         let table = self.held.clone();
         let sent = self.log_before(&table);
+        let sent = sent.and_then(|()| self.confirm_log());
         match (&sent, &mut self.logging) {
             // The regions were there before the log: once is enough.
-            (Ok(()), Some(logging)) => logging.settled = true,
+            (Ok(()), Some(logging)) => logging.settle(),
             _ => self.logging = None,
         }
         sent
     }
 
-    /// Ends logging; gives what is dirty since the last [`drain_dirty`](Self::drain_dirty).
+    /// Ends logging; gives what is dirty since the last [`drain_dirty`](Self::drain_dirty), and
+    /// names the daemons that were hung up on meanwhile and are not known to be dead: they may go
+    /// on writing to guest RAM.
     ///
     /// Call SET_FEATURES without `VHOST_F_LOG_ALL` before: no message takes a log away from a
     /// daemon, and one that goes on logging meets regions that its log has no bits for.
-    pub fn stop_log(&mut self) -> Vec<GuestRange> {
-        let dirty = self.drain_dirty();
-        self.logging = None;
-        dirty
+    pub fn stop_log(&mut self) -> StoppedLog {
+        let Some(mut logging) = self.logging.take() else {
+            return StoppedLog::default();
+        };
+        let dirty = logging.harvest(true);
+        let former = logging.former.into_iter().map(|daemon| FormerDaemon {
+            process: daemon.id(),
+            reason: daemon.reason,
+        });
+        let former: Vec<_> = former.collect();
+        former
+            .iter()
+            .for_each(|daemon| logs::warn!("logging stops, and {daemon}"));
+        StoppedLog { dirty, former }
     }
 
     /// Whether the daemon is to log.
@@ -98,17 +212,14 @@ impl<F: MemTableSink> VhostUserShare<F> {
     }
 
     /// Takes what the daemon wrote since the last time, in whole pages of 4 KiB: sorted, apart
-    /// from each other. Among them may be pages of regions that were removed meanwhile. Empty if
-    /// the daemon does not log.
+    /// from each other. Among them may be pages of regions that were removed meanwhile, and pages
+    /// that were not written: those of regions that the daemon held for a while without logging.
+    /// Empty if the daemon does not log.
     pub fn drain_dirty(&mut self) -> Vec<GuestRange> {
-        let Some(logging) = &mut self.logging else {
-            return Vec::new();
-        };
-        let mut dirty = std::mem::take(&mut logging.dirty);
-        if let Some(log) = &logging.log {
-            log.drain(&mut dirty);
+        match &mut self.logging {
+            Some(logging) => logging.harvest(false),
+            None => Vec::new(),
         }
-        dirty.into_ranges()
     }
 
     /// Whether a daemon that is to log can.
@@ -137,73 +248,96 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     /// Before `table` is sent: the daemon has a log that is long enough for it.
     pub(super) fn log_before(&mut self, table: &MemoryTable) -> Result<()> {
-        self.with_logging(|share, logging| {
-            let needed = DaemonLog::size_for(table);
-            let present = logging.log.as_ref().map_or(0, DaemonLog::size);
-            if needed > present {
-                let mut log = DaemonLog::new(needed)?;
-                log.watch(&share.held);
-                log.watch(table);
-                share.send_log(&log)?;
-                logging.replace(log);
-                logging.sent = true;
-            } else if let Some(log) = &mut logging.log {
-                log.watch(table);
-                if !logging.sent {
-                    share.send_log(log)?;
-                    logging.sent = true;
-                }
-            }
+        let Some(logging) = &mut self.logging else {
+            return Ok(());
+        };
+        let needed = DaemonLog::size_for(table);
+        match &mut logging.log {
+            Some(log) => log.grow(needed)?,
+            log @ None if needed > 0 => *log = Some(DaemonLog::new(needed)?),
+            None => {}
+        }
+        if let Some(log) = &mut logging.log {
+            // From before it is told of them, and whatever it answers.
+            log.watch(&self.held);
+            log.watch(table);
+        }
+        if logging.taken < needed {
+            self.send_log()?;
+        }
+        if let Some(logging) = &mut self.logging {
             logging.settled = false;
-            Ok(())
-        })
+        }
+        Ok(())
     }
 
-    /// After the table was sent: the daemon has a log of the right size, for all of its regions.
+    /// After the table was sent: the daemon logs in all of its regions.
     pub(super) fn log_after(&mut self) -> Result<()> {
-        self.with_logging(|share, logging| {
-            let needed = DaemonLog::size_for(&share.held);
-            let Some(present) = &logging.log else {
-                return Ok(());
-            };
-            if needed == 0 {
-                // Nothing can be written, and there is no log without a bit.
-            } else if needed < present.size() {
-                let mut log = DaemonLog::new(needed)?;
-                log.watch(&share.held);
-                share.send_log(&log)?;
-                logging.replace(log);
-            } else {
-                share.send_log(present)?;
+        let Some(logging) = &self.logging else {
+            return Ok(());
+        };
+        // Without a region nothing can be written, and there may be no log.
+        let sent = match logging.log {
+            Some(_) if self.held != MemoryTable::default() => {
+                self.send_log().and_then(|()| self.confirm_log())
             }
-            logging.settled = true;
-            Ok(())
-        })
+            _ => Ok(()),
+        };
+        if let Some(logging) = &mut self.logging {
+            match &sent {
+                Ok(()) => logging.settle(),
+                Err(_) => logging.overdue = true,
+            }
+        }
+        sent
+    }
+
+    /// The daemon is to be told of these regions.
+    pub(super) fn expect_unlogged(&mut self, regions: &[TableRegion]) {
+        if let Some(logging) = &mut self.logging {
+            logging.reaches_ram = true;
+            let ranges = regions.iter().map(TableRegion::range);
+            logging.unlogged.extend(ranges);
+        }
     }
 
     /// The daemon is to replace all of its regions, those that stay included.
     pub(super) fn mark_what_stays(&self, next: &MemoryTable) {
-        if let Some(Logging { log: Some(log), .. }) = &self.logging {
+        if let Some(logging) = &self.logging {
             let held = self.held.regions().iter();
             let stay = held.filter(|region| next.contains(region));
-            stay.for_each(|region| log.mark(region.range()));
+            let ranges: Vec<_> = stay.map(TableRegion::range).collect();
+            logging.mark(&ranges);
         }
     }
 
-    fn send_log(&mut self, log: &DaemonLog) -> Result<()> {
-        let step = MemTableChange::SetLog(log.size());
-        self.change(step, |sink| sink.set_log_base(log))
+    /// The answer to a log cannot refuse it. A daemon that does not take it hangs up: that it is
+    /// there after its answer shows that it did.
+    fn confirm_log(&mut self) -> Result<()> {
+        match &self.logging {
+            Some(Logging { log: Some(log), .. }) => {
+                self.call(MemTableChange::SetLog(log.size()), F::barrier)
+            }
+            _ => Ok(()),
+        }
     }
 
-    fn with_logging(
-        &mut self,
-        act: impl FnOnce(&mut Self, &mut Logging) -> Result<()>,
-    ) -> Result<()> {
-        let Some(mut logging) = self.logging.take() else {
+    fn send_log(&mut self) -> Result<()> {
+        // A handle of its own: the log stays where it is, whatever the sink does.
+        let Some(log) = self
+            .logging
+            .as_ref()
+            .and_then(|logging| logging.log.clone())
+        else {
             return Ok(());
         };
-        let done = act(self, &mut logging);
-        self.logging = Some(logging);
-        done
+        let size = log.size();
+        let sent = self.change(MemTableChange::SetLog(size), |sink| sink.set_log_base(&log));
+        let process = sent?;
+        if let Some(logging) = &mut self.logging {
+            logging.taken = size;
+            logging.process = process.or(logging.process.take());
+        }
+        Ok(())
     }
 }

@@ -17,20 +17,27 @@ use crate::memory::GuestMemoryShm;
 use crate::table::{MemoryTable, TableView};
 
 mod exchange;
+mod hang_up;
 mod kernel;
 mod log;
 mod logging;
 mod postcopy;
+mod process;
 mod sink;
+mod socket;
+mod stopped;
 mod time_limit;
 mod wire;
 
 pub use self::log::DaemonLog;
+pub use hang_up::HangUp;
 pub use kernel::KernelVhost;
 use logging::Logging;
 use postcopy::BaseHandler;
+pub use process::DaemonProcess;
 pub use sink::{MemTableSink, SinkError};
-pub use time_limit::{HangUp, TimeLimit};
+pub use stopped::{FormerDaemon, StoppedLog};
+pub use time_limit::TimeLimit;
 
 /// How long a daemon may take to answer, unless set otherwise: mapping a region takes it
 /// microseconds, but it may be busy with I/O.
@@ -42,9 +49,9 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// over. With CONFIGURE_MEM_SLOTS regions are added and removed one by one (ADD_MEM_REG,
 /// REM_MEM_REG), up to the daemon's GET_MAX_MEM_SLOTS; without it the whole table is sent
 /// (SET_MEM_TABLE), at most 8 regions. Every change is acknowledged by the daemon before
-/// [`update`](Self::update) returns: by REPLY_ACK where it was negotiated, otherwise by a round
-/// trip. No call waits longer than the [time limit](Self::with_time_limit) for an answer; a change of
-/// many regions is as many calls.
+/// [`update_table`](Self::update_table) returns: by REPLY_ACK where it was negotiated, otherwise by
+/// a round trip. No call waits longer than the [time limit](Self::with_time_limit) for an answer; a
+/// change of many regions is as many calls.
 ///
 /// ```
 /// use std::time::Duration;
@@ -71,7 +78,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// })??;
 ///
 /// let mut share = VhostUserShare::new(frontend, features);
-/// share.update(&memory.memory_table())?;
+/// share.update_table(&memory.memory_table())?;
 /// # assert_eq!(daemon.table().len(), 1);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -83,6 +90,8 @@ pub struct VhostUserShare<F> {
     limit: Duration,
     mem_slots: bool,
     reply_ack: bool,
+    /// The sink has yet to be told that changes are acknowledged.
+    acks_due: bool,
     log_shmfd: bool,
     /// The daemon's answer to GET_MAX_MEM_SLOTS, once it was asked.
     slots: Option<u64>,
@@ -135,6 +144,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             limit: TIME_LIMIT,
             mem_slots: false,
             reply_ack: false,
+            acks_due: false,
             log_shmfd: false,
             slots: None,
             view: TableView::default(),
@@ -150,10 +160,15 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     /// Sets how long the daemon may take for each answer; 10 seconds unless set. Without any time
     /// every update fails.
+    ///
+    /// A call that another thread makes on a clone of the frontend takes from this time while it
+    /// waits, because it has the frontend's lock; at its end the connection is closed for both.
     #[must_use]
     pub fn with_time_limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
-        self.watch();
+        if let Some(watching) = &mut self.time_limit {
+            watching.set_limit(limit);
+        }
         self
     }
 
@@ -171,7 +186,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     }
 
     /// Goes on with a new connection to the daemon, which holds no region yet; gives back the old
-    /// one. The next [`update`](Self::update) sends the whole table.
+    /// one. The next [`update_table`](Self::update_table) sends the whole table.
     ///
     /// Most daemons serve one front-end at a time: the old connection must have ended before they
     /// answer on the new one. That of a broken share has.
@@ -189,16 +204,11 @@ impl<F: MemTableSink> VhostUserShare<F> {
         self.held = MemoryTable::default();
         self.bases = Vec::new();
         if let Some(logging) = &mut self.logging {
-            logging.begin();
+            // Unless it was broken off.
+            logging.end("another connection took its place");
         }
         self.broken = None;
-        self.watch();
-        if self.reply_ack {
-            self.sink.request_acks();
-        }
-    }
-
-    fn watch(&mut self) {
+        self.acks_due = self.reply_ack;
         let hang_up = self.sink.hang_up();
         self.time_limit = hang_up.map(|hang_up| TimeLimit::with_hang_up(hang_up, self.limit));
     }
@@ -206,7 +216,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// Whether the daemon could take `table`, as far as limits say; nothing is changed.
     ///
     /// The daemon is asked for its number of memory slots (GET_MAX_MEM_SLOTS) unless it was
-    /// before. [`update`](Self::update) checks the same.
+    /// before. [`update_table`](Self::update_table) checks the same.
     ///
     /// # Errors
     ///
@@ -216,7 +226,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// [`Error::NoTimeLimit`], after which the share goes on as before, and
     /// [`Error::DaemonRefused`], [`Error::DaemonHungUp`], [`Error::DaemonSilent`],
     /// [`Error::DaemonProtocol`], after which it is broken.
-    pub fn check(&mut self, table: &MemoryTable) -> Result<()> {
+    pub fn check_table(&mut self, table: &MemoryTable) -> Result<()> {
         self.check_not_broken()?;
         self.check_log()?;
         if *table == self.held {
@@ -242,7 +252,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// [`Error::LogNotShared`] if the daemon is to log ([`start_log`](Self::start_log)) and a
     /// reconnection left LOG_SHMFD out; and those of a new memfd for its log. Where such an error,
     /// or a refusal of the log, comes after the table, the table is what the daemon holds, and
-    /// the next update, to any table, sends the log.
+    /// the next update, to any table, sends the log; until then all of it counts as dirty.
     ///
     /// [`Error::DaemonRefused`]: the daemon answered that it does not take a change. If that was a
     /// single region and the daemon still answers after it, the share goes on: [`table`](Self::table)
@@ -256,8 +266,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// [`reconnect`](Self::reconnect). A daemon that acknowledges a change and hangs up right after
     /// it, as libvhost-user does to refuse one, counts as hung up; among several changes the error
     /// may then name the change behind the refused one.
-    pub fn update(&mut self, table: &MemoryTable) -> Result<ShareReport> {
-        self.check(table)?;
+    pub fn update_table(&mut self, table: &MemoryTable) -> Result<ShareReport> {
+        self.check_table(table)?;
         let change = self.held.change_to(table);
         if change.is_empty() && !self.log_is_due() {
             return Ok(ShareReport::default());
@@ -279,27 +289,27 @@ impl<F: MemTableSink> VhostUserShare<F> {
         Ok(report)
     }
 
-    /// [`check`](Self::check), of what the daemon gets to see of `memory`.
+    /// [`check_table`](Self::check_table), of what the daemon gets to see of `memory`.
     ///
     /// # Errors
     ///
-    /// Those of [`check`](Self::check), and
+    /// Those of [`check_table`](Self::check_table), and
     /// [`Error::OpaqueConstant`] if the [view](Self::with_view) does not fit the memory.
     pub fn check_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<()> {
         let table = memory.memory_table_as(&self.view)?;
-        self.check(&table)
+        self.check_table(&table)
     }
 
-    /// [`update`](Self::update), to what the daemon gets to see of `memory`. A change outside of
-    /// its [view](Self::with_view) sends no message.
+    /// [`update_table`](Self::update_table), to what the daemon gets to see of `memory`. A change
+    /// outside of its [view](Self::with_view) sends no message.
     ///
     /// # Errors
     ///
-    /// Those of [`update`](Self::update), and [`Error::OpaqueConstant`] if the view does not fit
-    /// the memory: nothing was sent.
+    /// Those of [`update_table`](Self::update_table), and [`Error::OpaqueConstant`] if the view does
+    /// not fit the memory: nothing was sent.
     pub fn update_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<ShareReport> {
         let table = memory.memory_table_as(&self.view)?;
-        self.update(&table)
+        self.update_table(&table)
     }
 
     /// What the daemon has acknowledged. After a failure this may be part of a change. What a
@@ -359,7 +369,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     /// Breaks the share if the daemon has hung up since it was last told something, and says so.
     pub(crate) fn check_there(&mut self) -> Result<()> {
-        if self.broken.is_none() && self.sink.is_gone() {
+        let is_gone = self.time_limit.as_ref().is_some_and(TimeLimit::is_gone);
+        if self.broken.is_none() && is_gone {
             let error = Error::DaemonGone;
             return Err(self.break_off(error));
         }
@@ -370,8 +381,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     pub(crate) fn give_up(&mut self, reason: String) {
         self.forget_table();
         if self.broken.is_none() {
-            self.broken = Some(reason);
-            self.end_connection();
+            self.break_for(reason);
         }
     }
 

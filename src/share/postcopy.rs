@@ -109,8 +109,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             report.bases.push((region.range().start_addr(), *base));
             let told = AssertUnwindSafe(|| self.base_handler.tell(region.range(), *base));
             if let Err(panic) = catch_unwind(told) {
-                self.broken = Some("the handler of bases panicked".to_owned());
-                self.end_connection();
+                self.break_for("the handler of bases panicked".to_owned());
                 resume_unwind(panic);
             }
         }

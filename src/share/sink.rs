@@ -2,16 +2,16 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
-use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
 #[cfg(feature = "postcopy")]
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
+use super::hang_up::HangUp;
 use super::log::DaemonLog;
-use super::time_limit::{HangUp, hang_up};
+use super::process::DaemonProcess;
+use super::socket::socket_of;
 use super::wire;
 use crate::error::MemTableChange;
 use crate::table::{MemoryTable, TableRegion};
@@ -20,8 +20,8 @@ use crate::table::{MemoryTable, TableRegion};
 ///
 /// vhost's `Frontend` implements it; another front-end, or a test without a socket, can.
 pub trait MemTableSink {
-    /// Has every later change acknowledged by the daemon before it returns. Called only if
-    /// REPLY_ACK was negotiated.
+    /// Has every later change acknowledged by the daemon before it returns. Called before the
+    /// first message, within the time limit, and only if REPLY_ACK was negotiated.
     fn request_acks(&mut self);
 
     /// SET_MEM_TABLE: replaces the whole table, by at most
@@ -76,13 +76,15 @@ pub trait MemTableSink {
     }
 
     /// SET_LOG_BASE: has the daemon log what it writes in this log, instead of the one before.
+    /// Gives the process that answered, if that is known: whether a daemon that was hung up on is
+    /// dead is what [`VhostUserShare::stop_log`](crate::VhostUserShare::stop_log) has to say.
     ///
     /// Called only if LOG_SHMFD was negotiated. A sink that carries no log refuses it.
     ///
     /// # Errors
     ///
     /// The way in which the daemon did not take it.
-    fn set_log_base(&mut self, _log: &DaemonLog) -> Result<(), SinkError> {
+    fn set_log_base(&mut self, _log: &DaemonLog) -> Result<Option<DaemonProcess>, SinkError> {
         Err(SinkError::Refused("this connection carries no log".into()))
     }
 
@@ -116,14 +118,10 @@ pub trait MemTableSink {
         false
     }
 
-    /// Whether the connection has ended already, as far as that can be seen without saying
-    /// anything: a daemon that is gone is told apart from one that hangs up when it is told.
-    fn is_gone(&self) -> bool {
-        false
-    }
-
     /// What ends the connection from another thread, so that a call that waits returns with an
-    /// error. `None` if no call of this sink ever waits.
+    /// error, and what sees that the daemon has. `None` if no call of this sink ever waits.
+    ///
+    /// Asked once for each connection, when a share begins with it; must not wait.
     fn hang_up(&self) -> Option<HangUp>;
 }
 
@@ -198,8 +196,8 @@ impl MemTableSink for Frontend {
 
     /// Exchanges the message itself, because vhost 0.18 understands the answer of its own daemons
     /// only. No clone of the frontend may make a call meanwhile.
-    fn set_log_base(&mut self, log: &DaemonLog) -> Result<(), SinkError> {
-        wire::set_log_base(self.as_raw_fd(), log)
+    fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<DaemonProcess>, SinkError> {
+        wire::set_log_base(socket_of(self), log)
     }
 
     fn barrier(&mut self) -> Result<(), SinkError> {
@@ -207,24 +205,8 @@ impl MemTableSink for Frontend {
         Ok(())
     }
 
-    fn is_gone(&self) -> bool {
-        has_hung_up(self)
-    }
-
     fn hang_up(&self) -> Option<HangUp> {
-        Some(hang_up(self))
-    }
-}
-
-/// Whether the other end of the connection is closed. What it said before may still be unread.
-fn has_hung_up(frontend: &Frontend) -> bool {
-    let socket = frontend.as_raw_fd();
-    // Nothing is received: it is only looked at, and nobody waits.
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    let mut byte = [0];
-    match recv(socket, &mut byte, flags) {
-        Ok(read) => read == 0,
-        Err(errno) => errno != Errno::EAGAIN && errno != Errno::EINTR,
+        Some(self.into())
     }
 }
 

@@ -6,19 +6,14 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{Shutdown, shutdown};
 use vhost::vhost_user::Frontend;
 
+use super::hang_up::{HangUp, Line};
 use crate::error::{Error, Result};
-use crate::logs;
-
-/// Ends a connection from another thread than the one that waits on it.
-pub type HangUp = Box<dyn Fn() + Send>;
 
 /// Hangs up on a daemon that does not answer in time, so that no call waits for ever.
 ///
@@ -48,11 +43,22 @@ pub struct TimeLimit {
 
 struct Shared {
     state: Mutex<State>,
+    /// For the thread: there is something to do.
     changed: Condvar,
+    /// For all others: the thread knows the connection.
+    known: Condvar,
 }
 
 #[derive(Default)]
 struct State {
+    /// Until the thread takes it.
+    hang_up: Option<HangUp>,
+    /// The connection, once it is known.
+    line: Option<Line>,
+    /// The connection is to be ended as soon as it is known.
+    end_due: bool,
+    /// It was waited for in vain.
+    is_busy: bool,
     /// When the call that is under way must be over.
     deadline: Option<Instant>,
     /// The thread waits without a deadline and must be woken for a new one. While it sleeps
@@ -62,24 +68,45 @@ struct State {
     ended: bool,
 }
 
+/// Whether a call may be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Clock {
+    /// It may: it will be ended in time.
+    Runs,
+    /// Its time ran out before it could be made: another thread has waited on the connection all
+    /// the time.
+    RanOut,
+}
+
 impl TimeLimit {
     /// A limit for each call on `frontend`.
     ///
     /// After the first call that takes longer the connection is closed, and every later call on
-    /// the frontend fails.
+    /// the frontend fails. That includes calls of other threads on clones of it: one that waits
+    /// has the frontend's lock, so it takes from the time of the calls that are made here, and is
+    /// ended with them. One that waits already when the limit is made cannot be ended, because the
+    /// descriptor is not known then: a call here fails when its time is over, all the same.
     pub fn new(frontend: &Frontend, limit: Duration) -> Self {
-        Self::with_hang_up(hang_up(frontend), limit)
+        Self::with_hang_up(frontend.into(), limit)
     }
 
     pub(super) fn with_hang_up(hang_up: HangUp, limit: Duration) -> Self {
         let shared = Arc::new(Shared {
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                hang_up: Some(hang_up),
+                ..State::default()
+            }),
             changed: Condvar::new(),
+            known: Condvar::new(),
         });
         let watched = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("vhost-time-limit".to_owned())
-            .spawn(move || watched.watch(&hang_up));
+            .spawn(move || watched.watch());
+        if thread.is_err() {
+            // No call is made, so none needs to be ended; but the connection may have to.
+            shared.learn();
+        }
         Self {
             shared,
             thread,
@@ -97,12 +124,15 @@ impl TimeLimit {
     /// this process is a child of the one that made the limit: the call was not made. What the call
     /// itself answers is inside `Ok`.
     pub fn run<T>(&mut self, call: impl FnOnce() -> T) -> Result<T> {
-        self.start()?;
-        let answer = call();
-        if self.stop() {
-            return Err(Error::TimeLimit { limit: self.limit });
+        let late = Error::TimeLimit { limit: self.limit };
+        if self.start()? == Clock::RanOut {
+            return Err(late);
         }
-        Ok(answer)
+        let answer = call();
+        match self.stop() {
+            true => Err(late),
+            false => Ok(answer),
+        }
     }
 
     /// The time that each call has.
@@ -110,10 +140,16 @@ impl TimeLimit {
         self.limit
     }
 
+    pub(super) fn set_limit(&mut self, limit: Duration) {
+        self.limit = limit;
+        // It may sleep towards a deadline that is later than the next one.
+        self.shared.changed.notify_one();
+    }
+
     /// Starts the clock, or sets it back if it runs.
     ///
     /// Without a thread to end it a call must not even begin to wait: that is an error.
-    pub(super) fn start(&self) -> Result<()> {
+    pub(super) fn start(&self) -> Result<Clock> {
         if self.is_a_copy() {
             let source = io::Error::other("this is a child of the process that connected");
             return Err(Error::NoTimeLimit { source });
@@ -122,13 +158,40 @@ impl TimeLimit {
             let source = io::Error::new(error.kind(), error.to_string());
             return Err(Error::NoTimeLimit { source });
         }
-        let mut state = self.shared.lock();
-        state.deadline = Instant::now().checked_add(self.limit);
+        let deadline = Instant::now().checked_add(self.limit);
+        let mut state = self.shared.wait_known(deadline);
+        if state.line.is_none() {
+            return Ok(Clock::RanOut);
+        }
+        state.deadline = deadline;
         if state.idle {
             state.idle = false;
             self.shared.changed.notify_one();
         }
-        Ok(())
+        Ok(Clock::Runs)
+    }
+
+    /// Ends the connection: now, or as soon as it is known.
+    pub(super) fn end_connection(&self) {
+        if self.is_a_copy() {
+            return; // It is the parent's.
+        }
+        let mut state = self.shared.lock();
+        match &state.line {
+            Some(line) => line.end(),
+            None => state.end_due = true,
+        }
+    }
+
+    /// Whether the other side has ended the connection, as far as that can be seen without a word.
+    /// It takes no longer than a call may.
+    pub(super) fn is_gone(&self) -> bool {
+        if self.is_a_copy() {
+            return false;
+        }
+        let deadline = Instant::now().checked_add(self.limit);
+        let state = self.shared.wait_known(deadline);
+        state.line.as_ref().is_some_and(Line::is_gone)
     }
 
     /// Whether fork(2) made it: then the thread is not in this process.
@@ -146,11 +209,47 @@ impl TimeLimit {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // No code that can panic runs under the lock but `hang_up`, which leaves it consistent.
+        // No code that can panic runs under the lock but that of a sink, which leaves it consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn watch(&self, hang_up: &HangUp) {
+    /// Waits until the connection is known, or the deadline has come; once in vain, no more.
+    fn wait_known(&self, deadline: Option<Instant>) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        while state.line.is_none() && !state.is_busy {
+            state = match deadline {
+                None => self
+                    .known
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        state.is_busy = true;
+                        break;
+                    }
+                    let woken = self.known.wait_timeout(state, left);
+                    woken.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        state
+    }
+
+    /// Gets to know the connection, however long that takes: without the lock.
+    fn learn(&self) {
+        let hang_up = self.lock().hang_up.take();
+        let line = hang_up.map(HangUp::learn);
+        let mut state = self.lock();
+        if let (Some(line), true) = (&line, state.end_due) {
+            line.end();
+        }
+        state.line = line;
+        self.known.notify_all();
+    }
+
+    fn watch(&self) {
+        self.learn();
         let mut state = self.lock();
         while !state.ended {
             state = match state.deadline {
@@ -164,7 +263,9 @@ impl Shared {
                     if left.is_zero() {
                         state.expired = true;
                         state.deadline = None;
-                        hang_up();
+                        if let Some(line) = &state.line {
+                            line.end();
+                        }
                         continue;
                     }
                     let woken = self.changed.wait_timeout(state, left);
@@ -180,12 +281,20 @@ impl Drop for TimeLimit {
         if self.is_a_copy() {
             return;
         }
-        self.shared.lock().ended = true;
-        self.shared.changed.notify_one();
         let gone = Err(io::ErrorKind::NotConnected.into());
-        if let Ok(thread) = std::mem::replace(&mut self.thread, gone) {
-            // It panics only if `hang_up` did, which was reported then.
-            let _ = thread.join();
+        let thread = std::mem::replace(&mut self.thread, gone);
+        // It may have hardly begun, and holds the connection open until it has ended.
+        let deadline = Instant::now().checked_add(self.limit);
+        let mut state = self.shared.wait_known(deadline);
+        state.ended = true;
+        let is_known = state.line.is_some();
+        drop(state);
+        self.shared.changed.notify_one();
+        match thread {
+            // It panics only if the sink's code did, which was reported then.
+            Ok(thread) if is_known => drop(thread.join()),
+            // It ends by itself, once the call is over that another thread makes.
+            _ => {}
         }
     }
 }
@@ -194,19 +303,6 @@ impl fmt::Debug for TimeLimit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "TimeLimit({:?})", self.limit)
     }
-}
-
-/// Ends the connection of a frontend, from any thread.
-pub(super) fn hang_up(frontend: &Frontend) -> HangUp {
-    // Asking for the number takes the frontend's lock, which a call that waits holds: it must be
-    // known beforehand. The clone keeps the number from being reused.
-    let (fd, keep) = (frontend.as_raw_fd(), frontend.clone());
-    Box::new(move || {
-        let _ = &keep;
-        if let Err(errno) = shutdown(fd, Shutdown::Both) {
-            logs::debug!("the connection was closed already: {errno}");
-        }
-    })
 }
 
 #[cfg(test)]
@@ -218,7 +314,10 @@ mod tests {
     fn limit(limit: Duration) -> (TimeLimit, mpsc::Receiver<()>) {
         let (sender, receiver) = mpsc::channel();
         let hang_up = move || sender.send(()).unwrap();
-        (TimeLimit::with_hang_up(Box::new(hang_up), limit), receiver)
+        (
+            TimeLimit::with_hang_up(HangUp::new(hang_up), limit),
+            receiver,
+        )
     }
 
     #[test]
@@ -254,6 +353,14 @@ mod tests {
         }
         drop(limit);
         assert!(hung_up.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_shorter_limit_holds_for_the_next_call() {
+        let (mut limit, hung_up) = limit(Duration::from_secs(3600));
+        limit.run(|| ()).unwrap();
+        limit.set_limit(Duration::from_millis(5));
+        assert!(limit.run(|| hung_up.recv()).is_err());
     }
 
     #[test]

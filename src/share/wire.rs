@@ -4,15 +4,21 @@
 //! daemons (the specification names none). vhost's `Frontend` waits for 16, from libvhost-user for
 //! ever. So this one message is exchanged here.
 
-use std::io::{self, ErrorKind, IoSlice};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
+use nix::cmsg_space;
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
+use nix::sys::socket::sockopt::PassCred;
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, sendmsg, setsockopt,
+};
 use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag};
 
 use super::log::DaemonLog;
+use super::process::DaemonProcess;
 use super::sink::SinkError;
+use crate::logs;
 
 /// The version, in the two lowest bits of a header's flags, and the bits that it takes.
 const VERSION: u32 = 1;
@@ -20,13 +26,18 @@ const VERSION_MASK: u32 = 3;
 /// The longest body that an answer to this message may have.
 const MAX_BODY: usize = 16;
 
-/// Sends the log and waits for the answer, which says only that it was handled.
+/// Sends the log and waits for the answer, which says only that it was handled, and by which
+/// process, if the kernel says it.
 ///
 /// Nobody else may use the connection meanwhile.
-pub(super) fn set_log_base(socket: RawFd, log: &DaemonLog) -> Result<(), SinkError> {
+pub(super) fn set_log_base(
+    socket: BorrowedFd<'_>,
+    log: &DaemonLog,
+) -> Result<Option<DaemonProcess>, SinkError> {
+    let credentials = Credentials::wanted(socket);
     send(socket, log).map_err(failed)?;
     let mut header = [0; 12];
-    receive(socket, &mut header).map_err(failed)?;
+    let process = receive(socket, &mut header).map_err(failed)?;
     let field = |at: usize| {
         u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
     };
@@ -40,10 +51,32 @@ pub(super) fn set_log_base(socket: RawFd, log: &DaemonLog) -> Result<(), SinkErr
     }
     // libvhost-user returns what it was sent, and DPDK nothing that means a refusal either.
     let mut body = [0; MAX_BODY];
-    receive(socket, &mut body[..size]).map_err(failed)
+    receive(socket, &mut body[..size]).map_err(failed)?;
+    drop(credentials);
+    Ok(process.map(DaemonProcess::new))
 }
 
-fn send(socket: RawFd, log: &DaemonLog) -> io::Result<()> {
+/// While it lives, messages come with the credentials of those who send them. Where that cannot be
+/// had nothing is known of the process.
+struct Credentials<'a>(BorrowedFd<'a>);
+
+impl<'a> Credentials<'a> {
+    fn wanted(socket: BorrowedFd<'a>) -> Self {
+        if let Err(errno) = setsockopt(&socket, PassCred, &true) {
+            logs::debug!("which process the daemon is cannot be known: {errno}");
+        }
+        Self(socket)
+    }
+}
+
+impl Drop for Credentials<'_> {
+    fn drop(&mut self) {
+        // vhost's frontend leaves them no room, and would take them for a cut off message.
+        let _ = setsockopt(&self.0, PassCred, &false);
+    }
+}
+
+fn send(socket: BorrowedFd<'_>, log: &DaemonLog) -> io::Result<()> {
     let mut message = Vec::with_capacity(28);
     for field in [FrontendReq::SET_LOG_BASE.into(), VERSION, 16] {
         message.extend_from_slice(&field.to_ne_bytes());
@@ -58,7 +91,13 @@ fn send(socket: RawFd, log: &DaemonLog) -> io::Result<()> {
         // The descriptor goes with the first byte.
         let control = if sent == 0 { &rights[..] } else { &[] };
         let rest = [IoSlice::new(&message[sent..])];
-        match sendmsg::<()>(socket, &rest, control, MsgFlags::MSG_NOSIGNAL, None) {
+        match sendmsg::<()>(
+            socket.as_raw_fd(),
+            &rest,
+            control,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        ) {
             Err(Errno::EINTR) => {}
             count => sent += count?,
         }
@@ -66,16 +105,37 @@ fn send(socket: RawFd, log: &DaemonLog) -> io::Result<()> {
     Ok(())
 }
 
-fn receive(socket: RawFd, buffer: &mut [u8]) -> io::Result<()> {
-    let mut received = 0;
+/// Fills the buffer; gives the process that sent the first byte, if that is known.
+fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Option<u32>> {
+    // Room for credentials and nothing else: descriptors, which no answer has, are dropped.
+    let mut control = cmsg_space!(UnixCredentials);
+    let (mut received, mut process) = (0, None);
     while received < buffer.len() {
-        match recv(socket, &mut buffer[received..], MsgFlags::empty()) {
-            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-            Err(Errno::EINTR) => {}
-            count => received += count?,
+        let mut rest = [IoSliceMut::new(&mut buffer[received..])];
+        let raw = socket.as_raw_fd();
+        let message = match recvmsg::<()>(raw, &mut rest, Some(&mut control), MsgFlags::empty()) {
+            Err(Errno::EINTR) => continue,
+            message => message?,
+        };
+        if message.bytes == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
         }
+        if received == 0 {
+            process = message.cmsgs().ok().into_iter().flatten().find_map(sender);
+        }
+        received += message.bytes;
     }
-    Ok(())
+    Ok(process)
+}
+
+fn sender(message: ControlMessageOwned) -> Option<u32> {
+    match message {
+        // One that our PID namespace does not see is 0.
+        ControlMessageOwned::ScmCredentials(sender) => {
+            u32::try_from(sender.pid()).ok().filter(|id| *id != 0)
+        }
+        _ => None,
+    }
 }
 
 fn failed(error: io::Error) -> SinkError {
@@ -99,14 +159,14 @@ mod tests {
     const REPLY: u32 = 0x4 | VERSION;
 
     /// What comes of this answer; and what was sent.
-    fn answered(answer: &[u8], hang_up: bool) -> (Result<(), SinkError>, Vec<u8>) {
+    fn answered(answer: &[u8], hang_up: bool) -> (Result<Option<u32>, SinkError>, Vec<u8>) {
         let (front, mut back) = UnixStream::pair().unwrap();
         back.write_all(answer).unwrap();
         if hang_up {
             back.shutdown(std::net::Shutdown::Write).unwrap();
         }
         let log = DaemonLog::new(24).unwrap();
-        let result = set_log_base(front.as_raw_fd(), &log);
+        let result = set_log_base(front.as_fd(), &log).map(|process| process.map(|p| p.id()));
         let mut sent = vec![0; 28];
         back.read_exact(&mut sent).unwrap();
         back.set_nonblocking(true).unwrap();
@@ -130,8 +190,8 @@ mod tests {
             back.write_all(&two).unwrap();
             let log = DaemonLog::new(8).unwrap();
             // The second finds its own answer: the first took no byte too many, or too few.
-            set_log_base(front.as_raw_fd(), &log).unwrap();
-            set_log_base(front.as_raw_fd(), &log).unwrap();
+            set_log_base(front.as_fd(), &log).unwrap();
+            set_log_base(front.as_fd(), &log).unwrap();
         }
     }
 

@@ -282,7 +282,7 @@ fn a_queue_is_kicked_when_a_daemon_without_acknowledgements_has_enabled_it() {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let (frontend, device) = negotiate(&daemon);
     let mut share = VhostUserShare::new(frontend, device.protocol_features());
-    share.update(&memory.memory_table()).unwrap();
+    share.update_table(&memory.memory_table()).unwrap();
     let table = share.table().clone();
     let translate = |addr| table.user_addr(addr);
     device

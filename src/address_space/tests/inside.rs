@@ -257,7 +257,7 @@ fn a_handler_of_bases_cannot_call_it_either() {
         }
         /// It could wait, and so is told by a worker beside another.
         fn hang_up(&self) -> Option<HangUp> {
-            Some(Box::new(|| ()))
+            Some(HangUp::new(|| ()))
         }
     }
     let (space, calls) = (Arc::new(space()), Arc::new(Mutex::new(0)));

@@ -177,3 +177,69 @@ fn a_change_that_the_daemon_cannot_apply_is_refused_by_itself() {
     daemon.wait_disconnected(LIMIT).unwrap();
     assert_eq!(daemon.table(), expected_table(&memory));
 }
+
+/// More than a bit for each page up to the end of the second region.
+const LOG: u64 = 64 << 10;
+
+/// A file that can be a dirty log of both regions.
+fn log_region(log: &std::fs::File) -> vhost::VhostUserDirtyLogRegion {
+    vhost::VhostUserDirtyLogRegion {
+        mmap_size: LOG,
+        mmap_offset: 0,
+        mmap_handle: std::os::fd::AsRawFd::as_raw_fd(log),
+    }
+}
+
+#[test]
+fn a_fault_at_a_log_leaves_changes_alone_and_may_show_after_the_log_was_taken() {
+    use std::os::unix::fs::FileExt;
+    for (kind, taken) in [
+        (FaultKind::Refuse, false),
+        (FaultKind::HangUpBefore, false),
+        (FaultKind::HangUpAfter, true),
+        (FaultKind::AnswerNonsense, true),
+    ] {
+        let mut setup = Setup::new(MockDaemon::builder());
+        setup.daemon.inject(Fault::new(1, kind).at_log());
+        setup.add().unwrap();
+        let writer = setup.daemon.writer().unwrap();
+        let log = memfd(LOG);
+        setup
+            .frontend
+            .set_log_base(0, Some(log_region(&log)))
+            .unwrap_err();
+        assert_eq!(setup.daemon.pending_faults(), 0);
+        // Also when the connection is over.
+        setup.daemon.hang_up();
+        setup.daemon.wait_disconnected(LIMIT).unwrap();
+        assert!(setup.daemon.writer().is_none());
+        assert!(writer.write(GuestAddress(0x5000)));
+        let mut bits = [0];
+        log.read_exact_at(&mut bits, 0).unwrap();
+        assert_eq!(bits[0], u8::from(taken) << 5, "{kind:?}");
+    }
+}
+
+#[test]
+fn a_daemon_may_apply_a_change_and_say_nothing_or_nonsense() {
+    for kind in [FaultKind::NeverAnswerAfter, FaultKind::AnswerNonsense] {
+        let setup = Setup::new(MockDaemon::builder());
+        let frozen = setup.daemon.writer().unwrap().frozen();
+        let writer = setup.daemon.writer().unwrap();
+        setup.daemon.inject(Fault::new(1, kind));
+        let frontend = setup.frontend.clone();
+        let region = infos(&setup.memory)[1];
+        let adds = thread::spawn(move || {
+            let mut frontend = frontend;
+            frontend.add_mem_region(&region).unwrap_err();
+        });
+        let deadline = Instant::now() + LIMIT;
+        while setup.held() < 2 && Instant::now() < deadline {
+            thread::yield_now();
+        }
+        assert!(writer.write(GuestAddress(1 << 30)), "{kind:?}");
+        assert!(!frozen.write(GuestAddress(1 << 30)));
+        setup.daemon.hang_up();
+        adds.join().unwrap();
+    }
+}

@@ -83,8 +83,8 @@ impl MemTableSink for Script {
     fn barrier(&mut self) -> Answer<()> {
         self.say(Said::Barrier)
     }
-    fn set_log_base(&mut self, log: &DaemonLog) -> Answer<()> {
-        self.say(Said::Log(log.size() / 8))
+    fn set_log_base(&mut self, log: &DaemonLog) -> Answer<Option<DaemonProcess>> {
+        self.say(Said::Log(log.size() / 8)).map(|()| None)
     }
     fn refusal_keeps_table(&self) -> bool {
         self.keeps_table
@@ -125,11 +125,11 @@ const ACK: Features = Features::REPLY_ACK;
 fn with_slots_and_acks_only_the_difference_is_sent_and_confirmed_once() {
     use Said::*;
     let mut share = share(8, SLOTS | ACK);
-    share.update(&table(&[0, 2])).unwrap();
+    share.update_table(&table(&[0, 2])).unwrap();
     assert_eq!(share.sink().said, [Acks, Slots, Add(0), Add(2), Barrier]);
 
     share.sink_mut().said.clear();
-    let report = share.update(&table(&[1, 3, 5])).unwrap();
+    let report = share.update_table(&table(&[1, 3, 5])).unwrap();
     assert_eq!((report.removed(), report.added()), (2, 3));
     assert_eq!(
         share.sink().said,
@@ -138,7 +138,7 @@ fn with_slots_and_acks_only_the_difference_is_sent_and_confirmed_once() {
 
     share.sink_mut().said.clear();
     let held = share.table().clone();
-    assert_eq!(share.update(&held).unwrap(), ShareReport::default());
+    assert_eq!(share.update_table(&held).unwrap(), ShareReport::default());
     assert_eq!(share.sink().said, []);
 }
 
@@ -146,7 +146,7 @@ fn with_slots_and_acks_only_the_difference_is_sent_and_confirmed_once() {
 fn without_acks_every_change_is_followed_by_a_round_trip() {
     use Said::*;
     let mut share = share(8, SLOTS);
-    share.update(&table(&[0, 2])).unwrap();
+    share.update_table(&table(&[0, 2])).unwrap();
     assert_eq!(share.sink().said, [Slots, Add(0), Barrier, Add(2), Barrier]);
 }
 
@@ -154,8 +154,8 @@ fn without_acks_every_change_is_followed_by_a_round_trip() {
 fn without_slots_the_whole_table_is_sent() {
     use Said::*;
     let mut share = share(0, ACK);
-    share.update(&table(&[0, 2])).unwrap();
-    share.update(&table(&[0, 2, 4])).unwrap();
+    share.update_table(&table(&[0, 2])).unwrap();
+    share.update_table(&table(&[0, 2, 4])).unwrap();
     assert_eq!(
         share.sink().said,
         [Acks, Set(vec![0, 2]), Barrier, Set(vec![0, 2, 4]), Barrier]
@@ -166,10 +166,10 @@ fn without_slots_the_whole_table_is_sent() {
 fn too_many_regions_are_refused_before_anything_is_sent() {
     let nine: Vec<u64> = (0..9).collect();
     let mut plain = share(0, ACK);
-    plain.update(&table(&nine[..8])).unwrap();
+    plain.update_table(&table(&nine[..8])).unwrap();
     let said = plain.sink().said.len();
     assert!(matches!(
-        plain.update(&table(&nine)),
+        plain.update_table(&table(&nine)),
         Err(Error::TooManyRegions {
             regions: 9,
             limit: 8,
@@ -177,7 +177,7 @@ fn too_many_regions_are_refused_before_anything_is_sent() {
         })
     ));
     assert!(matches!(
-        plain.update(&MemoryTable::default()),
+        plain.update_table(&MemoryTable::default()),
         Err(Error::EmptyTable)
     ));
     assert_eq!(plain.sink().said.len(), said);
@@ -185,7 +185,7 @@ fn too_many_regions_are_refused_before_anything_is_sent() {
 
     let mut slots = share(8, SLOTS | ACK);
     assert!(matches!(
-        slots.update(&table(&nine)),
+        slots.update_table(&table(&nine)),
         Err(Error::TooManyRegions {
             regions: 9,
             limit: 8,
@@ -193,11 +193,11 @@ fn too_many_regions_are_refused_before_anything_is_sent() {
         })
     ));
     // The share goes on: 8 other regions take the place of 8.
-    slots.update(&table(&nine[..8])).unwrap();
+    slots.update_table(&table(&nine[..8])).unwrap();
     slots
-        .update(&table(&[10, 11, 12, 13, 14, 15, 16, 17]))
+        .update_table(&table(&[10, 11, 12, 13, 14, 15, 16, 17]))
         .unwrap();
-    slots.update(&MemoryTable::default()).unwrap();
+    slots.update_table(&MemoryTable::default()).unwrap();
     assert_eq!(slots.table(), &MemoryTable::default());
 }
 
@@ -205,11 +205,11 @@ fn too_many_regions_are_refused_before_anything_is_sent() {
 fn a_check_asks_for_the_slots_once_and_changes_nothing() {
     use Said::*;
     let mut share = share(2, SLOTS | ACK);
-    share.check(&MemoryTable::default()).unwrap();
-    assert_eq!(share.sink().said, [Acks], "nothing changes: nothing to ask");
-    share.check(&table(&[0, 1])).unwrap();
+    share.check_table(&MemoryTable::default()).unwrap();
+    assert_eq!(share.sink().said, [], "nothing changes: nothing to ask");
+    share.check_table(&table(&[0, 1])).unwrap();
     assert!(matches!(
-        share.check(&table(&[0, 1, 2])),
+        share.check_table(&table(&[0, 1, 2])),
         Err(Error::TooManyRegions {
             regions: 3,
             limit: 2,
@@ -218,21 +218,24 @@ fn a_check_asks_for_the_slots_once_and_changes_nothing() {
     ));
     assert_eq!(share.sink().said, [Acks, Slots]);
     assert_eq!(share.table(), &MemoryTable::default());
-    share.update(&table(&[0, 1])).unwrap();
-    share.check(&MemoryTable::default()).unwrap();
+    share.update_table(&table(&[0, 1])).unwrap();
+    share.check_table(&MemoryTable::default()).unwrap();
     share.sink_mut().fail = Some((share.sink().said.len() - 1, || {
         SinkError::HungUp("gone".into())
     }));
-    share.update(&table(&[0])).unwrap_err();
+    share.update_table(&table(&[0])).unwrap_err();
     let held = share.table().clone();
-    assert!(matches!(share.check(&held), Err(Error::ShareBroken { .. })));
+    assert!(matches!(
+        share.check_table(&held),
+        Err(Error::ShareBroken { .. })
+    ));
 }
 
 #[test]
 fn a_check_whose_question_fails_breaks_the_share() {
     let mut share = share(2, SLOTS | ACK);
     share.sink_mut().fail = Some((0, || SinkError::HungUp("gone".into())));
-    let lost = share.check(&table(&[0])).unwrap_err();
+    let lost = share.check_table(&table(&[0])).unwrap_err();
     assert!(matches!(lost, Error::DaemonHungUp { .. }), "{lost}");
     assert!(share.broken().is_some());
 }

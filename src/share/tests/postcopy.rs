@@ -70,7 +70,7 @@ fn each_answer_with_bases_is_acknowledged_by_the_very_next_message() {
     ];
     for (features, first, second, mapped) in cases {
         let (mut share, told) = listening(features);
-        let report = share.update(&table(&[1, 4])).unwrap();
+        let report = share.update_table(&table(&[1, 4])).unwrap();
         assert_eq!(share.sink().said, first);
         assert_eq!(bases(report.bases()), *told.lock().unwrap());
 
@@ -79,7 +79,7 @@ fn each_answer_with_bases_is_acknowledged_by_the_very_next_message() {
         let mut next = share.table().clone();
         next.remove(&share.table().regions()[0].clone());
         next.insert(&table(&[6]).regions()[0]);
-        let report = share.update(&next).unwrap();
+        let report = share.update_table(&next).unwrap();
         assert_eq!(share.sink().said, second);
         assert_eq!(bases(report.bases()), mapped);
         assert_eq!(*told.lock().unwrap(), mapped);
@@ -91,7 +91,7 @@ fn without_bases_nothing_is_acknowledged_and_the_handler_hears_nothing() {
     for features in [SLOTS | ACK, ACK] {
         let (mut share, told) = listening(features);
         share.sink_mut().base = None;
-        assert_eq!(share.update(&table(&[1, 4])).unwrap().bases(), []);
+        assert_eq!(share.update_table(&table(&[1, 4])).unwrap().bases(), []);
         let said = &share.sink().said;
         assert!(!said.iter().any(|said| matches!(said, Said::AckBases(_))));
         assert_eq!(*told.lock().unwrap(), []);
@@ -150,7 +150,7 @@ fn watching(features: Features, bases: usize) -> VhostUserShare<Watching> {
 fn the_handler_knows_each_base_before_it_is_acknowledged() {
     for (features, at_acks) in [(SLOTS | ACK, vec![1, 2, 3]), (ACK, vec![3])] {
         let mut share = watching(features, 1);
-        share.update(&table(&[0, 1, 2])).unwrap();
+        share.update_table(&table(&[0, 1, 2])).unwrap();
         assert_eq!(share.sink().at_acks, at_acks);
     }
 }
@@ -159,7 +159,7 @@ fn the_handler_knows_each_base_before_it_is_acknowledged() {
 fn fewer_or_more_bases_than_regions_break_the_share() {
     for bases in [0, 2] {
         let mut share = watching(ACK, bases);
-        let wrong = share.update(&table(&[0, 1])).unwrap_err();
+        let wrong = share.update_table(&table(&[0, 1])).unwrap_err();
         assert!(matches!(wrong, Error::DaemonProtocol { .. }), "{wrong}");
         assert!(share.sink().at_acks.is_empty(), "nothing is acknowledged");
         assert!(share.broken().is_some());
@@ -171,7 +171,7 @@ fn a_failed_acknowledgement_breaks_the_share_and_keeps_the_bases() {
     for (features, at) in [(SLOTS | ACK, 4), (SLOTS, 5), (ACK, 1)] {
         let (mut share, told) = listening(features);
         share.sink_mut().fail = Some((at, || SinkError::HungUp("gone".into())));
-        let failed = share.update(&table(&[1, 4])).unwrap_err();
+        let failed = share.update_table(&table(&[1, 4])).unwrap_err();
         assert!(matches!(failed, Error::DaemonHungUp { .. }), "{failed}");
         assert!(matches!(share.sink().said.last(), Some(Said::AckBases(_))));
         assert!(share.broken().is_some());
@@ -181,7 +181,7 @@ fn a_failed_acknowledgement_breaks_the_share_and_keeps_the_bases() {
         // The daemon has mapped what it returned the bases of.
         assert_eq!(starts(share.table()), [1, 4]);
         assert!(matches!(
-            share.update(&table(&[1])),
+            share.update_table(&table(&[1])),
             Err(Error::ShareBroken { .. })
         ));
     }
@@ -191,14 +191,14 @@ fn a_failed_acknowledgement_breaks_the_share_and_keeps_the_bases() {
 fn the_handler_stays_when_the_daemon_is_connected_to_anew() {
     let (mut share, told) = listening(SLOTS | ACK);
     let wanted = table(&[1]);
-    share.update(&wanted).unwrap();
+    share.update_table(&wanted).unwrap();
     let fresh = Script {
         slots: 8,
         base: Some(70),
         ..Script::default()
     };
     let _ = share.reconnect(fresh, SLOTS | ACK);
-    share.update(&wanted).unwrap();
+    share.update_table(&wanted).unwrap();
     assert_eq!(*told.lock().unwrap(), [(1, 7), (1, 70)]);
 }
 
@@ -206,12 +206,12 @@ fn the_handler_stays_when_the_daemon_is_connected_to_anew() {
 fn a_handler_that_panics_breaks_the_share_before_anything_else_is_said() {
     let mut share = share(8, SLOTS | ACK).with_base_handler(|_, _| panic!("a handler's bug"));
     share.sink_mut().base = Some(7);
-    let update = catch_unwind(AssertUnwindSafe(|| share.update(&table(&[1]))));
+    let update = catch_unwind(AssertUnwindSafe(|| share.update_table(&table(&[1]))));
     assert!(update.is_err());
     assert_eq!(share.sink().said.last(), Some(&Said::Add(1)));
     assert_eq!(share.broken(), Some("the handler of bases panicked"));
     let said = share.sink().said.len();
-    share.update(&table(&[1])).unwrap_err();
+    share.update_table(&table(&[1])).unwrap_err();
     assert_eq!(share.sink().said.len(), said);
 }
 
@@ -248,7 +248,7 @@ fn a_sink_that_cannot_acknowledge_fails_the_change() {
         (Features::empty(), whole),
     ] {
         let mut share = VhostUserShare::new(Plain, features);
-        let failed = share.update(&table(&[3])).unwrap_err();
+        let failed = share.update_table(&table(&[3])).unwrap_err();
         assert!(
             matches!(failed, Error::NoPostcopy { change } if change == step),
             "{failed}"

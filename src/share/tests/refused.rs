@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::*;
+use crate::layout::GuestRange;
 
 /// Two updates, with a log from between them if the daemon can have one.
 fn exchange(
@@ -10,11 +11,11 @@ fn exchange(
     first: &MemoryTable,
     second: &MemoryTable,
 ) -> Result<()> {
-    share.update(first)?;
+    share.update_table(first)?;
     if share.log_shmfd {
         share.start_log()?;
     }
-    share.update(second).map(drop)
+    share.update_table(second).map(drop)
 }
 
 #[test]
@@ -59,7 +60,7 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
                     assert_eq!(share.broken(), None);
                     assert_eq!(said[step + 1], &Said::Barrier);
                     assert_eq!(starts(share.table()), share.sink().held);
-                    share.update(&second).unwrap();
+                    share.update_table(&second).unwrap();
                     assert_eq!(share.sink().held, [2, 3]);
                     assert_eq!(share.table(), &second);
                     continue;
@@ -68,7 +69,7 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
 
                 let said = share.sink().said.len();
                 assert!(matches!(
-                    share.update(&first),
+                    share.update_table(&first),
                     Err(Error::ShareBroken { .. })
                 ));
                 assert_eq!(
@@ -82,7 +83,7 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
                     ..Script::default()
                 };
                 let _ = share.reconnect(fresh, features);
-                assert_eq!(share.update(&second).unwrap().added(), 2);
+                assert_eq!(share.update_table(&second).unwrap().added(), 2);
                 assert_eq!((share.broken(), share.table()), (None, &second));
                 let said = &share.sink().said;
                 let last = said.iter().rfind(|said| **said != Said::Barrier);
@@ -97,7 +98,7 @@ fn what_was_acknowledged_before_a_failure_is_known() {
     let mut share = share(8, SLOTS | ACK);
     share.sink_mut().fail = Some((2, || SinkError::Refused("no".into())));
     assert!(matches!(
-        share.update(&table(&[0, 2])),
+        share.update_table(&table(&[0, 2])),
         Err(Error::DaemonRefused { change: MemTableChange::Add(range), .. })
             if range.start_addr() == GuestAddress(2 << 20)
     ));
@@ -138,7 +139,7 @@ fn a_refusal_followed_by_silence_breaks_the_share() {
         }
     }
     let mut share = VhostUserShare::new(Leaves::default(), SLOTS | ACK);
-    let refused = share.update(&table(&[0, 2])).unwrap_err();
+    let refused = share.update_table(&table(&[0, 2])).unwrap_err();
     assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
     assert_eq!(share.broken(), Some(refused.to_string().as_str()));
 }
@@ -148,14 +149,14 @@ fn a_refused_whole_table_breaks_the_share_unless_the_sink_says_it_keeps_the_old_
     for keeps_table in [false, true] {
         let mut share = share(0, Features::empty());
         share.sink_mut().keeps_table = keeps_table;
-        share.update(&table(&[0, 2])).unwrap();
+        share.update_table(&table(&[0, 2])).unwrap();
         let steps = share.sink().said.len();
         share.sink_mut().fail = Some((steps, || SinkError::Refused("no".into())));
-        let refused = share.update(&table(&[4])).unwrap_err();
+        let refused = share.update_table(&table(&[4])).unwrap_err();
         assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
         assert_eq!(share.broken().is_none(), keeps_table);
         assert_eq!(starts(share.table()), [0, 2]);
-        assert_eq!(share.update(&table(&[4])).is_ok(), keeps_table);
+        assert_eq!(share.update_table(&table(&[4])).is_ok(), keeps_table);
     }
 }
 
@@ -165,7 +166,7 @@ fn bases_of_a_failed_update_and_of_a_dropped_report_are_kept() {
     share.sink_mut().base = Some(7);
     // The third region is refused, after GET_MAX_MEM_SLOTS and two regions, each acknowledged.
     share.sink_mut().fail = Some((5, || SinkError::Refused("no".into())));
-    share.update(&table(&[1, 2, 3])).unwrap_err();
+    share.update_table(&table(&[1, 2, 3])).unwrap_err();
     let mib = |start: u64| GuestAddress(start << 20);
     assert_eq!(share.take_bases(), [(mib(1), 7), (mib(2), 7)]);
     assert_eq!(share.take_bases(), []);
@@ -174,12 +175,12 @@ fn bases_of_a_failed_update_and_of_a_dropped_report_are_kept() {
     let more = table(&[4, 5]);
     let mut all = held.clone();
     more.regions().iter().for_each(|region| all.insert(region));
-    let report = share.update(&all).unwrap();
+    let report = share.update_table(&all).unwrap();
     share.keep_bases(report);
     // What is gone has no base.
     let mut fewer = all.clone();
     fewer.remove(&more.regions()[0]);
-    share.update(&fewer).unwrap();
+    share.update_table(&fewer).unwrap();
     assert_eq!(share.take_bases(), [(mib(5), 7)]);
 }
 
@@ -192,10 +193,10 @@ fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
         let features = features | Features::LOG_SHMFD;
         let good = {
             let mut share = share(8, features);
-            share.update(&first).unwrap();
+            share.update_table(&first).unwrap();
             share.start_log().unwrap();
             share.sink_mut().said.clear();
-            share.update(&second).unwrap();
+            share.update_table(&second).unwrap();
             share.into_sink().said
         };
         let logs = good
@@ -206,37 +207,54 @@ fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
         assert_eq!(places.len(), 2, "{good:?}");
         for at in places {
             let mut share = share(8, features);
-            share.update(&first).unwrap();
+            share.update_table(&first).unwrap();
             share.start_log().unwrap();
             share.sink_mut().said.clear();
             share.sink_mut().fail = Some((at, || SinkError::Refused("no".into())));
-            let refused = share.update(&second).unwrap_err();
+            let refused = share.update_table(&second).unwrap_err();
             let text = "refused to take a dirty log of 96 bytes";
             assert!(refused.to_string().contains(text), "{refused}");
             assert_eq!(share.broken(), None);
             // Before the table it stands in its way, after it it does not undo it.
             let held = if at == 0 { &first } else { &second };
             assert_eq!(share.table(), held);
+            // Without it nothing says what is written to these regions, which are all new.
+            let unlogged: &[u64] = if at == 0 { &[] } else { &[0, 2] };
+            for _ in 0..2 {
+                assert_eq!(starts_of(&share.drain_dirty()), unlogged, "in each harvest");
+            }
 
             share.sink_mut().said.clear();
             share.sink_mut().fail = None;
-            share.update(&second).unwrap();
+            share.update_table(&second).unwrap();
             assert_eq!(share.table(), &second);
             assert_eq!(
                 share.sink().said.iter().rfind(|said| **said != Barrier),
                 Some(&Log(12))
             );
             share.sink_mut().said.clear();
-            share.update(&second).unwrap();
+            share.update_table(&second).unwrap();
             assert_eq!(share.sink().said, []);
+            let dirty = share.drain_dirty();
+            assert!(
+                unlogged.iter().all(|at| starts_of(&dirty).contains(at)),
+                "until it came"
+            );
+            assert_eq!(share.drain_dirty(), []);
         }
     }
+}
+
+/// Where the ranges start, in MiB.
+fn starts_of(ranges: &[GuestRange]) -> Vec<u64> {
+    let starts = ranges.iter().map(|range| range.start_addr().0 >> 20);
+    starts.collect()
 }
 
 #[test]
 fn a_log_that_does_not_start_leaves_nothing_behind() {
     let mut share = share(8, SLOTS | ACK | Features::LOG_SHMFD);
-    share.update(&table(&[0])).unwrap();
+    share.update_table(&table(&[0])).unwrap();
     share.sink_mut().said.clear();
     share.sink_mut().fail = Some((0, || SinkError::Refused("no".into())));
     share.start_log().unwrap_err();
@@ -273,26 +291,26 @@ fn a_sink_without_logs_refuses_them() {
         }
     }
     let mut share = VhostUserShare::new(Plain, ACK | Features::LOG_SHMFD);
-    share.update(&table(&[0])).unwrap();
+    share.update_table(&table(&[0])).unwrap();
     let refused = share.start_log().unwrap_err();
     assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
     assert_eq!((share.is_logging(), share.broken()), (false, None));
-    share.update(&table(&[1])).unwrap();
+    share.update_table(&table(&[1])).unwrap();
 }
 
 /// What passed before the panic is not known: the share must not go on as if nothing had.
 #[test]
 fn a_sink_that_panics_breaks_the_share() {
     let mut share = share(8, SLOTS | ACK);
-    share.update(&table(&[0])).unwrap();
+    share.update_table(&table(&[0])).unwrap();
     let said = share.sink().said.len();
     share.sink_mut().fail = Some((said - 1, || panic!("a sink's bug")));
     let wanted = table(&[0, 2]);
-    let update = catch_unwind(AssertUnwindSafe(|| share.update(&wanted)));
+    let update = catch_unwind(AssertUnwindSafe(|| share.update_table(&wanted)));
     assert!(update.is_err());
     assert_eq!(share.broken(), Some("the sink panicked"));
     assert_eq!(share.sink().said.len(), said + 1);
-    let refused = share.update(&wanted).unwrap_err();
+    let refused = share.update_table(&wanted).unwrap_err();
     assert!(matches!(refused, Error::ShareBroken { .. }), "{refused}");
     assert_eq!(share.sink().said.len(), said + 1);
 }

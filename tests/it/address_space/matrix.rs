@@ -9,11 +9,15 @@
 //! Cases are generated. Played are those that differ in what matters (see `Essence`). With
 //! `MATRIX=text` all are played whose description contains the text, such as one that a failure
 //! printed; without text, really all.
+//!
+//! In three of four cases the daemons log, and there is a fault at each message about a log, too.
+//! They write and note it before the operation, after it, and after everything is repaired, those
+//! that were hung up on too: what they wrote is always a part of what was harvested.
 
 use std::cmp::Ordering;
 use std::collections::HashSet;
 
-use super::matrix_case::{Case, DAEMONS, Fault, Kind, OPERATIONS, Operation, Planned};
+use super::matrix_case::{About, Case, DAEMONS, Fault, Kind, OPERATIONS, Operation, Planned};
 use super::matrix_kvm::has_kvm;
 use super::matrix_model::play as model;
 use super::matrix_process::was_daemon;
@@ -25,16 +29,28 @@ use crate::proc::leaves_nothing_but_heaps;
 const MESSAGES: usize = 8;
 
 /// What a daemon in this process does wrong.
-const MOCK: [Fault; 9] = [
+const MOCK: [Fault; 10] = [
     Fault::Refuse,
     Fault::Late,
     Fault::Silent,
     Fault::HangUpBefore,
     Fault::HangUpAfter,
     Fault::DoneThenHangUp,
+    Fault::Nonsense,
     Fault::Gone,
     Fault::Broken,
     Fault::OutOfSlots,
+];
+
+/// What a daemon does wrong when it is sent a log: an answer to it cannot refuse.
+const LOG: [Fault; 7] = [
+    Fault::Late,
+    Fault::Silent,
+    Fault::SilentAfter,
+    Fault::HangUpBefore,
+    Fault::HangUpAfter,
+    Fault::DoneThenHangUp,
+    Fault::Nonsense,
 ];
 
 /// What goes wrong with a daemon in another process.
@@ -70,13 +86,22 @@ fn happens_only_at_0(fault: Fault) -> bool {
 }
 
 /// The faults that can happen to a listener, and when.
-fn plans(operation: Operation, faults: &[Fault]) -> Vec<(usize, Fault)> {
+fn plans(operation: Operation, faults: &[Fault]) -> Vec<(About, usize, Fault)> {
     let all = (0..=MESSAGES).flat_map(|message| faults.iter().map(move |fault| (message, *fault)));
-    all.filter(|(message, fault)| match message {
+    let possible = all.filter(|(message, fault)| match message {
         0 => happens_at_0(*fault, operation),
         _ => !happens_only_at_0(*fault),
-    })
-    .collect()
+    });
+    possible
+        .map(|(message, fault)| (About::Table, message, fault))
+        .collect()
+}
+
+/// The faults that can happen to a daemon that logs, and when.
+fn log_plans(faults: &[Fault]) -> Vec<(About, usize, Fault)> {
+    let all = (1..=MESSAGES).flat_map(|message| faults.iter().map(move |fault| (message, *fault)));
+    all.map(|(message, fault)| (About::Log, message, fault))
+        .collect()
 }
 
 /// `count` listeners; the one at `at` is of this kind, the others are alike or all different.
@@ -108,21 +133,33 @@ fn happens(case: &Case) -> bool {
 
 /// Each fault at each message of each of `count` listeners.
 fn single(operation: Operation, count: usize, kind: Kind, faults: &[Fault]) -> Vec<Case> {
+    planned(operation, count, kind, &plans(operation, faults))
+}
+
+/// Each of these faults at each of `count` listeners.
+fn planned(
+    operation: Operation,
+    count: usize,
+    kind: Kind,
+    plans: &[(About, usize, Fault)],
+) -> Vec<Case> {
     let mut cases = Vec::new();
     for (operation, listener) in subjects(operation, count) {
         if !kind.is_daemon() && matches!(operation, Operation::Reconnect(_)) {
             continue;
         }
-        for (at, (message, fault)) in plans(operation, faults).into_iter().enumerate() {
+        for (at, (about, message, fault)) in plans.iter().copied().enumerate() {
             for required in [false, true] {
                 let alike = (at + listener).is_multiple_of(2) == required;
                 cases.push(Case {
                     operation,
                     kinds: kinds(count, listener, kind, alike),
                     required,
+                    logs: about == About::Log || !(at + listener + count).is_multiple_of(4),
                     faults: vec![Planned {
                         listener,
                         message,
+                        about,
                         fault,
                     }],
                 });
@@ -138,6 +175,7 @@ fn singles(operation: Operation) -> Vec<Case> {
     for count in 1..=4 {
         for kind in DAEMONS {
             cases.extend(single(operation, count, kind, &MOCK));
+            cases.extend(planned(operation, count, kind, &log_plans(&LOG)));
         }
         cases.extend(single(operation, count, Kind::Hypervisor, &HYPERVISOR));
     }
@@ -149,20 +187,25 @@ fn doubles(operation: Operation, count: usize, seconds: &[Fault]) -> Vec<Case> {
     let mut cases = Vec::new();
     for kind in [DAEMONS[0], DAEMONS[1], Kind::Hypervisor] {
         for first in single(operation, count, kind, &[Fault::Refuse]) {
-            let plans = plans(operation, seconds);
-            for (listener, (message, fault)) in
+            let mut plans = plans(operation, seconds);
+            if first.logs {
+                plans.extend(log_plans(&LOG));
+            }
+            for (listener, (about, message, fault)) in
                 (0..count).flat_map(|listener| plans.iter().map(move |plan| (listener, *plan)))
             {
                 let second = Planned {
                     listener,
                     message,
+                    about,
                     fault,
                 };
-                let taken = |f: &Planned| (f.listener, f.message) == (listener, message);
+                let taken =
+                    |f: &Planned| (f.listener, f.about, f.message) == (listener, about, message);
                 let hypervisor = first.kinds[listener] == Kind::Hypervisor;
                 let possible = match hypervisor {
-                    true => HYPERVISOR.contains(&fault),
-                    false => MOCK.contains(&fault),
+                    true => about == About::Table && HYPERVISOR.contains(&fault),
+                    false => true,
                 };
                 if possible && !first.faults.iter().any(taken) {
                     let mut case = first.clone();
@@ -183,11 +226,16 @@ enum Essence {
     Place(Operation, usize, Planned),
     /// And for each kind and attendance, wherever it is.
     Kind(Operation, bool, Kind, usize, Fault),
+    /// Each fault at each message about the log of each kind, and of each listener.
+    Log(Operation, Kind, usize, Fault),
+    LogPlace(Operation, usize, usize, Fault),
     /// Processes and virtual machines take longer: each fault at each message of each kind.
     Slow(Operation, Kind, usize, Fault),
     /// Of two faults, the second at each message after or beside each of the first, at the same
     /// listener, one before it and one behind it.
     Pair(Operation, usize, usize, Fault, Ordering),
+    /// The second at each message about the log.
+    LogPair(Operation, usize, Fault, Ordering),
 }
 
 impl Essence {
@@ -201,6 +249,10 @@ impl Essence {
             [one] if case.is_process(one.listener) || case.kinds.contains(&Kind::Kvm) => {
                 vec![Self::Slow(operation, kind(one), one.message, one.fault)]
             }
+            [one] if one.about == About::Log => vec![
+                Self::Log(operation, kind(one), one.message, one.fault),
+                Self::LogPlace(operation, one.listener, one.message, one.fault),
+            ],
             [one] => vec![
                 Self::Place(operation, case.kinds.len(), *one),
                 Self::Kind(operation, case.required, kind(one), one.message, one.fault),
@@ -208,7 +260,10 @@ impl Essence {
             [one, two] => {
                 let order = two.listener.cmp(&one.listener);
                 let (first, second) = (one.message, two.message);
-                vec![Self::Pair(operation, first, second, two.fault, order)]
+                vec![match two.about {
+                    About::Table => Self::Pair(operation, first, second, two.fault, order),
+                    About::Log => Self::LogPair(operation, second, two.fault, order),
+                }]
             }
             _ => unreachable!("there are one or two"),
         }

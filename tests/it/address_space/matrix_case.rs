@@ -41,8 +41,12 @@ pub(super) enum Fault {
     Refuse,
     /// The answer comes late, but within the limit.
     Late,
-    /// A daemon never answers.
+    /// A daemon never answers, and does not do what it is told.
     Silent,
+    /// It does, but never answers.
+    SilentAfter,
+    /// It does, and answers what is no answer.
+    Nonsense,
     HangUpBefore,
     HangUpAfter,
     /// It says "done", which it is not, and hangs up.
@@ -69,12 +73,21 @@ pub(super) enum Fault {
     Dies,
 }
 
+/// What a message tells a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum About {
+    Table,
+    Log,
+}
+
 /// A fault, at the listener and at the message that it fires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Planned {
     pub(super) listener: usize,
     /// Counted from 1 at the listener since the operation began. 0: when it is asked.
     pub(super) message: usize,
+    /// Which messages are counted: those about the table, or those about the log.
+    pub(super) about: About,
     pub(super) fault: Fault,
 }
 
@@ -84,6 +97,8 @@ pub(super) struct Case {
     pub(super) kinds: Vec<Kind>,
     /// No change may happen while one of them is away.
     pub(super) required: bool,
+    /// The daemons log what they write.
+    pub(super) logs: bool,
     pub(super) faults: Vec<Planned>,
 }
 
@@ -227,7 +242,11 @@ impl fmt::Display for Kind {
 impl fmt::Display for Planned {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (fault, message, listener) = (self.fault, self.message, self.listener);
-        write!(f, "{fault:?} at message {message} of listener {listener}")
+        let what = match self.about {
+            About::Table => "message",
+            About::Log => "log",
+        };
+        write!(f, "{fault:?} at {what} {message} of listener {listener}")
     }
 }
 
@@ -237,9 +256,10 @@ impl fmt::Display for Case {
         let attendance = if self.required { "required" } else { "may lag" };
         write!(
             f,
-            "{:?} with {} ({attendance})",
+            "{:?} with {} ({attendance}{})",
             self.operation,
-            kinds.join(" ")
+            kinds.join(" "),
+            if self.logs { ", logging" } else { "" }
         )?;
         for (at, planned) in self.faults.iter().enumerate() {
             write!(f, "{} {planned}", if at == 0 { ":" } else { "," })?;

@@ -6,14 +6,15 @@ use std::time::Duration;
 use guest_memory_shm::mock::{BlkDevice, Fault as MockFault, FaultKind, LoggedRequest, MockDaemon};
 use guest_memory_shm::{
     AddressSpace, Attendance, Error, FileIdentity, GuestMemoryShm, KvmSlot, KvmSlots, ListenerId,
-    MemoryTable, PerRegion, TableRegion, VhostUserShare,
+    MemTableSink, MemoryTable, PerRegion, TableRegion, VhostUserShare,
 };
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::GuestAddress;
 
-use super::matrix_case::{Case, Fault, Kind, Operation};
+use super::matrix_case::{About, Case, Fault, Kind, Operation};
 use super::matrix_hypervisor::Hypervisor;
 use super::matrix_kvm::Machine;
+use super::matrix_log::Writes;
 use super::matrix_process::{DaemonProcess, builder};
 use super::matrix_sink::{Hook, Moment, Sink};
 
@@ -56,6 +57,7 @@ pub(super) struct Member {
     pub(super) machine: Option<Machine>,
     pub(super) loose: Option<Loose>,
     pub(super) id: Option<Id>,
+    pub(super) writes: Writes,
 }
 
 impl Server {
@@ -83,7 +85,7 @@ impl Server {
             Self::Process(daemon) => daemon.lock().unwrap().connect(),
         };
         let mut frontend = Frontend::from_stream(stream, 1);
-        let wanted = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
+        let wanted = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS | Features::LOG_SHMFD;
         let device = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
         (Sink::new(frontend), device.protocol_features())
     }
@@ -111,7 +113,13 @@ impl Server {
                             act: Box::new(move || Self::hang_up(&daemon)),
                         });
                     }
-                    fault => daemon.inject(MockFault::new(message as u64, mock_fault(fault))),
+                    fault => {
+                        let fault = MockFault::new(message as u64, mock_fault(fault));
+                        daemon.inject(match planned.about {
+                            About::Table => fault,
+                            About::Log => fault.at_log(),
+                        });
+                    }
                 },
                 Self::Process(daemon) => {
                     let daemon = Arc::clone(daemon);
@@ -138,6 +146,8 @@ fn mock_fault(fault: Fault) -> FaultKind {
         Fault::Refuse => FaultKind::Refuse,
         Fault::Late => FaultKind::AnswerLate(LATE),
         Fault::Silent => FaultKind::NeverAnswer,
+        Fault::SilentAfter => FaultKind::NeverAnswerAfter,
+        Fault::Nonsense => FaultKind::AnswerNonsense,
         Fault::HangUpBefore => FaultKind::HangUpBefore,
         Fault::HangUpAfter => FaultKind::HangUpAfter,
         Fault::DoneThenHangUp => FaultKind::AnswerThenHangUp,
@@ -159,7 +169,7 @@ fn act_on(mut daemon: MutexGuard<'_, DaemonProcess>, fault: Fault) {
 /// The time limit that is short enough for a test of silence, and long enough for the messages
 /// before it.
 fn limit_for(case: &Case, at: usize) -> Option<Duration> {
-    let silent = |fault| matches!(fault, Fault::Silent | Fault::Stopped);
+    let silent = |fault| matches!(fault, Fault::Silent | Fault::SilentAfter | Fault::Stopped);
     let planned = case.faults_of(at).find(|f| silent(f.fault))?;
     // In a transaction the first message is the first that it is sent; otherwise it is asked before.
     let first = if case.operation.is_transaction() {
@@ -167,7 +177,8 @@ fn limit_for(case: &Case, at: usize) -> Option<Duration> {
     } else {
         0
     };
-    let millis = if planned.message > first { 250 } else { 60 };
+    let is_first = planned.about == About::Table && planned.message <= first && !case.logs;
+    let millis = if is_first { 60 } else { 250 };
     Some(Duration::from_millis(millis))
 }
 
@@ -199,7 +210,10 @@ impl Member {
                     _ => Server::of(case, at, test).0,
                 };
                 let (sink, features) = server.connect();
-                let share = VhostUserShare::new(sink, features).with_time_limit(PATIENCE);
+                let mut share = VhostUserShare::new(sink, features).with_time_limit(PATIENCE);
+                if case.logs {
+                    share.start_log().unwrap();
+                }
                 (Some(server), Loose::Share(share))
             }
         };
@@ -211,6 +225,7 @@ impl Member {
             machine,
             loose: Some(loose),
             id: None,
+            writes: Writes::default(),
         }
     }
 
@@ -247,6 +262,22 @@ impl Member {
             },
         }
         self.id.is_some()
+    }
+
+    /// Has what the daemon writes looked at from now on. Its descriptors of messages are closed.
+    pub(super) fn begin_to_write(&mut self, space: &AddressSpace) {
+        self.with_share(space, |share| share.sink_mut().barrier().unwrap());
+        if let Some(server) = &self.server {
+            self.writes.add(server);
+        }
+    }
+
+    /// Has the daemons write that there are or were; one in another process if it `lives`.
+    pub(super) fn write(&mut self, case: &Case, lives: bool) {
+        if case.logs {
+            let server = self.server.as_ref().filter(|_| lives);
+            self.writes.write(case.operation, server);
+        }
     }
 
     /// Uses the daemon's share, wherever it is.
@@ -316,7 +347,9 @@ impl Member {
                 set_limit(share, limit);
             }
             if case.faults_of(at).any(|f| f.fault == Fault::Broken) {
-                share.update(&unlike_any().memory_table()).unwrap_err();
+                share
+                    .update_table(&unlike_any().memory_table())
+                    .unwrap_err();
                 assert!(share.broken().is_some());
             }
         });
@@ -335,6 +368,7 @@ impl Member {
         }
         let server = self.server.as_ref().expect("it is a daemon");
         let (mut sink, features) = server.connect();
+        self.writes.add(server);
         sink.arm(server.arm(case, self.at));
         if let Some(limit) = limit_for(case, self.at) {
             self.with_share(space, |share| set_limit(share, limit));

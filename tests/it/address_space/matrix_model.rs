@@ -1,6 +1,6 @@
 //! What should come of a case, by a model without sockets, files or threads.
 
-use super::matrix_case::{Case, Fault, Kind, Operation, Planned, Region};
+use super::matrix_case::{About, BOOT, Case, Fault, Kind, Operation, Planned, Region};
 
 /// Why a listener did not do what it was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,6 +8,8 @@ pub(super) enum Cause {
     Refused,
     HungUp,
     Silent,
+    /// It says what is no answer.
+    Protocol,
     /// The share broke earlier.
     Broken,
     Gone,
@@ -56,7 +58,14 @@ struct Peer {
     /// What is told is not of use any more.
     broken: bool,
     stale: bool,
+    /// It hung up after it was told the last, which shows at the next message.
+    gone: bool,
     asked: bool,
+    /// There is a log, up to here; absent if it is not to log.
+    log: Option<u64>,
+    /// It took the log up to there, on this connection.
+    taken: u64,
+    logs: usize,
     messages: usize,
     faults: Vec<Planned>,
     fired: Vec<Planned>,
@@ -91,6 +100,14 @@ impl Peer {
             stale: false,
             // Whoever was told something is asked first.
             asked: !absent,
+            gone: false,
+            log: (case.logs && case.kinds[at].is_daemon()).then_some(match case.operation {
+                Operation::Attach if absent => 0,
+                Operation::Reconnect(_) if absent => end_of(&BOOT),
+                _ => end_of(&case.before()),
+            }),
+            taken: if absent { 0 } else { end_of(&case.before()) },
+            logs: 0,
             messages: 0,
             faults: case.faults_of(at).collect(),
             fired: Vec::new(),
@@ -101,7 +118,8 @@ impl Peer {
     fn fault_at(&mut self, message: usize, happens: impl Fn(Fault) -> bool) -> Option<Fault> {
         let found = self.faults.iter().position(|planned| {
             let earlier = planned.fault == Fault::Gone && message == 1;
-            (planned.message == message || earlier) && happens(planned.fault)
+            let is_here = planned.message == message || earlier;
+            is_here && planned.about == About::Table && happens(planned.fault)
         })?;
         let planned = self.faults.remove(found);
         self.fired.push(planned);
@@ -180,7 +198,64 @@ impl Peer {
             _ if self.broken => return Err(self.away(Cause::Dead, None)),
             _ => {}
         }
+        if steps.is_empty() {
+            return Ok(());
+        }
+        if let Some(log) = &mut self.log {
+            *log = end_of(target).max(*log);
+            if self.taken < end_of(target) {
+                self.tell_log()?;
+            }
+        }
+        let told = self.tell(target, &steps);
+        // After a refusal it may hold more, or less, than before.
+        if self.log.is_some() && !self.broken && !self.held.is_empty() {
+            // It is asked once more, so that it shows if it is gone.
+            told.and(self.tell_log().and_then(|()| self.still_there(None)))
+        } else {
+            told
+        }
+    }
+
+    fn tell_log(&mut self) -> Answer {
+        self.still_there(None)?;
+        self.logs += 1;
+        let logs = self.logs;
+        let found = self
+            .faults
+            .iter()
+            .position(|planned| planned.message == logs && planned.about == About::Log);
+        let fault = found.map(|found| self.faults.remove(found));
+        self.fired.extend(fault);
+        match fault.map(|planned| planned.fault) {
+            None | Some(Fault::Late) => {}
+            Some(Fault::Silent | Fault::SilentAfter) => return Err(self.away(Cause::Silent, None)),
+            Some(Fault::Nonsense) => return Err(self.away(Cause::Protocol, None)),
+            Some(Fault::DoneThenHangUp) => self.gone = true,
+            Some(_) => return Err(self.hung_up(None)),
+        }
+        self.taken = self.log.unwrap_or(0);
+        Ok(())
+    }
+
+    /// It hangs up at what it is told: some refuse like that.
+    fn hung_up(&mut self, region: Option<Region>) -> Failure {
+        Failure {
+            away: false,
+            ..self.away(Cause::HungUp, region)
+        }
+    }
+
+    fn still_there(&mut self, region: Option<Region>) -> Answer {
+        match self.gone {
+            true => Err(self.hung_up(region)),
+            false => Ok(()),
+        }
+    }
+
+    fn tell(&mut self, target: &[Region], steps: &[Step]) -> Answer {
         for (at, step) in steps.iter().copied().enumerate() {
+            self.still_there(step.region())?;
             self.messages += 1;
             let kind = self.kind;
             // Where nothing is mapped, nothing is needed.
@@ -230,19 +305,20 @@ impl Peer {
                 away: false,
                 ..self.away(Cause::Refused, step.region())
             },
-            Fault::Silent | Fault::Stopped => self.away(Cause::Silent, step.region()),
+            Fault::Silent | Fault::SilentAfter | Fault::Stopped => {
+                self.away(Cause::Silent, step.region())
+            }
+            Fault::Nonsense => self.away(Cause::Protocol, step.region()),
             // It was believed until the next word.
-            Fault::DoneThenHangUp | Fault::KilledAfter if acks => Failure {
-                away: false,
-                ..self.away(Cause::HungUp, next.region())
-            },
-            // Some refuse like that.
-            _ => Failure {
-                away: false,
-                ..self.away(Cause::HungUp, step.region())
-            },
+            Fault::DoneThenHangUp | Fault::KilledAfter if acks => self.hung_up(next.region()),
+            _ => self.hung_up(step.region()),
         })
     }
+}
+
+/// Where the last of the regions ends.
+fn end_of(regions: &[Region]) -> u64 {
+    regions.last().map_or(0, |(start, size)| start + size)
 }
 
 /// Plays a case.

@@ -1,16 +1,21 @@
 //! A daemon in a process of its own, which can be stopped, killed and starved.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use guest_memory_shm::mock::{MockDaemon, MockDaemonBuilder};
 use nix::sys::signal::{Signal, kill};
 use tempfile::TempDir;
+use vm_memory::GuestAddress;
 
 use super::matrix_case::Kind;
 use super::matrix_hypervisor::{limit_address_space, limit_descriptors};
+use super::matrix_member::PATIENCE;
 use crate::support::Process;
 
 /// Says to this binary, started anew, that it is to be the daemon: where it listens, and its kind.
@@ -40,18 +45,52 @@ pub(super) fn was_daemon() -> bool {
         .into_iter()
         .find(|known| known.to_string() == kind)
         .expect("a kind of daemon");
+    let others = memfds();
     let daemon = builder(kind).start(socket).unwrap();
     println!("\nready");
     for order in std::io::stdin().lines() {
         match order.unwrap().as_str() {
-            "no descriptors" => limit_descriptors(),
+            "no descriptors" => {
+                settle(&daemon, others);
+                limit_descriptors();
+            }
             "no memory" => limit_address_space(),
-            order => panic!("{order:?} is no order"),
+            order => match order.strip_prefix("write ") {
+                Some(addresses) => write_to(&daemon, addresses),
+                None => panic!("{order:?} is no order"),
+            },
         }
         println!("\nready");
     }
     drop(daemon);
     true
+}
+
+/// How many descriptors of memfds this process has.
+fn memfds() -> usize {
+    let all = fs::read_dir("/proc/self/fd").unwrap();
+    let links = all.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+    let is_memfd = |link: &PathBuf| link.to_string_lossy().starts_with("/memfd:");
+    links.filter(is_memfd).count()
+}
+
+/// Waits until the daemon has closed what it was sent and does not keep, or one would be free when
+/// there is to be none. `others` are inherited.
+fn settle(daemon: &MockDaemon, others: usize) {
+    let deadline = Instant::now() + PATIENCE;
+    while memfds() != others + daemon.table().len() && Instant::now() < deadline {
+        thread::yield_now();
+    }
+}
+
+/// Writes where it maps something, and says where.
+fn write_to(daemon: &MockDaemon, addresses: &str) {
+    let writer = daemon.writer().expect("it is connected");
+    for address in addresses.split(' ') {
+        if writer.write(GuestAddress(address.parse().unwrap())) {
+            println!("\nwrote {address}");
+        }
+    }
 }
 
 pub(super) struct DaemonProcess {
@@ -98,11 +137,27 @@ impl DaemonProcess {
         self.wait_ready();
     }
 
-    fn wait_ready(&mut self) {
-        let mut line = String::new();
-        while line.trim_end() != "ready" {
-            line.clear();
+    /// Has it write to those of the addresses that it maps, and says which.
+    pub(super) fn write(&mut self, addresses: &[u64]) -> Vec<u64> {
+        let texts: Vec<_> = addresses.iter().map(u64::to_string).collect();
+        writeln!(self.orders, "write {}", texts.join(" ")).unwrap();
+        let answers = self.wait_ready();
+        let wrote = answers
+            .iter()
+            .filter_map(|line| line.strip_prefix("wrote "));
+        wrote.map(|address| address.parse().unwrap()).collect()
+    }
+
+    /// Waits until it is ready for another order; gives what it said before.
+    fn wait_ready(&mut self) -> Vec<String> {
+        let mut said = Vec::new();
+        loop {
+            let mut line = String::new();
             assert_ne!(self.answers.read_line(&mut line).unwrap(), 0, "it died");
+            match line.trim_end() {
+                "ready" => return said,
+                line => said.push(line.to_owned()),
+            }
         }
     }
 

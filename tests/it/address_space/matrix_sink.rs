@@ -1,6 +1,6 @@
 //! A connection to a daemon that does something at one message.
 
-use guest_memory_shm::{HangUp, MemTableSink, SinkError, TableRegion};
+use guest_memory_shm::{DaemonLog, DaemonProcess, HangUp, MemTableSink, SinkError, TableRegion};
 use vhost::vhost_user::Frontend;
 
 /// When something is done, around the message.
@@ -85,11 +85,11 @@ impl MemTableSink for Sink {
     fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
         self.around(0, |frontend| frontend.max_mem_slots())
     }
+    fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<DaemonProcess>, SinkError> {
+        MemTableSink::set_log_base(self.frontend(), log)
+    }
     fn barrier(&mut self) -> Result<(), SinkError> {
         self.frontend().barrier()
-    }
-    fn is_gone(&self) -> bool {
-        self.frontend.as_ref().is_some_and(MemTableSink::is_gone)
     }
     fn hang_up(&self) -> Option<HangUp> {
         self.frontend.as_ref().and_then(MemTableSink::hang_up)

@@ -6,13 +6,14 @@ use std::time::Instant;
 
 use guest_memory_shm::{
     AddressSpace, AddressSpaceError, Attendance, Error, GuestMemoryShm, GuestRange, GuestRegionShm,
-    KvmError, RamOptions, StaleListener,
+    KvmError, RamOptions, StaleListener, VhostUserShare,
 };
 use nix::errno::Errno;
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
 use super::matrix_case::{BOOT, Case, Fault, Operation, Planned, Region};
 use super::matrix_hypervisor::Refusal;
+use super::matrix_log::names_the_living;
 use super::matrix_member::{Id, Loose, Member, PATIENCE, Server, set_limit};
 use super::matrix_model::{Cause, Failure, Objection, Outcome};
 
@@ -42,6 +43,8 @@ pub(super) fn play(case: &Case, expected: &Outcome, test: &str) {
     let before = world.published();
     let added: Vec<_> = case.operation.changes().1.iter().map(new_region).collect();
     let after = with(&before, case.operation.changes().0, &added);
+    world.write();
+    world.freeze();
     let counts = held_here();
 
     match case.operation {
@@ -49,6 +52,8 @@ pub(super) fn play(case: &Case, expected: &Outcome, test: &str) {
         Operation::Reconnect(subject) => world.reconnect(subject, test),
         _ => world.transact(&added),
     }
+    world.write_again();
+    world.harvest();
     let happened = expected.objection.is_none();
     if !happened && case.operation.is_transaction() && !expected.stale.contains(&true) {
         assert!(
@@ -59,6 +64,7 @@ pub(super) fn play(case: &Case, expected: &Outcome, test: &str) {
     }
     world.look(if happened { &after } else { &before });
     world.heal();
+    world.write();
     if !happened && case.operation.is_transaction() {
         world.commit(&added).expect("nothing is in the way");
     }
@@ -70,6 +76,8 @@ pub(super) fn play(case: &Case, expected: &Outcome, test: &str) {
     let removed = world.space.remove(GuestAddress(96 * MIB), 2 * MIB);
     assert!(removed.expect("nothing is in the way").removed()[0].is(&more));
     world.all_hold(&after);
+    world.write();
+    world.stop();
 }
 
 impl<'a> World<'a> {
@@ -91,6 +99,9 @@ impl<'a> World<'a> {
                 });
                 assert!(attached);
             }
+        }
+        for member in &mut this.members {
+            member.begin_to_write(&this.space);
         }
         match case.operation {
             Operation::Reconnect(subject) => this.lose(subject),
@@ -282,6 +293,53 @@ impl<'a> World<'a> {
         }
     }
 
+    /// Has all daemons write that log, each in the regions that it maps.
+    fn write(&mut self) {
+        for member in &mut self.members {
+            member.write(self.case, true);
+        }
+    }
+
+    /// As `write`, also with what was mapped when the operation began.
+    fn write_again(&mut self) {
+        for member in &mut self.members {
+            let dead = self.case.is_process(member.at);
+            member.write(self.case, !dead);
+            member.writes.thaw();
+        }
+    }
+
+    fn freeze(&mut self) {
+        self.members.iter_mut().for_each(|m| m.writes.freeze());
+    }
+
+    /// Harvests what was written until now.
+    fn harvest(&mut self) {
+        for member in &mut self.members {
+            let dirty = member.with_share(&self.space, VhostUserShare::drain_dirty);
+            member.writes.harvest(&dirty.unwrap_or_default());
+            if self.case.logs {
+                member.writes.are_harvested(&member.name);
+            }
+        }
+    }
+
+    /// Ends the logs, and looks whether anything was lost.
+    fn stop(&mut self) {
+        for (at, member) in self.members.iter_mut().enumerate() {
+            let stopped = member.with_share(&self.space, VhostUserShare::stop_log);
+            let (true, Some(stopped)) = (self.case.logs, stopped) else {
+                continue;
+            };
+            member.writes.harvest(stopped.dirty());
+            member.writes.are_harvested(&member.name);
+            assert!(member.writes.are_some(), "{} wrote nothing", member.name);
+            let lost = self.expected.broken[at] && self.case.subject() != Some(at);
+            let lost = lost && !self.case.is_process(at);
+            names_the_living(&stopped, lost, &member.name);
+        }
+    }
+
     /// Looks at everybody after the operation: `memory` is what should be published.
     fn look(&mut self, memory: &GuestMemoryShm) {
         self.settle();
@@ -333,6 +391,7 @@ impl<'a> World<'a> {
                 }
                 let server = member.server.as_ref().expect("it is a daemon");
                 let (sink, features) = server.connect();
+                member.writes.add(server);
                 match (&mut member.loose, &member.id) {
                     (Some(Loose::Share(share)), _) => drop(share.reconnect(sink, features)),
                     (_, Some(Id::Share(id))) => {
@@ -424,6 +483,7 @@ fn cause_of(source: &(dyn std::error::Error + Send + Sync + 'static)) -> Cause {
             Error::DaemonRefused { .. } => Cause::Refused,
             Error::DaemonHungUp { .. } => Cause::HungUp,
             Error::DaemonSilent { .. } => Cause::Silent,
+            Error::DaemonProtocol { .. } => Cause::Protocol,
             Error::ShareBroken { .. } => Cause::Broken,
             Error::DaemonGone => Cause::Gone,
             Error::TooManyRegions { .. } => Cause::TooManyRegions,

@@ -4,6 +4,7 @@ mod matrix;
 mod matrix_case;
 mod matrix_hypervisor;
 mod matrix_kvm;
+mod matrix_log;
 mod matrix_member;
 mod matrix_model;
 mod matrix_process;

@@ -65,7 +65,7 @@ impl Guest {
         let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
         let share = VhostUserShare::new(frontend, device.protocol_features());
         let mut share = share.with_time_limit(PATIENCE);
-        share.update(&memory.memory_table()).unwrap();
+        share.update_table(&memory.memory_table()).unwrap();
         let mut this = Self {
             memory,
             device,

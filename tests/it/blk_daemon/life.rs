@@ -402,7 +402,7 @@ fn a_region_that_comes_after_the_log_is_logged() {
     log.send(&mut guest).unwrap();
     let region = GuestRegionShm::new(plug, 1 << 20, &RamOptions::new()).unwrap();
     let memory = guest.memory.insert_region(region.into()).unwrap();
-    guest.share.update(&memory.memory_table()).unwrap();
+    guest.share.update_table(&memory.memory_table()).unwrap();
     guest.drivers[0].read(0, &[(plug, 4096)]).unwrap();
     assert!(log.has(plug) && !log.has(GuestAddress(plug.0 + 4096)));
     let mut bytes = vec![0; 4096];

@@ -182,7 +182,7 @@ fn look(
         // Nobody watches the time: until it is set anew.
         share = share.with_time_limit(LIMIT);
     }
-    share.update(&table).unwrap();
+    share.update_table(&table).unwrap();
     assert!(holds(daemon, &table));
     outcome
 }
@@ -194,7 +194,7 @@ fn share(stage: &Stage, builder: MockDaemonBuilder) -> Outcome {
     let table = memory.memory_table();
     let (share, updated) = stage.attacked(|| {
         let mut share = VhostUserShare::new(frontend, features).with_time_limit(LIMIT);
-        let updated = share.update(&table).map(drop);
+        let updated = share.update_table(&table).map(drop);
         (share, updated)
     });
     look(&daemon, share, updated, &memory)
@@ -204,14 +204,14 @@ fn share_of_daemon(stage: &Stage) -> Outcome {
     let daemon = Who::Daemon.start(stage);
     let mut share = new_share(&daemon);
     let memory = memory(&[0, 2, 4]);
-    let updated = stage.armed(|| share.update(&memory.memory_table()).map(drop));
+    let updated = stage.armed(|| share.update_table(&memory.memory_table()).map(drop));
     // It may be able to do nothing any more.
     let other = MockDaemon::builder().start_unnamed().unwrap();
     if updated.is_err() {
         assert!(share.broken().is_some() || holds(&daemon, share.table()));
         drop(share);
         share = new_share(&other);
-        share.update(&memory.memory_table()).unwrap();
+        share.update_table(&memory.memory_table()).unwrap();
         return look(&other, share, updated, &memory);
     }
     look(&daemon, share, updated, &memory)
@@ -221,13 +221,13 @@ fn change(stage: &Stage, builder: MockDaemonBuilder, logs: bool) -> Outcome {
     let daemon = builder.start_unnamed().unwrap();
     let mut share = new_share(&daemon);
     let before = memory(&[0, 2, 4]);
-    share.update(&before.memory_table()).unwrap();
+    share.update_table(&before.memory_table()).unwrap();
     if logs {
         share.start_log().unwrap();
     }
     let after = changed(&before);
     let table = after.memory_table();
-    let updated = stage.attacked(|| share.update(&table).map(drop));
+    let updated = stage.attacked(|| share.update_table(&table).map(drop));
     assert_eq!(share.is_logging(), logs);
     let _ = share.drain_dirty();
     look(&daemon, share, updated, &after)
@@ -237,7 +237,7 @@ fn start_log(stage: &Stage) -> Outcome {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let mut share = new_share(&daemon);
     let memory = memory(&[0, 2, 4]);
-    share.update(&memory.memory_table()).unwrap();
+    share.update_table(&memory.memory_table()).unwrap();
     let started = stage.attacked(|| share.start_log());
     assert_eq!(share.is_logging(), started.is_ok());
     look(&daemon, share, started, &memory)
@@ -248,13 +248,13 @@ fn reconnect(stage: &Stage) -> Outcome {
     let mut share = new_share(&daemon);
     let memory = memory(&[0, 2, 4]);
     let table = memory.memory_table();
-    share.update(&table).unwrap();
+    share.update_table(&table).unwrap();
     daemon.hang_up();
     daemon.wait_disconnected(LIMIT).unwrap();
     let (frontend, features) = connect(&daemon);
     let updated = stage.attacked(|| {
         drop(share.reconnect(frontend, features));
-        share.update(&table).map(drop)
+        share.update_table(&table).map(drop)
     });
     look(&daemon, share, updated, &memory)
 }
@@ -262,7 +262,7 @@ fn reconnect(stage: &Stage) -> Outcome {
 fn drop_share(stage: &Stage) -> Outcome {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let mut share = new_share(&daemon);
-    share.update(&memory(&[0]).memory_table()).unwrap();
+    share.update_table(&memory(&[0]).memory_table()).unwrap();
     stage.attacked(move || drop(share));
     daemon.wait_disconnected(LIMIT).unwrap();
     Outcome::Done

@@ -44,7 +44,7 @@ pub(super) fn converse(mut random: Random) {
         (GuestAddress(4 * MIB), MIB as usize),
     ];
     let memory = GuestMemoryShm::<()>::from_ranges(&ranges).unwrap();
-    share.update(&memory.memory_table()).unwrap();
+    share.update_table(&memory.memory_table()).unwrap();
     assert_eq!(daemon.table().len(), 2);
 }
 

@@ -137,17 +137,17 @@ fn a_share_gives_its_table_and_each_change_of_it() {
         let mut share = VhostUserShare::new(daemon.frontend(features), features);
         let ranges = [(GuestAddress(0), 1 << 20), (GuestAddress(1 << 32), 2 << 20)];
         let mut memory = GuestMemoryShm::from_ranges(&ranges).unwrap();
-        share.update(&memory.memory_table()).unwrap();
+        share.update_table(&memory.memory_table()).unwrap();
         daemon.has(&memory);
         // In one region each: the handlers of the daemon know no other.
         for start in [4 * MIB, 6 * MIB, 2 * MIB] {
             memory = plugged(&memory, start);
-            share.update(&memory.memory_table()).unwrap();
+            share.update_table(&memory.memory_table()).unwrap();
             daemon.has(&memory);
         }
         for start in [6 * MIB, 0] {
             (memory, _) = memory.remove_region(GuestAddress(start), MIB).unwrap();
-            share.update(&memory.memory_table()).unwrap();
+            share.update_table(&memory.memory_table()).unwrap();
             daemon.has(&memory);
         }
         drop(share);

@@ -61,7 +61,7 @@ fn update_disturbed(
     };
     let mut share = VhostUserShare::new(sink, device.protocol_features()).with_time_limit(limit);
     let error = share
-        .update(&memory(&[0, 1, 2]).memory_table())
+        .update_table(&memory(&[0, 1, 2]).memory_table())
         .unwrap_err();
     assert!(share.broken().is_some());
     Some((error, share.table().clone()))
@@ -78,7 +78,7 @@ fn qemu_storage_daemon_takes_regions_and_gives_them_back() {
     let (frontend, device) = negotiate(UnixStream::connect(&daemon.socket).unwrap());
     let mut share = VhostUserShare::new(frontend, device.protocol_features());
     let memory = memory(&[0, 10, 20]);
-    share.update(&memory.memory_table()).unwrap();
+    share.update_table(&memory.memory_table()).unwrap();
     let mut driver = driver(&memory, &mut share, &device);
     for round in 0..3 {
         // It reads through the regions that are there.
@@ -91,10 +91,10 @@ fn qemu_storage_daemon_takes_regions_and_gives_them_back() {
             );
         }
         let report = share
-            .update(&without(&memory, &[10, 20]).memory_table())
+            .update_table(&without(&memory, &[10, 20]).memory_table())
             .unwrap();
         assert_eq!(report.removed(), 2);
-        let report = share.update(&memory.memory_table()).unwrap();
+        let report = share.update_table(&memory.memory_table()).unwrap();
         assert_eq!(report.added(), 2);
     }
 }

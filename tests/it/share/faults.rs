@@ -33,14 +33,14 @@ fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) 
         let peer = Peer::start(builder.clone().with_fault(Fault::new(change, fault)));
         let (mut share, _) = peer.share();
         for (memory, _) in &updates[..failing] {
-            share.update(&memory.memory_table()).unwrap();
+            share.update_table(&memory.memory_table()).unwrap();
         }
         if fault == FaultKind::NeverAnswer {
             share = share.with_time_limit(Duration::from_millis(100));
         }
         let before = share.table().clone();
         let (memory, text) = updates[failing];
-        let error = share.update(&memory.memory_table()).unwrap_err();
+        let error = share.update_table(&memory.memory_table()).unwrap_err();
         let case = format!("{fault:?} at {change}, acks {acks}, slots {slots}: {error:?}");
         match fault {
             FaultKind::Refuse if acks => {
@@ -69,7 +69,7 @@ fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) 
 
         peer.daemon.clear_requests();
         for (memory, _) in updates {
-            let refused = share.update(&memory.memory_table()).unwrap_err();
+            let refused = share.update_table(&memory.memory_table()).unwrap_err();
             assert!(matches!(refused, Error::ShareBroken { .. }), "{refused}");
         }
         assert_eq!(peer.daemon.requests(), [], "a broken share sends nothing");
@@ -77,7 +77,7 @@ fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) 
         // It serves one front-end at a time: the broken one has to go first.
         drop(share.into_sink());
         let (mut share, _) = peer.share();
-        share.update(&more.memory_table()).unwrap();
+        share.update_table(&more.memory_table()).unwrap();
         peer.holds(&more.memory_table());
     }
 }
@@ -93,7 +93,7 @@ fn survives(
     assert_eq!(share.table(), before);
     peer.holds(before);
     for memory in next {
-        share.update(&memory.memory_table()).unwrap();
+        share.update_table(&memory.memory_table()).unwrap();
         assert_eq!(share.table(), &memory.memory_table());
         peer.holds(&memory.memory_table());
     }
@@ -161,12 +161,12 @@ fn a_child_may_drop_what_its_parent_goes_on_using() {
         let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
         let mut share = VhostUserShare::new(frontend, device.protocol_features());
         share
-            .update(&without(&memory, &[2]).memory_table())
+            .update_table(&without(&memory, &[2]).memory_table())
             .unwrap();
         let mut parts = Some((share, daemon));
         assert_eq!(dies_of(|| drop(parts.take())), None);
         let (mut share, daemon) = parts.expect("only the child took them");
-        share.update(&memory.memory_table()).unwrap();
+        share.update_table(&memory.memory_table()).unwrap();
         assert_eq!(daemon.table().len(), 3);
     });
 }
@@ -179,16 +179,19 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
         let memory = memory(&[0, 1, 2]);
         // Not under the limit: it answers this.
         share
-            .update(&without(&memory, &[1, 2]).memory_table())
+            .update_table(&without(&memory, &[1, 2]).memory_table())
             .unwrap();
         if fault == FaultKind::NeverAnswer {
             share = share.with_time_limit(Duration::from_millis(100));
         }
-        assert!(share.update(&memory.memory_table()).is_err());
+        assert!(share.update_table(&memory.memory_table()).is_err());
         if fault == FaultKind::Refuse {
             // It is there, and holds the first region.
             assert_eq!(share.broken(), None);
-            assert_eq!(share.update(&memory.memory_table()).unwrap().added(), 2);
+            assert_eq!(
+                share.update_table(&memory.memory_table()).unwrap().added(),
+                2
+            );
             peer.holds(&memory.memory_table());
             continue;
         }
@@ -197,11 +200,11 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
         drop(share.reconnect(frontend, device.protocol_features()));
         assert_eq!(share.broken(), None);
         let mut share = share.with_time_limit(PATIENCE);
-        let report = share.update(&memory.memory_table()).unwrap();
+        let report = share.update_table(&memory.memory_table()).unwrap();
         assert_eq!(report.added(), 3, "{fault:?}");
         peer.holds(&memory.memory_table());
         share
-            .update(&without(&memory, &[1]).memory_table())
+            .update_table(&without(&memory, &[1]).memory_table())
             .unwrap();
         peer.holds(&without(&memory, &[1]).memory_table());
     }
@@ -218,7 +221,7 @@ fn a_late_answer_within_the_limit_is_waited_for() {
         let (mut share, _) = peer.share();
         let memory = memory(&[0, 1]);
         let start = Instant::now();
-        share.update(&memory.memory_table()).unwrap();
+        share.update_table(&memory.memory_table()).unwrap();
         assert!(start.elapsed() >= delay);
         peer.holds(&memory.memory_table());
         assert_eq!(peer.daemon.pending_faults(), 0);
@@ -231,7 +234,9 @@ fn an_answer_after_the_limit_is_too_late() {
     let peer = Peer::start(MockDaemon::builder().with_fault(Fault::answer_late(1, hour)));
     let (share, _) = peer.share();
     let mut share = share.with_time_limit(Duration::from_millis(100));
-    let late = share.update(&memory(&[0]).memory_table()).unwrap_err();
+    let late = share
+        .update_table(&memory(&[0]).memory_table())
+        .unwrap_err();
     assert!(matches!(late, Error::DaemonSilent { .. }), "{late}");
     assert!(late.to_string().contains("within 100ms"), "{late}");
     // It hung up, so that the answer is never taken for another one's.
@@ -243,18 +248,18 @@ fn after_a_hang_up_the_whole_present_table_is_sent_anew() {
     let peer = Peer::start(MockDaemon::builder());
     let (mut share, _) = peer.share();
     let first = memory(&[0, 1]);
-    share.update(&first.memory_table()).unwrap();
+    share.update_table(&first.memory_table()).unwrap();
     peer.daemon.hang_up();
     peer.daemon.wait_disconnected(PATIENCE).unwrap();
     let now = with(&first, &[2, 3, 4, 5, 6, 7, 8, 9]);
-    let lost = share.update(&now.memory_table()).unwrap_err();
+    let lost = share.update_table(&now.memory_table()).unwrap_err();
     assert!(matches!(lost, Error::DaemonHungUp { .. }), "{lost}");
 
     peer.daemon.clear_requests();
     let (frontend, device) = peer.connect();
     drop(share.reconnect(frontend, device.protocol_features()));
     assert_eq!(share.table(), &MemoryTable::default());
-    let report = share.update(&now.memory_table()).unwrap();
+    let report = share.update_table(&now.memory_table()).unwrap();
     assert_eq!((report.removed(), report.added()), (0, 10));
     peer.holds(&now.memory_table());
 }
@@ -267,13 +272,13 @@ fn a_refusal_amid_many_changes_leaves_what_was_acknowledged_and_the_way_back() {
     for refused in 1..=5 {
         let peer = Peer::start(MockDaemon::builder());
         let (mut share, _) = peer.share();
-        share.update(&first.memory_table()).unwrap();
+        share.update_table(&first.memory_table()).unwrap();
         peer.daemon.inject(Fault::refuse(refused));
-        share.update(&second.memory_table()).unwrap_err();
+        share.update_table(&second.memory_table()).unwrap_err();
         peer.holds(share.table());
         // Back, as an owner does who wants all of a change or nothing, and then forth.
         for memory in [&first, &second] {
-            share.update(&memory.memory_table()).unwrap();
+            share.update_table(&memory.memory_table()).unwrap();
             peer.holds(&memory.memory_table());
         }
     }

@@ -238,14 +238,14 @@ fn tables_that_the_kernel_cannot_take_are_refused_before_it_is_asked() {
 
     let mut share = share.with_view(TableView::default());
     share.update_memory(&memory).unwrap();
-    let empty = share.update(&MemoryTable::default()).unwrap_err();
+    let empty = share.update_table(&MemoryTable::default()).unwrap_err();
     assert!(matches!(empty, Error::EmptyTable), "{empty}");
     assert_eq!(backend.calls(), 1);
     let other = super::memory(&[7]);
     let gone = other.memory_table();
     // Its descriptors live on in the table, its mappings do not.
     drop(other);
-    let refused = share.update(&gone).unwrap_err();
+    let refused = share.update_table(&gone).unwrap_err();
     assert!(matches!(refused, Error::NoHostAddress { .. }), "{refused}");
     assert_eq!((backend.calls(), share.broken()), (1, None));
 }

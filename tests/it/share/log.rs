@@ -3,17 +3,18 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use guest_memory_shm::StoppedLog;
 use vhost::VhostBackend;
 
 use super::*;
 
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 /// VHOST_F_LOG_ALL.
 const LOG_ALL: u64 = 1 << 26;
 
-type Share = VhostUserShare<Frontend>;
+pub(super) type Share = VhostUserShare<Frontend>;
 
-fn logging(peer: &Peer) -> (Share, BlkDevice) {
+pub(super) fn logging(peer: &Peer) -> (Share, BlkDevice) {
     let stream = UnixStream::connect(peer.daemon.path().unwrap()).unwrap();
     let (frontend, device) = negotiate_also(stream, Features::LOG_SHMFD);
     let share = VhostUserShare::new(frontend, device.protocol_features());
@@ -22,13 +23,13 @@ fn logging(peer: &Peer) -> (Share, BlkDevice) {
 
 /// The numbers of the pages that are dirty, but for the rings: the device writes there for a moment
 /// after it has answered, to be notified of the next request.
-fn drain(share: &mut Share) -> BTreeSet<u64> {
+pub(super) fn drain(share: &mut Share) -> BTreeSet<u64> {
     let mut dirty = pages(&share.drain_dirty());
     dirty.remove(&(RINGS.0 / PAGE));
     dirty
 }
 
-fn pages(ranges: &[GuestRange]) -> BTreeSet<u64> {
+pub(super) fn pages(ranges: &[GuestRange]) -> BTreeSet<u64> {
     let pages = ranges.iter().flat_map(|range| {
         let first = range.start_addr().0 / PAGE;
         first..first + range.size() / PAGE
@@ -123,7 +124,7 @@ fn the_daemon_does_not_log_by_itself_what_is_plugged() {
 }
 
 #[test]
-fn the_log_goes_before_a_table_that_grows_and_after_one_that_shrinks() {
+fn the_log_goes_before_a_table_that_grows_and_after_each_and_never_gets_smaller() {
     let peer = Peer::start(MockDaemon::builder());
     let (mut share, _) = logging(&peer);
     let first = memory(&[0, 10]);
@@ -141,7 +142,7 @@ fn the_log_goes_before_a_table_that_grows_and_after_one_that_shrinks() {
     expect(&mut share, &first, &[("LOG", 11)]);
     expect(&mut share, &grown, &[("LOG", 21), ("ADD", 20), ("LOG", 21)]);
     expect(&mut share, &with(&grown, &[5]), &[("ADD", 5), ("LOG", 21)]);
-    expect(&mut share, &first, &[("REM", 20), ("REM", 5), ("LOG", 11)]);
+    expect(&mut share, &first, &[("REM", 20), ("REM", 5), ("LOG", 21)]);
     // Grows and loses something; shrinks and gains something.
     let other = memory(&[0, 30]);
     let moves = [
@@ -154,19 +155,15 @@ fn the_log_goes_before_a_table_that_grows_and_after_one_that_shrinks() {
     ];
     expect(&mut share, &other, &moves);
     let back = with(&without(&other, &[30]), &[3]);
-    expect(&mut share, &back, &[("REM", 30), ("ADD", 3), ("LOG", 4)]);
+    expect(&mut share, &back, &[("REM", 30), ("ADD", 3), ("LOG", 31)]);
     expect(&mut share, &back, &[]);
     expect(
         &mut share,
         &GuestMemoryShm::new(),
         &[("REM", 3), ("REM", 0)],
     );
-    expect(
-        &mut share,
-        &first,
-        &[("LOG", 11), ("ADD", 0), ("ADD", 10), ("LOG", 11)],
-    );
-    assert_eq!(share.stop_log(), []);
+    expect(&mut share, &first, &[("ADD", 0), ("ADD", 10), ("LOG", 31)]);
+    assert_eq!(share.stop_log(), StoppedLog::default());
     expect(&mut share, &grown, &[("ADD", 20)]);
 }
 
@@ -187,7 +184,7 @@ fn without_slots_the_log_goes_around_the_whole_table_and_what_stays_counts_as_di
     );
     peer.daemon.clear_requests();
     share.update_memory(&first).unwrap();
-    assert_eq!(messages(&peer), [("SET", 2), ("LOG", 11)]);
+    assert_eq!(messages(&peer), [("SET", 2), ("LOG", 21)]);
 }
 
 #[test]
@@ -204,12 +201,14 @@ fn nothing_dirty_is_lost_while_the_log_grows_and_shrinks() {
     share.update_memory(&grown).unwrap();
     written.insert(touch(&mut driver, 10 * MIB + PAGE));
     written.insert(touch(&mut driver, 41 * MIB - PAGE));
-    // Shorter than the page that is dirty at its end.
+    // It ends before a page that is dirty.
     share.update_memory(&first).unwrap();
     written.insert(touch(&mut driver, 10 * MIB + 2 * PAGE));
     share.update_memory(&grown).unwrap();
     written.insert(touch(&mut driver, 40 * MIB + PAGE));
-    let dirty = share.stop_log();
+    let stopped = share.stop_log();
+    assert_eq!(stopped.former_daemons(), []);
+    let dirty = stopped.into_dirty();
     assert!(written.is_subset(&pages(&dirty)), "{written:?} {dirty:?}");
     assert!(dirty.is_sorted() && !share.is_logging());
     assert_eq!(share.drain_dirty(), []);
@@ -224,7 +223,6 @@ fn what_is_dirty_in_a_region_that_goes_and_comes_back_is_not_lost() {
     let mut driver = driver(&all, &mut share, &device);
     share.start_log().unwrap();
     let written = [10 * MIB, 20 * MIB, 30 * MIB].map(|addr| touch(&mut driver, addr));
-    // The log becomes shorter, and has no page of one region that went, but bits for it.
     share.update_memory(&without(&all, &[10, 30])).unwrap();
     // Back, as after a change that was undone.
     share.update_memory(&all).unwrap();
@@ -310,7 +308,7 @@ fn a_log_goes_on_over_a_new_connection() {
     drop(share.reconnect(now, device.protocol_features()));
     peer.daemon.clear_requests();
     share.update_memory(&first).unwrap();
-    let [("LOG", _), ("ADD", 0), ("ADD", 10), ("LOG", 11)] = messages(&peer)[..] else {
+    let [("LOG", 21), ("ADD", 0), ("ADD", 10), ("LOG", 21)] = messages(&peer)[..] else {
         panic!("{:?}", messages(&peer));
     };
     let mut driver = driver(&first, &mut share, &device);
@@ -349,7 +347,7 @@ fn a_refused_region_leaves_the_log_working_for_those_that_are_held() {
         let held = share.table().regions().len() as u64;
         assert_eq!(held, refused);
         let last = (held - 1) * 10;
-        assert_eq!(messages(&peer).last(), Some(&("LOG", last + 1)));
+        assert_eq!(messages(&peer).last(), Some(&("LOG", 21)));
         let page = touch(&mut driver, last * MIB + 0x80 * PAGE);
         assert!(drain(&mut share).contains(&page));
     }
@@ -380,8 +378,9 @@ fn a_daemon_of_an_address_space_logs_what_is_plugged_and_a_change_that_is_undone
     written.insert(touch(&mut driver, 40 * MIB));
     space.remove(GuestAddress(40 * MIB), MIB).told_all();
     written.insert(touch(&mut driver, 10 * MIB + 2 * PAGE));
-    let dirty = space.with_listener(&blk, Share::stop_log).unwrap();
-    assert!(written.is_subset(&pages(&dirty)), "{written:?} {dirty:?}");
+    let stopped = space.with_listener(&blk, Share::stop_log).unwrap();
+    let dirty = stopped.dirty();
+    assert!(written.is_subset(&pages(dirty)), "{written:?} {dirty:?}");
 }
 
 #[test]
@@ -420,5 +419,5 @@ fn qemu_storage_daemon_logs_what_it_writes_to_a_region_that_was_plugged() {
     assert!(!dirty.contains(&(10 * MIB / PAGE + 8)));
     share.sink().set_features(device.features()).unwrap();
     touch(&mut driver, 10 * MIB);
-    assert_eq!(share.stop_log(), []);
+    assert_eq!(share.stop_log(), StoppedLog::default());
 }

@@ -12,9 +12,9 @@ use guest_memory_shm::mock::{
     BlkDevice, BlkDriver, BlkError, Fault, FaultKind, LoggedRequest, MockDaemon, MockDaemonBuilder,
 };
 use guest_memory_shm::{
-    AddressSpace, Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, HangUp, KernelVhost,
-    MemTableSink, MemoryTable, RamOptions, SinkError, SlotLimit, TableRegion, TableView,
-    UserAddresses, VhostUserShare,
+    AddressSpace, Backing, DaemonLog, DaemonProcess, Error, GuestMemoryShm, GuestRange,
+    GuestRegionShm, HangUp, KernelVhost, MemTableSink, MemoryTable, RamOptions, SinkError,
+    SlotLimit, TableRegion, TableView, UserAddresses, VhostUserShare,
 };
 use tempfile::TempDir;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
@@ -24,10 +24,12 @@ use crate::fork::dies_of;
 use crate::isolation::in_own_process;
 use crate::support::{self, StorageDaemon, ToldAll};
 
+mod clones;
 mod daemon;
 mod faults;
 mod kernel;
 mod log;
+mod log_faults;
 mod postcopy;
 mod postcopy_faults;
 mod postcopy_peer;

@@ -14,7 +14,7 @@ fn the_daemon_maps_our_files_and_bytes_pass_both_ways() {
             .unwrap();
         let peer = Peer::start(MockDaemon::builder());
         let (mut share, device) = peer.share();
-        let report = share.update(&memory.memory_table()).unwrap();
+        let report = share.update_table(&memory.memory_table()).unwrap();
         assert_eq!((report.removed(), report.added()), (0, 2));
         // The same inode: shared, not copied.
         peer.holds(&memory.memory_table());
@@ -77,7 +77,7 @@ fn a_daemon_cannot_truncate_a_memfd() {
         let memory = GuestMemoryShm::from_regions(vec![region.unwrap()]).unwrap();
         let peer = Peer::start(MockDaemon::builder());
         let (mut share, _) = peer.share();
-        share.update(&memory.memory_table()).unwrap();
+        share.update_table(&memory.memory_table()).unwrap();
 
         let theirs = daemons_descriptor(&memory);
         memory.write_obj(42u8, GuestAddress(MIB - 1)).unwrap();
@@ -101,7 +101,7 @@ fn only_the_difference_is_sent_removals_from_above_then_additions_from_below() {
     let peer = Peer::start(MockDaemon::builder());
     let (mut share, _) = peer.share();
     let first = memory(&[0, 10, 20, 30]);
-    share.update(&first.memory_table()).unwrap();
+    share.update_table(&first.memory_table()).unwrap();
     let added = [0, 10, 20, 30].map(|start| ("ADD", vec![start]));
     assert_eq!(peer.changes(), added);
     assert_eq!(share.max_regions(), Some(509));
@@ -109,7 +109,7 @@ fn only_the_difference_is_sent_removals_from_above_then_additions_from_below() {
     // 20 is another file, 10 and 30 go, 5 and 40 come, 0 stays.
     peer.daemon.clear_requests();
     let second = without(&with(&first, &[5, 20, 40]), &[10, 30]);
-    let report = share.update(&second.memory_table()).unwrap();
+    let report = share.update_table(&second.memory_table()).unwrap();
     assert_eq!((report.removed(), report.added()), (3, 3));
     let expected = [
         ("REM", 30),
@@ -126,7 +126,7 @@ fn only_the_difference_is_sent_removals_from_above_then_additions_from_below() {
     peer.holds(&second.memory_table());
 
     peer.daemon.clear_requests();
-    let report = share.update(&second.memory_table()).unwrap();
+    let report = share.update_table(&second.memory_table()).unwrap();
     assert_eq!((report.removed(), report.added()), (0, 0));
     assert_eq!(peer.daemon.requests(), []);
 }
@@ -136,12 +136,12 @@ fn what_was_removed_is_out_of_the_devices_reach() {
     let peer = Peer::start(MockDaemon::builder());
     let (mut share, device) = peer.share();
     let memory = memory(&[0, 10]);
-    share.update(&memory.memory_table()).unwrap();
+    share.update_table(&memory.memory_table()).unwrap();
     let mut driver = driver(&memory, &mut share, &device);
     let buffer = [(GuestAddress(10 * MIB), 512)];
     driver.read(0, &buffer).unwrap();
     share
-        .update(&without(&memory, &[10]).memory_table())
+        .update_table(&without(&memory, &[10]).memory_table())
         .unwrap();
     let refused = driver.read(0, &buffer).unwrap_err();
     assert!(
@@ -157,12 +157,12 @@ fn without_slots_the_whole_table_is_sent_and_nine_regions_are_not() {
     let (mut share, _) = peer.share();
     let nine = memory(&[0, 1, 2, 3, 4, 5, 6, 7, 8]);
     let eight = without(&nine, &[4]);
-    share.update(&eight.memory_table()).unwrap();
+    share.update_table(&eight.memory_table()).unwrap();
     assert_eq!(peer.changes(), [("SET", vec![0, 1, 2, 3, 5, 6, 7, 8])]);
     peer.holds(&eight.memory_table());
 
     peer.daemon.clear_requests();
-    let refused = share.update(&nine.memory_table()).unwrap_err();
+    let refused = share.update_table(&nine.memory_table()).unwrap_err();
     let Error::TooManyRegions {
         regions: 9,
         limit: 8,
@@ -174,7 +174,7 @@ fn without_slots_the_whole_table_is_sent_and_nine_regions_are_not() {
     assert_eq!(peer.daemon.requests(), []);
     assert_eq!(share.broken(), None);
     let seven = without(&eight, &[0]);
-    share.update(&seven.memory_table()).unwrap();
+    share.update_table(&seven.memory_table()).unwrap();
     peer.holds(&seven.memory_table());
 }
 
@@ -183,10 +183,10 @@ fn more_regions_than_slots_are_refused_before_anything_is_sent() {
     let peer = Peer::start(MockDaemon::builder().with_max_mem_slots(3));
     let (mut share, _) = peer.share();
     let three = memory(&[0, 1, 2]);
-    share.update(&three.memory_table()).unwrap();
+    share.update_table(&three.memory_table()).unwrap();
     peer.daemon.clear_requests();
     let refused = share
-        .update(&with(&three, &[3]).memory_table())
+        .update_table(&with(&three, &[3]).memory_table())
         .unwrap_err();
     let Error::TooManyRegions {
         regions: 4,
@@ -199,7 +199,7 @@ fn more_regions_than_slots_are_refused_before_anything_is_sent() {
     assert_eq!(peer.daemon.requests(), []);
     // All slots may change hands in one update.
     let others = memory(&[1, 2, 3]);
-    share.update(&others.memory_table()).unwrap();
+    share.update_table(&others.memory_table()).unwrap();
     peer.holds(&others.memory_table());
 }
 
@@ -219,7 +219,7 @@ fn takes_509_regions() {
     let peer = Peer::start(MockDaemon::builder());
     let (mut share, _) = peer.share();
     assert!(matches!(
-        share.update(&all.memory_table()),
+        share.update_table(&all.memory_table()),
         Err(Error::TooManyRegions {
             regions: 510,
             limit: 509,
@@ -227,7 +227,7 @@ fn takes_509_regions() {
         })
     ));
     let most = without(&all, &[100]);
-    share.update(&most.memory_table()).unwrap();
+    share.update_table(&most.memory_table()).unwrap();
     peer.holds(&most.memory_table());
     let mut files: Vec<u64> = peer
         .daemon
@@ -253,7 +253,7 @@ fn without_acknowledgements_the_daemon_is_asked_after_each_change() {
         let second = without(&with(&first, &[6]), &[2]);
         for memory in [first, second] {
             peer.daemon.clear_requests();
-            share.update(&memory.memory_table()).unwrap();
+            share.update_table(&memory.memory_table()).unwrap();
             // At once, not some time later.
             peer.holds(&memory.memory_table());
             let asked = peer.daemon.requests();
@@ -275,7 +275,7 @@ fn the_descriptors_of_a_table_outlive_the_memory() {
         memory.memory_table()
     };
     // The memory is unmapped, the table is still sent.
-    share.update(&table).unwrap();
+    share.update_table(&table).unwrap();
     peer.holds(&table);
     assert_eq!(table.regions()[0].backing().allocated().unwrap(), 4096);
     assert!(

@@ -170,3 +170,22 @@ fn qemu_storage_daemon_works_with_a_selection_and_opaque_addresses() {
     driver.flush().unwrap();
     assert_eq!(fs::read(&image).unwrap()[3 * 512..4 * 512], [0x99; 512]);
 }
+
+#[test]
+fn used_as_a_listener_a_share_takes_memories_and_by_its_own_names_tables() {
+    use guest_memory_shm::MemoryListener;
+
+    let peer = Peer::start(MockDaemon::builder());
+    let (mut share, _) = peer.share();
+    let first = memory(&[0]);
+    share.check(&first).unwrap();
+    share.update(&first).unwrap();
+    peer.holds(&first.memory_table());
+    let second = with(&first, &[10]);
+    share.check_table(&second.memory_table()).unwrap();
+    assert_eq!(
+        share.update_table(&second.memory_table()).unwrap().added(),
+        1
+    );
+    peer.holds(&second.memory_table());
+}

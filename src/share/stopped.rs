@@ -1,0 +1,103 @@
+//! What there is to say when a daemon's log is stopped.
+
+use std::fmt;
+
+use crate::layout::GuestRange;
+
+/// What a log had to say when it was [stopped](crate::VhostUserShare::stop_log): the last dirty
+/// pages, and which daemons may write others that nobody is told of.
+///
+/// ```
+/// use guest_memory_shm::{MemTableSink, VhostUserShare};
+///
+/// /// The last pages to copy, if they are the last.
+/// fn last_round(
+///     share: &mut VhostUserShare<impl MemTableSink>,
+/// ) -> Result<Vec<guest_memory_shm::GuestRange>, String> {
+///     let stopped = share.stop_log();
+///     match stopped.former_daemons() {
+///         [] => Ok(stopped.into_dirty()),
+///         [first, ..] => Err(format!("{first}: kill it before the last round")),
+///     }
+/// }
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[must_use = "it has the last dirty pages"]
+pub struct StoppedLog {
+    pub(super) dirty: Vec<GuestRange>,
+    pub(super) former: Vec<FormerDaemon>,
+}
+
+impl StoppedLog {
+    /// The pages that are dirty since the last
+    /// [`drain_dirty`](crate::VhostUserShare::drain_dirty), as that gives them.
+    pub fn dirty(&self) -> &[GuestRange] {
+        &self.dirty
+    }
+
+    /// The same, to keep.
+    pub fn into_dirty(self) -> Vec<GuestRange> {
+        self.dirty
+    }
+
+    /// The daemons whose connection ended while they logged, and that are not known to be dead, in
+    /// the order of their ends, each process once. A daemon that closed its end of the connection is
+    /// among them, and so is one that has served several connections and lives on.
+    ///
+    /// What they noted until now is in [`dirty`](Self::dirty). They still map guest RAM and the
+    /// log, and what they write from now on is noted where nobody looks any more. See that they
+    /// are dead before the log is stopped, or count all that they can reach as dirty.
+    pub fn former_daemons(&self) -> &[FormerDaemon] {
+        &self.former
+    }
+}
+
+/// A daemon whose connection ended while it logged, and that may still write to guest RAM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FormerDaemon {
+    pub(super) process: Option<u32>,
+    pub(super) reason: String,
+}
+
+impl FormerDaemon {
+    /// The number of its process, if that is known: of the one that answered the log.
+    pub fn process(&self) -> Option<u32> {
+        self.process
+    }
+
+    /// Why its connection ended.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+}
+
+impl fmt::Display for FormerDaemon {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.process {
+            Some(process) => write!(f, "the daemon in process {process}")?,
+            None => f.write_str("a daemon in an unknown process")?,
+        }
+        write!(f, " may still write to guest RAM ({})", self.reason)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_former_daemon_says_who_and_why() {
+        let mut daemon = FormerDaemon {
+            process: Some(12),
+            reason: "it was silent".to_owned(),
+        };
+        let text = "the daemon in process 12 may still write to guest RAM (it was silent)";
+        assert_eq!(daemon.to_string(), text);
+        daemon.process = None;
+        assert!(
+            daemon
+                .to_string()
+                .starts_with("a daemon in an unknown process may")
+        );
+    }
+}
