@@ -77,13 +77,20 @@ fn remove(file: &File, path: &Path) -> io::Result<()> {
 /// Frees a part of a file, whose length stays (fallocate(2)).
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn punch(file: &File, range: Range<u64>) -> io::Result<()> {
+    use nix::errno::Errno;
     use nix::fcntl::{FallocateFlags, fallocate};
 
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let too_far = |_| io::Error::from(io::ErrorKind::FileTooLarge);
     let start = i64::try_from(range.start).map_err(too_far)?;
     let len = i64::try_from(range.end - range.start).map_err(too_far)?;
-    Ok(fallocate(file, flags, start, len)?)
+    loop {
+        match fallocate(file, flags, start, len) {
+            // A signal: what is freed stays so.
+            Err(Errno::EINTR) => {}
+            answer => return Ok(answer?),
+        }
+    }
 }
 
 /// Elsewhere parts of files cannot be freed by a call that all have.

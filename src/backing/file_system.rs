@@ -5,6 +5,8 @@ use std::io;
 use std::path::Path;
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
+use nix::errno::Errno;
+#[cfg(any(target_os = "linux", target_os = "android"))]
 use nix::sys::statfs::{Statfs, fstatfs, statfs};
 
 use super::base_page_size;
@@ -24,12 +26,23 @@ pub(super) enum FileSystem {
 impl FileSystem {
     /// That of an open file.
     pub(super) fn of(file: &File) -> io::Result<Self> {
-        Ok(Self::from(&fstatfs(file)?))
+        Ok(Self::from(&whole(|| fstatfs(file))?))
     }
 
     /// That of what is at a path.
     pub(super) fn at(path: &Path) -> io::Result<Self> {
-        Ok(Self::from(&statfs(path)?))
+        Ok(Self::from(&whole(|| statfs(path))?))
+    }
+}
+
+/// Makes a call again that a signal interrupted, as file systems of other processes (FUSE) allow.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn whole(call: impl Fn() -> nix::Result<Statfs>) -> nix::Result<Statfs> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            answer => return answer,
+        }
     }
 }
 

@@ -19,12 +19,17 @@ impl Mapping {
         let Some(span) = self.inside(range)? else {
             return Ok(());
         };
-        // SAFETY: the range is mapped, and by a mapping of this crate, as `inside` checked. It
-        // stays mapped, and its bytes become 0. That changes memory under everybody who accesses
-        // it, as the guest and other processes do at any time: nobody has a reference to it, and
-        // all accesses are volatile or atomic.
-        unsafe { madvise(span.start, span.len.get(), MmapAdvise::MADV_REMOVE) }?;
-        Ok(())
+        loop {
+            // SAFETY: the range is mapped, and by a mapping of this crate, as `inside` checked. It
+            // stays mapped, and its bytes become 0. That changes memory under everybody who
+            // accesses it, as the guest and other processes do at any time: nobody has a reference
+            // to it, and all accesses are volatile or atomic.
+            match unsafe { madvise(span.start, span.len.get(), MmapAdvise::MADV_REMOVE) } {
+                // A file system may let a signal interrupt it: what is freed stays so.
+                Err(Errno::EINTR) => {}
+                answer => return Ok(answer?),
+            }
+        }
     }
 
     /// Whether a page at these offsets is locked (mlock(2)): the kernel does not remove such pages.
