@@ -65,8 +65,8 @@ impl Call {
     /// Whether a failure of it ends the process by design of others than this crate, and so is not
     /// played. Each with its reason:
     ///
-    /// - Memory for the heap: the allocator says so, and the standard library aborts (`handle_alloc_error`).
-    ///   The signal stack of a new thread is asked for by the same arguments.
+    /// - Memory for the heap: the allocator says so, and the standard library aborts
+    ///   (`handle_alloc_error`). The signal stack of a new thread is asked for in the same way.
     /// - The guard page of that signal stack: the standard library panics outside of what the
     ///   thread's owner could catch.
     /// - rseq(2) of a new thread: the C library ends the process.

@@ -7,10 +7,11 @@
 //! error is a state ([`call::Call::may_last`]).
 //!
 //! After each run the operation was done, as looking at its effect shows, or it gave an error that
-//! says something, but for a signal (EINTR), which is no failure; nothing panicked or hung; no descriptor, mapping, reservation, thread or name is
-//! left; every listener holds what readers see, or is called stale; and the same operation succeeds
-//! without a fault. Which calls are not played, and why, stands at [`call::Call::is_exempt`]. What
-//! fails to give something back leaves that, and it is swept up: munmap(2) and unlink(2).
+//! says something (but a signal, EINTR, is no failure); nothing panicked or hung; no descriptor,
+//! mapping, reservation, thread or name is left; every listener holds what readers see, or is called
+//! stale; and the same operation succeeds without a fault. Which calls are not played, and why,
+//! stands at [`call::Call::is_exempt`]. What fails to give something back leaves that, and it is
+//! swept up: munmap(2) and unlink(2).
 //!
 //! Played is a sample, by the seed `FAULTS_SEED` or one that is printed: each call of each operation,
 //! and each error of each call. `FAULTS=all` plays all, `FAULTS=text` those whose description contains
