@@ -81,11 +81,14 @@ fn remove(file: &File, path: &Path) -> io::Result<()> {
 pub(super) fn punch(file: &File, range: Range<u64>) -> io::Result<()> {
     use nix::fcntl::{FallocateFlags, fallocate};
 
+    use crate::host::calls::retried;
+
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let too_far = |_| io::Error::from(io::ErrorKind::FileTooLarge);
     let start = i64::try_from(range.start).map_err(too_far)?;
     let len = i64::try_from(range.end - range.start).map_err(too_far)?;
-    Ok(fallocate(file, flags, start, len)?)
+    // A signal may interrupt it: what is freed stays so.
+    Ok(retried(|| fallocate(file, flags, start, len))?)
 }
 
 /// Elsewhere parts of files cannot be freed by a call that all have.

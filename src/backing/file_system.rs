@@ -8,6 +8,8 @@ use std::path::Path;
 use nix::sys::statfs::{Statfs, fstatfs, statfs};
 
 use super::base_page_size;
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use crate::host::calls::retried;
 
 /// The kinds of file systems that matter to RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,12 +26,12 @@ pub(super) enum FileSystem {
 impl FileSystem {
     /// That of an open file.
     pub(super) fn of(file: &File) -> io::Result<Self> {
-        Ok(Self::from(&fstatfs(file)?))
+        Ok(Self::from(&retried(|| fstatfs(file))?))
     }
 
     /// That of what is at a path.
     pub(super) fn at(path: &Path) -> io::Result<Self> {
-        Ok(Self::from(&statfs(path)?))
+        Ok(Self::from(&retried(|| statfs(path))?))
     }
 }
 

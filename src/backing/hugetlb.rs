@@ -109,17 +109,17 @@ fn offered_sizes() -> Result<Vec<u64>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(unreadable(error)),
     };
-    let mut sizes: Vec<u64> = dirs
-        .flatten()
-        .filter_map(|dir| {
-            let name = dir.file_name();
-            let kib = name
-                .to_str()?
-                .strip_prefix("hugepages-")?
-                .strip_suffix("kB")?;
-            Some(kib.parse::<u64>().ok()? * 1024)
-        })
-        .collect();
+    let mut sizes = Vec::new();
+    for dir in dirs {
+        // A list that breaks off is no list without the rest.
+        let name = dir.map_err(unreadable)?.file_name();
+        let kib = name
+            .to_str()
+            .and_then(|name| name.strip_prefix("hugepages-")?.strip_suffix("kB"));
+        if let Some(Ok(kib)) = kib.map(str::parse::<u64>) {
+            sizes.push(kib * 1024);
+        }
+    }
     sizes.sort_unstable();
     Ok(sizes)
 }

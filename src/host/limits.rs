@@ -9,10 +9,12 @@ use nix::sys::resource::{Resource, getrlimit};
 /// Other threads open and close some at any time: it is a fair warning, no promise.
 pub(crate) fn descriptors_left() -> Option<(u64, u64)> {
     let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
-    let numbers = fs::read_dir("/proc/self/fd").ok()?.flatten();
-    let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<u64>().ok());
-    // The limit is one on the number of a new descriptor: inherited ones may lie beyond it.
-    let taken = numbers.filter(|number| *number < limit).count() as u64;
+    let mut taken = 0_u64;
+    for entry in fs::read_dir("/proc/self/fd").ok()? {
+        let number = entry.ok()?.file_name().to_str()?.parse::<u64>().ok()?;
+        // The limit is one on the number of a new descriptor: inherited ones may lie beyond it.
+        taken += u64::from(number < limit);
+    }
     // The directory that is read here is among them, and is closed by now.
     Some((limit.saturating_sub(taken.saturating_sub(1)), limit))
 }

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::sys::mman::{MmapAdvise, MsFlags, madvise, msync};
 
 use super::{Mapping, Span, to_usize};
-use crate::host::calls::is_refused;
+use crate::host::calls::{is_refused, retried};
 
 impl Mapping {
     /// Frees the pages at these byte offsets in the mapping, for every process that maps them, and
@@ -20,11 +20,13 @@ impl Mapping {
         let Some(span) = self.inside(range)? else {
             return Ok(());
         };
-        // SAFETY: the range is mapped, and by a mapping of this crate, as `inside` checked. It
-        // stays mapped, and its bytes become 0. That changes memory under everybody who accesses
-        // it, as the guest and other processes do at any time: nobody has a reference to it, and
-        // all accesses are volatile or atomic.
-        unsafe { madvise(span.start, span.len.get(), MmapAdvise::MADV_REMOVE) }?;
+        retried(|| {
+            // SAFETY: the range is mapped, and by a mapping of this crate, as `inside` checked. It
+            // stays mapped, and its bytes become 0. That changes memory under everybody who
+            // accesses it, as the guest and other processes do at any time: nobody has a reference
+            // to it, and all accesses are volatile or atomic.
+            unsafe { madvise(span.start, span.len.get(), MmapAdvise::MADV_REMOVE) }
+        })?;
         Ok(())
     }
 

@@ -65,8 +65,8 @@ impl Call {
     /// Whether a failure of it ends the process by design of others than this crate, and so is not
     /// played. Each with its reason:
     ///
-    /// - Memory for the heap: the allocator says so, and the standard library aborts (`handle_alloc_error`).
-    ///   The signal stack of a new thread is asked for by the same arguments.
+    /// - Memory for the heap: the allocator says so, and the standard library aborts
+    ///   (`handle_alloc_error`). The signal stack of a new thread is asked for in the same way.
     /// - The guard page of that signal stack: the standard library panics outside of what the
     ///   thread's owner could catch.
     /// - rseq(2) of a new thread: the C library ends the process.
@@ -101,9 +101,9 @@ impl Call {
             "mbind" => &[ENOMEM, EINVAL, EIO, EPERM, ENOSYS],
             "cachestat" => &[ENOSYS, EPERM, EOPNOTSUPP, EINVAL],
             "memfd_create" => &[EMFILE, ENFILE, ENOMEM, EPERM, EACCES, ENOSYS, EINVAL],
+            // EINTR is for FIFOs, slow devices and locks.
             "open" | "openat" => &[
-                EINTR, EMFILE, ENFILE, ENOMEM, ENOSPC, EACCES, EPERM, ENOENT, EROFS, EIO, EEXIST,
-                ENOSYS,
+                EMFILE, ENFILE, ENOMEM, ENOSPC, EACCES, EPERM, ENOENT, EROFS, EIO, EEXIST, ENOSYS,
             ],
             "ftruncate" => &[EINTR, EIO, ENOSPC, EPERM, EFBIG, EINVAL, ENOMEM],
             "fallocate" => &[
@@ -116,9 +116,9 @@ impl Call {
             "statfs" | "fstatfs" => &[EINTR, EIO, ENOMEM, EACCES, EPERM, ENOSYS],
             // ENXIO is no failure: it says that there is no more data.
             "lseek" => &[EINVAL, EIO, EPERM, EOPNOTSUPP],
-            "read" | "pread64" | "readv" | "getdents64" | "readlink" | "readlinkat" => {
-                &[EINTR, EIO, EAGAIN, ENOMEM, EPERM, EACCES, EINVAL]
-            }
+            "read" | "pread64" | "readv" => &[EINTR, EIO, EAGAIN, ENOMEM, EPERM, EACCES, EINVAL],
+            "readlink" | "readlinkat" => &[EACCES, EINVAL, EIO, ENOENT, ENOMEM],
+            "getdents64" => &[EIO, EACCES, ENOMEM, ENOENT],
             "write" | "pwrite64" | "writev" => &[EINTR, EIO, EAGAIN, ENOSPC, EPIPE, EPERM],
             "unlink" | "unlinkat" => &[EACCES, EIO, EPERM, EROFS, EBUSY],
             // The standard library panics where a folder cannot be closed for another reason.
@@ -145,8 +145,9 @@ impl Call {
             "epoll_ctl" => &[ENOMEM, ENOSPC, EPERM],
             "getsockopt" | "setsockopt" | "shutdown" | "getsockname" | "getpeername" | "bind"
             | "listen" => &[ENOMEM, ENOBUFS, EPERM, EACCES, ENOTCONN, ENOSYS],
+            // Those that are made here are interrupted by what kills only.
             "ioctl" => &[
-                EINTR, EAGAIN, EINVAL, ENOMEM, EPERM, ENOTTY, EEXIST, ENOSPC, EIO, ENOSYS,
+                EAGAIN, EINVAL, ENOMEM, EPERM, ENOTTY, EEXIST, ENOSPC, EIO, ENOSYS,
             ],
             "futex" => &[EAGAIN, EFAULT, ENOMEM, ENOSYS, EPERM],
             "sched_getaffinity" => &[EPERM, EINVAL, ENOSYS],

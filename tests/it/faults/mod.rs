@@ -7,10 +7,11 @@
 //! error is a state ([`call::Call::may_last`]).
 //!
 //! After each run the operation was done, as looking at its effect shows, or it gave an error that
-//! says something; nothing panicked or hung; no descriptor, mapping, reservation, thread or name is
-//! left; every listener holds what readers see, or is called stale; and the same operation succeeds
-//! without a fault. Which calls are not played, and why, stands at [`call::Call::is_exempt`]. What
-//! fails to give something back leaves that, and it is swept up: munmap(2) and unlink(2).
+//! says something (but a signal, EINTR, is no failure); nothing panicked or hung; no descriptor,
+//! mapping, reservation, thread or name is left; every listener holds what readers see, or is called
+//! stale; and the same operation succeeds without a fault. Which calls are not played, and why,
+//! stands at [`call::Call::is_exempt`]. What fails to give something back leaves that, and it is
+//! swept up: munmap(2) and unlink(2).
 //!
 //! Played is a sample, by the seed `FAULTS_SEED` or one that is printed: each call of each operation,
 //! and each error of each call. `FAULTS=all` plays all, `FAULTS=text` those whose description contains
@@ -24,6 +25,7 @@ mod known;
 mod peers;
 mod play;
 mod ram;
+mod spaces;
 mod stage;
 
 use play::{Operation, Outcome, play, says_something};
@@ -57,10 +59,13 @@ fn each_system_call_of_a_share_may_fail() {
 
 #[test]
 fn each_system_call_of_a_plug_may_fail() {
-    in_own_process(|| play(peers::SPACES));
+    in_own_process(|| play(spaces::SPACES));
 }
 
 #[test]
 fn each_system_call_of_a_daemon_may_fail() {
-    in_own_process(|| play(peers::DAEMONS));
+    in_own_process(|| {
+        play(peers::DAEMONS);
+        play(spaces::DAEMONS);
+    });
 }

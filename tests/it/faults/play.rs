@@ -27,12 +27,26 @@ pub(super) struct Operation {
     pub(super) name: &'static str,
     pub(super) run: fn(&Stage) -> Outcome,
     pub(super) missing: Missing,
+    /// Whether it is others' calls that fail, which may not try again after a signal.
+    of_others: bool,
 }
 
 impl Operation {
     pub(super) const fn new(name: &'static str, run: fn(&Stage) -> Outcome) -> Self {
-        let missing = &[];
-        Self { name, run, missing }
+        Self {
+            name,
+            run,
+            missing: &[],
+            of_others: false,
+        }
+    }
+
+    /// Of which the calls of other programs fail.
+    pub(super) const fn of_others(self) -> Self {
+        Self {
+            of_others: true,
+            ..self
+        }
     }
 
     /// On a kernel that does not know some calls.
@@ -188,6 +202,11 @@ fn attack(case: &Case<'_>, patience: Duration) -> Result<bool, String> {
         && !fired
     {
         return Err(format!("nothing failed, but it was refused: {error}"));
+    }
+    if let (Outcome::Refused(error), Errno::EINTR) = (&outcome, case.fault.errno)
+        && !case.operation.of_others
+    {
+        return Err(format!("a signal is no failure: {error}"));
     }
     succeeds(case.operation, patience).map_err(|failure| format!("the next: {failure}"))?;
     Ok(fired)

@@ -92,6 +92,11 @@ impl Stage {
         self.shared.failed.load(Ordering::SeqCst) > 0
     }
 
+    /// The error by which a call fails, if one does.
+    pub(super) fn errno(&self) -> Option<Errno> {
+        self.shared.fault.map(|fault| fault.errno)
+    }
+
     /// Runs `work` in a thread whose calls, and those of the threads that it starts, fail as
     /// planned.
     pub(super) fn attacked<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
