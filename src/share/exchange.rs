@@ -146,7 +146,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             change,
             limit: self.limit,
         };
-        if let Some(limit) = &self.time_limit
+        if let Some(limit) = &mut self.time_limit
             && limit.start()? == Clock::RanOut
         {
             return Ok(Err(silent));
@@ -190,8 +190,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
         self.end_connection();
     }
 
-    fn end_connection(&self) {
-        if let Some(limit) = &self.time_limit {
+    fn end_connection(&mut self) {
+        if let Some(limit) = &mut self.time_limit {
             limit.end_connection();
         }
     }

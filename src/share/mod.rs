@@ -369,7 +369,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     /// Breaks the share if the daemon has hung up since it was last told something, and says so.
     pub(crate) fn check_there(&mut self) -> Result<()> {
-        let is_gone = self.time_limit.as_ref().is_some_and(TimeLimit::is_gone);
+        let is_gone = self.time_limit.as_mut().is_some_and(TimeLimit::is_gone);
         if self.broken.is_none() && is_gone {
             let error = Error::DaemonGone;
             return Err(self.break_off(error));

@@ -14,6 +14,7 @@ use vhost::vhost_user::Frontend;
 
 use super::hang_up::{HangUp, Line};
 use crate::error::{Error, Result};
+use crate::logs;
 
 /// Hangs up on a daemon that does not answer in time, so that no call waits for ever.
 ///
@@ -99,19 +100,22 @@ impl TimeLimit {
             changed: Condvar::new(),
             known: Condvar::new(),
         });
-        let watched = Arc::clone(&shared);
-        let thread = std::thread::Builder::new()
-            .name("vhost-time-limit".to_owned())
-            .spawn(move || watched.watch());
-        if thread.is_err() {
-            // No call is made, so none needs to be ended; but the connection may have to.
-            shared.learn();
-        }
         Self {
+            thread: Shared::start(&shared),
             shared,
-            thread,
             limit,
             pid: std::process::id(),
+        }
+    }
+
+    /// Whether the thread is there; it is tried again if there was none to be had before.
+    fn is_watched(&mut self) -> io::Result<()> {
+        if self.thread.is_err() {
+            self.thread = Shared::start(&self.shared);
+        }
+        match &self.thread {
+            Ok(_) => Ok(()),
+            Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
         }
     }
 
@@ -121,8 +125,8 @@ impl TimeLimit {
     ///
     /// [`Error::TimeLimit`] if it took longer than the limit: the connection is closed then.
     /// [`Error::NoTimeLimit`] if nobody watches the time, because no thread could be had, or because
-    /// this process is a child of the one that made the limit: the call was not made. What the call
-    /// itself answers is inside `Ok`.
+    /// this process is a child of the one that made the limit: the call was not made. The next call
+    /// tries to have a thread again. What the call itself answers is inside `Ok`.
     pub fn run<T>(&mut self, call: impl FnOnce() -> T) -> Result<T> {
         let late = Error::TimeLimit { limit: self.limit };
         if self.start()? == Clock::RanOut {
@@ -149,15 +153,13 @@ impl TimeLimit {
     /// Starts the clock, or sets it back if it runs.
     ///
     /// Without a thread to end it a call must not even begin to wait: that is an error.
-    pub(super) fn start(&self) -> Result<Clock> {
+    pub(super) fn start(&mut self) -> Result<Clock> {
         if self.is_a_copy() {
             let source = io::Error::other("this is a child of the process that connected");
             return Err(Error::NoTimeLimit { source });
         }
-        if let Err(error) = &self.thread {
-            let source = io::Error::new(error.kind(), error.to_string());
-            return Err(Error::NoTimeLimit { source });
-        }
+        self.is_watched()
+            .map_err(|source| Error::NoTimeLimit { source })?;
         let deadline = Instant::now().checked_add(self.limit);
         let mut state = self.shared.wait_known(deadline);
         if state.line.is_none() {
@@ -171,10 +173,14 @@ impl TimeLimit {
         Ok(Clock::Runs)
     }
 
-    /// Ends the connection: now, or as soon as it is known.
-    pub(super) fn end_connection(&self) {
+    /// Ends the connection: now, or as soon as it is known. Without a thread it stays until its
+    /// owner drops it: to get to know it could be to wait for another thread's call.
+    pub(super) fn end_connection(&mut self) {
         if self.is_a_copy() {
             return; // It is the parent's.
+        }
+        if let Err(error) = self.is_watched() {
+            return logs::warn!("a connection stays open, no thread can be had: {error}");
         }
         let mut state = self.shared.lock();
         match &state.line {
@@ -185,8 +191,8 @@ impl TimeLimit {
 
     /// Whether the other side has ended the connection, as far as that can be seen without a word.
     /// It takes no longer than a call may.
-    pub(super) fn is_gone(&self) -> bool {
-        if self.is_a_copy() {
+    pub(super) fn is_gone(&mut self) -> bool {
+        if self.is_a_copy() || self.is_watched().is_err() {
             return false;
         }
         let deadline = Instant::now().checked_add(self.limit);
@@ -208,6 +214,12 @@ impl TimeLimit {
 }
 
 impl Shared {
+    fn start(shared: &Arc<Self>) -> io::Result<JoinHandle<()>> {
+        let watched = Arc::clone(shared);
+        let thread = std::thread::Builder::new().name("vhost-time-limit".to_owned());
+        thread.spawn(move || watched.watch())
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // No code that can panic runs under the lock but that of a sink, which leaves it consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -282,7 +294,9 @@ impl Drop for TimeLimit {
             return;
         }
         let gone = Err(io::ErrorKind::NotConnected.into());
-        let thread = std::mem::replace(&mut self.thread, gone);
+        let Ok(thread) = std::mem::replace(&mut self.thread, gone) else {
+            return;
+        };
         // It may have hardly begun, and holds the connection open until it has ended.
         let deadline = Instant::now().checked_add(self.limit);
         let mut state = self.shared.wait_known(deadline);
@@ -290,11 +304,10 @@ impl Drop for TimeLimit {
         let is_known = state.line.is_some();
         drop(state);
         self.shared.changed.notify_one();
-        match thread {
+        // If it is not known, the thread ends by itself, once the call is over that another makes.
+        if is_known {
             // It panics only if the sink's code did, which was reported then.
-            Ok(thread) if is_known => drop(thread.join()),
-            // It ends by itself, once the call is over that another thread makes.
-            _ => {}
+            let _ = thread.join();
         }
     }
 }
@@ -309,7 +322,11 @@ impl fmt::Debug for TimeLimit {
 mod tests {
     use std::sync::mpsc;
 
+    use nix::errno::Errno;
+    use nix::libc;
+
     use super::*;
+    use crate::host::calls::forbidden;
 
     fn limit(limit: Duration) -> (TimeLimit, mpsc::Receiver<()>) {
         let (sender, receiver) = mpsc::channel();
@@ -330,14 +347,24 @@ mod tests {
     }
 
     #[test]
-    fn without_anybody_to_watch_no_call_is_made() {
-        let (mut unwatched, _hung_up) = limit(Duration::from_secs(3600));
-        let thread =
-            std::mem::replace(&mut unwatched.thread, Err(io::ErrorKind::WouldBlock.into()));
-        let refused = unwatched.run(|| panic!("it could wait for ever"));
-        assert!(matches!(refused, Err(Error::NoTimeLimit { .. })));
-        unwatched.thread = thread;
+    fn without_anybody_to_watch_no_call_is_made_until_a_thread_can_be_had() {
+        let calls = [libc::SYS_clone3, libc::SYS_clone];
+        let (mut unwatched, hung_up) = forbidden(&calls, Errno::EPERM, || {
+            let (mut unwatched, hung_up) = limit(Duration::from_secs(3600));
+            let refused = unwatched.run(|| panic!("it could wait for ever"));
+            assert!(matches!(refused, Err(Error::NoTimeLimit { .. })));
+            assert!(!unwatched.is_gone());
+            unwatched.end_connection();
+            (unwatched, hung_up)
+        });
+        assert!(unwatched.run(|| ()).is_ok());
+        unwatched.end_connection();
+        hung_up.recv().unwrap();
+    }
 
+    #[test]
+    fn in_a_child_of_the_process_no_call_is_made() {
+        let (mut unwatched, _hung_up) = limit(Duration::from_secs(3600));
         let pid = std::mem::replace(&mut unwatched.pid, 1);
         let refused = unwatched.run(|| panic!("it could wait for ever"));
         assert!(matches!(refused, Err(Error::NoTimeLimit { .. })));

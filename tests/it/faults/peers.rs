@@ -156,10 +156,6 @@ fn look(
             share = new_share(daemon);
         }
     }
-    if let Err(Error::NoTimeLimit { .. }) = updated {
-        // Nobody watches the time: until it is set anew.
-        share = share.with_time_limit(LIMIT);
-    }
     share.update_table(&table).unwrap();
     assert!(holds(daemon, &table));
     outcome
