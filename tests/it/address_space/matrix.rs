@@ -226,16 +226,19 @@ enum Essence {
     Place(Operation, usize, Planned),
     /// And for each kind and attendance, wherever it is.
     Kind(Operation, bool, Kind, usize, Fault),
-    /// Each fault at each message about the log of each kind, and of each listener.
-    Log(Operation, Kind, usize, Fault),
+    /// Each fault at each message about the log; of each kind and of each listener, but for those
+    /// that are waited for.
+    Log(Operation, usize, Fault),
+    LogKind(Operation, Kind, usize, Fault),
     LogPlace(Operation, usize, usize, Fault),
     /// Processes and virtual machines take longer: each fault at each message of each kind.
     Slow(Operation, Kind, usize, Fault),
     /// Of two faults, the second at each message after or beside each of the first, at the same
     /// listener, one before it and one behind it.
     Pair(Operation, usize, usize, Fault, Ordering),
-    /// The second at each message about the log.
-    LogPair(Operation, usize, Fault, Ordering),
+    /// The second at each message about the log, and at each of these listeners.
+    LogPair(Operation, usize, Fault),
+    LogOrder(Operation, Fault, Ordering),
 }
 
 impl Essence {
@@ -249,10 +252,15 @@ impl Essence {
             [one] if case.is_process(one.listener) || case.kinds.contains(&Kind::Kvm) => {
                 vec![Self::Slow(operation, kind(one), one.message, one.fault)]
             }
-            [one] if one.about == About::Log => vec![
-                Self::Log(operation, kind(one), one.message, one.fault),
-                Self::LogPlace(operation, one.listener, one.message, one.fault),
-            ],
+            [one] if one.about == About::Log => match one.fault {
+                Fault::Silent | Fault::SilentAfter => {
+                    vec![Self::Log(operation, one.message, one.fault)]
+                }
+                _ => vec![
+                    Self::LogKind(operation, kind(one), one.message, one.fault),
+                    Self::LogPlace(operation, one.listener, one.message, one.fault),
+                ],
+            },
             [one] => vec![
                 Self::Place(operation, case.kinds.len(), *one),
                 Self::Kind(operation, case.required, kind(one), one.message, one.fault),
@@ -260,10 +268,13 @@ impl Essence {
             [one, two] => {
                 let order = two.listener.cmp(&one.listener);
                 let (first, second) = (one.message, two.message);
-                vec![match two.about {
-                    About::Table => Self::Pair(operation, first, second, two.fault, order),
-                    About::Log => Self::LogPair(operation, second, two.fault, order),
-                }]
+                match two.about {
+                    About::Table => vec![Self::Pair(operation, first, second, two.fault, order)],
+                    About::Log => vec![
+                        Self::LogPair(operation, second, two.fault),
+                        Self::LogOrder(operation, two.fault, order),
+                    ],
+                }
             }
             _ => unreachable!("there are one or two"),
         }
@@ -355,50 +366,50 @@ fn processes() -> Vec<Case> {
 
 #[test]
 fn one_fault_while_one_region_is_plugged() {
-    let cases = chosen(singles(Operation::Insert), 140);
+    let cases = chosen(singles(Operation::Insert), 190);
     in_own_process(|| play_all(&cases, ""));
 }
 
 #[test]
 fn one_fault_while_one_region_is_unplugged() {
-    let cases = chosen(singles(Operation::Remove), 100);
+    let cases = chosen(singles(Operation::Remove), 190);
     in_own_process(|| play_all(&cases, ""));
 }
 
 #[test]
 fn one_fault_while_two_regions_are_plugged() {
-    let cases = chosen(singles(Operation::InsertTwo), 230);
+    let cases = chosen(singles(Operation::InsertTwo), 310);
     in_own_process(|| play_all(&cases, ""));
 }
 
 #[test]
 fn one_fault_while_two_regions_are_unplugged() {
-    let cases = chosen(singles(Operation::RemoveTwo), 190);
+    let cases = chosen(singles(Operation::RemoveTwo), 240);
     in_own_process(|| play_all(&cases, ""));
 }
 
 #[test]
 fn one_fault_while_a_region_is_replaced() {
-    let cases = chosen(singles(Operation::Replace), 290);
+    let cases = chosen(singles(Operation::Replace), 440);
     in_own_process(|| play_all(&cases, ""));
 }
 
 #[test]
 fn one_fault_while_a_listener_is_attached() {
-    let cases = chosen(singles(Operation::Attach), 150);
+    let cases = chosen(singles(Operation::Attach), 220);
     in_own_process(|| play_all(&cases, ""));
 }
 
 #[test]
 fn one_fault_while_a_daemon_is_connected_to_anew() {
-    let cases = chosen(singles(Operation::Reconnect(0)), 270);
+    let cases = chosen(singles(Operation::Reconnect(0)), 380);
     in_own_process(|| play_all(&cases, ""));
 }
 
 #[test]
 fn one_fault_of_kvm_or_behind_it() {
     if has_kvm() {
-        let cases = chosen(behind_kvm(), 100);
+        let cases = chosen(behind_kvm(), 130);
         in_own_process(|| play_all(&cases, ""));
     }
 }
@@ -411,7 +422,7 @@ fn a_second_fault_beside_the_first_or_while_it_is_undone() {
             cases.extend(doubles(operation, count, &MOCK));
         }
     }
-    let cases = chosen(cases, 500);
+    let cases = chosen(cases, 750);
     in_own_process(|| play_all(&cases, ""));
 }
 

@@ -177,8 +177,11 @@ fn limit_for(case: &Case, at: usize) -> Option<Duration> {
     } else {
         0
     };
-    let is_first = planned.about == About::Table && planned.message <= first && !case.logs;
-    let millis = if is_first { 60 } else { 250 };
+    let millis = match planned.message > first || planned.about == About::Log {
+        true => 250,
+        false if case.logs => 120,
+        false => 60,
+    };
     Some(Duration::from_millis(millis))
 }
 

@@ -268,3 +268,24 @@ fn a_daemon_may_make_the_log_longer_and_nobody_can_make_it_shorter() {
     assert_eq!(logs[0].metadata().unwrap().len(), 1 << 30);
     logs[0].set_len(0).unwrap_err();
 }
+
+#[test]
+fn a_daemon_that_hangs_up_right_after_its_answer_did_not_take_the_log() {
+    let peer = Peer::start(MockDaemon::builder());
+    let (mut share, _) = logging_writer(&peer);
+    let first = memory(&[0]);
+    share.update_memory(&first).unwrap();
+    peer.daemon.inject(Fault::answer_then_hang_up(1).at_log());
+    let gone = share.start_log().unwrap_err();
+    assert!(matches!(gone, Error::DaemonHungUp { .. }), "{gone}");
+    assert!(!share.is_logging());
+
+    reconnect(&peer, &mut share, &first);
+    share.start_log().unwrap();
+    // The one after the table.
+    peer.daemon.inject(Fault::answer_then_hang_up(2).at_log());
+    let gone = share.update_memory(&with(&first, &[10])).unwrap_err();
+    assert!(matches!(gone, Error::DaemonHungUp { .. }), "{gone}");
+    let named = share.stop_log();
+    assert_eq!(named.former_daemons().len(), 1);
+}
