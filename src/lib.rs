@@ -42,12 +42,13 @@
 //! | module | owns |
 //! |---|---|
 //! | `error` | the one [`Error`] type, which names ranges and seals of the modules below |
-//! | `units` | sizes for people |
+//! | `units` | sizes and tables for people |
 //! | `panics`, `logs` | code of others that panics, the logger included, as an answer |
 //! | `layout` | guest ranges: alignment, overlap, holes, offsets in a backing |
 //! | `options` | [`RamOptions`]: what RAM is asked for, typed or in QEMU's syntax |
 //! | `report` | [`BuildReport`]: what building has to say: options without effect, limits that are near |
-//! | `host` | what this machine offers and forbids: NUMA nodes, huge pages, mounts, limits |
+//! | `host` | what this machine offers and forbids: NUMA nodes, huge pages, mounts, memory, control groups, limits, calls |
+//! | `shortage` | [`MemoryShortage`]: what is short, by which limit, and what to do |
 //! | `backing` | [`ShmBacking`]: a sized descriptor, its seals, page size, allocation; adoption |
 //! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
 //! | `ram` | the RAM of a region: mapping, backing, and the place in both |
@@ -68,60 +69,63 @@
 //!
 //! Each with its exceptions.
 //!
-//! 1. A [`GuestMemoryShm`] never changes once built, and only its [`AddressSpace`] publishes another:
-//!    readers get a [`PublishedMemory`], which they cannot replace. *Except* through
+//! 1. A [`GuestMemoryShm`] never changes once built, and only its [`AddressSpace`] publishes
+//!    another: readers get a [`PublishedMemory`], which they cannot replace. *Except* through
 //!    [`AddressSpace::atomic`], a mirror in vm-memory's type: what other code publishes there is
 //!    seen by the users of the mirror, and is an error at the next change.
-//! 2. Every region is `MAP_SHARED`, has a descriptor, and lies inside its backing when it is mapped.
-//!    Memory that cannot be shared cannot be expressed, so no daemon is ever sent a private mapping.
-//!    A region *stays* inside a sealed backing. POSIX shm, plain files, memfds made with
-//!    [`Sealing::Unsealed`] and descriptors adopted without seals can be truncated by any process
-//!    that has them: [`Seals`] says so, nothing pretends.
+//! 2. Every region is `MAP_SHARED`, has a descriptor, and lies inside its backing when it is
+//!    mapped. Memory that cannot be shared cannot be expressed, so no daemon is ever sent a
+//!    private mapping. A region *stays* inside a sealed backing. POSIX shm, plain files, memfds
+//!    made with [`Sealing::Unsealed`] and descriptors adopted without seals can be truncated by
+//!    any process that has them: [`Seals`] says so, nothing pretends.
 //! 3. A created memfd is sealed (`SHRINK|GROW|SEAL`) before it is first mapped. *Except* with
 //!    [`Sealing::Unsealed`]; and a daemon's dirty log is sealed against shrinking only, because it
 //!    grows with the memory.
 //! 4. No `&[u8]` or `&mut [u8]` over guest RAM, ever: `VolatileSlice`, or an address.
 //! 5. What a call can know, it says by an error: capacity is checked or allocated before RAM is
 //!    promised, so no call of this crate raises SIGBUS or SIGXFSZ in its caller, and populating is
-//!    refused before the kernel would end the process for it. *Except* where the caller has it try
-//!    anyway, and where others take the memory in between: populating looks again while it runs, as
-//!    a best effort. RAM that is lazy promises nothing: touching a page that is not there can still
-//!    fail, by a signal.
-//! 6. Order at creation: size, seal, map, bind to NUMA nodes, advise, populate. Policies and advice
-//!    after the first page are silently useless.
-//! 7. Failure leaves nothing: no name in `/dev/shm`, no descriptor, no mapping, no page. *Except* the
-//!    pages of a failed populate with [`OnFailure::Keep`], and those that were touched or cannot be
-//!    told from older ones; the name of a POSIX shm object if the process is killed between
-//!    shm_open(3) and shm_unlink(3); and memory that the hypervisor refuses to let go, which stays mapped.
+//!    refused before the kernel would end the process for it. *Except* with
+//!    [`OnShortage::TryAnyway`], and where others take the memory in between: populating looks
+//!    again while it runs, as a best effort. RAM that is lazy promises nothing: touching a page
+//!    that is not there can still fail, by a signal.
+//! 6. Order at creation: size, seal, map, bind to NUMA nodes, advise, populate. Policies and
+//!    advice after the first page are silently useless.
+//! 7. Failure leaves nothing: no name in `/dev/shm`, no descriptor, no mapping, no page. *Except*
+//!    the pages of a failed populate with [`OnFailure::Keep`], and those that were touched or
+//!    cannot be told from older ones; the name of a POSIX shm object if the process is killed
+//!    between shm_open(3) and shm_unlink(3), or the kernel refuses the latter; what the kernel or
+//!    the hypervisor refuses to unmap.
 //! 8. A change of an [`AddressSpace`] reaches all listeners that are there, or none, also when a
-//!    listener, a callback or the logger panics. One that is away and
-//!    [may lag](Attendance::MayLag), the default, is left out and named
-//!    ([`ChangeReport::stale`]); so is one that could not be put back. They are told everything
-//!    when they are back.
+//!    listener, a callback or the logger panics. One that is away and [may
+//!    lag](Attendance::MayLag), the default, is left out and named ([`ChangeReport::stale`]); so
+//!    is one that could not be put back. They are told everything when they are back.
 //! 9. No wait for another process without a time limit. It is one for each message; and what a
-//!    listener of the VMM's own does, or [`AddressSpace::with_listener`] is given to do, is not covered.
-//! 10. No page that a daemon noted in its dirty log is missing from what is harvested until the log is
-//!    stopped, whatever becomes of the daemon or its connection. Too many pages is allowed, and said.
-//! 11. nix and libc types stay out of public signatures; vhost types are only in `share`, `receive`,
-//!    `address_space` and `mock`, those of kvm-ioctls only in `kvm`, vmm-sys-util's only in `mock`.
+//!    listener of the VMM's own does, or [`AddressSpace::with_listener`] is given to do, is not
+//!    covered.
+//! 10. No page that a daemon noted in its dirty log is missing from what is harvested until the
+//!     log is stopped, whatever becomes of the daemon or its connection. Too many pages is
+//!     allowed, and said.
+//! 11. nix and libc types stay out of public signatures; vhost types are only in `share`,
+//!     `receive`, `address_space` and `mock`, those of kvm-ioctls only in `kvm`, vmm-sys-util's
+//!     only in `mock`.
 //!
 //! # Safety model
 //!
 //! Guest RAM is written by the guest and by other processes at any time, so this crate never makes
 //! a reference to it: accesses go through vm-memory's volatile and atomic operations. A mapping
-//! inside a sealed file cannot fault. A mapping of an unsealed file (POSIX shm, a file with a path)
-//! faults with SIGBUS when another process truncates the file: hand those descriptors to trusted
-//! processes only. Unsafe code is in `mapping` (mmap and its kin, and the words with a guard that
-//! dirty logs are read into), in `region` (the volatile slice that vm-memory wants made from a
-//! pointer), in `kvm` (the host addresses that a hypervisor is given, which stay mapped as long as
-//! it has them; the calls that read and clear dirty logs; `HypervisorVm`, whose implementations
-//! promise the same), and in the mock (descriptors received from a socket).
+//! inside a sealed file cannot fault. A mapping of an unsealed file (POSIX shm, a file with a
+//! path) faults with SIGBUS when another process truncates the file: hand those descriptors to
+//! trusted processes only. Unsafe code is in `mapping` (mmap and its kin, and the words with a
+//! guard that dirty logs are read into), in `region` (the volatile slice that vm-memory wants made
+//! from a pointer), in `kvm` (the host addresses that a hypervisor is given, which stay mapped as
+//! long as it has them; the calls that read and clear dirty logs; `HypervisorVm`, whose
+//! implementations promise the same), and in the mock (descriptors received from a socket).
 //!
 //! # What it does not do
 //!
 //! It maps no device windows, no private memory, no memory of confidential guests (guest_memfd).
-//! KVM is the one hypervisor that it talks to by itself: for another, implement `HypervisorVm`, or a
-//! [`RegionListener`].
+//! KVM is the one hypervisor that it talks to by itself: for another, implement `HypervisorVm`, or
+//! a [`RegionListener`].
 
 #![cfg_attr(
     test,
