@@ -119,7 +119,8 @@
 //! guard that dirty logs are read into), in `region` (the volatile slice that vm-memory wants made
 //! from a pointer), in `kvm` (the host addresses that a hypervisor is given, which stay mapped as
 //! long as it has them; the calls that read and clear dirty logs; `HypervisorVm`, whose
-//! implementations promise the same), and in the mock (descriptors received from a socket).
+//! implementations promise the same), in `share` (the socket of vhost's `Frontend`, borrowed by its
+//! number), and in the mock (descriptors received from a socket).
 //!
 //! # What it does not do
 //!
