@@ -6,7 +6,7 @@
 //! what is published is the memory from before or the new one; the next operations succeed; and
 //! when all is dropped, no descriptor and no mapping is left.
 //!
-//! Cases are generated. Played are those that differ in what matters (see `Essence`). With
+//! Cases are generated. Played are those that differ in what matters (`matrix_sample`). With
 //! `MATRIX=text` all are played whose description contains the text, such as one that a failure
 //! printed; without text, really all.
 //!
@@ -14,13 +14,11 @@
 //! They write and note it before the operation, after it, and after everything is repaired, those
 //! that were hung up on too: what they wrote is always a part of what was harvested.
 
-use std::cmp::Ordering;
-use std::collections::HashSet;
-
 use super::matrix_case::{About, Case, DAEMONS, Fault, Kind, OPERATIONS, Operation, Planned};
 use super::matrix_kvm::has_kvm;
 use super::matrix_model::play as model;
 use super::matrix_process::was_daemon;
+use super::matrix_sample::essential;
 use super::matrix_world::play;
 use crate::isolation::in_own_process;
 use crate::proc::leaves_nothing_but_heaps;
@@ -217,81 +215,6 @@ fn doubles(operation: Operation, count: usize, seconds: &[Fault]) -> Vec<Case> {
     }
     cases.retain(happens);
     cases
-}
-
-/// What makes a case worth its time.
-#[derive(PartialEq, Eq, Hash)]
-enum Essence {
-    /// Each fault at each message of each listener, however many there are.
-    Place(Operation, usize, Planned),
-    /// And for each kind and attendance, wherever it is.
-    Kind(Operation, bool, Kind, usize, Fault),
-    /// Each fault at each message about the log; of each kind and of each listener, but for those
-    /// that are waited for.
-    Log(Operation, usize, Fault),
-    LogKind(Operation, Kind, usize, Fault),
-    LogPlace(Operation, usize, usize, Fault),
-    /// Processes and virtual machines take longer: each fault at each message of each kind.
-    Slow(Operation, Kind, usize, Fault),
-    /// Of two faults, the second at each message after or beside each of the first, at the same
-    /// listener, one before it and one behind it.
-    Pair(Operation, usize, usize, Fault, Ordering),
-    /// The second at each message about the log, and at each of these listeners.
-    LogPair(Operation, usize, Fault),
-    LogOrder(Operation, Fault, Ordering),
-}
-
-impl Essence {
-    fn of(case: &Case) -> Vec<Self> {
-        let operation = match case.operation {
-            Operation::Reconnect(_) => Operation::Reconnect(0),
-            operation => operation,
-        };
-        let kind = |planned: &Planned| case.kinds[planned.listener];
-        match &case.faults[..] {
-            [one] if case.is_process(one.listener) || case.kinds.contains(&Kind::Kvm) => {
-                vec![Self::Slow(operation, kind(one), one.message, one.fault)]
-            }
-            [one] if one.about == About::Log => match one.fault {
-                Fault::Silent | Fault::SilentAfter => {
-                    vec![Self::Log(operation, one.message, one.fault)]
-                }
-                _ => vec![
-                    Self::LogKind(operation, kind(one), one.message, one.fault),
-                    Self::LogPlace(operation, one.listener, one.message, one.fault),
-                ],
-            },
-            [one] => vec![
-                Self::Place(operation, case.kinds.len(), *one),
-                Self::Kind(operation, case.required, kind(one), one.message, one.fault),
-            ],
-            [one, two] => {
-                let order = two.listener.cmp(&one.listener);
-                let (first, second) = (one.message, two.message);
-                match two.about {
-                    About::Table => vec![Self::Pair(operation, first, second, two.fault, order)],
-                    About::Log => vec![
-                        Self::LogPair(operation, second, two.fault),
-                        Self::LogOrder(operation, two.fault, order),
-                    ],
-                }
-            }
-            _ => unreachable!("there are one or two"),
-        }
-    }
-}
-
-/// The cases that have something that none before has.
-fn essential(cases: Vec<Case>) -> Vec<Case> {
-    let mut known = HashSet::new();
-    let count = cases.len();
-    // In an order in which neighbours differ in everything.
-    let mixed = (0..count).map(|at| &cases[(at * 7919) % count]);
-    let is_new = |case: &&Case| {
-        let essences = Essence::of(case).into_iter();
-        essences.fold(false, |new, essence| known.insert(essence) | new)
-    };
-    mixed.filter(is_new).cloned().collect()
 }
 
 /// The cases that are worth it, of which there are at least `floor`, or those that are wished for.

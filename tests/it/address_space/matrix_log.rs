@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 
 use guest_memory_shm::mock::MockWriter;
-use guest_memory_shm::{GuestRange, StoppedLog};
+use guest_memory_shm::{GuestRange, StoppedLog, VhostUserShare};
 use vm_memory::GuestAddress;
 
 use super::matrix_case::{BOOT, Operation, Region};
-use super::matrix_member::Server;
+use super::matrix_server::Server;
+use super::matrix_world::World;
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
@@ -85,8 +86,57 @@ impl Writes {
     }
 }
 
+impl World<'_> {
+    /// Has all daemons write that log, each in the regions that it maps.
+    pub(super) fn write(&mut self) {
+        for member in &mut self.members {
+            member.write(self.case, true);
+        }
+    }
+
+    /// As `write`, also with what was mapped when the operation began.
+    pub(super) fn write_again(&mut self) {
+        for member in &mut self.members {
+            let dead = self.case.is_process(member.at);
+            member.write(self.case, !dead);
+            member.writes.thaw();
+        }
+    }
+
+    pub(super) fn freeze(&mut self) {
+        self.members.iter_mut().for_each(|m| m.writes.freeze());
+    }
+
+    /// Harvests what was written until now.
+    pub(super) fn harvest(&mut self) {
+        for member in &mut self.members {
+            let dirty = member.with_share(&self.space, VhostUserShare::drain_dirty);
+            member.writes.harvest(&dirty.unwrap_or_default());
+            if self.case.logs {
+                member.writes.are_harvested(&member.name);
+            }
+        }
+    }
+
+    /// Ends the logs, and looks whether anything was lost.
+    pub(super) fn stop(&mut self) {
+        for (at, member) in self.members.iter_mut().enumerate() {
+            let stopped = member.with_share(&self.space, VhostUserShare::stop_log);
+            let (true, Some(stopped)) = (self.case.logs, stopped) else {
+                continue;
+            };
+            member.writes.harvest(stopped.dirty());
+            member.writes.are_harvested(&member.name);
+            assert!(member.writes.are_some(), "{} wrote nothing", member.name);
+            let lost = self.expected.broken[at] && self.case.subject() != Some(at);
+            let lost = lost && !self.case.is_process(at);
+            names_the_living(&stopped, lost, &member.name);
+        }
+    }
+}
+
 /// Asserts that daemons that may write are named, and those that are known to be dead are not.
-pub(super) fn names_the_living(stopped: &StoppedLog, lost: bool, name: &str) {
+fn names_the_living(stopped: &StoppedLog, lost: bool, name: &str) {
     let named = stopped.former_daemons();
     assert!(!lost || !named.is_empty(), "{name} may write");
     for daemon in named {

@@ -6,26 +6,26 @@ use std::time::Instant;
 
 use guest_memory_shm::{
     AddressSpace, AddressSpaceError, Attendance, Error, GuestMemoryShm, GuestRange, GuestRegionShm,
-    KvmError, RamOptions, StaleListener, VhostUserShare,
+    KvmError, RamOptions, StaleListener,
 };
 use nix::errno::Errno;
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
 use super::matrix_case::{BOOT, Case, Fault, Operation, Planned, Region};
 use super::matrix_hypervisor::Refusal;
-use super::matrix_log::names_the_living;
-use super::matrix_member::{Id, Loose, Member, PATIENCE, Server, set_limit};
+use super::matrix_member::{Id, Loose, Member, PATIENCE, set_limit};
 use super::matrix_model::{Cause, Failure, Objection, Outcome};
+use super::matrix_server::Server;
 
 use crate::support::ToldAll;
 
 const MIB: u64 = 1 << 20;
 
-struct World<'a> {
-    case: &'a Case,
-    expected: &'a Outcome,
-    space: AddressSpace,
-    members: Vec<Member>,
+pub(super) struct World<'a> {
+    pub(super) case: &'a Case,
+    pub(super) expected: &'a Outcome,
+    pub(super) space: AddressSpace,
+    pub(super) members: Vec<Member>,
 }
 
 /// What a failed operation says, beside the error's kind.
@@ -290,53 +290,6 @@ impl<'a> World<'a> {
             if let (Some(Server::Mock(daemon)), true) = (&member.server, broken) {
                 daemon.wait_disconnected(PATIENCE).unwrap();
             }
-        }
-    }
-
-    /// Has all daemons write that log, each in the regions that it maps.
-    fn write(&mut self) {
-        for member in &mut self.members {
-            member.write(self.case, true);
-        }
-    }
-
-    /// As `write`, also with what was mapped when the operation began.
-    fn write_again(&mut self) {
-        for member in &mut self.members {
-            let dead = self.case.is_process(member.at);
-            member.write(self.case, !dead);
-            member.writes.thaw();
-        }
-    }
-
-    fn freeze(&mut self) {
-        self.members.iter_mut().for_each(|m| m.writes.freeze());
-    }
-
-    /// Harvests what was written until now.
-    fn harvest(&mut self) {
-        for member in &mut self.members {
-            let dirty = member.with_share(&self.space, VhostUserShare::drain_dirty);
-            member.writes.harvest(&dirty.unwrap_or_default());
-            if self.case.logs {
-                member.writes.are_harvested(&member.name);
-            }
-        }
-    }
-
-    /// Ends the logs, and looks whether anything was lost.
-    fn stop(&mut self) {
-        for (at, member) in self.members.iter_mut().enumerate() {
-            let stopped = member.with_share(&self.space, VhostUserShare::stop_log);
-            let (true, Some(stopped)) = (self.case.logs, stopped) else {
-                continue;
-            };
-            member.writes.harvest(stopped.dirty());
-            member.writes.are_harvested(&member.name);
-            assert!(member.writes.are_some(), "{} wrote nothing", member.name);
-            let lost = self.expected.broken[at] && self.case.subject() != Some(at);
-            let lost = lost && !self.case.is_process(at);
-            names_the_living(&stopped, lost, &member.name);
         }
     }
 

@@ -1,0 +1,81 @@
+//! Which cases of the matrix are played when nobody asks for others.
+
+use std::cmp::Ordering;
+use std::collections::HashSet;
+
+use super::matrix_case::{About, Case, Fault, Kind, Operation, Planned};
+
+/// What makes a case worth its time.
+#[derive(PartialEq, Eq, Hash)]
+enum Essence {
+    /// Each fault at each message of each listener, however many there are.
+    Place(Operation, usize, Planned),
+    /// And for each kind and attendance, wherever it is.
+    Kind(Operation, bool, Kind, usize, Fault),
+    /// Each fault at each message about the log; of each kind and of each listener, but for those
+    /// that are waited for.
+    Log(Operation, usize, Fault),
+    LogKind(Operation, Kind, usize, Fault),
+    LogPlace(Operation, usize, usize, Fault),
+    /// Processes and virtual machines take longer: each fault at each message of each kind.
+    Slow(Operation, Kind, usize, Fault),
+    /// Of two faults, the second at each message after or beside each of the first, at the same
+    /// listener, one before it and one behind it.
+    Pair(Operation, usize, usize, Fault, Ordering),
+    /// The second at each message about the log, and at each of these listeners.
+    LogPair(Operation, usize, Fault),
+    LogOrder(Operation, Fault, Ordering),
+}
+
+impl Essence {
+    fn of(case: &Case) -> Vec<Self> {
+        let operation = match case.operation {
+            Operation::Reconnect(_) => Operation::Reconnect(0),
+            operation => operation,
+        };
+        let kind = |planned: &Planned| case.kinds[planned.listener];
+        match &case.faults[..] {
+            [one] if case.is_process(one.listener) || case.kinds.contains(&Kind::Kvm) => {
+                vec![Self::Slow(operation, kind(one), one.message, one.fault)]
+            }
+            [one] if one.about == About::Log => match one.fault {
+                Fault::Silent | Fault::SilentAfter => {
+                    vec![Self::Log(operation, one.message, one.fault)]
+                }
+                _ => vec![
+                    Self::LogKind(operation, kind(one), one.message, one.fault),
+                    Self::LogPlace(operation, one.listener, one.message, one.fault),
+                ],
+            },
+            [one] => vec![
+                Self::Place(operation, case.kinds.len(), *one),
+                Self::Kind(operation, case.required, kind(one), one.message, one.fault),
+            ],
+            [one, two] => {
+                let order = two.listener.cmp(&one.listener);
+                let (first, second) = (one.message, two.message);
+                match two.about {
+                    About::Table => vec![Self::Pair(operation, first, second, two.fault, order)],
+                    About::Log => vec![
+                        Self::LogPair(operation, second, two.fault),
+                        Self::LogOrder(operation, two.fault, order),
+                    ],
+                }
+            }
+            _ => unreachable!("there are one or two"),
+        }
+    }
+}
+
+/// The cases that have something that none before has.
+pub(super) fn essential(cases: Vec<Case>) -> Vec<Case> {
+    let mut known = HashSet::new();
+    let count = cases.len();
+    // In an order in which neighbours differ in everything.
+    let mixed = (0..count).map(|at| &cases[(at * 7919) % count]);
+    let is_new = |case: &&Case| {
+        let essences = Essence::of(case).into_iter();
+        essences.fold(false, |new, essence| known.insert(essence) | new)
+    };
+    mixed.filter(is_new).cloned().collect()
+}

@@ -1,0 +1,127 @@
+//! The daemon behind a listener of the matrix, and how it is made to fail.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use guest_memory_shm::mock::{BlkDevice, Fault as MockFault, FaultKind, MockDaemon};
+use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+
+use super::matrix_case::{About, Case, Fault, Kind};
+use super::matrix_member::PATIENCE;
+use super::matrix_process::{DaemonProcess, builder};
+use super::matrix_sink::{Hook, Moment, Sink};
+
+/// How late an answer is that is late.
+const LATE: Duration = Duration::from_millis(15);
+
+/// What plays the daemon.
+pub(super) enum Server {
+    Mock(Arc<MockDaemon>),
+    Process(Arc<Mutex<DaemonProcess>>),
+}
+
+impl Server {
+    pub(super) fn mock(kind: Kind) -> Self {
+        Self::Mock(Arc::new(builder(kind).start_unnamed().unwrap()))
+    }
+
+    /// The daemon that does what the case says, and whether another one cannot do that.
+    pub(super) fn of(case: &Case, at: usize, test: &str) -> (Self, bool) {
+        let kind = case.kinds[at];
+        if case.is_process(at) {
+            let process = DaemonProcess::start(test, kind);
+            return (Self::Process(Arc::new(Mutex::new(process))), true);
+        }
+        if case.faults_of(at).any(|f| f.fault == Fault::OutOfSlots) {
+            let daemon = builder(kind).with_max_mem_slots(case.slots() as u64);
+            return (Self::Mock(Arc::new(daemon.start_unnamed().unwrap())), true);
+        }
+        (Self::mock(kind), false)
+    }
+
+    pub(super) fn connect(&self) -> (Sink, Features) {
+        let stream = match self {
+            Self::Mock(daemon) => daemon.connect().unwrap(),
+            Self::Process(daemon) => daemon.lock().unwrap().connect(),
+        };
+        let mut frontend = Frontend::from_stream(stream, 1);
+        let wanted = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS | Features::LOG_SHMFD;
+        let device = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
+        (Sink::new(frontend), device.protocol_features())
+    }
+
+    /// Ends the connection.
+    pub(super) fn hang_up(daemon: &MockDaemon) {
+        daemon.hang_up();
+        daemon.wait_disconnected(PATIENCE).unwrap();
+    }
+
+    /// Arms the daemon, and tells what the front-end has to do to it.
+    pub(super) fn arm(&self, case: &Case, at: usize) -> Vec<Hook> {
+        let mut hooks = Vec::new();
+        for planned in case.faults_of(at) {
+            let message = planned.message;
+            match self {
+                Self::Mock(daemon) => match planned.fault {
+                    Fault::Gone | Fault::Broken => Self::hang_up(daemon),
+                    Fault::OutOfSlots => {}
+                    Fault::HangUpBefore if message == 0 => {
+                        let daemon = Arc::clone(daemon);
+                        hooks.push(Hook {
+                            message,
+                            moment: Moment::Before,
+                            act: Box::new(move || Self::hang_up(&daemon)),
+                        });
+                    }
+                    fault => {
+                        let fault = MockFault::new(message as u64, mock_fault(fault));
+                        daemon.inject(match planned.about {
+                            About::Table => fault,
+                            About::Log => fault.at_log(),
+                        });
+                    }
+                },
+                Self::Process(daemon) => {
+                    let daemon = Arc::clone(daemon);
+                    let fault = planned.fault;
+                    let moment = match fault {
+                        Fault::KilledAfter => Moment::After,
+                        _ => Moment::Before,
+                    };
+                    let act = Box::new(move || act_on(daemon.lock().unwrap(), fault));
+                    hooks.push(Hook {
+                        message,
+                        moment,
+                        act,
+                    });
+                }
+            }
+        }
+        hooks
+    }
+}
+
+fn mock_fault(fault: Fault) -> FaultKind {
+    match fault {
+        Fault::Refuse => FaultKind::Refuse,
+        Fault::Late => FaultKind::AnswerLate(LATE),
+        Fault::Silent => FaultKind::NeverAnswer,
+        Fault::SilentAfter => FaultKind::NeverAnswerAfter,
+        Fault::Nonsense => FaultKind::AnswerNonsense,
+        Fault::HangUpBefore => FaultKind::HangUpBefore,
+        Fault::HangUpAfter => FaultKind::HangUpAfter,
+        Fault::DoneThenHangUp => FaultKind::AnswerThenHangUp,
+        fault => unreachable!("{fault:?} is not the mock's"),
+    }
+}
+
+fn act_on(mut daemon: MutexGuard<'_, DaemonProcess>, fault: Fault) {
+    match fault {
+        Fault::KilledBefore | Fault::KilledAfter => daemon.kill(),
+        Fault::KilledDuring => daemon.kill_soon(),
+        Fault::Stopped => daemon.stop(),
+        Fault::NoDescriptors => daemon.order("no descriptors"),
+        Fault::NoMemory => daemon.order("no memory"),
+        fault => unreachable!("{fault:?} is not a process's"),
+    }
+}
