@@ -65,7 +65,8 @@ const WORDS: Words = &[
     ),
     ("or connect anew in this process", "or run this again"),
     (
-        " (the share must be given the protocol features that SET_PROTOCOL_FEATURES acknowledged)",
+        "; it is faulty, or the share was given protocol features other than those acknowledged \
+         (SET_PROTOCOL_FEATURES)",
         "",
     ),
     (

@@ -180,7 +180,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// # Errors
     ///
     /// [`Error::Overlap`](crate::Error::Overlap) if a region is there already, and those of
-    /// [`Transaction::commit`]: the memory and the listeners are what they were.
+    /// [`Transaction::commit`]: the memory and the listeners are what they were, and the region is
+    /// dropped. To try again, keep a clone of it: that is a handle, nothing is copied.
     pub fn insert(&self, region: impl Into<Arc<GuestRegionShm<B>>>) -> Result<ChangeReport<B>> {
         self.transaction().insert(region).commit()
     }
@@ -188,7 +189,9 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// Unplugs the region of `size` bytes at `start`: readers see it no more, and then every
     /// listener is told. It is unmapped when the last user lets go of it.
     ///
-    /// The guest must have given it back before.
+    /// The guest must have given it back before. A daemon that the report calls
+    /// [stale](ChangeReport::stale) may go on writing to the region until its process ends: do not
+    /// give its backing to anybody else before.
     ///
     /// # Errors
     ///

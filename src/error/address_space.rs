@@ -95,9 +95,9 @@ impl fmt::Display for AddressSpaceError {
                  space",
             ),
             Self::Reentrant => f.write_str(
-                "the address space was called from inside of a change that it makes (by a listener, \
-                 a handler of bases, or the closure of with_listener), which would wait for itself: \
-                 call it when that has returned",
+                "the address space was called by code that it was running itself (a listener, a \
+                 handler of bases, or the closure of with_listener), and would wait for itself: \
+                 return from there first; memory() and atomic() may be called there",
             ),
             Self::MirrorReplaced => f.write_str(
                 "nothing was changed: other code replaced the memory in AddressSpace::atomic(), \

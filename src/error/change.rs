@@ -34,6 +34,21 @@ pub enum MemTableChange {
     SetLog(u64),
 }
 
+impl MemTableChange {
+    /// Why a daemon refuses it, most likely.
+    pub(super) fn likely_refusal(self) -> &'static str {
+        match self {
+            Self::Remove(_) => {
+                "it may not know the region by this address and size, or remove no regions at all"
+            }
+            Self::QuerySlots | Self::SetTable(_) | Self::Add(_) | Self::SetLog(_) => {
+                "it may be out of memory, address space or memory slots, or its policy (seals) \
+                 forbids it"
+            }
+        }
+    }
+}
+
 impl fmt::Display for MemTableChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -232,7 +232,7 @@ impl fmt::Display for Meaning<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match errno(self.0) {
             Errno::EEXIST => {
-                "another slot of the VM overlaps it, which is none of these KvmSlots: remove that \
+                "another slot of the VM overlaps it, of another KvmSlots or of the VMM itself: remove that \
                  one, or place the RAM elsewhere"
             }
             Errno::EINVAL => {

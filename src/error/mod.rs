@@ -516,10 +516,7 @@ pub enum Error {
 
     /// The daemon refused a change of its memory table. Whether the share goes on, says
     /// `VhostUserShare::broken`.
-    #[error(
-        "the daemon refused to {change}: it may be out of memory, address space or memory slots, \
-         or its policy (seals) forbids it: look at its log"
-    )]
+    #[error("the daemon refused to {change}: {}: look at its log", change.likely_refusal())]
     DaemonRefused {
         /// The change.
         change: MemTableChange,
@@ -557,8 +554,9 @@ pub enum Error {
 
     /// The exchange with the daemon failed in another way; the share is broken.
     #[error(
-        "the daemon could not be made to {change}: the exchange failed (the share must be given \
-         the protocol features that SET_PROTOCOL_FEATURES acknowledged); the connection was closed"
+        "the daemon could not be made to {change}: its answer does not fit the protocol, and the \
+         connection was closed; it is faulty, or the share was given protocol features other than \
+         those acknowledged (SET_PROTOCOL_FEATURES)"
     )]
     DaemonProtocol {
         /// The change.

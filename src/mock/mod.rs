@@ -56,6 +56,9 @@
 //! - It refuses regions and logs that are longer than their files, which not every real daemon
 //!   does. A file that is truncated later ends this process with SIGBUS, as it ends real ones: seal it.
 //! - Packed rings, postcopy, in-flight tracking, and writes to the configuration are not offered.
+//! - It logs as soon as it has a log, whether or not `VHOST_F_LOG_ALL` (bit 26) was acknowledged: look
+//!   in [`MockDaemon::requests`] whether your VMM sent SET_FEATURES with it.
+//! - Its process is the caller's: after a hang-up it is named as a daemon that may still write.
 //! - SET_LOG_BASE is, with the weakness of `vhost-user-backend`: regions added later are not
 //!   logged until the log is set again.
 //! - The driver uses neither EVENT_IDX nor indirect descriptors. It notices that a daemon is gone

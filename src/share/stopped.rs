@@ -17,7 +17,7 @@ use crate::layout::GuestRange;
 ///     let stopped = share.stop_log();
 ///     match stopped.former_daemons() {
 ///         [] => Ok(stopped.into_dirty()),
-///         [first, ..] => Err(format!("{first}: kill it before the last round")),
+///         [first, ..] => Err(first.to_string()),
 ///     }
 /// }
 /// ```
@@ -77,7 +77,11 @@ impl fmt::Display for FormerDaemon {
             Some(process) => write!(f, "the daemon in process {process}")?,
             None => f.write_str("a daemon in an unknown process")?,
         }
-        write!(f, " may still write to guest RAM ({})", self.reason)
+        write!(
+            f,
+            " may still write to guest RAM: see that it is dead (its connection ended: {})",
+            self.reason
+        )
     }
 }
 
@@ -91,7 +95,8 @@ mod tests {
             process: Some(12),
             reason: "it was silent".to_owned(),
         };
-        let text = "the daemon in process 12 may still write to guest RAM (it was silent)";
+        let text = "the daemon in process 12 may still write to guest RAM: see that it is dead (its \
+                    connection ended: it was silent)";
         assert_eq!(daemon.to_string(), text);
         daemon.process = None;
         assert!(
