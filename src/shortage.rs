@@ -73,7 +73,7 @@ impl MemoryLimit {
     }
 }
 
-/// As it reads after "needed, and".
+/// As it reads after "are left of".
 impl fmt::Display for MemoryLimit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -97,11 +97,11 @@ impl fmt::Display for MemoryShortage {
         };
         write!(
             f,
-            "{} more are needed, and {} leaves {}: {remedy}, or ask for less RAM, or try anyway and \
-             risk SIGKILL (OnShortage::TryAnyway, on-shortage=try-anyway)",
+            "{} more are needed, and {} are left of {}: {remedy}, or ask for less RAM, or try anyway \
+             and risk SIGKILL (OnShortage::TryAnyway, on-shortage=try-anyway)",
             HumanSize(self.needed),
-            self.limit,
-            HumanSize(self.left)
+            HumanSize(self.left),
+            self.limit
         )
     }
 }
@@ -126,23 +126,23 @@ mod tests {
         assert_eq!(
             text(MemoryLimit::ControlGroup { file }),
             format!(
-                "1 GiB more are needed, and the control group's limit in \
-                 /sys/fs/cgroup/vm/memory.max leaves 1 MiB: raise it, {way_out}"
+                "1 GiB more are needed, and 1 MiB are left of the control group's limit in \
+                 /sys/fs/cgroup/vm/memory.max: raise it, {way_out}"
             )
         );
         assert_eq!(
             text(MemoryLimit::Machine),
             format!(
-                "1 GiB more are needed, and this machine's memory and swap (/proc/meminfo) leaves \
-                 1 MiB: free memory or add swap, {way_out}"
+                "1 GiB more are needed, and 1 MiB are left of this machine's memory and swap \
+                 (/proc/meminfo): free memory or add swap, {way_out}"
             )
         );
         let nodes = NodeSet::from_nodes([1]).unwrap();
         assert_eq!(
             text(MemoryLimit::Nodes { nodes }),
             format!(
-                "1 GiB more are needed, and the memory of node 1 (/sys/devices/system/node) leaves \
-                 1 MiB: free memory there or allow more nodes, {way_out}"
+                "1 GiB more are needed, and 1 MiB are left of the memory of node 1 \
+                 (/sys/devices/system/node): free memory there or allow more nodes, {way_out}"
             )
         );
     }

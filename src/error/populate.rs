@@ -196,8 +196,8 @@ mod tests {
                         limit: MemoryLimit::Machine,
                     }),
                 },
-                "1 GiB more are needed, and this machine's memory and swap (/proc/meminfo) leaves \
-                 1 MiB: free memory or add swap, or ask for less RAM, or try anyway and risk \
+                "1 GiB more are needed, and 1 MiB are left of this machine's memory and swap \
+                 (/proc/meminfo): free memory or add swap, or ask for less RAM, or try anyway and risk \
                  SIGKILL (OnShortage::TryAnyway, on-shortage=try-anyway)",
             ),
             (

@@ -154,6 +154,34 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// SET_FEATURES with it after this, and again after each reconnection, once the table was sent.
     /// Used rings are logged where SET_VRING_ADDR says so.
     ///
+    /// ```no_run
+    /// use std::time::Duration;
+    ///
+    /// use guest_memory_shm::{AddressSpace, ListenerId, TimeLimit, VhostUserShare};
+    /// use vhost::VhostBackend;
+    /// use vhost::vhost_user::Frontend;
+    ///
+    /// const LOG_ALL: u64 = 1 << 26;
+    ///
+    /// fn start(
+    ///     space: &AddressSpace,
+    ///     disk: &ListenerId<VhostUserShare<Frontend>>,
+    ///     features: u64, // as acknowledged before
+    /// ) -> Result<(), Box<dyn std::error::Error>> {
+    ///     space.with_listener(disk, |share| -> Result<(), Box<dyn std::error::Error>> {
+    ///         share.start_log()?; // it has the log
+    ///         let frontend = share.sink_mut();
+    ///         let mut limit = TimeLimit::new(frontend, Duration::from_secs(10));
+    ///         Ok(limit.run(|| frontend.set_features(features | LOG_ALL))??) // it uses it
+    ///     })?
+    /// }
+    /// // Each round, for as long as it logs: space.with_listener(&disk, |share| share.drain_dirty())?
+    /// // At the end: SET_FEATURES without LOG_ALL, then share.stop_log().
+    /// ```
+    ///
+    /// Without SET_FEATURES there is no error: the daemon logs nothing. The log can be started before
+    /// or after a table was sent.
+    ///
     /// SET_LOG_BASE goes past the lock of vhost's `Frontend`: as long as the daemon logs, no other
     /// call may be made on a clone of it while the table changes, or the daemon is reconnected to.
     ///

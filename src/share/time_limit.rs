@@ -160,12 +160,14 @@ impl TimeLimit {
         }
         self.is_watched()
             .map_err(|source| Error::NoTimeLimit { source })?;
-        let deadline = Instant::now().checked_add(self.limit);
-        let mut state = self.shared.wait_known(deadline);
+        let mut state = self
+            .shared
+            .wait_known(Instant::now().checked_add(self.limit));
         if state.line.is_none() {
             return Ok(Clock::RanOut);
         }
-        state.deadline = deadline;
+        // The daemon's time begins now: the start of the thread is not its fault.
+        state.deadline = Instant::now().checked_add(self.limit);
         if state.idle {
             state.idle = false;
             self.shared.changed.notify_one();
