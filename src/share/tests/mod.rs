@@ -7,6 +7,7 @@ use super::*;
 use crate::memory::GuestMemoryShm;
 use crate::options::RamOptions;
 
+mod former;
 mod postcopy;
 mod refused;
 use crate::table::TableRegion;
@@ -36,6 +37,8 @@ struct Script {
     /// The n-th message after `Acks`, counted from 0, is answered like this.
     fail: Option<(usize, fn() -> SinkError)>,
     base: Option<u64>,
+    /// What answers the log.
+    process: Option<u32>,
 }
 
 impl Script {
@@ -84,7 +87,8 @@ impl MemTableSink for Script {
         self.say(Said::Barrier)
     }
     fn set_log_base(&mut self, log: &DaemonLog) -> Answer<Option<DaemonProcess>> {
-        self.say(Said::Log(log.size() / 8)).map(|()| None)
+        self.say(Said::Log(log.size() / 8))?;
+        Ok(self.process.map(DaemonProcess::new))
     }
     fn refusal_keeps_table(&self) -> bool {
         self.keeps_table
