@@ -8,6 +8,7 @@ use crate::memory::GuestMemoryShm;
 use crate::options::RamOptions;
 
 mod former;
+mod panics;
 mod postcopy;
 mod refused;
 use crate::table::TableRegion;
@@ -39,6 +40,14 @@ struct Script {
     base: Option<u64>,
     /// What answers the log.
     process: Option<u32>,
+    panics: Option<Panics>,
+}
+
+/// Where the sink panics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Panics {
+    AtAcks,
+    AtHangUp,
 }
 
 impl Script {
@@ -58,6 +67,7 @@ fn mib(region: &TableRegion) -> u64 {
 
 impl MemTableSink for Script {
     fn request_acks(&mut self) {
+        assert_ne!(self.panics.take(), Some(Panics::AtAcks));
         self.said.push(Said::Acks);
     }
     fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
@@ -94,6 +104,7 @@ impl MemTableSink for Script {
         self.keeps_table
     }
     fn hang_up(&self) -> Option<HangUp> {
+        assert_ne!(self.panics, Some(Panics::AtHangUp));
         None
     }
 }
