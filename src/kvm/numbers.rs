@@ -1,6 +1,6 @@
 //! Who has which slot number.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -63,14 +63,12 @@ struct Shared {
     untaken: Mutex<Untaken>,
 }
 
-/// Numbers that nobody has.
+/// Numbers that nobody has. They may be billions, which take no room: a hypervisor need not have a
+/// limit that is worth mentioning.
 #[derive(Debug)]
 struct Untaken {
-    /// All from here on were never taken.
-    next: u32,
-    end: u32,
-    /// Those below `next` that are free again.
-    free: BTreeSet<u32>,
+    /// Those that are free, as ranges, first number and first after them. Apart from each other.
+    free: BTreeMap<u32, u32>,
     /// Those that may be wanted back, and are given to others last.
     resting: BTreeSet<u32>,
 }
@@ -168,7 +166,7 @@ impl SlotNumbers {
     pub(super) fn wake(&self, number: u32) {
         let mut untaken = self.lock();
         if untaken.resting.remove(&number) {
-            untaken.free.insert(number);
+            untaken.insert(number);
         }
     }
 
@@ -210,7 +208,7 @@ impl Drop for SlotNumber {
     fn drop(&mut self) {
         let number = self.number;
         match self.then {
-            Then::Free => drop(self.numbers.lock().free.insert(number)),
+            Then::Free => self.numbers.lock().insert(number),
             Then::Resting => drop(self.numbers.lock().resting.insert(number)),
             Then::Lost => claims::lose(self.numbers.vm(), number),
         }
@@ -220,38 +218,50 @@ impl Drop for SlotNumber {
 impl Untaken {
     fn new(all: &Range<u32>) -> Self {
         Self {
-            next: all.start,
-            end: all.end,
-            free: BTreeSet::new(),
+            free: BTreeMap::from([(all.start, all.end)]),
             resting: BTreeSet::new(),
         }
     }
 
     fn count(&self) -> u32 {
+        let free: u32 = self.free.iter().map(|(first, end)| end - first).sum();
         // Each is one of the numbers, which are fewer than 2^32.
-        let again = u32::try_from(self.free.len() + self.resting.len());
-        self.end - self.next + again.unwrap_or(u32::MAX)
+        free + u32::try_from(self.resting.len()).unwrap_or(u32::MAX)
     }
 
     fn take(&mut self) -> Option<u32> {
-        if let Some(lowest) = self.free.pop_first() {
-            return Some(lowest);
+        match self.free.first_key_value() {
+            Some((lowest, _)) => {
+                let lowest = *lowest;
+                self.take_this(lowest).then_some(lowest)
+            }
+            None => self.resting.pop_first(),
         }
-        if self.next < self.end {
-            self.next += 1;
-            return Some(self.next - 1);
-        }
-        self.resting.pop_first()
     }
 
-    /// Whether it was there to be taken. It must be one of all.
+    /// Whether it was there to be taken.
     fn take_this(&mut self, number: u32) -> bool {
-        if number >= self.next {
-            self.free.extend(self.next..number);
-            self.next = number + 1;
-            return true;
+        let near = self.free.range(..=number).next_back();
+        match near.map(|(first, end)| (*first, *end)) {
+            Some((first, end)) if number < end => {
+                self.free.remove(&first);
+                let parts = [(first, number), (number + 1, end)];
+                self.free
+                    .extend(parts.into_iter().filter(|(first, end)| first < end));
+                true
+            }
+            _ => self.resting.remove(&number),
         }
-        self.free.remove(&number) || self.resting.remove(&number)
+    }
+
+    /// It is free again.
+    fn insert(&mut self, number: u32) {
+        let before = self.free.range(..number).next_back();
+        let before = before.filter(|(_, end)| **end == number);
+        let first = before.map_or(number, |(first, _)| *first);
+        // It is below the end of all, and so has a successor.
+        let end = self.free.remove(&(number + 1)).unwrap_or(number + 1);
+        self.free.insert(first, end);
     }
 }
 
@@ -293,7 +303,8 @@ mod tests {
         let mut taken = || untaken.take();
         assert_eq!([taken(), taken(), taken()], [Some(3), Some(4), Some(5)]);
         assert_eq!((taken(), untaken.count()), (None, 0));
-        untaken.free.extend([5, 3]);
+        untaken.insert(5);
+        untaken.insert(3);
         assert_eq!(untaken.count(), 2);
         assert_eq!(untaken.take(), Some(3));
         assert_eq!(untaken.take(), Some(5));
@@ -322,5 +333,43 @@ mod tests {
         assert!(untaken.take_this(14));
         let rest: Vec<_> = std::iter::from_fn(|| untaken.take()).collect();
         assert_eq!(rest, [12, 13, 15, 16, 17, 18]);
+    }
+
+    #[test]
+    fn a_number_among_billions_takes_no_room() {
+        let mut untaken = Untaken::new(&(0..u32::MAX));
+        assert!(untaken.take_this(u32::MAX - 1));
+        assert!(untaken.take_this(1 << 31));
+        assert_eq!(untaken.count(), u32::MAX - 2);
+        let ranges = [(0, 1 << 31), ((1 << 31) + 1, u32::MAX - 1)];
+        assert_eq!(untaken.free, BTreeMap::from(ranges));
+        untaken.insert(1 << 31);
+        untaken.insert(u32::MAX - 1);
+        assert_eq!(untaken.free, BTreeMap::from([(0, u32::MAX)]));
+    }
+
+    #[test]
+    fn numbers_come_and_go_in_any_order() {
+        let mut untaken = Untaken::new(&(7..71));
+        let mut taken = BTreeSet::new();
+        let mut random = 1_u64;
+        for _ in 0..5000 {
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            let number = 7 + (random >> 40) as u32 % 64;
+            if taken.remove(&number) {
+                untaken.insert(number);
+            } else {
+                assert!(untaken.take_this(number));
+                taken.insert(number);
+            }
+            assert!(!taken.contains(&number) || !untaken.take_this(number));
+            assert_eq!(untaken.count() as usize + taken.len(), 64);
+            let free = untaken.free.iter().flat_map(|(first, end)| *first..*end);
+            assert!(free.eq((7..71).filter(|number| !taken.contains(number))));
+            let ranges = untaken.free.iter().zip(untaken.free.iter().skip(1));
+            assert!(ranges.into_iter().all(|((_, end), (next, _))| end < next));
+        }
     }
 }

@@ -209,7 +209,8 @@ impl KvmSlot {
         })?;
         self.unanswered = false;
         let words = log.words();
-        if missed {
+        // With another buffer in the place of ours nothing is known of the pages.
+        if missed || words.len() != to_usize(self.pages().div_ceil(64)) {
             self.mark_all();
         } else if !self.pending.is_empty() {
             for (pending, new) in self.pending.iter_mut().zip(words) {

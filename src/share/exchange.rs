@@ -151,10 +151,14 @@ impl<F: MemTableSink> VhostUserShare<F> {
         {
             return Ok(Err(silent));
         }
-        if std::mem::take(&mut self.acks_due) {
-            self.sink.request_acks();
-        }
-        let made = catch_unwind(AssertUnwindSafe(|| call(&mut self.sink)));
+        let acks_due = std::mem::take(&mut self.acks_due);
+        let work = || {
+            if acks_due {
+                self.sink.request_acks();
+            }
+            call(&mut self.sink)
+        };
+        let made = catch_unwind(AssertUnwindSafe(work));
         let answer = made.unwrap_or_else(|panic| {
             // How much of the message passed is not known.
             self.time_limit.as_ref().map(TimeLimit::stop);

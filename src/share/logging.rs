@@ -116,14 +116,15 @@ impl Logging {
         }
     }
 
-    /// Takes what is dirty; the last time together with what was not noted by daemons that were
-    /// not known to be dead until now.
+    /// Takes what is dirty, together with what former daemons may have written without noting it:
+    /// as it was when their connections ended, and all of it once more when they are dead, or when
+    /// nobody will ask again.
     fn harvest(&mut self, is_last: bool) -> Vec<GuestRange> {
         let mut former = std::mem::take(&mut self.former);
         // Before the log is read: what the dead have noted is there.
         former.retain_mut(|daemon| {
             let is_dead = daemon.is_dead();
-            if !daemon.is_counted || is_last && !is_dead {
+            if !daemon.is_counted || is_dead || is_last {
                 self.mark(&daemon.unlogged);
                 daemon.is_counted = true;
             }

@@ -138,6 +138,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// `features` are the protocol features that were acknowledged (SET_PROTOCOL_FEATURES).
     pub fn new(sink: F, features: Features) -> Self {
+        let hang_up = sink.hang_up();
         let mut share = Self {
             sink,
             time_limit: None,
@@ -154,7 +155,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             logging: None,
             broken: None,
         };
-        share.begin(features);
+        share.begin(features, hang_up);
         share
     }
 
@@ -191,12 +192,14 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// Most daemons serve one front-end at a time: the old connection must have ended before they
     /// answer on the new one. That of a broken share has.
     pub fn reconnect(&mut self, sink: F, features: Features) -> F {
+        // First, and not between: if it panics, the share is what it was.
+        let hang_up = sink.hang_up();
         let old = std::mem::replace(&mut self.sink, sink);
-        self.begin(features);
+        self.begin(features, hang_up);
         old
     }
 
-    fn begin(&mut self, features: Features) {
+    fn begin(&mut self, features: Features, hang_up: Option<HangUp>) {
         self.mem_slots = features.contains(Features::CONFIGURE_MEM_SLOTS);
         self.reply_ack = features.contains(Features::REPLY_ACK);
         self.log_shmfd = features.contains(Features::LOG_SHMFD);
@@ -209,7 +212,6 @@ impl<F: MemTableSink> VhostUserShare<F> {
         }
         self.broken = None;
         self.acks_due = self.reply_ack;
-        let hang_up = self.sink.hang_up();
         self.time_limit = hang_up.map(|hang_up| TimeLimit::with_hang_up(hang_up, self.limit));
     }
 

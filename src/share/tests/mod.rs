@@ -7,6 +7,8 @@ use super::*;
 use crate::memory::GuestMemoryShm;
 use crate::options::RamOptions;
 
+mod former;
+mod panics;
 mod postcopy;
 mod refused;
 use crate::table::TableRegion;
@@ -36,6 +38,16 @@ struct Script {
     /// The n-th message after `Acks`, counted from 0, is answered like this.
     fail: Option<(usize, fn() -> SinkError)>,
     base: Option<u64>,
+    /// What answers the log.
+    process: Option<u32>,
+    panics: Option<Panics>,
+}
+
+/// Where the sink panics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Panics {
+    AtAcks,
+    AtHangUp,
 }
 
 impl Script {
@@ -55,6 +67,7 @@ fn mib(region: &TableRegion) -> u64 {
 
 impl MemTableSink for Script {
     fn request_acks(&mut self) {
+        assert_ne!(self.panics.take(), Some(Panics::AtAcks));
         self.said.push(Said::Acks);
     }
     fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
@@ -84,12 +97,14 @@ impl MemTableSink for Script {
         self.say(Said::Barrier)
     }
     fn set_log_base(&mut self, log: &DaemonLog) -> Answer<Option<DaemonProcess>> {
-        self.say(Said::Log(log.size() / 8)).map(|()| None)
+        self.say(Said::Log(log.size() / 8))?;
+        Ok(self.process.map(DaemonProcess::new))
     }
     fn refusal_keeps_table(&self) -> bool {
         self.keeps_table
     }
     fn hang_up(&self) -> Option<HangUp> {
+        assert_ne!(self.panics, Some(Panics::AtHangUp));
         None
     }
 }

@@ -43,6 +43,8 @@ struct State {
     slots: BTreeMap<u32, (SlotMapping, Vec<u64>)>,
     calls: Vec<(Call, u32)>,
     faults: VecDeque<(Call, Fault)>,
+    /// The next log comes in another buffer, with room for so many pages.
+    other_buffer: Option<u64>,
 }
 
 /// A panic's payload that panics.
@@ -63,6 +65,11 @@ impl Fake {
     /// The next call of this kind fails, after those that were told to before.
     pub(super) fn fail(&self, call: Call, fault: Fault) {
         self.with(|state| state.faults.push_back((call, fault)));
+    }
+
+    /// The next log comes in a buffer of the hypervisor's own, with room for so many pages.
+    pub(super) fn exchange_buffer(&self, pages: u64) {
+        self.with(|state| state.other_buffer = Some(pages));
     }
 
     /// The numbers and guest addresses of the slots. Asserts that their memory is mapped.
@@ -157,6 +164,11 @@ unsafe impl HypervisorVm for Fake {
         self.call(Call::Log, slot.number(), |state| {
             let slot = state.slots.get_mut(&slot.number());
             let (_, words) = slot.ok_or(io::Error::from_raw_os_error(libc::ENOENT))?;
+            if let Some(pages) = state.other_buffer.take() {
+                *log = LogBuffer::new(pages).unwrap();
+                log.words_mut().fill(1 << 63);
+                return Ok(());
+            }
             log.words_mut().copy_from_slice(words);
             words.fill(0);
             Ok(())

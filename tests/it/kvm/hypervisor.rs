@@ -104,6 +104,30 @@ fn its_own_errors_are_passed_on() {
 }
 
 #[test]
+fn a_log_in_another_buffer_than_was_asked_for_counts_as_one_with_all_pages() {
+    let fake = Fake::new(8);
+    let mut slots = holding(&fake, &[0]);
+    slots.start_dirty_logging().unwrap();
+    // Shorter and longer than the 256 pages of the region.
+    for pages in [64, 64 << 10] {
+        fake.exchange_buffer(pages);
+        assert_eq!(harvest(&mut slots), [(0, MIB / PAGE)]);
+        fake.guest_writes(0, 0b100);
+        assert_eq!(harvest(&mut slots), [(2, 1)]);
+    }
+}
+
+#[test]
+fn numbers_without_a_limit_take_no_room() {
+    let fake = Fake::new(u32::MAX);
+    let mut slots = KvmSlots::new(fake.clone()).unwrap();
+    slots.assign_number(range(0, MIB), u32::MAX - 1).unwrap();
+    slots.update(&memory(&[0, PLUG])).unwrap();
+    assert_eq!(fake.slots(), [(0, PLUG), (u32::MAX - 1, 0)]);
+    assert_eq!(slots.numbers().free(), u32::MAX - 2);
+}
+
+#[test]
 fn a_hypervisor_that_panics_when_it_is_told_has_no_slot_afterwards() {
     for fault in [Fault::Panics, Fault::PanicsAfterwards] {
         let fake = Fake::new(8);

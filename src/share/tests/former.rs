@@ -1,0 +1,43 @@
+//! Daemons whose connections have ended, and what they write until they die.
+
+use std::process::{Command, Stdio};
+
+use super::*;
+use crate::layout::GuestRange;
+
+#[test]
+fn what_one_wrote_without_logging_before_it_died_counts_when_its_death_is_known() {
+    for is_last in [false, true] {
+        let mut daemon = Command::new("cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut share = share(0, Features::REPLY_ACK | Features::LOG_SHMFD);
+        share.sink_mut().process = Some(daemon.id());
+        share.update_table(&table(&[0, 10])).unwrap();
+        share.start_log().unwrap();
+        // The log after the table: until it comes a daemon may log nothing at all.
+        let gone = || SinkError::HungUp("gone".into());
+        let logs = share.sink().said.len() - 1;
+        share.sink_mut().fail = Some((logs + 3, gone));
+        let refused = share.update_table(&table(&[0, 20])).unwrap_err();
+        assert!(matches!(refused, Error::DaemonHungUp { .. }), "{refused}");
+        assert!(matches!(share.sink().said.last(), Some(Said::Log(_))));
+
+        let whole = 2 << 20;
+        let count = |dirty: &[GuestRange]| dirty.iter().map(GuestRange::size).sum::<u64>();
+        assert_eq!(count(&share.drain_dirty()), whole);
+        assert_eq!(count(&share.drain_dirty()), 0, "it lives on");
+        // It writes, and then:
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        if !is_last {
+            assert_eq!(count(&share.drain_dirty()), whole);
+            assert_eq!(count(&share.drain_dirty()), 0, "once");
+        }
+        let stopped = share.stop_log();
+        assert_eq!(count(stopped.dirty()), if is_last { whole } else { 0 });
+        assert_eq!(stopped.former_daemons(), []);
+    }
+}
