@@ -24,7 +24,10 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
     let ways: [(Make, &str); 3] = [
         (|| SinkError::Refused("no".into()), "refused"),
         (|| SinkError::HungUp("gone".into()), "hung up"),
-        (|| SinkError::Protocol("what".into()), "failed"),
+        (
+            || SinkError::Protocol("what".into()),
+            "does not fit the protocol",
+        ),
     ];
     let log = Features::LOG_SHMFD;
     let plain = [SLOTS | ACK, SLOTS, ACK, Features::empty()];
