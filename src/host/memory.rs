@@ -72,6 +72,7 @@ impl Demand {
     }
 
     /// Whether nothing is needed.
+    #[cfg(test)]
     pub(crate) fn is_empty(&self) -> bool {
         self.of.iter().all(|(_, bytes)| *bytes == 0)
     }
@@ -85,8 +86,8 @@ impl Demand {
         base.map(|(_, bytes)| *bytes).fold(0, u64::saturating_add)
     }
 
-    /// All of it.
-    fn total(&self) -> u64 {
+    /// All of it, with what the kernel needs for it.
+    pub(crate) fn total(&self) -> u64 {
         let charged = self.of.iter().map(|(kind, bytes)| kind.charged(*bytes));
         charged.fold(0, u64::saturating_add)
     }

@@ -15,6 +15,9 @@ use crate::host::calls::{is_refused, was_refused};
 /// How much of a mapping mincore(2) is asked about at once, in bytes: a byte of answer per page.
 const WINDOW: u64 = 1 << 30;
 
+/// `PAGE_IS_PRESENT` of linux/fs.h: mapped in this process.
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+
 /// `PAGE_IS_HUGE` of linux/fs.h: mapped by an entry of a page middle directory, or of hugetlb.
 const PAGE_IS_HUGE: u64 = 1 << 6;
 
@@ -99,12 +102,21 @@ impl Mapping {
     /// How many bytes of it this process has mapped by huge pages; none if the kernel cannot say, or
     /// must not (`PAGEMAP_SCAN` of /proc/PID/pagemap, Linux 6.7).
     pub(crate) fn mapped_huge(&self) -> io::Result<Option<u64>> {
+        self.bytes_that_are(PAGE_IS_HUGE, 0..self.len() as u64)
+    }
+
+    /// How many bytes of a part of it this process has mapped, in whatever way; none if that
+    /// cannot be told, as above.
+    pub(crate) fn mapped_in(&self, range: Range<u64>) -> io::Result<Option<u64>> {
+        self.bytes_that_are(PAGE_IS_PRESENT, range)
+    }
+
+    fn bytes_that_are(&self, category: u64, range: Range<u64>) -> io::Result<Option<u64>> {
         let pagemap = File::open("/proc/self/pagemap")?;
         let start = self.ram.start.addr().get() as u64;
-        let end = start + self.len() as u64;
+        let (mut at, end) = (start + range.start, start + range.end);
         let mut answer = [PageRegion::default(); 256];
-        let mut at = start;
-        let mut huge = 0;
+        let mut bytes = 0;
         while at < end {
             let mut arg = PmScanArg {
                 size: size_of::<PmScanArg>() as u64,
@@ -112,8 +124,8 @@ impl Mapping {
                 end,
                 vec: answer.as_mut_ptr().expose_provenance() as u64,
                 vec_len: answer.len() as u64,
-                category_mask: PAGE_IS_HUGE,
-                return_mask: PAGE_IS_HUGE,
+                category_mask: category,
+                return_mask: category,
                 ..PmScanArg::default()
             };
             // SAFETY: the descriptor and the structures live through the call; the kernel writes
@@ -126,7 +138,7 @@ impl Mapping {
                 Err(errno) if is_refused(errno) => return Ok(None),
                 Err(errno) => return Err(errno.into()),
             };
-            huge += answer
+            bytes += answer
                 .iter()
                 .take(found)
                 .map(|part| part.end.saturating_sub(part.start))
@@ -136,7 +148,7 @@ impl Mapping {
             }
             at = arg.walk_end;
         }
-        Ok(Some(huge))
+        Ok(Some(bytes))
     }
 }
 

@@ -7,8 +7,11 @@ use super::plan::Part;
 use crate::backing::{Allocation, FileIdentity};
 use crate::host::memory::{Demand, Kind, MemoryLimits};
 use crate::host::nodes;
-use crate::options::{NodeSet, NumaPolicy, OnShortage};
+use crate::options::{NodeSet, NumaPolicy, OnShortage, Populate};
 use crate::shortage::MemoryShortage;
+
+/// A table of pages has one byte for so many bytes of what it maps, where pages are 4 KiB.
+const MAPPED_PER_BYTE: u64 = 512;
 
 /// What the pages of each part are made of: none where the kernel could drop them, as those of a
 /// file on a disk, and where nothing is to be looked at.
@@ -82,8 +85,10 @@ fn missing_of_all(parts: &[Part]) -> Vec<u64> {
         let (identity, range) = (part.backing().identity(), part.in_backing(&part.range));
         let of_file = seen.iter().filter(|(known, _)| *known == identity);
         let new = without(range.clone(), of_file.map(|(_, range)| range.clone()));
-        seen.push((identity, range));
-        new.into_iter().map(|range| missing(part, range)).sum()
+        seen.push((identity, range.clone()));
+        let pages = new.into_iter().map(|range| missing_pages(part, range));
+        let pages = pages.sum();
+        pages + missing_tables(part, range, pages)
     };
     parts.iter().map(missing).collect()
 }
@@ -104,8 +109,32 @@ fn without(range: Range<u64>, others: impl Iterator<Item = Range<u64>>) -> Vec<R
     left
 }
 
-/// How many bytes of a range of the part's backing have no page yet; all that cannot be told.
+/// How many bytes are missing of a range of the part's backing, and to map it.
 pub(super) fn missing(part: &Part, range: Range<u64>) -> u64 {
+    let pages = missing_pages(part, range.clone());
+    pages + missing_tables(part, range, pages)
+}
+
+/// What is missing for the tables that map a range, besides those for `pages` that are missing, of
+/// whose need they are a part: pages that are there, by another process perhaps, are not mapped
+/// yet. None where that cannot be told.
+fn missing_tables(part: &Part, range: Range<u64>, pages: u64) -> u64 {
+    // Those of huge pages are small.
+    if part.mode != Populate::Prefault || !part.through_descriptor() {
+        return 0;
+    }
+    let in_region = range.start - part.ram.offset..range.end - part.ram.offset;
+    match part.ram.mapping.mapped_in(in_region) {
+        Ok(Some(mapped)) => {
+            let unmapped = (range.end - range.start).saturating_sub(mapped);
+            unmapped.saturating_sub(pages) / MAPPED_PER_BYTE
+        }
+        Ok(None) | Err(_) => 0,
+    }
+}
+
+/// How many bytes of a range of the part's backing have no page yet; all that cannot be told.
+fn missing_pages(part: &Part, range: Range<u64>) -> u64 {
     let len = range.end - range.start;
     len.saturating_sub(there(part, range).unwrap_or(0))
 }
@@ -166,6 +195,33 @@ mod tests {
         // Allocated and never touched is there, too.
         nix::fcntl::posix_fallocate(&backing, 0, 16 * MIB as i64).unwrap();
         assert_eq!(missing_of_all(&parts), [0, 0, MIB, 0]);
+    }
+
+    #[test]
+    fn pages_that_are_there_and_not_mapped_need_tables() {
+        let backing = ShmBacking::create(&RamOptions::new(), 16 * MIB).unwrap();
+        nix::fcntl::posix_fallocate(&backing, 0, 8 * MIB as i64).unwrap();
+        let allocate = || part(&backing, 0, 16 * MIB);
+        assert_eq!(missing_of_all(&[allocate()]), [8 * MIB]);
+        let prefault = Part {
+            mode: Populate::Prefault,
+            ..allocate()
+        };
+        match prefault.ram.mapping.mapped_in(0..MIB) {
+            Ok(Some(mapped)) => assert_eq!(mapped, 0),
+            cannot => return eprintln!("skipped: what is mapped cannot be told: {cannot:?}"),
+        }
+        assert_eq!(missing(&prefault, 8 * MIB..16 * MIB), 8 * MIB);
+        assert_eq!(missing(&prefault, 4 * MIB..8 * MIB), 4 * MIB / 512);
+        prefault
+            .ram
+            .mapping
+            .populate(0..4 * MIB, 4096, Default::default())
+            .unwrap();
+        let parts = [prefault];
+        assert_eq!(missing_of_all(&parts), [8 * MIB + 4 * MIB / 512]);
+        let [prefault] = parts;
+        assert_eq!(missing(&prefault, 0..4 * MIB), 0);
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! Looking again, before each piece of work, whether there is memory for it.
 //!
-//! Others take memory, too, while RAM is populated: other threads of this job, about which all is
-//! known, and other processes, about which only what they have taken so far is. So at most a quarter
-//! of what is left is worked on at once. Where that is less than a chunk, chunks are done in smaller
-//! pieces: up to three others that do the same, in the same group, are no danger, and as the rest
-//! shrinks, so does what is taken between two looks.
+//! Others take memory, too, while RAM is populated: other threads of this process that populate,
+//! for this job or for another, about which all is known, and other processes, about which only
+//! what they have taken so far is. So at most a quarter of what is left is worked on at once.
+//! Where that is less than a chunk, chunks are done in smaller pieces: up to three others that do
+//! the same, in the same group, are no danger, and as the rest shrinks, so does what is taken
+//! between two looks.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::engine::Stop;
 use crate::host::memory::{Bound, Demand, Kind};
@@ -18,10 +19,33 @@ const AT_ONCE: u64 = 4;
 /// Lets work begin for which there is memory.
 pub(super) struct Watch {
     look: Box<Look>,
-    /// What is being worked on, and may or may not be there by now.
-    under_way: Mutex<Demand>,
+    under_way: Arc<UnderWay>,
+}
+
+/// What is being worked on, and may or may not be there by now.
+#[derive(Default)]
+struct UnderWay {
+    demand: Mutex<Demand>,
     /// Some of it is done.
     done: Condvar,
+}
+
+impl UnderWay {
+    /// That of all jobs of this process.
+    fn of_this_process() -> Arc<Self> {
+        static KNOWN: Mutex<Option<(u32, Arc<UnderWay>)>> = Mutex::new(None);
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        let pid = std::process::id();
+        match &*known {
+            Some((of, under_way)) if *of == pid => under_way.clone(),
+            // What is under way in the parent of a child of fork(2) is never done here.
+            _ => known.insert((pid, Arc::default())).1.clone(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Demand> {
+        self.demand.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What the limits leave that are about something in the demand, exactly if it is less than so many
@@ -47,11 +71,18 @@ pub(super) struct Wish {
 }
 
 impl Watch {
+    /// Of one job, which minds the others of this process.
     pub(super) fn new(look: impl Fn(&Demand, u64) -> Vec<Bound> + Send + Sync + 'static) -> Self {
+        Self::among(UnderWay::of_this_process(), look)
+    }
+
+    fn among(
+        under_way: Arc<UnderWay>,
+        look: impl Fn(&Demand, u64) -> Vec<Bound> + Send + Sync + 'static,
+    ) -> Self {
         Self {
             look: Box::new(look),
-            under_way: Mutex::default(),
-            done: Condvar::new(),
+            under_way,
         }
     }
 
@@ -62,22 +93,20 @@ impl Watch {
     ///
     /// # Errors
     ///
-    /// What is short of the least piece, when nothing else is under way that might turn out to need
-    /// less than was thought.
+    /// What is short of the least piece, when nothing else is under way there that might turn out to
+    /// need less than was thought.
     pub(super) fn begin(
         &self,
         wish: &Wish,
         stop: &Stop,
         missing: impl Fn(u64) -> u64,
     ) -> Result<Option<Pass<'_>>, MemoryShortage> {
-        let mut under_way = self
-            .under_way
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut under_way = self.under_way.lock();
         while !stop.is_set() {
-            let mut all = under_way.clone();
-            all.add(wish.kind, wish.len);
-            let bounds = (self.look)(&all, wish.len.saturating_mul(2 * AT_ONCE));
+            let all = under_way.total().saturating_add(wish.len);
+            // Limits on what others work on, and this does not, are none of its business.
+            let wished = Demand::of(wish.kind, wish.len);
+            let bounds = (self.look)(&wished, all.saturating_mul(2 * AT_ONCE));
             let pass = |under_way: &mut Demand, len: u64, bytes: u64| {
                 under_way.add(wish.kind, bytes);
                 Some(Pass {
@@ -88,16 +117,17 @@ impl Watch {
                 })
             };
             let least = wish.len.min(wish.grain);
-            let quota = bounds.iter().map(|bound| {
+            let quota_of = |bound: &Bound| {
                 let quota = (bound.left / AT_ONCE).saturating_sub(under_way.on(bound));
                 quota - quota % wish.grain
-            });
-            let quota = quota.min().unwrap_or(u64::MAX);
+            };
+            let quota = bounds.iter().map(quota_of).min().unwrap_or(u64::MAX);
             if quota >= least {
                 let len = wish.len.min(quota);
                 return Ok(pass(&mut under_way, len, len));
             }
-            if under_way.is_empty() {
+            let mut tight = bounds.iter().filter(|bound| quota_of(bound) < least);
+            if tight.all(|bound| under_way.on(bound) == 0) {
                 // Alone the last pages are taken, too, those that are there already for nothing.
                 let bytes = missing(least);
                 let needed = Demand::of(wish.kind, bytes);
@@ -106,10 +136,8 @@ impl Watch {
                     Some(shortage) => Err(shortage),
                 };
             }
-            under_way = self
-                .done
-                .wait(under_way)
-                .unwrap_or_else(PoisonError::into_inner);
+            let woken = self.under_way.done.wait(under_way);
+            under_way = woken.unwrap_or_else(PoisonError::into_inner);
         }
         Ok(None)
     }
@@ -117,10 +145,9 @@ impl Watch {
 
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
-        let under_way = self.watch.under_way.lock();
-        let mut under_way = under_way.unwrap_or_else(PoisonError::into_inner);
-        under_way.take(self.kind, self.bytes);
-        self.watch.done.notify_all();
+        let under_way = &self.watch.under_way;
+        under_way.lock().take(self.kind, self.bytes);
+        under_way.done.notify_all();
     }
 }
 
@@ -138,12 +165,16 @@ mod tests {
     /// A machine of which so much is left, and a watch that looks at it.
     fn machine(left: u64) -> (Arc<AtomicU64>, Watch) {
         let left = Arc::new(AtomicU64::new(left));
+        let watch = on_machine(&left, Arc::default());
+        (left, watch)
+    }
+
+    fn on_machine(left: &Arc<AtomicU64>, under_way: Arc<UnderWay>) -> Watch {
         let seen = left.clone();
-        let watch = Watch::new(move |demand, _| {
+        Watch::among(under_way, move |demand, _| {
             assert!(!demand.is_empty());
             vec![Bound::of_machine(seen.load(Ordering::Relaxed))]
-        });
-        (left, watch)
+        })
     }
 
     fn wish(len: u64) -> Wish {
@@ -233,8 +264,49 @@ mod tests {
     }
 
     #[test]
+    fn jobs_of_one_process_mind_each_other() {
+        let left = Arc::new(AtomicU64::new(100 * MIB));
+        let under_way = Arc::default();
+        let job = || on_machine(&left, Arc::clone(&under_way));
+        let (one, two, three) = (job(), job(), job());
+        let first = begin(&one, 16 * MIB).unwrap();
+        assert_eq!(
+            (first.len, begin(&two, 16 * MIB).unwrap().len),
+            (16 * MIB, 8 * MIB)
+        );
+        let second = begin(&two, 16 * MIB).unwrap();
+        std::thread::scope(|scope| {
+            // Nothing is left for the third until both have done their part.
+            let third = scope.spawn(|| begin(&three, 16 * MIB).map(|pass| pass.len));
+            left.store(4 * MIB, Ordering::Relaxed);
+            drop(first);
+            assert!(!third.is_finished());
+            drop(second);
+            assert_eq!(third.join().unwrap(), Ok(2 * MIB));
+        });
+    }
+
+    #[test]
+    fn work_under_other_limits_is_not_waited_for() {
+        let left = Arc::new(AtomicU64::new(0));
+        let under_way = Arc::default();
+        let short = on_machine(&left, Arc::clone(&under_way));
+        let other = Watch::among(under_way, |_, _| Vec::new());
+        let huge = Wish {
+            kind: Kind::Huge {
+                page_size: 2 * MIB,
+                reserving: false,
+            },
+            ..wish(16 * MIB)
+        };
+        let pass = other.begin(&huge, &Stop::default(), |len| len).unwrap();
+        assert!(begin(&short, 16 * MIB).is_err());
+        drop(pass);
+    }
+
+    #[test]
     fn without_limits_all_is_begun_at_once() {
-        let watch = Watch::new(|_, _| Vec::new());
+        let watch = Watch::among(Arc::default(), |_, _| Vec::new());
         assert_eq!(begin(&watch, 1 << 50).unwrap().len, 1 << 50);
     }
 }

@@ -89,6 +89,14 @@ fn what_is_there_already_and_what_can_be_dropped_do_not_count() {
 }
 
 #[test]
+fn jobs_that_do_not_fit_together_end_in_time() {
+    let Some(group) = Group::with_limit(TOO_MUCH) else {
+        return;
+    };
+    group.plays("many in the background");
+}
+
+#[test]
 fn when_another_process_takes_the_rest_it_ends_in_time() {
     let Some(group) = Group::with_limit(TOO_MUCH) else {
         return;

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use guest_memory_shm::{
     Error, GuestMemoryShm, MemoryLimit, OnFailure, OnShortage, PageSize, Populate, PopulateError,
-    PopulateOptions, RamOptions, Reserve,
+    PopulateHandle, PopulateOptions, RamOptions, Reserve,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -26,6 +26,7 @@ fn scenario() {
         "build from a string" => build_from_a_string(),
         "later" => later(),
         "in the background" => in_the_background(),
+        "many in the background" => many_in_the_background(),
         "try anyway" => try_anyway(),
         "build and try anyway" => {
             let options = RamOptions::new().with_on_shortage(OnShortage::TryAnyway);
@@ -120,6 +121,31 @@ fn in_the_background() {
         let started = memory.populate_in_background(PopulateOptions::new(mode));
         assert_short(started, TOO_MUCH);
         assert_eq!(allocated(&memory), 0, "{mode:?}");
+    }
+}
+
+/// Each of them fits, and not all together.
+fn many_in_the_background() {
+    let size = TOO_MUCH / 8;
+    let memories: Vec<_> = (0..32).map(|_| memory(RamOptions::new(), size)).collect();
+    for mode in MODES.repeat(4) {
+        let start = |memory: &GuestMemoryShm| {
+            let options = PopulateOptions::new(mode).with_threads(threads(1));
+            memory.populate_in_background(options.with_on_failure(OnFailure::GiveBack))
+        };
+        let started: Vec<_> = memories.iter().map(start).collect();
+        let done = started
+            .into_iter()
+            .map(|handle| handle.and_then(PopulateHandle::wait));
+        let failed: Vec<_> = done.filter_map(Result::err).collect();
+        assert!(!failed.is_empty(), "{failed:?}");
+        for error in failed {
+            let short = matches!(
+                error,
+                Error::Populate(PopulateError::NotEnoughMemory { .. })
+            );
+            assert!(short, "{error}");
+        }
     }
 }
 
