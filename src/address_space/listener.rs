@@ -7,6 +7,9 @@ use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
 use crate::panics::{caught, discard};
 
+/// How many causes of causes are told.
+const MOST_CAUSES: usize = 32;
+
 /// What a listener's cause is kept as.
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
@@ -148,7 +151,10 @@ impl ListenerError {
         let text = || {
             let mut texts = Vec::new();
             let mut cause = std::error::Error::source(self);
-            while let Some(error) = cause {
+            // One that names itself as its cause has no end.
+            while let Some(error) = cause
+                && texts.len() < MOST_CAUSES
+            {
                 texts.push(error.to_string());
                 cause = error.source();
             }

@@ -18,6 +18,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         report: &mut ShareReport,
     ) -> Result<()> {
         self.log_before(table)?;
+        self.mark_what_is_mapped_anew(table);
         let sent = match self.mem_slots {
             true => self.send_difference(change, report),
             false if change.is_empty() => Ok(()),

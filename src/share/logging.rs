@@ -330,6 +330,19 @@ impl<F: MemTableSink> VhostUserShare<F> {
         }
     }
 
+    /// Guest addresses that the daemon holds and is to hold by another region: it may be using them
+    /// already when it gets that one, and logs there only once the log has followed.
+    pub(super) fn mark_what_is_mapped_anew(&self, next: &MemoryTable) {
+        let Some(logging) = &self.logging else {
+            return;
+        };
+        let held: Vec<_> = self.held.regions().iter().map(TableRegion::range).collect();
+        let new = next.regions().iter().filter(|new| !self.held.contains(new));
+        let known = |new: &GuestRange| held.iter().any(|held| held.overlaps(new));
+        let again: Vec<_> = new.map(TableRegion::range).filter(known).collect();
+        logging.mark(&again);
+    }
+
     /// The daemon is to replace all of its regions, those that stay included.
     pub(super) fn mark_what_stays(&self, next: &MemoryTable) {
         if let Some(logging) = &self.logging {

@@ -15,6 +15,7 @@ use vhost::vhost_user::Frontend;
 use super::hang_up::{HangUp, Line};
 use crate::error::{Error, Result};
 use crate::logs;
+use crate::panics::caught;
 
 /// Hangs up on a daemon that does not answer in time, so that no call waits for ever.
 ///
@@ -278,7 +279,8 @@ impl Shared {
                         state.expired = true;
                         state.deadline = None;
                         if let Some(line) = &state.line {
-                            line.end();
+                            // If it panics, which was reported then, later calls are watched still.
+                            let _ = caught(|| line.end());
                         }
                         continue;
                     }

@@ -5,6 +5,27 @@ use std::process::{Command, Stdio};
 use super::*;
 use crate::layout::GuestRange;
 
+/// Bytes.
+fn count(dirty: &[GuestRange]) -> u64 {
+    dirty.iter().map(GuestRange::size).sum()
+}
+
+#[test]
+fn addresses_that_are_mapped_anew_count_as_written() {
+    let mut share = share(8, SLOTS | ACK | Features::LOG_SHMFD);
+    share.update_table(&table(&[0, 10])).unwrap();
+    share.start_log().unwrap();
+    assert_eq!(share.drain_dirty(), []);
+    // Other RAM at 0; what comes at 20 is used by nobody yet.
+    let mut next = share.table().clone();
+    next.remove(&next.regions()[0].clone());
+    let news = table(&[0, 20]);
+    news.regions().iter().for_each(|new| next.insert(new));
+    share.update_table(&next).unwrap();
+    assert_eq!(share.drain_dirty(), [news.regions()[0].range()]);
+    assert_eq!(share.drain_dirty(), []);
+}
+
 #[test]
 fn what_one_wrote_without_logging_before_it_died_counts_when_its_death_is_known() {
     for is_last in [false, true] {
@@ -26,7 +47,6 @@ fn what_one_wrote_without_logging_before_it_died_counts_when_its_death_is_known(
         assert!(matches!(share.sink().said.last(), Some(Said::Log(_))));
 
         let whole = 2 << 20;
-        let count = |dirty: &[GuestRange]| dirty.iter().map(GuestRange::size).sum::<u64>();
         assert_eq!(count(&share.drain_dirty()), whole);
         assert_eq!(count(&share.drain_dirty()), 0, "it lives on");
         // It writes, and then:
