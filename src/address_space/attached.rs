@@ -311,7 +311,7 @@ impl Objection {
         region: Option<GuestRange>,
         stale: Vec<StaleListener>,
     ) -> AddressSpaceError {
-        // Whoever gets the error must be able to display it.
+        // The caller must be able to display it.
         self.error.reason();
         let listener = self.listener;
         let region = self.error.range().or(region);

@@ -31,7 +31,7 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 /// would wait for itself, and is
 /// [`AddressSpaceError::Reentrant`](crate::AddressSpaceError::Reentrant) instead. That is found
 /// out on the thread that makes the call. A listener that has *another* thread change the address
-/// space and waits for it, waits for ever. A listener may change another address space; two whose
+/// space and waits for it, waits indefinitely. A listener may change another address space; two whose
 /// listeners change each other, from two threads at once, wait for each other: always take them in
 /// the same order.
 ///

@@ -15,7 +15,7 @@ use crate::memory::GuestMemoryShm;
 use crate::panics::{caught, discard};
 
 impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
-    /// Attaches a listener, behind the others, and tells it the present memory; it
+    /// Attaches a listener, after the others, and tells it the present memory; it
     /// [may lag](Attendance::MayLag). `name` is for errors and logs.
     ///
     /// The hypervisor comes first and daemons after it, so that each learns of memory before those

@@ -140,8 +140,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// told. It is for reading only: what other code puts there is seen by the users of this, and
     /// not by those of [`memory`](Self::memory), until the next change, which is
     /// [`AddressSpaceError::MirrorReplaced`] instead and puts the memory of the address space
-    /// back; after that changes go on. A change waits for whoever holds its `lock()`, and one that
-    /// is made *by* who holds it waits for ever: nothing can find that out.
+    /// back; after that changes go on. A change waits for the holder of its `lock()`, and one that
+    /// is made *by* its holder waits indefinitely: nothing can find that out.
     ///
     /// ```
     /// use guest_memory_shm::{
@@ -149,7 +149,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// };
     /// use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend};
     ///
-    /// /// Somebody else's.
+    /// /// Another crate's.
     /// struct Device {
     ///     memory: GuestMemoryAtomic<GuestMemoryShm>,
     /// }

@@ -187,7 +187,7 @@ impl<L: RegionListener<B>, B: Bitmap> PerRegion<L, B> {
         answer.map_err(|error| error.at(region.range()))
     }
 
-    /// After a panic nobody knows whether the region is held: has it removed, so that it is not.
+    /// After a panic it is not known whether the region is held: has it removed, so that it is not.
     fn settle(&mut self) {
         let Some(region) = self.doubtful.take() else {
             return;

@@ -45,7 +45,7 @@ pub struct Transaction<'a, B: Bitmap + Send + Sync + 'static = ()> {
     additions: Vec<Arc<GuestRegionShm<B>>>,
 }
 
-/// What a change did, and who was not there to learn of it.
+/// What a change did, and which listeners were not there to learn of it.
 ///
 /// ```
 /// use guest_memory_shm::{AddressSpace, GuestMemoryShm};
@@ -116,14 +116,14 @@ impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
     /// # Errors
     ///
     /// [`Error::Overlap`](crate::Error::Overlap) and
-    /// [`Error::NoSuchRegion`](crate::Error::NoSuchRegion): nobody was asked or told.
+    /// [`Error::NoSuchRegion`](crate::Error::NoSuchRegion): no listener was asked or told.
     /// [`AddressSpaceError::Refused`](crate::AddressSpaceError::Refused) and
     /// [`AddressSpaceError::Away`](crate::AddressSpaceError::Away): everybody who was told has
     /// been put back, but for those that the error calls stale.
     /// [`AddressSpaceError::Reentrant`](crate::AddressSpaceError::Reentrant) from inside a
     /// listener, and
     /// [`AddressSpaceError::MirrorReplaced`](crate::AddressSpaceError::MirrorReplaced), once, if
-    /// other code published through [`AddressSpace::atomic`]: nobody was asked or told.
+    /// other code published through [`AddressSpace::atomic`]: no listener was asked or told.
     pub fn commit(self) -> Result<ChangeReport<B>> {
         let mut listeners = self.space.lock()?;
         let publisher = &self.space.publisher;

@@ -8,13 +8,13 @@ use super::{BackingKind, Inner, Seals, ShmBacking, base_page_size, memfd, seals}
 use crate::error::{Error, Result};
 use crate::options::RamOptions;
 
-/// Nobody can take a page away, or add a seal that would stop the growing.
+/// No process can take a page away, or add a seal that would stop the growing.
 const GROWABLE: Seals = Seals::SHRINK.union(Seals::SEAL);
 
 impl ShmBacking {
     /// A memfd of `len` bytes, whole pages, that is sealed against shrinking only.
     ///
-    /// Whoever has the descriptor can make it longer. That costs nobody but the one who then
+    /// Any process that has the descriptor can make it longer. That costs only the one that then
     /// writes there: nothing depends on where it ends but that this is not before `len`.
     pub(crate) fn create_growable(name: &str, len: u64) -> Result<Self> {
         let options = RamOptions::new().with_name(name);

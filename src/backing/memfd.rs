@@ -19,7 +19,7 @@ const NAME: &str = "guest-memory-shm";
 pub(super) fn create(options: &RamOptions, len: u64, huge: Option<u64>) -> Result<File> {
     let seals = match options.sealing() {
         Sealing::Sealed => seals::RAM,
-        // Nobody who gets the descriptor may add a seal either, as one against writing.
+        // No process that gets the descriptor may add a seal either, as one against writing.
         Sealing::Unsealed => Seals::SEAL,
     };
     create_sealed(options, len, huge, seals)

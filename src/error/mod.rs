@@ -400,7 +400,7 @@ pub enum Error {
 
     /// A backing that is not sealed became shorter since it was created or adopted.
     #[error(
-        "the backing had at least {} and has {} now: somebody truncated it, touching what is gone \
+        "the backing had at least {} and has {} now: another process truncated it, touching what is gone \
          would be SIGBUS; use a sealed memfd or a trusted peer",
         HumanSize(*.end), HumanSize(*.now)
     )]

@@ -99,7 +99,7 @@ pub enum PopulateError {
 
     /// Somebody truncated the backing, which was not sealed.
     #[error(
-        "cannot populate {range}: its backing had at least {} and has {} now, somebody truncated it; \
+        "cannot populate {range}: its backing had at least {} and has {} now, another process truncated it; \
          use a sealed memfd or a trusted peer",
         HumanSize(*.end), HumanSize(*.now)
     )]
@@ -206,7 +206,7 @@ mod tests {
                     end: 1 << 30,
                     now: 0,
                 },
-                "its backing had at least 1 GiB and has 0 bytes now, somebody truncated it; use a \
+                "its backing had at least 1 GiB and has 0 bytes now, another process truncated it; use a \
                  sealed memfd or a trusted peer",
             ),
             (

@@ -10,7 +10,7 @@ use crate::mapping::{GuardedWords, to_usize};
 /// lowest bit of the first word for the first page.
 ///
 /// KVM_GET_DIRTY_LOG is not told how large the bitmap is: KVM writes a bit for each page that the
-/// slot has, and whoever changed the slot last decides how many these are. So the words of a
+/// slot has, and the last change of the slot decides how many these are. So the words of a
 /// buffer end where 256 MiB of inaccessible address space begin, which is as much as KVM ever
 /// writes. A log that is longer than the buffer is EFAULT, and reaches nothing else of this
 /// process.

@@ -2,7 +2,7 @@
 //!
 //! - [`HypervisorVm`]: the four calls that are made, which kvm-ioctls' `VmFd` answers;
 //! - [`LogBuffer`]: where a dirty log is written to, whatever its length;
-//! - [`SlotNumbers`]: who has which slot number;
+//! - [`SlotNumbers`]: which slot numbers are taken;
 //! - [`KvmSlot`]: one slot, which keeps its memory mapped;
 //! - [`KvmSlots`]: all of them, as a listener of an [`AddressSpace`](crate::AddressSpace).
 
@@ -59,7 +59,7 @@ use slot::Memory;
 /// # What others do with the VM
 ///
 /// Slot numbers that living [`SlotNumbers`] of the same `Arc` have are refused
-/// ([`KvmError::SlotsInUse`]). Whoever changes slots past that (by `unsafe` calls, or by another
+/// ([`KvmError::SlotsInUse`]). Code that changes slots past that (by `unsafe` calls, or by another
 /// `Arc` of a copy of the VM's descriptor, which cannot be recognised) can make the guest miss RAM
 /// and the log miss pages. No memory of this process is reached by that: what KVM maps stays
 /// mapped until a removal succeeds, and a log of a slot that has grown faults ([`LogBuffer`]).

@@ -1,4 +1,4 @@
-//! Who has which slot number.
+//! Which slot numbers are taken.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -63,7 +63,7 @@ struct Shared {
     untaken: Mutex<Untaken>,
 }
 
-/// Numbers that nobody has. They may be billions, which take no room: a hypervisor need not have a
+/// Numbers that are free. They may be billions, which take no room: a hypervisor need not have a
 /// limit that is worth mentioning.
 #[derive(Debug)]
 struct Untaken {

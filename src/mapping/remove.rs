@@ -22,8 +22,8 @@ impl Mapping {
         };
         retried(|| {
             // SAFETY: the range is mapped, and by a mapping of this crate, as `inside` checked. It
-            // stays mapped, and its bytes become 0. That changes memory under everybody who
-            // accesses it, as the guest and other processes do at any time: nobody has a reference
+            // stays mapped, and its bytes become 0. That changes memory under all that
+            // access it, as the guest and other processes do at any time: there is no reference
             // to it, and all accesses are volatile or atomic.
             unsafe { madvise(span.start, span.len.get(), MmapAdvise::MADV_REMOVE) }
         })?;

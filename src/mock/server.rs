@@ -43,7 +43,7 @@ pub(super) fn connect_to(listener: &UnixListener) -> io::Result<UnixStream> {
 /// How long the thread waits where nothing tells it that there are descriptors or memory again.
 const SHORTAGE: Duration = Duration::from_millis(20);
 
-/// Serves one connection after the other until the owner stops the daemon, who then shuts
+/// Serves one connection after the other until the owner stops the daemon, and then shuts
 /// `listener` down to wake this thread. Where connections cannot be accepted any more, the
 /// listening ends as well: no client shall wait for an answer that never comes.
 pub(super) fn run(listener: &UnixListener, mut spare: Spare, shared: &Arc<Shared>) {

@@ -104,7 +104,7 @@ struct State {
     stopping: bool,
 }
 
-/// The socket that clients connect to. Whoever takes it out of here closes it, and with it all
+/// The socket that clients connect to. The one that takes it out of here closes it, and with it all
 /// connections that wait there.
 #[derive(Debug, Default)]
 pub(super) enum Listening {

@@ -92,7 +92,7 @@ fn file_system_full(
     })
 }
 
-/// Without memory it was refused by what limits that, though nobody looked before.
+/// Without memory it was refused by what limits that, though it was not looked at before.
 fn not_enough(part: &Part, range: GuestRange, needed: u64, len: u64) -> Option<PopulateError> {
     let kind = need::kind(part, nodes::only_allowed())?;
     let demand = Demand::of(kind, len);

@@ -45,7 +45,7 @@ impl PopulateHandle {
         let done = Arc::new(AtomicU64::new(0));
         let total = job.total();
         let cancel = job.policy.cancel.clone();
-        // Here, and not in the background: whoever asks for too much is to be told at once.
+        // Here, and not in the background: a caller that asks for too much is told at once.
         let looking = job.look()?;
         let counter = done.clone();
         let mut listener = job.progress.take();

@@ -63,7 +63,7 @@ impl HangUp {
     }
 
     /// Learns what there is to know of the connection. That may wait: a frontend's descriptor is
-    /// behind its lock, which a call on another clone of it holds while it waits.
+    /// guarded by its lock, which a call on another clone of it holds while it waits.
     pub(super) fn learn(self) -> Line {
         // A frontend whose lock is poisoned panics in each call: the caller shall see that.
         catch_unwind(AssertUnwindSafe(self.learn)).unwrap_or_else(|_| Line {
@@ -117,7 +117,7 @@ impl fmt::Debug for HangUp {
 
 /// Whether the other end of the connection is closed. What it said before may still be unread.
 fn has_hung_up(socket: RawFd) -> bool {
-    // Nothing is received: it is only looked at, and nobody waits.
+    // Nothing is received: it is only looked at, and there is no wait.
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     let mut byte = [0];
     match recv(socket, &mut byte, flags) {

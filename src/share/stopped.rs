@@ -5,7 +5,7 @@ use std::fmt;
 use crate::layout::GuestRange;
 
 /// What a log had to say when it was [stopped](crate::VhostUserShare::stop_log): the last dirty
-/// pages, and which daemons may write others that nobody is told of.
+/// pages, and which daemons may write others that are in no harvest.
 ///
 /// ```
 /// use guest_memory_shm::{MemTableSink, VhostUserShare};
@@ -45,7 +45,7 @@ impl StoppedLog {
     /// among them, and so is one that has served several connections and lives on.
     ///
     /// What they noted until now is in [`dirty`](Self::dirty). They still map guest RAM and the
-    /// log, and what they write from now on is noted where nobody looks any more. See that they
+    /// log, and what they write from now on is noted where it is not read any more. See that they
     /// are dead before the log is stopped, or count all that they can reach as dirty.
     pub fn former_daemons(&self) -> &[FormerDaemon] {
         &self.former

@@ -349,7 +349,7 @@ fn a_file_that_was_truncated_after_its_adoption_is_not_mapped() {
         assert_refused!(
             build(),
             Error::BackingTruncated { now: PAGE, .. },
-            "the backing had at least 1 MiB and has 4 KiB now: somebody truncated it, touching what is \
+            "the backing had at least 1 MiB and has 4 KiB now: another process truncated it, touching what is \
              gone would be SIGBUS; use a sealed memfd or a trusted peer",
         );
         ftruncate(&file, MIB as i64).unwrap();
