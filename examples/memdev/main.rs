@@ -25,6 +25,10 @@ use rim::fold_lines;
 const WORDS: Words = &[
     ("use a memfd backing", "use memory-backend-memfd"),
     ("use Backing::File", "use memory-backend-file"),
+    (
+        "(OnShortage::TryAnyway, on-shortage=try-anyway)",
+        "(on-shortage=try-anyway)",
+    ),
 ];
 
 fn main() -> ExitCode {

@@ -153,6 +153,7 @@ fn more_than_the_machine_has_is_one_line_with_need_rest_and_remedy() {
             "more are needed",
             "/proc/meminfo",
             "ask for less RAM",
+            "(on-shortage=try-anyway)",
         ] {
             assert!(errors.contains(part), "{part} is missing: {errors}");
         }
