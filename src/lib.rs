@@ -44,7 +44,7 @@
 //! | `error` | the one [`Error`] type, which names ranges and seals of the modules below |
 //! | `units` | sizes and tables for people |
 //! | `panics`, `logs` | code of others that panics, the logger included, as an answer |
-//! | `layout` | guest ranges: alignment, overlap, holes, offsets in a backing |
+//! | `range` | guest ranges: alignment, overlap, holes, offsets in a backing |
 //! | `options` | [`RamOptions`]: what RAM is asked for, typed or in QEMU's syntax |
 //! | `report` | [`BuildReport`]: what building has to say: options without effect, limits that are near |
 //! | `host` | what this machine offers and forbids: NUMA nodes, huge pages, mounts, memory, control groups, limits, calls |
@@ -140,7 +140,7 @@ mod logs;
 mod panics;
 
 mod error;
-mod layout;
+mod range;
 mod units;
 
 mod options;
@@ -162,12 +162,8 @@ mod memory;
 mod discard;
 mod stats;
 
-pub mod receive;
-
-#[cfg(feature = "vhost-user")]
-mod share;
-#[cfg(feature = "vhost-user")]
-mod table;
+mod vhost_user;
+pub use vhost_user::receive;
 
 mod address_space;
 
@@ -195,7 +191,6 @@ pub use kvm::{
     DirtyPages, HypervisorVm, KvmSlot, KvmSlots, LogBuffer, SlotFlags, SlotMapping, SlotNumber,
     SlotNumbers,
 };
-pub use layout::{GuestRange, ram_around_hole};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{
     Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
@@ -204,18 +199,19 @@ pub use options::{
 pub use populate::{
     CancelToken, OnFailure, PopulateHandle, PopulateOptions, PopulateProgress, Populated,
 };
+pub use range::{GuestRange, ram_around_hole};
 pub use region::GuestRegionShm;
 pub use report::{BuildReport, NotHuge, Note, ReportLine};
 pub use rom::GuestRom;
-#[cfg(feature = "vhost-user")]
-pub use share::{
-    DaemonLog, DaemonProcess, FormerDaemon, HangUp, KernelVhost, MemTableSink, ShareReport,
-    SinkError, StoppedLog, TimeLimit, VhostUserShare,
-};
 pub use shortage::{MemoryLimit, MemoryShortage};
 pub use stats::{Extents, MemoryStats, NodeStats, RegionStats};
 #[cfg(feature = "vhost-user")]
-pub use table::{MemoryTable, TableChange, TableRegion, TableView, UserAddresses};
+pub use vhost_user::share::{
+    DaemonLog, DaemonProcess, FormerDaemon, HangUp, KernelVhost, MemTableSink, ShareReport,
+    SinkError, StoppedLog, TimeLimit, VhostUserShare,
+};
+#[cfg(feature = "vhost-user")]
+pub use vhost_user::table::{MemoryTable, TableChange, TableRegion, TableView, UserAddresses};
 
 /// README's examples compile and run.
 #[cfg(all(doctest, feature = "vhost-user"))]

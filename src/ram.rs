@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use crate::backing::ShmBacking;
 use crate::host::calls::was_refused;
-use crate::layout::GuestRange;
 use crate::mapping::Mapping;
+use crate::range::GuestRange;
 
 /// The RAM of a region, without its bitmap: for what is done to RAM as a whole. Cheap to clone; it
 /// stays mapped as long as any clone lives.

@@ -16,11 +16,11 @@ use vm_memory::{
 
 use crate::backing::{ShmBacking, memory_notes, page_size_of};
 use crate::error::{FileError, Result};
-use crate::layout::GuestRange;
 use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::options::{Access, RamOptions};
 use crate::populate::populate_new;
 use crate::ram::Ram;
+use crate::range::GuestRange;
 use crate::report::{BuildReport, log_notes};
 
 /// A contiguous range of guest RAM: one shared mapping of a part of a [`ShmBacking`].

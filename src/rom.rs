@@ -8,11 +8,11 @@ use vm_memory::GuestAddress;
 
 use crate::backing::{ShmBacking, page_size_of};
 use crate::error::{FileError, Result};
-use crate::layout::GuestRange;
 #[cfg(feature = "kvm")]
 use crate::mapping::HostAddr;
 use crate::mapping::Mapping;
 use crate::options::{Access, Backing, RamOptions};
+use crate::range::GuestRange;
 
 /// A file mapped for reading only (`PROT_READ`, `MAP_SHARED`), for firmware and the like: QEMU's
 /// `memory-backend-file` with `readonly=on,rom=on`.

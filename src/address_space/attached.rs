@@ -8,10 +8,10 @@ use super::listener::{ListenerError, MemoryListener};
 use super::status::ListenerStatus;
 use super::workers::{Answer, Call, Listener, Workers, panicked};
 use crate::error::{AddressSpaceError, Occasion, StaleListener};
-use crate::layout::GuestRange;
 use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::panics::{caught, discard};
+use crate::range::GuestRange;
 
 /// Whether a change may happen while a listener is away.
 ///

@@ -7,9 +7,9 @@ use super::{AddressSpace, ListenerError, ListenerId, MemoryListener};
 #[cfg(doc)]
 use crate::error::AddressSpaceError;
 use crate::error::{Error, MemTableChange, Result};
-use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
-use crate::share::{MemTableSink, VhostUserShare};
+use crate::range::GuestRange;
+use crate::vhost_user::share::{MemTableSink, VhostUserShare};
 
 /// A daemon, which is away once its share is broken, until it is
 /// [connected to anew](AddressSpace::reconnect).

@@ -3,9 +3,9 @@
 use std::any::Any;
 use std::fmt;
 
-use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
 use crate::panics::{caught, discard};
+use crate::range::GuestRange;
 
 /// How many causes of causes are told.
 const MOST_CAUSES: usize = 32;

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryAtomic};
 
-use crate::error::{AddressSpaceError, Result};
+use crate::error::Result;
 use crate::memory::GuestMemoryShm;
 use crate::region::GuestRegionShm;
 
@@ -19,6 +19,7 @@ mod attached;
 mod busy;
 #[cfg(feature = "vhost-user")]
 mod daemon;
+mod error;
 mod listener;
 mod members;
 mod per_region;
@@ -30,6 +31,7 @@ mod workers;
 pub use attached::Attendance;
 use attached::Listeners;
 use busy::Busy;
+pub use error::{AddressSpaceError, AttachError, Occasion, StaleListener};
 pub use listener::{ListenerError, MemoryListener};
 pub use per_region::{PerRegion, RegionListener};
 pub use published::PublishedMemory;

@@ -9,9 +9,9 @@ use super::AddressSpace;
 use super::attached::{Listeners, Objection};
 use super::published::Publisher;
 use crate::error::{Occasion, Result, StaleListener};
-use crate::layout::GuestRange;
 use crate::logs;
 use crate::memory::GuestMemoryShm;
+use crate::range::GuestRange;
 use crate::region::GuestRegionShm;
 
 /// Changes of the guest's memory that happen together or not at all:

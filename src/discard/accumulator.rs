@@ -9,10 +9,10 @@ use super::collector::{Collector, Units};
 use super::pieces::{Piece, pieces, transparent_huge_page};
 use crate::backing::base_page_size;
 use crate::error::Result;
-use crate::layout::GuestRange;
 use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
 use crate::ram::Ram;
+use crate::range::GuestRange;
 
 /// Refused reports on base pages are noted in bitmaps for so many bytes.
 const CHUNK: u64 = 2 << 20;

@@ -6,16 +6,18 @@ use std::sync::Arc;
 use vm_memory::GuestAddress;
 
 use crate::backing::{DiscardGate, Passage, ShmBacking};
-use crate::error::{DiscardError, Result};
-use crate::layout::GuestRange;
+use crate::error::Result;
 use crate::memory::GuestMemoryShm;
+use crate::range::GuestRange;
 
 mod accumulator;
 mod collector;
+mod error;
 mod inhibit;
 mod pieces;
 
 pub use accumulator::{Collected, DiscardAccumulator};
+pub use error::DiscardError;
 pub use inhibit::DiscardInhibitor;
 use pieces::{Piece, pieces};
 

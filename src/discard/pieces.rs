@@ -13,10 +13,10 @@ use super::Discarded;
 use crate::backing::{ShmBacking, base_page_size};
 use crate::error::DiscardError;
 use crate::host::transparent;
-use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
 use crate::options::Access;
 use crate::ram::Ram;
+use crate::range::GuestRange;
 
 /// The part of a range that is in one region.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::layout::GuestRange;
+use crate::range::GuestRange;
 use crate::units::HumanSize;
 
 /// Which limit on the number of regions a table met.
@@ -36,7 +36,7 @@ pub enum MemTableChange {
 
 impl MemTableChange {
     /// Why a daemon refuses it, most likely.
-    pub(super) fn likely_refusal(self) -> &'static str {
+    pub(crate) fn likely_refusal(self) -> &'static str {
         match self {
             Self::Remove(_) => {
                 "it may not know the region by this address and size, or remove no regions at all"

@@ -7,32 +7,23 @@ use std::time::Duration;
 
 use vm_memory::GuestAddress;
 
-use crate::layout::GuestRange;
+use crate::range::GuestRange;
 use crate::shortage::MemoryShortage;
 use crate::units::HumanSize;
 
-mod address_space;
 mod change;
-mod discard;
-mod file;
-#[cfg(feature = "kvm")]
-mod kvm;
-mod numa;
-mod options;
-mod populate;
-mod receive;
-mod text;
+pub(crate) mod text;
 
-pub use address_space::{AddressSpaceError, AttachError, Occasion, StaleListener};
-pub use change::{MemTableChange, SlotLimit};
-pub use discard::DiscardError;
-pub use file::FileError;
+pub use crate::address_space::{AddressSpaceError, AttachError, Occasion, StaleListener};
+pub use crate::backing::FileError;
+pub use crate::discard::DiscardError;
 #[cfg(feature = "kvm")]
-pub use kvm::KvmError;
-pub use numa::NumaError;
-pub use options::OptionsError;
-pub use populate::PopulateError;
-pub use receive::{ReceiveError, RegionError, RegionSpace};
+pub use crate::kvm::KvmError;
+pub use crate::mapping::NumaError;
+pub use crate::options::OptionsError;
+pub use crate::populate::PopulateError;
+pub use crate::vhost_user::receive::{ReceiveError, RegionError, RegionSpace};
+pub use change::{MemTableChange, SlotLimit};
 use text::{found_instead, human_sizes, shm_remedy, too_many};
 
 /// The result of this crate's operations.

@@ -8,7 +8,7 @@ use super::SlotLimit;
 use crate::options::NodeSet;
 use crate::units::HumanSize;
 
-pub(super) fn human_sizes(sizes: &[u64]) -> String {
+pub(crate) fn human_sizes(sizes: &[u64]) -> String {
     if sizes.is_empty() {
         return "none".to_owned();
     }
@@ -19,7 +19,7 @@ pub(super) fn human_sizes(sizes: &[u64]) -> String {
         .join(", ")
 }
 
-pub(super) fn shm_remedy(source: &io::Error) -> &'static str {
+pub(crate) fn shm_remedy(source: &io::Error) -> &'static str {
     match source.kind() {
         io::ErrorKind::NotFound => "/dev/shm does not exist, mount a tmpfs there",
         io::ErrorKind::ReadOnlyFilesystem => "/dev/shm is read-only, remount it read-write",
@@ -29,7 +29,7 @@ pub(super) fn shm_remedy(source: &io::Error) -> &'static str {
     }
 }
 
-pub(super) fn nodes_present(present: Option<NodeSet>) -> String {
+pub(crate) fn nodes_present(present: Option<NodeSet>) -> String {
     match present {
         Some(nodes) => format!("this machine has memory on nodes {nodes}"),
         None => "this kernel knows no NUMA nodes".to_owned(),
@@ -37,7 +37,7 @@ pub(super) fn nodes_present(present: Option<NodeSet>) -> String {
 }
 
 /// What to do where no descriptor is left.
-pub(super) fn more_descriptors(source: &io::Error) -> &'static str {
+pub(crate) fn more_descriptors(source: &io::Error) -> &'static str {
     match source.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENFILE) => {
             "the whole system has as many files open as it may, raise the limit (sysctl fs.file-max)"
@@ -46,14 +46,14 @@ pub(super) fn more_descriptors(source: &io::Error) -> &'static str {
     }
 }
 
-pub(super) fn found_instead(found: Option<u64>) -> String {
+pub(crate) fn found_instead(found: Option<u64>) -> String {
     match found {
         Some(size) => format!("one of {} does", HumanSize(size)),
         None => "none does".to_owned(),
     }
 }
 
-pub(super) fn too_many(limit: u64, slots: SlotLimit) -> String {
+pub(crate) fn too_many(limit: u64, slots: SlotLimit) -> String {
     match slots {
         SlotLimit::Message => format!(
             "SET_MEM_TABLE carries {limit}: negotiate CONFIGURE_MEM_SLOTS with the daemon or use \

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::{SlotNumber, SlotNumbers};
 use crate::error::Result;
-use crate::layout::GuestRange;
+use crate::range::GuestRange;
 
 /// Numbers that belong to ranges.
 pub(super) struct Assigned {

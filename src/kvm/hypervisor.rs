@@ -11,8 +11,8 @@ use std::ptr::NonNull;
 use bitflags::bitflags;
 
 use super::LogBuffer;
-use crate::layout::GuestRange;
 use crate::mapping::HostAddr;
+use crate::range::GuestRange;
 
 /// A virtual machine with memory slots, as [`KvmSlots`](crate::KvmSlots) uses it: four calls.
 ///

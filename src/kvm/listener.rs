@@ -7,8 +7,8 @@ use super::slot::Memory;
 use super::{KvmSlot, KvmSlots, check_size};
 use crate::address_space::{ListenerError, MemoryListener};
 use crate::error::{Error, KvmError, Result};
-use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
+use crate::range::GuestRange;
 
 /// The hypervisor is asked first whether it has the slots; what else it may refuse, it says only
 /// when it is told.

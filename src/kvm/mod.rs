@@ -11,14 +11,15 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
-use crate::error::{KvmError, Result};
-use crate::layout::{GuestRange, base_page_size};
+use crate::error::Result;
 use crate::logs;
 use crate::mapping::Mapping;
+use crate::range::{GuestRange, base_page_size};
 
 mod assigned;
 mod claims;
 mod dirty;
+mod error;
 mod hypervisor;
 mod listener;
 mod log_buffer;
@@ -29,6 +30,7 @@ mod vm_fd;
 
 use assigned::Assigned;
 pub use dirty::DirtyPages;
+pub use error::KvmError;
 pub use hypervisor::{HypervisorVm, SlotFlags, SlotMapping};
 pub use log_buffer::LogBuffer;
 pub use numbers::{SlotNumber, SlotNumbers};

@@ -14,7 +14,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, VmFd};
 
 use super::{HypervisorVm, LogBuffer, SlotMapping};
-use crate::layout::base_page_size;
+use crate::range::base_page_size;
 
 /// linux/kvm.h's requests, which the macros make functions of.
 mod ioctls {
@@ -118,7 +118,7 @@ mod tests {
 
     use super::*;
     use crate::kvm::SlotFlags;
-    use crate::layout::GuestRange;
+    use crate::range::GuestRange;
 
     #[test]
     fn what_is_cleared_are_whole_words_or_all_up_to_the_end() {

@@ -29,6 +29,7 @@ use crate::report::{NotHuge, Note, log_notes};
 #[cfg(feature = "kvm")]
 mod guarded;
 mod numa;
+mod numa_error;
 mod populate;
 mod remove;
 mod reserve;
@@ -36,6 +37,7 @@ mod scan;
 
 #[cfg(feature = "kvm")]
 pub(crate) use guarded::GuardedWords;
+pub use numa_error::NumaError;
 use reserve::{Reservation, placement, rehearse};
 pub(crate) use scan::cached;
 

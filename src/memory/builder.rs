@@ -11,9 +11,9 @@ use crate::backing::{
     huge_pages, memory_notes, page_size_of, start_of,
 };
 use crate::error::{Error, FileError, Result};
-use crate::layout::{GuestRange, check_disjoint, pack};
 use crate::options::{Access, Backing, OnShortage, RamOptions};
 use crate::populate::populate_new;
+use crate::range::{GuestRange, check_disjoint, pack};
 use crate::region::{GuestRegionShm, new_bitmap};
 use crate::report::{BuildReport, log_notes};
 

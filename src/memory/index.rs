@@ -7,8 +7,8 @@
 
 use std::sync::Arc;
 
-use crate::layout::GuestRange;
 use crate::mapping::to_usize;
+use crate::range::GuestRange;
 use crate::region::GuestRegionShm;
 
 /// Enough for 509 memory slots of different sizes, and 128 KiB at most.

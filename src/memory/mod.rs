@@ -12,9 +12,9 @@ use vm_memory::{
 };
 
 use crate::error::{Error, Result};
-use crate::layout::GuestRange;
 use crate::mapping::to_usize;
 use crate::options::RamOptions;
+use crate::range::GuestRange;
 use crate::region::GuestRegionShm;
 
 mod builder;

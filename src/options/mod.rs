@@ -3,10 +3,12 @@
 use std::num::NonZeroU32;
 
 mod check;
+mod error;
 mod kinds;
 mod numa;
 mod qemu;
 
+pub use error::OptionsError;
 pub use kinds::{
     Access, Backing, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate, Reserve, Sealing,
 };

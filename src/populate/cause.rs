@@ -13,7 +13,7 @@ use crate::backing::check_pool;
 use crate::error::{Error, PopulateError};
 use crate::host::memory::{Demand, MemoryLimits};
 use crate::host::nodes;
-use crate::layout::GuestRange;
+use crate::range::GuestRange;
 
 /// The cause of a failure, when `needed` bytes were still missing. To be called before anything is
 /// given back.

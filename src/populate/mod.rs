@@ -30,13 +30,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[cfg(doc)]
 use crate::error::PopulateError;
 use crate::error::Result;
-use crate::layout::GuestRange;
 use crate::logs;
 use crate::options::{OnShortage, Populate, RamOptions};
 use crate::ram::Ram;
+use crate::range::GuestRange;
 
 mod cause;
 mod engine;
+mod error;
 mod handle;
 mod holes;
 mod need;
@@ -46,6 +47,7 @@ mod run;
 mod watch;
 mod work;
 
+pub use error::PopulateError;
 pub use handle::PopulateHandle;
 use plan::Part;
 use run::{Job, Policy};

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::backing::{FileIdentity, ShmBacking};
 use crate::error::PopulateError;
-use crate::layout::GuestRange;
 use crate::options::{NodeSet, NumaPolicy, OnShortage, Populate};
 use crate::ram::Ram;
+use crate::range::GuestRange;
 use crate::report::{NotHuge, Note};
 
 /// The size of a chunk, in bytes: some milliseconds of work, which is how soon progress is seen

@@ -8,9 +8,9 @@ use super::allocated::unlocated;
 use super::{by_backing, failed};
 use crate::backing::Allocation;
 use crate::error::Result;
-use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
 use crate::ram::Ram;
+use crate::range::GuestRange;
 
 /// Which parts of the RAM are allocated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use crate::backing::{BackingKind, Seals, ShmBacking};
 use crate::error::{Error, Result};
 use crate::host;
-use crate::layout::GuestRange;
 use crate::memory::GuestMemoryShm;
 use crate::ram::Ram;
+use crate::range::GuestRange;
 use crate::report::Note;
 
 mod allocated;

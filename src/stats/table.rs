@@ -72,7 +72,7 @@ mod tests {
     use super::super::{NodeStats, RegionStats};
     use super::*;
     use crate::backing::BackingKind;
-    use crate::layout::GuestRange;
+    use crate::range::GuestRange;
     use crate::report::Note;
 
     #[test]

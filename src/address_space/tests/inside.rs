@@ -229,8 +229,8 @@ fn other_threads_wait_for_a_change_and_go_on_after_it() {
 #[test]
 fn a_handler_of_bases_cannot_call_it_either() {
     use crate::error::MemTableChange;
-    use crate::share::{HangUp, MemTableSink, SinkError, VhostUserShare};
-    use crate::table::TableRegion;
+    use crate::vhost_user::share::{HangUp, MemTableSink, SinkError, VhostUserShare};
+    use crate::vhost_user::table::TableRegion;
     use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 
     /// A daemon while postcopy listens.

@@ -245,8 +245,8 @@ fn a_memory_that_panics_when_it_is_dropped_by_a_publication_does_not_stop_it() {
 #[cfg(feature = "vhost-user")]
 #[test]
 fn a_connection_that_panics_when_it_is_taken_leaves_the_daemon_away() {
-    use crate::share::{HangUp, MemTableSink, SinkError, VhostUserShare};
-    use crate::table::TableRegion;
+    use crate::vhost_user::share::{HangUp, MemTableSink, SinkError, VhostUserShare};
+    use crate::vhost_user::table::TableRegion;
     use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 
     struct Sink(bool);

@@ -10,7 +10,7 @@ use super::hang_up::HangUp;
 use super::sink::{Answer, MemTableSink, SinkError};
 use crate::error::{Error, Result, SlotLimit};
 use crate::mapping::Mapping;
-use crate::table::{MemoryTable, TableRegion};
+use crate::vhost_user::table::{MemoryTable, TableRegion};
 
 /// The limit of the kernel module vhost, unless its parameter says otherwise.
 const DEFAULT_MAX_REGIONS: usize = 64;

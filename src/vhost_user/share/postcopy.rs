@@ -9,8 +9,8 @@ use vm_memory::GuestAddress;
 use super::sink::{MemTableSink, SinkError};
 use super::{ShareReport, VhostUserShare};
 use crate::error::{MemTableChange, Result};
-use crate::layout::GuestRange;
-use crate::table::TableRegion;
+use crate::range::GuestRange;
+use crate::vhost_user::table::TableRegion;
 
 type Handler = Box<dyn FnMut(GuestRange, u64) + Send>;
 

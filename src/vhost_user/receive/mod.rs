@@ -92,12 +92,14 @@
 //! ```
 
 mod check;
+mod error;
 mod policy;
 mod table;
 #[cfg(feature = "vhost-user")]
 mod vhost;
 mod wire;
 
+pub use error::{ReceiveError, RegionError, RegionSpace};
 pub use policy::ReceivePolicy;
 pub use table::{ReceivedTable, map_table};
 pub use wire::{ReceivedRegion, decode_region, decode_table};

@@ -14,7 +14,7 @@ use vm_memory::bitmap::Bitmap;
 use crate::error::{Error, MemTableChange, Result, SlotLimit};
 use crate::logs;
 use crate::memory::GuestMemoryShm;
-use crate::table::{MemoryTable, TableView};
+use crate::vhost_user::table::{MemoryTable, TableView};
 
 mod exchange;
 mod hang_up;

@@ -4,7 +4,7 @@ use std::io;
 
 use vm_memory::GuestAddress;
 
-use crate::layout::GuestRange;
+use crate::range::GuestRange;
 use crate::units::HumanSize;
 
 /// Why memory could not be given back. Unless the variant says otherwise, nothing was.

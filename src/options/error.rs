@@ -206,5 +206,5 @@ pub enum OptionsError {
 }
 
 #[cfg(test)]
-#[path = "options_tests.rs"]
+#[path = "error_tests.rs"]
 mod tests;

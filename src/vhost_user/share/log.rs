@@ -7,10 +7,10 @@ use vm_memory::{GuestAddress, GuestMemoryRegion, VolatileMemory, VolatileSlice};
 
 use crate::backing::{ShmBacking, base_page_size};
 use crate::error::Result;
-use crate::layout::GuestRange;
 use crate::mapping::to_usize;
+use crate::range::GuestRange;
 use crate::region::GuestRegionShm;
-use crate::table::MemoryTable;
+use crate::vhost_user::table::MemoryTable;
 
 /// Bytes of guest memory per bit (vhost-user specification, "Migration"), whatever the page size.
 const PAGE: u64 = 4096;

@@ -7,7 +7,7 @@ use std::ops::Range;
 use nix::errno::Errno;
 use vm_memory::GuestAddress;
 
-use crate::layout::GuestRange;
+use crate::range::GuestRange;
 use crate::units::HumanSize;
 
 /// Why KVM's memory slots are not what they should be. Unless the variant says otherwise, they are

@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 
 use super::*;
-use crate::layout::GuestRange;
+use crate::range::GuestRange;
 
 /// Bytes.
 fn count(dirty: &[GuestRange]) -> u64 {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::layout::GuestRange;
+use crate::range::GuestRange;
 
 /// What a log had to say when it was [stopped](crate::VhostUserShare::stop_log): the last dirty
 /// pages, and which daemons may write others that are in no harvest.

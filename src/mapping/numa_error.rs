@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::text::nodes_present;
+use crate::error::text::nodes_present;
 use crate::options::{NodeSet, NumaPolicy};
 
 /// The RAM cannot be placed on the NUMA nodes that were asked for.

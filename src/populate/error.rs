@@ -4,8 +4,8 @@ use std::io;
 
 use vm_memory::GuestAddress;
 
-use super::text::more_descriptors;
-use crate::layout::GuestRange;
+use crate::error::text::more_descriptors;
+use crate::range::GuestRange;
 use crate::shortage::MemoryShortage;
 use crate::units::HumanSize;
 

@@ -22,9 +22,9 @@ use super::process::DaemonProcess;
 use super::stopped::{FormerDaemon, StoppedLog};
 use super::{MemTableSink, VhostUserShare};
 use crate::error::{Error, MemTableChange, Result};
-use crate::layout::GuestRange;
 use crate::logs;
-use crate::table::{MemoryTable, TableRegion};
+use crate::range::GuestRange;
+use crate::vhost_user::table::{MemoryTable, TableRegion};
 
 /// That a daemon is to log.
 #[derive(Debug, Default)]

@@ -11,7 +11,7 @@ mod former;
 mod panics;
 mod postcopy;
 mod refused;
-use crate::table::TableRegion;
+use crate::vhost_user::table::TableRegion;
 
 /// What the share told the daemon, in order; addresses in MiB.
 #[derive(Clone, Debug, PartialEq, Eq)]

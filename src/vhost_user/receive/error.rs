@@ -4,7 +4,7 @@ use std::fmt;
 
 use nix::errno::Errno;
 
-use super::Error;
+use crate::error::Error;
 use crate::units::HumanSize;
 
 /// Why a daemon does not take a memory table, a change of it, or an address.
@@ -365,5 +365,5 @@ fn huge_size(size: u128) -> String {
 }
 
 #[cfg(test)]
-#[path = "receive_tests.rs"]
+#[path = "error_tests.rs"]
 mod tests;

@@ -11,9 +11,9 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::backing::ShmBacking;
-use crate::layout::GuestRange;
 use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
+use crate::range::GuestRange;
 use crate::region::GuestRegionShm;
 
 mod view;

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::layout::GuestRange;
+use crate::range::GuestRange;
 
 /// What the handler was told; addresses in MiB.
 type Told = Arc<Mutex<Vec<(u64, u64)>>>;

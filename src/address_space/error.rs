@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::layout::GuestRange;
+use crate::range::GuestRange;
 
 /// Why a change of the guest's memory did not happen, or a listener is not up to date.
 ///

@@ -14,7 +14,7 @@ use super::process::DaemonProcess;
 use super::socket::socket_of;
 use super::wire;
 use crate::error::MemTableChange;
-use crate::table::{MemoryTable, TableRegion};
+use crate::vhost_user::table::{MemoryTable, TableRegion};
 
 /// The front-end's side of a connection to a daemon, as far as memory tables need it.
 ///

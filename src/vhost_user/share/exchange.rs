@@ -7,7 +7,7 @@ use super::time_limit::Clock;
 use super::{ShareReport, TimeLimit, VhostUserShare};
 use crate::error::{Error, MemTableChange, Result};
 use crate::logs;
-use crate::table::{MemoryTable, TableChange};
+use crate::vhost_user::table::{MemoryTable, TableChange};
 
 impl<F: MemTableSink> VhostUserShare<F> {
     /// Sends what is different in `table`, and the dirty log around it.

@@ -5,8 +5,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::{MemoryTable, TableRegion};
 use crate::error::{Error, Result};
-use crate::layout::{GuestRange, base_page_size};
 use crate::memory::GuestMemoryShm;
+use crate::range::{GuestRange, base_page_size};
 
 /// What one daemon gets to see of a guest's memory: a selection of the regions, and what their user
 /// addresses say.

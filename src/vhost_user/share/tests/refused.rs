@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::*;
-use crate::layout::GuestRange;
+use crate::range::GuestRange;
 
 /// Two updates, with a log from between them if the daemon can have one.
 fn exchange(
