@@ -233,7 +233,7 @@ fn flatten(tree: &UseTree, before: &mut Module, leaves: &mut Vec<(Module, String
             let name = name.ident.to_string();
             match name.as_str() {
                 "self" => leaves.push((before.clone(), before.last().unwrap().clone())),
-                _ => leaves.push(([&before[..], &[name.clone()]].concat(), name)),
+                _ => leaves.push(([&before[..], std::slice::from_ref(&name)].concat(), name)),
             }
         }
         UseTree::Rename(rename) => {
