@@ -182,9 +182,9 @@ pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
 #[cfg(feature = "kvm")]
 pub use error::KvmError;
 pub use error::{
-    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, MemTableChange,
-    NumaError, Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace,
-    Result, SlotLimit, StaleListener,
+    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, NumaError,
+    Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace, Result,
+    StaleListener,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{
@@ -207,11 +207,13 @@ pub use shortage::{MemoryLimit, MemoryShortage};
 pub use stats::{Extents, MemoryStats, NodeStats, RegionStats};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::share::{
-    DaemonLog, DaemonProcess, FormerDaemon, HangUp, KernelVhost, MemTableSink, ShareReport,
-    SinkError, StoppedLog, TimeLimit, VhostUserShare,
+    DaemonFailure, DaemonLog, DaemonProcess, DaemonRequest, FormerDaemon, HangUp, KernelVhost,
+    MemTableSink, ShareError, ShareReport, StoppedLog, TimeLimit, VhostUserShare,
 };
 #[cfg(feature = "vhost-user")]
-pub use vhost_user::table::{MemoryTable, TableChange, TableRegion, TableView, UserAddresses};
+pub use vhost_user::table::{
+    MemoryTable, SlotLimit, TableChange, TableError, TableRegion, TableView, UserAddresses,
+};
 
 /// README's examples compile and run.
 #[cfg(all(doctest, feature = "vhost-user"))]
