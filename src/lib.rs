@@ -138,6 +138,8 @@
 
 mod logs;
 mod panics;
+#[cfg(test)]
+mod rules;
 
 mod error;
 mod range;
