@@ -138,8 +138,6 @@
 
 mod logs;
 mod panics;
-#[cfg(test)]
-mod rules;
 
 mod error;
 mod range;

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -26,7 +26,7 @@ pub(crate) fn left() -> Option<(u64, u64)> {
 
 /// What the kernel calls the file: the path that it has, or had, or the name of a memfd.
 pub(crate) fn name_of(file: impl AsFd) -> Option<String> {
-    let path = fs::read_link(link(file)).ok()?;
+    let path = fs::read_link(link(file.as_fd())).ok()?;
     let path = path.to_string_lossy();
     let path = path.strip_suffix(" (deleted)").unwrap_or(&path);
     Some(path.strip_prefix("/memfd:").unwrap_or(path).to_owned())
@@ -34,11 +34,11 @@ pub(crate) fn name_of(file: impl AsFd) -> Option<String> {
 
 /// The file, opened anew for reading: with a position that no other process moves.
 pub(crate) fn reopened(file: impl AsFd) -> io::Result<File> {
-    File::open(link(file))
+    File::open(link(file.as_fd()))
 }
 
-fn link(file: impl AsFd) -> PathBuf {
-    PathBuf::from(format!("{DIR}/{}", file.as_fd().as_raw_fd()))
+fn link(file: BorrowedFd<'_>) -> PathBuf {
+    PathBuf::from(format!("{DIR}/{}", file.as_raw_fd()))
 }
 
 #[cfg(test)]
