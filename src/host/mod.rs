@@ -15,9 +15,10 @@ pub(crate) mod nodes;
 pub(crate) mod numa_maps;
 mod pages;
 pub(crate) mod pools;
+#[cfg(feature = "vhost-user")]
 pub(crate) mod process;
 pub(crate) mod transparent;
 #[cfg(feature = "vhost-user")]
 pub(crate) mod vhost;
 
-pub(crate) use pages::{base_page_size, pagemap};
+pub(crate) use pages::{base_page_size, locked, pagemap};

@@ -1,18 +1,9 @@
-//! Processes: what is known of this one, and whether another is dead.
+//! Whether another process is dead.
 
 use std::fs::{self, File};
-use std::io;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-
-use super::fields::bytes;
-
-/// What this process has locked into memory, in bytes.
-pub(crate) fn locked() -> io::Result<u64> {
-    let text = fs::read_to_string("/proc/self/status")?;
-    Ok(bytes(&text, "VmLck").unwrap_or(0))
-}
 
 /// `/proc/PID/stat`, which stands for its process also when the number is another's.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::backing::{BackingKind, Seals, ShmBacking};
 use crate::error::{Error, Result};
-use crate::host::{descriptors, meminfo, nodes, numa_maps, process};
+use crate::host::{descriptors, locked, meminfo, nodes, numa_maps};
 use crate::memory::GuestMemoryShm;
 use crate::ram::Ram;
 use crate::range::GuestRange;
@@ -153,7 +153,7 @@ impl<B> GuestMemoryShm<B> {
             regions: stats,
             nodes: Vec::new(),
             unlocated,
-            locked: process::locked().map_err(failed("read /proc/self/status"))?,
+            locked: locked().map_err(failed("read /proc/self/status"))?,
         };
         stats.nodes = per_node(&rams, stats.allocated())?;
         Ok(stats)
