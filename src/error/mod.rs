@@ -20,6 +20,7 @@ pub use crate::kvm::KvmError;
 pub use crate::mapping::NumaError;
 pub use crate::options::OptionsError;
 pub use crate::populate::PopulateError;
+use crate::stats::StatsError;
 pub use crate::vhost_user::receive::{ReceiveError, RegionError, RegionSpace};
 #[cfg(feature = "vhost-user")]
 use crate::vhost_user::share::ShareError;
@@ -60,6 +61,10 @@ pub enum Error {
     /// Memory could not be given back.
     #[error(transparent)]
     Discard(#[from] DiscardError),
+
+    /// The kernel does not say what of the RAM exists.
+    #[error(transparent)]
+    Stats(#[from] StatsError),
 
     /// A change of the guest's memory did not happen, or a listener is not up to date.
     #[error(transparent)]
@@ -448,15 +453,6 @@ pub enum Error {
         range: GuestRange,
         /// vm-memory's answer.
         source: Box<dyn std::error::Error + Send + Sync>,
-    },
-
-    /// The kernel does not say what of the RAM exists.
-    #[error("cannot {doing}, to say what of the RAM exists: mount procfs, and see the cause")]
-    Stats {
-        /// The step that failed.
-        doing: &'static str,
-        /// The system's answer.
-        source: io::Error,
     },
 
     /// The mock daemon, or a driver of the mock with any daemon, could not do its part.
