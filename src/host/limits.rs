@@ -1,8 +1,21 @@
 //! How many descriptors this process, and all of the system, may have.
 
 use std::fs;
+use std::io;
 
+use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
+
+/// Whether an answer is that no descriptor is left, of the process's or of the system's.
+pub(crate) fn is_no_descriptor(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EMFILE | Errno::ENFILE))
+}
+
+/// How many descriptors this process may have.
+pub(crate) fn descriptors() -> u64 {
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft)
+}
 
 /// How many descriptors this process may still open, and its limit, or `None` if nobody tells.
 ///
