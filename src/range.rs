@@ -5,7 +5,6 @@
 
 use std::fmt;
 
-use nix::unistd::{SysconfVar, sysconf};
 use vm_memory::GuestAddress;
 
 use crate::error::{Error, Result};
@@ -169,16 +168,6 @@ pub(crate) fn pack(start: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, u64)>
         end = sum;
     }
     Ok((offsets, end))
-}
-
-/// The size of base pages in bytes.
-pub(crate) fn base_page_size() -> u64 {
-    // POSIX requires the variable; a system without it would have no page size at all.
-    let size = sysconf(SysconfVar::PAGE_SIZE)
-        .ok()
-        .flatten()
-        .unwrap_or(4096);
-    size.unsigned_abs()
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 
-use crate::host::{limits, memory};
+use crate::host::{descriptors, memory};
 use crate::options::NodeSet;
 use crate::units::HumanSize;
 
@@ -111,7 +111,7 @@ impl Shortage {
 
     /// The shortage of descriptors that an answer of the system is, if it is one.
     pub(crate) fn of_descriptors(answer: &io::Error) -> Option<Self> {
-        limits::is_no_descriptor(answer).then(|| Self::no_descriptors(answer))
+        descriptors::is_none_left(answer).then(|| Self::no_descriptors(answer))
     }
 
     /// No descriptor is left, as an answer of the system says (`EMFILE`, `ENFILE`).
@@ -119,7 +119,7 @@ impl Shortage {
         let limit = match answer.raw_os_error().map(Errno::from_raw) {
             Some(Errno::ENFILE) => ResourceLimit::SystemDescriptors,
             _ => ResourceLimit::Descriptors {
-                limit: limits::descriptors(),
+                limit: descriptors::limit(),
             },
         };
         Self::new(1, 0, limit)

@@ -7,7 +7,7 @@ use nix::sys::statvfs::{Statvfs, fstatvfs};
 
 use super::{file, hugetlb};
 use crate::error::Result;
-use crate::host::limits;
+use crate::host::descriptors;
 use crate::host::memory::{Demand, Kind, MemoryLimits};
 use crate::options::{Backing, NodeSet, PageSize, Populate, RamOptions};
 use crate::report::Note;
@@ -131,7 +131,7 @@ fn kind(options: &RamOptions) -> Option<Kind> {
 
 /// Refuses more backings than there are descriptors for.
 pub(crate) fn check_descriptors(needed: u64) -> Result<()> {
-    match limits::descriptors_left() {
+    match descriptors::left() {
         Some((left, limit)) if needed > left => {
             let limit = ResourceLimit::Descriptors { limit };
             Err(Shortage::new(needed, left, limit).into())

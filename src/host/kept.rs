@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use super::limits::is_no_descriptor;
+use super::descriptors::is_none_left;
 
 /// A file of procfs, sysfs or a control group that stays open once it was read: to read it again
 /// takes no descriptor, which may have become short, and less than a microsecond for most.
@@ -35,7 +35,7 @@ impl Kept {
             return Ok(());
         }
         let file = match File::open(&self.path) {
-            Err(error) if is_no_descriptor(&error) => return Err(error),
+            Err(error) if is_none_left(&error) => return Err(error),
             answer => answer.ok(),
         };
         // Whoever was first.

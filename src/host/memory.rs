@@ -6,10 +6,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::control_group::{Branch, Controller, Left, MemoryGroup};
+use super::descriptors::is_none_left;
+use super::fields::bytes;
 use super::kept::Kept;
-use super::limits::is_no_descriptor;
 use super::mounts::{self, Mount};
-use super::{meminfo, nodes};
+use super::nodes;
 use crate::options::NodeSet;
 
 /// What is kept back of each limit, in bytes, for what this process and others in its group need
@@ -200,7 +201,7 @@ impl MemoryLimits {
     /// `EMFILE` and `ENFILE`: what cannot be opened now cannot be looked at.
     pub(crate) fn of_this_process() -> io::Result<Self> {
         let read = |path: &str| match fs::read_to_string(path) {
-            Err(error) if is_no_descriptor(&error) => Err(error),
+            Err(error) if is_none_left(&error) => Err(error),
             answer => Ok(answer.unwrap_or_default()),
         };
         // Memory is charged to the group of the process, huge pages to that of the thread.
@@ -244,7 +245,7 @@ impl MemoryLimits {
             .any(|(kind, _)| matches!(kind, Kind::Base(_)));
         if base || self.accounts_hugetlb {
             let meminfo = self.meminfo.read().unwrap_or_default();
-            let swap = meminfo::value(&meminfo, "SwapFree").unwrap_or(0);
+            let swap = bytes(&meminfo, "SwapFree").unwrap_or(0);
             self.add_groups(&mut bounds, swap, enough);
             if base {
                 bounds.extend(machine(&meminfo, swap));
@@ -326,7 +327,7 @@ impl MemoryLimits {
         let mut left = 0_u64;
         for node in nodes.iter() {
             let text = fs::read_to_string(self.nodes.join(format!("node{node}/meminfo"))).ok()?;
-            let value = |name| meminfo::value(&text, name).unwrap_or(0);
+            let value = |name| bytes(&text, name).unwrap_or(0);
             let cached = value("Active(file)") + value("Inactive(file)");
             let written_first = value("Dirty") + value("Writeback");
             let all = value("MemFree") + cached.saturating_sub(written_first);
@@ -342,10 +343,10 @@ impl MemoryLimits {
 
 /// What the machine can still give.
 fn machine(meminfo: &str, swap: u64) -> Option<Bound> {
-    let available = meminfo::value(meminfo, "MemAvailable")?;
-    let total = meminfo::value(meminfo, "MemTotal").unwrap_or(0);
+    let available = bytes(meminfo, "MemAvailable")?;
+    let total = bytes(meminfo, "MemTotal").unwrap_or(0);
     let left = available.saturating_add(swap);
-    let swap_total = meminfo::value(meminfo, "SwapTotal").unwrap_or(0);
+    let swap_total = bytes(meminfo, "SwapTotal").unwrap_or(0);
     Some(Bound {
         limit: Limit::Machine {
             size: total.saturating_add(swap_total),

@@ -96,7 +96,7 @@ fn the_limit_on_file_sizes_concerns_files_that_are_made_longer() {
                 (dir.path(), 0, 2 * MIB, "2 MiB"),
             ] {
                 let text = format!(
-                    "a backing of {total} exceeds RLIMIT_FSIZE, which is 1 MiB: raise it (ulimit \
+                    "a file of {total} exceeds RLIMIT_FSIZE, which is 1 MiB: raise it (ulimit \
                      -f)"
                 );
                 refused(&file_options(path).with_offset(offset), size, &text);
