@@ -76,7 +76,7 @@ impl<B> GuestMemoryShm<B> {
             .into_iter()
             .map(|range| GuestRange::new(GuestAddress(range.start), range.end - range.start));
         Ok(Extents {
-            ranges: ranges.collect::<Result<_>>()?,
+            ranges: ranges.collect::<Result<_, _>>()?,
             unlocated,
         })
     }
