@@ -41,14 +41,13 @@
 //!
 //! | module | owns |
 //! |---|---|
-//! | `error` | the one [`Error`] type, which names ranges and seals of the modules below |
 //! | `units` | sizes and tables for people |
 //! | `panics`, `logs` | code of others that panics, the logger included, as an answer |
-//! | `range` | guest ranges: alignment, overlap, holes, offsets in a backing |
+//! | `range` | [`GuestRange`]: guest ranges: alignment, overlap, holes, offsets in a backing |
 //! | `options` | [`RamOptions`]: what RAM is asked for, typed or in QEMU's syntax |
-//! | `report` | [`BuildReport`]: what building has to say: options without effect, limits that are near |
 //! | `host` | what this machine offers and forbids: NUMA nodes, huge pages, mounts, memory, control groups, limits, calls |
 //! | `shortage` | [`MemoryShortage`]: what is short, by which limit, and what to do |
+//! | `report` | [`BuildReport`]: what building has to say: options without effect, limits that are near |
 //! | `backing` | [`ShmBacking`]: a sized descriptor, its seals, page size, allocation; adoption |
 //! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
 //! | `ram` | the RAM of a region: mapping, backing, and the place in both |
@@ -58,11 +57,12 @@
 //! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
 //! | `discard` | giving pages back to the host, forbidding it, and collecting balloon reports |
 //! | `stats` | [`MemoryStats`], [`Extents`]: what of the RAM exists, where, and by which pages |
-//! | [`receive`] | the daemon's end: a memory table that was sent is checked and mapped |
-//! | `table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it; `TableView`: how much of it |
-//! | `share` | `VhostUserShare`: one daemon's view kept equal to a table, its dirty log, and in-kernel vhost |
+//! | `vhost_user::table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it; `TableView`: how much of it |
+//! | [`vhost_user::receive`](receive) | the daemon's end: a memory table that was sent is checked and mapped |
+//! | `vhost_user::share` | `VhostUserShare`: one daemon's view kept equal to a table, its dirty log, and in-kernel vhost |
 //! | `address_space` | [`AddressSpace`]: memory that changes, published to readers and told to listeners |
 //! | `kvm` | `KvmSlots`, with the feature `kvm`: the memory slots of KVM, or of any `HypervisorVm`, kept equal to the memory; `SlotNumbers` |
+//! | `error` | the root [`Error`], a sum of the errors of the modules above |
 //! | `mock` | with the feature `mock`: an in-process daemon and a driver, for tests |
 //!
 //! # Invariants
@@ -160,6 +160,8 @@ mod rom;
 
 mod memory;
 
+mod listener;
+
 mod discard;
 mod stats;
 
@@ -175,8 +177,8 @@ mod kvm;
 pub mod mock;
 
 pub use address_space::{
-    AddressSpace, Attendance, ChangeReport, ListenerError, ListenerId, ListenerStatus,
-    MemoryListener, PerRegion, PublishedMemory, RegionListener, Transaction,
+    AddressSpace, Attendance, ChangeReport, ListenerId, ListenerStatus, PublishedMemory,
+    Transaction,
 };
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
@@ -192,6 +194,7 @@ pub use kvm::{
     DirtyPages, HypervisorVm, KvmSlot, KvmSlots, LogBuffer, SlotFlags, SlotMapping, SlotNumber,
     SlotNumbers,
 };
+pub use listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{
     Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,

@@ -253,7 +253,7 @@ mod tests {
     use vm_memory::GuestAddressSpace;
 
     use super::*;
-    use crate::address_space::{ListenerError, MemoryListener};
+    use crate::listener::{ListenerError, MemoryListener};
 
     /// How many regions it was told.
     struct Counts(Arc<Mutex<Vec<usize>>>);

@@ -7,7 +7,6 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
@@ -15,6 +14,7 @@ use nix::unistd::{Whence, lseek64};
 
 use super::{BLOCK, ShmBacking, base_page_size};
 use crate::error::Result;
+use crate::host::descriptors::reopened;
 use crate::mapping::cached;
 
 /// Below so many pages of resolution, runs of allocated pages are measured, not stepped through: a
@@ -234,7 +234,7 @@ struct Seeker<'a> {
 
 impl<'a> Seeker<'a> {
     fn new(shared: &'a File) -> Self {
-        let own = File::open(format!("/proc/self/fd/{}", shared.as_raw_fd())).ok();
+        let own = reopened(shared).ok();
         Self { own, shared }
     }
 

@@ -41,7 +41,7 @@ mod notes;
 mod posix_shm;
 mod seals;
 
-pub(crate) use crate::range::base_page_size;
+pub(crate) use crate::host::base_page_size;
 pub use adopt::{AdoptPolicy, SealPolicy};
 pub(crate) use capacity::{check_descriptors, check_posix_shm, memory_notes};
 pub(crate) use create::{check_creation, huge_pages, page_size_of, start_of};

@@ -5,8 +5,8 @@ use vm_memory::bitmap::Bitmap;
 
 use super::slot::Memory;
 use super::{KvmSlot, KvmSlots, check_size};
-use crate::address_space::{ListenerError, MemoryListener};
 use crate::error::{Error, KvmError, Result};
+use crate::listener::{ListenerError, MemoryListener};
 use crate::memory::GuestMemoryShm;
 use crate::range::{GuestRange, InvalidRange};
 

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use super::{Access, Backing, DiscardData, PageSize, Populate, RamOptions, Sealing};
 use crate::error::{Error, OptionsError, Result};
-use crate::range::{RangePart, base_page_size};
+use crate::host::base_page_size;
+use crate::range::RangePart;
 
 /// The longest that a file can be, in bytes.
 const LONGEST: u64 = i64::MAX.unsigned_abs();

@@ -5,17 +5,5 @@
 
 mod guest_range;
 
-use nix::unistd::{SysconfVar, sysconf};
-
 pub(crate) use guest_range::check_disjoint;
 pub use guest_range::{GuestRange, InvalidRange, RangePart, ram_around_hole};
-
-/// The size of base pages in bytes.
-pub(crate) fn base_page_size() -> u64 {
-    // POSIX requires the variable; a system without it would have no page size at all.
-    let size = sysconf(SysconfVar::PAGE_SIZE)
-        .ok()
-        .flatten()
-        .unwrap_or(4096);
-    size.unsigned_abs()
-}

@@ -1,13 +1,11 @@
 //! Facts about running RAM: what of it exists, where, and by which pages.
 
-use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use crate::backing::{BackingKind, Seals, ShmBacking};
 use crate::error::{Error, Result};
-use crate::host;
+use crate::host::{descriptors, locked, meminfo, nodes, numa_maps};
 use crate::memory::GuestMemoryShm;
 use crate::ram::Ram;
 use crate::range::GuestRange;
@@ -15,7 +13,6 @@ use crate::report::Note;
 
 mod allocated;
 mod extents;
-mod proc;
 mod table;
 
 pub use extents::Extents;
@@ -130,7 +127,7 @@ impl<B> GuestMemoryShm<B> {
         let regions = self.arc_regions();
         let rams: Vec<&Ram> = regions.iter().map(|region| region.ram()).collect();
         let (allocated, unlocated) = allocated::per_region(&rams)?;
-        let is_huge_mapped = proc::is_huge_mapped().map_err(failed("read /proc/meminfo"))?;
+        let is_huge_mapped = meminfo::is_huge_mapped().map_err(failed("read /proc/meminfo"))?;
         let mut stats = Vec::with_capacity(rams.len());
         for (ram, allocated) in rams.iter().zip(allocated) {
             let huge = if ram.backing.is_hugetlb() {
@@ -156,9 +153,9 @@ impl<B> GuestMemoryShm<B> {
             regions: stats,
             nodes: Vec::new(),
             unlocated,
-            locked: proc::locked().map_err(failed("read /proc/self/status"))?,
+            locked: locked().map_err(failed("read /proc/self/status"))?,
         };
-        stats.nodes = nodes(&rams, stats.allocated())?;
+        stats.nodes = per_node(&rams, stats.allocated())?;
         Ok(stats)
     }
 }
@@ -174,18 +171,12 @@ fn name(backing: &ShmBacking) -> String {
     if let Some(name) = backing.name() {
         return name.to_owned();
     }
-    let link = format!("/proc/self/fd/{}", backing.as_fd().as_raw_fd());
-    let Ok(path) = fs::read_link(link) else {
-        return String::new();
-    };
-    let path = path.to_string_lossy();
-    let path = path.strip_suffix(" (deleted)").unwrap_or(&path);
-    path.strip_prefix("/memfd:").unwrap_or(path).to_owned()
+    descriptors::name_of(backing).unwrap_or_default()
 }
 
-fn nodes(rams: &[&Ram], allocated: u64) -> Result<Vec<NodeStats>> {
+fn per_node(rams: &[&Ram], allocated: u64) -> Result<Vec<NodeStats>> {
     // A kernel without NUMA has one node, which it does not name.
-    let online = host::nodes::with_memory().map_or_else(|| vec![0], |nodes| nodes.iter().collect());
+    let online = nodes::with_memory().map_or_else(|| vec![0], |nodes| nodes.iter().collect());
     if let [node] = online[..] {
         return Ok(vec![NodeStats { node, allocated }]);
     }
@@ -193,7 +184,8 @@ fn nodes(rams: &[&Ram], allocated: u64) -> Result<Vec<NodeStats>> {
         .iter()
         .map(|ram| ram.mapping.host_addr().as_ptr().addr() as u64)
         .collect();
-    let found = proc::pages_of_nodes(&mappings).map_err(failed("read /proc/self/numa_maps"))?;
+    let found =
+        numa_maps::bytes_on_nodes(&mappings).map_err(failed("read /proc/self/numa_maps"))?;
     let of = |node: u32| found.iter().filter(move |(on, _)| *on == node);
     Ok(online
         .into_iter()

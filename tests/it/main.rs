@@ -33,6 +33,7 @@ mod fork;
 mod host_setting;
 mod hostile;
 mod hotplug;
+mod house;
 mod isolation;
 mod kvm;
 mod linux_guest;
