@@ -18,9 +18,10 @@ impl KvmSlots {
     ///
     /// # Errors
     ///
-    /// [`KvmError::NoReadOnly`] if the hypervisor does not offer it, [`Error::Range`](crate::Error::Range) if a
-    /// region or a ROM is there, [`KvmError::OutOfSlots`], [`KvmError::TooLarge`],
-    /// [`KvmError::PartlyAssigned`], and [`KvmError::Refused`].
+    /// [`KvmError::NoReadOnly`] if the hypervisor does not offer it,
+    /// [`Error::Range`](crate::Error::Range) if a region or a ROM is there,
+    /// [`KvmError::OutOfSlots`], [`KvmError::TooLarge`], [`KvmError::PartlyAssigned`], and
+    /// [`KvmError::Refused`].
     pub fn add_rom(&mut self, rom: impl Into<Arc<GuestRom>>) -> Result<()> {
         let rom = rom.into();
         let range = rom.range();

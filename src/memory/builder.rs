@@ -166,10 +166,9 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     ///
     /// [`Error::NoRanges`] without any range (or with a backing that has none);
     /// [`Error::Range`], [`Error::OutsideBacking`], [`Error::BackingTruncated`] for bad places;
-    /// those of
-    /// [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for reading
-    /// only; [`Error::Map`]; and [`Error::Populate`], if there is not enough memory before the first
-    /// page. All numbers, and the pools of huge pages, are checked before anything is created, and a
+    /// those of [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for
+    /// reading only; [`Error::Map`]; and [`Error::Populate`], if there is not enough memory before
+    /// the first page. All numbers, and the pools of huge pages, are checked before anything is created, and a
     /// failure leaves nothing behind.
     ///
     /// # Panics
