@@ -208,7 +208,7 @@ pub use region::GuestRegionShm;
 pub use report::{BuildReport, NotHuge, Note, ReportLine};
 pub use rom::GuestRom;
 pub use shortage::{MemoryLimit, MemoryShortage};
-pub use stats::{Extents, MemoryStats, NodeStats, RegionStats};
+pub use stats::{Extents, MemoryStats, RegionStats, StatsError};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::share::{
     DaemonLog, DaemonProcess, FormerDaemon, HangUp, KernelVhost, MemTableSink, ShareReport,

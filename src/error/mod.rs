@@ -22,6 +22,7 @@ pub use crate::kvm::KvmError;
 pub use crate::mapping::NumaError;
 pub use crate::options::OptionsError;
 pub use crate::populate::PopulateError;
+use crate::stats::StatsError;
 pub use crate::vhost_user::receive::{ReceiveError, RegionError, RegionSpace};
 pub use change::{MemTableChange, SlotLimit};
 use text::{found_instead, human_sizes, shm_remedy, too_many};
@@ -59,6 +60,10 @@ pub enum Error {
     /// Memory could not be given back.
     #[error(transparent)]
     Discard(#[from] DiscardError),
+
+    /// The kernel does not say what of the RAM exists.
+    #[error(transparent)]
+    Stats(#[from] StatsError),
 
     /// A change of the guest's memory did not happen, or a listener is not up to date.
     #[error(transparent)]
@@ -373,15 +378,6 @@ pub enum Error {
         range: GuestRange,
         /// vm-memory's answer.
         source: Box<dyn std::error::Error + Send + Sync>,
-    },
-
-    /// The kernel does not say what of the RAM exists.
-    #[error("cannot {doing}, to say what of the RAM exists: mount procfs, and see the cause")]
-    Stats {
-        /// The step that failed.
-        doing: &'static str,
-        /// The system's answer.
-        source: io::Error,
     },
 
     /// A constant that cannot be added to guest addresses to make user addresses; nothing was sent.
