@@ -6,8 +6,8 @@ use std::os::fd::OwnedFd;
 
 use vm_memory::GuestAddress;
 
-use crate::range::GuestRange;
-use crate::shortage::MemoryShortage;
+use crate::range::{GuestRange, InvalidRange};
+use crate::shortage::Shortage;
 use crate::units::HumanSize;
 
 pub(crate) mod text;
@@ -37,11 +37,11 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// the system refused, where it did.
 ///
 /// ```
-/// use guest_memory_shm::{Error, GuestMemoryShm};
+/// use guest_memory_shm::{Error, GuestMemoryShm, InvalidRange};
 /// use vm_memory::GuestAddress;
 ///
 /// let error = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 5000)]).unwrap_err();
-/// assert!(matches!(error, Error::UnalignedSize { size: 5000, .. }));
+/// assert!(matches!(error, Error::Range(InvalidRange::Unaligned { value: 5000, .. })));
 /// ```
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +49,10 @@ pub enum Error {
     /// The options are wrong, by themselves or together; nothing was created.
     #[error(transparent)]
     Options(#[from] OptionsError),
+
+    /// Something that RAM needs is short: huge pages, room in a file system, memory, descriptors.
+    #[error(transparent)]
+    Shortage(Box<Shortage>),
 
     /// A file cannot be RAM.
     #[error(transparent)]
@@ -89,60 +93,9 @@ pub enum Error {
     #[error(transparent)]
     Kvm(#[from] KvmError),
 
-    /// A range of guest addresses is empty.
-    #[error("the range at guest address {:#x} has size 0: give it at least one page", .start.0)]
-    EmptyRange {
-        /// Where the range was to start.
-        start: GuestAddress,
-    },
-
-    /// A range of guest addresses runs past 2^64.
-    #[error(
-        "the range of {} at guest address {:#x} has no 64-bit address behind it: lower its address \
-         or its size",
-        HumanSize(*.size), .start.0
-    )]
-    RangeOverflow {
-        /// Where the range was to start.
-        start: GuestAddress,
-        /// Its size in bytes.
-        size: u64,
-    },
-
-    /// A guest address is not a multiple of the page size of its backing.
-    #[error(
-        "guest address {:#x} is not a multiple of the page size {}: the nearest is {:#x}",
-        .range.start_addr().0, HumanSize(*.page_size),
-        .range.start_addr().0 - .range.start_addr().0 % .page_size
-    )]
-    UnalignedAddress {
-        /// The range that starts there.
-        range: GuestRange,
-        /// The page size of the backing in bytes.
-        page_size: u64,
-    },
-
-    /// A size is not a multiple of the page size of its backing.
-    #[error(
-        "size {} is not a multiple of the page size {}: the nearest larger is {}",
-        HumanSize(*.size), HumanSize(*.page_size),
-        HumanSize(.size.checked_next_multiple_of(*.page_size).unwrap_or(*.size - *.size % *.page_size))
-    )]
-    UnalignedSize {
-        /// The size in bytes.
-        size: u64,
-        /// The page size of the backing in bytes.
-        page_size: u64,
-    },
-
-    /// Two ranges of guest addresses have addresses in common.
-    #[error("guest ranges {first} and {second} overlap: move or shorten one of them")]
-    Overlap {
-        /// The lower one.
-        first: GuestRange,
-        /// The higher one.
-        second: GuestRange,
-    },
+    /// A range is not what it should be: empty, too large, not whole pages, or taken.
+    #[error(transparent)]
+    Range(#[from] InvalidRange),
 
     /// Guest memory without any range was asked for.
     #[error("no range of guest RAM was given: give at least one")]
@@ -193,33 +146,6 @@ pub enum Error {
     )]
     HugePosixShm,
 
-    /// The pool of huge pages is too small for the RAM.
-    #[error(
-        "needs {needed} huge pages of {}, {available} are free ({free} unused, {reserved} of them \
-         reserved by others): raise /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages by {} or \
-         leave out hugetlb=on (PageSize::Base)",
-        HumanSize(*.page_size), .page_size / 1024, .needed.saturating_sub(*.available)
-    )]
-    HugePoolShort {
-        /// Pages that the RAM needs.
-        needed: u64,
-        /// Pages that can still be promised: unused, less reserved, plus what may be overcommitted.
-        available: u64,
-        /// Unused pages in the pool.
-        free: u64,
-        /// Unused pages that are promised to somebody already.
-        reserved: u64,
-        /// The page size in bytes.
-        page_size: u64,
-    },
-
-    /// A control group of this process does not leave the huge pages that the RAM needs.
-    #[error("cannot have huge pages: {shortage}")]
-    HugePagesLimited {
-        /// What is short.
-        shortage: Box<MemoryShortage>,
-    },
-
     /// The state of the pools of huge pages cannot be read.
     #[error(
         "cannot read the pools of huge pages in /sys/kernel/mm/hugepages: mount sysfs there, or \
@@ -230,77 +156,9 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// The size exceeds the process's limit on file sizes, which shared memory obeys too.
-    #[error(
-        "a backing of {} exceeds RLIMIT_FSIZE, which is {}: raise it (ulimit -f)",
-        HumanSize(*.size), HumanSize(*.limit)
-    )]
-    FileSizeLimit {
-        /// The size that was asked for, in bytes.
-        size: u64,
-        /// The soft limit in bytes.
-        limit: u64,
-    },
-
-    /// No more file descriptors.
-    #[error(
-        "no file descriptor is left for {doing}: the process may have {limit}, \
-         raise RLIMIT_NOFILE (ulimit -n)"
-    )]
-    NoDescriptors {
-        /// What needed one.
-        doing: &'static str,
-        /// The soft limit on descriptors of this process.
-        limit: u64,
-        /// The system's answer, `EMFILE`.
-        source: io::Error,
-    },
-
-    /// The whole system has as many files open as it may: a limit of the process is of no concern.
-    #[error(
-        "no file can be opened for {doing}: the whole system has as many open as it may, raise the \
-         limit (sysctl fs.file-max), or close some"
-    )]
-    NoSystemDescriptors {
-        /// What needed one.
-        doing: &'static str,
-        /// The system's answer, `ENFILE`.
-        source: io::Error,
-    },
-
-    /// Fewer file descriptors are left than the backings need.
-    #[error(
-        "{needed} backings need a file descriptor each and {left} are left of {limit}: raise \
-         RLIMIT_NOFILE (ulimit -n), or put several ranges on one backing"
-    )]
-    TooFewDescriptors {
-        /// Descriptors that are needed.
-        needed: u64,
-        /// Descriptors that this process can still have.
-        left: u64,
-        /// The soft limit on descriptors of this process.
-        limit: u64,
-    },
-
     /// The RAM cannot be placed on the NUMA nodes that were asked for.
     #[error(transparent)]
     Numa(Box<NumaError>),
-
-    /// The file system behind POSIX shm can never hold the RAM, or, for RAM that is to be
-    /// populated, cannot hold it now.
-    #[error(
-        "POSIX shared memory of {} does not fit into the file system behind it, which holds {} \
-         ({} of them free): remount /dev/shm with a larger size or use a memfd backing",
-        HumanSize(*.size), HumanSize(*.capacity), HumanSize(*.free)
-    )]
-    ShmTooSmall {
-        /// The size that was asked for, in bytes.
-        size: u64,
-        /// The size of the file system in bytes.
-        capacity: u64,
-        /// What is free of it, in bytes.
-        free: u64,
-    },
 
     /// POSIX shared memory cannot be had at all: `/dev/shm` is missing, read-only or forbidden.
     #[error(
@@ -418,19 +276,6 @@ pub enum Error {
         now: u64,
     },
 
-    /// An offset into a backing is not a multiple of its page size.
-    #[error(
-        "offset {offset:#x} in the backing is not a multiple of its page size {}: the nearest is \
-         {:#x}",
-        HumanSize(*.page_size), .offset - .offset % .page_size
-    )]
-    UnalignedOffset {
-        /// The offset in bytes.
-        offset: u64,
-        /// The page size of the backing in bytes.
-        page_size: u64,
-    },
-
     /// Memory could not be mapped.
     #[error(
         "cannot {doing} of {}: the address space of this process is limited, by the CPU, by \
@@ -493,6 +338,25 @@ impl fmt::Display for AdoptError {
 impl std::error::Error for AdoptError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.error.source()
+    }
+}
+
+impl Error {
+    /// What is short, if that is the reason.
+    pub fn shortage(&self) -> Option<&Shortage> {
+        match self {
+            Self::Shortage(shortage)
+            | Self::Populate(
+                PopulateError::Shortage { shortage, .. } | PopulateError::CannotLook { shortage },
+            ) => Some(shortage),
+            _ => None,
+        }
+    }
+}
+
+impl From<Shortage> for Error {
+    fn from(shortage: Shortage) -> Self {
+        Self::Shortage(Box::new(shortage))
     }
 }
 
