@@ -138,10 +138,11 @@
 
 mod logs;
 mod panics;
+mod units;
+
+mod range;
 
 mod error;
-mod range;
-mod units;
 
 mod options;
 mod report;
@@ -159,6 +160,8 @@ mod rom;
 
 mod memory;
 
+mod listener;
+
 mod discard;
 mod stats;
 
@@ -174,8 +177,8 @@ mod kvm;
 pub mod mock;
 
 pub use address_space::{
-    AddressSpace, Attendance, ChangeReport, ListenerError, ListenerId, ListenerStatus,
-    MemoryListener, PerRegion, PublishedMemory, RegionListener, Transaction,
+    AddressSpace, Attendance, ChangeReport, ListenerId, ListenerStatus, PublishedMemory,
+    Transaction,
 };
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
@@ -191,6 +194,7 @@ pub use kvm::{
     DirtyPages, HypervisorVm, KvmSlot, KvmSlots, LogBuffer, SlotFlags, SlotMapping, SlotNumber,
     SlotNumbers,
 };
+pub use listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{
     Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
@@ -199,12 +203,12 @@ pub use options::{
 pub use populate::{
     CancelToken, OnFailure, PopulateHandle, PopulateOptions, PopulateProgress, Populated,
 };
-pub use range::{GuestRange, ram_around_hole};
+pub use range::{GuestRange, InvalidRange, RangePart, ram_around_hole};
 pub use region::GuestRegionShm;
 pub use report::{BuildReport, NotHuge, Note, ReportLine};
 pub use rom::GuestRom;
 pub use shortage::{MemoryLimit, MemoryShortage};
-pub use stats::{Extents, MemoryStats, NodeStats, RegionStats};
+pub use stats::{Extents, MemoryStats, RegionStats, StatsError};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::share::{
     DaemonLog, DaemonProcess, FormerDaemon, HangUp, KernelVhost, MemTableSink, ShareReport,

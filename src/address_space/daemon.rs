@@ -3,10 +3,11 @@
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
 
-use super::{AddressSpace, ListenerError, ListenerId, MemoryListener};
+use super::{AddressSpace, ListenerId};
 #[cfg(doc)]
 use crate::error::AddressSpaceError;
 use crate::error::{Error, MemTableChange, Result};
+use crate::listener::{ListenerError, MemoryListener};
 use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
 use crate::vhost_user::share::{MemTableSink, VhostUserShare};

@@ -7,7 +7,7 @@ use nix::sys::statvfs::{Statvfs, fstatvfs};
 use super::{file, hugetlb};
 use crate::error::{Error, Result};
 use crate::host::memory::{Demand, Kind, MemoryLimits};
-use crate::host::{limits, meminfo};
+use crate::host::{descriptors, meminfo};
 use crate::options::{Backing, NodeSet, PageSize, Populate, RamOptions};
 use crate::report::Note;
 
@@ -130,7 +130,7 @@ fn kind(options: &RamOptions) -> Option<Kind> {
 
 /// Refuses more backings than there are descriptors for.
 pub(crate) fn check_descriptors(needed: u64) -> Result<()> {
-    match limits::descriptors_left() {
+    match descriptors::left() {
         Some((left, limit)) if needed > left => Err(Error::TooFewDescriptors {
             needed,
             left,

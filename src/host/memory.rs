@@ -6,9 +6,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::control_group::{Branch, Controller, Left, MemoryGroup};
+use super::fields::bytes;
 use super::kept::{Kept, is_no_descriptor};
 use super::mounts::{self, Mount};
-use super::{meminfo, nodes};
+use super::nodes;
 use crate::options::NodeSet;
 use crate::shortage::{MemoryLimit, MemoryShortage};
 
@@ -232,7 +233,7 @@ impl MemoryLimits {
             .any(|(kind, _)| matches!(kind, Kind::Base(_)));
         if base || self.accounts_hugetlb {
             let meminfo = self.meminfo.read().unwrap_or_default();
-            let swap = meminfo::value(&meminfo, "SwapFree").unwrap_or(0);
+            let swap = bytes(&meminfo, "SwapFree").unwrap_or(0);
             self.add_groups(&mut bounds, swap, enough);
             if base {
                 bounds.extend(machine(&meminfo, swap));
@@ -307,7 +308,7 @@ impl MemoryLimits {
         let mut left = 0_u64;
         for node in nodes.iter() {
             let text = fs::read_to_string(self.nodes.join(format!("node{node}/meminfo"))).ok()?;
-            let value = |name| meminfo::value(&text, name).unwrap_or(0);
+            let value = |name| bytes(&text, name).unwrap_or(0);
             let cached = value("Active(file)") + value("Inactive(file)");
             let written_first = value("Dirty") + value("Writeback");
             let all = value("MemFree") + cached.saturating_sub(written_first);
@@ -323,8 +324,8 @@ impl MemoryLimits {
 
 /// What the machine can still give.
 fn machine(meminfo: &str, swap: u64) -> Option<Bound> {
-    let available = meminfo::value(meminfo, "MemAvailable")?;
-    let total = meminfo::value(meminfo, "MemTotal").unwrap_or(0);
+    let available = bytes(meminfo, "MemAvailable")?;
+    let total = bytes(meminfo, "MemTotal").unwrap_or(0);
     let left = available.saturating_add(swap);
     Some(Bound {
         limit: MemoryLimit::Machine,

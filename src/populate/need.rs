@@ -144,7 +144,7 @@ fn there(part: &Part, range: Range<u64>) -> io::Result<u64> {
     let len = range.end - range.start;
     // What is allocated besides the range is at most as large as that.
     let outside = backing.size().saturating_sub(len);
-    let at_least = match backing.allocation().map_err(io::Error::other)? {
+    let at_least = match backing.allocation()? {
         Allocation::Nothing => return Ok(0),
         Allocation::Everything => return Ok(len),
         Allocation::Some(bytes) => bytes.saturating_sub(outside),

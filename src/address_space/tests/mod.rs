@@ -6,6 +6,7 @@ use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
 
 use super::*;
 use crate::error::Error;
+use crate::listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
 use crate::options::RamOptions;
 
 mod changes;

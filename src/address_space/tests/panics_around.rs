@@ -143,15 +143,17 @@ fn a_listener_of_regions_that_panics_holds_what_readers_see_all_the_same() {
         for done in [false, true] {
             let space = space();
             space.insert(region(4)).told_all();
-            let dma = space.attach("dma", PerRegion::new(Dma::default())).unwrap();
-            let arm = |dma: &mut PerRegion<Dma>| dma.get_mut().panics = Some((what, done));
+            let dma = space
+                .attach("dma", RegionAdapter::new(Dma::default()))
+                .unwrap();
+            let arm = |dma: &mut RegionAdapter<Dma>| dma.get_mut().panics = Some((what, done));
             space.with_listener(&dma, arm).unwrap();
             // One comes and one goes.
             let change = space.transaction().insert(region(8));
             let change = change.remove(GuestAddress(4 * MIB), MIB);
             let error = change.commit().unwrap_err().to_string();
             assert!(error.contains("\"dma\" refuses"), "{error}");
-            let held = |dma: &mut PerRegion<Dma>| {
+            let held = |dma: &mut RegionAdapter<Dma>| {
                 let mut held = dma.get_ref().held.clone();
                 held.sort_unstable();
                 assert_eq!(dma.regions().len(), held.len());

@@ -1,7 +1,6 @@
 //! The vhost backends inside the kernel (vhost-net, vhost-scsi, vhost-vsock) as a sink.
 
 use std::fmt;
-use std::fs;
 use std::sync::Arc;
 
 use vhost::{VHOST_MAX_MEMORY_REGIONS, VhostBackend, VhostUserMemoryRegionInfo};
@@ -9,6 +8,7 @@ use vhost::{VHOST_MAX_MEMORY_REGIONS, VhostBackend, VhostUserMemoryRegionInfo};
 use super::hang_up::HangUp;
 use super::sink::{Answer, MemTableSink, SinkError};
 use crate::error::{Error, Result, SlotLimit};
+use crate::host::vhost::max_regions;
 use crate::mapping::Mapping;
 use crate::vhost_user::table::{MemoryTable, TableRegion};
 
@@ -57,13 +57,11 @@ impl<V: VhostBackend> KernelVhost<V> {
     /// The limit on regions is read from `/sys/module/vhost/parameters/max_mem_regions`; where
     /// that says nothing it is 64.
     pub fn new(backend: V) -> Self {
-        let parameter = fs::read_to_string("/sys/module/vhost/parameters/max_mem_regions");
-        let limit = parameter.ok().and_then(|text| text.trim().parse().ok());
         Self {
             backend,
             mapped: Vec::new(),
             // vhost's bindings take no more than that, whatever the kernel says.
-            max_regions: limit
+            max_regions: max_regions()
                 .unwrap_or(DEFAULT_MAX_REGIONS)
                 .min(VHOST_MAX_MEMORY_REGIONS),
         }

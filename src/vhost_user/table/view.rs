@@ -5,8 +5,9 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::{MemoryTable, TableRegion};
 use crate::error::{Error, Result};
+use crate::host::base_page_size;
 use crate::memory::GuestMemoryShm;
-use crate::range::{GuestRange, base_page_size};
+use crate::range::GuestRange;
 
 /// What one daemon gets to see of a guest's memory: a selection of the regions, and what their user
 /// addresses say.

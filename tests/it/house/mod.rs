@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use source::{Edge, House};
 
+mod lines;
 mod source;
 
 /// The modules of lib.rs' table, lowest first: `range`, `vhost_user::table`.
