@@ -11,7 +11,7 @@ use nix::mount::{MsFlags, umount};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::unistd::pipe;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use crate::fork::dies_of;
 use crate::isolation::{PAGE, assert_refused, in_own_process, mount_tmpfs, own_mounts};

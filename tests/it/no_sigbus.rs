@@ -5,7 +5,7 @@ use std::fs;
 use guest_memory_shm::{Backing, Error, GuestMemoryShm, PageSize, Populate, RamOptions, Reserve};
 use nix::mount::{MsFlags, umount};
 use nix::sys::signal::Signal;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::fork::dies_of;
 use crate::isolation::{HugePool, PAGE, in_own_process, mount_tmpfs, own_mounts};

@@ -9,7 +9,7 @@ use guest_memory_shm::{
     Populate, PopulateError, PopulateOptions, RamOptions, ShmBacking,
 };
 use nix::sys::resource::{UsageWho, getrusage};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::isolation::{HugePool, PAGE, assert_refused, in_own_process};
 use crate::proc::leaves_nothing_but_heaps;

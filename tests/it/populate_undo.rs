@@ -10,7 +10,7 @@ use guest_memory_shm::{
 use nix::mount::MsFlags;
 use nix::sys::signal::Signal;
 use nix::sys::statvfs::statvfs;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::fork::dies_of;
 use crate::isolation::{HugePool, PAGE, in_own_process, mount_tmpfs, own_mounts};

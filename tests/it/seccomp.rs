@@ -9,7 +9,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, apply_filter,
 };
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use guest_memory_shm::{
     Backing, CoreDump, Error, GuestMemoryShm, Note, OnFailure, OnShortage, PageSize, Populate,

@@ -8,7 +8,7 @@ use guest_memory_shm::{
     Error, GuestMemoryShm, MemoryLimit, OnFailure, OnShortage, PageSize, Populate, PopulateError,
     PopulateHandle, PopulateOptions, RamOptions, Reserve,
 };
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::group::{SCENARIO, as_scenario};
 use super::{LIMIT, TOO_MUCH};
