@@ -85,8 +85,7 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     /// [`Error::OutsideBacking`](crate::Error::OutsideBacking) for a part that the backing does not
     /// have; [`Error::BackingTruncated`](crate::Error::BackingTruncated) for one that it has no
     /// more; [`FileError::ReadOnlyRam`] for a file that is opened for reading only;
-    /// [`Error::HugePoolShort`](crate::Error::HugePoolShort),
-    /// [`Error::HugePagesLimited`](crate::Error::HugePagesLimited) and
+    /// [`Error::Shortage`](crate::Error::Shortage) and
     /// [`Error::Map`](crate::Error::Map) if it cannot be mapped.
     pub fn from_backing(
         backing: &ShmBacking,

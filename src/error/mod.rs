@@ -8,7 +8,7 @@ use std::time::Duration;
 use vm_memory::GuestAddress;
 
 use crate::range::{GuestRange, InvalidRange};
-use crate::shortage::MemoryShortage;
+use crate::shortage::Shortage;
 use crate::units::HumanSize;
 
 mod change;
@@ -48,6 +48,10 @@ pub enum Error {
     /// The options are wrong, by themselves or together; nothing was created.
     #[error(transparent)]
     Options(#[from] OptionsError),
+
+    /// Something that RAM needs is short: huge pages, room in a file system, memory, descriptors.
+    #[error(transparent)]
+    Shortage(Box<Shortage>),
 
     /// A file cannot be RAM.
     #[error(transparent)]
@@ -131,33 +135,6 @@ pub enum Error {
     )]
     HugePosixShm,
 
-    /// The pool of huge pages is too small for the RAM.
-    #[error(
-        "needs {needed} huge pages of {}, {available} are free ({free} unused, {reserved} of them \
-         reserved by others): raise /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages by {} or \
-         leave out hugetlb=on (PageSize::Base)",
-        HumanSize(*.page_size), .page_size / 1024, .needed.saturating_sub(*.available)
-    )]
-    HugePoolShort {
-        /// Pages that the RAM needs.
-        needed: u64,
-        /// Pages that can still be promised: unused, less reserved, plus what may be overcommitted.
-        available: u64,
-        /// Unused pages in the pool.
-        free: u64,
-        /// Unused pages that are promised to somebody already.
-        reserved: u64,
-        /// The page size in bytes.
-        page_size: u64,
-    },
-
-    /// A control group of this process does not leave the huge pages that the RAM needs.
-    #[error("cannot have huge pages: {shortage}")]
-    HugePagesLimited {
-        /// What is short.
-        shortage: Box<MemoryShortage>,
-    },
-
     /// The state of the pools of huge pages cannot be read.
     #[error(
         "cannot read the pools of huge pages in /sys/kernel/mm/hugepages: mount sysfs there, or \
@@ -168,77 +145,9 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// The size exceeds the process's limit on file sizes, which shared memory obeys too.
-    #[error(
-        "a backing of {} exceeds RLIMIT_FSIZE, which is {}: raise it (ulimit -f)",
-        HumanSize(*.size), HumanSize(*.limit)
-    )]
-    FileSizeLimit {
-        /// The size that was asked for, in bytes.
-        size: u64,
-        /// The soft limit in bytes.
-        limit: u64,
-    },
-
-    /// No more file descriptors.
-    #[error(
-        "no file descriptor is left for {doing}: the process may have {limit}, \
-         raise RLIMIT_NOFILE (ulimit -n)"
-    )]
-    NoDescriptors {
-        /// What needed one.
-        doing: &'static str,
-        /// The soft limit on descriptors of this process.
-        limit: u64,
-        /// The system's answer, `EMFILE`.
-        source: io::Error,
-    },
-
-    /// The whole system has as many files open as it may: a limit of the process is of no concern.
-    #[error(
-        "no file can be opened for {doing}: the whole system has as many open as it may, raise the \
-         limit (sysctl fs.file-max), or close some"
-    )]
-    NoSystemDescriptors {
-        /// What needed one.
-        doing: &'static str,
-        /// The system's answer, `ENFILE`.
-        source: io::Error,
-    },
-
-    /// Fewer file descriptors are left than the backings need.
-    #[error(
-        "{needed} backings need a file descriptor each and {left} are left of {limit}: raise \
-         RLIMIT_NOFILE (ulimit -n), or put several ranges on one backing"
-    )]
-    TooFewDescriptors {
-        /// Descriptors that are needed.
-        needed: u64,
-        /// Descriptors that this process can still have.
-        left: u64,
-        /// The soft limit on descriptors of this process.
-        limit: u64,
-    },
-
     /// The RAM cannot be placed on the NUMA nodes that were asked for.
     #[error(transparent)]
     Numa(Box<NumaError>),
-
-    /// The file system behind POSIX shm can never hold the RAM, or, for RAM that is to be
-    /// populated, cannot hold it now.
-    #[error(
-        "POSIX shared memory of {} does not fit into the file system behind it, which holds {} \
-         ({} of them free): remount /dev/shm with a larger size or use a memfd backing",
-        HumanSize(*.size), HumanSize(*.capacity), HumanSize(*.free)
-    )]
-    ShmTooSmall {
-        /// The size that was asked for, in bytes.
-        size: u64,
-        /// The size of the file system in bytes.
-        capacity: u64,
-        /// What is free of it, in bytes.
-        free: u64,
-    },
 
     /// POSIX shared memory cannot be had at all: `/dev/shm` is missing, read-only or forbidden.
     #[error(
@@ -565,6 +474,25 @@ impl fmt::Display for AdoptError {
 impl std::error::Error for AdoptError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.error.source()
+    }
+}
+
+impl Error {
+    /// What is short, if that is the reason.
+    pub fn shortage(&self) -> Option<&Shortage> {
+        match self {
+            Self::Shortage(shortage)
+            | Self::Populate(
+                PopulateError::Shortage { shortage, .. } | PopulateError::CannotLook { shortage },
+            ) => Some(shortage),
+            _ => None,
+        }
+    }
+}
+
+impl From<Shortage> for Error {
+    fn from(shortage: Shortage) -> Self {
+        Self::Shortage(Box::new(shortage))
     }
 }
 

@@ -7,40 +7,11 @@ fn texts_name_the_values_and_the_way_out() {
     let range = |start, size| GuestRange::new(GuestAddress(start), size).unwrap();
     let cases: Vec<(Error, &str)> = vec![
         (
-            Error::HugePoolShort {
-                needed: 512,
-                available: 40,
-                free: 44,
-                reserved: 4,
-                page_size: 2 << 20,
-            },
-            "needs 512 huge pages of 2 MiB, 40 are free (44 unused, 4 of them reserved by \
-             others): raise /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472 or \
-             leave out hugetlb=on (PageSize::Base)",
-        ),
-        (
             Error::NoSuchHugePageSize {
                 page_size: 3 << 20,
                 offered: vec![2 << 20, 1 << 30],
             },
             "huge pages of 3 MiB are not offered by this kernel, which has 2 MiB, 1 GiB",
-        ),
-        (
-            Error::FileSizeLimit {
-                size: 1 << 30,
-                limit: 1 << 20,
-            },
-            "a backing of 1 GiB exceeds RLIMIT_FSIZE, which is 1 MiB: raise it (ulimit -f)",
-        ),
-        (
-            Error::ShmTooSmall {
-                size: 1 << 30,
-                capacity: 64 << 20,
-                free: 60 << 20,
-            },
-            "POSIX shared memory of 1 GiB does not fit into the file system behind it, which \
-             holds 64 MiB (60 MiB of them free): remount /dev/shm with a larger size or use a \
-             memfd backing",
         ),
         (
             Error::ShmUnavailable {

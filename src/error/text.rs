@@ -2,8 +2,6 @@
 
 use std::io;
 
-use nix::errno::Errno;
-
 use super::SlotLimit;
 use crate::options::NodeSet;
 use crate::units::HumanSize;
@@ -33,16 +31,6 @@ pub(crate) fn nodes_present(present: Option<NodeSet>) -> String {
     match present {
         Some(nodes) => format!("this machine has memory on nodes {nodes}"),
         None => "this kernel knows no NUMA nodes".to_owned(),
-    }
-}
-
-/// What to do where no descriptor is left.
-pub(crate) fn more_descriptors(source: &io::Error) -> &'static str {
-    match source.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::ENFILE) => {
-            "the whole system has as many files open as it may, raise the limit (sysctl fs.file-max)"
-        }
-        _ => "no file descriptor is left for that, raise RLIMIT_NOFILE (ulimit -n)",
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
-use guest_memory_shm::ChangeReport;
+use guest_memory_shm::{ChangeReport, Error, ResourceLimit};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -251,4 +251,22 @@ fn an_example_is_built_again_when_a_source_is_newer() {
     assert!(!is_older_than_its_sources(&binary));
     write(&source, "", built + std::time::Duration::from_secs(1));
     assert!(is_older_than_its_sources(&binary));
+}
+
+/// The huge pages that are short by an error: how many are needed, and how many can be had.
+pub(crate) fn huge_pages_short(error: &Error) -> Option<(u64, u64)> {
+    let short = error.shortage()?;
+    match short.limit {
+        ResourceLimit::HugePages { page_size, .. } => {
+            Some((short.needed / page_size, short.left / page_size))
+        }
+        _ => None,
+    }
+}
+
+/// The room in a file system that is short by an error, in bytes: needed, and free.
+pub(crate) fn room_short(error: &Error) -> Option<(u64, u64)> {
+    let short = error.shortage()?;
+    let is_room = matches!(short.limit, ResourceLimit::FileSystem { .. });
+    is_room.then_some((short.needed, short.left))
 }
