@@ -4,7 +4,6 @@ use super::*;
 
 #[test]
 fn texts_name_the_values_and_the_way_out() {
-    let range = |start, size| GuestRange::new(GuestAddress(start), size).unwrap();
     let cases: Vec<(Error, &str)> = vec![
         (
             Error::NoSuchHugePageSize {
