@@ -4,6 +4,7 @@ use std::io;
 
 use vm_memory::GuestAddress;
 
+use crate::backing::BackingKind;
 use crate::range::GuestRange;
 use crate::units::HumanSize;
 
@@ -62,19 +63,32 @@ pub enum DiscardError {
         /// The part that the file is behind.
         range: GuestRange,
         /// What its backing is.
-        kind: crate::backing::BackingKind,
+        kind: BackingKind,
     },
 
-    /// A system call failed on the way.
+    /// The kernel does not tell whether pages may be given back, or were.
     #[error(
-        "cannot discard {range}: {doing} failed, {} of it were given back before",
+        "cannot discard {range}: the kernel does not say which of its pages it gives back, {} were \
+         given back before",
+        HumanSize(*.freed)
+    )]
+    CannotLook {
+        /// The range that was to be discarded, or the part of it that was looked at.
+        range: GuestRange,
+        /// How much was given back before, in bytes.
+        freed: u64,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// The kernel gave a part of the range back, and then no more.
+    #[error(
+        "cannot discard {range}: madvise(MADV_REMOVE) failed, {} of it were given back before",
         HumanSize(*.freed)
     )]
     Failed {
         /// The range that was to be discarded.
         range: GuestRange,
-        /// The call.
-        doing: &'static str,
         /// How much was given back before it failed, in bytes.
         freed: u64,
         /// The system's answer.
@@ -85,7 +99,6 @@ pub enum DiscardError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backing::BackingKind;
 
     #[test]
     fn texts_name_the_range_the_limit_and_the_way_out() {
@@ -127,7 +140,6 @@ mod tests {
             (
                 DiscardError::Failed {
                     range,
-                    doing: "madvise(MADV_REMOVE)",
                     freed: 4096,
                     source: io::Error::from_raw_os_error(12),
                 },

@@ -16,7 +16,7 @@ mod error;
 mod inhibit;
 mod pieces;
 
-pub use accumulator::{Collected, DiscardAccumulator};
+pub use accumulator::DiscardAccumulator;
 pub use error::DiscardError;
 pub use inhibit::DiscardInhibitor;
 use pieces::{Piece, pieces};
@@ -107,8 +107,8 @@ impl<B> GuestMemoryShm<B> {
     /// [`Error::RangeOverflow`](crate::Error::RangeOverflow) for what is no range;
     /// [`DiscardError::NotRam`], [`DiscardError::Inhibited`], [`DiscardError::ReadOnly`],
     /// [`DiscardError::Locked`] and [`DiscardError::NoHoles`] for what cannot be given back: all of
-    /// these are found before the first page is. [`DiscardError::Failed`] if a call fails
-    /// nevertheless.
+    /// these are found before the first page is. [`DiscardError::Failed`] and
+    /// [`DiscardError::CannotLook`] if a call fails nevertheless.
     pub fn discard(&self, addr: GuestAddress, len: u64) -> Result<Discarded> {
         let range = GuestRange::new(addr, len)?;
         let pieces = pieces(self, range)?;
@@ -118,13 +118,7 @@ impl<B> GuestMemoryShm<B> {
 
         let mut discarded = Discarded::default();
         for piece in &pieces {
-            let part = piece.discard();
-            discarded += part.map_err(|(doing, source)| DiscardError::Failed {
-                range,
-                doing,
-                freed: discarded.freed,
-                source,
-            })?;
+            discarded += piece.discard(range, discarded.freed)?;
         }
         Ok(discarded)
     }

@@ -19,6 +19,7 @@ use crate::region::GuestRegionShm;
 
 mod builder;
 mod index;
+mod pieces;
 mod populate;
 mod report;
 
