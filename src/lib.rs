@@ -138,10 +138,11 @@
 
 mod logs;
 mod panics;
+mod units;
+
+mod range;
 
 mod error;
-mod range;
-mod units;
 
 mod options;
 mod report;
@@ -202,7 +203,7 @@ pub use options::{
 pub use populate::{
     CancelToken, OnFailure, PopulateHandle, PopulateOptions, PopulateProgress, Populated,
 };
-pub use range::{GuestRange, ram_around_hole};
+pub use range::{GuestRange, InvalidRange, RangePart, ram_around_hole};
 pub use region::GuestRegionShm;
 pub use report::{BuildReport, NotHuge, Note, ReportLine};
 pub use rom::GuestRom;

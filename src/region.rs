@@ -69,10 +69,7 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::EmptyRange`](crate::Error::EmptyRange),
-    /// [`Error::RangeOverflow`](crate::Error::RangeOverflow),
-    /// [`Error::UnalignedAddress`](crate::Error::UnalignedAddress) and
-    /// [`Error::UnalignedSize`](crate::Error::UnalignedSize) for a bad place, and those of
+    /// [`Error::Range`](crate::Error::Range) for a bad place, and those of
     /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing), and
     /// [`Error::Populate`](crate::Error::Populate).
     pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {

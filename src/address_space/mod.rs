@@ -177,7 +177,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Overlap`](crate::Error::Overlap) if a region is there already, and those of
+    /// [`Error::Range`](crate::Error::Range) if a region is there already, and those of
     /// [`Transaction::commit`]: the memory and the listeners are what they were, and the region is
     /// dropped. To try again, keep a clone of it: that is a handle, nothing is copied.
     pub fn insert(&self, region: impl Into<Arc<GuestRegionShm<B>>>) -> Result<ChangeReport<B>> {

@@ -115,7 +115,7 @@ impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Overlap`](crate::Error::Overlap) and
+    /// [`Error::Range`](crate::Error::Range) and
     /// [`Error::NoSuchRegion`](crate::Error::NoSuchRegion): no listener was asked or told.
     /// [`AddressSpaceError::Refused`](crate::AddressSpaceError::Refused) and
     /// [`AddressSpaceError::Away`](crate::AddressSpaceError::Away): everybody who was told has

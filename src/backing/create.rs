@@ -15,6 +15,7 @@ use crate::error::{Error, NumaError, OptionsError, Result};
 use crate::host::nodes;
 use crate::logs;
 use crate::options::{Backing, NumaPolicy, OnShortage, PageSize, Populate, RamOptions};
+use crate::range::RangePart;
 use crate::report::log_notes;
 
 impl ShmBacking {
@@ -122,12 +123,7 @@ pub(crate) fn check_creation(options: &RamOptions, len: u64) -> Result<u64> {
             limit: i64::MAX.unsigned_abs(),
         });
     }
-    if !len.is_multiple_of(page_size) {
-        return Err(Error::UnalignedSize {
-            size: len,
-            page_size,
-        });
-    }
+    RangePart::Size.check_aligned(len, page_size)?;
     check_nodes(options.numa())?;
     match options.backing() {
         Backing::File(path) => file::check(options, path, len)?,

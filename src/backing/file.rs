@@ -21,6 +21,7 @@ use super::{BLOCK, BackingKind, Seals, check_file_size_limit, no_descriptors, se
 use crate::error::{Error, FileError, Result};
 use crate::host::memory::Kind;
 use crate::options::{Access, DiscardData, NodeSet, RamOptions};
+use crate::range::RangePart;
 
 /// A file that is long enough to be mapped, and what becomes of it.
 pub(super) struct Opened {
@@ -231,17 +232,8 @@ impl Place {
     fn check(&self, options: &RamOptions, path: &Path, size: u64) -> Result<()> {
         let (offset, page_size) = (options.offset(), self.page_size());
         let path_buf = || path.to_owned();
-        if !offset.is_multiple_of(page_size) {
-            return Err(FileError::UnalignedOffset {
-                path: path_buf(),
-                offset,
-                page_size,
-            }
-            .into());
-        }
-        if !size.is_multiple_of(page_size) {
-            return Err(Error::UnalignedSize { size, page_size });
-        }
+        RangePart::Offset.check_aligned(offset, page_size)?;
+        RangePart::Size.check_aligned(size, page_size)?;
         match options.align() {
             // As in QEMU, 0 is no wish.
             None | Some(0) => {}

@@ -18,6 +18,7 @@ use crate::error::{AdoptError, Error, Result};
 #[cfg(doc)]
 use crate::options::Backing;
 use crate::options::{MapOptions, RamOptions};
+use crate::range::RangePart;
 use crate::report::Note;
 use crate::units::HumanSize;
 
@@ -117,7 +118,7 @@ impl ShmBacking {
     /// # Errors
     ///
     /// Those of [`RamOptions::check`]; [`OptionsError::SizeMismatch`], [`Error::BackingTooLong`] and
-    /// [`Error::UnalignedSize`] for a bad `len`; [`Error::HugePosixShm`],
+    /// [`Error::Range`] for a bad `len`; [`Error::HugePosixShm`],
     /// [`Error::NoSuchHugePageSize`], [`Error::HugePoolShort`] and [`Error::HugePagesLimited`] for
     /// huge pages that cannot be had; [`Error::FileSizeLimit`], [`Error::NoDescriptors`],
     /// [`Error::NoSystemDescriptors`], [`Error::ShmTooSmall`], [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits
@@ -158,7 +159,7 @@ impl ShmBacking {
     ///
     /// An [`AdoptError`] that gives the descriptor back and holds the reason:
     /// [`Error::AdoptNotMemory`], [`Error::AdoptReadOnly`], [`Error::AdoptDiskFile`],
-    /// [`Error::AdoptTooShort`], [`Error::UnalignedSize`], [`Error::AdoptSeals`], or
+    /// [`Error::AdoptTooShort`], [`Error::Range`], [`Error::AdoptSeals`], or
     /// [`Error::Adopt`] if a system call fails.
     pub fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> std::result::Result<Self, AdoptError> {
         adopt::adopt(fd, policy)
@@ -343,18 +344,8 @@ impl ShmBacking {
 
     /// Checks that `size` bytes at `offset` lie inside it, at page boundaries.
     pub(crate) fn check_inside(&self, offset: u64, size: u64) -> Result<()> {
-        if !offset.is_multiple_of(self.page_size()) {
-            return Err(Error::UnalignedOffset {
-                offset,
-                page_size: self.page_size(),
-            });
-        }
-        if !size.is_multiple_of(self.page_size()) {
-            return Err(Error::UnalignedSize {
-                size,
-                page_size: self.page_size(),
-            });
-        }
+        RangePart::Offset.check_aligned(offset, self.page_size())?;
+        RangePart::Size.check_aligned(size, self.page_size())?;
         match offset.checked_add(size) {
             Some(end) if end <= self.end() => Ok(()),
             _ => Err(Error::OutsideBacking {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use vm_memory::GuestAddress;
 
-use crate::range::GuestRange;
+use crate::range::{GuestRange, InvalidRange};
 use crate::shortage::MemoryShortage;
 use crate::units::HumanSize;
 
@@ -36,11 +36,11 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// the system refused, where it did.
 ///
 /// ```
-/// use guest_memory_shm::{Error, GuestMemoryShm};
+/// use guest_memory_shm::{Error, GuestMemoryShm, InvalidRange};
 /// use vm_memory::GuestAddress;
 ///
 /// let error = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 5000)]).unwrap_err();
-/// assert!(matches!(error, Error::UnalignedSize { size: 5000, .. }));
+/// assert!(matches!(error, Error::Range(InvalidRange::Unaligned { value: 5000, .. })));
 /// ```
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
@@ -78,60 +78,9 @@ pub enum Error {
     #[error(transparent)]
     Kvm(#[from] KvmError),
 
-    /// A range of guest addresses is empty.
-    #[error("the range at guest address {:#x} has size 0: give it at least one page", .start.0)]
-    EmptyRange {
-        /// Where the range was to start.
-        start: GuestAddress,
-    },
-
-    /// A range of guest addresses runs past 2^64.
-    #[error(
-        "the range of {} at guest address {:#x} has no 64-bit address behind it: lower its address \
-         or its size",
-        HumanSize(*.size), .start.0
-    )]
-    RangeOverflow {
-        /// Where the range was to start.
-        start: GuestAddress,
-        /// Its size in bytes.
-        size: u64,
-    },
-
-    /// A guest address is not a multiple of the page size of its backing.
-    #[error(
-        "guest address {:#x} is not a multiple of the page size {}: the nearest is {:#x}",
-        .range.start_addr().0, HumanSize(*.page_size),
-        .range.start_addr().0 - .range.start_addr().0 % .page_size
-    )]
-    UnalignedAddress {
-        /// The range that starts there.
-        range: GuestRange,
-        /// The page size of the backing in bytes.
-        page_size: u64,
-    },
-
-    /// A size is not a multiple of the page size of its backing.
-    #[error(
-        "size {} is not a multiple of the page size {}: the nearest larger is {}",
-        HumanSize(*.size), HumanSize(*.page_size),
-        HumanSize(.size.checked_next_multiple_of(*.page_size).unwrap_or(*.size - *.size % *.page_size))
-    )]
-    UnalignedSize {
-        /// The size in bytes.
-        size: u64,
-        /// The page size of the backing in bytes.
-        page_size: u64,
-    },
-
-    /// Two ranges of guest addresses have addresses in common.
-    #[error("guest ranges {first} and {second} overlap: move or shorten one of them")]
-    Overlap {
-        /// The lower one.
-        first: GuestRange,
-        /// The higher one.
-        second: GuestRange,
-    },
+    /// A range is not what it should be: empty, too large, not whole pages, or taken.
+    #[error(transparent)]
+    Range(#[from] InvalidRange),
 
     /// Guest memory without any range was asked for.
     #[error("no range of guest RAM was given: give at least one")]
@@ -405,19 +354,6 @@ pub enum Error {
         end: u64,
         /// The length that it has, in bytes.
         now: u64,
-    },
-
-    /// An offset into a backing is not a multiple of its page size.
-    #[error(
-        "offset {offset:#x} in the backing is not a multiple of its page size {}: the nearest is \
-         {:#x}",
-        HumanSize(*.page_size), .offset - .offset % .page_size
-    )]
-    UnalignedOffset {
-        /// The offset in bytes.
-        offset: u64,
-        /// The page size of the backing in bytes.
-        page_size: u64,
     },
 
     /// Memory could not be mapped.

@@ -7,44 +7,6 @@ fn texts_name_the_values_and_the_way_out() {
     let range = |start, size| GuestRange::new(GuestAddress(start), size).unwrap();
     let cases: Vec<(Error, &str)> = vec![
         (
-            Error::EmptyRange {
-                start: GuestAddress(0x1000),
-            },
-            "the range at guest address 0x1000 has size 0: give it at least one page",
-        ),
-        (
-            Error::RangeOverflow {
-                start: GuestAddress(u64::MAX - 4095),
-                size: 8192,
-            },
-            "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address behind \
-             it: lower its address or its size",
-        ),
-        (
-            Error::UnalignedAddress {
-                range: range(0x30_0000, 0x20_0000),
-                page_size: 2 << 20,
-            },
-            "guest address 0x300000 is not a multiple of the page size 2 MiB: the nearest is \
-             0x200000",
-        ),
-        (
-            Error::UnalignedSize {
-                size: 5000,
-                page_size: 4096,
-            },
-            "size 4.8 KiB (5000 bytes) is not a multiple of the page size 4 KiB: the nearest \
-             larger is 8 KiB",
-        ),
-        (
-            Error::Overlap {
-                first: range(0, 8192),
-                second: range(4096, 4096),
-            },
-            "guest ranges 0x0..=0x1fff (8 KiB) and 0x1000..=0x1fff (4 KiB) overlap: move or \
-             shorten one of them",
-        ),
-        (
             Error::HugePoolShort {
                 needed: 512,
                 available: 40,

@@ -99,7 +99,7 @@ impl Mapping {
     ///
     /// # Errors
     ///
-    /// [`Error::UnalignedOffset`], [`Error::UnalignedSize`], [`Error::OutsideBacking`],
+    /// [`Error::Range`], [`Error::OutsideBacking`],
     /// [`Error::BackingTruncated`]; [`Error::Numa`];
     /// [`Error::HugePoolShort`] and [`Error::HugePagesLimited`] if the pages cannot be promised;
     /// [`Error::Map`].

@@ -14,7 +14,7 @@ use vm_memory::{
 use crate::error::{Error, Result};
 use crate::mapping::to_usize;
 use crate::options::RamOptions;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, check_disjoint};
 use crate::region::GuestRegionShm;
 
 mod builder;
@@ -103,7 +103,7 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoRanges`] without any region, [`Error::Overlap`] if two of them overlap.
+    /// [`Error::NoRanges`] without any region, [`Error::Range`] if two of them overlap.
     pub fn from_regions(regions: Vec<GuestRegionShm<B>>) -> Result<Self> {
         Self::from_arc_regions(regions.into_iter().map(Arc::new).collect())
     }
@@ -113,19 +113,14 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoRanges`] without any region, [`Error::Overlap`] if two of them overlap.
+    /// [`Error::NoRanges`] without any region, [`Error::Range`] if two of them overlap.
     pub fn from_arc_regions(mut regions: Vec<Arc<GuestRegionShm<B>>>) -> Result<Self> {
         if regions.is_empty() {
             return Err(Error::NoRanges);
         }
         regions.sort_unstable_by_key(|region| region.range());
         let ranges: Vec<GuestRange> = regions.iter().map(|region| region.range()).collect();
-        if let Some(pair) = ranges.windows(2).find(|pair| pair[0].overlaps(&pair[1])) {
-            return Err(Error::Overlap {
-                first: pair[0],
-                second: pair[1],
-            });
-        }
+        check_disjoint(&ranges)?;
         Ok(Self::index(regions))
     }
 
@@ -133,7 +128,7 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Overlap`] if a region is there already.
+    /// [`Error::Range`] if a region is there already.
     pub fn insert_region(&self, region: Arc<GuestRegionShm<B>>) -> Result<Self> {
         let mut regions = self.arc_regions();
         regions.push(region);

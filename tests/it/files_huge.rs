@@ -5,8 +5,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use guest_memory_shm::{
-    Backing, BackingKind, Error, FileError, GuestMemoryShm, GuestRegionShm, RamOptions, Reserve,
-    ShmBacking,
+    Backing, BackingKind, Error, FileError, GuestMemoryShm, GuestRegionShm, InvalidRange,
+    RamOptions, RangePart, Reserve, ShmBacking,
 };
 use nix::mount::{MsFlags, mount, umount};
 use tempfile::TempDir;
@@ -183,11 +183,8 @@ fn numbers_that_are_no_multiple_of_the_huge_page_are_refused() {
             leaves_nothing(|| {
                 assert_refused!(
                     region(&file_options(&path).with_offset(PAGE), HUGE),
-                    Error::File(FileError::UnalignedOffset { .. }),
-                    format!(
-                        "offset=0x1000 is not a multiple of the page size 2 MiB of {shown}: the \
-                         nearest is 0x0"
-                    ),
+                    Error::Range(InvalidRange::Unaligned { .. }),
+                    "offset 0x1000 is not a multiple of the page size 2 MiB: the nearest is 0x0",
                 );
                 assert_refused!(
                     region(&file_options(&path).with_align(MIB), HUGE),
@@ -199,10 +196,11 @@ fn numbers_that_are_no_multiple_of_the_huge_page_are_refused() {
                 );
                 assert!(matches!(
                     region(&file_options(&path), 3 * MIB),
-                    Err(Error::UnalignedSize {
+                    Err(Error::Range(InvalidRange::Unaligned {
+                        part: RangePart::Size,
                         page_size: HUGE,
                         ..
-                    })
+                    }))
                 ));
             });
             assert_eq!(names(dir), 0);
