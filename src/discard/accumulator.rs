@@ -5,11 +5,11 @@ use std::sync::{Arc, Weak};
 
 use vm_memory::GuestAddress;
 
-use super::Discarded;
 use super::collector::{Collector, Units};
-use super::pieces::{pieces, split, transparent_huge_page};
+use super::discarded::{Discarded, split};
+use super::error::DiscardError;
+use super::pieces::{pieces, transparent_huge_page};
 use crate::backing::base_page_size;
-use crate::error::Result;
 use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
 use crate::ram::Ram;
@@ -107,7 +107,7 @@ impl DiscardAccumulator {
         memory: &GuestMemoryShm<B>,
         addr: GuestAddress,
         len: u64,
-    ) -> Result<Discarded> {
+    ) -> Result<Discarded, DiscardError> {
         let range = GuestRange::new(addr, len)?;
         let mut discarded = Discarded::default();
         let mut complete = Vec::new();
@@ -163,7 +163,7 @@ impl DiscardAccumulator {
     /// # Errors
     ///
     /// Those of [`GuestMemoryShm::discard`]; what could not be discarded stays noted.
-    pub fn flush<B>(&mut self, memory: &GuestMemoryShm<B>) -> Result<Discarded> {
+    pub fn flush<B>(&mut self, memory: &GuestMemoryShm<B>) -> Result<Discarded, DiscardError> {
         let (mut ready, mut gone) = (Vec::new(), Vec::new());
         for unit in self.collector.units() {
             let start = GuestAddress(unit.range.start);
@@ -207,7 +207,7 @@ impl Default for DiscardAccumulator {
     }
 }
 
-fn discard<B>(memory: &GuestMemoryShm<B>, range: &Range<u64>) -> Result<Discarded> {
+fn discard<B>(memory: &GuestMemoryShm<B>, range: &Range<u64>) -> Result<Discarded, DiscardError> {
     memory.discard(GuestAddress(range.start), range.end - range.start)
 }
 

@@ -5,19 +5,24 @@ use std::io;
 use vm_memory::GuestAddress;
 
 use crate::backing::BackingKind;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, InvalidRange};
 use crate::units::HumanSize;
 
 /// Why memory could not be given back. Unless the variant says otherwise, nothing was.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum DiscardError {
+    /// What was to be discarded is no range.
+    #[error(transparent)]
+    Range(#[from] InvalidRange),
+
     /// A part of the range is no RAM.
     #[error(
         "cannot discard {range}: there is no RAM at guest address {:#x}, discard what is before \
          and behind the gap apart",
         .first.0
     )]
+    #[non_exhaustive]
     NotRam {
         /// The range that was to be discarded.
         range: GuestRange,
@@ -30,6 +35,7 @@ pub enum DiscardError {
         "cannot discard {range}: discards are inhibited by {by} (DiscardInhibitor), whose devices \
          have the pages pinned; try again when they have let go"
     )]
+    #[non_exhaustive]
     Inhibited {
         /// The range that was to be discarded.
         range: GuestRange,
@@ -42,6 +48,7 @@ pub enum DiscardError {
         "cannot discard {range}: pages of it are locked (mlock or mlockall), which the kernel does \
          not give back: munlock them first"
     )]
+    #[non_exhaustive]
     Locked {
         /// The part that has locked pages.
         range: GuestRange,
@@ -49,6 +56,7 @@ pub enum DiscardError {
 
     /// The mapping cannot be written.
     #[error("cannot discard {range}: it is mapped for reading only, and a discard writes zeroes")]
+    #[non_exhaustive]
     ReadOnly {
         /// The part that is read-only.
         range: GuestRange,
@@ -59,6 +67,7 @@ pub enum DiscardError {
         "cannot discard {range}: the file system of its {kind} cannot punch holes into files, use \
          a memfd, or a file on a tmpfs, ext4, xfs or btrfs"
     )]
+    #[non_exhaustive]
     NoHoles {
         /// The part that the file is behind.
         range: GuestRange,
@@ -72,6 +81,7 @@ pub enum DiscardError {
          given back before",
         HumanSize(*.freed)
     )]
+    #[non_exhaustive]
     CannotLook {
         /// The range that was to be discarded, or the part of it that was looked at.
         range: GuestRange,
@@ -86,6 +96,7 @@ pub enum DiscardError {
         "cannot discard {range}: madvise(MADV_REMOVE) failed, {} of it were given back before",
         HumanSize(*.freed)
     )]
+    #[non_exhaustive]
     Failed {
         /// The range that was to be discarded.
         range: GuestRange,

@@ -9,9 +9,9 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use vm_memory::GuestAddress;
 
-use super::Discarded;
+use super::discarded::{Discarded, split};
+use super::error::DiscardError;
 use crate::backing::{ShmBacking, base_page_size};
-use crate::error::DiscardError;
 use crate::host::transparent;
 use crate::memory::GuestMemoryShm;
 use crate::options::Access;
@@ -109,27 +109,6 @@ impl Piece<'_> {
     }
 }
 
-/// The whole pages in a range of offsets, and the report if all of them become free.
-pub(super) fn split(range: Range<u64>, page_size: u64) -> (Range<u64>, Discarded) {
-    let len = range.end - range.start;
-    let start = range.start.next_multiple_of(page_size);
-    let end = range.end - range.end % page_size;
-    if start > end {
-        // Inside one page.
-        let kept = Discarded {
-            kept_head: len,
-            ..Discarded::default()
-        };
-        return (range.start..range.start, kept);
-    }
-    let discarded = Discarded {
-        freed: end - start,
-        kept_head: start - range.start,
-        kept_tail: range.end - end,
-    };
-    (start..end, discarded)
-}
-
 /// The parts at the ends of a range of offsets that are no whole huge pages; either may be empty.
 fn edges(range: Range<u64>, huge: u64) -> (Range<u64>, Range<u64>) {
     let first = range.start.next_multiple_of(huge).min(range.end);
@@ -169,29 +148,6 @@ fn can_punch_holes(backing: &ShmBacking) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn discarded(freed: u64, kept_head: u64, kept_tail: u64) -> Discarded {
-        Discarded {
-            freed,
-            kept_head,
-            kept_tail,
-        }
-    }
-
-    #[test]
-    fn only_whole_pages_are_freed_and_nothing_is_lost() {
-        for (range, whole, report) in [
-            (0..20, 0..20, discarded(20, 0, 0)),
-            (5..25, 10..20, discarded(10, 5, 5)),
-            (5..15, 10..10, discarded(0, 5, 5)),
-            (12..18, 12..12, discarded(0, 6, 0)),
-            (10..18, 10..10, discarded(0, 0, 8)),
-            (12..20, 20..20, discarded(0, 8, 0)),
-        ] {
-            assert_eq!(split(range.clone(), 10), (whole, report), "{range:?}");
-            assert_eq!(report.len(), range.end - range.start);
-        }
-    }
 
     #[test]
     fn edges_are_what_is_no_whole_huge_page() {

@@ -59,7 +59,7 @@ pub enum Error {
 
     /// Memory could not be given back.
     #[error(transparent)]
-    Discard(#[from] DiscardError),
+    Discard(DiscardError),
 
     /// The kernel does not say what of the RAM exists.
     #[error(transparent)]
@@ -565,6 +565,15 @@ impl fmt::Display for AdoptError {
 impl std::error::Error for AdoptError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.error.source()
+    }
+}
+
+impl From<DiscardError> for Error {
+    fn from(error: DiscardError) -> Self {
+        match error {
+            DiscardError::Range(error) => Self::Range(error),
+            error => Self::Discard(error),
+        }
     }
 }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use guest_memory_shm::{
-    DiscardAccumulator, DiscardError, Error, GuestMemoryShm, GuestRegionShm, InvalidRange,
-    PageSize, RamOptions,
+    DiscardAccumulator, DiscardError, GuestMemoryShm, GuestRegionShm, InvalidRange, PageSize,
+    RamOptions,
 };
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -57,8 +57,7 @@ fn refused_reports_are_kept_until_they_can_be_discarded() {
         let mut balloon = DiscardAccumulator::new();
         let inhibitor = memory.inhibit_discards();
         let refused = balloon.add(&memory, GuestAddress(0), HUGE);
-        let inhibited =
-            |result| matches!(result, Err(Error::Discard(DiscardError::Inhibited { .. })));
+        let inhibited = |result| matches!(result, Err(DiscardError::Inhibited { .. }));
         assert!(inhibited(refused));
         assert!(inhibited(balloon.flush(&memory)));
         assert_eq!((balloon.pending(), allocated(&memory)), (HUGE, HUGE));
@@ -78,14 +77,11 @@ fn what_is_no_ram_is_refused_and_not_noted() {
     let memory = transparent(&[(0, HUGE)]);
     let mut balloon = DiscardAccumulator::new();
     let refused = balloon.add(&memory, GuestAddress(PAGE), HUGE);
-    assert!(matches!(
-        refused,
-        Err(Error::Discard(DiscardError::NotRam { .. }))
-    ));
+    assert!(matches!(refused, Err(DiscardError::NotRam { .. })));
     let refused = balloon.add(&memory, GuestAddress(PAGE), 0);
     assert!(matches!(
         refused,
-        Err(Error::Range(InvalidRange::Empty { .. }))
+        Err(DiscardError::Range(InvalidRange::Empty { .. }))
     ));
     assert_eq!(balloon.pending(), 0);
     balloon.remove(GuestAddress(u64::MAX), u64::MAX);
