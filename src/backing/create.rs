@@ -17,6 +17,7 @@ use crate::logs;
 use crate::options::{Backing, NumaPolicy, OnShortage, PageSize, Populate, RamOptions};
 use crate::range::RangePart;
 use crate::report::log_notes;
+use crate::shortage::{ResourceLimit, Shortage};
 
 impl ShmBacking {
     /// Creates a backing that leaves nothing when it is dropped without having been
@@ -171,7 +172,9 @@ fn check_nodes(policy: NumaPolicy) -> Result<()> {
 /// expect it.
 pub(super) fn check_file_size_limit(len: u64) -> Result<()> {
     match getrlimit(Resource::RLIMIT_FSIZE) {
-        Ok((limit, _)) if len > limit => Err(Error::FileSizeLimit { size: len, limit }),
+        Ok((limit, _)) if len > limit => {
+            Err(Shortage::new(len, limit, ResourceLimit::FileSize).into())
+        }
         // Without an answer the limit is left to the kernel.
         _ => Ok(()),
     }
@@ -192,29 +195,14 @@ pub(super) fn descriptor_error(
     size: u64,
     errno: Errno,
 ) -> Error {
-    match no_descriptors(kind_name(backing), errno.into()) {
-        Ok(error) => error,
-        Err(source) => Error::CreateBacking {
+    let source = io::Error::from(errno);
+    match Shortage::of_descriptors(&source) {
+        Some(shortage) => shortage.into(),
+        None => Error::CreateBacking {
             doing,
             kind: kind_name(backing),
             size,
             source,
         },
-    }
-}
-
-/// The error that says that there are no more descriptors for this, if `source` does; else `source`.
-pub(super) fn no_descriptors(
-    doing: &'static str,
-    source: io::Error,
-) -> std::result::Result<Error, io::Error> {
-    match source.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::EMFILE) => Ok(Error::NoDescriptors {
-            doing,
-            limit: getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft),
-            source,
-        }),
-        Some(Errno::ENFILE) => Ok(Error::NoSystemDescriptors { doing, source }),
-        _ => Err(source),
     }
 }

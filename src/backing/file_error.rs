@@ -85,23 +85,6 @@ pub enum FileError {
         page_size: u64,
     },
 
-    /// The file system can never hold the RAM.
-    #[error(
-        "RAM of {} does not fit into the file system of {}, which holds {} ({} of them free): \
-         enlarge it, use another one, or allow it with reserve=off",
-        HumanSize(*.size), .path.display(), HumanSize(*.capacity), HumanSize(*.free)
-    )]
-    TooSmall {
-        /// The path that was given.
-        path: PathBuf,
-        /// The size of the RAM in bytes.
-        size: u64,
-        /// The size of the file system in bytes.
-        capacity: u64,
-        /// What is free of it, in bytes.
-        free: u64,
-    },
-
     /// The file is sealed against writing.
     #[error(
         "{} cannot be RAM, its seals are: {seals}; use a file without write seals, or map it as a \

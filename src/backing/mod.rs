@@ -45,7 +45,7 @@ pub(crate) use crate::host::base_page_size;
 pub use adopt::{AdoptPolicy, SealPolicy};
 pub(crate) use capacity::{check_descriptors, check_posix_shm, memory_notes};
 pub(crate) use create::{check_creation, huge_pages, page_size_of, start_of};
-use create::{check_file_size_limit, descriptor_error, kind_name, no_descriptors};
+use create::{check_file_size_limit, descriptor_error, kind_name};
 pub(crate) use extents::Allocation;
 use file_end::FileEnd;
 pub use file_error::FileError;
@@ -119,10 +119,9 @@ impl ShmBacking {
     ///
     /// Those of [`RamOptions::check`]; [`OptionsError::SizeMismatch`], [`Error::BackingTooLong`] and
     /// [`Error::Range`] for a bad `len`; [`Error::HugePosixShm`],
-    /// [`Error::NoSuchHugePageSize`], [`Error::HugePoolShort`] and [`Error::HugePagesLimited`] for
-    /// huge pages that cannot be had; [`Error::FileSizeLimit`], [`Error::NoDescriptors`],
-    /// [`Error::NoSystemDescriptors`], [`Error::ShmTooSmall`], [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits
-    /// of the system; [`Error::File`] for a file that cannot be used; [`Error::CreateBacking`] if a
+    /// [`Error::NoSuchHugePageSize`] for huge pages that there are not; [`Error::Shortage`],
+    /// [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits of the system;
+    /// [`Error::File`] for a file that cannot be used; [`Error::CreateBacking`] if a
     /// system call fails for another reason. Nothing is left behind: a file that was created is
     /// removed, one that was empty is empty again.
     pub fn create(options: &RamOptions, len: u64) -> Result<Self> {

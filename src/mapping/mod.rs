@@ -101,7 +101,7 @@ impl Mapping {
     ///
     /// [`Error::Range`], [`Error::OutsideBacking`],
     /// [`Error::BackingTruncated`]; [`Error::Numa`];
-    /// [`Error::HugePoolShort`] and [`Error::HugePagesLimited`] if the pages cannot be promised;
+    /// [`Error::Shortage`] if huge pages cannot be promised;
     /// [`Error::Map`].
     pub(crate) fn new(backing: &ShmBacking, offset: u64, size: u64) -> Result<Self> {
         backing.check_inside(offset, size)?;

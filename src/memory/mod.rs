@@ -17,6 +17,7 @@ use crate::options::RamOptions;
 use crate::range::{GuestRange, check_disjoint};
 use crate::region::GuestRegionShm;
 
+mod access;
 mod builder;
 mod index;
 mod pieces;
@@ -65,6 +66,7 @@ use index::Index;
 /// | `FromRangesError`, `GuestRegionCollectionError` | [`Error`](crate::Error) |
 /// | `region.deref().bitmap()` for the whole bitmap | [`GuestRegionShm::dirty_bitmap`] |
 /// | `VhostUserMemoryRegionInfo::from_guest_region(region)` | `VhostUserMemoryRegionInfo::from(&TableRegion::from(region))`, or `VhostUserShare` for all of it |
+/// | `use vm_memory::Bytes` for `read_obj`, `write_obj`, `read_slice`, `write_slice` | methods of this type, several times as fast: rustc may call the import unused |
 /// | a function that wants a `GuestMemoryMmap` | [`to_guest_memory_mmap`](Self::to_guest_memory_mmap) |
 pub struct GuestMemoryShm<B = ()> {
     /// Sorted by address, disjoint.

@@ -9,7 +9,7 @@ use guest_memory_shm::{
     RamOptions, RangePart, ShmBacking,
 };
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 use crate::isolation::in_own_process;
 use crate::proc::leaves_nothing;

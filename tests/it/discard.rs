@@ -17,7 +17,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::mman::{MmapAdvise, madvise, mlock};
 use nix::sys::stat::fstat;
 use nix::unistd::geteuid;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::fork::Peer;
 use crate::isolation::{PAGE, assert_refused, in_own_process};

@@ -8,7 +8,7 @@ use guest_memory_shm::{
     RamOptions,
 };
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::isolation::PAGE;
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use guest_memory_shm::{DiscardError, GuestMemoryShm, GuestRegionShm, RamOptions, ShmBacking};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use crate::isolation::{PAGE, assert_refused};
 

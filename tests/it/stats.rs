@@ -12,7 +12,7 @@ use guest_memory_shm::{
 };
 use nix::fcntl::posix_fallocate;
 use nix::sys::mman::mlock;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::fork::Peer;
 use crate::isolation::{HugePool, PAGE, ShmemHuge, in_own_process};
