@@ -16,7 +16,7 @@ use crate::host::transparent;
 use crate::memory::GuestMemoryShm;
 use crate::options::Access;
 use crate::ram::Ram;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, inwards};
 
 /// The part of a range that is in one region.
 #[derive(Debug)]
@@ -121,30 +121,19 @@ impl Piece<'_> {
 
 /// The whole pages in a range of offsets, and the report if all of them become free.
 fn split(range: Range<u64>, page_size: u64) -> (Range<u64>, Discarded) {
-    let len = range.end - range.start;
-    let start = range.start.next_multiple_of(page_size);
-    let end = range.end - range.end % page_size;
-    if start > end {
-        // Inside one page.
-        let kept = Discarded {
-            kept_head: len,
-            ..Discarded::default()
-        };
-        return (range.start..range.start, kept);
-    }
+    let whole = inwards(range.clone(), page_size);
     let discarded = Discarded {
-        freed: end - start,
-        kept_head: start - range.start,
-        kept_tail: range.end - end,
+        freed: whole.end - whole.start,
+        kept_head: whole.start - range.start,
+        kept_tail: range.end - whole.end,
     };
-    (start..end, discarded)
+    (whole, discarded)
 }
 
 /// The parts at the ends of a range of offsets that are no whole huge pages; either may be empty.
 fn edges(range: Range<u64>, huge: u64) -> (Range<u64>, Range<u64>) {
-    let first = range.start.next_multiple_of(huge).min(range.end);
-    let last = (range.end - range.end % huge).max(first);
-    (range.start..first, last..range.end)
+    let whole = inwards(range.clone(), huge);
+    (range.start..whole.start, whole.end..range.end)
 }
 
 /// The size in bytes of the largest transparent huge page; of a base page if there are none.
@@ -194,7 +183,7 @@ mod tests {
             (0..20, 0..20, discarded(20, 0, 0)),
             (5..25, 10..20, discarded(10, 5, 5)),
             (5..15, 10..10, discarded(0, 5, 5)),
-            (12..18, 12..12, discarded(0, 6, 0)),
+            (12..18, 18..18, discarded(0, 6, 0)),
             (10..18, 10..10, discarded(0, 0, 8)),
             (12..20, 20..20, discarded(0, 8, 0)),
         ] {

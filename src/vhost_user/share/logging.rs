@@ -17,7 +17,7 @@
 //! size: whichever message a daemon handled last, it sets bits in the same pages, and they are
 //! harvested. That includes a daemon whose connection has ended, and which does not know it yet.
 
-use super::log::{DaemonLog, DirtyRanges};
+use super::log::DaemonLog;
 use super::process::DaemonProcess;
 use super::stopped::{FormerDaemon, StoppedLog};
 use super::{MemTableSink, VhostUserShare};
@@ -134,11 +134,7 @@ impl Logging {
         if !self.settled {
             self.mark(&self.unlogged);
         }
-        let mut dirty = DirtyRanges::default();
-        if let Some(log) = &self.log {
-            log.drain(&mut dirty);
-        }
-        dirty.into_ranges()
+        self.log.as_ref().map(DaemonLog::drain).unwrap_or_default()
     }
 }
 
