@@ -181,13 +181,13 @@ pub use address_space::{
     Transaction,
 };
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
-pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
+pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 #[cfg(feature = "kvm")]
 pub use error::KvmError;
 pub use error::{
-    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, MemTableChange,
-    NumaError, Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace,
-    Result, SlotLimit, StaleListener,
+    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, NumaError,
+    Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace, Result,
+    StaleListener,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{
@@ -211,11 +211,13 @@ pub use shortage::{ResourceLimit, Shortage};
 pub use stats::{Extents, MemoryStats, RegionStats, StatsError};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::share::{
-    DaemonLog, DaemonProcess, FormerDaemon, HangUp, KernelVhost, MemTableSink, ShareReport,
-    SinkError, StoppedLog, TimeLimit, VhostUserShare,
+    DaemonFailure, DaemonLog, DaemonProcess, DaemonRequest, FormerDaemon, HangUp, KernelVhost,
+    MemTableSink, ShareError, ShareReport, StoppedLog, TimeLimit, VhostUserShare,
 };
 #[cfg(feature = "vhost-user")]
-pub use vhost_user::table::{MemoryTable, TableChange, TableRegion, TableView, UserAddresses};
+pub use vhost_user::table::{
+    MemoryTable, SlotLimit, TableChange, TableError, TableRegion, TableView, UserAddresses,
+};
 
 /// README's examples compile and run.
 #[cfg(all(doctest, feature = "vhost-user"))]

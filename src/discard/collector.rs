@@ -68,7 +68,7 @@ impl<T: PartialEq + Clone> Collector<T> {
         if !units.whole {
             // All of it; what was refused of it before is among it.
             self.remove(range.clone());
-            return RangeSet::from_iter([range]);
+            return RangeSet::from(range);
         }
         self.evict(units, region, &range);
         let mut complete = RangeSet::default();

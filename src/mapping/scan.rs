@@ -245,10 +245,7 @@ mod tests {
             assert!(mapping.mapped_huge().is_err());
             assert!(mapping.mapped(page).is_err());
         });
-        assert_eq!(
-            mapping.mapped(page).unwrap(),
-            RangeSet::from_iter([0..page])
-        );
+        assert_eq!(mapping.mapped(page).unwrap(), RangeSet::from(0..page));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Sets of numbers, kept as ranges: the one place where ranges are merged, cut and subtracted.
 
+use std::iter;
 use std::ops::Range;
 
 use vm_memory::GuestAddress;
@@ -84,8 +85,8 @@ impl RangeSet {
     pub(crate) fn gaps(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let end = range.end;
         let mut from = range.start;
-        let mut there = self.within(range).chain([end..end]);
-        std::iter::from_fn(move || {
+        let mut there = self.within(range).chain(iter::once(end..end));
+        iter::from_fn(move || {
             loop {
                 let there = there.next()?;
                 let gap = from..there.start;
@@ -105,6 +106,12 @@ impl RangeSet {
             GuestRange::new(start, (range.end - range.start) * unit).ok()
         };
         self.ranges.iter().filter_map(range).collect()
+    }
+}
+
+impl From<Range<u64>> for RangeSet {
+    fn from(range: Range<u64>) -> Self {
+        iter::once(range).collect()
     }
 }
 

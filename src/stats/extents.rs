@@ -89,7 +89,7 @@ fn of_one_backing(
         let size = ram.range.size();
         let parts = if allocation == Allocation::Everything {
             located += size;
-            RangeSet::from_iter([0..size])
+            RangeSet::from(0..size)
         } else if backing.is_hugetlb() {
             let mapped = mapped_parts(ram)?;
             located += mapped.len();

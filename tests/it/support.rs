@@ -90,7 +90,7 @@ pub(crate) fn example(name: &str) -> PathBuf {
             Some("debug") | None => {}
             Some(name) => drop(cargo.args(["--profile", name])),
         }
-        match cargo.current_dir(env!("CARGO_MANIFEST_DIR")).status() {
+        match cargo.current_dir(top()).status() {
             Ok(status) => assert!(status.success(), "{cargo:?}: {status}"),
             Err(error) => eprintln!("{} is old, {cargo:?}: {error}", binary.display()),
         }
@@ -111,12 +111,16 @@ fn is_older_than_its_sources(binary: &Path) -> bool {
     };
     let sources = line.split_once(": ").map_or("", |(_, sources)| sources);
     let sources = sources.trim_end().replace("\\ ", "\n").replace(' ', "\0");
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     let all = sources
         .split('\0')
         .map(|source| PathBuf::from(source.replace('\n', " ")));
-    all.chain(["Cargo.toml", "Cargo.lock"].map(|file| manifest.join(file)))
+    all.chain(["Cargo.toml", "Cargo.lock"].map(|file| top().join(file)))
         .any(|source| modified(&source).is_ok_and(|modified| modified > built))
+}
+
+/// The top of the source tree, where the examples are.
+fn top() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
 /// Ends and reaps a process that a test started, however the test ends.
