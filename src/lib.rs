@@ -46,7 +46,7 @@
 //! | `range` | [`GuestRange`]: guest ranges: alignment, overlap, holes, offsets in a backing |
 //! | `options` | [`RamOptions`]: what RAM is asked for, typed or in QEMU's syntax |
 //! | `host` | what this machine offers and forbids: NUMA nodes, huge pages, mounts, memory, control groups, limits, calls |
-//! | `shortage` | [`MemoryShortage`]: what is short, by which limit, and what to do |
+//! | `shortage` | [`Shortage`]: what is short, by which limit, and what to do |
 //! | `report` | [`BuildReport`]: what building has to say: options without effect, limits that are near |
 //! | `backing` | [`ShmBacking`]: a sized descriptor, its seals, page size, allocation; adoption |
 //! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
@@ -138,10 +138,11 @@
 
 mod logs;
 mod panics;
+mod units;
+
+mod range;
 
 mod error;
-mod range;
-mod units;
 
 mod options;
 mod report;
@@ -159,6 +160,8 @@ mod rom;
 
 mod memory;
 
+mod listener;
+
 mod discard;
 mod stats;
 
@@ -174,23 +177,24 @@ mod kvm;
 pub mod mock;
 
 pub use address_space::{
-    AddressSpace, Attendance, ChangeReport, ListenerError, ListenerId, ListenerStatus,
-    MemoryListener, PerRegion, PublishedMemory, RegionListener, Transaction,
+    AddressSpace, Attendance, ChangeReport, ListenerId, ListenerStatus, PublishedMemory,
+    Transaction,
 };
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
 #[cfg(feature = "kvm")]
 pub use error::KvmError;
 pub use error::{
-    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, MemTableChange,
-    NumaError, Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace,
-    Result, SlotLimit, StaleListener,
+    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, NumaError,
+    Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace, Result,
+    StaleListener,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{
     DirtyPages, HypervisorVm, KvmSlot, KvmSlots, LogBuffer, SlotFlags, SlotMapping, SlotNumber,
     SlotNumbers,
 };
+pub use listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{
     Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
@@ -199,19 +203,21 @@ pub use options::{
 pub use populate::{
     CancelToken, OnFailure, PopulateHandle, PopulateOptions, PopulateProgress, Populated,
 };
-pub use range::{GuestRange, ram_around_hole};
+pub use range::{GuestRange, InvalidRange, RangePart, ram_around_hole};
 pub use region::GuestRegionShm;
 pub use report::{BuildReport, NotHuge, Note, ReportLine};
 pub use rom::GuestRom;
-pub use shortage::{MemoryLimit, MemoryShortage};
-pub use stats::{Extents, MemoryStats, NodeStats, RegionStats};
+pub use shortage::{ResourceLimit, Shortage};
+pub use stats::{Extents, MemoryStats, RegionStats, StatsError};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::share::{
-    DaemonLog, DaemonProcess, FormerDaemon, HangUp, KernelVhost, MemTableSink, ShareReport,
-    SinkError, StoppedLog, TimeLimit, VhostUserShare,
+    DaemonFailure, DaemonLog, DaemonProcess, DaemonRequest, FormerDaemon, HangUp, KernelVhost,
+    MemTableSink, ShareError, ShareReport, StoppedLog, TimeLimit, VhostUserShare,
 };
 #[cfg(feature = "vhost-user")]
-pub use vhost_user::table::{MemoryTable, TableChange, TableRegion, TableView, UserAddresses};
+pub use vhost_user::table::{
+    MemoryTable, SlotLimit, TableChange, TableError, TableRegion, TableView, UserAddresses,
+};
 
 /// README's examples compile and run.
 #[cfg(all(doctest, feature = "vhost-user"))]

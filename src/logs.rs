@@ -58,35 +58,3 @@ pub(crate) fn line(
     // Whatever it says about itself went to standard error already.
     let _ = caught(record);
 }
-
-#[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::path::Path;
-
-    /// A call that goes past this module panics when the logger does.
-    #[test]
-    fn all_lines_of_the_log_go_this_way() {
-        fn look(dir: &Path, found: &mut Vec<String>) {
-            for entry in fs::read_dir(dir).unwrap() {
-                let path = entry.unwrap().path();
-                if path.is_dir() {
-                    look(&path, found);
-                } else if !path.ends_with("logs.rs") {
-                    let text = fs::read_to_string(&path).unwrap();
-                    let calls = ["error!", "warn!", "info!", "debug!", "trace!", "log!"];
-                    let direct = |line: &&str| {
-                        let mut calls = calls.iter();
-                        calls.any(|call| line.contains(&format!("log::{call}")))
-                    };
-                    let lines = text.lines().filter(direct);
-                    found.extend(lines.map(|line| format!("{}: {line}", path.display())));
-                }
-            }
-        }
-        let mut found = Vec::new();
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-        look(&source, &mut found);
-        assert!(found.is_empty(), "{found:#?}");
-    }
-}

@@ -4,10 +4,10 @@ use std::any::Any;
 
 use vm_memory::bitmap::Bitmap;
 
-use super::listener::{ListenerError, MemoryListener};
 use super::status::ListenerStatus;
 use super::workers::{Answer, Call, Listener, Workers, panicked};
 use crate::error::{AddressSpaceError, Occasion, StaleListener};
+use crate::listener::{ListenerError, MemoryListener};
 use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::panics::{caught, discard};

@@ -3,13 +3,15 @@
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
 
-use super::{AddressSpace, ListenerError, ListenerId, MemoryListener};
+use super::{AddressSpace, ListenerId};
 #[cfg(doc)]
 use crate::error::AddressSpaceError;
-use crate::error::{Error, MemTableChange, Result};
+use crate::error::Result;
+use crate::listener::{ListenerError, MemoryListener};
 use crate::memory::GuestMemoryShm;
-use crate::range::GuestRange;
-use crate::vhost_user::share::{MemTableSink, VhostUserShare};
+use crate::vhost_user::share::{
+    DaemonFailure, DaemonRequest, MemTableSink, ShareError, VhostUserShare,
+};
 
 /// A daemon, which is away once its share is broken, until it is
 /// [connected to anew](AddressSpace::reconnect).
@@ -45,14 +47,17 @@ where
 }
 
 impl<F: MemTableSink> VhostUserShare<F> {
-    fn failed(&mut self, error: Error) -> ListenerError {
-        let range = region_of(&error);
+    fn failed(&mut self, error: ShareError) -> ListenerError {
+        let range = error.range();
         // The answer counts, also of a daemon that hangs up then, as most do: or a change that one
         // refuses would happen without it.
         let refuses = match &error {
-            Error::DaemonRefused { .. } => true,
-            // A mere question is nothing to refuse.
-            Error::DaemonHungUp { change, .. } => *change != MemTableChange::QuerySlots,
+            ShareError::Daemon { request, failure } => match failure {
+                DaemonFailure::Refused(_) => true,
+                // A mere question is nothing to refuse.
+                DaemonFailure::HungUp(_) => *request != DaemonRequest::GetMaxSlots,
+                _ => false,
+            },
             _ => false,
         };
         let broken = self.broken().is_some();
@@ -68,22 +73,6 @@ impl<F: MemTableSink> VhostUserShare<F> {
             Some(range) => failed.at(range),
             None => failed,
         }
-    }
-}
-
-/// The region at which a daemon failed.
-fn region_of(error: &Error) -> Option<GuestRange> {
-    match error {
-        Error::DaemonRefused { change, .. }
-        | Error::DaemonHungUp { change, .. }
-        | Error::DaemonSilent { change, .. }
-        | Error::DaemonProtocol { change, .. }
-        | Error::NoPostcopy { change } => match change {
-            MemTableChange::Add(range) | MemTableChange::Remove(range) => Some(*range),
-            _ => None,
-        },
-        Error::NoHostAddress { range } | Error::OpaqueConstant { range, .. } => Some(*range),
-        _ => None,
     }
 }
 

@@ -6,10 +6,10 @@ use vm_memory::bitmap::Bitmap;
 
 use super::AddressSpace;
 use super::attached::{Attached, Attendance, Listeners, Objection};
-use super::listener::MemoryListener;
 use super::status::{ListenerId, ListenerStatus};
 use super::workers::{Call, panicked};
 use crate::error::{AddressSpaceError, AttachError, Occasion, Result, StaleListener};
+use crate::listener::MemoryListener;
 use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::panics::{caught, discard};

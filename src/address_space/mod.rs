@@ -20,9 +20,7 @@ mod busy;
 #[cfg(feature = "vhost-user")]
 mod daemon;
 mod error;
-mod listener;
 mod members;
-mod per_region;
 mod published;
 mod status;
 mod transaction;
@@ -32,8 +30,6 @@ pub use attached::Attendance;
 use attached::Listeners;
 use busy::Busy;
 pub use error::{AddressSpaceError, AttachError, Occasion, StaleListener};
-pub use listener::{ListenerError, MemoryListener};
-pub use per_region::{PerRegion, RegionListener};
 pub use published::PublishedMemory;
 use published::Publisher;
 pub use status::{ListenerId, ListenerStatus};
@@ -46,7 +42,7 @@ pub use transaction::{ChangeReport, Transaction};
 /// 1. Every listener is asked whether it can hold the new memory.
 /// 2. Regions that go are taken from the readers: a memory without them is published.
 /// 3. The listeners are told, in the order in which they were attached; neighbours that
-///    [wait](MemoryListener::waits) for another process are told side by side.
+///    [wait](crate::MemoryListener::waits) for another process are told side by side.
 /// 4. The new memory is published.
 ///
 /// If anybody refuses, those already told are put back, in reverse, and the old memory stays (or
@@ -181,7 +177,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Overlap`](crate::Error::Overlap) if a region is there already, and those of
+    /// [`Error::Range`](crate::Error::Range) if a region is there already, and those of
     /// [`Transaction::commit`]: the memory and the listeners are what they were, and the region is
     /// dropped. To try again, keep a clone of it: that is a handle, nothing is copied.
     pub fn insert(&self, region: impl Into<Arc<GuestRegionShm<B>>>) -> Result<ChangeReport<B>> {

@@ -115,7 +115,7 @@ impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Overlap`](crate::Error::Overlap) and
+    /// [`Error::Range`](crate::Error::Range) and
     /// [`Error::NoSuchRegion`](crate::Error::NoSuchRegion): no listener was asked or told.
     /// [`AddressSpaceError::Refused`](crate::AddressSpaceError::Refused) and
     /// [`AddressSpaceError::Away`](crate::AddressSpaceError::Away): everybody who was told has
@@ -253,7 +253,7 @@ mod tests {
     use vm_memory::GuestAddressSpace;
 
     use super::*;
-    use crate::address_space::{ListenerError, MemoryListener};
+    use crate::listener::{ListenerError, MemoryListener};
 
     /// How many regions it was told.
     struct Counts(Arc<Mutex<Vec<usize>>>);

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use vm_memory::bitmap::Bitmap;
 
 use super::busy::Busy;
-use super::listener::{ListenerError, MemoryListener};
+use crate::listener::{ListenerError, MemoryListener};
 use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::panics::{caught, discard};

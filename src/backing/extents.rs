@@ -7,14 +7,13 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 
 use super::{BLOCK, ShmBacking, base_page_size};
-use crate::error::Result;
+use crate::host::descriptors::reopened;
 use crate::mapping::cached;
 
 /// Below so many pages of resolution, runs of allocated pages are measured, not stepped through: a
@@ -38,9 +37,8 @@ pub(crate) enum Allocation {
 
 impl ShmBacking {
     /// What is allocated of all of it.
-    pub(crate) fn allocation(&self) -> Result<Allocation> {
-        let metadata = self.file().metadata();
-        let metadata = metadata.map_err(|source| self.fstat_error(source))?;
+    pub(crate) fn allocation(&self) -> io::Result<Allocation> {
+        let metadata = self.file().metadata()?;
         let bytes = metadata.blocks() * BLOCK;
         if bytes == 0 {
             return Ok(Allocation::Nothing);
@@ -234,7 +232,7 @@ struct Seeker<'a> {
 
 impl<'a> Seeker<'a> {
     fn new(shared: &'a File) -> Self {
-        let own = File::open(format!("/proc/self/fd/{}", shared.as_raw_fd())).ok();
+        let own = reopened(shared).ok();
         Self { own, shared }
     }
 

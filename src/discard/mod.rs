@@ -103,8 +103,7 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::EmptyRange`](crate::Error::EmptyRange) and
-    /// [`Error::RangeOverflow`](crate::Error::RangeOverflow) for what is no range;
+    /// [`Error::Range`](crate::Error::Range) for what is no range;
     /// [`DiscardError::NotRam`], [`DiscardError::Inhibited`], [`DiscardError::ReadOnly`],
     /// [`DiscardError::Locked`] and [`DiscardError::NoHoles`] for what cannot be given back: all of
     /// these are found before the first page is. [`DiscardError::Failed`] if a call fails

@@ -1,42 +1,21 @@
-//! The memory of the machine (proc_meminfo(5)) and of its NUMA nodes, in bytes.
+//! The memory of the machine (proc_meminfo(5)), in bytes.
 
-/// The value of a line of `/proc/meminfo`, or of the `meminfo` of a node, whose lines begin with
-/// the node.
-pub(crate) fn value(text: &str, name: &str) -> Option<u64> {
-    let value = text.lines().find_map(|line| {
-        let line = match line.strip_prefix("Node ") {
-            Some(rest) => rest.split_once(' ')?.1,
-            None => line,
-        };
-        line.strip_prefix(name)?.strip_prefix(':')
-    })?;
-    let kib: u64 = value.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
+use std::fs::read_to_string;
+use std::io;
+
+use super::fields::bytes;
+
+pub(super) const MEMINFO: &str = "/proc/meminfo";
+
+/// Whether any process maps a huge page of a file or of shared memory: if none does, no walk need
+/// look for them. A kernel without such pages does not have the lines.
+pub(crate) fn is_huge_mapped() -> io::Result<bool> {
+    let text = read_to_string(MEMINFO)?;
+    let of = |name| bytes(&text, name).unwrap_or(0);
+    Ok(of("ShmemPmdMapped") + of("FilePmdMapped") > 0)
 }
 
-/// What the machine has, memory and swap together, whoever uses it; none where procfs is not
-/// mounted.
-pub(crate) fn total() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let swap = value(&text, "SwapTotal").unwrap_or(0);
-    Some(value(&text, "MemTotal")?.saturating_add(swap))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn values_are_read_in_bytes_of_the_machine_and_of_a_node() {
-        let machine = "MemTotal:       24654560 kB\nMemAvailable:   23068672 kB\n\
-                       HugePages_Free:        7\n";
-        assert_eq!(value(machine, "MemAvailable"), Some(23_068_672 << 10));
-        assert_eq!(value(machine, "Mem"), None);
-        assert_eq!(value(machine, "MemFree"), None);
-        assert_eq!(value(machine, "HugePages_Free"), None);
-        let node = "Node 0 MemTotal:       4096 kB\nNode 0 Active(file):     12 kB\n";
-        assert_eq!(value(node, "MemTotal"), Some(4 << 20));
-        assert_eq!(value(node, "Active(file)"), Some(12 << 10));
-        assert!(total().unwrap() > 1 << 20);
-    }
+/// The size of the huge pages that are used unless another is asked for.
+pub(super) fn huge_page_size() -> Option<u64> {
+    bytes(&read_to_string(MEMINFO).ok()?, "Hugepagesize")
 }

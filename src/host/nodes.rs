@@ -2,9 +2,10 @@
 
 use std::fs;
 
+use super::fields::field;
 use crate::options::NodeSet;
 
-pub(crate) const DIR: &str = "/sys/devices/system/node";
+pub(super) const DIR: &str = "/sys/devices/system/node";
 
 /// The nodes that have memory, or `None` if the kernel does not tell, as one without NUMA.
 pub(crate) fn with_memory() -> Option<NodeSet> {
@@ -22,10 +23,7 @@ pub(crate) fn only_allowed() -> NodeSet {
 }
 
 fn restriction(status: &str, with_memory: NodeSet) -> Option<NodeSet> {
-    let list = status
-        .lines()
-        .find_map(|line| line.strip_prefix("Mems_allowed_list:"))?;
-    let listed = parse_list(list)?.into_iter();
+    let listed = parse_list(field(status, "Mems_allowed_list")?)?.into_iter();
     let there = listed.filter(|node| with_memory.contains(*node));
     let allowed = NodeSet::from_nodes(there).ok()?;
     (allowed != with_memory).then_some(allowed)

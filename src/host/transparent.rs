@@ -3,6 +3,7 @@
 
 use std::fs;
 
+use super::fields::field;
 use super::mounts::Mount;
 use crate::report::NotHuge;
 
@@ -53,10 +54,7 @@ fn forbidden(switch: &str, mount: Option<&Mount>, process_may_not: bool) -> Opti
 
 /// Whether somebody switched them off for this process (`PR_SET_THP_DISABLE`).
 fn process_may_not(status: &str) -> bool {
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix("THP_enabled:"))
-        .is_some_and(|value| value.trim() == "0")
+    field(status, "THP_enabled") == Some("0")
 }
 
 /// The value in brackets of a switch that lists all it could be.

@@ -6,8 +6,9 @@ use vm_memory::GuestAddress;
 
 use super::{KvmSlot, KvmSlots, LogBuffer};
 use crate::error::{KvmError, Result};
+use crate::host::base_page_size;
 use crate::logs;
-use crate::range::{GuestRange, base_page_size};
+use crate::range::GuestRange;
 
 /// What the guest wrote of one region: [`KvmSlots::dirty_log`].
 #[derive(Clone, PartialEq, Eq)]

@@ -12,9 +12,10 @@ use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use crate::error::Result;
+use crate::host::base_page_size;
 use crate::logs;
 use crate::mapping::Mapping;
-use crate::range::{GuestRange, base_page_size};
+use crate::range::GuestRange;
 
 mod assigned;
 mod claims;

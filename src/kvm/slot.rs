@@ -11,11 +11,12 @@ use std::sync::{Arc, Weak};
 
 use super::{HypervisorVm, LogBuffer, SlotFlags, SlotMapping, SlotNumber};
 use crate::error::KvmError;
+use crate::host::base_page_size;
 use crate::logs;
 use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::panics::caught;
 use crate::ram::Ram;
-use crate::range::{GuestRange, base_page_size};
+use crate::range::GuestRange;
 use crate::rom::GuestRom;
 
 /// A memory slot of KVM: a range of guest addresses that KVM maps to RAM or to a ROM.

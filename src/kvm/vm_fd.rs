@@ -14,7 +14,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, VmFd};
 
 use super::{HypervisorVm, LogBuffer, SlotMapping};
-use crate::range::base_page_size;
+use crate::host::base_page_size;
 
 /// linux/kvm.h's requests, which the macros make functions of.
 mod ioctls {

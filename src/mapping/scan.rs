@@ -1,6 +1,5 @@
 //! What the kernel says about pages: which are mapped here, which by huge pages, how many exist.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
@@ -9,8 +8,8 @@ use nix::errno::Errno;
 use nix::libc;
 
 use super::{Mapping, Span, to_usize};
-use crate::backing::base_page_size;
 use crate::host::calls::{is_refused, was_refused};
+use crate::host::{base_page_size, pagemap};
 
 /// How much of a mapping mincore(2) is asked about at once, in bytes: a byte of answer per page.
 const WINDOW: u64 = 1 << 30;
@@ -112,7 +111,7 @@ impl Mapping {
     }
 
     fn bytes_that_are(&self, category: u64, range: Range<u64>) -> io::Result<Option<u64>> {
-        let pagemap = File::open("/proc/self/pagemap")?;
+        let pagemap = pagemap()?;
         let start = self.ram.start.addr().get() as u64;
         let (mut at, end) = (start + range.start, start + range.end);
         let mut answer = [PageRegion::default(); 256];

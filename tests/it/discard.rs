@@ -9,15 +9,15 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
 use guest_memory_shm::{
-    AdoptPolicy, Backing, DiscardError, Discarded, Error, GuestMemoryShm, RamOptions, Seals,
-    ShmBacking,
+    AdoptPolicy, Backing, DiscardError, Discarded, Error, GuestMemoryShm, InvalidRange, RamOptions,
+    Seals, ShmBacking,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::mman::{MmapAdvise, madvise, mlock};
 use nix::sys::stat::fstat;
 use nix::unistd::geteuid;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::fork::Peer;
 use crate::isolation::{PAGE, assert_refused, in_own_process};
@@ -208,9 +208,15 @@ fn what_is_not_all_ram_is_refused_as_a_whole() {
          discard what is before and behind the gap apart"
     );
     let empty = memory.discard(GuestAddress(SIZE), 0);
-    assert!(matches!(empty, Err(Error::EmptyRange { .. })));
+    assert!(matches!(
+        empty,
+        Err(Error::Range(InvalidRange::Empty { .. }))
+    ));
     let endless = memory.discard(GuestAddress(SIZE), u64::MAX);
-    assert!(matches!(endless, Err(Error::RangeOverflow { .. })));
+    assert!(matches!(
+        endless,
+        Err(Error::Range(InvalidRange::Overflow { .. }))
+    ));
     assert_eq!(pages(backing(&memory, SIZE)), 128);
 }
 

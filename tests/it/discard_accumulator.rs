@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use guest_memory_shm::{
-    DiscardAccumulator, DiscardError, Error, GuestMemoryShm, GuestRegionShm, PageSize, RamOptions,
+    DiscardAccumulator, DiscardError, Error, GuestMemoryShm, GuestRegionShm, InvalidRange,
+    PageSize, RamOptions,
 };
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::isolation::PAGE;
 
@@ -82,7 +83,10 @@ fn what_is_no_ram_is_refused_and_not_noted() {
         Err(Error::Discard(DiscardError::NotRam { .. }))
     ));
     let refused = balloon.add(&memory, GuestAddress(PAGE), 0);
-    assert!(matches!(refused, Err(Error::EmptyRange { .. })));
+    assert!(matches!(
+        refused,
+        Err(Error::Range(InvalidRange::Empty { .. }))
+    ));
     assert_eq!(balloon.pending(), 0);
     balloon.remove(GuestAddress(u64::MAX), u64::MAX);
     balloon.remove(GuestAddress(0), 0);

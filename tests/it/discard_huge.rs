@@ -15,7 +15,7 @@ use guest_memory_shm::{
 };
 use nix::fcntl::{SpliceFFlags, vmsplice};
 use nix::sys::stat::fstat;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::fork::Peer;
 use crate::isolation::{HugePool, PAGE, ShmemHuge, in_own_process};

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use guest_memory_shm::{
     DiscardError, Error, GuestMemoryShm, GuestRegionShm, RamOptions, ShmBacking,
 };
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use crate::isolation::{PAGE, assert_refused};
 

@@ -1,6 +1,7 @@
 //! Changes: their order, what readers see, who lags and who refuses.
 
 use super::*;
+use crate::range::InvalidRange;
 
 #[test]
 fn they_are_told_in_order_and_undone_in_reverse() {
@@ -123,7 +124,10 @@ fn a_region_that_is_replaced_is_never_seen_in_both_shapes() {
     assert_eq!(said(&log), []);
     // What cannot be is found before anybody hears of it.
     let twice = space.transaction().insert(region(9)).insert(region(9));
-    assert!(matches!(twice.commit(), Err(Error::Overlap { .. })));
+    assert!(matches!(
+        twice.commit(),
+        Err(Error::Range(InvalidRange::Overlap { .. }))
+    ));
     let gone = space
         .transaction()
         .insert(region(9))

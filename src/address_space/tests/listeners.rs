@@ -124,7 +124,7 @@ fn regions_go_from_above_and_come_from_below_and_the_one_that_failed_is_named() 
     let space = space();
     let log = Arc::new(Mutex::new(Vec::new()));
     let id = space
-        .attach("dma", PerRegion::new(Regions(log.clone(), Some(8))))
+        .attach("dma", RegionAdapter::new(Regions(log.clone(), Some(8))))
         .unwrap();
     space
         .transaction()
@@ -154,7 +154,7 @@ fn regions_go_from_above_and_come_from_below_and_the_one_that_failed_is_named() 
 }
 
 #[test]
-fn a_listener_of_regions_that_was_away_is_told_all_of_them_when_it_begins_anew() {
+fn a_listener_of_regions_that_was_away_is_told_all_of_them_when_it_is_back() {
     struct Dma(Arc<Mutex<bool>>);
     impl RegionListener for Dma {
         fn region_add(&mut self, _: &GuestRegionShm) -> Result<(), ListenerError> {
@@ -172,11 +172,11 @@ fn a_listener_of_regions_that_was_away_is_told_all_of_them_when_it_begins_anew()
         .attach_as(
             "dma",
             Attendance::Required,
-            PerRegion::new(Dma(gone.clone())),
+            RegionAdapter::new(Dma(gone.clone())),
         )
         .unwrap();
     *gone.lock().unwrap() = true;
-    // To be put back it is told nothing: it stays stale.
+    // It cannot be put back either: it stays stale.
     for _ in 0..2 {
         let error = space.insert(region(4)).unwrap_err().to_string();
         assert!(
@@ -185,10 +185,11 @@ fn a_listener_of_regions_that_was_away_is_told_all_of_them_when_it_begins_anew()
             "{error}"
         );
     }
-    *gone.lock().unwrap() = false;
     space.refresh(&dma).unwrap_err();
-    space.with_listener(&dma, PerRegion::begin_anew).unwrap();
+    *gone.lock().unwrap() = false;
     space.refresh(&dma).unwrap();
+    let held = space.with_listener(&dma, |dma| dma.regions().len());
+    assert_eq!(held.unwrap(), 1);
     space.insert(region(4)).told_all();
     let held = space.with_listener(&dma, |dma| dma.regions().len());
     assert_eq!(held.unwrap(), 2);

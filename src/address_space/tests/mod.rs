@@ -2,10 +2,11 @@
 
 use std::sync::{Arc, Barrier, Mutex};
 
-use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use super::*;
 use crate::error::Error;
+use crate::listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
 use crate::options::RamOptions;
 
 mod changes;

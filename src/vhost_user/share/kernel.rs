@@ -1,16 +1,16 @@
 //! The vhost backends inside the kernel (vhost-net, vhost-scsi, vhost-vsock) as a sink.
 
 use std::fmt;
-use std::fs;
 use std::sync::Arc;
 
 use vhost::{VHOST_MAX_MEMORY_REGIONS, VhostBackend, VhostUserMemoryRegionInfo};
 
+use super::error::DaemonFailure;
 use super::hang_up::HangUp;
-use super::sink::{Answer, MemTableSink, SinkError};
-use crate::error::{Error, Result, SlotLimit};
+use super::sink::{Answer, MemTableSink};
+use crate::host::vhost::max_regions;
 use crate::mapping::Mapping;
-use crate::vhost_user::table::{MemoryTable, TableRegion};
+use crate::vhost_user::table::{MemoryTable, SlotLimit, TableError, TableRegion};
 
 /// The limit of the kernel module vhost, unless its parameter says otherwise.
 const DEFAULT_MAX_REGIONS: usize = 64;
@@ -57,13 +57,11 @@ impl<V: VhostBackend> KernelVhost<V> {
     /// The limit on regions is read from `/sys/module/vhost/parameters/max_mem_regions`; where
     /// that says nothing it is 64.
     pub fn new(backend: V) -> Self {
-        let parameter = fs::read_to_string("/sys/module/vhost/parameters/max_mem_regions");
-        let limit = parameter.ok().and_then(|text| text.trim().parse().ok());
         Self {
             backend,
             mapped: Vec::new(),
             // vhost's bindings take no more than that, whatever the kernel says.
-            max_regions: limit
+            max_regions: max_regions()
                 .unwrap_or(DEFAULT_MAX_REGIONS)
                 .min(VHOST_MAX_MEMORY_REGIONS),
         }
@@ -82,10 +80,10 @@ impl<V: VhostBackend> MemTableSink for KernelVhost<V> {
 
     fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
         let mapped: Option<Vec<_>> = regions.iter().map(TableRegion::mapping).collect();
-        let mapped = mapped.ok_or_else(|| SinkError::Refused("a region is not mapped".into()))?;
+        let mapped = mapped.ok_or_else(|| DaemonFailure::refused("a region is not mapped"))?;
         let infos: Vec<VhostUserMemoryRegionInfo> = regions.iter().map(Into::into).collect();
         let answer = self.backend.set_mem_table(&infos);
-        let bases = answer.map_err(|error| SinkError::Refused(Box::new(error)))?;
+        let bases = answer.map_err(DaemonFailure::refused)?;
         // Not before: until now the kernel used the old ones.
         self.mapped = mapped;
         Ok(bases)
@@ -107,17 +105,17 @@ impl<V: VhostBackend> MemTableSink for KernelVhost<V> {
         Ok(())
     }
 
-    fn check_table(&self, table: &MemoryTable) -> Result<()> {
+    fn check_table(&self, table: &MemoryTable) -> Result<(), TableError> {
         let regions = table.regions();
         if regions.len() > self.max_regions {
-            return Err(Error::TooManyRegions {
+            return Err(TableError::TooManyRegions {
                 regions: regions.len(),
                 limit: self.max_regions as u64,
                 slots: SlotLimit::Kernel,
             });
         }
         match regions.iter().find(|region| region.mapping().is_none()) {
-            Some(region) => Err(Error::NoHostAddress {
+            Some(region) => Err(TableError::NoHostAddress {
                 range: region.range(),
             }),
             None => Ok(()),
@@ -147,8 +145,8 @@ impl<V: fmt::Debug> fmt::Debug for KernelVhost<V> {
     }
 }
 
-fn no_slots() -> SinkError {
-    SinkError::Protocol(
-        "in-kernel vhost has no memory slots: CONFIGURE_MEM_SLOTS is vhost-user's".into(),
+fn no_slots() -> DaemonFailure {
+    DaemonFailure::protocol(
+        "in-kernel vhost has no memory slots: CONFIGURE_MEM_SLOTS is vhost-user's",
     )
 }

@@ -17,11 +17,11 @@
 //! size: whichever message a daemon handled last, it sets bits in the same pages, and they are
 //! harvested. That includes a daemon whose connection has ended, and which does not know it yet.
 
+use super::error::{DaemonRequest, Result, ShareError};
 use super::log::{DaemonLog, DirtyRanges};
 use super::process::DaemonProcess;
 use super::stopped::{FormerDaemon, StoppedLog};
 use super::{MemTableSink, VhostUserShare};
-use crate::error::{Error, MemTableChange, Result};
 use crate::logs;
 use crate::range::GuestRange;
 use crate::vhost_user::table::{MemoryTable, TableRegion};
@@ -188,8 +188,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`Error::LogNotShared`] if LOG_SHMFD is not among the protocol features;
-    /// [`Error::ShareBroken`]; those of a new memfd; and those of
+    /// [`ShareError::LogNotShared`] if LOG_SHMFD is not among the protocol features;
+    /// [`ShareError::Broken`]; [`ShareError::Log`]; and those of
     /// [`update_table`](Self::update_table) if the daemon does not take the log. The daemon does not
     /// log then.
     pub fn start_log(&mut self) -> Result<()> {
@@ -262,7 +262,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     fn check_log_shmfd(&self) -> Result<()> {
         match self.log_shmfd {
             true => Ok(()),
-            false => Err(Error::LogNotShared),
+            false => Err(ShareError::LogNotShared),
         }
     }
 
@@ -358,7 +358,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     fn confirm_log(&mut self) -> Result<()> {
         match &self.logging {
             Some(Logging { log: Some(log), .. }) => {
-                self.call(MemTableChange::SetLog(log.size()), F::barrier)
+                self.call(DaemonRequest::SetLog(log.size()), F::barrier)
             }
             _ => Ok(()),
         }
@@ -374,7 +374,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             return Ok(());
         };
         let size = log.size();
-        let sent = self.change(MemTableChange::SetLog(size), |sink| sink.set_log_base(&log));
+        let sent = self.change(DaemonRequest::SetLog(size), |sink| sink.set_log_base(&log));
         let process = sent?;
         if let Some(logging) = &mut self.logging {
             logging.taken = size;

@@ -6,9 +6,9 @@ use std::sync::{Mutex, PoisonError};
 
 use vm_memory::GuestAddress;
 
-use super::sink::{MemTableSink, SinkError};
+use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
+use super::sink::MemTableSink;
 use super::{ShareReport, VhostUserShare};
-use crate::error::{MemTableChange, Result};
 use crate::range::GuestRange;
 use crate::vhost_user::table::TableRegion;
 
@@ -95,7 +95,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// connection.
     pub(super) fn take_up(
         &mut self,
-        step: MemTableChange,
+        step: DaemonRequest,
         regions: &[TableRegion],
         bases: &[u64],
         report: &mut ShareReport,
@@ -103,13 +103,15 @@ impl<F: MemTableSink> VhostUserShare<F> {
         if bases.len() != regions.len() {
             let (bases, regions) = (bases.len(), regions.len());
             let what = format!("{bases} bases came for {regions} regions");
-            return self.call(step, |_| Err(SinkError::Protocol(what.into())));
+            return self.call(step, |_| Err(DaemonFailure::protocol(what)));
         }
         for (region, base) in regions.iter().zip(bases) {
             report.bases.push((region.range().start_addr(), *base));
             let told = AssertUnwindSafe(|| self.base_handler.tell(region.range(), *base));
             if let Err(panic) = catch_unwind(told) {
-                self.break_for("the handler of bases panicked".to_owned());
+                self.break_off(ShareError::GivenUp {
+                    reason: "the handler of bases panicked".to_owned(),
+                });
                 resume_unwind(panic);
             }
         }

@@ -1,7 +1,6 @@
 //! The process of a daemon, and whether it is known to be dead.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use crate::host::process::Stat;
 
 /// The process at the other end of a connection, as a handle that outlives it.
 ///
@@ -19,8 +18,7 @@ use std::os::unix::fs::FileExt;
 #[derive(Debug)]
 pub struct DaemonProcess {
     id: u32,
-    /// `/proc/PID/stat`, which stands for this process also when its number is another's.
-    stat: Option<File>,
+    stat: Option<Stat>,
 }
 
 impl DaemonProcess {
@@ -30,9 +28,10 @@ impl DaemonProcess {
     /// If it is another's already, this one is dead. Then [`is_dead`](Self::is_dead) says so once
     /// the other one is dead, too: too late, and never too early.
     pub fn new(id: u32) -> Self {
-        let stat = is_own_proc().then(|| File::open(format!("/proc/{id}/stat")).ok());
-        let stat = stat.flatten();
-        Self { id, stat }
+        Self {
+            id,
+            stat: Stat::of(id),
+        }
     }
 
     /// Its number, in our PID namespace.
@@ -42,35 +41,8 @@ impl DaemonProcess {
 
     /// Whether it is known to be dead, all of its threads. Where /proc does not show it, it never is.
     pub fn is_dead(&self) -> bool {
-        let Some(stat) = &self.stat else {
-            return false;
-        };
-        let mut bytes = [0; 1024];
-        match stat.read_at(&mut bytes, 0) {
-            Ok(read) => is_dead_by(&bytes[..read]),
-            // proc(5) does not say it: what is left of a process that is gone is ESRCH.
-            Err(error) => error.raw_os_error() == Some(nix::errno::Errno::ESRCH as i32),
-        }
+        self.stat.as_ref().is_some_and(Stat::is_of_dead)
     }
-}
-
-/// Whether /proc counts processes as we do, and not as another PID namespace does.
-fn is_own_proc() -> bool {
-    let own = fs::read_link("/proc/self");
-    own.is_ok_and(|own| own.as_os_str() == std::process::id().to_string().as_str())
-}
-
-/// Whether this line of `/proc/PID/stat` is that of a zombie of which no thread is left: where only
-/// the first thread has ended, the others may write.
-fn is_dead_by(stat: &[u8]) -> bool {
-    // The name is in parentheses, and may contain some.
-    let Some(end) = stat.iter().rposition(|byte| *byte == b')') else {
-        return false;
-    };
-    let rest = String::from_utf8_lossy(&stat[end + 1..]);
-    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
-    let (state, threads) = (fields.first(), fields.get(17));
-    matches!(state, Some(&("Z" | "X"))) && matches!(threads, Some(&("0" | "1")))
 }
 
 #[cfg(test)]
@@ -106,18 +78,5 @@ mod tests {
     fn one_that_cannot_be_seen_is_never_known_to_be_dead() {
         // No number is that large (PID_MAX_LIMIT in the kernel).
         assert!(!DaemonProcess::new(1 << 30).is_dead());
-    }
-
-    #[test]
-    fn a_zombie_whose_other_threads_live_is_not_dead() {
-        let stat = |state, threads| {
-            let fields = ["0"; 16].join(" ");
-            format!("1 (a) Z 1 (b)) {state} {fields} {threads} 0 1\n").into_bytes()
-        };
-        assert!(is_dead_by(&stat("Z", 1)));
-        assert!(is_dead_by(&stat("X", 0)));
-        assert!(!is_dead_by(&stat("Z", 2)));
-        assert!(!is_dead_by(&stat("S", 1)));
-        assert!(!is_dead_by(b""));
     }
 }

@@ -60,16 +60,13 @@ impl Hypervisor {
         self.faults.len()
     }
 
-    /// Has slots for anything, and no faults any more. Tells whether it was dead, and so has lost
-    /// what it held.
-    pub(super) fn heal(&mut self) -> bool {
+    /// Has slots for anything, and no faults any more. If it was dead, it has lost what it held.
+    pub(super) fn heal(&mut self) {
         self.slots = usize::MAX;
         self.faults.clear();
-        let was_dead = std::mem::take(&mut self.dead);
-        if was_dead {
+        if std::mem::take(&mut self.dead) {
             self.held.clear();
         }
-        was_dead
     }
 
     /// What it maps: guest address, size, offset in the file, the file.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use guest_memory_shm::mock::LoggedRequest;
 use guest_memory_shm::{
     AddressSpace, Attendance, Error, FileIdentity, GuestMemoryShm, KvmSlot, KvmSlots, ListenerId,
-    MemTableSink, MemoryTable, PerRegion, TableRegion, VhostUserShare,
+    MemTableSink, MemoryTable, RegionAdapter, TableRegion, VhostUserShare,
 };
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::GuestAddress;
@@ -28,14 +28,14 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 )]
 pub(super) enum Loose {
     Share(Share),
-    Hypervisor(PerRegion<Hypervisor>),
+    Hypervisor(RegionAdapter<Hypervisor>),
     Kvm(KvmSlots),
 }
 
 /// The address space's names for listeners.
 pub(super) enum Id {
     Share(ListenerId<Share>),
-    Hypervisor(ListenerId<PerRegion<Hypervisor>>),
+    Hypervisor(ListenerId<RegionAdapter<Hypervisor>>),
     Kvm(ListenerId<KvmSlots>),
 }
 
@@ -82,7 +82,7 @@ impl Member {
         let mut machine = None;
         let (server, loose) = match kind {
             Kind::Hypervisor => {
-                let hypervisor = PerRegion::new(Hypervisor::new(usize::MAX));
+                let hypervisor = RegionAdapter::new(Hypervisor::new(usize::MAX));
                 (None, Loose::Hypervisor(hypervisor))
             }
             Kind::Kvm => {
@@ -186,28 +186,19 @@ impl Member {
         space: &AddressSpace,
         work: impl FnOnce(&mut Hypervisor) -> T,
     ) -> Option<T> {
-        self.with_per_region(space, |hypervisor| work(hypervisor.get_mut()))
-    }
-
-    fn with_per_region<T>(
-        &mut self,
-        space: &AddressSpace,
-        work: impl FnOnce(&mut PerRegion<Hypervisor>) -> T,
-    ) -> Option<T> {
         match (&mut self.loose, &self.id) {
-            (Some(Loose::Hypervisor(hypervisor)), _) => Some(work(hypervisor)),
-            (_, Some(Id::Hypervisor(id))) => Some(space.with_listener(id, work).unwrap()),
+            (Some(Loose::Hypervisor(hypervisor)), _) => Some(work(hypervisor.get_mut())),
+            (_, Some(Id::Hypervisor(id))) => {
+                let work = |hypervisor: &mut RegionAdapter<_>| work(hypervisor.get_mut());
+                Some(space.with_listener(id, work).unwrap())
+            }
             _ => None,
         }
     }
 
     /// Repairs the hypervisor, if it is one.
     pub(super) fn heal_hypervisor(&mut self, space: &AddressSpace) {
-        self.with_per_region(space, |hypervisor| {
-            if hypervisor.get_mut().heal() {
-                hypervisor.begin_anew();
-            }
-        });
+        self.with_hypervisor(space, Hypervisor::heal);
     }
 
     /// Has the faults of the case happen from now on.
@@ -299,7 +290,7 @@ impl Member {
             assert_eq!(hypervisor.table(), expected, "what {name} maps");
         });
         self.with_share(space, |share| {
-            assert_eq!(share.broken(), None, "the share of {name}");
+            assert!(share.broken().is_none(), "the share of {name}");
             assert_eq!(share.table(), table, "the share of {name}");
         });
         if let Some(machine) = &mut self.machine {

@@ -128,6 +128,10 @@ impl Peer {
 
     fn away(&mut self, cause: Cause, region: Option<Region>) -> Failure {
         self.broken = true;
+        if !self.kind.is_daemon() {
+            // One that is told of regions holds none from then on.
+            self.held.clear();
+        }
         Failure {
             away: true,
             cause,
@@ -192,14 +196,15 @@ impl Peer {
     }
 
     fn update(&mut self, target: &[Region]) -> Answer {
-        let steps = self.steps(target);
-        match self.kind {
-            Kind::Daemon { .. } if self.broken => return Err(self.away(Cause::Broken, None)),
-            _ if self.broken => return Err(self.away(Cause::Dead, None)),
-            _ => {}
+        if self.broken && self.kind.is_daemon() {
+            return Err(self.away(Cause::Broken, None));
         }
-        if steps.is_empty() {
+        let steps = self.steps(target);
+        let Some(first) = steps.first() else {
             return Ok(());
+        };
+        if self.broken {
+            return Err(self.away(Cause::Dead, first.region()));
         }
         if let Some(log) = &mut self.log {
             *log = end_of(target).max(*log);

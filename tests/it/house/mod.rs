@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use source::{Edge, House};
 
+mod lines;
 mod source;
 
 /// The modules of lib.rs' table, lowest first: `range`, `vhost_user::table`.
@@ -24,7 +25,7 @@ fn order() -> Vec<String> {
 }
 
 fn src() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../src")
 }
 
 /// The place in `order` of the module that a file belongs to.

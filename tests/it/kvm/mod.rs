@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use guest_memory_shm::{
     AddressSpace, AddressSpaceError, Error, GuestMemoryShm, GuestRange, HypervisorVm, KvmError,
-    KvmSlot, KvmSlots, ListenerError, ListenerId, MemoryListener, PerRegion, RegionListener,
+    KvmSlot, KvmSlots, ListenerError, ListenerId, MemoryListener, RegionAdapter, RegionListener,
 };
 use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use guest_memory_shm::{Access, Backing, GuestRom, RamOptions};
+use guest_memory_shm::{Access, Backing, GuestRom, InvalidRange, RamOptions};
 use tempfile::TempDir;
 
 use super::*;
@@ -141,7 +141,10 @@ fn roms_and_regions_do_not_overlap_and_share_the_slots() {
     for start in [PLUG, PLUG + MIB - PAGE, PLUG - 3 * PAGE] {
         let (_dir, rom) = rom(start);
         let error = machine.slots(|slots| slots.add_rom(rom)).unwrap_err();
-        assert!(matches!(error, Error::Overlap { .. }), "{error}");
+        assert!(
+            matches!(error, Error::Range(InvalidRange::Overlap { .. })),
+            "{error}"
+        );
     }
     let (_dir, rom_behind) = rom(PLUG + MIB);
     machine.slots(|slots| slots.add_rom(rom_behind)).unwrap();
@@ -162,7 +165,10 @@ fn roms_and_regions_do_not_overlap_and_share_the_slots() {
     let error = change.insert(region(PLUG, 2 * MIB)).commit().unwrap_err();
     let (listener, at, cause) = refusal(error);
     assert_eq!((listener.as_str(), at), ("kvm", Some(range(PLUG, 2 * MIB))));
-    assert!(matches!(cause, Error::Overlap { .. }), "{cause}");
+    assert!(
+        matches!(cause, Error::Range(InvalidRange::Overlap { .. })),
+        "{cause}"
+    );
     machine.reaches(PLUG);
     assert_eq!(machine.guest.reads(PLUG + MIB), Some(0xea));
 }

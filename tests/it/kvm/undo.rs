@@ -61,7 +61,7 @@ fn machine_behind_others(vm: Arc<VmFd>, slots: KvmSlots) -> (Machine, Others) {
     let memory = GuestMemoryShm::from_regions(vec![boot()]).unwrap();
     let space = AddressSpace::new(memory);
     let recorder = Recorder::default();
-    let notes = PerRegion::new(recorder.clone());
+    let notes = RegionAdapter::new(recorder.clone());
     space.attach("recorder", notes).unwrap();
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 1);

@@ -5,8 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use guest_memory_shm::mock::{Fault, FaultKind};
-use guest_memory_shm::{Attendance, ListenerError, PerRegion, RegionListener};
-use vm_memory::Bytes;
+use guest_memory_shm::{Attendance, ListenerError, RegionAdapter, RegionListener};
 
 use super::moods::{Mood, Moody, Plan};
 use super::peer::{Answer, Peer, State};
@@ -38,7 +37,7 @@ pub(super) struct Member {
 pub(super) struct World {
     pub(super) random: Random,
     pub(super) space: Arc<AddressSpace>,
-    recorder: ListenerId<PerRegion<Recorder>>,
+    recorder: ListenerId<RegionAdapter<Recorder>>,
     /// Two, in front of the daemons: the second is told beside them.
     pub(super) members: Vec<Member>,
     pub(super) peers: Vec<Peer>,
@@ -54,7 +53,7 @@ impl World {
     pub(super) fn new(seed: u64) -> World {
         let mut random = Random(seed);
         let space = Arc::new(space());
-        let recorder = PerRegion::new(Recorder(BTreeSet::new()));
+        let recorder = RegionAdapter::new(Recorder(BTreeSet::new()));
         let recorder = space.attach("recorder", recorder).unwrap();
         let attach = |(name, waits)| {
             let attendance = pick_attendance(&mut random);

@@ -5,21 +5,25 @@ use std::fmt;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::listener::{ListenerError, MemoryListener};
+use super::error::ListenerError;
+use super::memory::MemoryListener;
 use crate::memory::GuestMemoryShm;
 use crate::panics::{caught, discard};
 use crate::region::GuestRegionShm;
 
-/// Somebody who is told of one region at a time, as hypervisors and VFIO are: wrapped in
-/// [`PerRegion`] it is a [`MemoryListener`].
+/// A listener that is told of one region at a time, as hypervisors and VFIO are: wrapped in a
+/// [`RegionAdapter`] it is a [`MemoryListener`].
+///
+/// One that answers that it is [away](ListenerError::away) holds nothing from then on: it is told
+/// all regions anew once it is back.
 ///
 /// ```
 /// use guest_memory_shm::{
-///     AddressSpace, GuestMemoryShm, GuestRegionShm, ListenerError, PerRegion, RegionListener,
+///     AddressSpace, GuestMemoryShm, GuestRegionShm, ListenerError, RegionAdapter, RegionListener,
 /// };
 /// use vm_memory::GuestAddress;
 ///
-/// /// An IOMMU in the guest's way.
+/// /// An IOMMU that needs a mapping for each region.
 /// struct Iommu;
 ///
 /// impl RegionListener for Iommu {
@@ -35,7 +39,7 @@ use crate::region::GuestRegionShm;
 ///
 /// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
 /// let space = AddressSpace::new(memory);
-/// let iommu = space.attach("iommu", PerRegion::new(Iommu))?;
+/// let iommu = space.attach("iommu", RegionAdapter::new(Iommu))?;
 /// assert_eq!(space.with_listener(&iommu, |iommu| iommu.regions().len())?, 1);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -49,7 +53,7 @@ pub trait RegionListener<B = ()>: Send + 'static {
         Ok(())
     }
 
-    /// Takes one region more.
+    /// Takes one more region.
     ///
     /// # Errors
     ///
@@ -64,32 +68,27 @@ pub trait RegionListener<B = ()>: Send + 'static {
     fn region_remove(&mut self, region: &GuestRegionShm<B>) -> Result<(), ListenerError>;
 }
 
-/// A [`MemoryListener`] out of a [`RegionListener`]: it finds the difference to what is held, and
+/// A [`MemoryListener`] made of a [`RegionListener`]: it finds the difference to what is held, and
 /// keeps what is held mapped.
 ///
 /// Removals come first, highest address first, then additions, lowest first: a region that moves
-/// or grows never overlaps its successor, and no more are held at once than before or after.
-/// Dropped, it lets the regions go without telling the listener.
+/// or grows never overlaps its successor, and at no time are more regions held than before or
+/// after. Dropped, it lets the regions go without telling the listener.
 ///
 /// A listener that panics in `region_add` or `region_remove` may hold the region, or not: before
 /// it is told anything else it is told to remove it, whatever it answers, and to add it anew where
 /// it is to be. Where that answer is no success, the region stays mapped as long as this lives.
-///
-/// A listener that was [away](ListenerError::away) once is told nothing more until
-/// [`begin_anew`](Self::begin_anew) says that it is back.
-pub struct PerRegion<L, B = ()> {
+pub struct RegionAdapter<L, B = ()> {
     listener: L,
     /// Sorted by address.
     held: Vec<GuestRegionShm<B>>,
     /// The region that it is just being told of, or was when it panicked.
     doubtful: Option<GuestRegionShm<B>>,
-    /// Regions that it said to hold no more by an error or a panic only.
+    /// Regions whose removal, after a panic, ended in an error or another panic.
     lost: Vec<GuestRegionShm<B>>,
-    /// Why it is away.
-    away: Option<String>,
 }
 
-impl<L: RegionListener<B>, B> PerRegion<L, B> {
+impl<L: RegionListener<B>, B> RegionAdapter<L, B> {
     /// A listener that holds no region yet.
     pub fn new(listener: L) -> Self {
         Self {
@@ -97,21 +96,7 @@ impl<L: RegionListener<B>, B> PerRegion<L, B> {
             held: Vec::new(),
             doubtful: None,
             lost: Vec::new(),
-            away: None,
         }
-    }
-
-    /// Goes on with a listener that holds no region, after it was away. It is told all of them at
-    /// the next change, or by [`AddressSpace::refresh`](crate::AddressSpace::refresh).
-    pub fn begin_anew(&mut self) {
-        self.let_go();
-        self.away = None;
-    }
-
-    fn let_go(&mut self) {
-        self.held.clear();
-        self.doubtful = None;
-        self.lost.clear();
     }
 
     /// The regions that it was given and has not let go, sorted by address.
@@ -119,40 +104,38 @@ impl<L: RegionListener<B>, B> PerRegion<L, B> {
         &self.held
     }
 
-    /// Takes the listener out. It is not told: what it holds, it goes on holding. Before that,
-    /// `update(&GuestMemoryShm::new())` has it let go of everything.
+    /// Takes the listener out. It is not told, and keeps its regions, which nothing keeps mapped any
+    /// more: let it go of them before, by `update(&GuestMemoryShm::new())`.
     pub fn into_inner(self) -> L {
         self.listener
     }
 
-    /// What is told.
+    /// The listener.
     pub fn get_ref(&self) -> &L {
         &self.listener
     }
 
-    /// What is told, to use it otherwise.
+    /// The listener, for its other uses.
     pub fn get_mut(&mut self) -> &mut L {
         &mut self.listener
     }
 }
 
 impl<L: RegionListener<B>, B: Bitmap + Send + Sync + 'static> MemoryListener<B>
-    for PerRegion<L, B>
+    for RegionAdapter<L, B>
 {
     fn check(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
-        self.check_present()?;
         let answer = self.listener.check(memory);
         self.note(answer)
     }
 
     fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
-        self.check_present()?;
         let answer = self.tell(memory);
         self.note(answer)
     }
 }
 
-impl<L: RegionListener<B>, B: Bitmap> PerRegion<L, B> {
+impl<L: RegionListener<B>, B: Bitmap> RegionAdapter<L, B> {
     fn tell(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
         self.settle();
         for at in (0..self.held.len()).rev() {
@@ -210,28 +193,20 @@ impl<L: RegionListener<B>, B: Bitmap> PerRegion<L, B> {
             .binary_search_by_key(&range, GuestRegionShm::range)
     }
 
-    fn check_present(&self) -> Result<(), ListenerError> {
-        match &self.away {
-            Some(reason) => Err(ListenerError::away(reason.clone())),
-            None => Ok(()),
-        }
-    }
-
-    /// What it holds is nobody's business any more once it is away.
-    fn note(&mut self, mut answer: Result<(), ListenerError>) -> Result<(), ListenerError> {
-        if let Err(error) = &mut answer
-            && error.is_away()
-        {
-            self.away = Some(error.reason());
-            self.let_go();
+    /// What it held no longer matters once it is away.
+    fn note(&mut self, answer: Result<(), ListenerError>) -> Result<(), ListenerError> {
+        if answer.as_ref().is_err_and(ListenerError::is_away) {
+            self.held.clear();
+            self.doubtful = None;
+            self.lost.clear();
         }
         answer
     }
 }
 
-impl<L: fmt::Debug, B> fmt::Debug for PerRegion<L, B> {
+impl<L: fmt::Debug, B> fmt::Debug for RegionAdapter<L, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PerRegion")
+        f.debug_struct("RegionAdapter")
             .field("listener", &self.listener)
             .field(
                 "held",

@@ -1,33 +1,11 @@
-//! What /proc and /sys say (proc(5)).
+//! On which nodes the pages of this process are (`/proc/self/numa_maps`, numa(7)).
 
 use std::fs;
 use std::io;
 
-const KIB: u64 = 1024;
-
-/// What this process has locked, in bytes.
-pub(super) fn locked() -> io::Result<u64> {
-    let text = fs::read_to_string("/proc/self/status")?;
-    Ok(kib(&text, "VmLck:").unwrap_or(0))
-}
-
-/// Whether any process maps a huge page of a file or of shared memory: if none does, nobody needs
-/// to look for them. A kernel without such pages does not have the lines.
-pub(super) fn is_huge_mapped() -> io::Result<bool> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    let of = |name| kib(&text, name).unwrap_or(0);
-    Ok(of("ShmemPmdMapped:") + of("FilePmdMapped:") > 0)
-}
-
-/// The value in bytes of a line like `VmLck:      64 kB`.
-fn kib(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    let number = line.trim().strip_suffix("kB")?.trim();
-    number.parse::<u64>().ok()?.checked_mul(KIB)
-}
-
-/// What of the mappings that start at these addresses is on which node: node, bytes.
-pub(super) fn pages_of_nodes(mappings: &[u64]) -> io::Result<Vec<(u32, u64)>> {
+/// What of the mappings that start at these addresses is on which node: node, bytes. Pages that
+/// only other processes have mapped are not seen.
+pub(crate) fn bytes_on_nodes(mappings: &[u64]) -> io::Result<Vec<(u32, u64)>> {
     let text = fs::read_to_string("/proc/self/numa_maps")?;
     let lines = text.lines().map(parse_numa_line);
     let ours = lines
@@ -36,7 +14,7 @@ pub(super) fn pages_of_nodes(mappings: &[u64]) -> io::Result<Vec<(u32, u64)>> {
     Ok(ours.flat_map(|line| line.nodes).collect())
 }
 
-/// A line of numa_maps (numa(7)).
+/// A line of it.
 #[derive(Debug, PartialEq, Eq)]
 struct NumaLine {
     start: u64,
@@ -47,13 +25,13 @@ struct NumaLine {
 fn parse_numa_line(line: &str) -> Option<NumaLine> {
     let mut words = line.split_ascii_whitespace();
     let start = u64::from_str_radix(words.next()?, 16).ok()?;
-    let (mut nodes, mut page_size) = (Vec::new(), 4 * KIB);
+    let (mut nodes, mut page_size) = (Vec::new(), 4 * 1024);
     for word in words {
         let Some((name, value)) = word.split_once('=') else {
             continue;
         };
         if name == "kernelpagesize_kB" {
-            page_size = value.parse::<u64>().ok()? * KIB;
+            page_size = value.parse::<u64>().ok()? * 1024;
         } else if let Some(node) = name.strip_prefix('N').and_then(|node| node.parse().ok()) {
             nodes.push((node, value.parse::<u64>().ok()?));
         }
@@ -80,12 +58,5 @@ mod tests {
         assert_eq!(parse_numa_line(huge).unwrap().nodes, [(1, 6 << 20)]);
         assert_eq!(parse_numa_line("7f10a0000000 default").unwrap().nodes, []);
         assert_eq!(parse_numa_line(""), None);
-    }
-
-    #[test]
-    fn values_are_found_by_name() {
-        let text = "VmPeak:\t 10 kB\nVmLck:\t      64 kB\n";
-        assert_eq!(kib(text, "VmLck:"), Some(64 << 10));
-        assert_eq!(kib(text, "VmPin:"), None);
     }
 }

@@ -1,0 +1,58 @@
+//! Rules that each line of the sources keeps.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::src;
+
+/// The lines of all sources but comments, with the path below `src` of each, for which `broken` says
+/// that they break a rule.
+fn lines_that(broken: impl Fn(&str, &str) -> bool) -> Vec<String> {
+    fn files(dir: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let files = entries.flat_map(|path| match path.is_dir() {
+            true => files(&path),
+            false => vec![path],
+        });
+        files.collect()
+    }
+    let source = src();
+    let mut found = Vec::new();
+    for path in files(&source) {
+        let text = fs::read_to_string(&path).unwrap();
+        let path = path.strip_prefix(&source).unwrap().to_str().unwrap();
+        let code = text
+            .lines()
+            .filter(|line| !line.trim_start().starts_with("//"));
+        let lines = code.filter(|line| broken(path, line));
+        found.extend(lines.map(|line| format!("{path}: {}", line.trim())));
+    }
+    found
+}
+
+/// A call that goes past `logs` panics when the logger does.
+#[test]
+fn all_lines_of_the_log_go_through_logs() {
+    let calls = ["error!", "warn!", "info!", "debug!", "trace!", "log!"];
+    let found = lines_that(|path, line| {
+        let mut calls = calls.iter();
+        path != "logs.rs" && calls.any(|call| line.contains(&format!("log::{call}")))
+    });
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+/// Texts may name such files, but what stands at the start of a string is a path to be opened.
+#[test]
+fn only_host_reads_procfs_and_sysfs() {
+    let opens = |line: &str| line.contains("\"/proc") || line.contains("\"/sys");
+    // Where a limit stands, for people; a test that counts descriptors.
+    let texts = ["report.rs", "shortage.rs", "mock/tests/life.rs"];
+    let found = lines_that(|path, line| {
+        opens(line) && !path.starts_with("host/") && !texts.contains(&path)
+    });
+    assert!(found.is_empty(), "{found:#?}");
+    let of_host = lines_that(|path, line| opens(line) && path.starts_with("host/"));
+    assert!(of_host.len() > 10, "{of_host:#?}");
+}
