@@ -181,7 +181,7 @@ pub use address_space::{
     Transaction,
 };
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
-pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
+pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 #[cfg(feature = "kvm")]
 pub use error::KvmError;
 pub use error::{
