@@ -219,6 +219,19 @@ pub use vhost_user::table::{
     MemoryTable, SlotLimit, TableChange, TableError, TableRegion, TableView, UserAddresses,
 };
 
+/// Pages for those who begin; with the features `kvm` and `mock`, whose types they name.
+#[cfg(all(any(doc, doctest), feature = "kvm", feature = "mock"))]
+pub mod docs {
+    #[allow(unused_imports, reason = "names that the pages link to")]
+    use crate::*;
+
+    #[doc = include_str!("../docs/guide.md")]
+    pub mod guide {}
+
+    #[doc = include_str!("../docs/porting.md")]
+    pub mod porting {}
+}
+
 /// README's examples compile and run.
 #[cfg(all(doctest, feature = "vhost-user"))]
 #[doc = include_str!("../README.md")]
