@@ -181,7 +181,7 @@ pub use address_space::{
     Transaction,
 };
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
-pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
+pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 #[cfg(feature = "kvm")]
 pub use error::KvmError;
 pub use error::{
@@ -218,6 +218,19 @@ pub use vhost_user::share::{
 pub use vhost_user::table::{
     MemoryTable, SlotLimit, TableChange, TableError, TableRegion, TableView, UserAddresses,
 };
+
+/// Pages for those who begin; with the features `kvm` and `mock`, whose types they name.
+#[cfg(all(any(doc, doctest), feature = "kvm", feature = "mock"))]
+pub mod docs {
+    #[allow(unused_imports, reason = "names that the pages link to")]
+    use crate::*;
+
+    #[doc = include_str!("../docs/guide.md")]
+    pub mod guide {}
+
+    #[doc = include_str!("../docs/porting.md")]
+    pub mod porting {}
+}
 
 /// README's examples compile and run.
 #[cfg(all(doctest, feature = "vhost-user"))]

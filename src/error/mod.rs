@@ -63,7 +63,7 @@ pub enum Error {
 
     /// Memory could not be given back.
     #[error(transparent)]
-    Discard(#[from] DiscardError),
+    Discard(DiscardError),
 
     /// The kernel does not say what of the RAM exists.
     #[error(transparent)]
@@ -326,6 +326,15 @@ impl Error {
                 PopulateError::Shortage { shortage, .. } | PopulateError::CannotLook { shortage },
             ) => Some(shortage),
             _ => None,
+        }
+    }
+}
+
+impl From<DiscardError> for Error {
+    fn from(error: DiscardError) -> Self {
+        match error {
+            DiscardError::Range(error) => Self::Range(error),
+            error => Self::Discard(error),
         }
     }
 }

@@ -20,6 +20,7 @@ use crate::region::{GuestRegionShm, MemoryError};
 mod access;
 mod builder;
 mod index;
+mod pieces;
 mod populate;
 mod report;
 

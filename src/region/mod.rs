@@ -85,7 +85,7 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     /// # Errors
     ///
     /// Those of a bad place, as [`new`](Self::new);
-    /// [`Error::UnalignedOffset`](crate::Error::UnalignedOffset) and
+    /// [`InvalidRange::Unaligned`](crate::InvalidRange::Unaligned) and
     /// [`Error::OutsideBacking`](crate::Error::OutsideBacking) for a part that the backing does not
     /// have; [`Error::BackingTruncated`](crate::Error::BackingTruncated) for one that it has no
     /// more; [`FileError::ReadOnlyRam`] for a file that is opened for reading only;

@@ -12,8 +12,8 @@ use seccompiler::{
 use vm_memory::GuestAddress;
 
 use guest_memory_shm::{
-    Backing, CoreDump, Error, GuestMemoryShm, Note, OnFailure, OnShortage, PageSize, Populate,
-    PopulateError, PopulateOptions, RamOptions, ResourceLimit,
+    Backing, CoreDump, DiscardError, Error, GuestMemoryShm, Note, OnFailure, OnShortage, PageSize,
+    Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit,
 };
 
 use crate::bad_system::chain;
@@ -149,7 +149,7 @@ fn pages_are_given_back_without_advice() {
         memory.write_obj(7u8, GuestAddress(0)).unwrap();
         assert!(matches!(
             memory.discard(GuestAddress(0), PAGE),
-            Err(Error::Discard(_))
+            Err(DiscardError::Failed { .. })
         ));
         assert_eq!(allocated(&memory), PAGE);
     });

@@ -16,11 +16,14 @@ use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::vhost_user::table::{MemoryTable, SlotLimit, TableError, TableView};
 
+mod bases;
 mod error;
 mod exchange;
 mod hang_up;
 mod kernel;
+mod listener;
 mod log;
+mod log_exchange;
 mod logging;
 mod postcopy;
 mod process;
@@ -31,12 +34,12 @@ mod time_limit;
 mod wire;
 
 pub use self::log::DaemonLog;
+use bases::BaseHandler;
 use error::Result;
 pub use error::{DaemonFailure, DaemonRequest, ShareError};
 pub use hang_up::HangUp;
 pub use kernel::KernelVhost;
 use logging::Logging;
-use postcopy::BaseHandler;
 pub use process::DaemonProcess;
 pub use sink::MemTableSink;
 pub use stopped::{FormerDaemon, StoppedLog};
@@ -355,42 +358,6 @@ impl<F: MemTableSink> VhostUserShare<F> {
             }),
             None => Ok(()),
         }
-    }
-
-    /// Asks for what the limits are, if that is not known yet.
-    pub(crate) fn learn_limits(&mut self) -> Result<()> {
-        match self.mem_slots {
-            true => self.max_slots().map(drop),
-            false => Ok(()),
-        }
-    }
-
-    /// Lets go of what the daemon had acknowledged before the share broke.
-    pub(crate) fn forget_table(&mut self) {
-        self.held = MemoryTable::default();
-    }
-
-    /// Breaks the share if the daemon has hung up since it was last told something, and says so.
-    pub(crate) fn check_there(&mut self) -> Result<()> {
-        let is_gone = self.time_limit.as_mut().is_some_and(TimeLimit::is_gone);
-        if self.broken.is_none() && is_gone {
-            self.break_off(ShareError::Gone);
-            return Err(ShareError::Gone);
-        }
-        self.check_not_broken()
-    }
-
-    /// Closes the connection to a daemon that does not take what it has to.
-    pub(crate) fn give_up(&mut self, reason: String) {
-        self.forget_table();
-        if self.broken.is_none() {
-            self.break_off(ShareError::GivenUp { reason });
-        }
-    }
-
-    /// Whether a call of the sink may wait for somebody.
-    pub(crate) fn may_wait(&self) -> bool {
-        self.time_limit.is_some()
     }
 
     fn max_slots(&mut self) -> Result<u64> {
