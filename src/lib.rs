@@ -128,6 +128,7 @@
 //! KVM is the one hypervisor that it talks to by itself: for another, implement `HypervisorVm`, or
 //! a [`RegionListener`].
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(
     test,
     allow(
@@ -135,6 +136,11 @@
         reason = "patterns in tests are cut to bytes"
     )
 )]
+
+#[cfg(not(target_os = "linux"))]
+compile_error!(
+    "guest-memory-shm needs Linux: sealed memfds, MADV_REMOVE and huge pages of shared memory exist there only"
+);
 
 mod logs;
 mod panics;

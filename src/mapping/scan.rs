@@ -233,7 +233,7 @@ mod tests {
         let backing = ShmBacking::create(&RamOptions::new(), 8 * page).unwrap();
         let mapping = Mapping::new(&backing, 0, 8 * page).unwrap();
         mapping
-            .populate(0..page, page, crate::options::Access::ReadWrite)
+            .populate(0..page, crate::options::Access::ReadWrite)
             .unwrap();
         for errno in [Errno::EPERM, Errno::EACCES, Errno::ENOSYS] {
             let calls = [libc::SYS_ioctl, libc::SYS_mincore, libc::SYS_msync];

@@ -215,7 +215,7 @@ mod tests {
         prefault
             .ram
             .mapping
-            .populate(0..4 * MIB, 4096, Default::default())
+            .populate(0..4 * MIB, Default::default())
             .unwrap();
         let parts = [prefault];
         assert_eq!(missing_of_all(&parts), [8 * MIB + 4 * MIB / 512]);
