@@ -191,9 +191,9 @@ pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 #[cfg(feature = "kvm")]
 pub use error::KvmError;
 pub use error::{
-    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, NumaError,
-    Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace, Result,
-    StaleListener,
+    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, MemoryError,
+    NumaError, Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace,
+    Result, StaleListener,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{
