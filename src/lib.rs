@@ -128,6 +128,7 @@
 //! KVM is the one hypervisor that it talks to by itself: for another, implement `HypervisorVm`, or
 //! a [`RegionListener`].
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(
     test,
     allow(
@@ -135,6 +136,11 @@
         reason = "patterns in tests are cut to bytes"
     )
 )]
+
+#[cfg(not(target_os = "linux"))]
+compile_error!(
+    "guest-memory-shm needs Linux: sealed memfds, MADV_REMOVE and huge pages of shared memory exist there only"
+);
 
 mod logs;
 mod panics;
@@ -185,9 +191,9 @@ pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 #[cfg(feature = "kvm")]
 pub use error::KvmError;
 pub use error::{
-    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, NumaError,
-    Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace, Result,
-    StaleListener,
+    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, MemoryError,
+    NumaError, Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace,
+    Result, StaleListener,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{
@@ -216,6 +222,19 @@ pub use vhost_user::share::{
 };
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::table::{MemoryTable, SlotLimit, TableError, TableRegion, TableView};
+
+/// Pages for those who begin; with the features `kvm` and `mock`, whose types they name.
+#[cfg(all(any(doc, doctest), feature = "kvm", feature = "mock"))]
+pub mod docs {
+    #[allow(unused_imports, reason = "names that the pages link to")]
+    use crate::*;
+
+    #[doc = include_str!("../docs/guide.md")]
+    pub mod guide {}
+
+    #[doc = include_str!("../docs/porting.md")]
+    pub mod porting {}
+}
 
 /// README's examples compile and run.
 #[cfg(all(doctest, feature = "vhost-user"))]
