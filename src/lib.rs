@@ -192,8 +192,7 @@ pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 pub use error::KvmError;
 pub use error::{
     AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, MemoryError,
-    NumaError, Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace,
-    Result, StaleListener,
+    NumaError, Occasion, OptionsError, PopulateError, Result, StaleListener,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{
