@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use guest_memory_shm::mock::BlkDevice;
-use guest_memory_shm::{Attendance, ListenerId, TimeLimit, VhostUserShare};
+use guest_memory_shm::{ListenerId, TimeLimit, VhostUserShare};
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 
 use crate::daemon::LocalDaemon;
@@ -82,7 +82,7 @@ impl Session {
             VhostUserShare::new(frontend, device.protocol_features()).with_time_limit(limit);
         let share = ram
             .space()
-            .attach_as(format!("daemon {}", nth + 1), Attendance::Required, share)
+            .attach_required(format!("daemon {}", nth + 1), share)
             .or_fail(doing)?;
 
         let disk = Disk::new(&ram, rings(nth), peer, device.max_segments(), limit)?;

@@ -3,10 +3,12 @@
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
 
-use super::{AddressSpace, ListenerId};
 #[cfg(doc)]
-use crate::error::AddressSpaceError;
-use crate::error::{Error, MemTableChange, Result};
+use super::error::AddressSpaceError;
+use super::error::Result;
+use super::space::AddressSpace;
+use super::status::ListenerId;
+use crate::error::{Error, MemTableChange};
 use crate::listener::{ListenerError, MemoryListener};
 use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
@@ -120,7 +122,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         self.refresh_after(
             id,
             |share| share.reconnect(sink, features),
-            |share, error| share.give_up(error),
+            |share, error| share.give_up(error.reason().to_owned()),
         )
     }
 }

@@ -14,7 +14,7 @@ use crate::units::HumanSize;
 mod change;
 pub(crate) mod text;
 
-pub use crate::address_space::{AddressSpaceError, AttachError, Occasion, StaleListener};
+use crate::address_space::{AddressSpaceError, AttachError};
 pub use crate::backing::FileError;
 pub use crate::discard::DiscardError;
 #[cfg(feature = "kvm")]
@@ -633,6 +633,22 @@ impl fmt::Display for AdoptError {
 impl std::error::Error for AdoptError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.error.source()
+    }
+}
+
+impl From<AddressSpaceError> for Error {
+    fn from(error: AddressSpaceError) -> Self {
+        match error {
+            AddressSpaceError::Memory(error) => *error,
+            error => Self::AddressSpace(Box::new(error)),
+        }
+    }
+}
+
+impl<L> From<AttachError<L>> for Error {
+    /// Keeps the reason and drops the listener.
+    fn from(refused: AttachError<L>) -> Self {
+        AddressSpaceError::from(refused).into()
     }
 }
 
