@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use guest_memory_shm::{Backing, GuestMemoryShm, RamOptions};
 use nix::fcntl::posix_fallocate;
 use nix::sys::mman::{MmapAdvise, madvise};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 const PAGE: u64 = 4096;
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use guest_memory_shm::{GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
 use nix::fcntl::posix_fallocate;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 const PAGE: u64 = 4096;
 const GIB: u64 = 1 << 30;

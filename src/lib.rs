@@ -46,7 +46,7 @@
 //! | `range` | [`GuestRange`]: guest ranges: alignment, overlap, holes, offsets in a backing |
 //! | `options` | [`RamOptions`]: what RAM is asked for, typed or in QEMU's syntax |
 //! | `host` | what this machine offers and forbids: NUMA nodes, huge pages, mounts, memory, control groups, limits, calls |
-//! | `shortage` | [`MemoryShortage`]: what is short, by which limit, and what to do |
+//! | `shortage` | [`Shortage`]: what is short, by which limit, and what to do |
 //! | `report` | [`BuildReport`]: what building has to say: options without effect, limits that are near |
 //! | `backing` | [`ShmBacking`]: a sized descriptor, its seals, page size, allocation; adoption |
 //! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
@@ -55,6 +55,7 @@
 //! | `region` | [`GuestRegionShm`]: RAM placed at a guest address, with its dirty bitmap |
 //! | `rom` | [`GuestRom`]: a file that the guest only reads |
 //! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
+//! | `listener` | [`MemoryListener`]: what must know the memory, told as a whole or by [region](RegionListener) |
 //! | `discard` | giving pages back to the host, forbidding it, and collecting balloon reports |
 //! | `stats` | [`MemoryStats`], [`Extents`]: what of the RAM exists, where, and by which pages |
 //! | `vhost_user::table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it; `TableView`: how much of it |
@@ -138,10 +139,11 @@
 
 mod logs;
 mod panics;
+mod units;
+
+mod range;
 
 mod error;
-mod range;
-mod units;
 
 mod options;
 mod report;
@@ -180,12 +182,12 @@ pub use address_space::{
     PublishedMemory, Transaction,
 };
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
-pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
+pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 #[cfg(feature = "kvm")]
 pub use error::KvmError;
 pub use error::{
-    AdoptError, DiscardError, Error, FileError, MemTableChange, NumaError, OptionsError,
-    PopulateError, ReceiveError, RegionError, RegionSpace, Result, SlotLimit,
+    AdoptError, DiscardError, Error, FileError, NumaError, OptionsError, PopulateError,
+    ReceiveError, RegionError, RegionSpace, Result,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{
@@ -201,19 +203,34 @@ pub use options::{
 pub use populate::{
     CancelToken, OnFailure, PopulateHandle, PopulateOptions, PopulateProgress, Populated,
 };
-pub use range::{GuestRange, ram_around_hole};
+pub use range::{GuestRange, InvalidRange, RangePart, ram_around_hole};
 pub use region::GuestRegionShm;
 pub use report::{BuildReport, NotHuge, Note, ReportLine};
 pub use rom::GuestRom;
-pub use shortage::{MemoryLimit, MemoryShortage};
-pub use stats::{Extents, MemoryStats, NodeStats, RegionStats};
+pub use shortage::{ResourceLimit, Shortage};
+pub use stats::{Extents, MemoryStats, RegionStats, StatsError};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::share::{
-    DaemonLog, DaemonProcess, FormerDaemon, HangUp, KernelVhost, MemTableSink, ShareReport,
-    SinkError, StoppedLog, TimeLimit, VhostUserShare,
+    DaemonFailure, DaemonLog, DaemonProcess, DaemonRequest, FormerDaemon, HangUp, KernelVhost,
+    MemTableSink, ShareError, ShareReport, StoppedLog, TimeLimit, VhostUserShare,
 };
 #[cfg(feature = "vhost-user")]
-pub use vhost_user::table::{MemoryTable, TableChange, TableRegion, TableView, UserAddresses};
+pub use vhost_user::table::{
+    MemoryTable, SlotLimit, TableChange, TableError, TableRegion, TableView, UserAddresses,
+};
+
+/// Pages for those who begin; with the features `kvm` and `mock`, whose types they name.
+#[cfg(all(any(doc, doctest), feature = "kvm", feature = "mock"))]
+pub mod docs {
+    #[allow(unused_imports, reason = "names that the pages link to")]
+    use crate::*;
+
+    #[doc = include_str!("../docs/guide.md")]
+    pub mod guide {}
+
+    #[doc = include_str!("../docs/porting.md")]
+    pub mod porting {}
+}
 
 /// README's examples compile and run.
 #[cfg(all(doctest, feature = "vhost-user"))]

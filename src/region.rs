@@ -69,10 +69,7 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::EmptyRange`](crate::Error::EmptyRange),
-    /// [`Error::RangeOverflow`](crate::Error::RangeOverflow),
-    /// [`Error::UnalignedAddress`](crate::Error::UnalignedAddress) and
-    /// [`Error::UnalignedSize`](crate::Error::UnalignedSize) for a bad place, and those of
+    /// [`Error::Range`](crate::Error::Range) for a bad place, and those of
     /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing), and
     /// [`Error::Populate`](crate::Error::Populate).
     pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {
@@ -84,12 +81,11 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     /// # Errors
     ///
     /// Those of a bad place, as [`new`](Self::new);
-    /// [`Error::UnalignedOffset`](crate::Error::UnalignedOffset) and
+    /// [`InvalidRange::Unaligned`](crate::InvalidRange::Unaligned) and
     /// [`Error::OutsideBacking`](crate::Error::OutsideBacking) for a part that the backing does not
     /// have; [`Error::BackingTruncated`](crate::Error::BackingTruncated) for one that it has no
     /// more; [`FileError::ReadOnlyRam`] for a file that is opened for reading only;
-    /// [`Error::HugePoolShort`](crate::Error::HugePoolShort),
-    /// [`Error::HugePagesLimited`](crate::Error::HugePagesLimited) and
+    /// [`Error::Shortage`](crate::Error::Shortage) and
     /// [`Error::Map`](crate::Error::Map) if it cannot be mapped.
     pub fn from_backing(
         backing: &ShmBacking,
@@ -284,8 +280,14 @@ impl<B> GuestRegionShm<B> {
     /// The offset of `addr` in the region, if it is in it.
     #[inline]
     pub(crate) fn offset_of(&self, addr: GuestAddress) -> Option<u64> {
-        let offset = addr.0.wrapping_sub(self.range.start_addr().0);
+        let offset = self.wrapping_offset_of(addr);
         (offset < self.range.size()).then_some(offset)
+    }
+
+    /// The offset of `addr` in the region, or a number that is larger than any offset in it.
+    #[inline]
+    pub(crate) fn wrapping_offset_of(&self, addr: GuestAddress) -> u64 {
+        addr.0.wrapping_sub(self.range.start_addr().0)
     }
 
     /// The host address of the first byte, for hypervisors and the wire.
@@ -298,6 +300,27 @@ impl<B> GuestRegionShm<B> {
     #[inline]
     pub fn as_ptr(&self) -> *mut u8 {
         self.host.as_ptr()
+    }
+}
+
+impl<B: Bitmap> GuestRegionShm<B> {
+    /// The `count` bytes from `offset` on, if the region has all of them.
+    #[inline]
+    pub(crate) fn slice(&self, offset: u64, count: usize) -> Option<VolatileSlice<'_, BS<'_, B>>> {
+        // The room from the offset on, as vm-memory's iterator of slices computes it: written like
+        // this, the compiler sees that the iterator never asks for more.
+        let room = self.range.size().checked_sub(offset)?;
+        if count as u64 > room {
+            return None;
+        }
+        let at = to_usize(offset);
+        let start = self.as_ptr().wrapping_add(at);
+        let bitmap = self.shared.bitmap.slice_at(at);
+        // SAFETY: `start..start + count` lies in the mapping, which has the length of the range,
+        // as just checked. The mapping lives as long as `self.shared`, and so as `self`, which the
+        // slice borrows. The RAM is only ever accessed by volatile or atomic operations: this
+        // crate makes no reference to it.
+        Some(unsafe { VolatileSlice::with_bitmap(start, count, bitmap, None) })
     }
 }
 
@@ -365,21 +388,8 @@ impl<B: Bitmap> GuestMemoryRegion for GuestRegionShm<B> {
         offset: MemoryRegionAddress,
         count: usize,
     ) -> AccessResult<VolatileSlice<'_, BS<'_, B>>> {
-        // The room behind the offset, as vm-memory's iterator of slices computes it: written like
-        // this, the compiler sees that the iterator never asks for more.
-        let room = self.len().checked_sub(offset.0);
-        if room.is_none_or(|room| count as u64 > room) {
-            return Err(AccessError::InvalidBackendAddress);
-        }
-        let at = to_usize(offset.0);
-        let start = self.as_ptr().wrapping_add(at);
-        // SAFETY: `start..start + count` lies in the mapping, which has the length of the range,
-        // as just checked. The mapping lives as long as `self.shared`, and so as `self`, which the
-        // slice borrows. The RAM is only ever accessed by volatile or atomic operations: this
-        // crate makes no reference to it.
-        Ok(unsafe {
-            VolatileSlice::with_bitmap(start, count, self.shared.bitmap.slice_at(at), None)
-        })
+        self.slice(offset.0, count)
+            .ok_or(AccessError::InvalidBackendAddress)
     }
 
     #[cfg(target_os = "linux")]

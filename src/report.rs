@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::logs;
 use crate::options::NumaPolicy;
+use crate::shortage::{ResourceLimit, Shortage};
 use crate::units::HumanSize;
 
 /// What building found out about RAM that the one who asked for it should know.
@@ -67,30 +67,8 @@ pub enum Note {
         /// Its answer.
         source: Arc<io::Error>,
     },
-    /// The file system holds the RAM, but not now: others use it.
-    FileSystemFull {
-        /// The size of the RAM in bytes.
-        size: u64,
-        /// What is free, in bytes.
-        free: u64,
-    },
-    /// A control group of this process may not have that much memory.
-    ControlGroup {
-        /// The size of the RAM in bytes.
-        size: u64,
-        /// What the limit leaves now, in bytes.
-        left: u64,
-        /// The file in which the limit stands. That of `memory.high` slows the group down, the
-        /// others end a process.
-        file: PathBuf,
-    },
-    /// The RAM is larger than all of the machine's memory and swap.
-    Machine {
-        /// The size of the RAM in bytes.
-        size: u64,
-        /// `MemTotal` and `SwapTotal` of proc_meminfo(5) together, in bytes.
-        total: u64,
-    },
+    /// A limit is too small for all of the RAM: one day it may not be had.
+    Shortage(Shortage),
 }
 
 /// Why RAM is not mapped by transparent huge pages.
@@ -183,10 +161,7 @@ impl Note {
             Self::OneNode { .. } => Some("policy"),
             Self::HugetlbSize { .. } => Some("hugetlbsize"),
             Self::CanonicalPath => Some("x-use-canonical-path-for-ramblock-id"),
-            Self::Advice { .. }
-            | Self::FileSystemFull { .. }
-            | Self::ControlGroup { .. }
-            | Self::Machine { .. } => None,
+            Self::Advice { .. } | Self::Shortage(_) => None,
         }
     }
 }
@@ -239,28 +214,18 @@ impl fmt::Display for Note {
             Self::Advice { meaning, source } => {
                 write!(f, "the kernel does not {meaning}: {source}")
             }
-            Self::FileSystemFull { size, free } => write!(
-                f,
-                "of the {} of RAM, the file system behind it has {} free: touching more would be \
-                 SIGBUS; free or enlarge it, or populate the RAM to be told in time",
-                HumanSize(*size),
-                HumanSize(*free)
-            ),
-            Self::ControlGroup { size, left, file } => write!(
-                f,
-                "{} of RAM are more than the {} that the control group's limit in {} leaves: raise \
-                 it, or give the guest less",
-                HumanSize(*size),
-                HumanSize(*left),
-                file.display()
-            ),
-            Self::Machine { size, total } => write!(
-                f,
-                "{} of RAM are more than the {} of memory and swap that this machine has: a guest \
-                 that uses it all is ended by the kernel",
-                HumanSize(*size),
-                HumanSize(*total)
-            ),
+            Self::Shortage(shortage) => match shortage.limit {
+                ResourceLimit::FileSystem { .. } => write!(
+                    f,
+                    "touching all of the RAM would be SIGBUS: {}; populate it to be told in time",
+                    shortage.fact()
+                ),
+                _ => write!(
+                    f,
+                    "using all of the RAM would end a process or slow it down: {}",
+                    shortage.fact()
+                ),
+            },
         }
     }
 }

@@ -59,10 +59,8 @@ impl GuestRom {
     ///
     /// [`FileError::WritableRom`] unless the options are those of a [`Backing::File`] with
     /// [`Access::ReadOnly`]; [`FileError::NothingToRead`] and [`FileError::TooShort`] for a file
-    /// without the contents; [`Error::EmptyRange`](crate::Error::EmptyRange),
-    /// [`Error::RangeOverflow`](crate::Error::RangeOverflow),
-    /// [`Error::UnalignedAddress`](crate::Error::UnalignedAddress) and
-    /// [`Error::UnalignedSize`](crate::Error::UnalignedSize) for a bad place; those of
+    /// without the contents; [`Error::Range`](crate::Error::Range) for a bad place;
+    /// those of
     /// [`ShmBacking::create`]; and [`Error::Map`](crate::Error::Map). Nothing is left behind, and
     /// no file is created.
     pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {

@@ -1,6 +1,6 @@
 //! The guest: a vCPU in 32-bit mode, and the code that it runs.
 
-use guest_memory_shm::GuestRange;
+use guest_memory_shm::{GuestRange, InvalidRange};
 use kvm_bindings::{kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vm_memory::GuestAddress;
@@ -56,7 +56,8 @@ impl Pages {
         }
         let range =
             |(start, size): (u32, u32)| GuestRange::new(GuestAddress(start.into()), size.into());
-        let ranges: guest_memory_shm::Result<_> = sizes.into_iter().map(range).collect();
+        let ranges: guest_memory_shm::Result<_, InvalidRange> =
+            sizes.into_iter().map(range).collect();
         ranges.or_fail(|| "the guest has no such pages")
     }
 

@@ -10,7 +10,7 @@ use guest_memory_shm::{
 };
 use kvm_ioctls::VmFd;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use crate::failure::{Failure, OrFail, Result};
 use crate::guest::{CODE, Exit, Guest, PAGE, PROGRAM, Pages};

@@ -27,7 +27,7 @@ pub(crate) fn report(built: &Built, stats: &MemoryStats) -> Value {
     let nodes: Vec<Value> = stats
         .nodes
         .iter()
-        .map(|node| json!({ "node": node.node, "allocated": node.allocated }))
+        .map(|(node, allocated)| json!({ "node": node, "allocated": allocated }))
         .collect();
     let notes: Vec<Value> = built
         .report

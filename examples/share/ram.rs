@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use guest_memory_shm::mock::RingLayout;
 use guest_memory_shm::{
-    AddressSpace, GuestMemoryShm, GuestRange, GuestRegionShm, PublishedMemory, RamOptions,
-    ram_around_hole,
+    AddressSpace, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange, PublishedMemory,
+    RamOptions, ram_around_hole,
 };
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
@@ -124,7 +124,7 @@ pub(crate) fn rings(daemon: usize) -> GuestAddress {
 
 /// PC-like RAM: the hole ends at 4 GiB. RAM that would fit below it is split all the same, by a
 /// hole that starts in its middle.
-fn around_hole(size: u64) -> guest_memory_shm::Result<Vec<(GuestAddress, u64)>> {
+fn around_hole(size: u64) -> guest_memory_shm::Result<Vec<(GuestAddress, u64)>, InvalidRange> {
     let half = size / 2;
     let start = match size > HOLE_START {
         true => HOLE_START,

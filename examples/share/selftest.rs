@@ -5,7 +5,7 @@ use std::hash::{Hash, Hasher};
 
 use guest_memory_shm::GuestMemoryShm;
 use indicatif::ProgressBar;
-use vm_memory::{Bytes, GuestMemoryError};
+use vm_memory::GuestMemoryError;
 
 use crate::daemon::{LocalDaemon, Pattern, check_equal};
 use crate::disk::{Buffer, total};

@@ -7,7 +7,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use guest_memory_shm::GuestRange;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use crate::daemon::{Pattern, check_equal};
 use crate::failure::{Failure, OrFail, Result};

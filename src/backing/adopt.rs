@@ -11,6 +11,7 @@ use super::{BackingKind, Seals, ShmBacking, base_page_size, seals};
 use crate::error::{AdoptError, Error, Result};
 use crate::logs;
 use crate::options::{CoreDump, MapOptions};
+use crate::range::RangePart;
 
 /// What is demanded of a descriptor that is to be adopted.
 ///
@@ -163,13 +164,7 @@ fn check_len(len: u64, page_size: u64, policy: &AdoptPolicy) -> Result<()> {
             needed: policy.min_len.max(page_size),
         });
     }
-    if !len.is_multiple_of(page_size) {
-        return Err(Error::UnalignedSize {
-            size: len,
-            page_size,
-        });
-    }
-    Ok(())
+    Ok(RangePart::Size.check_aligned(len, page_size)?)
 }
 
 pub(super) fn type_name(found: std::fs::FileType) -> &'static str {

@@ -1,15 +1,17 @@
 //! What the system can hold, asked before anything is created: file systems, descriptors.
 
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 
 use nix::sys::statvfs::{Statvfs, fstatvfs};
 
 use super::{file, hugetlb};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::host::descriptors;
 use crate::host::memory::{Demand, Kind, MemoryLimits};
-use crate::host::{descriptors, meminfo};
 use crate::options::{Backing, NodeSet, PageSize, Populate, RamOptions};
 use crate::report::Note;
+use crate::shortage::{ResourceLimit, Shortage};
 
 /// Where POSIX shared memory objects are, on Linux.
 #[cfg(target_os = "linux")]
@@ -31,6 +33,15 @@ impl Capacity {
             total,
             free: stat.blocks_available().saturating_mul(unit),
         })
+    }
+
+    /// That it has not so many bytes more, of the file system of what is at a path.
+    pub(super) fn shortage(self, needed: u64, path: Option<PathBuf>) -> Shortage {
+        let limit = ResourceLimit::FileSystem {
+            path,
+            size: self.total,
+        };
+        Shortage::new(needed, self.free, limit)
     }
 }
 
@@ -76,14 +87,11 @@ pub(crate) fn check_posix_shm(_parts: &[(&RamOptions, u64)]) -> Result<()> {
 
 fn check(capacity: Option<Capacity>, size: u64, lazily: bool, options: &RamOptions) -> Result<()> {
     match capacity {
-        Some(Capacity { total, free })
-            if !options.is_unreserved() && (size > total || !lazily && size > free) =>
+        Some(capacity)
+            if !options.is_unreserved()
+                && (size > capacity.total || !lazily && size > capacity.free) =>
         {
-            Err(Error::ShmTooSmall {
-                size,
-                capacity: total,
-                free,
-            })
+            Err(capacity.shortage(size, Some(SHM.into())).into())
         }
         _ => Ok(()),
     }
@@ -91,8 +99,8 @@ fn check(capacity: Option<Capacity>, size: u64, lazily: bool, options: &RamOptio
 
 /// The note about a file system that holds the RAM, but not now.
 pub(super) fn note(file: &impl AsFd, size: u64) -> Option<Note> {
-    let free = Capacity::new(&fstatvfs(file).ok()?)?.free;
-    (size > free).then_some(Note::FileSystemFull { size, free })
+    let capacity = Capacity::new(&fstatvfs(file).ok()?)?;
+    (size > capacity.free).then(|| Note::Shortage(capacity.shortage(size, None)))
 }
 
 /// The notes about limits on memory that new RAM of these sizes may meet when it is used.
@@ -103,17 +111,10 @@ pub(crate) fn memory_notes(parts: &[(&RamOptions, u64)]) -> Vec<Note> {
             demand.add(kind, *size);
         }
     }
-    let mut notes = Vec::new();
-    let size = demand.base();
-    match meminfo::total() {
-        Some(total) if size > total => notes.push(Note::Machine { size, total }),
-        _ => {}
-    }
     // Without a descriptor for that nothing can be built either.
-    let limits = MemoryLimits::of_this_process().ok();
-    let short = limits.and_then(|limits| limits.group_too_small_for(&demand));
-    notes.extend(short.map(|(size, left, file)| Note::ControlGroup { size, left, file }));
-    notes
+    let limits = MemoryLimits::of_this_process().unwrap_or_default();
+    let short = limits.too_small_for(&demand).into_iter();
+    short.map(|short| Note::Shortage(short.into())).collect()
 }
 
 /// What pages the RAM will have; none for files on a disk, whose pages the kernel can drop.
@@ -131,11 +132,10 @@ fn kind(options: &RamOptions) -> Option<Kind> {
 /// Refuses more backings than there are descriptors for.
 pub(crate) fn check_descriptors(needed: u64) -> Result<()> {
     match descriptors::left() {
-        Some((left, limit)) if needed > left => Err(Error::TooFewDescriptors {
-            needed,
-            left,
-            limit,
-        }),
+        Some((left, limit)) if needed > left => {
+            let limit = ResourceLimit::Descriptors { limit };
+            Err(Shortage::new(needed, left, limit).into())
+        }
         _ => Ok(()),
     }
 }
@@ -147,6 +147,7 @@ pub(super) fn lazily(options: &RamOptions) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
     use crate::options::Reserve;
 
     #[test]
@@ -174,12 +175,10 @@ mod tests {
     fn more_descriptors_than_are_left_are_refused() {
         assert!(check_descriptors(1).is_ok());
         let refused = check_descriptors(u64::MAX);
-        assert!(matches!(
-            refused,
-            Err(Error::TooFewDescriptors {
-                needed: u64::MAX,
-                ..
-            })
-        ));
+        let Err(Error::Shortage(shortage)) = refused else {
+            panic!("{refused:?}");
+        };
+        assert_eq!(shortage.needed, u64::MAX);
+        assert!(matches!(shortage.limit, ResourceLimit::Descriptors { .. }));
     }
 }

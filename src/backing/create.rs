@@ -15,7 +15,9 @@ use crate::error::{Error, NumaError, OptionsError, Result};
 use crate::host::nodes;
 use crate::logs;
 use crate::options::{Backing, NumaPolicy, OnShortage, PageSize, Populate, RamOptions};
+use crate::range::RangePart;
 use crate::report::log_notes;
+use crate::shortage::{ResourceLimit, Shortage};
 
 impl ShmBacking {
     /// Creates a backing that leaves nothing when it is dropped without having been
@@ -122,12 +124,7 @@ pub(crate) fn check_creation(options: &RamOptions, len: u64) -> Result<u64> {
             limit: i64::MAX.unsigned_abs(),
         });
     }
-    if !len.is_multiple_of(page_size) {
-        return Err(Error::UnalignedSize {
-            size: len,
-            page_size,
-        });
-    }
+    RangePart::Size.check_aligned(len, page_size)?;
     check_nodes(options.numa())?;
     match options.backing() {
         Backing::File(path) => file::check(options, path, len)?,
@@ -175,7 +172,9 @@ fn check_nodes(policy: NumaPolicy) -> Result<()> {
 /// expect it.
 pub(super) fn check_file_size_limit(len: u64) -> Result<()> {
     match getrlimit(Resource::RLIMIT_FSIZE) {
-        Ok((limit, _)) if len > limit => Err(Error::FileSizeLimit { size: len, limit }),
+        Ok((limit, _)) if len > limit => {
+            Err(Shortage::new(len, limit, ResourceLimit::FileSize).into())
+        }
         // Without an answer the limit is left to the kernel.
         _ => Ok(()),
     }
@@ -196,29 +195,14 @@ pub(super) fn descriptor_error(
     size: u64,
     errno: Errno,
 ) -> Error {
-    match no_descriptors(kind_name(backing), errno.into()) {
-        Ok(error) => error,
-        Err(source) => Error::CreateBacking {
+    let source = io::Error::from(errno);
+    match Shortage::of_descriptors(&source) {
+        Some(shortage) => shortage.into(),
+        None => Error::CreateBacking {
             doing,
             kind: kind_name(backing),
             size,
             source,
         },
-    }
-}
-
-/// The error that says that there are no more descriptors for this, if `source` does; else `source`.
-pub(super) fn no_descriptors(
-    doing: &'static str,
-    source: io::Error,
-) -> std::result::Result<Error, io::Error> {
-    match source.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::EMFILE) => Ok(Error::NoDescriptors {
-            doing,
-            limit: getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft),
-            source,
-        }),
-        Some(Errno::ENFILE) => Ok(Error::NoSystemDescriptors { doing, source }),
-        _ => Err(source),
     }
 }

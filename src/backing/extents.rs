@@ -13,7 +13,6 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 
 use super::{BLOCK, ShmBacking, base_page_size};
-use crate::error::Result;
 use crate::host::descriptors::reopened;
 use crate::mapping::cached;
 
@@ -38,9 +37,8 @@ pub(crate) enum Allocation {
 
 impl ShmBacking {
     /// What is allocated of all of it.
-    pub(crate) fn allocation(&self) -> Result<Allocation> {
-        let metadata = self.file().metadata();
-        let metadata = metadata.map_err(|source| self.fstat_error(source))?;
+    pub(crate) fn allocation(&self) -> io::Result<Allocation> {
+        let metadata = self.file().metadata()?;
         let bytes = metadata.blocks() * BLOCK;
         if bytes == 0 {
             return Ok(Allocation::Nothing);

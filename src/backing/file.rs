@@ -17,10 +17,12 @@ use super::capacity::{self, Capacity};
 use super::file_end::{FileEnd, Undo, punch};
 use super::file_open::{Created, open_or_create};
 use super::file_system::FileSystem;
-use super::{BLOCK, BackingKind, Seals, check_file_size_limit, no_descriptors, seals};
+use super::{BLOCK, BackingKind, Seals, check_file_size_limit, seals};
 use crate::error::{Error, FileError, Result};
 use crate::host::memory::Kind;
 use crate::options::{Access, DiscardData, NodeSet, RamOptions};
+use crate::range::RangePart;
+use crate::shortage::Shortage;
 
 /// A file that is long enough to be mapped, and what becomes of it.
 pub(super) struct Opened {
@@ -58,16 +60,10 @@ fn check_capacity(place: &Place, options: &RamOptions, path: &Path, size: u64) -
     }
     let stat = statvfs(place.there(path)).ok();
     match stat.as_ref().and_then(Capacity::new) {
-        Some(Capacity { total, free })
-            if size > total || !capacity::lazily(options) && missing > free =>
+        Some(capacity)
+            if size > capacity.total || !capacity::lazily(options) && missing > capacity.free =>
         {
-            Err(FileError::TooSmall {
-                path: path.to_owned(),
-                size,
-                capacity: total,
-                free,
-            }
-            .into())
+            Err(capacity.shortage(missing, Some(path.to_owned())).into())
         }
         // Nothing is known of a file system that does not answer.
         _ => Ok(()),
@@ -231,17 +227,8 @@ impl Place {
     fn check(&self, options: &RamOptions, path: &Path, size: u64) -> Result<()> {
         let (offset, page_size) = (options.offset(), self.page_size());
         let path_buf = || path.to_owned();
-        if !offset.is_multiple_of(page_size) {
-            return Err(FileError::UnalignedOffset {
-                path: path_buf(),
-                offset,
-                page_size,
-            }
-            .into());
-        }
-        if !size.is_multiple_of(page_size) {
-            return Err(Error::UnalignedSize { size, page_size });
-        }
+        RangePart::Offset.check_aligned(offset, page_size)?;
+        RangePart::Size.check_aligned(size, page_size)?;
         match options.align() {
             // As in QEMU, 0 is no wish.
             None | Some(0) => {}
@@ -305,9 +292,9 @@ fn parent(path: &Path) -> &Path {
 }
 
 pub(super) fn open_error(path: &Path, source: io::Error) -> Error {
-    match no_descriptors("file", source) {
-        Ok(error) => error,
-        Err(source) => FileError::Open {
+    match Shortage::of_descriptors(&source) {
+        Some(shortage) => shortage.into(),
+        None => FileError::Open {
             path: path.to_owned(),
             source,
         }

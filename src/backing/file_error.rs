@@ -71,20 +71,6 @@ pub enum FileError {
         size: u64,
     },
 
-    /// The RAM was to start in the middle of a page of the file.
-    #[error(
-        "offset={offset:#x} is not a multiple of the page size {} of {}: the nearest is {:#x}",
-        HumanSize(*.page_size), .path.display(), .offset - .offset % .page_size
-    )]
-    UnalignedOffset {
-        /// The path that was given.
-        path: PathBuf,
-        /// The offset in bytes.
-        offset: u64,
-        /// The size of the file's pages in bytes.
-        page_size: u64,
-    },
-
     /// The alignment of the host address cannot be had.
     #[error(
         "align={align:#x} is not a power of two that is a multiple of the page size {} of {}",
@@ -97,23 +83,6 @@ pub enum FileError {
         align: u64,
         /// The size of the file's pages in bytes.
         page_size: u64,
-    },
-
-    /// The file system can never hold the RAM.
-    #[error(
-        "RAM of {} does not fit into the file system of {}, which holds {} ({} of them free): \
-         enlarge it, use another one, or allow it with reserve=off",
-        HumanSize(*.size), .path.display(), HumanSize(*.capacity), HumanSize(*.free)
-    )]
-    TooSmall {
-        /// The path that was given.
-        path: PathBuf,
-        /// The size of the RAM in bytes.
-        size: u64,
-        /// The size of the file system in bytes.
-        capacity: u64,
-        /// What is free of it, in bytes.
-        free: u64,
     },
 
     /// The file is sealed against writing.

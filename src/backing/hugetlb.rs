@@ -4,10 +4,10 @@ use std::io;
 
 use nix::sys::memfd::MFdFlags;
 
-use super::no_descriptors;
 use crate::error::{Error, Result};
 use crate::host::memory::{Demand, Kind, MemoryLimits};
 use crate::host::pools::{self, Pool};
+use crate::shortage::{ResourceLimit, Shortage};
 
 /// The page size in bytes that was asked for, or the default one, if the kernel offers it.
 pub(super) fn page_size(asked: Option<u64>) -> Result<u64> {
@@ -34,13 +34,13 @@ pub(super) fn memfd_flags(page_size: u64) -> MFdFlags {
 pub(crate) fn check_pool(needed: u64, page_size: u64) -> Result<()> {
     let pool = Pool::read(page_size).map_err(unreadable)?;
     if needed > pool.available() {
-        return Err(Error::HugePoolShort {
-            needed,
-            available: pool.available(),
+        let limit = ResourceLimit::HugePages {
+            page_size,
             free: pool.free,
             reserved: pool.reserved,
-            page_size,
-        });
+        };
+        let bytes = |pages: u64| pages.saturating_mul(page_size);
+        return Err(Shortage::new(bytes(needed), bytes(pool.available()), limit).into());
     }
     Ok(())
 }
@@ -55,17 +55,17 @@ pub(crate) fn check_groups(needed: u64, page_size: u64) -> Result<()> {
     let demand = Demand::of(kind, needed.saturating_mul(page_size));
     let limits = MemoryLimits::of_this_process().map_err(unreadable)?;
     match demand.shortage(&limits.bounds(&demand, 0)) {
-        Some(shortage) => Err(Error::HugePagesLimited {
-            shortage: Box::new(shortage),
-        }),
+        Some(short) => Err(Shortage::from(short).into()),
         None => Ok(()),
     }
 }
 
 /// What is there cannot be known: no more descriptors, or a masked /sys.
 fn unreadable(source: io::Error) -> Error {
-    no_descriptors("reading the pools of huge pages", source)
-        .unwrap_or_else(|source| Error::HugePoolUnreadable { source })
+    match Shortage::of_descriptors(&source) {
+        Some(shortage) => shortage.into(),
+        None => Error::HugePoolUnreadable { source },
+    }
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use crate::error::{AdoptError, Error, Result};
 #[cfg(doc)]
 use crate::options::Backing;
 use crate::options::{MapOptions, RamOptions};
+use crate::range::RangePart;
 use crate::report::Note;
 use crate::units::HumanSize;
 
@@ -44,7 +45,7 @@ pub(crate) use crate::host::base_page_size;
 pub use adopt::{AdoptPolicy, SealPolicy};
 pub(crate) use capacity::{check_descriptors, check_posix_shm, memory_notes};
 pub(crate) use create::{check_creation, huge_pages, page_size_of, start_of};
-use create::{check_file_size_limit, descriptor_error, kind_name, no_descriptors};
+use create::{check_file_size_limit, descriptor_error, kind_name};
 pub(crate) use extents::Allocation;
 use file_end::FileEnd;
 pub use file_error::FileError;
@@ -117,11 +118,10 @@ impl ShmBacking {
     /// # Errors
     ///
     /// Those of [`RamOptions::check`]; [`OptionsError::SizeMismatch`], [`Error::BackingTooLong`] and
-    /// [`Error::UnalignedSize`] for a bad `len`; [`Error::HugePosixShm`],
-    /// [`Error::NoSuchHugePageSize`], [`Error::HugePoolShort`] and [`Error::HugePagesLimited`] for
-    /// huge pages that cannot be had; [`Error::FileSizeLimit`], [`Error::NoDescriptors`],
-    /// [`Error::NoSystemDescriptors`], [`Error::ShmTooSmall`], [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits
-    /// of the system; [`Error::File`] for a file that cannot be used; [`Error::CreateBacking`] if a
+    /// [`Error::Range`] for a bad `len`; [`Error::HugePosixShm`],
+    /// [`Error::NoSuchHugePageSize`] for huge pages that there are not; [`Error::Shortage`],
+    /// [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits of the system;
+    /// [`Error::File`] for a file that cannot be used; [`Error::CreateBacking`] if a
     /// system call fails for another reason. Nothing is left behind: a file that was created is
     /// removed, one that was empty is empty again.
     pub fn create(options: &RamOptions, len: u64) -> Result<Self> {
@@ -158,7 +158,7 @@ impl ShmBacking {
     ///
     /// An [`AdoptError`] that gives the descriptor back and holds the reason:
     /// [`Error::AdoptNotMemory`], [`Error::AdoptReadOnly`], [`Error::AdoptDiskFile`],
-    /// [`Error::AdoptTooShort`], [`Error::UnalignedSize`], [`Error::AdoptSeals`], or
+    /// [`Error::AdoptTooShort`], [`Error::Range`], [`Error::AdoptSeals`], or
     /// [`Error::Adopt`] if a system call fails.
     pub fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> std::result::Result<Self, AdoptError> {
         adopt::adopt(fd, policy)
@@ -343,18 +343,8 @@ impl ShmBacking {
 
     /// Checks that `size` bytes at `offset` lie inside it, at page boundaries.
     pub(crate) fn check_inside(&self, offset: u64, size: u64) -> Result<()> {
-        if !offset.is_multiple_of(self.page_size()) {
-            return Err(Error::UnalignedOffset {
-                offset,
-                page_size: self.page_size(),
-            });
-        }
-        if !size.is_multiple_of(self.page_size()) {
-            return Err(Error::UnalignedSize {
-                size,
-                page_size: self.page_size(),
-            });
-        }
+        RangePart::Offset.check_aligned(offset, self.page_size())?;
+        RangePart::Size.check_aligned(size, self.page_size())?;
         match offset.checked_add(size) {
             Some(end) if end <= self.end() => Ok(()),
             _ => Err(Error::OutsideBacking {

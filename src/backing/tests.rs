@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::options::{Backing, PageSize};
+use crate::range::InvalidRange;
 
 fn create(options: &RamOptions, len: u64) -> Result<ShmBacking> {
     ShmBacking::create(options, len)
@@ -27,7 +28,7 @@ fn a_bad_length_is_refused() {
         ));
         assert!(matches!(
             create(&options, 5000),
-            Err(Error::UnalignedSize { size: 5000, .. })
+            Err(Error::Range(InvalidRange::Unaligned { value: 5000, .. }))
         ));
         assert!(matches!(
             create(&options, 1 << 63),
@@ -71,7 +72,7 @@ fn a_range_outside_the_backing_is_refused() {
     ));
     assert!(matches!(
         backing.check_inside(1, page),
-        Err(Error::UnalignedOffset { offset: 1, .. })
+        Err(Error::Range(InvalidRange::Unaligned { value: 1, .. }))
     ));
 }
 

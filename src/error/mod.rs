@@ -3,15 +3,13 @@
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
 
 use vm_memory::GuestAddress;
 
-use crate::range::GuestRange;
-use crate::shortage::MemoryShortage;
+use crate::range::{GuestRange, InvalidRange};
+use crate::shortage::Shortage;
 use crate::units::HumanSize;
 
-mod change;
 pub(crate) mod text;
 
 use crate::address_space::{AddressSpaceError, AttachError};
@@ -22,9 +20,13 @@ pub use crate::kvm::KvmError;
 pub use crate::mapping::NumaError;
 pub use crate::options::OptionsError;
 pub use crate::populate::PopulateError;
+use crate::stats::StatsError;
 pub use crate::vhost_user::receive::{ReceiveError, RegionError, RegionSpace};
-pub use change::{MemTableChange, SlotLimit};
-use text::{found_instead, human_sizes, shm_remedy, too_many};
+#[cfg(feature = "vhost-user")]
+use crate::vhost_user::share::ShareError;
+#[cfg(feature = "vhost-user")]
+use crate::vhost_user::table::TableError;
+use text::{found_instead, human_sizes, shm_remedy};
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -35,11 +37,11 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// the system refused, where it did.
 ///
 /// ```
-/// use guest_memory_shm::{Error, GuestMemoryShm};
+/// use guest_memory_shm::{Error, GuestMemoryShm, InvalidRange};
 /// use vm_memory::GuestAddress;
 ///
 /// let error = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 5000)]).unwrap_err();
-/// assert!(matches!(error, Error::UnalignedSize { size: 5000, .. }));
+/// assert!(matches!(error, Error::Range(InvalidRange::Unaligned { value: 5000, .. })));
 /// ```
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +49,10 @@ pub enum Error {
     /// The options are wrong, by themselves or together; nothing was created.
     #[error(transparent)]
     Options(#[from] OptionsError),
+
+    /// Something that RAM needs is short: huge pages, room in a file system, memory, descriptors.
+    #[error(transparent)]
+    Shortage(Box<Shortage>),
 
     /// A file cannot be RAM.
     #[error(transparent)]
@@ -58,11 +64,25 @@ pub enum Error {
 
     /// Memory could not be given back.
     #[error(transparent)]
-    Discard(#[from] DiscardError),
+    Discard(DiscardError),
+
+    /// The kernel does not say what of the RAM exists.
+    #[error(transparent)]
+    Stats(#[from] StatsError),
 
     /// A change of the guest's memory did not happen, or a listener is not up to date.
     #[error(transparent)]
     AddressSpace(Box<AddressSpaceError>),
+
+    /// A memory table cannot be made, or a daemon cannot be sent it.
+    #[cfg(feature = "vhost-user")]
+    #[error(transparent)]
+    Table(#[from] TableError),
+
+    /// A daemon does not hold the memory that it should.
+    #[cfg(feature = "vhost-user")]
+    #[error(transparent)]
+    Share(#[from] ShareError),
 
     /// A daemon does not take what it was sent of a memory table.
     #[error(transparent)]
@@ -73,60 +93,9 @@ pub enum Error {
     #[error(transparent)]
     Kvm(#[from] KvmError),
 
-    /// A range of guest addresses is empty.
-    #[error("the range at guest address {:#x} has size 0: give it at least one page", .start.0)]
-    EmptyRange {
-        /// Where the range was to start.
-        start: GuestAddress,
-    },
-
-    /// A range of guest addresses runs past 2^64.
-    #[error(
-        "the range of {} at guest address {:#x} has no 64-bit address behind it: lower its address \
-         or its size",
-        HumanSize(*.size), .start.0
-    )]
-    RangeOverflow {
-        /// Where the range was to start.
-        start: GuestAddress,
-        /// Its size in bytes.
-        size: u64,
-    },
-
-    /// A guest address is not a multiple of the page size of its backing.
-    #[error(
-        "guest address {:#x} is not a multiple of the page size {}: the nearest is {:#x}",
-        .range.start_addr().0, HumanSize(*.page_size),
-        .range.start_addr().0 - .range.start_addr().0 % .page_size
-    )]
-    UnalignedAddress {
-        /// The range that starts there.
-        range: GuestRange,
-        /// The page size of the backing in bytes.
-        page_size: u64,
-    },
-
-    /// A size is not a multiple of the page size of its backing.
-    #[error(
-        "size {} is not a multiple of the page size {}: the nearest larger is {}",
-        HumanSize(*.size), HumanSize(*.page_size),
-        HumanSize(.size.checked_next_multiple_of(*.page_size).unwrap_or(*.size - *.size % *.page_size))
-    )]
-    UnalignedSize {
-        /// The size in bytes.
-        size: u64,
-        /// The page size of the backing in bytes.
-        page_size: u64,
-    },
-
-    /// Two ranges of guest addresses have addresses in common.
-    #[error("guest ranges {first} and {second} overlap: move or shorten one of them")]
-    Overlap {
-        /// The lower one.
-        first: GuestRange,
-        /// The higher one.
-        second: GuestRange,
-    },
+    /// A range is not what it should be: empty, too large, not whole pages, or taken.
+    #[error(transparent)]
+    Range(#[from] InvalidRange),
 
     /// Guest memory without any range was asked for.
     #[error("no range of guest RAM was given: give at least one")]
@@ -177,33 +146,6 @@ pub enum Error {
     )]
     HugePosixShm,
 
-    /// The pool of huge pages is too small for the RAM.
-    #[error(
-        "needs {needed} huge pages of {}, {available} are free ({free} unused, {reserved} of them \
-         reserved by others): raise /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages by {} or \
-         leave out hugetlb=on (PageSize::Base)",
-        HumanSize(*.page_size), .page_size / 1024, .needed.saturating_sub(*.available)
-    )]
-    HugePoolShort {
-        /// Pages that the RAM needs.
-        needed: u64,
-        /// Pages that can still be promised: unused, less reserved, plus what may be overcommitted.
-        available: u64,
-        /// Unused pages in the pool.
-        free: u64,
-        /// Unused pages that are promised to somebody already.
-        reserved: u64,
-        /// The page size in bytes.
-        page_size: u64,
-    },
-
-    /// A control group of this process does not leave the huge pages that the RAM needs.
-    #[error("cannot have huge pages: {shortage}")]
-    HugePagesLimited {
-        /// What is short.
-        shortage: Box<MemoryShortage>,
-    },
-
     /// The state of the pools of huge pages cannot be read.
     #[error(
         "cannot read the pools of huge pages in /sys/kernel/mm/hugepages: mount sysfs there, or \
@@ -214,77 +156,9 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// The size exceeds the process's limit on file sizes, which shared memory obeys too.
-    #[error(
-        "a backing of {} exceeds RLIMIT_FSIZE, which is {}: raise it (ulimit -f)",
-        HumanSize(*.size), HumanSize(*.limit)
-    )]
-    FileSizeLimit {
-        /// The size that was asked for, in bytes.
-        size: u64,
-        /// The soft limit in bytes.
-        limit: u64,
-    },
-
-    /// No more file descriptors.
-    #[error(
-        "no file descriptor is left for {doing}: the process may have {limit}, \
-         raise RLIMIT_NOFILE (ulimit -n)"
-    )]
-    NoDescriptors {
-        /// What needed one.
-        doing: &'static str,
-        /// The soft limit on descriptors of this process.
-        limit: u64,
-        /// The system's answer, `EMFILE`.
-        source: io::Error,
-    },
-
-    /// The whole system has as many files open as it may: a limit of the process is of no concern.
-    #[error(
-        "no file can be opened for {doing}: the whole system has as many open as it may, raise the \
-         limit (sysctl fs.file-max), or close some"
-    )]
-    NoSystemDescriptors {
-        /// What needed one.
-        doing: &'static str,
-        /// The system's answer, `ENFILE`.
-        source: io::Error,
-    },
-
-    /// Fewer file descriptors are left than the backings need.
-    #[error(
-        "{needed} backings need a file descriptor each and {left} are left of {limit}: raise \
-         RLIMIT_NOFILE (ulimit -n), or put several ranges on one backing"
-    )]
-    TooFewDescriptors {
-        /// Descriptors that are needed.
-        needed: u64,
-        /// Descriptors that this process can still have.
-        left: u64,
-        /// The soft limit on descriptors of this process.
-        limit: u64,
-    },
-
     /// The RAM cannot be placed on the NUMA nodes that were asked for.
     #[error(transparent)]
     Numa(Box<NumaError>),
-
-    /// The file system behind POSIX shm can never hold the RAM, or, for RAM that is to be
-    /// populated, cannot hold it now.
-    #[error(
-        "POSIX shared memory of {} does not fit into the file system behind it, which holds {} \
-         ({} of them free): remount /dev/shm with a larger size or use a memfd backing",
-        HumanSize(*.size), HumanSize(*.capacity), HumanSize(*.free)
-    )]
-    ShmTooSmall {
-        /// The size that was asked for, in bytes.
-        size: u64,
-        /// The size of the file system in bytes.
-        capacity: u64,
-        /// What is free of it, in bytes.
-        free: u64,
-    },
 
     /// POSIX shared memory cannot be had at all: `/dev/shm` is missing, read-only or forbidden.
     #[error(
@@ -402,19 +276,6 @@ pub enum Error {
         now: u64,
     },
 
-    /// An offset into a backing is not a multiple of its page size.
-    #[error(
-        "offset {offset:#x} in the backing is not a multiple of its page size {}: the nearest is \
-         {:#x}",
-        HumanSize(*.page_size), .offset - .offset % .page_size
-    )]
-    UnalignedOffset {
-        /// The offset in bytes.
-        offset: u64,
-        /// The page size of the backing in bytes.
-        page_size: u64,
-    },
-
     /// Memory could not be mapped.
     #[error(
         "cannot {doing} of {}: the address space of this process is limited, by the CPU, by \
@@ -437,162 +298,6 @@ pub enum Error {
         range: GuestRange,
         /// vm-memory's answer.
         source: Box<dyn std::error::Error + Send + Sync>,
-    },
-
-    /// The kernel does not say what of the RAM exists.
-    #[error("cannot {doing}, to say what of the RAM exists: mount procfs, and see the cause")]
-    Stats {
-        /// The step that failed.
-        doing: &'static str,
-        /// The system's answer.
-        source: io::Error,
-    },
-
-    /// A constant that cannot be added to guest addresses to make user addresses; nothing was sent.
-    #[error(
-        "{constant:#x} is no user address for guest address 0: for the region {range} it must be \
-         at most {limit:#x}, so that no address runs past 2^64, and a multiple of {}",
-        HumanSize(*.page_size)
-    )]
-    OpaqueConstant {
-        /// The region whose user addresses it would make.
-        range: GuestRange,
-        /// The constant in bytes.
-        constant: u64,
-        /// The largest constant for this region.
-        limit: u64,
-        /// The page size in bytes.
-        page_size: u64,
-    },
-
-    /// In-kernel vhost cannot be told of a region that is not mapped in this process at its user
-    /// address; nothing was sent.
-    #[error(
-        "the kernel would use the region {range} at its user address in this process, where it is \
-         not mapped: send a table with host addresses (UserAddresses::Host) of memory that is \
-         still alive; nothing was sent"
-    )]
-    NoHostAddress {
-        /// The region.
-        range: GuestRange,
-    },
-
-    /// A daemon cannot be sent a dirty log.
-    #[error(
-        "the daemon cannot log what it writes in memory that is shared with us: negotiate \
-         LOG_SHMFD with it, or stop the log (VhostUserShare::stop_log)"
-    )]
-    LogNotShared,
-
-    /// An empty memory table, which SET_MEM_TABLE cannot carry; nothing was sent.
-    #[error(
-        "SET_MEM_TABLE cannot carry an empty memory table: keep a region in it, or negotiate \
-         CONFIGURE_MEM_SLOTS; nothing was sent"
-    )]
-    EmptyTable,
-
-    /// A memory table has more regions than the daemon takes; nothing was sent.
-    #[error(
-        "the memory table has {regions} regions, {}; nothing was sent",
-        too_many(*.limit, *.slots)
-    )]
-    TooManyRegions {
-        /// The number of regions.
-        regions: usize,
-        /// The number that the daemon takes.
-        limit: u64,
-        /// Which limit was met.
-        slots: SlotLimit,
-    },
-
-    /// The daemon refused a change of its memory table. Whether the share goes on, says
-    /// `VhostUserShare::broken`.
-    #[error("the daemon refused to {change}: {}: look at its log", change.likely_refusal())]
-    DaemonRefused {
-        /// The change.
-        change: MemTableChange,
-        /// vhost's answer.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-
-    /// The daemon hung up during a change or right after it; the share is broken.
-    #[error(
-        "the daemon hung up when told to {change}: it died, or that is how it refuses; \
-         restart it or reconnect to it"
-    )]
-    DaemonHungUp {
-        /// The change that was not, or not lastingly, acknowledged.
-        change: MemTableChange,
-        /// vhost's answer.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-
-    /// The daemon had hung up before it was told anything; the share is broken.
-    #[error("the daemon hung up some time ago: restart it or reconnect to it")]
-    DaemonGone,
-
-    /// The daemon did not answer in time; the connection was closed, the share is broken.
-    #[error(
-        "the daemon did not answer within {limit:?} when told to {change}: the connection was \
-         closed, restart the daemon or allow more with VhostUserShare::with_time_limit"
-    )]
-    DaemonSilent {
-        /// The change that was not acknowledged.
-        change: MemTableChange,
-        /// The time that it had.
-        limit: Duration,
-    },
-
-    /// The exchange with the daemon failed in another way; the share is broken.
-    #[error(
-        "the daemon could not be made to {change}: its answer does not fit the protocol, and the \
-         connection was closed; it is faulty, or the share was given protocol features other than \
-         those acknowledged (SET_PROTOCOL_FEATURES)"
-    )]
-    DaemonProtocol {
-        /// The change.
-        change: MemTableChange,
-        /// vhost's answer.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-
-    /// The daemon answered as daemons do while postcopy listens, and what this share talks through
-    /// cannot go on with that; the share is broken.
-    #[error(
-        "the daemon could not be made to {change}: it answered with addresses for postcopy, which \
-         this connection cannot acknowledge; the connection was closed, build guest-memory-shm \
-         with its feature postcopy, or implement MemTableSink::acknowledge_bases"
-    )]
-    NoPostcopy {
-        /// The change.
-        change: MemTableChange,
-    },
-
-    /// A call on the connection to a daemon took too long; the connection was closed.
-    #[error(
-        "the daemon did not answer within {limit:?}: the connection was closed, restart the \
-         daemon or allow more time"
-    )]
-    TimeLimit {
-        /// The time that it had.
-        limit: Duration,
-    },
-
-    /// Nobody can watch the time that a daemon takes; nothing was sent.
-    #[error(
-        "the daemon's time to answer cannot be limited, and it might never answer: nothing was \
-         sent; raise RLIMIT_NPROC (ulimit -u), or connect anew in this process"
-    )]
-    NoTimeLimit {
-        /// Why there is no thread to watch it.
-        source: io::Error,
-    },
-
-    /// A share was used after it broke.
-    #[error("the share with this daemon is broken ({reason}): reconnect first")]
-    ShareBroken {
-        /// Why it broke.
-        reason: String,
     },
 
     /// The mock daemon, or a driver of the mock with any daemon, could not do its part.
@@ -636,6 +341,19 @@ impl std::error::Error for AdoptError {
     }
 }
 
+impl Error {
+    /// What is short, if that is the reason.
+    pub fn shortage(&self) -> Option<&Shortage> {
+        match self {
+            Self::Shortage(shortage)
+            | Self::Populate(
+                PopulateError::Shortage { shortage, .. } | PopulateError::CannotLook { shortage },
+            ) => Some(shortage),
+            _ => None,
+        }
+    }
+}
+
 impl From<AddressSpaceError> for Error {
     fn from(error: AddressSpaceError) -> Self {
         match error {
@@ -649,6 +367,21 @@ impl<L> From<AttachError<L>> for Error {
     /// Keeps the reason and drops the listener.
     fn from(refused: AttachError<L>) -> Self {
         AddressSpaceError::from(refused).into()
+    }
+}
+
+impl From<DiscardError> for Error {
+    fn from(error: DiscardError) -> Self {
+        match error {
+            DiscardError::Range(error) => Self::Range(error),
+            error => Self::Discard(error),
+        }
+    }
+}
+
+impl From<Shortage> for Error {
+    fn from(shortage: Shortage) -> Self {
+        Self::Shortage(Box::new(shortage))
     }
 }
 

@@ -2,9 +2,6 @@
 
 use std::io;
 
-use nix::errno::Errno;
-
-use super::SlotLimit;
 use crate::options::NodeSet;
 use crate::units::HumanSize;
 
@@ -36,35 +33,9 @@ pub(crate) fn nodes_present(present: Option<NodeSet>) -> String {
     }
 }
 
-/// What to do where no descriptor is left.
-pub(crate) fn more_descriptors(source: &io::Error) -> &'static str {
-    match source.raw_os_error().map(Errno::from_raw) {
-        Some(Errno::ENFILE) => {
-            "the whole system has as many files open as it may, raise the limit (sysctl fs.file-max)"
-        }
-        _ => "no file descriptor is left for that, raise RLIMIT_NOFILE (ulimit -n)",
-    }
-}
-
 pub(crate) fn found_instead(found: Option<u64>) -> String {
     match found {
         Some(size) => format!("one of {} does", HumanSize(size)),
         None => "none does".to_owned(),
-    }
-}
-
-pub(crate) fn too_many(limit: u64, slots: SlotLimit) -> String {
-    match slots {
-        SlotLimit::Message => format!(
-            "SET_MEM_TABLE carries {limit}: negotiate CONFIGURE_MEM_SLOTS with the daemon or use \
-             fewer regions"
-        ),
-        SlotLimit::Daemon => {
-            format!("the daemon has {limit} memory slots: use fewer regions or another daemon")
-        }
-        SlotLimit::Kernel => format!(
-            "in-kernel vhost takes {limit}: load the module vhost with a larger max_mem_regions or \
-             use fewer regions"
-        ),
     }
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 
+use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 
 const DIR: &str = "/proc/self/fd";
@@ -22,6 +23,17 @@ pub(crate) fn left() -> Option<(u64, u64)> {
     }
     // The directory that is read here is among them, and is closed by now.
     Some((limit.saturating_sub(taken.saturating_sub(1)), limit))
+}
+
+/// How many descriptors this process may have.
+pub(crate) fn limit() -> u64 {
+    getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft)
+}
+
+/// Whether an answer is that no descriptor is left, of the process's or of the system's.
+pub(crate) fn is_none_left(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EMFILE | Errno::ENFILE))
 }
 
 /// What the kernel calls the file: the path that it has, or had, or the name of a memfd.

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use nix::errno::Errno;
+use super::descriptors::is_none_left;
 
 /// A file of procfs, sysfs or a control group that stays open once it was read: to read it again
 /// takes no descriptor, which may have become short, and less than a microsecond for most.
@@ -35,7 +35,7 @@ impl Kept {
             return Ok(());
         }
         let file = match File::open(&self.path) {
-            Err(error) if is_no_descriptor(&error) => return Err(error),
+            Err(error) if is_none_left(&error) => return Err(error),
             answer => answer.ok(),
         };
         // Whoever was first.
@@ -66,11 +66,6 @@ impl Kept {
         let len = self.file.get()?.as_ref()?.read_at(&mut text, 0).ok()?;
         std::str::from_utf8(&text[..len]).ok()?.trim().parse().ok()
     }
-}
-
-pub(super) fn is_no_descriptor(error: &io::Error) -> bool {
-    let errno = error.raw_os_error().map(Errno::from_raw);
-    matches!(errno, Some(Errno::EMFILE | Errno::ENFILE))
 }
 
 #[cfg(test)]

@@ -7,14 +7,6 @@ use super::fields::bytes;
 
 pub(super) const MEMINFO: &str = "/proc/meminfo";
 
-/// What the machine has, memory and swap together, whoever uses it; none where procfs is not
-/// mounted.
-pub(crate) fn total() -> Option<u64> {
-    let text = read_to_string(MEMINFO).ok()?;
-    let swap = bytes(&text, "SwapTotal").unwrap_or(0);
-    Some(bytes(&text, "MemTotal")?.saturating_add(swap))
-}
-
 /// Whether any process maps a huge page of a file or of shared memory: if none does, no walk need
 /// look for them. A kernel without such pages does not have the lines.
 pub(crate) fn is_huge_mapped() -> io::Result<bool> {
@@ -26,12 +18,4 @@ pub(crate) fn is_huge_mapped() -> io::Result<bool> {
 /// The size of the huge pages that are used unless another is asked for.
 pub(super) fn huge_page_size() -> Option<u64> {
     bytes(&read_to_string(MEMINFO).ok()?, "Hugepagesize")
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn this_machine_has_memory() {
-        assert!(super::total().unwrap() > 1 << 20);
-    }
 }

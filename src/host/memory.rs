@@ -6,12 +6,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::control_group::{Branch, Controller, Left, MemoryGroup};
+use super::descriptors::is_none_left;
 use super::fields::bytes;
-use super::kept::{Kept, is_no_descriptor};
+use super::kept::Kept;
 use super::mounts::{self, Mount};
 use super::nodes;
 use crate::options::NodeSet;
-use crate::shortage::{MemoryLimit, MemoryShortage};
 
 /// What is kept back of each limit, in bytes, for what this process and others in its group need
 /// besides: stacks, page tables, the chunk that another process is about to take.
@@ -78,15 +78,6 @@ impl Demand {
         self.of.iter().all(|(_, bytes)| *bytes == 0)
     }
 
-    /// What of it is memory of the machine, without what the kernel needs for it.
-    pub(crate) fn base(&self) -> u64 {
-        let base = self
-            .of
-            .iter()
-            .filter(|(kind, _)| matches!(kind, Kind::Base(_)));
-        base.map(|(_, bytes)| *bytes).fold(0, u64::saturating_add)
-    }
-
     /// All of it, with what the kernel needs for it.
     pub(crate) fn total(&self) -> u64 {
         let charged = self.of.iter().map(|(kind, bytes)| kind.charged(*bytes));
@@ -94,10 +85,10 @@ impl Demand {
     }
 
     /// What is short of it, most of all.
-    pub(crate) fn shortage(&self, bounds: &[Bound]) -> Option<MemoryShortage> {
+    pub(crate) fn shortage(&self, bounds: &[Bound]) -> Option<Short> {
         let short = bounds.iter().filter_map(|bound| {
             let needed = self.on(bound);
-            (needed > bound.left).then(|| bound.shortage(needed))
+            (needed > bound.left).then(|| bound.short(needed))
         });
         short.max_by_key(|short| short.needed - short.left)
     }
@@ -113,10 +104,31 @@ impl Kind {
     }
 }
 
+/// Memory that is short: what is needed, what is left, and which limit says so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Short {
+    /// In bytes.
+    pub(crate) needed: u64,
+    /// In bytes.
+    pub(crate) left: u64,
+    pub(crate) limit: Limit,
+}
+
+/// What limits memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Limit {
+    /// A control group, in this file.
+    ControlGroup { file: PathBuf },
+    /// The memory and swap of the machine, in bytes.
+    Machine { size: u64 },
+    /// The memory of these nodes.
+    Nodes { nodes: NodeSet },
+}
+
 /// What a limit leaves.
 #[derive(Clone, Debug)]
 pub(crate) struct Bound {
-    limit: MemoryLimit,
+    limit: Limit,
     scope: Scope,
     /// In bytes; at least so many, if it is enough.
     pub(crate) left: u64,
@@ -143,8 +155,8 @@ impl Scope {
 }
 
 impl Bound {
-    pub(crate) fn shortage(&self, needed: u64) -> MemoryShortage {
-        MemoryShortage {
+    pub(crate) fn short(&self, needed: u64) -> Short {
+        Short {
             needed,
             left: self.left,
             limit: self.limit.clone(),
@@ -154,7 +166,7 @@ impl Bound {
     #[cfg(test)]
     pub(crate) fn of_machine(left: u64) -> Self {
         Self {
-            limit: MemoryLimit::Machine,
+            limit: Limit::Machine { size: left },
             scope: Scope::Base,
             left,
         }
@@ -162,7 +174,7 @@ impl Bound {
 
     fn of_group(left: Left, scope: Scope, margin: u64) -> Self {
         Self {
-            limit: MemoryLimit::ControlGroup { file: left.file },
+            limit: Limit::ControlGroup { file: left.file },
             scope,
             left: left.bytes.saturating_sub(margin),
         }
@@ -189,7 +201,7 @@ impl MemoryLimits {
     /// `EMFILE` and `ENFILE`: what cannot be opened now cannot be looked at.
     pub(crate) fn of_this_process() -> io::Result<Self> {
         let read = |path: &str| match fs::read_to_string(path) {
-            Err(error) if is_no_descriptor(&error) => Err(error),
+            Err(error) if is_none_left(&error) => Err(error),
             answer => Ok(answer.unwrap_or_default()),
         };
         // Memory is charged to the group of the process, huge pages to that of the thread.
@@ -260,24 +272,31 @@ impl MemoryLimits {
         bounds
     }
 
-    /// The limit of a group that the demand exceeds, if one does, or the one above which the group
-    /// is slowed down (`memory.high`): how much of the demand it is about, what it leaves, and the
-    /// file in which it stands.
-    pub(crate) fn group_too_small_for(&self, demand: &Demand) -> Option<(u64, u64, PathBuf)> {
+    /// The limits that are too small for the demand, however much others use now: all of the
+    /// machine's memory and swap, and that limit of a group which it exceeds most, the one above
+    /// which a group is slowed down (`memory.high`) included.
+    pub(crate) fn too_small_for(&self, demand: &Demand) -> Vec<Short> {
         let mut bounds = self.bounds(demand, 0);
         let high = self.groups.iter().filter_map(MemoryGroup::left_to_high);
         bounds.extend(high.map(|left| Bound::of_group(left, self.scope(), 0)));
-        let short = bounds.iter().filter_map(|bound| {
-            let MemoryLimit::ControlGroup { file } = &bound.limit else {
-                return None;
-            };
+        let short = |bound: &Bound| {
             let concerned = demand.of.iter().filter(|(kind, _)| bound.scope.has(*kind));
-            let size = concerned
-                .map(|(_, bytes)| *bytes)
-                .fold(0, u64::saturating_add);
-            (demand.on(bound) > bound.left).then(|| (size, bound.left, file.clone()))
+            let bytes = concerned.map(|(_, bytes)| *bytes);
+            Short {
+                needed: bytes.fold(0, u64::saturating_add),
+                ..bound.short(0)
+            }
+        };
+        let of_machine = bounds.iter().filter_map(|bound| match bound.limit {
+            Limit::Machine { size } => Some(short(bound)).filter(|short| short.needed > size),
+            _ => None,
         });
-        short.max_by_key(|(size, left, _)| size.saturating_sub(*left))
+        let of_group = bounds.iter().filter(|bound| {
+            matches!(bound.limit, Limit::ControlGroup { .. }) && demand.on(bound) > bound.left
+        });
+        let of_group = of_group.map(short);
+        let of_group = of_group.max_by_key(|short| short.needed.saturating_sub(short.left));
+        of_machine.chain(of_group).collect()
     }
 
     fn scope(&self) -> Scope {
@@ -315,7 +334,7 @@ impl MemoryLimits {
             left += all.saturating_sub(reserve(value("MemTotal")));
         }
         Some(Bound {
-            limit: MemoryLimit::Nodes { nodes },
+            limit: Limit::Nodes { nodes },
             scope: Scope::Nodes(nodes),
             left: left.saturating_add(swap),
         })
@@ -327,8 +346,11 @@ fn machine(meminfo: &str, swap: u64) -> Option<Bound> {
     let available = bytes(meminfo, "MemAvailable")?;
     let total = bytes(meminfo, "MemTotal").unwrap_or(0);
     let left = available.saturating_add(swap);
+    let swap_total = bytes(meminfo, "SwapTotal").unwrap_or(0);
     Some(Bound {
-        limit: MemoryLimit::Machine,
+        limit: Limit::Machine {
+            size: total.saturating_add(swap_total),
+        },
         scope: Scope::Base,
         left: left.saturating_sub(reserve(total)),
     })

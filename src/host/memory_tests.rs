@@ -3,6 +3,8 @@
 use super::*;
 
 const MIB: u64 = 1 << 20;
+/// Memory and swap of the machine.
+const SIZE: u64 = (8 << 30) + (99_999_999 << 10);
 const ANYWHERE: Kind = Kind::Base(NodeSet::new());
 
 /// A machine with 8 GiB, of which some are available, and a tree of groups of version 2.
@@ -54,9 +56,14 @@ impl Machine {
     }
 }
 
-fn short(limits: &MemoryLimits, kind: Kind, bytes: u64) -> Option<MemoryShortage> {
+fn short(limits: &MemoryLimits, kind: Kind, bytes: u64) -> Option<Short> {
     let demand = Demand::of(kind, bytes);
     demand.shortage(&limits.bounds(&demand, 0))
+}
+
+/// Whether the limit stands in this file.
+fn is_in(short: &Short, name: &str) -> bool {
+    matches!(&short.limit, Limit::ControlGroup { file } if file.ends_with(name))
 }
 
 #[test]
@@ -69,7 +76,7 @@ fn the_machine_gives_what_is_available_and_can_be_swapped_less_a_reserve() {
     let shortage = short(&limits, ANYWHERE, left).unwrap();
     assert_eq!(shortage.left, left);
     assert_eq!(shortage.needed, left + left / 128);
-    assert_eq!(shortage.limit, MemoryLimit::Machine);
+    assert_eq!(shortage.limit, Limit::Machine { size: SIZE });
     // It is looked at again each time.
     machine.write("proc/meminfo", "MemTotal: 8388608 kB\nMemAvailable: 0 kB\n");
     assert_eq!(short(&limits, ANYWHERE, 4096).unwrap().left, 0);
@@ -85,7 +92,7 @@ fn the_tightest_of_all_limits_is_named() {
     machine.group("a", 512 * MIB);
     machine.group("a/b", 2048 * MIB);
     machine.group("c", 64 * MIB);
-    let file = |path: &str| MemoryLimit::ControlGroup {
+    let file = |path: &str| Limit::ControlGroup {
         file: machine.dir.path().join("cgroup").join(path),
     };
     let limits = machine.limits("/a/b", "rw");
@@ -101,7 +108,7 @@ fn the_tightest_of_all_limits_is_named() {
     machine.group("a", 8192 * MIB);
     machine.group("a/b", 8192 * MIB);
     let shortage = short(&limits, ANYWHERE, 5000 * MIB).unwrap();
-    assert_eq!(shortage.limit, MemoryLimit::Machine);
+    assert_eq!(shortage.limit, Limit::Machine { size: SIZE });
 }
 
 #[test]
@@ -132,7 +139,7 @@ fn huge_pages_are_no_memory_of_the_machine_and_of_a_group_only_if_it_counts_them
     assert_eq!(short(&limits, huge, 30 * MIB), None);
     let shortage = short(&limits, huge, 32 * MIB).unwrap();
     assert_eq!((shortage.needed, shortage.left), (32 * MIB, 30 * MIB));
-    assert!(shortage.limit.path().ends_with("vm/hugetlb.2MB.max"));
+    assert!(is_in(&shortage, "vm/hugetlb.2MB.max"));
     let other = Kind::Huge {
         page_size: 1 << 30,
         reserving: false,
@@ -142,7 +149,7 @@ fn huge_pages_are_no_memory_of_the_machine_and_of_a_group_only_if_it_counts_them
     machine.group("vm", 16 * MIB);
     let limits = machine.limits("/vm", "rw,memory_hugetlb_accounting");
     let shortage = short(&limits, huge, 20 * MIB).unwrap();
-    assert!(shortage.limit.path().ends_with("vm/memory.max"));
+    assert!(is_in(&shortage, "vm/memory.max"));
 }
 
 #[test]
@@ -165,7 +172,7 @@ fn nodes_have_what_is_free_and_clean_less_a_reserve() {
     let shortage = short(&limits, on(&[0]), 200 * MIB).unwrap();
     assert_eq!(shortage.left, 112 * MIB);
     let nodes = NodeSet::from_nodes([0]).unwrap();
-    assert_eq!(shortage.limit, MemoryLimit::Nodes { nodes });
+    assert_eq!(shortage.limit, Limit::Nodes { nodes });
     assert_eq!(short(&limits, on(&[0]), 100 * MIB), None);
     assert_eq!(short(&limits, on(&[0, 1]), 1000 * MIB), None);
     assert_eq!(
@@ -178,7 +185,7 @@ fn nodes_have_what_is_free_and_clean_less_a_reserve() {
     let bounds = limits.bounds(&demand, 0);
     let of_machine = bounds
         .iter()
-        .find(|bound| bound.limit == MemoryLimit::Machine);
+        .find(|bound| bound.limit == Limit::Machine { size: SIZE });
     assert_eq!(demand.on(of_machine.unwrap()), 4096 * MIB + 32 * MIB + 1);
 }
 
@@ -188,13 +195,18 @@ fn ram_is_noted_that_a_group_would_slow_down_or_end() {
     machine.group("vm", 64 * MIB);
     let limits = machine.limits("/vm", "rw");
     let demand = |size| Demand::of(ANYWHERE, size);
-    assert_eq!(limits.group_too_small_for(&demand(16 * MIB)), None);
+    assert_eq!(limits.too_small_for(&demand(16 * MIB)), []);
     machine.write("cgroup/vm/memory.high", &(8 * MIB).to_string());
     let limits = machine.limits("/vm", "rw");
     let found = |size| {
-        let (size, left, file) = limits.group_too_small_for(&demand(size))?;
+        let [short] = &limits.too_small_for(&demand(size))[..] else {
+            return None;
+        };
+        let Limit::ControlGroup { file } = &short.limit else {
+            return None;
+        };
         let name = file.file_name()?.to_str()?.to_owned();
-        Some((size / MIB, left / MIB, name))
+        Some((short.needed / MIB, short.left / MIB, name))
     };
     assert_eq!(found(MIB), None);
     assert_eq!(found(16 * MIB), Some((16, 8, "memory.high".to_owned())));
@@ -207,7 +219,7 @@ fn demands_are_added_and_taken_back() {
     assert!(demand.is_empty());
     demand.add(ANYWHERE, MIB);
     demand.add(ANYWHERE, MIB);
-    assert_eq!(demand.base(), 2 * MIB);
+    assert_eq!(demand.total(), 2 * MIB + 2 * MIB / 128);
     demand.take(ANYWHERE, MIB);
     assert!(!demand.is_empty());
     demand.take(ANYWHERE, 3 * MIB);

@@ -8,7 +8,7 @@ use super::{KvmSlot, KvmSlots, check_size};
 use crate::error::{Error, KvmError, Result};
 use crate::listener::{ListenerError, MemoryListener};
 use crate::memory::GuestMemoryShm;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, InvalidRange};
 
 /// The hypervisor is asked first whether it has the slots; what else it may refuse, it says only
 /// when it is told.
@@ -69,10 +69,7 @@ impl KvmSlots {
         let mut ranges = roms.map(|rom| rom.range());
         match ranges.find(|rom| rom.overlaps(&region)) {
             None => Ok(()),
-            Some(rom) => Err(Error::Overlap {
-                first: rom.min(region),
-                second: rom.max(region),
-            }),
+            Some(rom) => Err(InvalidRange::overlap(rom, region).into()),
         }
     }
 

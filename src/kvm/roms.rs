@@ -6,7 +6,8 @@ use vm_memory::GuestAddress;
 
 use super::slot::Memory;
 use super::{KvmSlot, KvmSlots, check_size};
-use crate::error::{Error, KvmError, Result};
+use crate::error::{KvmError, Result};
+use crate::range::InvalidRange;
 use crate::rom::GuestRom;
 
 impl KvmSlots {
@@ -17,9 +18,10 @@ impl KvmSlots {
     ///
     /// # Errors
     ///
-    /// [`KvmError::NoReadOnly`] if the hypervisor does not offer it, [`Error::Overlap`] if a
-    /// region or a ROM is there, [`KvmError::OutOfSlots`], [`KvmError::TooLarge`],
-    /// [`KvmError::PartlyAssigned`], and [`KvmError::Refused`].
+    /// [`KvmError::NoReadOnly`] if the hypervisor does not offer it,
+    /// [`Error::Range`](crate::Error::Range) if a region or a ROM is there,
+    /// [`KvmError::OutOfSlots`], [`KvmError::TooLarge`], [`KvmError::PartlyAssigned`], and
+    /// [`KvmError::Refused`].
     pub fn add_rom(&mut self, rom: impl Into<Arc<GuestRom>>) -> Result<()> {
         let rom = rom.into();
         let range = rom.range();
@@ -27,8 +29,7 @@ impl KvmSlots {
         check_size(range)?;
         self.check_assigned(range)?;
         if let Some(there) = self.overlapping(range) {
-            let (first, second) = (there.min(range), there.max(range));
-            return Err(Error::Overlap { first, second });
+            return Err(InvalidRange::overlap(there, range).into());
         }
         self.add(Memory::Rom(rom), true)?;
         self.roms += 1;

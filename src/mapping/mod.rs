@@ -99,9 +99,9 @@ impl Mapping {
     ///
     /// # Errors
     ///
-    /// [`Error::UnalignedOffset`], [`Error::UnalignedSize`], [`Error::OutsideBacking`],
+    /// [`Error::Range`], [`Error::OutsideBacking`],
     /// [`Error::BackingTruncated`]; [`Error::Numa`];
-    /// [`Error::HugePoolShort`] and [`Error::HugePagesLimited`] if the pages cannot be promised;
+    /// [`Error::Shortage`] if huge pages cannot be promised;
     /// [`Error::Map`].
     pub(crate) fn new(backing: &ShmBacking, offset: u64, size: u64) -> Result<Self> {
         backing.check_inside(offset, size)?;

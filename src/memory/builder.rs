@@ -13,7 +13,7 @@ use crate::backing::{
 use crate::error::{Error, FileError, Result};
 use crate::options::{Access, Backing, OnShortage, RamOptions};
 use crate::populate::populate_new;
-use crate::range::{GuestRange, check_disjoint, pack};
+use crate::range::{GuestRange, check_disjoint};
 use crate::region::{GuestRegionShm, new_bitmap};
 use crate::report::{BuildReport, log_notes};
 
@@ -165,12 +165,10 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     /// # Errors
     ///
     /// [`Error::NoRanges`] without any range (or with a backing that has none);
-    /// [`Error::EmptyRange`], [`Error::RangeOverflow`], [`Error::UnalignedAddress`],
-    /// [`Error::UnalignedSize`], [`Error::Overlap`], [`Error::UnalignedOffset`],
-    /// [`Error::OutsideBacking`], [`Error::BackingTruncated`] for bad places; those of
-    /// [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for reading
-    /// only; [`Error::Map`]; and [`Error::Populate`], if there is not enough memory before the first
-    /// page. All numbers, and the pools of huge pages, are checked before anything is created, and a
+    /// [`Error::Range`], [`Error::OutsideBacking`], [`Error::BackingTruncated`] for bad places;
+    /// those of [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for
+    /// reading only; [`Error::Map`]; and [`Error::Populate`], if there is not enough memory before
+    /// the first page. All numbers, and the pools of huge pages, are checked before anything is created, and a
     /// failure leaves nothing behind.
     ///
     /// # Panics
@@ -296,6 +294,24 @@ impl Part {
     }
 }
 
+/// The offsets at which `ranges`, in this order, lie one after the other in a backing from
+/// `start` on, and the end of the last.
+fn pack(start: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, u64)> {
+    let mut end = start;
+    let mut offsets = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        offsets.push(end);
+        let sum = end.saturating_add(range.size());
+        // A file is at most i64::MAX bytes long (off_t).
+        let limit = i64::MAX.unsigned_abs();
+        if sum > limit {
+            return Err(Error::BackingTooLong { size: sum, limit });
+        }
+        end = sum;
+    }
+    Ok((offsets, end))
+}
+
 /// Checks all backings to be created, together where they draw on the same resource.
 fn check_creations(plans: &[Plan<'_>]) -> Result<()> {
     let mut huge: Vec<(u64, u64)> = Vec::new();
@@ -334,5 +350,24 @@ fn add(sums: &mut Vec<(u64, u64)>, page_size: u64, pages: u64) {
     match sums.iter_mut().find(|(size, _)| *size == page_size) {
         Some((_, sum)) => *sum += pages,
         None => sums.push((page_size, pages)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ranges(all: [(u64, u64); 2]) -> [GuestRange; 2] {
+        all.map(|(start, size)| GuestRange::new(GuestAddress(start), size).unwrap())
+    }
+
+    #[test]
+    fn packed_ranges_follow_each_other() {
+        let (offsets, end) = pack(4096, &ranges([(1 << 32, 8192), (0, 4096)])).unwrap();
+        assert_eq!((offsets, end), (vec![4096, 12288], 16384));
+        assert!(matches!(
+            pack(0, &ranges([(0, 1 << 62), (1 << 63, 1 << 62)])),
+            Err(Error::BackingTooLong { .. })
+        ));
     }
 }

@@ -14,11 +14,13 @@ use vm_memory::{
 use crate::error::{Error, Result};
 use crate::mapping::to_usize;
 use crate::options::RamOptions;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, check_disjoint};
 use crate::region::GuestRegionShm;
 
+mod access;
 mod builder;
 mod index;
+mod pieces;
 mod populate;
 mod report;
 
@@ -64,6 +66,7 @@ use index::Index;
 /// | `FromRangesError`, `GuestRegionCollectionError` | [`Error`](crate::Error) |
 /// | `region.deref().bitmap()` for the whole bitmap | [`GuestRegionShm::dirty_bitmap`] |
 /// | `VhostUserMemoryRegionInfo::from_guest_region(region)` | `VhostUserMemoryRegionInfo::from(&TableRegion::from(region))`, or `VhostUserShare` for all of it |
+/// | `use vm_memory::Bytes` for `read_obj`, `write_obj`, `read_slice`, `write_slice` | methods of this type, several times as fast: rustc may call the import unused |
 /// | a function that wants a `GuestMemoryMmap` | [`to_guest_memory_mmap`](Self::to_guest_memory_mmap) |
 pub struct GuestMemoryShm<B = ()> {
     /// Sorted by address, disjoint.
@@ -102,7 +105,7 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoRanges`] without any region, [`Error::Overlap`] if two of them overlap.
+    /// [`Error::NoRanges`] without any region, [`Error::Range`] if two of them overlap.
     pub fn from_regions(regions: Vec<GuestRegionShm<B>>) -> Result<Self> {
         Self::from_arc_regions(regions.into_iter().map(Arc::new).collect())
     }
@@ -112,19 +115,14 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoRanges`] without any region, [`Error::Overlap`] if two of them overlap.
+    /// [`Error::NoRanges`] without any region, [`Error::Range`] if two of them overlap.
     pub fn from_arc_regions(mut regions: Vec<Arc<GuestRegionShm<B>>>) -> Result<Self> {
         if regions.is_empty() {
             return Err(Error::NoRanges);
         }
         regions.sort_unstable_by_key(|region| region.range());
         let ranges: Vec<GuestRange> = regions.iter().map(|region| region.range()).collect();
-        if let Some(pair) = ranges.windows(2).find(|pair| pair[0].overlaps(&pair[1])) {
-            return Err(Error::Overlap {
-                first: pair[0],
-                second: pair[1],
-            });
-        }
+        check_disjoint(&ranges)?;
         Ok(Self::index(regions))
     }
 
@@ -132,7 +130,7 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Overlap`] if a region is there already.
+    /// [`Error::Range`] if a region is there already.
     pub fn insert_region(&self, region: Arc<GuestRegionShm<B>>) -> Result<Self> {
         let mut regions = self.arc_regions();
         regions.push(region);

@@ -6,6 +6,7 @@ use std::path::Path;
 use super::{Access, Backing, DiscardData, PageSize, Populate, RamOptions, Sealing};
 use crate::error::{Error, OptionsError, Result};
 use crate::host::base_page_size;
+use crate::range::RangePart;
 
 /// The longest that a file can be, in bytes.
 const LONGEST: u64 = i64::MAX.unsigned_abs();
@@ -30,7 +31,7 @@ impl RamOptions {
     /// # Errors
     ///
     /// An [`OptionsError`] in [`Error::Options`] that names the property, as QEMU calls it, its
-    /// value and what to write instead; [`Error::HugePosixShm`]; [`Error::UnalignedSize`].
+    /// value and what to write instead; [`Error::HugePosixShm`]; [`Error::Range`].
     pub fn check(&self) -> Result<()> {
         self.check_name()?;
         self.check_backing()?;
@@ -133,9 +134,7 @@ impl RamOptions {
                 }
                 .into());
             }
-            if !size.is_multiple_of(page_size) {
-                return Err(Error::UnalignedSize { size, page_size });
-            }
+            RangePart::Size.check_aligned(size, page_size)?;
         }
         // As in QEMU, 0 is no wish.
         if let Some(align) = self.align.filter(|align| *align != 0)
@@ -143,13 +142,7 @@ impl RamOptions {
         {
             return Err(OptionsError::Align { align, page_size }.into());
         }
-        if !self.offset.is_multiple_of(page_size) {
-            return Err(OptionsError::Offset {
-                offset: self.offset,
-                page_size,
-            }
-            .into());
-        }
+        RangePart::Offset.check_aligned(self.offset, page_size)?;
         let size = self.size.unwrap_or(0);
         match self.offset.checked_add(size) {
             Some(end) if end <= LONGEST => Ok(()),

@@ -143,18 +143,6 @@ pub enum OptionsError {
         page_size: u64,
     },
 
-    /// An offset that is not a multiple of the page size.
-    #[error(
-        "offset={offset:#x}: expected a multiple of the page size {}, the nearest is {:#x}",
-        HumanSize(*.page_size), .offset - .offset % .page_size
-    )]
-    Offset {
-        /// The offset in bytes.
-        offset: u64,
-        /// The page size in bytes.
-        page_size: u64,
-    },
-
     /// RAM that ends behind the end that a file can have.
     #[error(
         "offset={offset:#x} and a size of {} end behind 2^63, where no file reaches: lower the \

@@ -92,13 +92,6 @@ fn texts_name_the_property_the_value_and_the_way_out() {
             "align=0x400: expected a power of two that is at least the page size 4 KiB",
         ),
         (
-            OptionsError::Offset {
-                offset: 0x1400,
-                page_size: 4096,
-            },
-            "offset=0x1400: expected a multiple of the page size 4 KiB, the nearest is 0x1000",
-        ),
-        (
             OptionsError::PastLongestFile {
                 offset: 0x7fff_ffff_ffff_f000,
                 size: 8192,

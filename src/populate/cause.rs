@@ -14,6 +14,7 @@ use crate::error::{Error, PopulateError};
 use crate::host::memory::{Demand, MemoryLimits};
 use crate::host::nodes;
 use crate::range::GuestRange;
+use crate::shortage::{ResourceLimit, Shortage};
 
 /// The cause of a failure, when `needed` bytes were still missing. To be called before anything is
 /// given back.
@@ -26,8 +27,8 @@ pub(super) fn find(plan: &Plan, looking: &Looking, failure: Failure, needed: u64
         Why::Short(piece) => {
             // Of all that is still missing, unless others have given something back by now.
             let all = looking.shortage(&plan.parts);
-            let shortage = all.map_or(piece, |(_, shortage)| shortage).into();
-            return PopulateError::NotEnoughMemory { range, shortage };
+            let shortage = all.map_or(piece, |(_, shortage)| shortage);
+            return PopulateError::short(range, shortage);
         }
     };
     truncated(part, range)
@@ -58,14 +59,11 @@ fn pool_empty(part: &Part, range: GuestRange, needed: u64) -> Option<PopulateErr
     }
     let page_size = backing.page_size();
     match check_pool(needed.div_ceil(page_size), page_size) {
-        Err(Error::HugePoolShort {
-            needed, available, ..
-        }) => Some(PopulateError::HugePoolEmpty {
-            range,
-            needed,
-            available,
-            page_size,
-        }),
+        Err(Error::Shortage(shortage))
+            if matches!(shortage.limit, ResourceLimit::HugePages { .. }) =>
+        {
+            Some(PopulateError::Shortage { range, shortage })
+        }
         _ => None,
     }
 }
@@ -84,12 +82,8 @@ fn file_system_full(
     // A memfd is on a tmpfs without a limit, which says 0.
     let limited = size > 0;
     let full = source.raw_os_error() == Some(Errno::ENOSPC as i32) || free < len;
-    (limited && full).then_some(PopulateError::FileSystemFull {
-        range,
-        needed,
-        size,
-        free,
-    })
+    let limit = ResourceLimit::FileSystem { path: None, size };
+    (limited && full).then(|| PopulateError::short(range, Shortage::new(needed, free, limit)))
 }
 
 /// Without memory it was refused by what limits that, though it was not looked at before.
@@ -99,6 +93,5 @@ fn not_enough(part: &Part, range: GuestRange, needed: u64, len: u64) -> Option<P
     let limits = MemoryLimits::of_this_process().ok()?;
     let mut shortage = demand.shortage(&limits.bounds(&demand, 0))?;
     shortage.needed = needed.max(shortage.needed);
-    let shortage = shortage.into();
-    Some(PopulateError::NotEnoughMemory { range, shortage })
+    Some(PopulateError::short(range, shortage))
 }

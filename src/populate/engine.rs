@@ -11,8 +11,8 @@ use nix::sys::signal::SigSet;
 use super::CancelToken;
 use super::node::Affinity;
 use super::plan::{Chunk, Queue};
+use crate::host::memory;
 use crate::logs;
-use crate::shortage::MemoryShortage;
 
 /// Threads need little but their few calls; the default of 2 MiB is address space for nothing.
 const STACK: usize = 256 << 10;
@@ -34,7 +34,7 @@ pub(super) enum Why {
     /// The system refused to do this.
     Refused(&'static str, io::Error),
     /// Others took the memory.
-    Short(MemoryShortage),
+    Short(memory::Short),
 }
 
 /// Tells all threads to stop after the chunk that they work on.

@@ -4,9 +4,8 @@ use std::io;
 
 use vm_memory::GuestAddress;
 
-use crate::error::text::more_descriptors;
 use crate::range::GuestRange;
-use crate::shortage::MemoryShortage;
+use crate::shortage::Shortage;
 use crate::units::HumanSize;
 
 /// Why RAM could not be populated.
@@ -39,62 +38,27 @@ pub enum PopulateError {
         start: GuestAddress,
     },
 
-    /// The file system behind the RAM is full.
-    #[error(
-        "cannot populate {range}: {} more are needed, the file system behind the RAM holds {} and \
-         has {} free: remove files from it, remount it with a larger size, or use a memfd backing",
-        HumanSize(*.needed), HumanSize(*.size), HumanSize(*.free)
-    )]
-    FileSystemFull {
-        /// The part of the RAM.
-        range: GuestRange,
-        /// What was still missing, in bytes.
-        needed: u64,
-        /// The size of the file system in bytes.
-        size: u64,
-        /// What was free of it, in bytes.
-        free: u64,
-    },
-
-    /// The pool of huge pages is empty, and the RAM has none reserved.
-    #[error(
-        "cannot populate {range}: {needed} more huge pages of {} are needed, {available} are free: \
-         raise /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages by {}, or \
-         leave out hugetlb=on (PageSize::Base)",
-        HumanSize(*.page_size), .page_size / 1024, .needed.saturating_sub(*.available)
-    )]
-    HugePoolEmpty {
-        /// The part of the RAM.
-        range: GuestRange,
-        /// Huge pages that were still missing.
-        needed: u64,
-        /// Huge pages that could be had.
-        available: u64,
-        /// The page size in bytes.
-        page_size: u64,
-    },
-
-    /// There is not enough memory: a control group, the machine or its NUMA nodes do not leave
-    /// enough. Either nothing was populated, or others took memory meanwhile. To try anyway there
-    /// is [`OnShortage::TryAnyway`](crate::OnShortage::TryAnyway).
+    /// There is not enough room in the file system, or not enough memory: the pool of huge pages,
+    /// a control group, the machine or its NUMA nodes do not leave enough. Either nothing was
+    /// populated, or others took it meanwhile. Where only this crate refuses, there is
+    /// [`OnShortage::TryAnyway`](crate::OnShortage::TryAnyway).
     #[error("cannot populate {range}: {shortage}")]
-    NotEnoughMemory {
-        /// The part of the RAM at which the memory would end, or that was being worked on.
+    Shortage {
+        /// The part of the RAM at which it would end, or that was being worked on.
         range: GuestRange,
         /// What is short.
-        shortage: Box<MemoryShortage>,
+        shortage: Box<Shortage>,
     },
 
     /// What limits memory cannot be looked at without a file descriptor, and populating without
     /// looking may end in SIGKILL.
     #[error(
-        "cannot see whether there is memory to populate: {}, or try anyway \
-         (OnShortage::TryAnyway, on-shortage=try-anyway)",
-        more_descriptors(.source)
+        "cannot see whether there is memory to populate: {shortage}; or try anyway \
+         (OnShortage::TryAnyway, on-shortage=try-anyway)"
     )]
     CannotLook {
-        /// The system's answer, `EMFILE` or `ENFILE`.
-        source: io::Error,
+        /// The descriptors that are short.
+        shortage: Box<Shortage>,
     },
 
     /// Somebody truncated the backing, which was not sealed.
@@ -150,10 +114,17 @@ pub enum PopulateError {
     },
 }
 
+impl PopulateError {
+    pub(super) fn short(range: GuestRange, shortage: impl Into<Shortage>) -> Self {
+        let shortage = Box::new(shortage.into());
+        Self::Shortage { range, shortage }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shortage::MemoryLimit;
+    use crate::shortage::ResourceLimit;
 
     #[test]
     fn texts_name_the_cause_the_range_and_the_way_out() {
@@ -168,37 +139,13 @@ mod tests {
                 "there is no RAM at guest address 0x100100000, give a range of RAM only",
             ),
             (
-                PopulateError::FileSystemFull {
-                    range,
-                    needed: 1 << 30,
-                    size: 64 << 20,
-                    free: 1 << 20,
-                },
-                "1 GiB more are needed, the file system behind the RAM holds 64 MiB and has 1 MiB \
-                 free: remove files from it, remount it with a larger size, or use a memfd backing",
-            ),
-            (
-                PopulateError::HugePoolEmpty {
-                    range,
-                    needed: 512,
-                    available: 40,
-                    page_size: 2 << 20,
-                },
-                "512 more huge pages of 2 MiB are needed, 40 are free: raise \
-                 /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472, or leave out hugetlb=on (PageSize::Base)",
-            ),
-            (
-                PopulateError::NotEnoughMemory {
-                    range,
-                    shortage: Box::new(MemoryShortage {
-                        needed: 1 << 30,
-                        left: 1 << 20,
-                        limit: MemoryLimit::Machine,
-                    }),
-                },
-                "1 GiB more are needed, and 1 MiB are left of this machine's memory and swap \
-                 (/proc/meminfo): free memory or add swap, or ask for less RAM, or try anyway and risk \
-                 SIGKILL (OnShortage::TryAnyway, on-shortage=try-anyway)",
+                PopulateError::short(range, {
+                    let limit = ResourceLimit::Machine { size: 2 << 30 };
+                    Shortage::new(1 << 30, 1 << 20, limit)
+                }),
+                "1 GiB more are needed, and 1 MiB are left of this machine's 2 GiB of memory and \
+                 swap (/proc/meminfo): free memory or add swap, or ask for less RAM, or try anyway \
+                 and risk SIGKILL (OnShortage::TryAnyway, on-shortage=try-anyway)",
             ),
             (
                 PopulateError::Truncated {

@@ -66,7 +66,7 @@ impl Holes {
 fn holes(part: &Part) -> io::Result<Vec<Range<u64>>> {
     let range = part.in_backing(&part.range);
     let backing = part.backing();
-    match backing.allocation().map_err(io::Error::other)? {
+    match backing.allocation()? {
         Allocation::Nothing => Ok(vec![range]),
         Allocation::Everything => Ok(Vec::new()),
         _ if backing.is_hugetlb() => Ok(Vec::new()),

@@ -27,8 +27,6 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-#[cfg(doc)]
-use crate::error::PopulateError;
 use crate::error::Result;
 use crate::logs;
 use crate::options::{OnShortage, Populate, RamOptions};

@@ -5,10 +5,9 @@ use std::ops::Range;
 
 use super::plan::Part;
 use crate::backing::{Allocation, FileIdentity};
-use crate::host::memory::{Demand, Kind, MemoryLimits};
+use crate::host::memory::{Demand, Kind, MemoryLimits, Short};
 use crate::host::nodes;
 use crate::options::{NodeSet, NumaPolicy, OnShortage, Populate};
-use crate::shortage::MemoryShortage;
 
 /// A table of pages has one byte for so many bytes of what it maps, where pages are 4 KiB.
 const MAPPED_PER_BYTE: u64 = 512;
@@ -47,7 +46,7 @@ pub(super) fn shortage(
     limits: &MemoryLimits,
     parts: &[Part],
     kinds: &[Option<Kind>],
-) -> Option<(usize, MemoryShortage)> {
+) -> Option<(usize, Short)> {
     // Nothing of it may be there yet: if all fits, nothing needs to be counted.
     let all = demand(parts, kinds, |part| part.len());
     all.shortage(&limits.bounds(&all, 0))?;
@@ -144,7 +143,7 @@ fn there(part: &Part, range: Range<u64>) -> io::Result<u64> {
     let len = range.end - range.start;
     // What is allocated besides the range is at most as large as that.
     let outside = backing.size().saturating_sub(len);
-    let at_least = match backing.allocation().map_err(io::Error::other)? {
+    let at_least = match backing.allocation()? {
         Allocation::Nothing => return Ok(0),
         Allocation::Everything => return Ok(len),
         Allocation::Some(bytes) => bytes.saturating_sub(outside),

@@ -10,8 +10,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::engine::Stop;
-use crate::host::memory::{Bound, Demand, Kind};
-use crate::shortage::MemoryShortage;
+use crate::host::memory::{Bound, Demand, Kind, Short};
 
 /// At most this part of what is left is worked on at once.
 const AT_ONCE: u64 = 4;
@@ -100,7 +99,7 @@ impl Watch {
         wish: &Wish,
         stop: &Stop,
         missing: impl Fn(u64) -> u64,
-    ) -> Result<Option<Pass<'_>>, MemoryShortage> {
+    ) -> Result<Option<Pass<'_>>, Short> {
         let mut under_way = self.under_way.lock();
         while !stop.is_set() {
             let all = under_way.total().saturating_add(wish.len);
@@ -185,7 +184,7 @@ mod tests {
         }
     }
 
-    fn begin(watch: &Watch, len: u64) -> Result<Pass<'_>, MemoryShortage> {
+    fn begin(watch: &Watch, len: u64) -> Result<Pass<'_>, Short> {
         let pass = watch.begin(&wish(len), &Stop::default(), |len| len)?;
         Ok(pass.expect("it is not stopped"))
     }

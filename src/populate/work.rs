@@ -13,9 +13,9 @@ use super::plan::{Chunk, GRAIN, Part, Plan};
 use super::watch::{Watch, Wish};
 use crate::error::{Error, PopulateError};
 use crate::host::calls::{is_refused, retried};
-use crate::host::memory::{Kind, MemoryLimits};
+use crate::host::memory::{Kind, MemoryLimits, Short};
 use crate::options::Populate;
-use crate::shortage::MemoryShortage;
+use crate::shortage::Shortage;
 
 const ALLOCATE: &str = "allocate pages";
 const MAP: &str = "map pages";
@@ -33,7 +33,7 @@ impl Looking {
     ///
     /// # Errors
     ///
-    /// [`PopulateError::NotEnoughMemory`] if there is not enough for all of them;
+    /// [`PopulateError::Shortage`] if there is not enough for all of them;
     /// [`PopulateError::CannotLook`].
     pub(super) fn begin(parts: &[Part]) -> Result<Self, PopulateError> {
         let kinds = need::kinds(parts);
@@ -41,7 +41,9 @@ impl Looking {
             return Ok(Self::without(kinds));
         }
         let limits = MemoryLimits::of_this_process();
-        let limits = limits.map_err(|source| PopulateError::CannotLook { source })?;
+        let limits = limits.map_err(|answer| PopulateError::CannotLook {
+            shortage: Box::new(Shortage::no_descriptors(&answer)),
+        })?;
         let limits = Arc::new(limits);
         let looked_at = limits.clone();
         let this = Self {
@@ -51,10 +53,10 @@ impl Looking {
         };
         match this.shortage(parts) {
             None => Ok(this),
-            Some((at, shortage)) => Err(PopulateError::NotEnoughMemory {
-                range: parts[at].in_guest(&parts[at].range),
-                shortage: Box::new(shortage),
-            }),
+            Some((at, shortage)) => {
+                let range = parts[at].in_guest(&parts[at].range);
+                Err(PopulateError::short(range, shortage))
+            }
         }
     }
 
@@ -68,7 +70,7 @@ impl Looking {
     }
 
     /// What is short of what the parts need, and the part at which it ends.
-    pub(super) fn shortage(&self, parts: &[Part]) -> Option<(usize, MemoryShortage)> {
+    pub(super) fn shortage(&self, parts: &[Part]) -> Option<(usize, Short)> {
         need::shortage(&self.limits, parts, &self.kinds)
     }
 }

@@ -1,11 +1,15 @@
 //! What of each region is allocated, where regions share backings.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use super::{by_backing, failed};
+use super::error::{StatsError, failed};
 use crate::backing::Allocation;
-use crate::error::Result;
 use crate::ram::Ram;
+
+type Result<T> = std::result::Result<T, StatsError>;
+
+const ALLOCATED: &str = "ask for the allocated pages of a backing";
 
 /// For each region what of it is allocated, in bytes; and what cannot be told to be in one of them.
 pub(super) fn per_region(rams: &[&Ram]) -> Result<(Vec<u64>, u64)> {
@@ -26,7 +30,7 @@ pub(super) fn per_region(rams: &[&Ram]) -> Result<(Vec<u64>, u64)> {
 fn of_one_backing(regions: &[&Ram]) -> Result<(Vec<u64>, u64)> {
     let backing = &regions[0].backing;
     let size = |ram: &&Ram| ram.range.size();
-    let (total, covered) = match backing.allocation()? {
+    let (total, covered) = match backing.allocation().map_err(failed(ALLOCATED))? {
         Allocation::Nothing => return Ok((vec![0; regions.len()], 0)),
         Allocation::Everything => return Ok((regions.iter().map(size).collect(), 0)),
         Allocation::Some(bytes) => (bytes, covers_once(regions)),
@@ -48,7 +52,7 @@ fn of_one_backing(regions: &[&Ram]) -> Result<(Vec<u64>, u64)> {
         if Some(at) != spared {
             let part = ram.offset..ram.offset + ram.range.size();
             let bytes = backing.allocated_in(part);
-            allocated[at] = bytes.map_err(failed("ask for the allocated pages of a backing"))?;
+            allocated[at] = bytes.map_err(failed(ALLOCATED))?;
         }
     }
     if let Some(at) = spared {
@@ -66,9 +70,16 @@ pub(super) fn unlocated(regions: &[&Ram], total: u64, located: u64) -> u64 {
 
 /// What of a region on hugetlb this process has mapped.
 fn mapped(ram: &&Ram) -> Result<u64> {
+    Ok(mapped_parts(ram)?
+        .iter()
+        .map(|part| part.end - part.start)
+        .sum())
+}
+
+/// Which parts those are, in bytes from the start of the region.
+pub(super) fn mapped_parts(ram: &Ram) -> Result<Vec<Range<u64>>> {
     let mapped = ram.mapping.mapped(ram.backing.page_size());
-    let mapped = mapped.map_err(failed("ask mincore(2) for the mapped pages"))?;
-    Ok(mapped.iter().map(|part| part.end - part.start).sum())
+    mapped.map_err(failed("ask mincore(2) for the mapped pages"))
 }
 
 /// Whether the regions have all of their backing, and no part of it twice.
@@ -86,4 +97,20 @@ fn covers_once(regions: &[&Ram]) -> bool {
         end = part.end;
     }
     end == regions[0].backing.end()
+}
+
+/// The regions of each backing: their places in `rams`.
+pub(super) fn by_backing(rams: &[&Ram]) -> Vec<Vec<usize>> {
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    for (at, ram) in rams.iter().enumerate() {
+        let same = groups.iter_mut().find(|group| {
+            let other = rams[group[0]];
+            Arc::ptr_eq(other.backing.file(), ram.backing.file()) || other.backing == ram.backing
+        });
+        match same {
+            Some(group) => group.push(at),
+            None => groups.push(vec![at]),
+        }
+    }
+    groups
 }

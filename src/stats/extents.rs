@@ -4,10 +4,9 @@ use std::ops::Range;
 
 use vm_memory::GuestAddress;
 
-use super::allocated::unlocated;
-use super::{by_backing, failed};
+use super::allocated::{by_backing, mapped_parts, unlocated};
+use super::error::{StatsError, failed};
 use crate::backing::Allocation;
-use crate::error::Result;
 use crate::memory::GuestMemoryShm;
 use crate::ram::Ram;
 use crate::range::GuestRange;
@@ -54,8 +53,8 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Stats`](crate::Error::Stats) if a system call fails.
-    pub fn extents(&self, resolution: u64) -> Result<Extents> {
+    /// If a system call fails.
+    pub fn extents(&self, resolution: u64) -> Result<Extents, StatsError> {
         let regions = self.arc_regions();
         let rams: Vec<&Ram> = regions.iter().map(|region| region.ram()).collect();
         let mut found = Vec::new();
@@ -74,9 +73,9 @@ impl<B> GuestMemoryShm<B> {
         }
         let ranges = merged
             .into_iter()
-            .map(|range| GuestRange::new(GuestAddress(range.start), range.end - range.start));
+            .flat_map(|range| GuestRange::new(GuestAddress(range.start), range.end - range.start));
         Ok(Extents {
-            ranges: ranges.collect::<Result<_>>()?,
+            ranges: ranges.collect(),
             unlocated,
         })
     }
@@ -84,9 +83,14 @@ impl<B> GuestMemoryShm<B> {
 
 /// Adds the allocated parts of regions on one backing, in guest addresses; gives what is allocated
 /// besides.
-fn of_one_backing(regions: &[&Ram], resolution: u64, found: &mut Vec<Range<u64>>) -> Result<u64> {
+fn of_one_backing(
+    regions: &[&Ram],
+    resolution: u64,
+    found: &mut Vec<Range<u64>>,
+) -> Result<u64, StatsError> {
     let backing = &regions[0].backing;
-    let allocation = backing.allocation()?;
+    let allocation = backing.allocation();
+    let allocation = allocation.map_err(failed("look for the allocated parts of a backing"))?;
     let total = match allocation {
         Allocation::Nothing => return Ok(0),
         Allocation::Everything => backing.size(),
@@ -99,8 +103,7 @@ fn of_one_backing(regions: &[&Ram], resolution: u64, found: &mut Vec<Range<u64>>
             located += size;
             std::iter::once(0..size).collect()
         } else if backing.is_hugetlb() {
-            let mapped = ram.mapping.mapped(backing.page_size());
-            let mapped = mapped.map_err(failed("ask mincore(2) for the mapped pages"))?;
+            let mapped = mapped_parts(ram)?;
             located += mapped.iter().map(|part| part.end - part.start).sum::<u64>();
             outwards(mapped, step(resolution, backing.page_size()), size)
         } else {

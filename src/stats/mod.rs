@@ -1,20 +1,22 @@
 //! Facts about running RAM: what of it exists, where, and by which pages.
 
-use std::io;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::backing::{BackingKind, Seals, ShmBacking};
-use crate::error::{Error, Result};
 use crate::host::{descriptors, locked, meminfo, nodes, numa_maps};
 use crate::memory::GuestMemoryShm;
 use crate::ram::Ram;
 use crate::range::GuestRange;
-use crate::report::Note;
+use crate::report::BuildReport;
 
 mod allocated;
+mod error;
 mod extents;
 mod table;
 
+use allocated::by_backing;
+pub use error::StatsError;
+use error::failed;
 pub use extents::Extents;
 
 /// What the kernel says about the RAM of a guest at one time. All sizes are in bytes.
@@ -40,19 +42,21 @@ pub use extents::Extents;
 pub struct MemoryStats {
     /// The regions, by address.
     pub regions: Vec<RegionStats>,
-    /// What is allocated on which NUMA node, by node.
+    /// What is allocated on each NUMA node with memory, by the number of the node.
     ///
     /// On a machine with one node it is all there. On others only pages that this process has
     /// mapped can be told (`/proc/self/numa_maps`): what only daemons have touched, or was
     /// allocated without being mapped, is missing, and for huge RAM of base pages it takes a walk
     /// over all page tables of the process.
-    pub nodes: Vec<NodeStats>,
+    pub nodes: BTreeMap<u32, u64>,
     /// What is allocated of hugetlb backings that several regions share, where the kernel does not
     /// say in which of them: it was touched by other processes only.
     pub unlocated: u64,
     /// What this process has locked into memory, guest RAM or not (`VmLck` of
     /// `/proc/self/status`).
     pub locked: u64,
+    /// Options of the backings that have no effect, and limits that were near, each once.
+    pub notes: BuildReport,
 }
 
 /// What the kernel says about a region. All sizes are in bytes.
@@ -76,18 +80,6 @@ pub struct RegionStats {
     /// The seals on its backing. [`Seals::SEAL`] alone is the kernel's mark of a tmpfs file that
     /// cannot be sealed: its size is not.
     pub seals: Seals,
-    /// Options of its backing that have no effect, and limits that were near.
-    pub notes: Vec<Note>,
-}
-
-/// What is allocated on a NUMA node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub struct NodeStats {
-    /// The number of the node.
-    pub node: u32,
-    /// What is allocated there, in bytes.
-    pub allocated: u64,
 }
 
 impl RegionStats {
@@ -122,8 +114,8 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Stats`] if a system call fails or `/proc` cannot be read.
-    pub fn stats(&self) -> Result<MemoryStats> {
+    /// If a system call fails, or `/proc` cannot be read.
+    pub fn stats(&self) -> Result<MemoryStats, StatsError> {
         let regions = self.arc_regions();
         let rams: Vec<&Ram> = regions.iter().map(|region| region.ram()).collect();
         let (allocated, unlocated) = allocated::per_region(&rams)?;
@@ -146,24 +138,32 @@ impl<B> GuestMemoryShm<B> {
                 allocated,
                 huge,
                 seals: ram.backing.seals(),
-                notes: notes(ram),
             });
         }
         let mut stats = MemoryStats {
             regions: stats,
-            nodes: Vec::new(),
+            nodes: BTreeMap::new(),
             unlocated,
             locked: locked().map_err(failed("read /proc/self/status"))?,
+            notes: notes(&rams),
         };
         stats.nodes = per_node(&rams, stats.allocated())?;
         Ok(stats)
     }
 }
 
-/// What is to be said about a region: known when its backing was created, and when it was mapped.
-fn notes(ram: &Ram) -> Vec<Note> {
-    let notes = ram.backing.notes().iter().chain(ram.mapping.notes());
-    notes.cloned().collect()
+/// What was known when the backings were made, and when parts of them were mapped.
+fn notes(rams: &[&Ram]) -> BuildReport {
+    let mut report = BuildReport::default();
+    for group in by_backing(rams) {
+        let backing = &rams[group[0]].backing;
+        let of_mappings = group.iter().flat_map(|at| rams[*at].mapping.notes());
+        let mut known = BTreeSet::new();
+        let notes = backing.notes().iter().chain(of_mappings);
+        let new = notes.filter(|note| known.insert(note.to_string()));
+        report.add(&backing.label(), new.cloned());
+    }
+    report
 }
 
 /// The name that the backing was given, or what the kernel calls the file.
@@ -174,44 +174,20 @@ fn name(backing: &ShmBacking) -> String {
     descriptors::name_of(backing).unwrap_or_default()
 }
 
-fn per_node(rams: &[&Ram], allocated: u64) -> Result<Vec<NodeStats>> {
+fn per_node(rams: &[&Ram], allocated: u64) -> Result<BTreeMap<u32, u64>, StatsError> {
     // A kernel without NUMA has one node, which it does not name.
     let online = nodes::with_memory().map_or_else(|| vec![0], |nodes| nodes.iter().collect());
     if let [node] = online[..] {
-        return Ok(vec![NodeStats { node, allocated }]);
+        return Ok(BTreeMap::from([(node, allocated)]));
     }
     let mappings: Vec<u64> = rams
         .iter()
         .map(|ram| ram.mapping.host_addr().as_ptr().addr() as u64)
         .collect();
-    let found =
-        numa_maps::bytes_on_nodes(&mappings).map_err(failed("read /proc/self/numa_maps"))?;
-    let of = |node: u32| found.iter().filter(move |(on, _)| *on == node);
-    Ok(online
-        .into_iter()
-        .map(|node| NodeStats {
-            node,
-            allocated: of(node).map(|(_, bytes)| bytes).sum(),
-        })
-        .collect())
-}
-
-/// The regions of each backing: their places in `rams`.
-fn by_backing(rams: &[&Ram]) -> Vec<Vec<usize>> {
-    let mut groups: Vec<Vec<usize>> = Vec::new();
-    for (at, ram) in rams.iter().enumerate() {
-        let same = groups.iter_mut().find(|group| {
-            let other = rams[group[0]];
-            Arc::ptr_eq(other.backing.file(), ram.backing.file()) || other.backing == ram.backing
-        });
-        match same {
-            Some(group) => group.push(at),
-            None => groups.push(vec![at]),
-        }
+    let found = numa_maps::bytes_on_nodes(&mappings);
+    let mut nodes: BTreeMap<u32, u64> = online.into_iter().map(|node| (node, 0)).collect();
+    for (node, bytes) in found.map_err(failed("read /proc/self/numa_maps"))? {
+        *nodes.entry(node).or_default() += bytes;
     }
-    groups
-}
-
-fn failed(doing: &'static str) -> impl Fn(io::Error) -> Error {
-    move |source| Error::Stats { doing, source }
+    Ok(nodes)
 }

@@ -51,17 +51,14 @@ impl fmt::Display for MemoryStats {
             let unlocated = ShortSize(self.unlocated);
             write!(f, "\nin a region that cannot be told: {unlocated}")?;
         }
-        for node in &self.nodes {
-            let allocated = ShortSize(node.allocated);
-            write!(f, "\nallocated on node {}: {allocated}", node.node)?;
+        for (node, allocated) in &self.nodes {
+            write!(f, "\nallocated on node {node}: {}", ShortSize(*allocated))?;
         }
         write!(f, "\nlocked by this process: {}", ShortSize(self.locked))?;
-        for region in &self.regions {
-            for note in &region.notes {
-                write!(f, "\n{}: {note}", region.range)?;
-            }
-        }
-        Ok(())
+        self.notes
+            .lines()
+            .iter()
+            .try_for_each(|line| write!(f, "\n{line}"))
     }
 }
 
@@ -69,11 +66,13 @@ impl fmt::Display for MemoryStats {
 mod tests {
     use vm_memory::GuestAddress;
 
-    use super::super::{NodeStats, RegionStats};
+    use std::collections::BTreeMap;
+
+    use super::super::RegionStats;
     use super::*;
     use crate::backing::BackingKind;
     use crate::range::GuestRange;
-    use crate::report::Note;
+    use crate::report::{BuildReport, Note};
 
     #[test]
     fn columns_are_aligned_and_units_are_human() {
@@ -85,21 +84,18 @@ mod tests {
             allocated,
             huge,
             seals: Seals::RESIZE,
-            notes: Vec::new(),
         };
         let mut stats = MemoryStats {
             regions: vec![
                 region(0, 3 << 30, (1 << 30) + (600 << 20), Some(2 << 20)),
                 region(4 << 30, 4096, 0, None),
             ],
-            nodes: vec![NodeStats {
-                node: 0,
-                allocated: 12 << 20,
-            }],
+            nodes: BTreeMap::from([(0, 12 << 20)]),
             unlocated: 2 << 20,
             locked: 100,
+            notes: BuildReport::default(),
         };
-        stats.regions[1].notes.push(Note::Merge);
+        stats.notes.add("ram", [Note::Merge]);
         let text = stats.to_string();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(
@@ -112,7 +108,7 @@ mod tests {
                 "in a region that cannot be told: 2 MiB",
                 "allocated on node 0: 12 MiB",
                 "locked by this process: 100 B",
-                "0x100000000..=0x100000fff (4 KiB): merge=on has no effect: the kernel merges private \
+                "ram: merge=on has no effect: the kernel merges private \
                  pages only, never shared ones",
             ]
         );

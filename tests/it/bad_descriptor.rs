@@ -6,8 +6,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 
 use guest_memory_shm::{
-    AdoptPolicy, BackingKind, Error, GuestMemoryShm, GuestRegionShm, RamOptions, SealPolicy, Seals,
-    ShmBacking,
+    AdoptPolicy, BackingKind, Error, GuestMemoryShm, GuestRegionShm, InvalidRange, RamOptions,
+    RangePart, SealPolicy, Seals, ShmBacking,
 };
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -158,10 +158,12 @@ fn a_file_that_is_not_whole_pages_is_refused() {
     in_own_process_leaving_nothing!(|| {
         assert_refused!(
             adopt(memfd(MIB + 1), &AdoptPolicy::new()),
-            Error::UnalignedSize {
-                size: 0x10_0001,
-                page_size: PAGE
-            },
+            Error::Range(InvalidRange::Unaligned {
+                part: RangePart::Size,
+                value: 0x10_0001,
+                page_size: PAGE,
+                ..
+            }),
             "size 1.0 MiB (1048577 bytes) is not a multiple of the page size 4 KiB: the nearest \
              larger is 1028 KiB",
         );

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use guest_memory_shm::{
-    Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, PageSize, RamOptions, ShmBacking,
-    ram_around_hole,
+    Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange, PageSize, RamOptions,
+    RangePart, ShmBacking, ram_around_hole,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -49,9 +49,10 @@ fn size_0_is_refused() {
         for options in [kind(Backing::Memfd), kind(Backing::PosixShm), huge(HUGE)] {
             assert_refused!(
                 build(options.clone(), &[(0, HUGE), (0x1000_0000, 0)]),
-                Error::EmptyRange {
-                    start: GuestAddress(0x1000_0000)
-                },
+                Error::Range(InvalidRange::Empty {
+                    start: GuestAddress(0x1000_0000),
+                    ..
+                }),
                 "the range at guest address 0x10000000 has size 0: give it at least one page",
             );
             assert_refused!(
@@ -63,13 +64,13 @@ fn size_0_is_refused() {
         }
         assert_refused!(
             GuestRegionShm::<()>::new(GuestAddress(PAGE), 0, &RamOptions::new()),
-            Error::EmptyRange { .. },
+            Error::Range(InvalidRange::Empty { .. }),
             "the range at guest address 0x1000 has size 0: give it at least one page",
         );
         let hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30).unwrap();
         assert_refused!(
             ram_around_hole(0, hole),
-            Error::EmptyRange { .. },
+            InvalidRange::Empty { .. },
             "the range at guest address 0x0 has size 0: give it at least one page",
         );
     });
@@ -83,27 +84,32 @@ fn a_size_that_is_not_whole_pages_is_refused() {
                         the nearest larger is 8 KiB";
             assert_refused!(
                 build(options.clone(), &[(0, PAGE), (1 << 30, 5000)]),
-                Error::UnalignedSize {
-                    size: 5000,
-                    page_size: PAGE
-                },
+                Error::Range(InvalidRange::Unaligned {
+                    part: RangePart::Size,
+                    value: 5000,
+                    page_size: PAGE,
+                    ..
+                }),
                 text,
             );
             assert_refused!(
                 ShmBacking::create(&options, 5000),
-                Error::UnalignedSize {
-                    size: 5000,
-                    page_size: PAGE
-                },
+                Error::Range(InvalidRange::Unaligned {
+                    part: RangePart::Size,
+                    value: 5000,
+                    page_size: PAGE,
+                    ..
+                }),
                 text,
             );
         }
         assert_refused!(
             build(huge(HUGE), &[(0, 3 * MIB)]),
-            Error::UnalignedSize {
+            Error::Range(InvalidRange::Unaligned {
+                part: RangePart::Size,
                 page_size: HUGE,
                 ..
-            },
+            }),
             "size 3 MiB is not a multiple of the page size 2 MiB: the nearest larger is 4 MiB",
         );
         // Transparent huge pages are base pages that the kernel gathers.
@@ -118,20 +124,22 @@ fn an_address_that_is_not_on_a_page_is_refused() {
         for options in [kind(Backing::Memfd), kind(Backing::PosixShm)] {
             assert_refused!(
                 build(options, &[(0x1800, PAGE)]),
-                Error::UnalignedAddress {
+                Error::Range(InvalidRange::Unaligned {
+                    part: RangePart::Address,
                     page_size: PAGE,
                     ..
-                },
+                }),
                 "guest address 0x1800 is not a multiple of the page size 4 KiB: the nearest is \
                  0x1000",
             );
         }
         assert_refused!(
             build(huge(HUGE), &[(3 * MIB, HUGE)]),
-            Error::UnalignedAddress {
+            Error::Range(InvalidRange::Unaligned {
+                part: RangePart::Address,
                 page_size: HUGE,
                 ..
-            },
+            }),
             "guest address 0x300000 is not a multiple of the page size 2 MiB: the nearest is \
              0x200000",
         );
@@ -145,13 +153,17 @@ fn ranges_that_overlap_are_refused_on_one_backing_and_on_two() {
                     or shorten one of them";
         assert_refused!(
             build(RamOptions::new(), &[(PAGE, PAGE), (0, 2 * PAGE)]),
-            Error::Overlap { .. },
+            Error::Range(InvalidRange::Overlap { .. }),
             text,
         );
         let two = GuestMemoryShm::<()>::builder()
             .with_ram(kind(Backing::PosixShm), [(GuestAddress(PAGE), PAGE)])
             .with_ram(RamOptions::new(), [(GuestAddress(0), 2 * PAGE)]);
-        assert_refused!(two.build(), Error::Overlap { .. }, text);
+        assert_refused!(
+            two.build(),
+            Error::Range(InvalidRange::Overlap { .. }),
+            text
+        );
 
         let region = |addr, size| {
             Arc::new(
@@ -161,7 +173,7 @@ fn ranges_that_overlap_are_refused_on_one_backing_and_on_two() {
         let memory = GuestMemoryShm::from_arc_regions(vec![region(0, 2 * PAGE)]).unwrap();
         assert_refused!(
             memory.insert_region(region(PAGE, PAGE)),
-            Error::Overlap { .. },
+            Error::Range(InvalidRange::Overlap { .. }),
             text
         );
         // The control: right behind it there is no overlap.
@@ -205,15 +217,15 @@ fn a_range_past_the_address_space_is_refused() {
     in_own_process_leaving_nothing!(|| {
         assert_refused!(
             build(RamOptions::new(), &[(u64::MAX - PAGE + 1, 2 * PAGE)]),
-            Error::RangeOverflow { .. },
-            "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address behind it: \
+            Error::Range(InvalidRange::Overflow { .. }),
+            "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address after it: \
              lower its address or its size",
         );
         // Its last byte has an address, but the byte behind it has not: vhost-user and vm-memory
         // refuse that too.
         assert!(matches!(
             build(RamOptions::new(), &[(u64::MAX - PAGE + 1, PAGE)]),
-            Err(Error::RangeOverflow { .. })
+            Err(Error::Range(InvalidRange::Overflow { .. }))
         ));
     });
 }
@@ -278,11 +290,13 @@ fn a_region_that_its_backing_does_not_have_is_refused() {
         ));
         assert_refused!(
             place(100, PAGE),
-            Error::UnalignedOffset {
-                offset: 100,
-                page_size: PAGE
-            },
-            "offset 0x64 in the backing is not a multiple of its page size 4 KiB: the nearest is 0x0",
+            Error::Range(InvalidRange::Unaligned {
+                part: RangePart::Offset,
+                value: 100,
+                page_size: PAGE,
+                ..
+            }),
+            "offset 0x64 is not a multiple of the page size 4 KiB: the nearest is 0x0",
         );
         let twice = GuestMemoryShm::<()>::builder().with_backing(
             &backing,

@@ -5,11 +5,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use guest_memory_shm::{
-    AddressSpace, Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, RamOptions,
-    ShmBacking,
+    AddressSpace, Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange,
+    RamOptions, RangePart, ShmBacking,
 };
 use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 use crate::isolation::in_own_process;
 use crate::proc::leaves_nothing;
@@ -104,10 +104,19 @@ fn the_function_is_not_called_before_all_is_checked() {
         .with_ram(RamOptions::new(), [(GuestAddress(0), 2 * MIB)])
         .with_ram(RamOptions::new(), [(GuestAddress(MIB), MIB)])
         .build();
-    assert!(matches!(overlapping, Err(Error::Overlap { .. })));
+    assert!(matches!(
+        overlapping,
+        Err(Error::Range(InvalidRange::Overlap { .. }))
+    ));
     let unaligned =
         GuestRegionShm::new_with_bitmap(GuestAddress(1), MIB, &RamOptions::new(), uncalled);
-    assert!(matches!(unaligned, Err(Error::UnalignedAddress { .. })));
+    assert!(matches!(
+        unaligned,
+        Err(Error::Range(InvalidRange::Unaligned {
+            part: RangePart::Address,
+            ..
+        }))
+    ));
 }
 
 #[test]

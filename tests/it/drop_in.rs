@@ -178,6 +178,40 @@ macro_rules! vmm {
             }
 
             #[test]
+            fn objects_and_slices_are_accessed_however_the_memory_is_held() {
+                // With GuestMemoryShm this is an access of the type's own, not the trait's: the
+                // import is then unused, in a file that calls nothing else of it.
+                #[allow(unused_imports)]
+                use vm_memory::Bytes;
+
+                let at = |n: u64| GuestAddress((1 << 20) - 4 + n);
+                let owned = boot();
+                let error = |addr| owned.write_obj(1u64, GuestAddress(addr)).unwrap_err();
+                let text = "Guest memory error: invalid guest address 2097152";
+                assert_eq!(error(2 << 20).to_string(), text);
+                let text = "Guest memory error: only used 3 bytes in 8 long buffer";
+                assert_eq!(error((2 << 20) - 3).to_string(), text);
+
+                let published = GuestMemoryAtomic::new(owned.clone());
+                let guard = published.memory();
+                guard
+                    .write_obj(0x1122_3344_5566_7788u64, at(0))
+                    .expect("RAM");
+                let shared: std::sync::Arc<GuestMemory> = guard.into_inner();
+                let mut bytes = [0; 8];
+                shared.read_slice(&mut bytes, at(0)).expect("RAM");
+                assert_eq!(u64::from_ne_bytes(bytes), 0x1122_3344_5566_7788);
+                let borrowed = &&owned;
+                borrowed.write_slice(b"slice", at(8)).expect("RAM");
+                let read: [u8; 5] = borrowed.read_obj(at(8)).expect("RAM");
+                assert_eq!(&read, b"slice");
+                // The paths that name type or trait.
+                let read = GuestMemory::read_obj::<u32>(&owned, at(0)).expect("RAM");
+                let by_trait = <GuestMemory as Bytes<_>>::read_obj::<u32>(&owned, at(0));
+                assert_eq!(read, by_trait.expect("RAM"));
+            }
+
+            #[test]
             fn a_kernel_and_its_command_line_are_loaded() {
                 let memory = boot();
                 // The code lies across the border of the two regions.

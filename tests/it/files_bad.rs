@@ -94,8 +94,7 @@ fn numbers_that_do_not_fit_pages_are_refused() {
         for offset in [1, 0x400, 0x1fff] {
             let nearest = offset / PAGE * PAGE;
             let text = format!(
-                "offset={offset:#x}: expected a multiple of the page size 4 KiB, the nearest is \
-                 {nearest:#x}"
+                "offset {offset:#x} is not a multiple of the page size 4 KiB: the nearest is {nearest:#x}"
             );
             refused(&file_options(&path).with_offset(offset), MIB, &text);
         }

@@ -5,8 +5,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use guest_memory_shm::{
-    Backing, BackingKind, Error, FileError, GuestMemoryShm, GuestRegionShm, RamOptions, Reserve,
-    ShmBacking,
+    Backing, BackingKind, Error, FileError, GuestMemoryShm, GuestRegionShm, InvalidRange,
+    RamOptions, RangePart, Reserve, ShmBacking,
 };
 use nix::mount::{MsFlags, mount, umount};
 use tempfile::TempDir;
@@ -15,6 +15,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
 use crate::files::file_options;
 use crate::isolation::{HugePool, PAGE, assert_refused, in_own_process, own_mounts};
 use crate::proc::{leaves_nothing, smaps_at, smaps_value};
+use crate::support::huge_pages_short;
 
 const MIB: u64 = 1 << 20;
 const HUGE: u64 = 2 * MIB;
@@ -102,15 +103,7 @@ fn a_short_pool_is_told_before_a_file_is_created() {
                         region(&options, 4 * HUGE).map(drop),
                         ShmBacking::create(&options, 4 * HUGE).map(drop),
                     ] {
-                        assert!(matches!(
-                            refused,
-                            Err(Error::HugePoolShort {
-                                needed: 4,
-                                available: 3,
-                                page_size: HUGE,
-                                ..
-                            })
-                        ));
+                        assert_eq!(huge_pages_short(&refused.unwrap_err()), Some((4, 3)));
                     }
                 }
                 // Files and memfds draw on the same pool.
@@ -122,14 +115,7 @@ fn a_short_pool_is_told_before_a_file_is_created() {
                         .with_ram(memfd.clone(), [(GuestAddress(1 << 40), pages * HUGE)])
                         .build()
                 };
-                assert!(matches!(
-                    both(2),
-                    Err(Error::HugePoolShort {
-                        needed: 4,
-                        available: 3,
-                        ..
-                    })
-                ));
+                assert_eq!(huge_pages_short(&both(2).unwrap_err()), Some((4, 3)));
                 assert!(both(1).is_ok());
             });
             assert_eq!(names(dir), 1);
@@ -162,10 +148,8 @@ fn a_file_that_has_its_pages_already_needs_none_of_the_pool() {
             let longer = dir.join("longer");
             File::create(&longer).unwrap().set_len(HUGE).unwrap();
             leaves_nothing(|| {
-                assert!(matches!(
-                    region(&file_options(&longer), HUGE),
-                    Err(Error::HugePoolShort { needed: 1, .. })
-                ));
+                let refused = region(&file_options(&longer), HUGE).unwrap_err();
+                assert_eq!(huge_pages_short(&refused), Some((1, 0)));
             });
             assert_eq!(fs::metadata(&longer).unwrap().len(), HUGE);
             fs::remove_file(path).unwrap();
@@ -183,11 +167,8 @@ fn numbers_that_are_no_multiple_of_the_huge_page_are_refused() {
             leaves_nothing(|| {
                 assert_refused!(
                     region(&file_options(&path).with_offset(PAGE), HUGE),
-                    Error::File(FileError::UnalignedOffset { .. }),
-                    format!(
-                        "offset=0x1000 is not a multiple of the page size 2 MiB of {shown}: the \
-                         nearest is 0x0"
-                    ),
+                    Error::Range(InvalidRange::Unaligned { .. }),
+                    "offset 0x1000 is not a multiple of the page size 2 MiB: the nearest is 0x0",
                 );
                 assert_refused!(
                     region(&file_options(&path).with_align(MIB), HUGE),
@@ -199,10 +180,11 @@ fn numbers_that_are_no_multiple_of_the_huge_page_are_refused() {
                 );
                 assert!(matches!(
                     region(&file_options(&path), 3 * MIB),
-                    Err(Error::UnalignedSize {
+                    Err(Error::Range(InvalidRange::Unaligned {
+                        part: RangePart::Size,
                         page_size: HUGE,
                         ..
-                    })
+                    }))
                 ));
             });
             assert_eq!(names(dir), 0);
@@ -230,11 +212,11 @@ fn a_hugetlbfs_with_a_size_is_a_limit_as_its_pool_is() {
             leaves_nothing(|| {
                 assert_refused!(
                     region(&file_options(dir), 3 * HUGE),
-                    Error::File(FileError::TooSmall { .. }),
+                    Error::Shortage(_),
                     format!(
-                        "RAM of 6 MiB does not fit into the file system of {}, which holds 4 MiB \
-                         (4 MiB of them free): enlarge it, use another one, or allow it with \
-                         reserve=off",
+                        "6 MiB more are needed, and the file system of {} holds 4 MiB and has 4 \
+                         MiB free: remove files from it, remount it with a larger size, or use a \
+                         memfd backing; RAM that stays sparse is allowed by reserve=off",
                         dir.display()
                     ),
                 );

@@ -19,7 +19,7 @@ use crate::files_bad::{memory, names, refused, region};
 use crate::fork::dies_of_writing;
 use crate::isolation::{PAGE, assert_refused, in_own_process, mount_tmpfs, own_mounts, shm_dir};
 use crate::proc::leaves_nothing;
-use crate::support::chain;
+use crate::support::{chain, room_short};
 
 const MIB: u64 = 1 << 20;
 /// More than the address space of a process, less than a file on a tmpfs may have.
@@ -38,8 +38,9 @@ fn ram_that_its_file_system_can_never_hold_is_refused_unless_that_is_meant() {
         File::create(&sparse).unwrap().set_len(64 * MIB).unwrap();
         for path in [&path, dir.path(), &sparse] {
             let text = format!(
-                "RAM of 9 MiB does not fit into the file system of {}, which holds 8 MiB (8 MiB \
-                 of them free): enlarge it, use another one, or allow it with reserve=off",
+                "9 MiB more are needed, and the file system of {} holds 8 MiB and has 8 MiB free: \
+                 remove files from it, remount it with a larger size, or use a memfd backing; RAM \
+                 that stays sparse is allowed by reserve=off",
                 path.display()
             );
             refused(&file_options(path), 9 * MIB, &text);
@@ -57,15 +58,13 @@ fn ram_that_its_file_system_can_never_hold_is_refused_unless_that_is_meant() {
         let backing = ShmBacking::create(&file_options(&path), 8 * MIB).unwrap();
         assert!(matches!(
             backing.notes(),
-            [Note::FileSystemFull { size, free }] if (*size, *free) == (8 * MIB, 6 * MIB)
+            [Note::Shortage(short)] if (short.needed, short.left) == (8 * MIB, 6 * MIB)
         ));
         drop(backing);
         fs::remove_file(&path).unwrap();
         let populated = file_options(&path).with_populate(Populate::Allocate);
-        assert!(matches!(
-            ShmBacking::create(&populated, 8 * MIB),
-            Err(Error::File(FileError::TooSmall { free, .. })) if free == 6 * MIB
-        ));
+        let refused = ShmBacking::create(&populated, 8 * MIB).unwrap_err();
+        assert_eq!(room_short(&refused), Some((8 * MIB, 6 * MIB)));
         assert!(!path.exists());
         fs::remove_file(dir.path().join("ballast")).unwrap();
 
@@ -97,7 +96,7 @@ fn the_limit_on_file_sizes_concerns_files_that_are_made_longer() {
                 (dir.path(), 0, 2 * MIB, "2 MiB"),
             ] {
                 let text = format!(
-                    "a backing of {total} exceeds RLIMIT_FSIZE, which is 1 MiB: raise it (ulimit \
+                    "a file of {total} exceeds RLIMIT_FSIZE, which is 1 MiB: raise it (ulimit \
                      -f)"
                 );
                 refused(&file_options(path).with_offset(offset), size, &text);
@@ -121,10 +120,10 @@ fn without_a_descriptor_no_file_is_created() {
             with_limit(Resource::RLIMIT_NOFILE, next, || {
                 assert_refused!(
                     region(&file_options(&path), MIB),
-                    Error::NoDescriptors { .. },
+                    Error::Shortage(_),
                     format!(
-                        "no file descriptor is left for file: the process may have {next}, raise \
-                         RLIMIT_NOFILE (ulimit -n)"
+                        "no file descriptor is left of the {next} that this process may have: \
+                         raise RLIMIT_NOFILE (ulimit -n)"
                     ),
                 );
             });

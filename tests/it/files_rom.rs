@@ -8,7 +8,7 @@ use std::process::Command;
 
 use guest_memory_shm::{
     Access, BackingKind, DiscardData, Error, FileError, GuestMemoryShm, GuestRegionShm, GuestRom,
-    OptionsError, RamOptions, ShmBacking,
+    InvalidRange, OptionsError, RamOptions, RangePart, ShmBacking,
 };
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
@@ -198,11 +198,18 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
         ));
         assert!(matches!(
             GuestRom::new(START, 1000, &short),
-            Err(Error::UnalignedSize { size: 1000, .. })
+            Err(Error::Range(InvalidRange::Unaligned {
+                part: RangePart::Size,
+                value: 1000,
+                ..
+            }))
         ));
         assert!(matches!(
             GuestRom::new(GuestAddress(1), PAGE, &short),
-            Err(Error::UnalignedAddress { .. })
+            Err(Error::Range(InvalidRange::Unaligned {
+                part: RangePart::Address,
+                ..
+            }))
         ));
         assert!(matches!(
             GuestRom::new(START, PAGE, &short.with_discard_data(DiscardData::OnDrop)),

@@ -8,6 +8,7 @@
     reason = "patterns in tests are cut to bytes, and addresses to usize"
 )]
 
+mod access;
 mod address_space;
 mod answers;
 mod bad_descriptor;

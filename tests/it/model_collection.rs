@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use guest_memory_shm::{Error, GuestMemoryShm, GuestRegionShm, RamOptions, ShmBacking};
+use guest_memory_shm::{
+    Error, GuestMemoryShm, GuestRegionShm, InvalidRange, RamOptions, ShmBacking,
+};
 use proptest::prelude::*;
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{
@@ -86,7 +88,10 @@ fn regions_in_any_order_make_the_memory_that_sorted_ones_make_in_the_model() {
                 assert_eq!(unsorted_model.is_ok(), was_sorted);
                 *counts.borrow_mut().0 += 1;
             }
-            (Err(Error::Overlap { first, second }), Err(ModelError::MemoryRegionOverlap)) => {
+            (
+                Err(Error::Range(InvalidRange::Overlap { first, second, .. })),
+                Err(ModelError::MemoryRegionOverlap),
+            ) => {
                 assert!(first.overlaps(&second) && first <= second);
                 *counts.borrow_mut().1 += 1;
             }
@@ -118,7 +123,10 @@ fn regions_are_inserted_and_removed_as_in_the_model() {
                     model.insert_region(region),
                 ) {
                     (Ok(more), Ok(model_more)) => (ours, model) = (more, model_more),
-                    (Err(Error::Overlap { .. }), Err(ModelError::MemoryRegionOverlap)) => {}
+                    (
+                        Err(Error::Range(InvalidRange::Overlap { .. })),
+                        Err(ModelError::MemoryRegionOverlap),
+                    ) => {}
                     (ours, model) => panic!("{ours:?}, {model:?}"),
                 }
             } else {

@@ -5,11 +5,12 @@ use std::fs;
 use guest_memory_shm::{Backing, Error, GuestMemoryShm, PageSize, Populate, RamOptions, Reserve};
 use nix::mount::{MsFlags, umount};
 use nix::sys::signal::Signal;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::fork::dies_of;
 use crate::isolation::{HugePool, PAGE, in_own_process, mount_tmpfs, own_mounts};
 use crate::proc::leaves_nothing;
+use crate::support::{huge_pages_short, room_short};
 
 const MIB: u64 = 1 << 20;
 const HUGE: u64 = 2 * MIB;
@@ -79,19 +80,14 @@ fn posix_shm_that_does_not_fit_now_is_refused_if_it_is_to_be_populated() {
         leaves_nothing(|| {
             for populate in [Populate::Allocate, Populate::Prefault] {
                 let refused = build(&shm(populate), 4 * MIB).unwrap_err();
-                let free = 3 * MIB;
-                assert!(
-                    matches!(refused, Error::ShmTooSmall { size, free: found, .. }
-                        if size == 4 * MIB && found == free),
-                    "{refused}"
-                );
+                assert_eq!(room_short(&refused), Some((4 * MIB, 3 * MIB)), "{refused}");
             }
             // Two that fit only one by one are refused together.
             let two = GuestMemoryShm::<()>::builder()
                 .with_ram(shm(Populate::Allocate), [(GuestAddress(0), 2 * MIB)])
                 .with_ram(shm(Populate::Allocate), [(GuestAddress(1 << 30), 2 * MIB)])
                 .build();
-            assert!(matches!(two, Err(Error::ShmTooSmall { size, .. }) if size == 4 * MIB));
+            assert_eq!(room_short(&two.unwrap_err()), Some((4 * MIB, 3 * MIB)));
         });
         // What is populated later is reported, not refused.
         let lazy = GuestMemoryShm::<()>::builder()
@@ -100,8 +96,9 @@ fn posix_shm_that_does_not_fit_now_is_refused_if_it_is_to_be_populated() {
         let report = lazy.unwrap().1.to_string();
         assert_eq!(
             report,
-            "posix-shm: of the 4 MiB of RAM, the file system behind it has 3 MiB free: touching \
-             more would be SIGBUS; free or enlarge it, or populate the RAM to be told in time"
+            "posix-shm: touching all of the RAM would be SIGBUS: 4 MiB more are needed, and the \
+             file system that backs the RAM holds 8 MiB and has 3 MiB free: remove files from it, \
+             remount it with a larger size, or use a memfd backing; populate it to be told in time"
         );
         fs::remove_file("/dev/shm/ballast").unwrap();
         umount("/dev/shm").unwrap();
@@ -121,7 +118,7 @@ fn more_posix_shm_than_the_file_system_can_ever_hold_needs_reserve_off() {
                 options = options.with_reserve(reserve);
             }
             let refused = build(&options, 16 * MIB).unwrap_err();
-            assert!(matches!(refused, Error::ShmTooSmall { .. }), "{refused}");
+            assert_eq!(room_short(&refused), Some((16 * MIB, 8 * MIB)), "{refused}");
         }
         let options = shm(Populate::Lazy).with_reserve(Reserve::Off);
         let sparse = build(&options, 1 << 40).unwrap();
@@ -140,23 +137,13 @@ fn huge_pages_that_were_promised_can_be_touched_and_others_are_refused() {
         let huge = RamOptions::new().with_page_size(PageSize::Huge(Some(HUGE)));
         leaves_nothing(|| {
             let refused = build(&huge, 3 * HUGE).unwrap_err();
-            assert!(
-                matches!(
-                    refused,
-                    Error::HugePoolShort {
-                        needed: 3,
-                        available: 2,
-                        ..
-                    }
-                ),
-                "{refused}"
-            );
+            assert_eq!(huge_pages_short(&refused), Some((3, 2)), "{refused}");
         });
         for populate in [Populate::Lazy, Populate::Allocate, Populate::Prefault] {
             let memory = build(&huge.clone().with_populate(populate), 2 * HUGE).unwrap();
             // All are promised or taken: there is none for anybody else.
             let next = build(&huge, HUGE).unwrap_err();
-            assert!(matches!(next, Error::HugePoolShort { .. }), "{next}");
+            assert_eq!(huge_pages_short(&next), Some((1, 0)), "{next}");
             assert_eq!(dies_of_touching_all(&memory), None, "{populate:?}");
         }
         assert_eq!(pool.free(), 2);

@@ -5,7 +5,7 @@ use std::fs;
 use guest_memory_shm::{
     Backing, Error, GuestMemoryShm, GuestRegionShm, NodeSet, Note, NumaPolicy, RamOptions,
 };
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::isolation::assert_refused;
 use crate::proc::leaves_nothing;

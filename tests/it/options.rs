@@ -234,7 +234,7 @@ fn what_qemu_refuses_is_refused_with_a_remedy() {
         ),
         (
             &with(file().backing(), "offset=0x400"),
-            "offset=0x400: expected a multiple of the page size 4 KiB, the nearest is 0x0",
+            "offset 0x400 is not a multiple of the page size 4 KiB: the nearest is 0x0",
         ),
         (
             &with(file().backing(), "rom=on"),

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use guest_memory_shm::{
     Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, NodeSet, NumaPolicy, PageSize,
-    Populate, PopulateError, PopulateOptions, RamOptions, ShmBacking,
+    Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit, ShmBacking,
 };
 use nix::sys::resource::{UsageWho, getrusage};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::isolation::{HugePool, PAGE, assert_refused, in_own_process};
 use crate::proc::leaves_nothing_but_heaps;
@@ -306,8 +306,8 @@ const ENDLESS: u64 = 1 << 46;
 #[test]
 fn more_than_the_machine_has_is_refused_before_the_first_page() {
     let assert_short = |result: Result<(), Error>| match result {
-        Err(Error::Populate(PopulateError::NotEnoughMemory { range, shortage })) => {
-            assert_eq!(shortage.limit.path().to_str(), Some("/proc/meminfo"));
+        Err(Error::Populate(PopulateError::Shortage { range, shortage })) => {
+            assert!(matches!(shortage.limit, ResourceLimit::Machine { .. }));
             assert!(shortage.needed >= ENDLESS && shortage.left < ENDLESS);
             assert_eq!(range.size(), ENDLESS);
         }
@@ -357,7 +357,7 @@ fn the_file_of_populated_ram_that_is_refused_is_removed_again() {
         .build();
     assert!(matches!(
         built,
-        Err(Error::Populate(PopulateError::NotEnoughMemory { range, .. }))
+        Err(Error::Populate(PopulateError::Shortage { range, .. }))
             if range.start_addr() == GuestAddress(1 << 47)
     ));
     assert!(!path.exists());

@@ -7,7 +7,7 @@ use guest_memory_shm::{
     CancelToken, Error, GuestMemoryShm, OnFailure, Populate, PopulateError, PopulateHandle,
     PopulateOptions, RamOptions,
 };
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::fork::dies_of;
 use crate::isolation::in_own_process;

@@ -10,12 +10,13 @@ use guest_memory_shm::{
 use nix::mount::MsFlags;
 use nix::sys::signal::Signal;
 use nix::sys::statvfs::statvfs;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::fork::dies_of;
 use crate::isolation::{HugePool, PAGE, in_own_process, mount_tmpfs, own_mounts};
 use crate::populate::{HUGE, MIB, allocated, memory, range, threads};
 use crate::proc::leaves_nothing_but_heaps;
+use crate::support::{huge_pages_short, room_short};
 
 const SIZE: u64 = 64 * MIB;
 const MODES: [Populate; 2] = [Populate::Allocate, Populate::Prefault];
@@ -236,24 +237,16 @@ fn a_file_system_that_is_too_small_is_named_and_gets_everything_back() {
                 let options = PopulateOptions::new(mode).with_threads(threads(2));
                 let error = memory.populate(options).unwrap_err();
                 match &error {
-                    Error::Populate(PopulateError::FileSystemFull {
-                        range,
-                        needed,
-                        size,
-                        free,
-                    }) => {
-                        assert_eq!(*size, 24 * MIB);
-                        assert!(
-                            *free < range.size() && range.last_addr().0 < SIZE,
-                            "{error}"
-                        );
-                        assert!(*needed >= SIZE - 24 * MIB && *needed < SIZE, "{error}");
+                    Error::Populate(PopulateError::Shortage { range, .. }) => {
+                        let (needed, free) = room_short(&error).unwrap();
+                        assert!(free < range.size() && range.last_addr().0 < SIZE, "{error}");
+                        assert!(needed >= SIZE - 24 * MIB && needed < SIZE, "{error}");
                     }
                     other => panic!("{mode:?}: {other:?}"),
                 }
                 let text = error.to_string();
                 assert!(
-                    text.contains("the file system behind the RAM holds 24 MiB"),
+                    text.contains("the file system that backs the RAM holds 24 MiB"),
                     "{text}"
                 );
                 assert!(text.contains("or use a memfd backing"), "{text}");
@@ -315,15 +308,11 @@ fn a_pool_of_huge_pages_that_is_too_small_is_named_and_gets_everything_back() {
         let memory = memory(options, 5 * HUGE);
         for mode in MODES {
             let error = memory.populate(PopulateOptions::new(mode).with_threads(threads(1)));
-            match error {
-                Err(Error::Populate(PopulateError::HugePoolEmpty {
-                    needed,
-                    available: 0,
-                    page_size: HUGE,
-                    ..
-                })) => assert_eq!(needed, 3),
-                other => panic!("{mode:?}: {other:?}"),
-            }
+            assert_eq!(
+                huge_pages_short(&error.unwrap_err()),
+                Some((3, 0)),
+                "{mode:?}"
+            );
             assert_eq!((pool.free(), allocated(&memory)), (free, 0), "{mode:?}");
         }
     });

@@ -2,7 +2,7 @@
 
 use guest_memory_shm::{
     Backing, BuildReport, GuestMemoryShm, GuestRegionShm, Merge, NotHuge, Note, PageSize,
-    RamOptions, Reserve, ShmBacking,
+    RamOptions, Reserve, ResourceLimit, ShmBacking,
 };
 use vm_memory::GuestAddress;
 
@@ -65,18 +65,25 @@ fn ram_larger_than_the_machine_is_reported_and_built() {
     let found = report(RamOptions::new(), size);
     let notes = found.lines().iter().map(|line| line.note());
     let notes: Vec<_> = notes
-        .filter(|note| matches!(note, Note::Machine { .. }))
+        .filter(|note| matches!(note, Note::Shortage(_)))
         .collect();
-    let [Note::Machine { size: noted, total }] = notes[..] else {
+    let [Note::Shortage(short)] = notes[..] else {
         panic!("{found}");
     };
-    assert!(*noted == size && *total < size);
+    assert!(short.needed == size && short.left < size);
+    assert!(matches!(short.limit, ResourceLimit::Machine { size: total, .. } if total < size));
     let text = notes[0].to_string();
     assert!(
-        text.starts_with("64 TiB of RAM are more than the "),
+        text.starts_with(
+            "using all of the RAM would end a process or slow it down: 64 TiB more are needed, and "
+        ),
         "{text}"
     );
-    assert!(text.contains("that this machine has"), "{text}");
+    assert!(
+        text.contains("of memory and swap (/proc/meminfo)"),
+        "{text}"
+    );
+    assert!(!text.contains("OnShortage"), "{text}");
     // A file on a disk is not in memory as a whole.
     let disk = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let on_disk = RamOptions::new()

@@ -12,7 +12,7 @@ use guest_memory_shm::{
 };
 use nix::fcntl::posix_fallocate;
 use nix::sys::mman::mlock;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::fork::Peer;
 use crate::isolation::{HugePool, PAGE, ShmemHuge, in_own_process};
@@ -72,14 +72,12 @@ fn regions_are_described_as_they_are() {
     assert!(memfd.seals.contains(Seals::RESIZE) && !shm.seals.contains(Seals::SHRINK));
     assert!(shm.name.starts_with("/dev/shm/gms-"), "{}", shm.name);
     assert!(!memfd.name.is_empty());
-    assert!(
-        matches!(memfd.notes[..], [Note::Merge]),
-        "{:?}",
-        memfd.notes
-    );
-    assert!(shm.notes.is_empty());
+    let [merge] = stats.notes.lines() else {
+        panic!("{}", stats.notes);
+    };
+    assert!(matches!(merge.note(), Note::Merge));
     assert_eq!((stats.size(), stats.allocated()), (3 * MIB, 5 * PAGE));
-    let on_nodes: u64 = stats.nodes.iter().map(|node| node.allocated).sum();
+    let on_nodes: u64 = stats.nodes.values().sum();
     assert_eq!(on_nodes, 5 * PAGE);
     let table = stats.to_string();
     assert!(
@@ -94,12 +92,14 @@ fn regions_that_share_a_backing_are_counted_apart() {
     let place = |addr: u64, size: u64| (GuestAddress(addr), size);
     let memory = GuestMemoryShm::<()>::builder()
         .with_ram(
-            RamOptions::new(),
+            RamOptions::new().with_merge(Merge::On),
             [place(0, 4 * MIB), place(8 * MIB, MIB), place(16 * MIB, MIB)],
         )
         .build()
         .unwrap();
     assert_eq!(allocated(&memory), [0, 0, 0]);
+    let notes = memory.stats().unwrap().notes;
+    assert_eq!(notes.lines().len(), 1, "it is one backing: {notes}");
     touch(&memory, 0, 3);
     touch(&memory, 8 * MIB, 5);
     assert_eq!(allocated(&memory), [3 * PAGE, 5 * PAGE, 0]);

@@ -6,7 +6,7 @@ use std::io::{Seek, SeekFrom};
 use guest_memory_shm::{AdoptPolicy, Backing, GuestMemoryShm, RamOptions, ShmBacking};
 use nix::fcntl::{FallocateFlags, fallocate, posix_fallocate};
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::isolation::{PAGE, shm_dir};
 use crate::support::skip;

@@ -7,7 +7,8 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 use guest_memory_shm::{
-    AddressSpace, AddressSpaceError, AttachError, ChangeReport, ListenerId, MemoryListener,
+    AddressSpace, AddressSpaceError, AttachError, ChangeReport, Error, ListenerId, MemoryListener,
+    ResourceLimit,
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
@@ -113,7 +114,7 @@ pub(crate) fn example(name: &str) -> PathBuf {
             Some("debug") | None => {}
             Some(name) => drop(cargo.args(["--profile", name])),
         }
-        match cargo.current_dir(env!("CARGO_MANIFEST_DIR")).status() {
+        match cargo.current_dir(top()).status() {
             Ok(status) => assert!(status.success(), "{cargo:?}: {status}"),
             Err(error) => eprintln!("{} is old, {cargo:?}: {error}", binary.display()),
         }
@@ -134,12 +135,16 @@ fn is_older_than_its_sources(binary: &Path) -> bool {
     };
     let sources = line.split_once(": ").map_or("", |(_, sources)| sources);
     let sources = sources.trim_end().replace("\\ ", "\n").replace(' ', "\0");
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     let all = sources
         .split('\0')
         .map(|source| PathBuf::from(source.replace('\n', " ")));
-    all.chain(["Cargo.toml", "Cargo.lock"].map(|file| manifest.join(file)))
+    all.chain(["Cargo.toml", "Cargo.lock"].map(|file| top().join(file)))
         .any(|source| modified(&source).is_ok_and(|modified| modified > built))
+}
+
+/// The top of the source tree, where the examples are.
+fn top() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
 /// Ends and reaps a process that a test started, however the test ends.
@@ -270,4 +275,22 @@ fn an_example_is_built_again_when_a_source_is_newer() {
     assert!(!is_older_than_its_sources(&binary));
     write(&source, "", built + std::time::Duration::from_secs(1));
     assert!(is_older_than_its_sources(&binary));
+}
+
+/// The huge pages that are short by an error: how many are needed, and how many can be had.
+pub(crate) fn huge_pages_short(error: &Error) -> Option<(u64, u64)> {
+    let short = error.shortage()?;
+    match short.limit {
+        ResourceLimit::HugePages { page_size, .. } => {
+            Some((short.needed / page_size, short.left / page_size))
+        }
+        _ => None,
+    }
+}
+
+/// The room in a file system that is short by an error, in bytes: needed, and free.
+pub(crate) fn room_short(error: &Error) -> Option<(u64, u64)> {
+    let short = error.shortage()?;
+    let is_room = matches!(short.limit, ResourceLimit::FileSystem { .. });
+    is_room.then_some((short.needed, short.left))
 }

@@ -6,7 +6,7 @@ use guest_memory_shm::{
     RamOptions,
 };
 use nix::mount::{MsFlags, umount};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::isolation::{PAGE, ShmemHuge, in_own_process, mount_tmpfs, own_mounts};
 use crate::proc::{smaps_at, smaps_value};

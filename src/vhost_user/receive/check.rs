@@ -2,6 +2,7 @@
 
 use super::{ReceivePolicy, ReceivedRegion};
 use crate::error::{ReceiveError, RegionSpace};
+use crate::range::{InvalidRange, RangePart};
 
 impl ReceivedRegion {
     /// Where it starts in a space.
@@ -50,7 +51,10 @@ pub(super) fn check_numbers(
 fn check_region(index: usize, region: &ReceivedRegion) -> Result<(), ReceiveError> {
     let size = region.size;
     if size == 0 {
-        return Err(ReceiveError::Empty { index });
+        let cause = InvalidRange::Empty {
+            start: region.guest_addr,
+        };
+        return Err(ReceiveError::Range { index, cause });
     }
     for space in [RegionSpace::Guest, RegionSpace::User, RegionSpace::File] {
         let start = region.start(space);
@@ -111,23 +115,13 @@ pub(super) fn check_pages(
     region: &ReceivedRegion,
     page_size: u64,
 ) -> Result<(), ReceiveError> {
-    for space in [RegionSpace::Guest, RegionSpace::File] {
-        let value = region.start(space);
-        if !value.is_multiple_of(page_size) {
-            return Err(ReceiveError::Unaligned {
-                index,
-                space,
-                value,
-                page_size,
-            });
-        }
-    }
-    if !region.size.is_multiple_of(page_size) {
-        return Err(ReceiveError::UnalignedSize {
-            index,
-            size: region.size,
-            page_size,
-        });
-    }
-    Ok(())
+    let parts = [
+        (RangePart::Address, region.guest_addr.0),
+        (RangePart::Offset, region.mmap_offset),
+        (RangePart::Size, region.size),
+    ];
+    parts
+        .into_iter()
+        .try_for_each(|(part, value)| part.check_aligned(value, page_size))
+        .map_err(|cause| ReceiveError::Range { index, cause })
 }

@@ -5,6 +5,7 @@ use std::fmt;
 use nix::errno::Errno;
 
 use crate::error::Error;
+use crate::range::InvalidRange;
 use crate::units::HumanSize;
 
 /// Why a daemon does not take a memory table, a change of it, or an address.
@@ -86,13 +87,6 @@ pub enum ReceiveError {
         limit: u64,
     },
 
-    /// A region of size 0.
-    #[error("region {index} has size 0: give it at least one page, or leave it out")]
-    Empty {
-        /// Which region it is.
-        index: usize,
-    },
-
     /// A region whose end has no 64-bit address, or lies where no file can be.
     #[error(
         "region {index} has {} at {space} {start:#x}, which ends past {:#x}: lower its address or \
@@ -128,35 +122,13 @@ pub enum ReceiveError {
         other_range: (u64, u64),
     },
 
-    /// A guest address or an offset that is not at a page of the region's file.
-    #[error(
-        "region {index} starts at {space} {value:#x}, which is not a multiple of the page size {} \
-         of its file: the nearest is {:#x}",
-        HumanSize(*.page_size), .value - .value % .page_size
-    )]
-    Unaligned {
+    /// A region that is empty, or does not consist of whole pages of its file.
+    #[error("region {index}: {cause}")]
+    Range {
         /// Which region it is.
         index: usize,
-        /// What is not aligned.
-        space: RegionSpace,
-        /// Its value.
-        value: u64,
-        /// The page size of the file in bytes.
-        page_size: u64,
-    },
-
-    /// A size that is not whole pages of the region's file.
-    #[error(
-        "region {index} has a size of {}, which is not a multiple of the page size {} of its file",
-        HumanSize(*.size), HumanSize(*.page_size)
-    )]
-    UnalignedSize {
-        /// Which region it is.
-        index: usize,
-        /// Its size in bytes.
-        size: u64,
-        /// The page size of the file in bytes.
-        page_size: u64,
+        /// What is wrong with it.
+        cause: InvalidRange,
     },
 
     /// A region that reaches past the end of its file, where touching it would be SIGBUS.
@@ -271,10 +243,8 @@ impl ReceiveError {
             Self::Payload { .. }
             | Self::NoRegions
             | Self::Descriptors { .. }
-            | Self::Empty { .. }
-            | Self::Wraps { .. }
-            | Self::Unaligned { .. }
-            | Self::UnalignedSize { .. } => Errno::EINVAL,
+            | Self::Range { .. }
+            | Self::Wraps { .. } => Errno::EINVAL,
         };
         (errno as i32).unsigned_abs().into()
     }
@@ -299,7 +269,7 @@ impl RegionError {
             | Error::AdoptDiskFile { .. }
             | Error::Adopt { .. }
             | Error::File(_) => Errno::EBADF,
-            Error::UnalignedSize { .. } => Errno::EINVAL,
+            Error::Range(_) => Errno::EINVAL,
             Error::BackingTruncated { .. } | Error::OutsideBacking { .. } => Errno::ENXIO,
             _ => Errno::ENOMEM,
         }

@@ -2,7 +2,10 @@
 
 use std::error::Error as _;
 
+use vm_memory::GuestAddress;
+
 use super::*;
+use crate::range::RangePart;
 
 #[test]
 fn texts_name_the_region_the_limit_and_the_way_out() {
@@ -50,9 +53,14 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
              have the daemon allow more (ReceivePolicy::with_max_size)",
         ),
         (
-            ReceiveError::Empty { index: 2 },
+            ReceiveError::Range {
+                index: 2,
+                cause: InvalidRange::Empty {
+                    start: GuestAddress(0x1000),
+                },
+            },
             22,
-            "region 2 has size 0: give it at least one page, or leave it out",
+            "region 2: the range at guest address 0x1000 has size 0: give it at least one page",
         ),
         (
             ReceiveError::Wraps {
@@ -90,25 +98,17 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
              is there already has 0x0..=0x1fff (8 KiB): move or shorten one of them",
         ),
         (
-            ReceiveError::Unaligned {
+            ReceiveError::Range {
                 index: 4,
-                space: RegionSpace::File,
-                value: 0x30_0000,
-                page_size: 2 << 20,
+                cause: InvalidRange::Unaligned {
+                    part: RangePart::Offset,
+                    value: 0x30_0000,
+                    page_size: 2 << 20,
+                },
             },
             22,
-            "region 4 starts at mmap offset 0x300000, which is not a multiple of the page \
-             size 2 MiB of its file: the nearest is 0x200000",
-        ),
-        (
-            ReceiveError::UnalignedSize {
-                index: 4,
-                size: 5000,
-                page_size: 4096,
-            },
-            22,
-            "region 4 has a size of 4.8 KiB (5000 bytes), which is not a multiple of the page \
-             size 4 KiB of its file",
+            "region 4: offset 0x300000 is not a multiple of the page size 2 MiB: the nearest is \
+             0x200000",
         ),
         (
             ReceiveError::FileTooShort {

@@ -82,9 +82,9 @@ struct UserRange {
 /// # Errors
 ///
 /// [`ReceiveError::NoRegions`], [`ReceiveError::Descriptors`], [`ReceiveError::TooManyRegions`],
-/// [`ReceiveError::Empty`], [`ReceiveError::Wraps`], [`ReceiveError::TooMuchMemory`],
-/// [`ReceiveError::Overlap`], [`ReceiveError::FileTooShort`], [`ReceiveError::Unaligned`],
-/// [`ReceiveError::UnalignedSize`], and [`ReceiveError::Region`] for a descriptor or a mapping.
+/// [`ReceiveError::Range`], [`ReceiveError::Wraps`], [`ReceiveError::TooMuchMemory`],
+/// [`ReceiveError::Overlap`], [`ReceiveError::FileTooShort`], and [`ReceiveError::Region`] for a
+/// descriptor or a mapping.
 pub fn map_table<B: NewBitmap>(
     regions: impl IntoIterator<Item = impl Into<ReceivedRegion>>,
     files: impl IntoIterator<Item = impl Into<OwnedFd>>,

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{GuestAddress, GuestMemoryRegion, VolatileMemory, VolatileSlice};
 
+use super::error::{Result, ShareError};
 use crate::backing::{ShmBacking, base_page_size};
-use crate::error::Result;
 use crate::mapping::to_usize;
 use crate::range::GuestRange;
 use crate::region::GuestRegionShm;
@@ -64,7 +64,7 @@ impl DaemonLog {
 
     /// A log without a bit set, in which no page counts yet. The size is a multiple of 8.
     pub(super) fn new(size: u64) -> Result<Self> {
-        let backing = ShmBacking::create_growable("dirty-log", file_len(size))?;
+        let backing = ShmBacking::create_growable("dirty-log", file_len(size)).map_err(no_memfd)?;
         Ok(Self {
             bits: map(&backing)?,
             size,
@@ -77,7 +77,7 @@ impl DaemonLog {
     pub(super) fn grow(&mut self, size: u64) -> Result<()> {
         let len = file_len(size);
         if len > self.bits.backing().end() {
-            self.bits = map(&self.bits.backing().grow(len)?)?;
+            self.bits = map(&self.bits.backing().grow(len).map_err(no_memfd)?)?;
         }
         self.size = self.size.max(size);
         Ok(())
@@ -160,7 +160,11 @@ fn file_len(size: u64) -> u64 {
 }
 
 fn map(backing: &ShmBacking) -> Result<GuestRegionShm> {
-    GuestRegionShm::from_backing(backing, 0, GuestAddress(0), backing.end())
+    GuestRegionShm::from_backing(backing, 0, GuestAddress(0), backing.end()).map_err(no_memfd)
+}
+
+fn no_memfd(error: crate::error::Error) -> ShareError {
+    ShareError::Log(Box::new(error))
 }
 
 fn pages_of(range: GuestRange) -> (u64, u64) {

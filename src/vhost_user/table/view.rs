@@ -3,8 +3,8 @@
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use super::error::TableError;
 use super::{MemoryTable, TableRegion};
-use crate::error::{Error, Result};
 use crate::host::base_page_size;
 use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
@@ -74,7 +74,7 @@ impl TableView {
     /// earlier restriction; without any range nothing is seen.
     ///
     /// A daemon that takes whole tables only cannot be shown nothing once it was shown a region:
-    /// to unplug the last one that it sees is [`Error::EmptyTable`].
+    /// to unplug the last one that it sees is [`TableError::Empty`].
     #[must_use]
     pub fn only(mut self, ranges: impl IntoIterator<Item = GuestRange>) -> Self {
         let mut ranges: Vec<_> = ranges.into_iter().collect();
@@ -122,9 +122,9 @@ impl<B: Bitmap> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::OpaqueConstant`] if a region's user addresses would run past 2^64, or the constant
+    /// [`TableError::OpaqueConstant`] if a region's user addresses would run past 2^64, or the constant
     /// is not a multiple of the page size.
-    pub fn memory_table_as(&self, view: &TableView) -> Result<MemoryTable> {
+    pub fn memory_table_as(&self, view: &TableView) -> Result<MemoryTable, TableError> {
         let seen = self.iter().filter(|region| view.sees(region.range()));
         let regions = seen.map(|region| {
             let mut region = TableRegion::from(region);
@@ -135,19 +135,19 @@ impl<B: Bitmap> GuestMemoryShm<B> {
             Ok(region)
         });
         Ok(MemoryTable {
-            regions: regions.collect::<Result<_>>()?,
+            regions: regions.collect::<Result<_, _>>()?,
         })
     }
 }
 
 /// The first user address of a region. The address behind its last one must exist, too: daemons
 /// compute it.
-fn opaque(range: GuestRange, constant: u64) -> Result<u64> {
+fn opaque(range: GuestRange, constant: u64) -> Result<u64, TableError> {
     let page_size = base_page_size();
     let most = u64::MAX - (range.start_addr().0 + range.size());
     let limit = most - most % page_size;
     if constant > limit || !constant.is_multiple_of(page_size) {
-        return Err(Error::OpaqueConstant {
+        return Err(TableError::OpaqueConstant {
             range,
             constant,
             limit,
@@ -238,7 +238,7 @@ mod tests {
         };
         let largest = (u64::MAX - 6 * MIB) & !4095;
         with(largest).unwrap();
-        let Err(Error::OpaqueConstant { range, limit, .. }) = with(largest + 4096) else {
+        let Err(TableError::OpaqueConstant { range, limit, .. }) = with(largest + 4096) else {
             panic!("addresses wrap");
         };
         assert_eq!((range.start_addr().0, limit), (4 * MIB, largest));

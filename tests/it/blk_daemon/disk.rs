@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 
 use guest_memory_shm::mock::BlkError;
 use nix::sys::signal::Signal;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::frontend::{DATA, Guest, WRITE};
 use super::*;

@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::ftruncate;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::frontend::{DATA, Guest};
 use super::*;

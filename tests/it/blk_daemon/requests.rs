@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 
 use nix::sys::signal::Signal;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::frontend::{DATA, Guest, NEXT, RawQueue, Used, WRITE};
 use super::*;

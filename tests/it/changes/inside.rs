@@ -235,22 +235,22 @@ fn a_handler_of_bases_cannot_call_it_either() {
     struct Listens;
     impl MemTableSink for Listens {
         fn request_acks(&mut self) {}
-        fn set_mem_table(&mut self, _: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError> {
+        fn set_mem_table(&mut self, _: &[TableRegion]) -> Result<Option<Vec<u64>>, DaemonFailure> {
             unreachable!("it has slots")
         }
-        fn add_mem_region(&mut self, _: &TableRegion) -> Result<Option<u64>, SinkError> {
+        fn add_mem_region(&mut self, _: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
             Ok(Some(7))
         }
-        fn remove_mem_region(&mut self, _: &TableRegion) -> Result<(), SinkError> {
+        fn remove_mem_region(&mut self, _: &TableRegion) -> Result<(), DaemonFailure> {
             Ok(())
         }
-        fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
+        fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
             Ok(8)
         }
-        fn acknowledge_bases(&mut self, _: MemTableChange) -> Result<(), SinkError> {
+        fn acknowledge_bases(&mut self, _: DaemonRequest) -> Result<(), DaemonFailure> {
             Ok(())
         }
-        fn barrier(&mut self) -> Result<(), SinkError> {
+        fn barrier(&mut self) -> Result<(), DaemonFailure> {
             Ok(())
         }
         /// It could wait, and so is told by a worker beside another.

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Barrier, Mutex};
 
-use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
 use guest_memory_shm::*;
 use vm_memory::{GuestAddress, GuestMemoryAtomic};

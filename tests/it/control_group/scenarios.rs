@@ -5,10 +5,10 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 
 use guest_memory_shm::{
-    Error, GuestMemoryShm, MemoryLimit, OnFailure, OnShortage, PageSize, Populate, PopulateError,
-    PopulateHandle, PopulateOptions, RamOptions, Reserve,
+    Error, GuestMemoryShm, OnFailure, OnShortage, PageSize, Populate, PopulateError,
+    PopulateHandle, PopulateOptions, RamOptions, Reserve, ResourceLimit,
 };
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::group::{SCENARIO, as_scenario};
 use super::{LIMIT, TOO_MUCH};
@@ -55,24 +55,20 @@ const MODES: [Populate; 2] = [Populate::Allocate, Populate::Prefault];
 /// Asserts that it is refused by the limit of the group, and says so.
 fn assert_short<T: std::fmt::Debug>(result: Result<T, Error>, needed: u64) {
     match result {
-        Err(error @ Error::Populate(PopulateError::NotEnoughMemory { .. })) => {
+        Err(error @ Error::Populate(PopulateError::Shortage { .. })) => {
             let text = error.to_string();
-            let Error::Populate(PopulateError::NotEnoughMemory { shortage, .. }) = error else {
+            let Error::Populate(PopulateError::Shortage { shortage, .. }) = error else {
                 unreachable!();
             };
-            assert!(
-                matches!(shortage.limit, MemoryLimit::ControlGroup { .. }),
-                "{text}"
-            );
-            assert!(shortage.limit.path().is_file(), "{text}");
+            let ResourceLimit::ControlGroup { file, .. } = &shortage.limit else {
+                panic!("{text}");
+            };
+            assert!(file.is_file(), "{text}");
             // And at most one byte in 128 besides.
             assert!(shortage.needed >= needed, "{text}");
             assert!(shortage.needed <= needed + needed / 100, "{text}");
             assert!(shortage.left < LIMIT, "{text}");
-            assert!(
-                text.contains(shortage.limit.path().to_str().unwrap()),
-                "{text}"
-            );
+            assert!(text.contains(file.to_str().unwrap()), "{text}");
             assert!(text.contains("OnShortage::TryAnyway"), "{text}");
         }
         other => panic!("{other:?}"),
@@ -140,10 +136,7 @@ fn many_in_the_background() {
         let failed: Vec<_> = done.filter_map(Result::err).collect();
         assert!(!failed.is_empty(), "{failed:?}");
         for error in failed {
-            let short = matches!(
-                error,
-                Error::Populate(PopulateError::NotEnoughMemory { .. })
-            );
+            let short = matches!(error, Error::Populate(PopulateError::Shortage { .. }));
             assert!(short, "{error}");
         }
     }
@@ -219,7 +212,7 @@ fn another_takes_the_rest() {
                     std::ops::ControlFlow::Continue(())
                 });
             match memory.populate(options) {
-                Err(Error::Populate(PopulateError::NotEnoughMemory { shortage, .. })) => {
+                Err(Error::Populate(PopulateError::Shortage { shortage, .. })) => {
                     assert!(shortage.needed > shortage.left, "{shortage}");
                     assert!(shortage.needed <= size, "{shortage}");
                 }
@@ -272,20 +265,20 @@ fn huge_pages() {
     let anyway = options.clone().with_on_shortage(OnShortage::TryAnyway);
     let refused = build(&options, 5).unwrap_err();
     match &refused {
-        Error::HugePagesLimited { shortage } => {
+        Error::Shortage(shortage) => {
             assert_eq!((shortage.needed, shortage.left), (5 * HUGE, 4 * HUGE));
-            let name = shortage.limit.path().file_name().unwrap();
-            assert!(
-                name.to_str().unwrap().starts_with("hugetlb.2MB."),
-                "{refused}"
-            );
+            let ResourceLimit::ControlGroup { file, .. } = &shortage.limit else {
+                panic!("{refused}");
+            };
+            let name = file.file_name().unwrap().to_str().unwrap();
+            assert!(name.starts_with("hugetlb.2MB."), "{refused}");
         }
         other => panic!("{other:?}"),
     }
     let populating = anyway.with_populate(Populate::Prefault);
     match build(&populating, 5) {
-        Err(Error::HugePagesLimited { .. }) => {}
-        Err(Error::Populate(PopulateError::NotEnoughMemory { .. })) => {}
+        Err(Error::Shortage(_)) => {}
+        Err(Error::Populate(PopulateError::Shortage { .. })) => {}
         other => panic!("{other:?}"),
     }
     // What is not promised is refused before the first page.
@@ -293,7 +286,7 @@ fn huge_pages() {
     let memory = build(&unreserved, 5).unwrap();
     for mode in MODES {
         match memory.populate(PopulateOptions::new(mode)) {
-            Err(Error::Populate(PopulateError::NotEnoughMemory { shortage, .. })) => {
+            Err(Error::Populate(PopulateError::Shortage { shortage, .. })) => {
                 assert_eq!((shortage.needed, shortage.left), (5 * HUGE, 4 * HUGE));
             }
             other => panic!("{mode:?}: {other:?}"),
@@ -301,7 +294,7 @@ fn huge_pages() {
         // The kernel's own answer is an error, not a signal, and has its cause named.
         let anyway = PopulateOptions::new(mode).with_on_shortage(OnShortage::TryAnyway);
         match memory.populate(anyway) {
-            Err(Error::Populate(PopulateError::NotEnoughMemory { .. })) => {}
+            Err(Error::Populate(PopulateError::Shortage { .. })) => {}
             other => panic!("{mode:?}: {other:?}"),
         }
         assert_eq!(allocated(&memory), 0, "{mode:?}");
@@ -322,7 +315,7 @@ fn lazy() {
         .build_with_report()
         .unwrap();
     let text = report.to_string();
-    assert!(text.contains("256 MiB of RAM are more than the "), "{text}");
+    assert!(text.contains("256 MiB more are needed"), "{text}");
     assert!(text.contains("control group's limit in "), "{text}");
     assert_eq!(report.lines().len(), 1, "{text}");
 }

@@ -12,7 +12,7 @@ use guest_memory_shm::{
 };
 use nix::errno::Errno;
 use tempfile::TempDir;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::call::{WITHOUT_POPULATE, WITHOUT_SCANS};
 use super::{Operation, Outcome, Stage, says_something};

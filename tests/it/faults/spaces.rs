@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use guest_memory_shm::mock::MockDaemon;
 use guest_memory_shm::{AddressSpace, AddressSpaceError, GuestMemoryShm, KvmSlots, ListenerId};
 use kvm_ioctls::{Kvm, VmFd};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+use vm_memory::{GuestAddress, GuestAddressSpace};
 
 use super::peers::{LIMIT, MIB, Share, Who, connect, holds, memory, new_share, region};
 use super::{Operation, Outcome, Stage, says_something};

@@ -3,7 +3,7 @@
 use std::error::Error as _;
 
 use guest_memory_shm::mock::{Fault, LoggedRequest};
-use guest_memory_shm::{Access, AddressSpaceError, Backing, Error, GuestRom};
+use guest_memory_shm::{Access, AddressSpaceError, Backing, DaemonFailure, GuestRom, ShareError};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
@@ -209,7 +209,10 @@ fn a_refusal_is_an_error_that_names_the_device_the_region_and_the_cause() {
             assert_eq!((listener.as_str(), error.range()), ("net0", Some(range)));
             assert!(!error.is_away() && stale.is_empty());
             let cause = error.source().and_then(|cause| cause.downcast_ref());
-            assert!(matches!(cause, Some(Error::DaemonRefused { .. })));
+            assert!(matches!(
+                cause.and_then(ShareError::failure),
+                Some(DaemonFailure::Refused(_))
+            ));
         }
         other => panic!("{other}"),
     }

@@ -25,7 +25,7 @@ fn order() -> Vec<String> {
 }
 
 fn src() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../src")
 }
 
 /// The place in `order` of the module that a file belongs to.

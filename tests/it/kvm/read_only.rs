@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use guest_memory_shm::{Access, Backing, GuestRom, RamOptions};
+use guest_memory_shm::{Access, Backing, GuestRom, InvalidRange, RamOptions};
 use tempfile::TempDir;
 
 use super::*;
@@ -142,7 +142,10 @@ fn roms_and_regions_do_not_overlap_and_share_the_slots() {
     for start in [PLUG, PLUG + MIB - PAGE, PLUG - 3 * PAGE] {
         let (_dir, rom) = rom(start);
         let error = machine.slots(|slots| slots.add_rom(rom)).unwrap_err();
-        assert!(matches!(error, Error::Overlap { .. }), "{error}");
+        assert!(
+            matches!(error, Error::Range(InvalidRange::Overlap { .. })),
+            "{error}"
+        );
     }
     let (_dir, rom_behind) = rom(PLUG + MIB);
     machine.slots(|slots| slots.add_rom(rom_behind)).unwrap();
@@ -164,7 +167,7 @@ fn roms_and_regions_do_not_overlap_and_share_the_slots() {
     let (listener, at, refused) = refusal(error);
     assert_eq!((listener.as_str(), at), ("kvm", Some(range(PLUG, 2 * MIB))));
     assert!(
-        matches!(cause(&refused), Error::Overlap { .. }),
+        matches!(cause(&refused), Error::Range(InvalidRange::Overlap { .. })),
         "{refused:?}"
     );
     machine.reaches(PLUG);

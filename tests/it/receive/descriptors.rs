@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 
-use guest_memory_shm::{Backing, Error, PageSize};
+use guest_memory_shm::{Backing, Error, InvalidRange, PageSize, RangePart};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 
@@ -10,6 +10,7 @@ use super::*;
 use crate::fork::dies_of_reading;
 use crate::isolation::{HugePool, in_own_process};
 use crate::proc::leaves_nothing;
+use crate::support::huge_pages_short;
 
 const HUGE: u64 = 2 << 20;
 
@@ -168,33 +169,26 @@ fn huge_pages_are_mapped_where_all_of_a_region_is_at_huge_pages() {
         assert_eq!(table.guest_addr(USER + PAGE), Some(GuestAddress(HUGE)));
 
         // At base pages, but not at huge ones.
-        for (space, region) in [
-            (RegionSpace::Guest, region(PAGE, HUGE, USER, 0)),
-            (RegionSpace::File, region(0, HUGE, USER, PAGE)),
+        for (at, region) in [
+            (RangePart::Address, region(PAGE, HUGE, USER, 0)),
+            (RangePart::Offset, region(0, HUGE, USER, PAGE)),
+            (RangePart::Size, region(0, 0xa_0000, USER, 0)),
         ] {
             let error = leaves_nothing(|| map(region).unwrap_err());
-            let ReceiveError::Unaligned {
-                space: found,
-                page_size: HUGE,
+            let ReceiveError::Range {
+                cause:
+                    InvalidRange::Unaligned {
+                        part,
+                        page_size: HUGE,
+                        ..
+                    },
                 ..
             } = error
             else {
                 panic!("{error:?}");
             };
-            assert_eq!(found, space);
+            assert_eq!(part, at);
         }
-        let error = leaves_nothing(|| map(region(0, 0xa_0000, USER, 0)).unwrap_err());
-        assert!(
-            matches!(
-                error,
-                ReceiveError::UnalignedSize {
-                    page_size: HUGE,
-                    size: 0xa_0000,
-                    ..
-                }
-            ),
-            "{error:?}"
-        );
         let error = leaves_nothing(|| map(region(0, 5 * HUGE, USER, 0)).unwrap_err());
         assert!(
             matches!(error, ReceiveError::FileTooShort { .. }),
@@ -218,7 +212,7 @@ fn a_pool_that_is_short_is_an_error_and_not_a_sigbus() {
             let file = file.try_clone().unwrap();
             map_table::<()>([region], [file], &ReceivePolicy::new()).unwrap_err()
         });
-        assert!(matches!(cause(&error), Error::HugePoolShort { .. }));
+        assert_eq!(huge_pages_short(cause(&error)), Some((1, 0)));
         assert_eq!(error.reply_code(), 12);
     });
 }

@@ -1,5 +1,7 @@
 //! Tables that are refused for their numbers, and what is left as it was.
 
+use guest_memory_shm::{InvalidRange, RangePart};
+
 use super::*;
 use crate::isolation::in_own_process;
 use crate::proc::leaves_nothing;
@@ -119,12 +121,24 @@ fn a_region_of_size_zero_is_refused() {
         let empty = ReceivedRegion { size: 0, ..good(2) };
         let error = refused(|| (vec![good(0), empty], files(2)));
         assert!(
-            matches!(error, ReceiveError::Empty { index: 1 }),
+            matches!(
+                error,
+                ReceiveError::Range {
+                    index: 1,
+                    cause: InvalidRange::Empty { .. }
+                }
+            ),
             "{error:?}"
         );
         let error = refused_to_add(empty, || sealed(MIB));
         assert!(
-            matches!(error, ReceiveError::Empty { index: 0 }),
+            matches!(
+                error,
+                ReceiveError::Range {
+                    index: 0,
+                    cause: InvalidRange::Empty { .. }
+                }
+            ),
             "{error:?}"
         );
     });
@@ -245,41 +259,42 @@ fn neighbours_do_not_overlap() {
     assert_eq!(map(&regions, files(2)).unwrap().regions().len(), 2);
 }
 
+/// What of region 0 is not at a page, and its value.
+fn unaligned(error: ReceiveError) -> (RangePart, u64) {
+    match error {
+        ReceiveError::Range {
+            index: 0,
+            cause:
+                InvalidRange::Unaligned {
+                    part,
+                    value,
+                    page_size: PAGE,
+                    ..
+                },
+        } => (part, value),
+        _ => panic!("{error:?}"),
+    }
+}
+
 #[test]
 fn what_is_not_at_pages_is_refused() {
     in_own_process(|| {
         for odd in [1, 8, 512, PAGE - 1] {
-            for (space, region) in [
-                (RegionSpace::Guest, region(8 * MIB + odd, PAGE, USER, 0)),
-                (RegionSpace::File, region(8 * MIB, PAGE, USER, odd)),
+            for (at, region) in [
+                (RangePart::Address, region(8 * MIB + odd, PAGE, USER, 0)),
+                (RangePart::Offset, region(8 * MIB, PAGE, USER, odd)),
             ] {
                 let error = refused(|| (vec![region], files(1)));
-                let ReceiveError::Unaligned {
-                    index: 0,
-                    space: found,
-                    value,
-                    page_size: PAGE,
-                } = error
-                else {
-                    panic!("{error:?}");
-                };
-                assert_eq!((found, value % PAGE), (space, odd));
                 assert_eq!(error.reply_code(), 22);
+                let (part, value) = unaligned(error);
+                assert_eq!((part, value % PAGE), (at, odd));
             }
             let part = region(8 * MIB, PAGE + odd, USER + 64 * MIB, 0);
             for error in [
                 refused(|| (vec![part], files(1))),
                 refused_to_add(part, || sealed(MIB)),
             ] {
-                let ReceiveError::UnalignedSize {
-                    index: 0,
-                    size,
-                    page_size: PAGE,
-                } = error
-                else {
-                    panic!("{error:?}");
-                };
-                assert_eq!(size, PAGE + odd);
+                assert_eq!(unaligned(error), (RangePart::Size, PAGE + odd));
             }
         }
     });

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 
 use guest_memory_shm::mock::{Fault, FaultKind};
 use guest_memory_shm::{ListenerError, RegionAdapter, RegionListener};
-use vm_memory::Bytes;
 
 use super::moods::{Mood, Moody, Plan};
 use super::peer::{Answer, Peer, State};

@@ -1,0 +1,9 @@
+//! Ranges: where RAM lies in the guest, checked before anything is created.
+//!
+//! Pure arithmetic: no I/O, no unsafe code. A [`GuestRange`] is never empty and never runs past
+//! the end of the 64-bit address space, so no later module has to think about overflow.
+
+mod guest_range;
+
+pub(crate) use guest_range::check_disjoint;
+pub use guest_range::{GuestRange, InvalidRange, RangePart, ram_around_hole};
