@@ -129,6 +129,7 @@
 //! KVM is the one hypervisor that it talks to by itself: for another, implement `HypervisorVm`, or
 //! a [`RegionListener`].
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(
     test,
     allow(
@@ -136,6 +137,11 @@
         reason = "patterns in tests are cut to bytes"
     )
 )]
+
+#[cfg(not(target_os = "linux"))]
+compile_error!(
+    "guest-memory-shm needs Linux: sealed memfds, MADV_REMOVE and huge pages of shared memory exist there only"
+);
 
 mod logs;
 mod panics;
@@ -186,8 +192,8 @@ pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 #[cfg(feature = "kvm")]
 pub use error::KvmError;
 pub use error::{
-    AdoptError, DiscardError, Error, FileError, NumaError, OptionsError, PopulateError,
-    ReceiveError, RegionError, RegionSpace, Result,
+    AdoptError, DiscardError, Error, FileError, MemoryError, NumaError, OptionsError,
+    PopulateError, ReceiveError, RegionError, RegionSpace, Result,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{

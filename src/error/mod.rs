@@ -4,9 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 
-use vm_memory::GuestAddress;
-
-use crate::range::{GuestRange, InvalidRange};
+use crate::range::InvalidRange;
 use crate::shortage::Shortage;
 use crate::units::HumanSize;
 
@@ -20,13 +18,14 @@ pub use crate::kvm::KvmError;
 pub use crate::mapping::NumaError;
 pub use crate::options::OptionsError;
 pub use crate::populate::PopulateError;
+pub use crate::region::MemoryError;
 use crate::stats::StatsError;
 pub use crate::vhost_user::receive::{ReceiveError, RegionError, RegionSpace};
 #[cfg(feature = "vhost-user")]
 use crate::vhost_user::share::ShareError;
 #[cfg(feature = "vhost-user")]
 use crate::vhost_user::table::TableError;
-use text::{found_instead, human_sizes, shm_remedy};
+use text::{human_sizes, shm_remedy};
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -97,23 +96,9 @@ pub enum Error {
     #[error(transparent)]
     Range(#[from] InvalidRange),
 
-    /// Guest memory without any range was asked for.
-    #[error("no range of guest RAM was given: give at least one")]
-    NoRanges,
-
-    /// No region has exactly this address and size.
-    #[error(
-        "no region of {} starts at guest address {:#x}, where {}",
-        HumanSize(*.size), .start.0, found_instead(*.found)
-    )]
-    NoSuchRegion {
-        /// The address that was looked for.
-        start: GuestAddress,
-        /// The size that was looked for, in bytes.
-        size: u64,
-        /// The size of the region that starts there, if one does.
-        found: Option<u64>,
-    },
+    /// Regions make no memory.
+    #[error(transparent)]
+    Memory(MemoryError),
 
     /// A backing of size 0, or longer than a file can be.
     #[error(
@@ -291,15 +276,6 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// A second view on the RAM, as vm-memory's own type, could not be made.
-    #[error("cannot map {range} once more as vm-memory's GuestMemoryMmap")]
-    Remap {
-        /// The range of the region.
-        range: GuestRange,
-        /// vm-memory's answer.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-
     /// The mock daemon, or a driver of the mock with any daemon, could not do its part.
     #[error("cannot {doing}")]
     Mock {
@@ -382,6 +358,15 @@ impl From<DiscardError> for Error {
 impl From<Shortage> for Error {
     fn from(shortage: Shortage) -> Self {
         Self::Shortage(Box::new(shortage))
+    }
+}
+
+impl From<MemoryError> for Error {
+    fn from(error: MemoryError) -> Self {
+        match error {
+            MemoryError::Range(error) => error.into(),
+            error => Self::Memory(error),
+        }
     }
 }
 

@@ -32,10 +32,3 @@ pub(crate) fn nodes_present(present: Option<NodeSet>) -> String {
         None => "this kernel knows no NUMA nodes".to_owned(),
     }
 }
-
-pub(crate) fn found_instead(found: Option<u64>) -> String {
-    match found {
-        Some(size) => format!("one of {} does", HumanSize(size)),
-        None => "none does".to_owned(),
-    }
-}

@@ -1,7 +1,7 @@
 //! What is known of a daemon that logs what it writes, and of those whose connections have ended.
 
 use super::error::Result;
-use super::log::{DaemonLog, DirtyRanges};
+use super::log::DaemonLog;
 use super::process::DaemonProcess;
 use super::stopped::{FormerDaemon, StoppedLog};
 use crate::range::GuestRange;
@@ -173,11 +173,7 @@ impl Logging {
         if !self.settled {
             self.mark(&self.unlogged);
         }
-        let mut dirty = DirtyRanges::default();
-        if let Some(log) = &self.log {
-            log.drain(&mut dirty);
-        }
-        dirty.into_ranges()
+        self.log.as_ref().map(DaemonLog::drain).unwrap_or_default()
     }
 
     /// Ends logging.

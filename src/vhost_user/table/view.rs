@@ -1,13 +1,13 @@
 //! Least privilege: which regions a daemon is told of, and by which user addresses.
 
+use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::error::TableError;
 use super::{MemoryTable, TableRegion};
 use crate::host::base_page_size;
 use crate::memory::GuestMemoryShm;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, RangeSet};
 
 /// What one daemon gets to see of a guest's memory: a selection of the regions, and what their user
 /// addresses say.
@@ -42,8 +42,8 @@ use crate::range::GuestRange;
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TableView {
-    /// Sorted, with gaps between them; absent: everything.
-    only: Option<Vec<GuestRange>>,
+    /// The addresses of what is seen; absent: everything.
+    only: Option<RangeSet>,
     user_addresses: UserAddresses,
 }
 
@@ -77,20 +77,7 @@ impl TableView {
     /// to unplug the last one that it sees is [`TableError::Empty`].
     #[must_use]
     pub fn only(mut self, ranges: impl IntoIterator<Item = GuestRange>) -> Self {
-        let mut ranges: Vec<_> = ranges.into_iter().collect();
-        ranges.sort_unstable();
-        let mut merged: Vec<(GuestAddress, u64)> = Vec::with_capacity(ranges.len());
-        for range in ranges {
-            let end = range.start_addr().0 + range.size();
-            match merged.last_mut() {
-                Some((_, last)) if range.start_addr().0 <= *last => *last = end.max(*last),
-                _ => merged.push((range.start_addr(), end)),
-            }
-        }
-        let ranges = merged
-            .into_iter()
-            .filter_map(|(start, end)| GuestRange::new(start, end - start.0).ok());
-        self.only = Some(ranges.collect());
+        self.only = Some(ranges.into_iter().map(|range| range.addrs()).collect());
         self
     }
 
@@ -108,12 +95,8 @@ impl TableView {
 
     /// Whether a region of this range is seen.
     pub fn sees(&self, region: GuestRange) -> bool {
-        let Some(ranges) = &self.only else {
-            return true;
-        };
-        let behind = ranges.partition_point(|range| range.start_addr() <= region.start_addr());
-        let below = behind.checked_sub(1).map(|at| ranges[at]);
-        below.is_some_and(|range| region.last_addr() <= range.last_addr())
+        let only = self.only.as_ref();
+        only.is_none_or(|only| only.contains(region.addrs()))
     }
 }
 
@@ -144,7 +127,7 @@ impl<B: Bitmap> GuestMemoryShm<B> {
 /// compute it.
 fn opaque(range: GuestRange, constant: u64) -> Result<u64, TableError> {
     let page_size = base_page_size();
-    let most = u64::MAX - (range.start_addr().0 + range.size());
+    let most = u64::MAX - range.addrs().end;
     let limit = most - most % page_size;
     if constant > limit || !constant.is_multiple_of(page_size) {
         return Err(TableError::OpaqueConstant {
@@ -159,6 +142,8 @@ fn opaque(range: GuestRange, constant: u64) -> Result<u64, TableError> {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddress;
+
     use super::*;
 
     const MIB: u64 = 1 << 20;
