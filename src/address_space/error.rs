@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::status::ListenerStatus;
 use crate::listener::ListenerError;
+use crate::region::MemoryError;
 
 pub(super) type Result<T, E = AddressSpaceError> = std::result::Result<T, E>;
 
@@ -80,7 +81,7 @@ pub enum AddressSpaceError {
 
     /// The memory cannot be changed like that: no such region, or regions that overlap. No listener
     /// was asked or told.
-    Memory(Box<crate::Error>),
+    Memory(MemoryError),
 
     /// The listener was detached, or is attached to another address space.
     NoSuchListener,
@@ -226,9 +227,9 @@ impl<L> std::error::Error for AttachError<L> {
     }
 }
 
-impl From<crate::Error> for AddressSpaceError {
-    fn from(error: crate::Error) -> Self {
-        Self::Memory(Box::new(error))
+impl From<MemoryError> for AddressSpaceError {
+    fn from(error: MemoryError) -> Self {
+        Self::Memory(error)
     }
 }
 

@@ -333,7 +333,7 @@ impl Error {
 impl From<AddressSpaceError> for Error {
     fn from(error: AddressSpaceError) -> Self {
         match error {
-            AddressSpaceError::Memory(error) => *error,
+            AddressSpaceError::Memory(error) => error.into(),
             error => Self::AddressSpace(Box::new(error)),
         }
     }
