@@ -43,7 +43,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// # let connect = || -> Result<_, Box<dyn std::error::Error>> {
     /// #     let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
     /// #     let features = BlkDevice::negotiate(&mut frontend, Features::all())?.protocol_features();
-    /// #     Ok(VhostUserShare::new(frontend, features).with_time_limit(Duration::from_millis(50)))
+    /// #     Ok(VhostUserShare::new(frontend, features).with_deadline(Duration::from_millis(50)))
     /// # };
     /// # let share = connect()?;
     /// let boot = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
@@ -149,7 +149,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
 
     /// Runs a closure on a listener. No change happens meanwhile, as changes wait: so what may wait
     /// itself, such as a request to a daemon, needs a
-    #[cfg_attr(feature = "vhost-user", doc = "[time limit](crate::TimeLimit).")]
+    #[cfg_attr(feature = "vhost-user", doc = "[time limit](crate::CallDeadline).")]
     #[cfg_attr(not(feature = "vhost-user"), doc = "time limit.")]
     /// Calls of this address space from `work` are [`AddressSpaceError::Reentrant`], except
     /// [`memory`](Self::memory) and [`atomic`](Self::atomic).

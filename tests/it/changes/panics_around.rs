@@ -251,7 +251,7 @@ fn a_connection_that_panics_when_it_is_taken_leaves_the_daemon_away() {
     use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 
     struct Sink(bool);
-    impl MemTableSink for Sink {
+    impl DaemonConnection for Sink {
         fn request_acks(&mut self) {
             assert!(!self.0, "a connection's bug");
         }
@@ -270,7 +270,7 @@ fn a_connection_that_panics_when_it_is_taken_leaves_the_daemon_away() {
         fn barrier(&mut self) -> Result<(), DaemonFailure> {
             Ok(())
         }
-        fn hang_up(&self) -> Option<HangUp> {
+        fn disconnector(&self) -> Option<Disconnector> {
             None
         }
     }
