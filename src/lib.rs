@@ -185,9 +185,9 @@ pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
 #[cfg(feature = "kvm")]
 pub use error::KvmError;
 pub use error::{
-    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, MemTableChange,
-    NumaError, Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace,
-    Result, SlotLimit, StaleListener,
+    AddressSpaceError, AdoptError, AttachError, BackingError, DiscardError, Error, FileError,
+    MapError, MemTableChange, Occasion, OptionsError, PopulateError, ReceiveError, RegionError,
+    RegionSpace, Result, SlotLimit, StaleListener,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{
