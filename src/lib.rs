@@ -128,6 +128,7 @@
 //! KVM is the one hypervisor that it talks to by itself: for another, implement `HypervisorVm`, or
 //! a [`RegionListener`].
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(
     test,
     allow(
@@ -135,6 +136,11 @@
         reason = "patterns in tests are cut to bytes"
     )
 )]
+
+#[cfg(not(target_os = "linux"))]
+compile_error!(
+    "guest-memory-shm needs Linux: sealed memfds, MADV_REMOVE and huge pages of shared memory exist there only"
+);
 
 mod logs;
 mod panics;
@@ -181,13 +187,13 @@ pub use address_space::{
     Transaction,
 };
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
-pub use discard::{Collected, DiscardAccumulator, DiscardInhibitor, Discarded};
+pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 #[cfg(feature = "kvm")]
 pub use error::KvmError;
 pub use error::{
     AddressSpaceError, AdoptError, AttachError, BackingError, DiscardError, Error, FileError,
-    MapError, MemTableChange, Occasion, OptionsError, PopulateError, ReceiveError, RegionError,
-    RegionSpace, Result, SlotLimit, StaleListener,
+    MapError, MemoryError, Occasion, OptionsError, PopulateError, ReceiveError, RegionError,
+    RegionSpace, Result, StaleListener,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{
@@ -211,11 +217,26 @@ pub use shortage::{ResourceLimit, Shortage};
 pub use stats::{Extents, MemoryStats, RegionStats, StatsError};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::share::{
-    DaemonLog, DaemonProcess, FormerDaemon, HangUp, KernelVhost, MemTableSink, ShareReport,
-    SinkError, StoppedLog, TimeLimit, VhostUserShare,
+    DaemonFailure, DaemonLog, DaemonProcess, DaemonRequest, FormerDaemon, HangUp, KernelVhost,
+    MemTableSink, ShareError, ShareReport, StoppedLog, TimeLimit, VhostUserShare,
 };
 #[cfg(feature = "vhost-user")]
-pub use vhost_user::table::{MemoryTable, TableChange, TableRegion, TableView, UserAddresses};
+pub use vhost_user::table::{
+    MemoryTable, SlotLimit, TableChange, TableError, TableRegion, TableView, UserAddresses,
+};
+
+/// Pages for those who begin; with the features `kvm` and `mock`, whose types they name.
+#[cfg(all(any(doc, doctest), feature = "kvm", feature = "mock"))]
+pub mod docs {
+    #[allow(unused_imports, reason = "names that the pages link to")]
+    use crate::*;
+
+    #[doc = include_str!("../docs/guide.md")]
+    pub mod guide {}
+
+    #[doc = include_str!("../docs/porting.md")]
+    pub mod porting {}
+}
 
 /// README's examples compile and run.
 #[cfg(all(doctest, feature = "vhost-user"))]

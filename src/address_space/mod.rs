@@ -193,7 +193,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSuchRegion`](crate::Error::NoSuchRegion) if no region starts there, or it has
+    /// [`MemoryError::NoSuchRegion`](crate::MemoryError::NoSuchRegion) if no region starts there, or it has
     /// another size, and those of [`Transaction::commit`]: the region is there again, for readers
     /// and listeners.
     pub fn remove(&self, start: GuestAddress, size: u64) -> Result<ChangeReport<B>> {

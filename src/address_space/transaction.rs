@@ -116,7 +116,7 @@ impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
     /// # Errors
     ///
     /// [`Error::Range`](crate::Error::Range) and
-    /// [`Error::NoSuchRegion`](crate::Error::NoSuchRegion): no listener was asked or told.
+    /// [`MemoryError::NoSuchRegion`](crate::MemoryError::NoSuchRegion): no listener was asked or told.
     /// [`AddressSpaceError::Refused`](crate::AddressSpaceError::Refused) and
     /// [`AddressSpaceError::Away`](crate::AddressSpaceError::Away): everybody who was told has
     /// been put back, but for those that the error calls stale.

@@ -6,13 +6,14 @@ use std::sync::{Arc, Weak};
 use vm_memory::GuestAddress;
 
 use super::collector::{Collector, Units};
-use super::pieces::{Piece, pieces, transparent_huge_page};
+use super::discarded::{Discarded, split};
+use super::error::DiscardError;
+use super::pieces::{pieces, transparent_huge_page};
 use crate::backing::base_page_size;
-use crate::error::Result;
 use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
 use crate::ram::Ram;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, outwards};
 
 /// Refused reports on base pages are noted in bitmaps for so many bytes.
 const CHUNK: u64 = 2 << 20;
@@ -50,8 +51,8 @@ const CHUNK: u64 = 2 << 20;
 ///     .build()?;
 /// let mut balloon = DiscardAccumulator::new();
 /// for page in 0..511 {
-///     let collected = balloon.add(&memory, GuestAddress(page * 4096), 4096)?;
-///     assert_eq!(collected.freed, 0);
+///     let discarded = balloon.add(&memory, GuestAddress(page * 4096), 4096)?;
+///     assert_eq!(discarded.freed, 0);
 /// }
 /// assert_eq!(balloon.pending(), 511 * 4096);
 /// let last = balloon.add(&memory, GuestAddress(511 * 4096), 4096)?;
@@ -61,19 +62,6 @@ const CHUNK: u64 = 2 << 20;
 #[derive(Debug)]
 pub struct DiscardAccumulator {
     collector: Collector<Owner>,
-}
-
-/// What came of a report, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub struct Collected {
-    /// What was given back, of this report and of earlier ones.
-    pub freed: u64,
-    /// What was reported and will not be given back: less than a base page at the ends of a
-    /// report, and parts of transparent huge pages that could not be split.
-    pub kept: u64,
-    /// All that is noted now, of this report and of earlier ones.
-    pub pending: u64,
 }
 
 /// The region that a unit is of. It is kept from being unmapped by nobody, but no other region is
@@ -103,6 +91,10 @@ impl DiscardAccumulator {
 
     /// Notes that `len` bytes of `memory` at `addr` are free, and discards what is complete now.
     ///
+    /// What is freed is of this report and of earlier ones. What is kept is of this one, and will
+    /// not be given back: less than a base page at its ends, and parts of transparent huge pages
+    /// that could not be split. The rest is [`pending`](Self::pending).
+    ///
     /// # Errors
     ///
     /// Those of [`GuestMemoryShm::discard`]. If a range is none, or is not all RAM, nothing is
@@ -115,16 +107,18 @@ impl DiscardAccumulator {
         memory: &GuestMemoryShm<B>,
         addr: GuestAddress,
         len: u64,
-    ) -> Result<Collected> {
+    ) -> Result<Discarded, DiscardError> {
         let range = GuestRange::new(addr, len)?;
-        let mut collected = Collected::default();
+        let mut discarded = Discarded::default();
         let mut complete = Vec::new();
         for piece in pieces(memory, range)? {
-            let (pages, rest) = whole_pages(&piece);
-            collected.kept += rest;
+            let (pages, cut) = split(piece.inside, base_page_size());
+            discarded += Discarded { freed: 0, ..cut };
             if pages.is_empty() {
                 continue;
             }
+            let start = piece.ram.range.start_addr().0;
+            let pages = start + pages.start..start + pages.end;
             let (units, owner) = (units(piece.ram), Owner::of(piece.ram));
             for part in self.collector.add(&units, &owner, pages) {
                 complete.push((units, owner.clone(), part));
@@ -132,29 +126,26 @@ impl DiscardAccumulator {
         }
         let mut complete = complete.into_iter();
         while let Some((units, owner, part)) = complete.next() {
-            if let Err(error) = collected.discard(memory, &part) {
-                self.collector.put_back(&units, &owner, part);
-                for (units, owner, part) in complete {
+            match discard(memory, &part) {
+                Ok(of_part) => discarded += of_part,
+                Err(error) => {
                     self.collector.put_back(&units, &owner, part);
+                    for (units, owner, part) in complete {
+                        self.collector.put_back(&units, &owner, part);
+                    }
+                    return Err(error);
                 }
-                return Err(error);
             }
         }
-        collected.pending = self.pending();
-        Ok(collected)
+        Ok(discarded)
     }
 
     /// Forgets that `len` bytes at `addr` are free, because the guest uses them again: all pages
     /// that have a part in the range. Units that are given back already are not affected.
     pub fn remove(&mut self, addr: GuestAddress, len: u64) {
-        let page = base_page_size();
-        let start = addr.0 - addr.0 % page;
-        let end = addr.0.saturating_add(len);
-        let end = end
-            .checked_next_multiple_of(page)
-            .unwrap_or(end - end % page);
-        if len > 0 && start < end {
-            self.collector.remove(start..end);
+        let range = addr.0..addr.0.saturating_add(len);
+        if !range.is_empty() {
+            self.collector.remove(outwards(range, base_page_size()));
         }
     }
 
@@ -167,7 +158,7 @@ impl DiscardAccumulator {
     /// # Errors
     ///
     /// Those of [`GuestMemoryShm::discard`]; what could not be discarded stays noted.
-    pub fn flush<B>(&mut self, memory: &GuestMemoryShm<B>) -> Result<Collected> {
+    pub fn flush<B>(&mut self, memory: &GuestMemoryShm<B>) -> Result<Discarded, DiscardError> {
         let (mut ready, mut gone) = (Vec::new(), Vec::new());
         for unit in self.collector.units() {
             let start = GuestAddress(unit.range.start);
@@ -186,13 +177,12 @@ impl DiscardAccumulator {
         for range in gone {
             self.collector.remove(range);
         }
-        let mut collected = Collected::default();
+        let mut discarded = Discarded::default();
         for range in ready {
-            collected.discard(memory, &range)?;
+            discarded += discard(memory, &range)?;
             self.collector.remove(range);
         }
-        collected.pending = self.pending();
-        Ok(collected)
+        Ok(discarded)
     }
 
     /// Forgets all that is noted: for a guest that was reset.
@@ -212,27 +202,8 @@ impl Default for DiscardAccumulator {
     }
 }
 
-impl Collected {
-    fn discard<B>(&mut self, memory: &GuestMemoryShm<B>, range: &Range<u64>) -> Result<()> {
-        let len = range.end - range.start;
-        let discarded = memory.discard(GuestAddress(range.start), len)?;
-        self.freed += discarded.freed;
-        self.kept += discarded.kept();
-        Ok(())
-    }
-}
-
-/// The whole base pages of a piece, in guest addresses, and how many bytes are not in them.
-fn whole_pages(piece: &Piece<'_>) -> (Range<u64>, u64) {
-    let page = base_page_size();
-    let first = piece.ram.range.start_addr().0;
-    let start = first + piece.inside.start.next_multiple_of(page);
-    let end = first + (piece.inside.end - piece.inside.end % page);
-    let all = piece.inside.end - piece.inside.start;
-    if start >= end {
-        return (0..0, all);
-    }
-    (start..end, all - (end - start))
+fn discard<B>(memory: &GuestMemoryShm<B>, range: &Range<u64>) -> Result<Discarded, DiscardError> {
+    memory.discard(GuestAddress(range.start), range.end - range.start)
 }
 
 fn units(ram: &Ram) -> Units {
@@ -243,10 +214,10 @@ fn units(ram: &Ram) -> Units {
     } else {
         (CHUNK, false)
     };
-    let start = ram.range.start_addr().0;
+    let Range { start, end } = ram.range.addrs();
     Units {
         start,
-        end: start + ram.range.size(),
+        end,
         offset: ram.offset,
         size,
         whole,

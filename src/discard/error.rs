@@ -4,19 +4,25 @@ use std::io;
 
 use vm_memory::GuestAddress;
 
-use crate::range::GuestRange;
+use crate::backing::BackingKind;
+use crate::range::{GuestRange, InvalidRange};
 use crate::units::HumanSize;
 
 /// Why memory could not be given back. Unless the variant says otherwise, nothing was.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum DiscardError {
+    /// What was to be discarded is no range.
+    #[error(transparent)]
+    Range(#[from] InvalidRange),
+
     /// A part of the range is no RAM.
     #[error(
         "cannot discard {range}: there is no RAM at guest address {:#x}, discard what is before \
          and behind the gap apart",
         .first.0
     )]
+    #[non_exhaustive]
     NotRam {
         /// The range that was to be discarded.
         range: GuestRange,
@@ -29,6 +35,7 @@ pub enum DiscardError {
         "cannot discard {range}: discards are inhibited by {by} (DiscardInhibitor), whose devices \
          have the pages pinned; try again when they have let go"
     )]
+    #[non_exhaustive]
     Inhibited {
         /// The range that was to be discarded.
         range: GuestRange,
@@ -41,6 +48,7 @@ pub enum DiscardError {
         "cannot discard {range}: pages of it are locked (mlock or mlockall), which the kernel does \
          not give back: munlock them first"
     )]
+    #[non_exhaustive]
     Locked {
         /// The part that has locked pages.
         range: GuestRange,
@@ -48,6 +56,7 @@ pub enum DiscardError {
 
     /// The mapping cannot be written.
     #[error("cannot discard {range}: it is mapped for reading only, and a discard writes zeroes")]
+    #[non_exhaustive]
     ReadOnly {
         /// The part that is read-only.
         range: GuestRange,
@@ -58,23 +67,39 @@ pub enum DiscardError {
         "cannot discard {range}: the file system of its {kind} cannot punch holes into files, use \
          a memfd, or a file on a tmpfs, ext4, xfs or btrfs"
     )]
+    #[non_exhaustive]
     NoHoles {
         /// The part that the file is behind.
         range: GuestRange,
         /// What its backing is.
-        kind: crate::backing::BackingKind,
+        kind: BackingKind,
     },
 
-    /// A system call failed on the way.
+    /// The kernel does not tell whether pages may be given back, or were.
     #[error(
-        "cannot discard {range}: {doing} failed, {} of it were given back before",
+        "cannot discard {range}: the kernel does not say which of its pages it gives back, {} were \
+         given back before",
         HumanSize(*.freed)
     )]
+    #[non_exhaustive]
+    CannotLook {
+        /// The range that was to be discarded, or the part of it that was looked at.
+        range: GuestRange,
+        /// How much was given back before, in bytes.
+        freed: u64,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// The kernel gave a part of the range back, and then no more.
+    #[error(
+        "cannot discard {range}: madvise(MADV_REMOVE) failed, {} of it were given back before",
+        HumanSize(*.freed)
+    )]
+    #[non_exhaustive]
     Failed {
         /// The range that was to be discarded.
         range: GuestRange,
-        /// The call.
-        doing: &'static str,
         /// How much was given back before it failed, in bytes.
         freed: u64,
         /// The system's answer.
@@ -85,7 +110,6 @@ pub enum DiscardError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backing::BackingKind;
 
     #[test]
     fn texts_name_the_range_the_limit_and_the_way_out() {
@@ -127,7 +151,6 @@ mod tests {
             (
                 DiscardError::Failed {
                     range,
-                    doing: "madvise(MADV_REMOVE)",
                     freed: 4096,
                     source: io::Error::from_raw_os_error(12),
                 },

@@ -1,73 +1,25 @@
 //! Giving RAM back to the host while the guest runs.
 
-use std::ops::AddAssign;
 use std::sync::Arc;
 
 use vm_memory::GuestAddress;
 
 use crate::backing::{DiscardGate, Passage, ShmBacking};
-use crate::error::Result;
 use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
 
 mod accumulator;
 mod collector;
+mod discarded;
 mod error;
 mod inhibit;
 mod pieces;
 
-pub use accumulator::{Collected, DiscardAccumulator};
+pub use accumulator::DiscardAccumulator;
+pub use discarded::Discarded;
 pub use error::DiscardError;
 pub use inhibit::DiscardInhibitor;
 use pieces::{Piece, pieces};
-
-/// What became of a range that was discarded, in bytes: the three together are the range.
-///
-/// ```
-/// use guest_memory_shm::{Discarded, GuestMemoryShm};
-/// use vm_memory::GuestAddress;
-///
-/// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-/// // Half a page, a page, and half a page.
-/// let discarded = memory.discard(GuestAddress(0x800), 0x2000)?;
-/// assert_eq!(discarded.freed, 0x1000);
-/// assert_eq!((discarded.kept_head, discarded.kept_tail), (0x800, 0x800));
-/// assert_eq!(discarded.len(), 0x2000);
-/// # Ok::<(), guest_memory_shm::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub struct Discarded {
-    /// Whole pages of the backing that are holes now: they take no memory and read as zeroes, in
-    /// every process.
-    pub freed: u64,
-    /// What is still there at the start of the range, with its contents or zeroed: the rest of a
-    /// page that began before it, or all of the range if it lies inside one page.
-    pub kept_head: u64,
-    /// What is still there at the end of the range: the beginning of a page that ends behind it.
-    pub kept_tail: u64,
-}
-
-impl Discarded {
-    /// The length of the range.
-    #[expect(clippy::len_without_is_empty, reason = "no empty range is discarded")]
-    pub fn len(&self) -> u64 {
-        self.freed + self.kept_head + self.kept_tail
-    }
-
-    /// What is still there.
-    pub fn kept(&self) -> u64 {
-        self.kept_head + self.kept_tail
-    }
-}
-
-impl AddAssign for Discarded {
-    fn add_assign(&mut self, other: Self) {
-        self.freed += other.freed;
-        self.kept_head += other.kept_head;
-        self.kept_tail += other.kept_tail;
-    }
-}
 
 impl<B> GuestMemoryShm<B> {
     /// Gives `len` bytes of RAM at `addr` back to the host: what a balloon, free page reporting or
@@ -106,9 +58,9 @@ impl<B> GuestMemoryShm<B> {
     /// [`Error::Range`](crate::Error::Range) for what is no range;
     /// [`DiscardError::NotRam`], [`DiscardError::Inhibited`], [`DiscardError::ReadOnly`],
     /// [`DiscardError::Locked`] and [`DiscardError::NoHoles`] for what cannot be given back: all of
-    /// these are found before the first page is. [`DiscardError::Failed`] if a call fails
-    /// nevertheless.
-    pub fn discard(&self, addr: GuestAddress, len: u64) -> Result<Discarded> {
+    /// these are found before the first page is. [`DiscardError::Failed`] and
+    /// [`DiscardError::CannotLook`] if a call fails nevertheless.
+    pub fn discard(&self, addr: GuestAddress, len: u64) -> Result<Discarded, DiscardError> {
         let range = GuestRange::new(addr, len)?;
         let pieces = pieces(self, range)?;
         let gates = gates(pieces.iter().map(|piece| &piece.ram.backing));
@@ -117,13 +69,7 @@ impl<B> GuestMemoryShm<B> {
 
         let mut discarded = Discarded::default();
         for piece in &pieces {
-            let part = piece.discard();
-            discarded += part.map_err(|(doing, source)| DiscardError::Failed {
-                range,
-                doing,
-                freed: discarded.freed,
-                source,
-            })?;
+            discarded += piece.discard(range, discarded.freed)?;
         }
         Ok(discarded)
     }
@@ -141,7 +87,7 @@ fn gates<'a>(backings: impl Iterator<Item = &'a ShmBacking>) -> Vec<&'a Arc<Disc
 fn enter<'a>(
     gates: &[&'a Arc<DiscardGate>],
     range: GuestRange,
-) -> std::result::Result<Vec<Passage<'a>>, DiscardError> {
+) -> Result<Vec<Passage<'a>>, DiscardError> {
     let enter = |gate: &&'a Arc<DiscardGate>| {
         let passage = gate.enter();
         passage.map_err(|by| DiscardError::Inhibited { range, by })

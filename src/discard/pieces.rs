@@ -9,14 +9,14 @@ use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use vm_memory::GuestAddress;
 
-use super::Discarded;
+use super::discarded::{Discarded, split};
+use super::error::DiscardError;
 use crate::backing::{ShmBacking, base_page_size};
-use crate::error::DiscardError;
 use crate::host::transparent;
 use crate::memory::GuestMemoryShm;
 use crate::options::Access;
 use crate::ram::Ram;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, inwards};
 
 /// The part of a range that is in one region.
 #[derive(Debug)]
@@ -26,35 +26,20 @@ pub(super) struct Piece<'a> {
     pub(super) inside: Range<u64>,
 }
 
-/// A failed call, and its answer.
-type Failure = (&'static str, io::Error);
-
 /// The pieces that a range consists of, in order, if all of it is RAM.
 pub(super) fn pieces<B>(
     memory: &GuestMemoryShm<B>,
     range: GuestRange,
-) -> std::result::Result<Vec<Piece<'_>>, DiscardError> {
-    let mut pieces = Vec::with_capacity(1);
-    let mut at = range.start_addr().0;
-    let end = at + range.size();
-    while at < end {
-        let first = GuestAddress(at);
-        let Some((region, offset)) = memory.find(first) else {
-            return Err(DiscardError::NotRam { range, first });
-        };
-        let len = (end - at).min(region.range().size() - offset);
-        pieces.push(Piece {
-            ram: region.ram(),
-            inside: offset..offset + len,
-        });
-        at += len;
-    }
-    Ok(pieces)
+) -> Result<Vec<Piece<'_>>, DiscardError> {
+    let pieces = memory.pieces(range);
+    let pieces = pieces.map_err(|first| DiscardError::NotRam { range, first })?;
+    let pieces = pieces.into_iter();
+    Ok(pieces.map(|(ram, inside)| Piece { ram, inside }).collect())
 }
 
 impl Piece<'_> {
     /// Refuses what the kernel would refuse, and changes nothing.
-    pub(super) fn check(&self) -> std::result::Result<(), DiscardError> {
+    pub(super) fn check(&self) -> Result<(), DiscardError> {
         let range = self.range();
         if self.ram.backing.map_options().access != Access::ReadWrite {
             return Err(DiscardError::ReadOnly { range });
@@ -62,32 +47,33 @@ impl Piece<'_> {
         // What is in no whole page is not discarded either way.
         let (whole, _) = split(self.inside.clone(), self.ram.backing.page_size());
         let locked = self.ram.mapping.is_locked(whole);
-        let failed = |doing| {
-            move |source| DiscardError::Failed {
-                range,
-                doing,
-                freed: 0,
-                source,
-            }
+        let cannot_look = |source| DiscardError::CannotLook {
+            range,
+            freed: 0,
+            source,
         };
-        if locked.map_err(failed("msync(MS_INVALIDATE)"))? {
+        if locked.map_err(cannot_look)? {
             return Err(DiscardError::Locked { range });
         }
         let kind = self.ram.backing.kind();
-        if !can_punch_holes(&self.ram.backing).map_err(failed("fallocate(2)"))? {
+        if !can_punch_holes(&self.ram.backing).map_err(cannot_look)? {
             return Err(DiscardError::NoHoles { range, kind });
         }
         Ok(())
     }
 
-    /// Gives back the whole pages of it.
-    pub(super) fn discard(&self) -> std::result::Result<Discarded, Failure> {
+    /// Gives back the whole pages of it, after so many bytes of `range`.
+    pub(super) fn discard(&self, range: GuestRange, freed: u64) -> Result<Discarded, DiscardError> {
         let (whole, mut discarded) = split(self.inside.clone(), self.ram.backing.page_size());
         if whole.is_empty() {
             return Ok(discarded);
         }
         let removed = self.ram.remove(whole.clone());
-        removed.map_err(|source| ("madvise(MADV_REMOVE)", source))?;
+        removed.map_err(|source| DiscardError::Failed {
+            range,
+            freed,
+            source,
+        })?;
 
         // A huge page of shmem that is not whole in the range was split, or, if it could not be,
         // zeroed: what is still there is at the edges.
@@ -98,7 +84,11 @@ impl Piece<'_> {
                 (tail, &mut discarded.kept_tail),
             ] {
                 let left = self.ram.backing.allocated_in(edge);
-                let left = left.map_err(|source| ("looking for what is left", source))?;
+                let left = left.map_err(|source| DiscardError::CannotLook {
+                    range,
+                    freed: freed + discarded.freed,
+                    source,
+                })?;
                 *kept += left;
                 discarded.freed -= left;
             }
@@ -119,32 +109,10 @@ impl Piece<'_> {
     }
 }
 
-/// The whole pages in a range of offsets, and the report if all of them become free.
-fn split(range: Range<u64>, page_size: u64) -> (Range<u64>, Discarded) {
-    let len = range.end - range.start;
-    let start = range.start.next_multiple_of(page_size);
-    let end = range.end - range.end % page_size;
-    if start > end {
-        // Inside one page.
-        let kept = Discarded {
-            kept_head: len,
-            ..Discarded::default()
-        };
-        return (range.start..range.start, kept);
-    }
-    let discarded = Discarded {
-        freed: end - start,
-        kept_head: start - range.start,
-        kept_tail: range.end - end,
-    };
-    (start..end, discarded)
-}
-
 /// The parts at the ends of a range of offsets that are no whole huge pages; either may be empty.
 fn edges(range: Range<u64>, huge: u64) -> (Range<u64>, Range<u64>) {
-    let first = range.start.next_multiple_of(huge).min(range.end);
-    let last = (range.end - range.end % huge).max(first);
-    (range.start..first, last..range.end)
+    let whole = inwards(range.clone(), huge);
+    (range.start..whole.start, whole.end..range.end)
 }
 
 /// The size in bytes of the largest transparent huge page; of a base page if there are none.
@@ -179,29 +147,6 @@ fn can_punch_holes(backing: &ShmBacking) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn discarded(freed: u64, kept_head: u64, kept_tail: u64) -> Discarded {
-        Discarded {
-            freed,
-            kept_head,
-            kept_tail,
-        }
-    }
-
-    #[test]
-    fn only_whole_pages_are_freed_and_nothing_is_lost() {
-        for (range, whole, report) in [
-            (0..20, 0..20, discarded(20, 0, 0)),
-            (5..25, 10..20, discarded(10, 5, 5)),
-            (5..15, 10..10, discarded(0, 5, 5)),
-            (12..18, 12..12, discarded(0, 6, 0)),
-            (10..18, 10..10, discarded(0, 0, 8)),
-            (12..20, 20..20, discarded(0, 8, 0)),
-        ] {
-            assert_eq!(split(range.clone(), 10), (whole, report), "{range:?}");
-            assert_eq!(report.len(), range.end - range.start);
-        }
-    }
 
     #[test]
     fn edges_are_what_is_no_whole_huge_page() {

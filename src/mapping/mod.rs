@@ -20,7 +20,7 @@ use nix::sys::mman::{MmapAdvise, madvise, munmap};
 use crate::backing::ShmBacking;
 use crate::host::transparent;
 use crate::logs;
-use crate::options::{CoreDump, MapOptions};
+use crate::options::CoreDump;
 use crate::report::{NotHuge, Note, log_notes};
 
 mod error;
@@ -47,6 +47,8 @@ pub(crate) struct Mapping {
     reserved: Span,
     /// The RAM in it.
     ram: Span,
+    /// Whether it is mapped by transparent huge pages, but for parts of it.
+    is_huge: bool,
     /// What the kernel does not do that was asked for.
     notes: Vec<Note>,
 }
@@ -112,11 +114,7 @@ impl Mapping {
         let mut mapping = reserved.into_mapping(ram);
         // Nodes and advice come before the first page: afterwards they are without effect.
         mapping.bind(backing.map_options().numa)?;
-        mapping.advise(backing.map_options());
-        if backing.map_options().transparent_huge {
-            let why_not = why_not_huge(backing, offset, size);
-            mapping.notes.extend(why_not.map(Note::NotHuge));
-        }
+        mapping.advise(backing, offset);
         log_notes(&backing.label(), &mapping.notes);
         Ok(mapping)
     }
@@ -136,7 +134,13 @@ impl Mapping {
         &self.notes
     }
 
-    fn advise(&mut self, options: MapOptions) {
+    /// Whether it is mapped by transparent huge pages, but for parts of it.
+    pub(crate) fn is_huge(&self) -> bool {
+        self.is_huge
+    }
+
+    fn advise(&mut self, backing: &ShmBacking, offset: u64) {
+        let options = backing.map_options();
         if options.core_dump == CoreDump::Exclude {
             self.advise_one(
                 MmapAdvise::MADV_DONTDUMP,
@@ -144,13 +148,18 @@ impl Mapping {
             );
         }
         if options.transparent_huge {
-            self.advise_one(MmapAdvise::MADV_HUGEPAGE, "use transparent huge pages");
+            let advised = self.advise_one(MmapAdvise::MADV_HUGEPAGE, "use transparent huge pages");
+            let why_not = why_not_huge(backing, offset, self.len() as u64);
+            // A few parts that are not aligned do not keep the others from being huge.
+            let most = matches!(why_not, None | Some(NotHuge::Alignment { .. }));
+            self.is_huge = advised && most;
+            self.notes.extend(why_not.map(Note::NotHuge));
         }
     }
 
     /// Advice that the kernel does not know (it may be built without the feature) is no reason
     /// to do without RAM.
-    fn advise_one(&mut self, what: MmapAdvise, meaning: &'static str) {
+    fn advise_one(&mut self, what: MmapAdvise, meaning: &'static str) -> bool {
         // SAFETY: the range is a mapping of ours, whole pages, and neither MADV_DONTDUMP nor
         // MADV_HUGEPAGE changes what is in it.
         let answer = unsafe { madvise(self.ram.start, self.ram.len.get(), what) };
@@ -160,6 +169,7 @@ impl Mapping {
                 source: Arc::new(errno.into()),
             });
         }
+        answer.is_ok()
     }
 }
 

@@ -95,6 +95,7 @@ impl Reservation {
         Mapping {
             reserved,
             ram,
+            is_huge: false,
             notes: Vec::new(),
         }
     }

@@ -1,6 +1,7 @@
 //! Building guest memory: everything is checked before anything is created.
 
 use std::fmt;
+use std::sync::Arc;
 
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -10,11 +11,13 @@ use crate::backing::{
     BackingError, ShmBacking, check_creation, check_descriptors, check_groups, check_pool,
     check_posix_shm, huge_pages, memory_notes, page_size_of, start_of,
 };
-use crate::error::{Error, FileError, Result};
+#[cfg(any(doc, test))]
+use crate::error::Error;
+use crate::error::{FileError, Result};
 use crate::options::{Access, Backing, OnShortage, RamOptions};
 use crate::populate::populate_new;
 use crate::range::{GuestRange, check_disjoint};
-use crate::region::{GuestRegionShm, new_bitmap};
+use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
 use crate::report::{BuildReport, log_notes};
 
 /// What the report calls all RAM that is built.
@@ -164,7 +167,7 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoRanges`] without any range (or with a backing that has none);
+    /// [`MemoryError::NoRanges`] without any range (or with a backing that has none);
     /// [`Error::Range`], [`BackingError::Outside`], [`BackingError::Truncated`] for bad places;
     /// those of [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for
     /// reading only; [`Error::Map`]; and [`Error::Populate`], if there is not enough memory before
@@ -221,10 +224,10 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
                     plan.options()
                         .map(|options| (region.ram().clone(), options)),
                 );
-                regions.push(region);
+                regions.push(Arc::new(region));
             }
         }
-        let memory = GuestMemoryShm::from_regions(regions)?;
+        let memory = GuestMemoryShm::from_unsorted(regions)?;
         populate_new(created)?;
         memory.iter().for_each(|region| region.backing().keep());
         Ok((memory, report))
@@ -272,7 +275,7 @@ impl Part {
             Source::Use { backing, offset } => (backing.page_size(), *offset),
         };
         if self.ranges.is_empty() {
-            return Err(Error::NoRanges);
+            return Err(MemoryError::NoRanges.into());
         }
         let mut ranges = Vec::with_capacity(self.ranges.len());
         for (addr, size) in &self.ranges {

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::error::{OptionsError, Result};
+use crate::range::RangeSet;
 
 /// A set of NUMA nodes of the host, numbered from 0 to 127.
 ///
@@ -104,21 +105,13 @@ const fn bit(node: u32) -> u64 {
 /// Ranges of nodes, as the kernel writes them: `0,2-3`, or `none`.
 impl fmt::Display for NodeSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut ranges: Vec<(u32, u32)> = Vec::new();
-        for node in self.iter() {
-            match ranges.last_mut() {
-                Some((_, last)) if *last + 1 == node => *last = node,
-                _ => ranges.push((node, node)),
-            }
-        }
+        let nodes = self.iter().map(u64::from).map(|node| node..node + 1);
+        let ranges: RangeSet = nodes.collect();
         let text: Vec<String> = ranges
             .into_iter()
-            .map(|(first, last)| {
-                if first == last {
-                    first.to_string()
-                } else {
-                    format!("{first}-{last}")
-                }
+            .map(|range| match (range.start, range.end - 1) {
+                (first, last) if first == last => first.to_string(),
+                (first, last) => format!("{first}-{last}"),
             })
             .collect();
         f.pad(&if text.is_empty() {

@@ -5,7 +5,7 @@ use std::io;
 use nix::errno::Errno;
 use nix::sys::statvfs::fstatvfs;
 
-use super::engine::{Failure, Why};
+use super::engine::{Failure, Step, Why};
 use super::need;
 use super::plan::{Part, Plan};
 use super::work::Looking;
@@ -22,8 +22,8 @@ pub(super) fn find(plan: &Plan, looking: &Looking, failure: Failure, needed: u64
     let part = &plan.parts[failure.chunk.part];
     let range = part.in_guest(&failure.chunk.range);
     let len = failure.chunk.range.end - failure.chunk.range.start;
-    let (doing, source) = match failure.why {
-        Why::Refused(doing, source) => (doing, source),
+    let (step, source) = match failure.why {
+        Why::Refused(step, source) => (step, source),
         Why::Short(piece) => {
             // Of all that is still missing, unless others have given something back by now.
             let all = looking.shortage(&plan.parts);
@@ -35,10 +35,9 @@ pub(super) fn find(plan: &Plan, looking: &Looking, failure: Failure, needed: u64
         .or_else(|| pool_empty(part, range, needed))
         .or_else(|| file_system_full(part, range, needed, len, &source))
         .or_else(|| not_enough(part, range, needed, len))
-        .unwrap_or(PopulateError::System {
-            range,
-            doing,
-            source,
+        .unwrap_or(match step {
+            Step::Allocate => PopulateError::Allocate { range, source },
+            Step::Map => PopulateError::Map { range, source },
         })
 }
 

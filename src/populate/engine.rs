@@ -32,9 +32,16 @@ pub(super) struct Failure {
 #[derive(Debug)]
 pub(super) enum Why {
     /// The system refused to do this.
-    Refused(&'static str, io::Error),
+    Refused(Step, io::Error),
     /// Others took the memory.
     Short(memory::Short),
+}
+
+/// What is done to a chunk.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Step {
+    Allocate,
+    Map,
 }
 
 /// Tells all threads to stop after the chunk that they work on.
@@ -230,7 +237,7 @@ mod tests {
             work: |chunk: &Chunk| match chunk.range.start {
                 50 => Err(Failure {
                     chunk: chunk.clone(),
-                    why: Why::Refused("test", io::ErrorKind::Other.into()),
+                    why: Why::Refused(Step::Map, io::ErrorKind::Other.into()),
                 }),
                 _ => Ok(10),
             },

@@ -102,13 +102,25 @@ pub enum PopulateError {
     )]
     OtherProcess,
 
-    /// A system call failed for a reason that has no variant of its own.
-    #[error("cannot populate {range}: the kernel could not {doing}")]
-    System {
+    /// Pages could not be allocated, for a reason that has no variant of its own.
+    #[error("cannot populate {range}: the kernel did not allocate pages by fallocate(2)")]
+    #[non_exhaustive]
+    Allocate {
         /// The part of the RAM.
         range: GuestRange,
-        /// What the system call was to do.
-        doing: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// Pages could not be mapped, for a reason that has no variant of its own.
+    #[error(
+        "cannot populate {range}: the kernel did not map pages by madvise(2), MADV_POPULATE_WRITE, \
+         which Linux has since 5.14 and a seccomp filter has to allow"
+    )]
+    #[non_exhaustive]
+    Map {
+        /// The part of the RAM.
+        range: GuestRange,
         /// The system's answer.
         source: io::Error,
     },
@@ -157,12 +169,19 @@ mod tests {
                  sealed memfd or a trusted peer",
             ),
             (
-                PopulateError::System {
+                PopulateError::Allocate {
                     range,
-                    doing: "allocate pages",
                     source: io::Error::from_raw_os_error(5),
                 },
-                "the kernel could not allocate pages",
+                "the kernel did not allocate pages by fallocate(2)",
+            ),
+            (
+                PopulateError::Map {
+                    range,
+                    source: io::Error::from_raw_os_error(1),
+                },
+                "the kernel did not map pages by madvise(2), MADV_POPULATE_WRITE, which Linux has \
+                 since 5.14 and a seccomp filter has to allow",
             ),
         ];
         for (error, text) in cases {

@@ -8,8 +8,7 @@ use crate::backing::{FileIdentity, ShmBacking};
 use crate::error::PopulateError;
 use crate::options::{NodeSet, NumaPolicy, OnShortage, Populate};
 use crate::ram::Ram;
-use crate::range::GuestRange;
-use crate::report::{NotHuge, Note};
+use crate::range::{GuestRange, outwards};
 
 /// The size of a chunk, in bytes: some milliseconds of work, which is how soon progress is seen
 /// and cancelling heard. (Twice or half of it makes no difference that can be measured.)
@@ -108,14 +107,7 @@ impl Part {
     /// thread at a time. And not where transparent huge pages come: by advice on the mapping they
     /// only come through the mapping, fallocate(2) would bring base pages.
     pub(super) fn through_descriptor(&self) -> bool {
-        let backing = self.backing();
-        let asked = backing.map_options().transparent_huge;
-        let mut notes = self.ram.mapping.notes().iter();
-        // A few parts that are not aligned do not keep the others from being huge.
-        let refused = notes.any(
-            |note| matches!(note, Note::NotHuge(why) if !matches!(why, NotHuge::Alignment { .. })),
-        );
-        !backing.is_hugetlb() && (!asked || refused)
+        !self.backing().is_hugetlb() && !self.ram.mapping.is_huge()
     }
 
     /// The nodes that its pages come from, as far as it matters where the thread runs.
@@ -145,12 +137,9 @@ pub(super) fn select(
             continue;
         }
         let len = missing.min(ram.range.size() - at);
-        let page = ram.backing.page_size();
-        let first = at - at % page;
-        // Regions are whole pages: rounding up stays inside.
-        let end = (at + len).next_multiple_of(page);
         parts.push(Part {
-            range: first..end,
+            // Regions are whole pages: this stays inside.
+            range: outwards(at..at + len, ram.backing.page_size()),
             ..Part::whole(ram, mode)
         });
         missing -= len;

@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::engine::{Failure, Stop, Why};
+use super::engine::{Failure, Step, Stop, Why};
 use super::need;
 use super::plan::{Chunk, GRAIN, Part, Plan};
 use super::watch::{Watch, Wish};
@@ -17,9 +17,6 @@ use crate::host::calls::{is_refused, retried};
 use crate::host::memory::{Kind, MemoryLimits, Short};
 use crate::options::Populate;
 use crate::shortage::Shortage;
-
-const ALLOCATE: &str = "allocate pages";
-const MAP: &str = "map pages";
 
 /// What looks whether there is memory.
 pub(super) struct Looking {
@@ -127,10 +124,10 @@ impl Plan {
         let part = &self.parts[chunk.part];
         let len = chunk.range.end - chunk.range.start;
         let allocating = self.allocating(chunk.part);
-        let failed = |doing| {
+        let failed = |step| {
             move |source| Failure {
                 chunk: chunk.clone(),
-                why: Why::Refused(doing, source),
+                why: Why::Refused(step, source),
             }
         };
         match part.mode {
@@ -138,7 +135,10 @@ impl Plan {
             Populate::Allocate if part.through_descriptor() => {
                 // The kernel would let the threads wait for each other at its own lock, spinning.
                 let alone = allocating.lock().unwrap_or_else(PoisonError::into_inner);
-                if part.allocate(&chunk.range).map_err(failed(ALLOCATE))? {
+                if part
+                    .allocate(&chunk.range)
+                    .map_err(failed(Step::Allocate))?
+                {
                     return Ok(len);
                 }
                 drop(alone);
@@ -146,13 +146,14 @@ impl Plan {
             Populate::Prefault if part.through_descriptor() => {
                 // Whoever would have to wait maps without allocating first.
                 if let Ok(_alone) = allocating.try_lock() {
-                    part.allocate(&chunk.range).map_err(failed(ALLOCATE))?;
+                    part.allocate(&chunk.range)
+                        .map_err(failed(Step::Allocate))?;
                 }
             }
             // Pages that only come through the mapping.
             Populate::Allocate | Populate::Prefault => {}
         }
-        part.map(&chunk.range).map_err(failed(MAP))?;
+        part.map(&chunk.range).map_err(failed(Step::Map))?;
         Ok(len)
     }
 }
@@ -180,8 +181,6 @@ impl Part {
     fn map(&self, range: &Range<u64>) -> io::Result<()> {
         let backing = self.backing();
         let access = backing.map_options().access;
-        self.ram
-            .mapping
-            .populate(range.clone(), backing.page_size(), access)
+        self.ram.mapping.populate(range.clone(), access)
     }
 }

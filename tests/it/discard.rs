@@ -9,8 +9,8 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
 use guest_memory_shm::{
-    AdoptPolicy, Backing, DiscardError, Discarded, Error, GuestMemoryShm, InvalidRange, RamOptions,
-    Seals, ShmBacking,
+    AdoptPolicy, Backing, DiscardError, Discarded, GuestMemoryShm, InvalidRange, RamOptions, Seals,
+    ShmBacking,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -197,25 +197,25 @@ fn what_is_not_all_ram_is_refused_as_a_whole() {
         (u64::MAX - 1, 1, u64::MAX - 1),
     ] {
         match memory.discard(GuestAddress(addr), len) {
-            Err(Error::Discard(DiscardError::NotRam { first, .. })) => assert_eq!(first.0, hole),
+            Err(DiscardError::NotRam { first, .. }) => assert_eq!(first.0, hole),
             other => panic!("{other:?}"),
         }
     }
     assert_refused!(
         memory.discard(GuestAddress(SIZE), 2 * SIZE),
-        Error::Discard(DiscardError::NotRam { .. }),
+        DiscardError::NotRam { .. },
         "cannot discard 0x40000..=0xbffff (512 KiB): there is no RAM at guest address 0x80000, \
          discard what is before and behind the gap apart"
     );
     let empty = memory.discard(GuestAddress(SIZE), 0);
     assert!(matches!(
         empty,
-        Err(Error::Range(InvalidRange::Empty { .. }))
+        Err(DiscardError::Range(InvalidRange::Empty { .. }))
     ));
     let endless = memory.discard(GuestAddress(SIZE), u64::MAX);
     assert!(matches!(
         endless,
-        Err(Error::Range(InvalidRange::Overflow { .. }))
+        Err(DiscardError::Range(InvalidRange::Overflow { .. }))
     ));
     assert_eq!(pages(backing(&memory, SIZE)), 128);
 }
@@ -234,7 +234,7 @@ fn locked_memory_is_refused_before_anything_is_discarded() {
     }
     assert_refused!(
         memory.discard(GuestAddress(0), 3 * SIZE),
-        Error::Discard(DiscardError::Locked { .. }),
+        DiscardError::Locked { .. },
         "cannot discard 0x80000..=0xbffff (256 KiB): pages of it are locked (mlock or mlockall), \
          which the kernel does not give back: munlock them first"
     );
@@ -280,7 +280,7 @@ fn a_file_system_without_holes_is_refused_before_anything_is_discarded() {
         fill(&memory, 0..2 * SIZE);
         assert_refused!(
             memory.discard(GuestAddress(0), 2 * SIZE),
-            Error::Discard(DiscardError::NoHoles { .. }),
+            DiscardError::NoHoles { .. },
             "cannot discard 0x40000..=0x7ffff (256 KiB): the file system of its adopted file \
              cannot punch holes into files, use a memfd, or a file on a tmpfs, ext4, xfs or btrfs"
         );
@@ -305,7 +305,7 @@ fn a_file_on_a_disk_gets_holes() {
     fill(&memory, 0..SIZE);
     match memory.discard(GuestAddress(PAGE), SIZE - 2 * PAGE) {
         Ok(discarded) => assert_eq!(discarded.freed, SIZE - 2 * PAGE),
-        Err(Error::Discard(DiscardError::NoHoles { .. })) => {
+        Err(DiscardError::NoHoles { .. }) => {
             return skip("the file system for temporary files has no holes");
         }
         Err(error) => panic!("{error}"),

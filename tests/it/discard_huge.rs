@@ -132,16 +132,16 @@ fn the_512th_report_frees_the_huge_page() {
         for n in 0..512 {
             let addr = GuestAddress(HUGE + n * 7 % 512 * PAGE);
             assert_eq!((pool.free(), balloon.pending()), (free, n * PAGE));
-            let collected = balloon.add(&memory, addr, PAGE).unwrap();
+            let discarded = balloon.add(&memory, addr, PAGE).unwrap();
             let expected = if n == 511 { HUGE } else { 0 };
-            assert_eq!((collected.freed, collected.kept), (expected, 0));
+            assert_eq!((discarded.freed, discarded.kept()), (expected, 0));
         }
         assert_eq!((pool.free(), balloon.pending()), (free + 1, 0));
         assert_eq!(byte(&memory, HUGE - 1), byte(&memory, 2 * HUGE + 1));
         // Parts stay noted, also when all that can be is to be given back.
         balloon.add(&memory, GuestAddress(0), HUGE - PAGE).unwrap();
         let flushed = balloon.flush(&memory).unwrap();
-        assert_eq!((flushed.freed, flushed.pending), (0, HUGE - PAGE));
+        assert_eq!((flushed.freed, balloon.pending()), (0, HUGE - PAGE));
         assert_eq!(byte(&memory, 0), 0xa5);
         // What the guest took back in between does not count.
         balloon.remove(GuestAddress(PAGE), 1);
@@ -149,8 +149,8 @@ fn the_512th_report_frees_the_huge_page() {
             .add(&memory, GuestAddress(HUGE - PAGE), PAGE)
             .unwrap();
         assert_eq!((pool.free(), balloon.pending()), (free + 1, HUGE - PAGE));
-        let collected = balloon.add(&memory, GuestAddress(PAGE), PAGE).unwrap();
-        assert_eq!((collected.freed, pool.free()), (HUGE, free + 2));
+        let discarded = balloon.add(&memory, GuestAddress(PAGE), PAGE).unwrap();
+        assert_eq!((discarded.freed, pool.free()), (HUGE, free + 2));
         drop(memory);
         drop(pool);
     });
@@ -254,7 +254,7 @@ fn reports_of_a_balloon_do_not_split_transparent_huge_pages() {
             .add(&memory, GuestAddress(HUGE + PAGE), 3 * PAGE)
             .unwrap();
         let flushed = balloon.flush(&memory).unwrap();
-        assert_eq!((flushed.freed, flushed.pending), (3 * PAGE, 0));
+        assert_eq!((flushed.freed, balloon.pending()), (3 * PAGE, 0));
         assert_eq!(allocated(backing(&memory)), HUGE - 3 * PAGE);
     });
 }

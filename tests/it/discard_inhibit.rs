@@ -3,9 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use guest_memory_shm::{
-    DiscardError, Error, GuestMemoryShm, GuestRegionShm, RamOptions, ShmBacking,
-};
+use guest_memory_shm::{DiscardError, GuestMemoryShm, GuestRegionShm, RamOptions, ShmBacking};
 use vm_memory::GuestAddress;
 
 use crate::isolation::{PAGE, assert_refused};
@@ -24,7 +22,7 @@ fn new_backing() -> ShmBacking {
 fn inhibited_by(memory: &GuestMemoryShm, addr: u64) -> usize {
     match memory.discard(GuestAddress(addr), PAGE) {
         Ok(_) => 0,
-        Err(Error::Discard(DiscardError::Inhibited { by, .. })) => by,
+        Err(DiscardError::Inhibited { by, .. }) => by,
         Err(error) => panic!("{error}"),
     }
 }
@@ -37,7 +35,7 @@ fn inhibited_discards_free_nothing_until_the_last_holder_lets_go() {
     let (one, other) = (memory.inhibit_discards(), memory.inhibit_discards());
     assert_refused!(
         memory.discard(GuestAddress(0), SIZE),
-        Error::Discard(DiscardError::Inhibited { .. }),
+        DiscardError::Inhibited { .. },
         "cannot discard 0x0..=0xffff (64 KiB): discards are inhibited by 2 (DiscardInhibitor), \
          whose devices have the pages pinned; try again when they have let go"
     );
@@ -97,7 +95,7 @@ fn no_discard_is_running_once_discards_are_inhibited() {
                 while !done.load(Ordering::Relaxed) {
                     match memory.discard(GuestAddress(0), 2 * SIZE) {
                         Ok(discarded) => assert_eq!(discarded.freed, 2 * SIZE),
-                        Err(Error::Discard(DiscardError::Inhibited { .. })) => continue,
+                        Err(DiscardError::Inhibited { .. }) => continue,
                         Err(error) => panic!("{error}"),
                     }
                     discards.fetch_add(1, Ordering::Relaxed);

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::range::InvalidRange;
+use crate::region::MemoryError;
 
 #[test]
 fn they_are_told_in_order_and_undone_in_reverse() {
@@ -132,7 +133,10 @@ fn a_region_that_is_replaced_is_never_seen_in_both_shapes() {
         .transaction()
         .insert(region(9))
         .remove(GuestAddress(5 * MIB), MIB);
-    assert!(matches!(gone.commit(), Err(Error::NoSuchRegion { .. })));
+    assert!(matches!(
+        gone.commit(),
+        Err(Error::Memory(MemoryError::NoSuchRegion { .. }))
+    ));
     assert_eq!(said(&log), []);
     assert_eq!(present(&space), [0, 2]);
 }

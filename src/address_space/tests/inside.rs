@@ -228,8 +228,9 @@ fn other_threads_wait_for_a_change_and_go_on_after_it() {
 #[cfg(feature = "vhost-user")]
 #[test]
 fn a_handler_of_bases_cannot_call_it_either() {
-    use crate::error::MemTableChange;
-    use crate::vhost_user::share::{HangUp, MemTableSink, SinkError, VhostUserShare};
+    use crate::vhost_user::share::{
+        DaemonFailure, DaemonRequest, HangUp, MemTableSink, VhostUserShare,
+    };
     use crate::vhost_user::table::TableRegion;
     use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 
@@ -237,22 +238,22 @@ fn a_handler_of_bases_cannot_call_it_either() {
     struct Listens;
     impl MemTableSink for Listens {
         fn request_acks(&mut self) {}
-        fn set_mem_table(&mut self, _: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError> {
+        fn set_mem_table(&mut self, _: &[TableRegion]) -> Result<Option<Vec<u64>>, DaemonFailure> {
             unreachable!("it has slots")
         }
-        fn add_mem_region(&mut self, _: &TableRegion) -> Result<Option<u64>, SinkError> {
+        fn add_mem_region(&mut self, _: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
             Ok(Some(7))
         }
-        fn remove_mem_region(&mut self, _: &TableRegion) -> Result<(), SinkError> {
+        fn remove_mem_region(&mut self, _: &TableRegion) -> Result<(), DaemonFailure> {
             Ok(())
         }
-        fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
+        fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
             Ok(8)
         }
-        fn acknowledge_bases(&mut self, _: MemTableChange) -> Result<(), SinkError> {
+        fn acknowledge_bases(&mut self, _: DaemonRequest) -> Result<(), DaemonFailure> {
             Ok(())
         }
-        fn barrier(&mut self) -> Result<(), SinkError> {
+        fn barrier(&mut self) -> Result<(), DaemonFailure> {
             Ok(())
         }
         /// It could wait, and so is told by a worker beside another.

@@ -247,7 +247,7 @@ fn a_memory_that_panics_when_it_is_dropped_by_a_publication_does_not_stop_it() {
 #[cfg(feature = "vhost-user")]
 #[test]
 fn a_connection_that_panics_when_it_is_taken_leaves_the_daemon_away() {
-    use crate::vhost_user::share::{HangUp, MemTableSink, SinkError, VhostUserShare};
+    use crate::vhost_user::share::{DaemonFailure, HangUp, MemTableSink, VhostUserShare};
     use crate::vhost_user::table::TableRegion;
     use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 
@@ -256,19 +256,19 @@ fn a_connection_that_panics_when_it_is_taken_leaves_the_daemon_away() {
         fn request_acks(&mut self) {
             assert!(!self.0, "a connection's bug");
         }
-        fn set_mem_table(&mut self, _: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError> {
+        fn set_mem_table(&mut self, _: &[TableRegion]) -> Result<Option<Vec<u64>>, DaemonFailure> {
             Ok(None)
         }
-        fn add_mem_region(&mut self, _: &TableRegion) -> Result<Option<u64>, SinkError> {
+        fn add_mem_region(&mut self, _: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
             Ok(None)
         }
-        fn remove_mem_region(&mut self, _: &TableRegion) -> Result<(), SinkError> {
+        fn remove_mem_region(&mut self, _: &TableRegion) -> Result<(), DaemonFailure> {
             Ok(())
         }
-        fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
+        fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
             Ok(8)
         }
-        fn barrier(&mut self) -> Result<(), SinkError> {
+        fn barrier(&mut self) -> Result<(), DaemonFailure> {
             Ok(())
         }
         fn hang_up(&self) -> Option<HangUp> {

@@ -131,7 +131,7 @@ impl<B: NewBitmap> ReceivedTable<B> {
             memory.push(Arc::new(placed.map_err(|error| at(index, error))?));
         }
         // The numbers are checked: they are disjoint, and there is at least one.
-        let memory = GuestMemoryShm::from_arc_regions(memory).map_err(|error| at(0, error))?;
+        let memory = GuestMemoryShm::from_unsorted(memory).map_err(|error| at(0, error.into()))?;
         let mut regions = self.regions.to_vec();
         regions.extend(new);
         Ok(Self::index(memory, regions, self.policy.clone()))

@@ -1,11 +1,12 @@
 //! What passes between a share and its daemon: changes, their acknowledgements, failures.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 
-use super::sink::{Answer, MemTableSink, SinkError};
+use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
+use super::sink::{Answer, MemTableSink};
 use super::time_limit::Clock;
 use super::{ShareReport, TimeLimit, VhostUserShare};
-use crate::error::{Error, MemTableChange, Result};
 use crate::logs;
 use crate::vhost_user::table::{MemoryTable, TableChange};
 
@@ -35,7 +36,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     fn send_difference(&mut self, change: &TableChange, report: &mut ShareReport) -> Result<()> {
         let mut last = None;
         for region in change.removals() {
-            let step = MemTableChange::Remove(region.range());
+            let step = DaemonRequest::RemoveRegion(region.range());
             self.change(step, |sink| sink.remove_mem_region(region))?;
             self.confirm(step)?;
             self.held.remove(region);
@@ -44,7 +45,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             last = Some(step);
         }
         for region in change.additions() {
-            let step = MemTableChange::Add(region.range());
+            let step = DaemonRequest::AddRegion(region.range());
             self.expect_unlogged(std::slice::from_ref(region));
             if let Some(base) = self.change(step, |sink| sink.add_mem_region(region))? {
                 // The answer says that it was taken.
@@ -62,7 +63,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         // Before, so that they count also if the answer never comes.
         self.mark_what_stays(table);
         self.expect_unlogged(table.regions());
-        let step = MemTableChange::SetTable(table.regions().len());
+        let step = DaemonRequest::SetTable(table.regions().len());
         let set = |sink: &mut F| sink.set_mem_table(table.regions());
         let bases = match self.sink.refusal_keeps_table() {
             true => self.change(step, set)?,
@@ -86,7 +87,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     }
 
     /// Without REPLY_ACK nothing says whether the daemon took a change: asks whether it is there.
-    fn confirm(&mut self, step: MemTableChange) -> Result<()> {
+    fn confirm(&mut self, step: DaemonRequest) -> Result<()> {
         if self.reply_ack {
             return Ok(());
         }
@@ -95,7 +96,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     /// libvhost-user acknowledges a change that it refuses, and hangs up then: only an answer
     /// after the acknowledgement shows that the daemon took it.
-    fn confirm_lasting(&mut self, step: MemTableChange) -> Result<()> {
+    fn confirm_lasting(&mut self, step: DaemonRequest) -> Result<()> {
         if !self.reply_ack {
             return Ok(());
         }
@@ -106,47 +107,41 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// refusal, the share goes on.
     pub(super) fn change<T>(
         &mut self,
-        change: MemTableChange,
+        request: DaemonRequest,
         call: impl FnOnce(&mut F) -> Answer<T>,
     ) -> Result<T> {
-        let refused = match self.attempt(change, call)? {
+        let refusal = match self.attempt(call)? {
             Ok(answer) => return Ok(answer),
-            Err(error @ Error::DaemonRefused { .. }) => error,
-            Err(error) => return Err(self.break_off(error)),
+            Err(refusal @ DaemonFailure::Refused(_)) => refusal,
+            Err(failure) => return Err(self.fail(request, failure)),
         };
         // A refusal says that the daemon is there, not that it stays: most hang up now.
-        match self.attempt(change, F::barrier) {
+        match self.attempt(F::barrier) {
             Ok(Err(gone)) => {
                 logs::debug!("after its refusal: {gone}");
-                Err(self.break_off(refused))
+                Err(self.fail(request, refusal))
             }
             // Where it could not be asked, the next call finds out.
-            Ok(Ok(())) | Err(_) => Err(refused),
+            Ok(Ok(())) | Err(_) => Err(ShareError::Daemon {
+                request,
+                failure: refusal,
+            }),
         }
     }
 
     /// Makes one call on the connection, within the time limit; a failure breaks the share.
     pub(super) fn call<T>(
         &mut self,
-        change: MemTableChange,
+        request: DaemonRequest,
         call: impl FnOnce(&mut F) -> Answer<T>,
     ) -> Result<T> {
-        match self.attempt(change, call)? {
-            Ok(answer) => Ok(answer),
-            Err(error) => Err(self.break_off(error)),
-        }
+        self.attempt(call)?
+            .map_err(|failure| self.fail(request, failure))
     }
 
     /// Makes one call on the connection, within the time limit. The outer error: it was not made.
-    fn attempt<T>(
-        &mut self,
-        change: MemTableChange,
-        call: impl FnOnce(&mut F) -> Answer<T>,
-    ) -> Result<Result<T>> {
-        let silent = Error::DaemonSilent {
-            change,
-            limit: self.limit,
-        };
+    fn attempt<T>(&mut self, call: impl FnOnce(&mut F) -> Answer<T>) -> Result<Answer<T>> {
+        let silent = DaemonFailure::Silent(self.limit);
         if let Some(limit) = &mut self.time_limit
             && limit.start()? == Clock::RanOut
         {
@@ -163,41 +158,36 @@ impl<F: MemTableSink> VhostUserShare<F> {
         let answer = made.unwrap_or_else(|panic| {
             // How much of the message passed is not known.
             self.time_limit.as_ref().map(TimeLimit::stop);
-            self.break_for("the sink panicked".to_owned());
+            self.break_off(ShareError::GivenUp {
+                reason: "the sink panicked".to_owned(),
+            });
             resume_unwind(panic)
         });
         let expired = self.time_limit.as_ref().is_some_and(TimeLimit::stop);
-        Ok(match answer {
-            _ if expired => Err(silent),
-            Ok(answer) => Ok(answer),
-            Err(SinkError::Refused(source)) => Err(Error::DaemonRefused { change, source }),
-            Err(SinkError::HungUp(source)) => Err(Error::DaemonHungUp { change, source }),
-            Err(SinkError::Protocol(source)) => Err(Error::DaemonProtocol { change, source }),
-            Err(SinkError::NoPostcopy) => Err(Error::NoPostcopy { change }),
-        })
+        Ok(if expired { Err(silent) } else { answer })
     }
 
-    /// Ends the connection. Nothing more is said to a daemon in an unknown state; and most daemons
-    /// serve one front-end at a time, so the next connection needs this one's end.
-    pub(super) fn break_off(&mut self, error: Error) -> Error {
-        self.break_for(error.to_string());
-        logs::warn!("share broken: {error}");
-        error
+    /// Breaks the share, and says why.
+    fn fail(&mut self, request: DaemonRequest, failure: DaemonFailure) -> ShareError {
+        self.break_off(ShareError::Daemon {
+            request,
+            failure: failure.clone(),
+        });
+        ShareError::Daemon { request, failure }
     }
 
-    /// Ends the connection, for this reason.
-    pub(super) fn break_for(&mut self, reason: String) {
+    /// Ends the connection, for this reason. Nothing more is said to a daemon in an unknown state;
+    /// and most daemons serve one frontend at a time, so the next connection needs this one's end.
+    pub(super) fn break_off(&mut self, reason: ShareError) {
+        let text = reason.to_string();
         if let Some(logging) = &mut self.logging {
-            logging.end(&reason);
+            logging.end(&text);
         }
-        self.broken = Some(reason);
+        self.broken = Some(Arc::new(reason));
         // Last of all: it may call code of others.
-        self.end_connection();
-    }
-
-    fn end_connection(&mut self) {
         if let Some(limit) = &mut self.time_limit {
             limit.end_connection();
         }
+        logs::warn!("share broken: {text}");
     }
 }

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use vhost::{VHOST_MAX_MEMORY_REGIONS, VhostBackend, VhostUserMemoryRegionInfo};
 
+use super::error::DaemonFailure;
 use super::hang_up::HangUp;
-use super::sink::{Answer, MemTableSink, SinkError};
-use crate::error::{Error, Result, SlotLimit};
+use super::sink::{Answer, MemTableSink};
 use crate::host::vhost::max_regions;
 use crate::mapping::Mapping;
-use crate::vhost_user::table::{MemoryTable, TableRegion};
+use crate::vhost_user::table::{MemoryTable, SlotLimit, TableError, TableRegion};
 
 /// The limit of the kernel module vhost, unless its parameter says otherwise.
 const DEFAULT_MAX_REGIONS: usize = 64;
@@ -80,10 +80,10 @@ impl<V: VhostBackend> MemTableSink for KernelVhost<V> {
 
     fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
         let mapped: Option<Vec<_>> = regions.iter().map(TableRegion::mapping).collect();
-        let mapped = mapped.ok_or_else(|| SinkError::Refused("a region is not mapped".into()))?;
+        let mapped = mapped.ok_or_else(|| DaemonFailure::refused("a region is not mapped"))?;
         let infos: Vec<VhostUserMemoryRegionInfo> = regions.iter().map(Into::into).collect();
         let answer = self.backend.set_mem_table(&infos);
-        let bases = answer.map_err(|error| SinkError::Refused(Box::new(error)))?;
+        let bases = answer.map_err(DaemonFailure::refused)?;
         // Not before: until now the kernel used the old ones.
         self.mapped = mapped;
         Ok(bases)
@@ -105,17 +105,17 @@ impl<V: VhostBackend> MemTableSink for KernelVhost<V> {
         Ok(())
     }
 
-    fn check_table(&self, table: &MemoryTable) -> Result<()> {
+    fn check_table(&self, table: &MemoryTable) -> Result<(), TableError> {
         let regions = table.regions();
         if regions.len() > self.max_regions {
-            return Err(Error::TooManyRegions {
+            return Err(TableError::TooManyRegions {
                 regions: regions.len(),
                 limit: self.max_regions as u64,
                 slots: SlotLimit::Kernel,
             });
         }
         match regions.iter().find(|region| region.mapping().is_none()) {
-            Some(region) => Err(Error::NoHostAddress {
+            Some(region) => Err(TableError::NoHostAddress {
                 range: region.range(),
             }),
             None => Ok(()),
@@ -145,8 +145,8 @@ impl<V: fmt::Debug> fmt::Debug for KernelVhost<V> {
     }
 }
 
-fn no_slots() -> SinkError {
-    SinkError::Protocol(
-        "in-kernel vhost has no memory slots: CONFIGURE_MEM_SLOTS is vhost-user's".into(),
+fn no_slots() -> DaemonFailure {
+    DaemonFailure::protocol(
+        "in-kernel vhost has no memory slots: CONFIGURE_MEM_SLOTS is vhost-user's",
     )
 }

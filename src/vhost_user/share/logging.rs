@@ -1,30 +1,11 @@
-//! A daemon that logs what it writes, while its table changes.
-//!
-//! When the log goes to the daemon, and why twice:
-//! - Before a table that needs a longer log, or the first one: a daemon must never hold a region
-//!   whose pages have no bits. libvhost-user ends its process then.
-//! - After every table: vhost-user-backend connects the log with the regions that it has when it
-//!   gets it, refuses one that is too short for them, and logs nothing for those that come later.
-//!   So a log that may be shorter cannot go before, and regions that were added need it after.
-//!
-//! Guests use a region only after it was told to all, so nothing is written to a new one between
-//! the table and the log that follows. SET_MEM_TABLE, however, replaces *all* regions in such a
-//! daemon: what it writes to those that stay, until the log follows, is not logged. Their pages
-//! all count as dirty then. Where the log does not follow, the pages of all regions that the daemon
-//! may hold without it do, in each harvest until it does.
-//!
-//! There is one log until logging stops, which grows in place and is never sent with a smaller
-//! size: whichever message a daemon handled last, it sets bits in the same pages, and they are
-//! harvested. That includes a daemon whose connection has ended, and which does not know it yet.
+//! What is known of a daemon that logs what it writes, and of those whose connections have ended.
 
-use super::log::{DaemonLog, DirtyRanges};
+use super::error::Result;
+use super::log::DaemonLog;
 use super::process::DaemonProcess;
 use super::stopped::{FormerDaemon, StoppedLog};
-use super::{MemTableSink, VhostUserShare};
-use crate::error::{Error, MemTableChange, Result};
-use crate::logs;
 use crate::range::GuestRange;
-use crate::vhost_user::table::{MemoryTable, TableRegion};
+use crate::vhost_user::table::MemoryTable;
 
 /// That a daemon is to log.
 #[derive(Debug, Default)]
@@ -69,6 +50,63 @@ impl Former {
 }
 
 impl Logging {
+    /// That a daemon is to log which was told of a region before, or was not.
+    pub(super) fn new(reaches_ram: bool) -> Self {
+        Self {
+            reaches_ram,
+            ..Self::default()
+        }
+    }
+
+    /// The log, if there was a region.
+    pub(super) fn log(&self) -> Option<&DaemonLog> {
+        self.log.as_ref()
+    }
+
+    /// Whether the daemon has yet to be sent the log for the table that it holds.
+    pub(super) fn is_due(&self) -> bool {
+        !self.settled
+    }
+
+    /// Makes the log long enough for `next`, which is to be sent to a daemon that holds `held`.
+    /// Says whether the daemon needs it first.
+    pub(super) fn prepare(&mut self, held: &MemoryTable, next: &MemoryTable) -> Result<bool> {
+        let needed = DaemonLog::size_for(next);
+        match &mut self.log {
+            Some(log) => log.grow(needed)?,
+            log @ None if needed > 0 => *log = Some(DaemonLog::new(needed)?),
+            None => {}
+        }
+        if let Some(log) = &mut self.log {
+            // From before it is told of them, and whatever it answers.
+            log.watch(held);
+            log.watch(next);
+        }
+        Ok(self.taken < needed)
+    }
+
+    /// The daemon took the log with this size, and is this process, if that is known.
+    pub(super) fn take(&mut self, size: u64, process: Option<DaemonProcess>) {
+        self.taken = size;
+        self.process = process.or(self.process.take());
+    }
+
+    /// A table is to be sent: the log has to follow.
+    pub(super) fn unsettle(&mut self) {
+        self.settled = false;
+    }
+
+    /// The log did not follow its table.
+    pub(super) fn fall_behind(&mut self) {
+        self.overdue = true;
+    }
+
+    /// The daemon is to be told of these regions.
+    pub(super) fn expect_unlogged(&mut self, ranges: impl Iterator<Item = GuestRange>) {
+        self.reaches_ram = true;
+        self.unlogged.extend(ranges);
+    }
+
     /// The connection has ended, or no call is made on it any more.
     pub(super) fn end(&mut self, reason: &str) {
         let process = self.process.take();
@@ -101,7 +139,7 @@ impl Logging {
     }
 
     /// The daemon logs all that it writes.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         if self.overdue {
             self.mark(&self.unlogged);
         }
@@ -110,7 +148,8 @@ impl Logging {
         self.settled = true;
     }
 
-    fn mark(&self, ranges: &[GuestRange]) {
+    /// Counts these ranges as written.
+    pub(super) fn mark(&self, ranges: &[GuestRange]) {
         if let Some(log) = &self.log {
             ranges.iter().for_each(|range| log.mark(*range));
         }
@@ -119,7 +158,7 @@ impl Logging {
     /// Takes what is dirty, together with what former daemons may have written without noting it:
     /// as it was when their connections ended, and all of it once more when they are dead, or when
     /// nobody will ask again.
-    fn harvest(&mut self, is_last: bool) -> Vec<GuestRange> {
+    pub(super) fn harvest(&mut self, is_last: bool) -> Vec<GuestRange> {
         let mut former = std::mem::take(&mut self.former);
         // Before the log is read: what the dead have noted is there.
         former.retain_mut(|daemon| {
@@ -134,252 +173,19 @@ impl Logging {
         if !self.settled {
             self.mark(&self.unlogged);
         }
-        let mut dirty = DirtyRanges::default();
-        if let Some(log) = &self.log {
-            log.drain(&mut dirty);
-        }
-        dirty.into_ranges()
-    }
-}
-
-impl<F: MemTableSink> VhostUserShare<F> {
-    /// Has the daemon log the pages that it writes, from now on and across changes of its table
-    /// and reconnections, until [`stop_log`](Self::stop_log). Does nothing if it does already.
-    ///
-    /// The log is sent (SET_LOG_BASE) with each table: before it if the log has to grow for it, and
-    /// after it. It is one file all the time, and never gets smaller. So nothing that a daemon
-    /// notes is lost, wherever it is in a change of the table when it hangs up, falls silent or
-    /// answers nonsense, and what it notes after that is not either: it comes in a later harvest.
-    ///
-    /// Daemons log only with the feature `VHOST_F_LOG_ALL` (bit 26) acknowledged: call
-    /// SET_FEATURES with it after this, and again after each reconnection, once the table was sent.
-    /// Used rings are logged where SET_VRING_ADDR says so.
-    ///
-    /// ```no_run
-    /// use std::time::Duration;
-    ///
-    /// use guest_memory_shm::{AddressSpace, ListenerId, TimeLimit, VhostUserShare};
-    /// use vhost::VhostBackend;
-    /// use vhost::vhost_user::Frontend;
-    ///
-    /// const LOG_ALL: u64 = 1 << 26;
-    ///
-    /// fn start(
-    ///     space: &AddressSpace,
-    ///     disk: &ListenerId<VhostUserShare<Frontend>>,
-    ///     features: u64, // as acknowledged before
-    /// ) -> Result<(), Box<dyn std::error::Error>> {
-    ///     space.with_listener(disk, |share| -> Result<(), Box<dyn std::error::Error>> {
-    ///         share.start_log()?; // it has the log
-    ///         let frontend = share.sink_mut();
-    ///         let mut limit = TimeLimit::new(frontend, Duration::from_secs(10));
-    ///         Ok(limit.run(|| frontend.set_features(features | LOG_ALL))??) // it uses it
-    ///     })?
-    /// }
-    /// // Each round, for as long as it logs: space.with_listener(&disk, |share| share.drain_dirty())?
-    /// // At the end: SET_FEATURES without LOG_ALL, then share.stop_log().
-    /// ```
-    ///
-    /// Without SET_FEATURES there is no error: the daemon logs nothing. The log can be started before
-    /// or after a table was sent.
-    ///
-    /// SET_LOG_BASE goes past the lock of vhost's `Frontend`: as long as the daemon logs, no other
-    /// call may be made on a clone of it while the table changes, or the daemon is reconnected to.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::LogNotShared`] if LOG_SHMFD is not among the protocol features;
-    /// [`Error::ShareBroken`]; those of a new memfd; and those of
-    /// [`update_table`](Self::update_table) if the daemon does not take the log. The daemon does not
-    /// log then.
-    pub fn start_log(&mut self) -> Result<()> {
-        self.check_not_broken()?;
-        if self.logging.is_some() {
-            return Ok(());
-        }
-        self.check_log_shmfd()?;
-        self.logging = Some(Logging {
-            reaches_ram: self.held != MemoryTable::default(),
-            ..Logging::default()
-        });
-        let table = self.held.clone();
-        let sent = self.log_before(&table);
-        let sent = sent.and_then(|()| self.confirm_log());
-        match (&sent, &mut self.logging) {
-            // The regions were there before the log: once is enough.
-            (Ok(()), Some(logging)) => logging.settle(),
-            _ => self.logging = None,
-        }
-        sent
+        self.log.as_ref().map(DaemonLog::drain).unwrap_or_default()
     }
 
-    /// Ends logging; gives what is dirty since the last [`drain_dirty`](Self::drain_dirty), and
-    /// names the daemons that were hung up on meanwhile and are not known to be dead: they may go
-    /// on writing to guest RAM.
-    ///
-    /// Call SET_FEATURES without `VHOST_F_LOG_ALL` before: no message takes a log away from a
-    /// daemon, and one that goes on logging meets regions that its log has no bits for.
-    pub fn stop_log(&mut self) -> StoppedLog {
-        let Some(mut logging) = self.logging.take() else {
-            return StoppedLog::default();
-        };
-        let dirty = logging.harvest(true);
-        let former = logging.former.into_iter().map(|daemon| FormerDaemon {
+    /// Ends logging.
+    pub(super) fn stop(mut self) -> StoppedLog {
+        let dirty = self.harvest(true);
+        let former = self.former.into_iter().map(|daemon| FormerDaemon {
             process: daemon.id(),
             reason: daemon.reason,
         });
-        let former: Vec<_> = former.collect();
-        former
-            .iter()
-            .for_each(|daemon| logs::warn!("logging stops, and {daemon}"));
-        StoppedLog { dirty, former }
-    }
-
-    /// Whether the daemon is to log.
-    pub fn is_logging(&self) -> bool {
-        self.logging.is_some()
-    }
-
-    /// Takes what the daemon wrote since the last time, in whole pages of 4 KiB: sorted, apart
-    /// from each other. Among them may be pages of regions that were removed meanwhile, and pages
-    /// that were not written: those of regions that the daemon held for a while without logging.
-    /// Empty if the daemon does not log.
-    pub fn drain_dirty(&mut self) -> Vec<GuestRange> {
-        match &mut self.logging {
-            Some(logging) => logging.harvest(false),
-            None => Vec::new(),
+        StoppedLog {
+            dirty,
+            former: former.collect(),
         }
-    }
-
-    /// Whether a daemon that is to log can.
-    pub(super) fn check_log(&self) -> Result<()> {
-        match self.logging {
-            Some(_) => self.check_log_shmfd(),
-            None => Ok(()),
-        }
-    }
-
-    fn check_log_shmfd(&self) -> Result<()> {
-        match self.log_shmfd {
-            true => Ok(()),
-            false => Err(Error::LogNotShared),
-        }
-    }
-
-    /// Whether the daemon has yet to be sent the log for the table that it holds.
-    pub(super) fn log_is_due(&self) -> bool {
-        let due = self
-            .logging
-            .as_ref()
-            .is_some_and(|logging| !logging.settled);
-        due && self.held != MemoryTable::default()
-    }
-
-    /// Before `table` is sent: the daemon has a log that is long enough for it.
-    pub(super) fn log_before(&mut self, table: &MemoryTable) -> Result<()> {
-        let Some(logging) = &mut self.logging else {
-            return Ok(());
-        };
-        let needed = DaemonLog::size_for(table);
-        match &mut logging.log {
-            Some(log) => log.grow(needed)?,
-            log @ None if needed > 0 => *log = Some(DaemonLog::new(needed)?),
-            None => {}
-        }
-        if let Some(log) = &mut logging.log {
-            // From before it is told of them, and whatever it answers.
-            log.watch(&self.held);
-            log.watch(table);
-        }
-        if logging.taken < needed {
-            self.send_log()?;
-        }
-        if let Some(logging) = &mut self.logging {
-            logging.settled = false;
-        }
-        Ok(())
-    }
-
-    /// After the table was sent: the daemon logs in all of its regions.
-    pub(super) fn log_after(&mut self) -> Result<()> {
-        let Some(logging) = &self.logging else {
-            return Ok(());
-        };
-        // Without a region nothing can be written, and there may be no log.
-        let sent = match logging.log {
-            Some(_) if self.held != MemoryTable::default() => {
-                self.send_log().and_then(|()| self.confirm_log())
-            }
-            _ => Ok(()),
-        };
-        if let Some(logging) = &mut self.logging {
-            match &sent {
-                Ok(()) => logging.settle(),
-                Err(_) => logging.overdue = true,
-            }
-        }
-        sent
-    }
-
-    /// The daemon is to be told of these regions.
-    pub(super) fn expect_unlogged(&mut self, regions: &[TableRegion]) {
-        if let Some(logging) = &mut self.logging {
-            logging.reaches_ram = true;
-            let ranges = regions.iter().map(TableRegion::range);
-            logging.unlogged.extend(ranges);
-        }
-    }
-
-    /// Guest addresses that the daemon holds and is to hold by another region: it may be using them
-    /// already when it gets that one, and logs there only once the log has followed.
-    pub(super) fn mark_what_is_mapped_anew(&self, next: &MemoryTable) {
-        let Some(logging) = &self.logging else {
-            return;
-        };
-        let held: Vec<_> = self.held.regions().iter().map(TableRegion::range).collect();
-        let new = next.regions().iter().filter(|new| !self.held.contains(new));
-        let known = |new: &GuestRange| held.iter().any(|held| held.overlaps(new));
-        let again: Vec<_> = new.map(TableRegion::range).filter(known).collect();
-        logging.mark(&again);
-    }
-
-    /// The daemon is to replace all of its regions, those that stay included.
-    pub(super) fn mark_what_stays(&self, next: &MemoryTable) {
-        if let Some(logging) = &self.logging {
-            let held = self.held.regions().iter();
-            let stay = held.filter(|region| next.contains(region));
-            let ranges: Vec<_> = stay.map(TableRegion::range).collect();
-            logging.mark(&ranges);
-        }
-    }
-
-    /// The answer to a log cannot refuse it. A daemon that does not take it hangs up: that it is
-    /// there after its answer shows that it did.
-    fn confirm_log(&mut self) -> Result<()> {
-        match &self.logging {
-            Some(Logging { log: Some(log), .. }) => {
-                self.call(MemTableChange::SetLog(log.size()), F::barrier)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn send_log(&mut self) -> Result<()> {
-        // A handle of its own: the log stays where it is, whatever the sink does.
-        let Some(log) = self
-            .logging
-            .as_ref()
-            .and_then(|logging| logging.log.clone())
-        else {
-            return Ok(());
-        };
-        let size = log.size();
-        let sent = self.change(MemTableChange::SetLog(size), |sink| sink.set_log_base(&log));
-        let process = sent?;
-        if let Some(logging) = &mut self.logging {
-            logging.taken = size;
-            logging.process = process.or(logging.process.take());
-        }
-        Ok(())
     }
 }

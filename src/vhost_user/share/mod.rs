@@ -5,21 +5,25 @@
 //! the daemon survives it and is known to hold what it held. Any other failure on the wire breaks
 //! the share: what the daemon holds is not known any more, so it has to be connected to anew.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::GuestAddress;
 use vm_memory::bitmap::Bitmap;
 
-use crate::error::{Error, MemTableChange, Result, SlotLimit};
 use crate::logs;
 use crate::memory::GuestMemoryShm;
-use crate::vhost_user::table::{MemoryTable, TableView};
+use crate::vhost_user::table::{MemoryTable, SlotLimit, TableError, TableView};
 
+mod bases;
+mod error;
 mod exchange;
 mod hang_up;
 mod kernel;
+mod listener;
 mod log;
+mod log_exchange;
 mod logging;
 mod postcopy;
 mod process;
@@ -30,12 +34,14 @@ mod time_limit;
 mod wire;
 
 pub use self::log::DaemonLog;
+use bases::BaseHandler;
+use error::Result;
+pub use error::{DaemonFailure, DaemonRequest, ShareError};
 pub use hang_up::HangUp;
 pub use kernel::KernelVhost;
 use logging::Logging;
-use postcopy::BaseHandler;
 pub use process::DaemonProcess;
-pub use sink::{MemTableSink, SinkError};
+pub use sink::MemTableSink;
 pub use stopped::{FormerDaemon, StoppedLog};
 pub use time_limit::TimeLimit;
 
@@ -103,7 +109,7 @@ pub struct VhostUserShare<F> {
     base_handler: BaseHandler,
     /// Present while the daemon is to log what it writes.
     logging: Option<Logging>,
-    broken: Option<String>,
+    broken: Option<Arc<ShareError>>,
 }
 
 /// What an update did.
@@ -222,12 +228,11 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`Error::TooManyRegions`]; [`Error::EmptyTable`] for an empty table that only
-    /// SET_MEM_TABLE could carry; [`Error::NoHostAddress`] where the table is for the kernel;
-    /// [`Error::LogNotShared`]; [`Error::ShareBroken`]; and what a failed question leads to:
-    /// [`Error::NoTimeLimit`], after which the share goes on as before, and
-    /// [`Error::DaemonRefused`], [`Error::DaemonHungUp`], [`Error::DaemonSilent`],
-    /// [`Error::DaemonProtocol`], after which it is broken.
+    /// [`ShareError::Table`]: [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty
+    /// table that only SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
+    /// for the kernel. [`ShareError::LogNotShared`]; [`ShareError::Broken`]; and what a failed
+    /// question leads to: [`ShareError::NoTimeLimit`], after which the share goes on as before, and
+    /// [`ShareError::Daemon`], after which it is broken.
     pub fn check_table(&mut self, table: &MemoryTable) -> Result<()> {
         self.check_not_broken()?;
         self.check_log()?;
@@ -237,7 +242,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         self.sink.check_table(table)?;
         match self.mem_slots {
             true => self.check_slots(table),
-            false => check_whole(table, self.sink.max_table_regions()),
+            false => Ok(check_whole(table, self.sink.max_table_regions())?),
         }
     }
 
@@ -246,28 +251,27 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`Error::TooManyRegions`]; [`Error::EmptyTable`] for an empty table that only SET_MEM_TABLE
-    /// could carry; [`Error::NoHostAddress`] where the table is for the kernel: nothing was sent,
-    /// the share goes on as before. So it does after [`Error::NoTimeLimit`], if no thread could be
-    /// had to watch the time.
+    /// [`ShareError::Table`], as for [`check_table`](Self::check_table): nothing was sent, the share
+    /// goes on as before. So it does after [`ShareError::NoTimeLimit`], if no thread could be had to
+    /// watch the time.
     ///
-    /// [`Error::LogNotShared`] if the daemon is to log ([`start_log`](Self::start_log)) and a
-    /// reconnection left LOG_SHMFD out; and those of a new memfd for its log. Where such an error,
+    /// [`ShareError::LogNotShared`] if the daemon is to log ([`start_log`](Self::start_log)) and a
+    /// reconnection left LOG_SHMFD out; [`ShareError::Log`] if it has no memfd. Where such an error,
     /// or a refusal of the log, comes after the table, the table is what the daemon holds, and
     /// the next update, to any table, sends the log; until then all of it counts as dirty.
     ///
-    /// [`Error::DaemonRefused`]: the daemon answered that it does not take a change. If that was a
-    /// single region and the daemon still answers after it, the share goes on: [`table`](Self::table)
-    /// is what was acknowledged until then, and the next update goes on from there. Otherwise it is
-    /// broken: most daemons hang up when they refuse, and some have let go of the old table when
-    /// they refuse a whole one. [`broken`](Self::broken) tells the two apart.
+    /// [`ShareError::Daemon`] with [`DaemonFailure::Refused`]: the daemon answered that it does not
+    /// take a change. If that was a single region and the daemon still answers after it, the share
+    /// goes on: [`table`](Self::table) is what was acknowledged until then, and the next update goes
+    /// on from there. Otherwise it is broken: most daemons hang up when they refuse, and some have
+    /// let go of the old table when they refuse a whole one. [`broken`](Self::broken) tells the two
+    /// apart.
     ///
-    /// [`Error::DaemonHungUp`], [`Error::DaemonSilent`], [`Error::DaemonProtocol`], and
-    /// [`Error::NoPostcopy`] if the sink cannot acknowledge the daemon's bases: the connection
-    /// is closed, the share is broken, and every later update is [`Error::ShareBroken`] until
-    /// [`reconnect`](Self::reconnect). A daemon that acknowledges a change and hangs up right after
-    /// it, as libvhost-user does to refuse one, counts as hung up; among several changes the error
-    /// may then name the change behind the refused one.
+    /// [`ShareError::Daemon`] with any other failure: the connection is closed, the share is broken,
+    /// and every later update is [`ShareError::Broken`] until [`reconnect`](Self::reconnect). A
+    /// daemon that acknowledges a change and hangs up right after it, as libvhost-user does to
+    /// refuse one, counts as hung up; among several changes the error may then name the change after
+    /// the refused one.
     pub fn update_table(&mut self, table: &MemoryTable) -> Result<ShareReport> {
         self.check_table(table)?;
         let change = self.held.change_to(table);
@@ -296,7 +300,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// # Errors
     ///
     /// Those of [`check_table`](Self::check_table), and
-    /// [`Error::OpaqueConstant`] if the [view](Self::with_view) does not fit the memory.
+    /// [`TableError::OpaqueConstant`] if the [view](Self::with_view) does not fit the memory.
     pub fn check_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<()> {
         let table = memory.memory_table_as(&self.view)?;
         self.check_table(&table)
@@ -307,8 +311,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// Those of [`update_table`](Self::update_table), and [`Error::OpaqueConstant`] if the view does
-    /// not fit the memory: nothing was sent.
+    /// Those of [`update_table`](Self::update_table), and [`TableError::OpaqueConstant`] if the view
+    /// does not fit the memory: nothing was sent.
     pub fn update_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<ShareReport> {
         let table = memory.memory_table_as(&self.view)?;
         self.update_table(&table)
@@ -323,7 +327,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     }
 
     /// Why the share is broken, if it is.
-    pub fn broken(&self) -> Option<&str> {
+    pub fn broken(&self) -> Option<&ShareError> {
         self.broken.as_deref()
     }
 
@@ -349,54 +353,18 @@ impl<F: MemTableSink> VhostUserShare<F> {
 
     fn check_not_broken(&self) -> Result<()> {
         match &self.broken {
-            Some(reason) => Err(Error::ShareBroken {
-                reason: reason.clone(),
+            Some(reason) => Err(ShareError::Broken {
+                reason: Arc::clone(reason),
             }),
             None => Ok(()),
         }
-    }
-
-    /// Asks for what the limits are, if that is not known yet.
-    pub(crate) fn learn_limits(&mut self) -> Result<()> {
-        match self.mem_slots {
-            true => self.max_slots().map(drop),
-            false => Ok(()),
-        }
-    }
-
-    /// Lets go of what the daemon had acknowledged before the share broke.
-    pub(crate) fn forget_table(&mut self) {
-        self.held = MemoryTable::default();
-    }
-
-    /// Breaks the share if the daemon has hung up since it was last told something, and says so.
-    pub(crate) fn check_there(&mut self) -> Result<()> {
-        let is_gone = self.time_limit.as_mut().is_some_and(TimeLimit::is_gone);
-        if self.broken.is_none() && is_gone {
-            let error = Error::DaemonGone;
-            return Err(self.break_off(error));
-        }
-        self.check_not_broken()
-    }
-
-    /// Closes the connection to a daemon that does not take what it has to.
-    pub(crate) fn give_up(&mut self, reason: String) {
-        self.forget_table();
-        if self.broken.is_none() {
-            self.break_for(reason);
-        }
-    }
-
-    /// Whether a call of the sink may wait for somebody.
-    pub(crate) fn may_wait(&self) -> bool {
-        self.time_limit.is_some()
     }
 
     fn max_slots(&mut self) -> Result<u64> {
         match self.slots {
             Some(limit) => Ok(limit),
             None => {
-                let limit = self.call(MemTableChange::QuerySlots, F::max_mem_slots)?;
+                let limit = self.call(DaemonRequest::GetMaxSlots, F::max_mem_slots)?;
                 Ok(*self.slots.insert(limit))
             }
         }
@@ -407,20 +375,21 @@ impl<F: MemTableSink> VhostUserShare<F> {
         let regions = table.regions().len();
         // Removals come first, so there are never more regions than in one of the two tables.
         if regions as u64 > limit {
-            return Err(Error::TooManyRegions {
+            let slots = SlotLimit::Daemon;
+            Err(TableError::TooManyRegions {
                 regions,
                 limit,
-                slots: SlotLimit::Daemon,
-            });
+                slots,
+            })?;
         }
         Ok(())
     }
 }
 
-fn check_whole(table: &MemoryTable, limit: usize) -> Result<()> {
+fn check_whole(table: &MemoryTable, limit: usize) -> Result<(), TableError> {
     match table.regions().len() {
-        0 => Err(Error::EmptyTable),
-        regions if regions > limit => Err(Error::TooManyRegions {
+        0 => Err(TableError::Empty),
+        regions if regions > limit => Err(TableError::TooManyRegions {
             regions,
             limit: limit as u64,
             slots: SlotLimit::Message,

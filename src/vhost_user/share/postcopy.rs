@@ -1,43 +1,15 @@
 //! Where a daemon mapped regions while postcopy listens: told to the caller, then acknowledged.
 
-use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Mutex, PoisonError};
 
 use vm_memory::GuestAddress;
 
-use super::sink::{MemTableSink, SinkError};
+use super::bases::BaseHandler;
+use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
+use super::sink::MemTableSink;
 use super::{ShareReport, VhostUserShare};
-use crate::error::{MemTableChange, Result};
 use crate::range::GuestRange;
 use crate::vhost_user::table::TableRegion;
-
-type Handler = Box<dyn FnMut(GuestRange, u64) + Send>;
-
-/// What the caller gave to be told of bases.
-#[derive(Default)]
-pub(super) struct BaseHandler {
-    /// The lock is never contended: it keeps the share `Sync`, whatever the handler is.
-    handler: Option<Mutex<Handler>>,
-}
-
-impl BaseHandler {
-    fn tell(&mut self, range: GuestRange, base: u64) {
-        if let Some(handler) = &mut self.handler {
-            let handler = handler.get_mut().unwrap_or_else(PoisonError::into_inner);
-            handler(range, base);
-        }
-    }
-}
-
-impl fmt::Debug for BaseHandler {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.handler {
-            Some(_) => "Some(..)",
-            None => "None",
-        })
-    }
-}
 
 impl<F: MemTableSink> VhostUserShare<F> {
     /// Has `handler` told where the daemon maps each region while postcopy listens, before that is
@@ -87,7 +59,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         mut self,
         handler: impl FnMut(GuestRange, u64) + Send + 'static,
     ) -> Self {
-        self.base_handler.handler = Some(Mutex::new(Box::new(handler)));
+        self.base_handler = BaseHandler::new(handler);
         self
     }
 
@@ -95,7 +67,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// connection.
     pub(super) fn take_up(
         &mut self,
-        step: MemTableChange,
+        step: DaemonRequest,
         regions: &[TableRegion],
         bases: &[u64],
         report: &mut ShareReport,
@@ -103,13 +75,15 @@ impl<F: MemTableSink> VhostUserShare<F> {
         if bases.len() != regions.len() {
             let (bases, regions) = (bases.len(), regions.len());
             let what = format!("{bases} bases came for {regions} regions");
-            return self.call(step, |_| Err(SinkError::Protocol(what.into())));
+            return self.call(step, |_| Err(DaemonFailure::protocol(what)));
         }
         for (region, base) in regions.iter().zip(bases) {
             report.bases.push((region.range().start_addr(), *base));
             let told = AssertUnwindSafe(|| self.base_handler.tell(region.range(), *base));
             if let Err(panic) = catch_unwind(told) {
-                self.break_for("the handler of bases panicked".to_owned());
+                self.break_off(ShareError::GivenUp {
+                    reason: "the handler of bases panicked".to_owned(),
+                });
                 resume_unwind(panic);
             }
         }

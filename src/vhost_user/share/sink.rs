@@ -8,13 +8,13 @@ use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
+use super::error::{DaemonFailure, DaemonRequest};
 use super::hang_up::HangUp;
 use super::log::DaemonLog;
 use super::process::DaemonProcess;
 use super::socket::socket_of;
 use super::wire;
-use crate::error::MemTableChange;
-use crate::vhost_user::table::{MemoryTable, TableRegion};
+use crate::vhost_user::table::{MemoryTable, TableError, TableRegion};
 
 /// The front-end's side of a connection to a daemon, as far as memory tables need it.
 ///
@@ -33,7 +33,8 @@ pub trait MemTableSink {
     /// # Errors
     ///
     /// The way in which the daemon did not take it.
-    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError>;
+    fn set_mem_table(&mut self, regions: &[TableRegion])
+    -> Result<Option<Vec<u64>>, DaemonFailure>;
 
     /// ADD_MEM_REG: adds one region.
     ///
@@ -43,36 +44,36 @@ pub trait MemTableSink {
     /// # Errors
     ///
     /// The way in which the daemon did not take it.
-    fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, SinkError>;
+    fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, DaemonFailure>;
 
     /// REM_MEM_REG: removes one region.
     ///
     /// # Errors
     ///
     /// The way in which the daemon did not take it.
-    fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), SinkError>;
+    fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), DaemonFailure>;
 
     /// GET_MAX_MEM_SLOTS: how many regions the daemon takes.
     ///
     /// # Errors
     ///
     /// The way in which the daemon did not answer.
-    fn max_mem_slots(&mut self) -> Result<u64, SinkError>;
+    fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure>;
 
     /// The same request once more, with 0 instead of regions: says that the addresses in the
     /// daemon's answer are known, so that it may cause faults there.
     ///
     /// Called right after each answer with addresses, and before any other message, because the
-    /// daemon waits for it. `change` is what was answered:
-    /// [`SetTable`](MemTableChange::SetTable) or [`Add`](MemTableChange::Add). No answer follows.
+    /// daemon waits for it. `request` is what was answered:
+    /// [`SetTable`](DaemonRequest::SetTable) or [`AddRegion`](DaemonRequest::AddRegion). No answer follows.
     /// A sink that never returns addresses needs none.
     ///
     /// # Errors
     ///
-    /// [`SinkError::NoPostcopy`] unless implemented; `Frontend` implements it with the feature
+    /// [`DaemonFailure::NoPostcopy`] unless implemented; `Frontend` implements it with the feature
     /// `postcopy`.
-    fn acknowledge_bases(&mut self, _change: MemTableChange) -> Result<(), SinkError> {
-        Err(SinkError::NoPostcopy)
+    fn acknowledge_bases(&mut self, _request: DaemonRequest) -> Result<(), DaemonFailure> {
+        Err(DaemonFailure::NoPostcopy)
     }
 
     /// SET_LOG_BASE: has the daemon log what it writes in this log, instead of the one before.
@@ -84,8 +85,8 @@ pub trait MemTableSink {
     /// # Errors
     ///
     /// The way in which the daemon did not take it.
-    fn set_log_base(&mut self, _log: &DaemonLog) -> Result<Option<DaemonProcess>, SinkError> {
-        Err(SinkError::Refused("this connection carries no log".into()))
+    fn set_log_base(&mut self, _log: &DaemonLog) -> Result<Option<DaemonProcess>, DaemonFailure> {
+        Err(DaemonFailure::refused("this connection carries no log"))
     }
 
     /// A round trip (GET_FEATURES): messages are handled in order, so its answer says that all
@@ -94,14 +95,14 @@ pub trait MemTableSink {
     /// # Errors
     ///
     /// The way in which the daemon did not answer.
-    fn barrier(&mut self) -> Result<(), SinkError>;
+    fn barrier(&mut self) -> Result<(), DaemonFailure>;
 
     /// Whether this connection could carry the table at all. Asked before anything is sent.
     ///
     /// # Errors
     ///
     /// Why it could not.
-    fn check_table(&self, _table: &MemoryTable) -> crate::error::Result<()> {
+    fn check_table(&self, _table: &MemoryTable) -> Result<(), TableError> {
         Ok(())
     }
 
@@ -125,40 +126,22 @@ pub trait MemTableSink {
     fn hang_up(&self) -> Option<HangUp>;
 }
 
-/// In which way a daemon did not take a message.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum SinkError {
-    /// It answered, with a refusal.
-    #[error("refused")]
-    Refused(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The connection is gone.
-    #[error("hung up")]
-    HungUp(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// Anything else; the two sides may be out of step.
-    #[error("protocol error")]
-    Protocol(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// It waits for an acknowledgement that this end cannot send.
-    #[error("no acknowledgement of bases")]
-    NoPostcopy,
-}
-
 /// What a sink's call says.
-pub(super) type Answer<T> = Result<T, SinkError>;
+pub(super) type Answer<T> = Result<T, DaemonFailure>;
 
-impl From<vhost::Error> for SinkError {
+impl From<vhost::Error> for DaemonFailure {
     fn from(error: vhost::Error) -> Self {
         let make = match &error {
-            vhost::Error::VhostUserProtocol(ProtocolError::BackendInternalError) => Self::Refused,
+            vhost::Error::VhostUserProtocol(ProtocolError::BackendInternalError) => Self::refused,
             vhost::Error::VhostUserProtocol(
                 ProtocolError::Disconnected
                 // An answer that ends before it is complete, or that never began.
                 | ProtocolError::PartialMessage
                 | ProtocolError::SocketBroken(_),
-            ) => Self::HungUp,
-            _ => Self::Protocol,
+            ) => Self::hung_up,
+            _ => Self::protocol,
         };
-        make(Box::new(error))
+        make(error)
     }
 }
 
@@ -168,39 +151,42 @@ impl MemTableSink for Frontend {
         self.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     }
 
-    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError> {
+    fn set_mem_table(
+        &mut self,
+        regions: &[TableRegion],
+    ) -> Result<Option<Vec<u64>>, DaemonFailure> {
         let infos: Vec<_> = regions.iter().map(Into::into).collect();
         Ok(VhostBackend::set_mem_table(self, &infos)?)
     }
 
-    fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, SinkError> {
+    fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
         Ok(VhostUserFrontend::add_mem_region(self, &region.into())?)
     }
 
-    fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), SinkError> {
+    fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), DaemonFailure> {
         Ok(VhostUserFrontend::remove_mem_region(self, &region.into())?)
     }
 
-    fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
+    fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
         Ok(VhostUserFrontend::get_max_mem_slots(self)?)
     }
 
     #[cfg(feature = "postcopy")]
-    fn acknowledge_bases(&mut self, change: MemTableChange) -> Result<(), SinkError> {
-        let request = match change {
-            MemTableChange::SetTable(_) => FrontendReq::SET_MEM_TABLE,
+    fn acknowledge_bases(&mut self, request: DaemonRequest) -> Result<(), DaemonFailure> {
+        let message = match request {
+            DaemonRequest::SetTable(_) => FrontendReq::SET_MEM_TABLE,
             _ => FrontendReq::ADD_MEM_REG,
         };
-        Ok(self.postcopy_ack_mem_regions(request)?)
+        Ok(self.postcopy_ack_mem_regions(message)?)
     }
 
     /// Exchanges the message itself, because vhost 0.18 understands the answer of its own daemons
     /// only. No clone of the frontend may make a call meanwhile.
-    fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<DaemonProcess>, SinkError> {
+    fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<DaemonProcess>, DaemonFailure> {
         wire::set_log_base(socket_of(self), log)
     }
 
-    fn barrier(&mut self) -> Result<(), SinkError> {
+    fn barrier(&mut self) -> Result<(), DaemonFailure> {
         self.get_features()?;
         Ok(())
     }

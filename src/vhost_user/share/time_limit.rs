@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::Frontend;
 
+use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
 use super::hang_up::{HangUp, Line};
-use crate::error::{Error, Result};
 use crate::logs;
 use crate::panics::caught;
 
@@ -124,12 +124,15 @@ impl TimeLimit {
     ///
     /// # Errors
     ///
-    /// [`Error::TimeLimit`] if it took longer than the limit: the connection is closed then.
-    /// [`Error::NoTimeLimit`] if nobody watches the time, because no thread could be had, or because
+    /// [`ShareError::Daemon`] with [`DaemonFailure::Silent`] if it took longer than the limit: the
+    /// connection is closed then. [`ShareError::NoTimeLimit`] if nobody watches the time, because no thread could be had, or because
     /// this process is a child of the one that made the limit: the call was not made. The next call
     /// tries to have a thread again. What the call itself answers is inside `Ok`.
     pub fn run<T>(&mut self, call: impl FnOnce() -> T) -> Result<T> {
-        let late = Error::TimeLimit { limit: self.limit };
+        let late = ShareError::Daemon {
+            request: DaemonRequest::Other,
+            failure: DaemonFailure::Silent(self.limit),
+        };
         if self.start()? == Clock::RanOut {
             return Err(late);
         }
@@ -157,10 +160,10 @@ impl TimeLimit {
     pub(super) fn start(&mut self) -> Result<Clock> {
         if self.is_a_copy() {
             let source = io::Error::other("this is a child of the process that connected");
-            return Err(Error::NoTimeLimit { source });
+            return Err(ShareError::NoTimeLimit { source });
         }
         self.is_watched()
-            .map_err(|source| Error::NoTimeLimit { source })?;
+            .map_err(|source| ShareError::NoTimeLimit { source })?;
         let mut state = self
             .shared
             .wait_known(Instant::now().checked_add(self.limit));
@@ -345,7 +348,8 @@ mod tests {
     fn a_call_that_waits_too_long_is_ended() {
         let (mut limit, hung_up) = limit(Duration::from_millis(5));
         let refused = limit.run(|| hung_up.recv()).unwrap_err();
-        assert!(matches!(refused, Error::TimeLimit { .. }));
+        let late = "the daemon did not answer within 5ms: the connection was closed";
+        assert!(refused.to_string().starts_with(late), "{refused}");
         // It stays expired: the connection is gone.
         assert!(limit.run(|| ()).is_err());
     }
@@ -356,7 +360,7 @@ mod tests {
         let (mut unwatched, hung_up) = forbidden(&calls, Errno::EPERM, || {
             let (mut unwatched, hung_up) = limit(Duration::from_secs(3600));
             let refused = unwatched.run(|| panic!("it could wait for ever"));
-            assert!(matches!(refused, Err(Error::NoTimeLimit { .. })));
+            assert!(matches!(refused, Err(ShareError::NoTimeLimit { .. })));
             assert!(!unwatched.is_gone());
             unwatched.end_connection();
             (unwatched, hung_up)
@@ -371,7 +375,7 @@ mod tests {
         let (mut unwatched, _hung_up) = limit(Duration::from_secs(3600));
         let pid = std::mem::replace(&mut unwatched.pid, 1);
         let refused = unwatched.run(|| panic!("it could wait for ever"));
-        assert!(matches!(refused, Err(Error::NoTimeLimit { .. })));
+        assert!(matches!(refused, Err(ShareError::NoTimeLimit { .. })));
         unwatched.pid = pid;
         assert!(unwatched.run(|| ()).is_ok());
     }

@@ -15,9 +15,9 @@ use nix::sys::socket::{
 };
 use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag};
 
+use super::error::DaemonFailure;
 use super::log::DaemonLog;
 use super::process::DaemonProcess;
-use super::sink::SinkError;
 use crate::logs;
 
 /// The version, in the two lowest bits of a header's flags, and the bits that it takes.
@@ -33,7 +33,7 @@ const MAX_BODY: usize = 16;
 pub(super) fn set_log_base(
     socket: BorrowedFd<'_>,
     log: &DaemonLog,
-) -> Result<Option<DaemonProcess>, SinkError> {
+) -> Result<Option<DaemonProcess>, DaemonFailure> {
     let credentials = Credentials::wanted(socket);
     send(socket, log).map_err(failed)?;
     let mut header = [0; 12];
@@ -47,7 +47,7 @@ pub(super) fn set_log_base(
     if request != u32::from(FrontendReq::SET_LOG_BASE) || !is_reply || size > MAX_BODY {
         let what =
             format!("to SET_LOG_BASE came request {request}, flags {flags:#x}, {size} bytes");
-        return Err(SinkError::Protocol(what.into()));
+        return Err(DaemonFailure::protocol(what));
     }
     // libvhost-user returns what it was sent, and DPDK nothing that means a refusal either.
     let mut body = [0; MAX_BODY];
@@ -138,13 +138,13 @@ fn sender(message: ControlMessageOwned) -> Option<u32> {
     }
 }
 
-fn failed(error: io::Error) -> SinkError {
+fn failed(error: io::Error) -> DaemonFailure {
     match error.kind() {
         ErrorKind::UnexpectedEof
         | ErrorKind::BrokenPipe
         | ErrorKind::ConnectionReset
-        | ErrorKind::NotConnected => SinkError::HungUp(Box::new(error)),
-        _ => SinkError::Protocol(Box::new(error)),
+        | ErrorKind::NotConnected => DaemonFailure::hung_up(error),
+        _ => DaemonFailure::protocol(error),
     }
 }
 
@@ -159,7 +159,7 @@ mod tests {
     const REPLY: u32 = 0x4 | VERSION;
 
     /// What comes of this answer; and what was sent.
-    fn answered(answer: &[u8], hang_up: bool) -> (Result<Option<u32>, SinkError>, Vec<u8>) {
+    fn answered(answer: &[u8], hang_up: bool) -> (Result<Option<u32>, DaemonFailure>, Vec<u8>) {
         let (front, mut back) = UnixStream::pair().unwrap();
         back.write_all(answer).unwrap();
         if hang_up {
@@ -213,13 +213,16 @@ mod tests {
             answer(SET_LOG_BASE, REPLY, 17),
         ] {
             let (result, _) = answered(&bad, false);
-            assert!(matches!(result, Err(SinkError::Protocol(_))), "{result:?}");
+            assert!(
+                matches!(result, Err(DaemonFailure::Protocol(_))),
+                "{result:?}"
+            );
         }
         let whole = answer(SET_LOG_BASE, REPLY, 8);
         for len in [0, 1, 12, 19] {
             let (result, _) = answered(&whole[..len], true);
             assert!(
-                matches!(result, Err(SinkError::HungUp(_))),
+                matches!(result, Err(DaemonFailure::HungUp(_))),
                 "{len}: {result:?}"
             );
         }

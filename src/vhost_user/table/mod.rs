@@ -16,8 +16,10 @@ use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
 use crate::region::GuestRegionShm;
 
+mod error;
 mod view;
 
+pub use error::{SlotLimit, TableError};
 pub use view::{TableView, UserAddresses};
 
 /// The regions that a daemon is told of, sorted by guest address.

@@ -1,13 +1,13 @@
 //! Least privilege: which regions a daemon is told of, and by which user addresses.
 
+use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use super::error::TableError;
 use super::{MemoryTable, TableRegion};
-use crate::error::{Error, Result};
 use crate::host::base_page_size;
 use crate::memory::GuestMemoryShm;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, RangeSet};
 
 /// What one daemon gets to see of a guest's memory: a selection of the regions, and what their user
 /// addresses say.
@@ -42,8 +42,8 @@ use crate::range::GuestRange;
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TableView {
-    /// Sorted, with gaps between them; absent: everything.
-    only: Option<Vec<GuestRange>>,
+    /// The addresses of what is seen; absent: everything.
+    only: Option<RangeSet>,
     user_addresses: UserAddresses,
 }
 
@@ -74,23 +74,10 @@ impl TableView {
     /// earlier restriction; without any range nothing is seen.
     ///
     /// A daemon that takes whole tables only cannot be shown nothing once it was shown a region:
-    /// to unplug the last one that it sees is [`Error::EmptyTable`].
+    /// to unplug the last one that it sees is [`TableError::Empty`].
     #[must_use]
     pub fn only(mut self, ranges: impl IntoIterator<Item = GuestRange>) -> Self {
-        let mut ranges: Vec<_> = ranges.into_iter().collect();
-        ranges.sort_unstable();
-        let mut merged: Vec<(GuestAddress, u64)> = Vec::with_capacity(ranges.len());
-        for range in ranges {
-            let end = range.start_addr().0 + range.size();
-            match merged.last_mut() {
-                Some((_, last)) if range.start_addr().0 <= *last => *last = end.max(*last),
-                _ => merged.push((range.start_addr(), end)),
-            }
-        }
-        let ranges = merged
-            .into_iter()
-            .filter_map(|(start, end)| GuestRange::new(start, end - start.0).ok());
-        self.only = Some(ranges.collect());
+        self.only = Some(ranges.into_iter().map(|range| range.addrs()).collect());
         self
     }
 
@@ -108,12 +95,8 @@ impl TableView {
 
     /// Whether a region of this range is seen.
     pub fn sees(&self, region: GuestRange) -> bool {
-        let Some(ranges) = &self.only else {
-            return true;
-        };
-        let behind = ranges.partition_point(|range| range.start_addr() <= region.start_addr());
-        let below = behind.checked_sub(1).map(|at| ranges[at]);
-        below.is_some_and(|range| region.last_addr() <= range.last_addr())
+        let only = self.only.as_ref();
+        only.is_none_or(|only| only.contains(region.addrs()))
     }
 }
 
@@ -122,9 +105,9 @@ impl<B: Bitmap> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::OpaqueConstant`] if a region's user addresses would run past 2^64, or the constant
+    /// [`TableError::OpaqueConstant`] if a region's user addresses would run past 2^64, or the constant
     /// is not a multiple of the page size.
-    pub fn memory_table_as(&self, view: &TableView) -> Result<MemoryTable> {
+    pub fn memory_table_as(&self, view: &TableView) -> Result<MemoryTable, TableError> {
         let seen = self.iter().filter(|region| view.sees(region.range()));
         let regions = seen.map(|region| {
             let mut region = TableRegion::from(region);
@@ -135,19 +118,19 @@ impl<B: Bitmap> GuestMemoryShm<B> {
             Ok(region)
         });
         Ok(MemoryTable {
-            regions: regions.collect::<Result<_>>()?,
+            regions: regions.collect::<Result<_, _>>()?,
         })
     }
 }
 
 /// The first user address of a region. The address behind its last one must exist, too: daemons
 /// compute it.
-fn opaque(range: GuestRange, constant: u64) -> Result<u64> {
+fn opaque(range: GuestRange, constant: u64) -> Result<u64, TableError> {
     let page_size = base_page_size();
-    let most = u64::MAX - (range.start_addr().0 + range.size());
+    let most = u64::MAX - range.addrs().end;
     let limit = most - most % page_size;
     if constant > limit || !constant.is_multiple_of(page_size) {
-        return Err(Error::OpaqueConstant {
+        return Err(TableError::OpaqueConstant {
             range,
             constant,
             limit,
@@ -159,6 +142,8 @@ fn opaque(range: GuestRange, constant: u64) -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddress;
+
     use super::*;
 
     const MIB: u64 = 1 << 20;
@@ -238,7 +223,7 @@ mod tests {
         };
         let largest = (u64::MAX - 6 * MIB) & !4095;
         with(largest).unwrap();
-        let Err(Error::OpaqueConstant { range, limit, .. }) = with(largest + 4096) else {
+        let Err(TableError::OpaqueConstant { range, limit, .. }) = with(largest + 4096) else {
             panic!("addresses wrap");
         };
         assert_eq!((range.start_addr().0, limit), (4 * MIB, largest));

@@ -290,7 +290,7 @@ impl Member {
             assert_eq!(hypervisor.table(), expected, "what {name} maps");
         });
         self.with_share(space, |share| {
-            assert_eq!(share.broken(), None, "the share of {name}");
+            assert!(share.broken().is_none(), "the share of {name}");
             assert_eq!(share.table(), table, "the share of {name}");
         });
         if let Some(machine) = &mut self.machine {

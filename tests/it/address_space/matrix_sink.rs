@@ -1,6 +1,8 @@
 //! A connection to a daemon that does something at one message.
 
-use guest_memory_shm::{DaemonLog, DaemonProcess, HangUp, MemTableSink, SinkError, TableRegion};
+use guest_memory_shm::{
+    DaemonFailure, DaemonLog, DaemonProcess, HangUp, MemTableSink, TableRegion,
+};
 use vhost::vhost_user::Frontend;
 
 /// When something is done, around the message.
@@ -73,22 +75,25 @@ impl MemTableSink for Sink {
     fn request_acks(&mut self) {
         self.frontend().request_acks();
     }
-    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError> {
+    fn set_mem_table(
+        &mut self,
+        regions: &[TableRegion],
+    ) -> Result<Option<Vec<u64>>, DaemonFailure> {
         self.change(|frontend| MemTableSink::set_mem_table(frontend, regions))
     }
-    fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, SinkError> {
+    fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
         self.change(|frontend| MemTableSink::add_mem_region(frontend, region))
     }
-    fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), SinkError> {
+    fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), DaemonFailure> {
         self.change(|frontend| MemTableSink::remove_mem_region(frontend, region))
     }
-    fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
+    fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
         self.around(0, |frontend| frontend.max_mem_slots())
     }
-    fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<DaemonProcess>, SinkError> {
+    fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<DaemonProcess>, DaemonFailure> {
         MemTableSink::set_log_base(self.frontend(), log)
     }
-    fn barrier(&mut self) -> Result<(), SinkError> {
+    fn barrier(&mut self) -> Result<(), DaemonFailure> {
         self.frontend().barrier()
     }
     fn hang_up(&self) -> Option<HangUp> {

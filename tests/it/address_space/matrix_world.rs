@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use guest_memory_shm::{
-    AddressSpace, AddressSpaceError, Attendance, Error, GuestMemoryShm, GuestRange, GuestRegionShm,
-    KvmError, RamOptions, StaleListener,
+    AddressSpace, AddressSpaceError, Attendance, DaemonFailure, Error, GuestMemoryShm, GuestRange,
+    GuestRegionShm, KvmError, RamOptions, ShareError, StaleListener, TableError,
 };
 use nix::errno::Errno;
 use vm_memory::{GuestAddress, GuestAddressSpace};
@@ -431,15 +431,20 @@ fn with(
 }
 
 fn cause_of(source: &(dyn std::error::Error + Send + Sync + 'static)) -> Cause {
+    if let Some(error) = source.downcast_ref::<ShareError>() {
+        return match (error, error.failure()) {
+            (_, Some(DaemonFailure::Refused(_))) => Cause::Refused,
+            (_, Some(DaemonFailure::HungUp(_))) => Cause::HungUp,
+            (_, Some(DaemonFailure::Silent(_))) => Cause::Silent,
+            (_, Some(DaemonFailure::Protocol(_))) => Cause::Protocol,
+            (ShareError::Broken { .. }, _) => Cause::Broken,
+            (ShareError::Gone, _) => Cause::Gone,
+            (ShareError::Table(TableError::TooManyRegions { .. }), _) => Cause::TooManyRegions,
+            other => panic!("{other:?}"),
+        };
+    }
     if let Some(error) = source.downcast_ref::<Error>() {
         return match error {
-            Error::DaemonRefused { .. } => Cause::Refused,
-            Error::DaemonHungUp { .. } => Cause::HungUp,
-            Error::DaemonSilent { .. } => Cause::Silent,
-            Error::DaemonProtocol { .. } => Cause::Protocol,
-            Error::ShareBroken { .. } => Cause::Broken,
-            Error::DaemonGone => Cause::Gone,
-            Error::TooManyRegions { .. } => Cause::TooManyRegions,
             Error::Kvm(KvmError::OutOfSlots { .. } | KvmError::Refused { .. }) => Cause::NoSlot,
             other => panic!("{other:?}"),
         };

@@ -26,11 +26,6 @@ const FOLDER: u64 = 1;
 /// `MFD_NOEXEC_SEAL` of linux/memfd.h, which older kernels do not know.
 const NOEXEC_SEAL: u32 = 8;
 
-/// Linux before 5.14: madvise(2) does not know MADV_POPULATE_READ and MADV_POPULATE_WRITE.
-pub(super) const WITHOUT_POPULATE: &[(Call, Errno)] = &[
-    (Call::new(libc::SYS_madvise, 22), EINVAL),
-    (Call::new(libc::SYS_madvise, 23), EINVAL),
-];
 /// Linux before 6.5: no cachestat(2); before 6.7: no PAGEMAP_SCAN.
 pub(super) const WITHOUT_SCANS: &[(Call, Errno)] = &[
     (Call::new(451, 0), ENOSYS),
@@ -48,7 +43,7 @@ impl Call {
             libc::SYS_mmap => kind_of_mapping(&arguments),
             libc::SYS_close if filter::is_folder(arguments[0]) => FOLDER,
             libc::SYS_memfd_create => arguments[1] & u64::from(NOEXEC_SEAL),
-            libc::SYS_fcntl | libc::SYS_futex | libc::SYS_ioctl => arguments[1] & 0xffff_ffff,
+            libc::SYS_fcntl | libc::SYS_ioctl => arguments[1] & 0xffff_ffff,
             libc::SYS_madvise | libc::SYS_mprotect => arguments[2],
             _ => 0,
         };
@@ -149,7 +144,6 @@ impl Call {
             "ioctl" => &[
                 EAGAIN, EINVAL, ENOMEM, EPERM, ENOTTY, EEXIST, ENOSPC, EIO, ENOSYS,
             ],
-            "futex" => &[EAGAIN, EFAULT, ENOMEM, ENOSYS, EPERM],
             "sched_getaffinity" => &[EPERM, EINVAL, ENOSYS],
             // Anything else is what fills the seed of a hash table: with others than these the
             // standard library panics.
@@ -201,7 +195,7 @@ impl fmt::Display for Call {
             ("mmap", HEAP) => write!(f, "mmap(heap)"),
             ("mmap", _) => write!(f, "mmap(file)"),
             ("close", FOLDER) => write!(f, "close(folder)"),
-            (name @ ("fcntl" | "futex" | "madvise" | "memfd_create" | "mprotect"), kind) => {
+            (name @ ("fcntl" | "madvise" | "memfd_create" | "mprotect"), kind) => {
                 write!(f, "{name}({kind})")
             }
             (name @ "ioctl", kind) => write!(f, "{name}({kind:#x})"),
@@ -233,7 +227,6 @@ const NAMES: &[(c_long, &str)] = &[
     (libc::SYS_fstat, "fstat"),
     (libc::SYS_fstatfs, "fstatfs"),
     (libc::SYS_ftruncate, "ftruncate"),
-    (libc::SYS_futex, "futex"),
     (libc::SYS_getdents64, "getdents64"),
     (libc::SYS_getpeername, "getpeername"),
     (libc::SYS_getpid, "getpid"),

@@ -8,24 +8,18 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::libc::{
-    self, BPF_ABS, BPF_ALU, BPF_AND, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, c_long,
-    c_ulong, seccomp_notif, seccomp_notif_resp, sock_filter, sock_fprog,
+    self, BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, c_long, c_ulong, seccomp_notif,
+    seccomp_notif_resp, sock_filter, sock_fprog,
 };
 
-/// Where `struct seccomp_data` has the number of the call, and the lower half of its second
-/// argument (little-endian).
+/// Where `struct seccomp_data` has the number of the call.
 const NUMBER: u32 = 0;
-const SECOND_ARGUMENT: u32 = 24;
-
-/// The futex operations that this crate makes by itself, to touch pages.
-const CRATES_FUTEXES: [i32; 2] = [libc::FUTEX_CMP_REQUEUE, libc::FUTEX_WAKE_OP];
-const FUTEX_COMMAND: u32 = 0x7f;
 
 /// Has the calls of this thread, and of the threads that it starts from now on, wait for a
 /// supervisor: those with the numbers in `watched`, or all. Gives the supervisor's descriptor.
 ///
-/// Never asked about are the end of a thread, and futex operations but those that the crate makes
-/// by itself: locks and channels of the standard library cannot fail.
+/// Never asked about are the end of a thread, and futexes: locks and channels of the standard
+/// library cannot fail.
 pub(super) fn install(watched: Option<&[c_long]>) -> Result<OwnedFd, Errno> {
     let mut program = program(watched);
     let program = sock_fprog {
@@ -70,21 +64,6 @@ fn program(watched: Option<&[c_long]>) -> Vec<sock_filter> {
     );
 
     let mut program = vec![load(NUMBER)];
-    // Futexes: the operation decides.
-    let is_watched = |number| watched.is_none_or(|watched| watched.contains(&number));
-    program.extend([
-        equal(libc::SYS_futex, 0, 5),
-        load(SECOND_ARGUMENT),
-        statement(BPF_ALU | BPF_AND | BPF_K, FUTEX_COMMAND),
-        equal(CRATES_FUTEXES[0].into(), 1, 0),
-        equal(CRATES_FUTEXES[1].into(), 0, 1),
-        if is_watched(libc::SYS_futex) {
-            ask
-        } else {
-            allow
-        },
-        load(NUMBER),
-    ]);
     for number in [libc::SYS_futex, libc::SYS_exit, libc::SYS_exit_group] {
         program.extend([equal(number, 0, 1), allow]);
     }

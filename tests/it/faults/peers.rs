@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use guest_memory_shm::mock::{BlkDevice, MockDaemon, MockDaemonBuilder};
 use guest_memory_shm::{
-    Error, GuestMemoryShm, GuestRegionShm, MemoryTable, RamOptions, VhostUserShare,
+    GuestMemoryShm, GuestRegionShm, MemoryTable, RamOptions, ShareError, VhostUserShare,
 };
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::GuestAddress;
@@ -136,7 +136,7 @@ fn negotiate(stage: &Stage) -> Outcome {
 fn look(
     daemon: &MockDaemon,
     mut share: Share,
-    updated: Result<(), Error>,
+    updated: Result<(), ShareError>,
     memory: &GuestMemoryShm,
 ) -> Outcome {
     let table = memory.memory_table();
@@ -151,7 +151,7 @@ fn look(
     match share.broken() {
         None => assert!(holds(daemon, share.table()), "{:?}", daemon.table()),
         Some(reason) => {
-            assert!(!reason.is_empty());
+            assert!(!reason.to_string().is_empty());
             drop(share);
             share = new_share(daemon);
         }

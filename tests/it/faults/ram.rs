@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use tempfile::TempDir;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use super::call::{WITHOUT_POPULATE, WITHOUT_SCANS};
+use super::call::WITHOUT_SCANS;
 use super::{Operation, Outcome, Stage, says_something};
 
 const MIB: u64 = 1 << 20;
@@ -28,10 +28,6 @@ pub(super) const BUILDS: &[Operation] = &[
     Operation::new("build with all options", |stage| {
         build(stage, &all_options())
     }),
-    Operation::new("build with all options on Linux 5.10", |stage| {
-        build(stage, &all_options())
-    })
-    .without(WITHOUT_POPULATE),
     Operation::new("build POSIX shm", |stage| build(stage, &posix_shm())),
     Operation::new("build allocated POSIX shm", |stage| {
         build(stage, &posix_shm().with_populate(Populate::Allocate))
@@ -59,10 +55,6 @@ pub(super) const USES: &[Operation] = &[
     Operation::new("prefault in the background", |stage| {
         populate_in_background(stage, Populate::Prefault)
     }),
-    Operation::new("prefault on Linux 5.10", |stage| {
-        populate(stage, Populate::Prefault)
-    })
-    .without(WITHOUT_POPULATE),
     Operation::new("discard", |stage| discard(stage, &RamOptions::new())),
     Operation::new("tell", |stage| tell(stage, &RamOptions::new())),
     Operation::new("tell on Linux 6.1", |stage| tell(stage, &RamOptions::new()))

@@ -313,7 +313,7 @@ fn use_daemon(
     threads: &mut Vec<JoinHandle<()>>,
 ) -> Result<(), Error> {
     match random.below(4) {
-        0 => in_time(|| space.with_listener(id, Share::start_log)?),
+        0 => in_time(|| Ok(space.with_listener(id, Share::start_log)??)),
         1 => in_time(|| space.with_listener(id, Share::drain_dirty).map(drop)),
         2 => in_time(|| space.refresh(id)),
         _ => {
@@ -336,7 +336,8 @@ fn negotiate(
     let device = in_time(|| limit.run(|| BlkDevice::negotiate(&mut frontend, Features::all())));
     match device {
         Ok(Ok(device)) => Some((frontend, device.protocol_features())),
-        Ok(Err(error)) | Err(error) => {
+        failed => {
+            let error = failed.map_or_else(Error::from, |answer| answer.unwrap_err());
             says_something(&error);
             None
         }

@@ -1,7 +1,9 @@
 //! What other VMMs get wrong about memory tables that change, each as a test.
 
 use guest_memory_shm::mock::{Fault, LoggedRequest};
-use guest_memory_shm::{Access, AddressSpaceError, Attendance, Backing, Error, GuestRom};
+use guest_memory_shm::{
+    Access, AddressSpaceError, Attendance, Backing, DaemonFailure, Error, GuestRom, ShareError,
+};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
@@ -207,8 +209,8 @@ fn a_refusal_is_an_error_that_names_the_device_the_region_and_the_cause() {
                 assert_eq!((listener.as_str(), region), ("net0", Some(range)));
                 assert_eq!(stale, []);
                 assert!(matches!(
-                    cause.downcast_ref::<Error>(),
-                    Some(Error::DaemonRefused { .. })
+                    cause.downcast_ref().and_then(ShareError::failure),
+                    Some(DaemonFailure::Refused(_))
                 ));
             }
             other => panic!("{other}"),

@@ -13,10 +13,13 @@ impl<F: FnOnce()> MemTableSink for At<F> {
     fn request_acks(&mut self) {
         self.frontend.request_acks();
     }
-    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError> {
+    fn set_mem_table(
+        &mut self,
+        regions: &[TableRegion],
+    ) -> Result<Option<Vec<u64>>, DaemonFailure> {
         MemTableSink::set_mem_table(&mut self.frontend, regions)
     }
-    fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, SinkError> {
+    fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
         self.adds += 1;
         if self.adds == 2
             && let Some(act) = self.act.take()
@@ -25,13 +28,13 @@ impl<F: FnOnce()> MemTableSink for At<F> {
         }
         MemTableSink::add_mem_region(&mut self.frontend, region)
     }
-    fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), SinkError> {
+    fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), DaemonFailure> {
         MemTableSink::remove_mem_region(&mut self.frontend, region)
     }
-    fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
+    fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
         self.frontend.max_mem_slots()
     }
-    fn barrier(&mut self) -> Result<(), SinkError> {
+    fn barrier(&mut self) -> Result<(), DaemonFailure> {
         self.frontend.barrier()
     }
     fn hang_up(&self) -> Option<HangUp> {
@@ -43,7 +46,7 @@ impl<F: FnOnce()> MemTableSink for At<F> {
 fn update_disturbed(
     limit: Duration,
     act: impl FnOnce(&mut StorageDaemon),
-) -> Option<(Error, MemoryTable)> {
+) -> Option<(ShareError, MemoryTable)> {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("image");
     fs::write(&image, [0; 4096]).unwrap();
@@ -103,7 +106,10 @@ fn qemu_storage_daemon_takes_regions_and_gives_them_back() {
 fn a_qemu_storage_daemon_that_is_stopped_during_an_update_is_silent() {
     let disturbed = update_disturbed(Duration::from_secs(2), |daemon| daemon.process.stop());
     if let Some((error, held)) = disturbed {
-        assert!(matches!(error, Error::DaemonSilent { .. }), "{error:?}");
+        assert!(
+            matches!(error.failure(), Some(DaemonFailure::Silent(_))),
+            "{error:?}"
+        );
         assert!(
             error.to_string().contains("add the region 0x100000..="),
             "{error}"
@@ -116,7 +122,10 @@ fn a_qemu_storage_daemon_that_is_stopped_during_an_update_is_silent() {
 fn a_qemu_storage_daemon_that_is_killed_during_an_update_hung_up() {
     let disturbed = update_disturbed(PATIENCE, |daemon| daemon.process.kill());
     if let Some((error, held)) = disturbed {
-        assert!(matches!(error, Error::DaemonHungUp { .. }), "{error:?}");
+        assert!(
+            matches!(error.failure(), Some(DaemonFailure::HungUp(_))),
+            "{error:?}"
+        );
         assert!(
             error.to_string().contains("add the region 0x100000..="),
             "{error}"
@@ -138,7 +147,10 @@ fn a_qemu_storage_daemon_that_is_killed_before_it_answers_hung_up() {
         }));
     });
     if let Some((error, _)) = disturbed {
-        assert!(matches!(error, Error::DaemonHungUp { .. }), "{error:?}");
+        assert!(
+            matches!(error.failure(), Some(DaemonFailure::HungUp(_))),
+            "{error:?}"
+        );
         killer.unwrap().join().unwrap();
     }
 }

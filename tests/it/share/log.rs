@@ -299,7 +299,7 @@ fn a_log_goes_on_over_a_new_connection() {
     drop(share.reconnect(frontend, device.protocol_features()));
     peer.daemon.clear_requests();
     let refused = share.update_memory(&first).unwrap_err();
-    assert!(matches!(refused, Error::LogNotShared), "{refused}");
+    assert!(matches!(refused, ShareError::LogNotShared), "{refused}");
     assert_eq!(peer.daemon.requests(), []);
 
     let (now, device) = {
@@ -330,7 +330,7 @@ fn a_log_needs_its_protocol_feature() {
     share.update_memory(&memory(&[0])).unwrap();
     peer.daemon.clear_requests();
     let refused = share.start_log().unwrap_err();
-    assert!(matches!(refused, Error::LogNotShared), "{refused}");
+    assert!(matches!(refused, ShareError::LogNotShared), "{refused}");
     assert!(!share.is_logging());
     assert_eq!(peer.daemon.requests(), []);
 }
@@ -346,7 +346,7 @@ fn a_refused_region_leaves_the_log_working_for_those_that_are_held() {
         share.start_log().unwrap();
         peer.daemon.inject(Fault::refuse(refused));
         share.update_memory(&with(&first, &[10, 20])).unwrap_err();
-        assert_eq!(share.broken(), None);
+        assert!(share.broken().is_none());
         let held = share.table().regions().len() as u64;
         assert_eq!(held, refused);
         let last = (held - 1) * 10;

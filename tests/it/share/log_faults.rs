@@ -223,24 +223,30 @@ fn a_daemon_may_make_the_log_longer_and_nobody_can_make_it_shorter() {
         fn request_acks(&mut self) {
             self.frontend.request_acks();
         }
-        fn set_mem_table(&mut self, all: &[TableRegion]) -> Result<Option<Vec<u64>>, SinkError> {
+        fn set_mem_table(
+            &mut self,
+            all: &[TableRegion],
+        ) -> Result<Option<Vec<u64>>, DaemonFailure> {
             MemTableSink::set_mem_table(&mut self.frontend, all)
         }
-        fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, SinkError> {
+        fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
             MemTableSink::add_mem_region(&mut self.frontend, region)
         }
-        fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), SinkError> {
+        fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), DaemonFailure> {
             MemTableSink::remove_mem_region(&mut self.frontend, region)
         }
-        fn max_mem_slots(&mut self) -> Result<u64, SinkError> {
+        fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
             self.frontend.max_mem_slots()
         }
-        fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<DaemonProcess>, SinkError> {
+        fn set_log_base(
+            &mut self,
+            log: &DaemonLog,
+        ) -> Result<Option<DaemonProcess>, DaemonFailure> {
             let file = log.as_fd().try_clone_to_owned().unwrap();
             self.logs.borrow_mut().push(file.into());
             MemTableSink::set_log_base(&mut self.frontend, log)
         }
-        fn barrier(&mut self) -> Result<(), SinkError> {
+        fn barrier(&mut self) -> Result<(), DaemonFailure> {
             self.frontend.barrier()
         }
         fn hang_up(&self) -> Option<HangUp> {
@@ -277,7 +283,10 @@ fn a_daemon_that_hangs_up_right_after_its_answer_did_not_take_the_log() {
     share.update_memory(&first).unwrap();
     peer.daemon.inject(Fault::answer_then_hang_up(1).at_log());
     let gone = share.start_log().unwrap_err();
-    assert!(matches!(gone, Error::DaemonHungUp { .. }), "{gone}");
+    assert!(
+        matches!(gone.failure(), Some(DaemonFailure::HungUp(_))),
+        "{gone}"
+    );
     assert!(!share.is_logging());
 
     reconnect(&peer, &mut share, &first);
@@ -285,7 +294,10 @@ fn a_daemon_that_hangs_up_right_after_its_answer_did_not_take_the_log() {
     // The one after the table.
     peer.daemon.inject(Fault::answer_then_hang_up(2).at_log());
     let gone = share.update_memory(&with(&first, &[10])).unwrap_err();
-    assert!(matches!(gone, Error::DaemonHungUp { .. }), "{gone}");
+    assert!(
+        matches!(gone.failure(), Some(DaemonFailure::HungUp(_))),
+        "{gone}"
+    );
     let named = share.stop_log();
     assert_eq!(named.former_daemons().len(), 1);
 }

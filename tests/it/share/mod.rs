@@ -12,9 +12,9 @@ use guest_memory_shm::mock::{
     BlkDevice, BlkDriver, BlkError, Fault, FaultKind, LoggedRequest, MockDaemon, MockDaemonBuilder,
 };
 use guest_memory_shm::{
-    AddressSpace, Backing, DaemonLog, DaemonProcess, Error, GuestMemoryShm, GuestRange,
-    GuestRegionShm, HangUp, KernelVhost, MemTableSink, MemoryTable, RamOptions, SinkError,
-    SlotLimit, TableRegion, TableView, UserAddresses, VhostUserShare,
+    AddressSpace, Backing, DaemonFailure, DaemonLog, DaemonProcess, GuestMemoryShm, GuestRange,
+    GuestRegionShm, HangUp, KernelVhost, MemTableSink, MemoryTable, RamOptions, ShareError,
+    SlotLimit, TableError, TableRegion, TableView, UserAddresses, VhostUserShare,
 };
 use tempfile::TempDir;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};

@@ -87,7 +87,7 @@ fn a_daemon_that_goes_instead_of_returning_a_base_is_not_acknowledged() {
     assert_eq!(peer.join().unwrap(), [0, 10]);
     assert_eq!(told(&bases), [(0, BASE)]);
     let mut share = space.detach(id).unwrap();
-    assert!(share.broken().unwrap().contains("hung up"));
+    assert!(share.broken().unwrap().to_string().contains("hung up"));
     assert_eq!(share.take_bases(), [(GuestAddress(0), BASE)]);
 }
 

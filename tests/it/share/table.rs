@@ -163,16 +163,17 @@ fn without_slots_the_whole_table_is_sent_and_nine_regions_are_not() {
 
     peer.daemon.clear_requests();
     let refused = share.update_table(&nine.memory_table()).unwrap_err();
-    let Error::TooManyRegions {
+    let ShareError::Table(TableError::TooManyRegions {
         regions: 9,
         limit: 8,
         slots: SlotLimit::Message,
-    } = refused
+        ..
+    }) = refused
     else {
         panic!("{refused}");
     };
     assert_eq!(peer.daemon.requests(), []);
-    assert_eq!(share.broken(), None);
+    assert!(share.broken().is_none());
     let seven = without(&eight, &[0]);
     share.update_table(&seven.memory_table()).unwrap();
     peer.holds(&seven.memory_table());
@@ -188,11 +189,12 @@ fn more_regions_than_slots_are_refused_before_anything_is_sent() {
     let refused = share
         .update_table(&with(&three, &[3]).memory_table())
         .unwrap_err();
-    let Error::TooManyRegions {
+    let ShareError::Table(TableError::TooManyRegions {
         regions: 4,
         limit: 3,
         slots: SlotLimit::Daemon,
-    } = refused
+        ..
+    }) = refused
     else {
         panic!("{refused}");
     };
@@ -220,11 +222,11 @@ fn takes_509_regions() {
     let (mut share, _) = peer.share();
     assert!(matches!(
         share.update_table(&all.memory_table()),
-        Err(Error::TooManyRegions {
+        Err(ShareError::Table(TableError::TooManyRegions {
             regions: 510,
             limit: 509,
             ..
-        })
+        }))
     ));
     let most = without(&all, &[100]);
     share.update_table(&most.memory_table()).unwrap();

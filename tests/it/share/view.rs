@@ -97,11 +97,11 @@ fn a_region_that_is_plugged_counts_for_the_daemons_slots_only_if_it_sees_it() {
         share
             .with_view(TableView::default())
             .check_memory(&memory(&[0, 1, 2])),
-        Err(Error::TooManyRegions {
+        Err(ShareError::Table(TableError::TooManyRegions {
             regions: 3,
             limit: 1,
             ..
-        })
+        }))
     ));
 }
 
@@ -114,10 +114,16 @@ fn a_constant_that_does_not_fit_is_found_before_anything_is_sent() {
     let mut share = share.with_view(view);
     peer.daemon.clear_requests();
     let refused = share.update_memory(&memory(&[0])).unwrap_err();
-    assert!(matches!(refused, Error::OpaqueConstant { .. }), "{refused}");
+    assert!(
+        matches!(
+            refused,
+            ShareError::Table(TableError::OpaqueConstant { .. })
+        ),
+        "{refused}"
+    );
     assert!(share.check_memory(&memory(&[0])).is_err());
     assert_eq!(peer.daemon.requests(), []);
-    assert_eq!(share.broken(), None);
+    assert!(share.broken().is_none());
 }
 
 #[test]

@@ -22,7 +22,7 @@ enum Said {
     Add(u64),
     Remove(u64),
     /// An acknowledgement of the bases of what was said before.
-    AckBases(MemTableChange),
+    AckBases(DaemonRequest),
     /// The size in words.
     Log(u64),
     Barrier,
@@ -36,7 +36,7 @@ struct Script {
     held: Vec<u64>,
     keeps_table: bool,
     /// The n-th message after `Acks`, counted from 0, is answered like this.
-    fail: Option<(usize, fn() -> SinkError)>,
+    fail: Option<(usize, fn() -> DaemonFailure)>,
     base: Option<u64>,
     /// What answers the log.
     process: Option<u32>,
@@ -90,7 +90,7 @@ impl MemTableSink for Script {
         self.say(Said::Slots)?;
         Ok(self.slots)
     }
-    fn acknowledge_bases(&mut self, change: MemTableChange) -> Answer<()> {
+    fn acknowledge_bases(&mut self, change: DaemonRequest) -> Answer<()> {
         self.say(Said::AckBases(change))
     }
     fn barrier(&mut self) -> Answer<()> {
@@ -185,27 +185,27 @@ fn too_many_regions_are_refused_before_anything_is_sent() {
     let said = plain.sink().said.len();
     assert!(matches!(
         plain.update_table(&table(&nine)),
-        Err(Error::TooManyRegions {
+        Err(ShareError::Table(TableError::TooManyRegions {
             regions: 9,
             limit: 8,
             slots: SlotLimit::Message
-        })
+        }))
     ));
     assert!(matches!(
         plain.update_table(&MemoryTable::default()),
-        Err(Error::EmptyTable)
+        Err(ShareError::Table(TableError::Empty))
     ));
     assert_eq!(plain.sink().said.len(), said);
-    assert_eq!(plain.broken(), None);
+    assert!(plain.broken().is_none());
 
     let mut slots = share(8, SLOTS | ACK);
     assert!(matches!(
         slots.update_table(&table(&nine)),
-        Err(Error::TooManyRegions {
+        Err(ShareError::Table(TableError::TooManyRegions {
             regions: 9,
             limit: 8,
             slots: SlotLimit::Daemon
-        })
+        }))
     ));
     // The share goes on: 8 other regions take the place of 8.
     slots.update_table(&table(&nine[..8])).unwrap();
@@ -225,32 +225,35 @@ fn a_check_asks_for_the_slots_once_and_changes_nothing() {
     share.check_table(&table(&[0, 1])).unwrap();
     assert!(matches!(
         share.check_table(&table(&[0, 1, 2])),
-        Err(Error::TooManyRegions {
+        Err(ShareError::Table(TableError::TooManyRegions {
             regions: 3,
             limit: 2,
             slots: SlotLimit::Daemon
-        })
+        }))
     ));
     assert_eq!(share.sink().said, [Acks, Slots]);
     assert_eq!(share.table(), &MemoryTable::default());
     share.update_table(&table(&[0, 1])).unwrap();
     share.check_table(&MemoryTable::default()).unwrap();
     share.sink_mut().fail = Some((share.sink().said.len() - 1, || {
-        SinkError::HungUp("gone".into())
+        DaemonFailure::hung_up("gone")
     }));
     share.update_table(&table(&[0])).unwrap_err();
     let held = share.table().clone();
     assert!(matches!(
         share.check_table(&held),
-        Err(Error::ShareBroken { .. })
+        Err(ShareError::Broken { .. })
     ));
 }
 
 #[test]
 fn a_check_whose_question_fails_breaks_the_share() {
     let mut share = share(2, SLOTS | ACK);
-    share.sink_mut().fail = Some((0, || SinkError::HungUp("gone".into())));
+    share.sink_mut().fail = Some((0, || DaemonFailure::hung_up("gone")));
     let lost = share.check_table(&table(&[0])).unwrap_err();
-    assert!(matches!(lost, Error::DaemonHungUp { .. }), "{lost}");
+    assert!(
+        matches!(lost.failure(), Some(DaemonFailure::HungUp(_))),
+        "{lost}"
+    );
     assert!(share.broken().is_some());
 }

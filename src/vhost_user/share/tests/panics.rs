@@ -14,7 +14,7 @@ fn one_that_could_not_ask_for_acknowledgements_is_not_spoken_to() {
     share.sink_mut().panics = Some(Panics::AtAcks);
     panics(|| share.update_table(&table(&[0])));
     let broken = share.update_table(&table(&[0])).unwrap_err();
-    assert!(matches!(broken, Error::ShareBroken { .. }), "{broken}");
+    assert!(matches!(broken, ShareError::Broken { .. }), "{broken}");
     assert_eq!(share.sink().said, []);
 
     let sink = Script {

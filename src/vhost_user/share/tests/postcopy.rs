@@ -25,11 +25,11 @@ fn range(start: u64) -> GuestRange {
 }
 
 fn add(start: u64) -> Said {
-    Said::AckBases(MemTableChange::Add(range(start)))
+    Said::AckBases(DaemonRequest::AddRegion(range(start)))
 }
 
 fn set(regions: usize) -> Said {
-    Said::AckBases(MemTableChange::SetTable(regions))
+    Said::AckBases(DaemonRequest::SetTable(regions))
 }
 
 fn bases(report: &[(GuestAddress, u64)]) -> Vec<(u64, u64)> {
@@ -121,7 +121,7 @@ impl MemTableSink for Watching {
     fn max_mem_slots(&mut self) -> Answer<u64> {
         Ok(8)
     }
-    fn acknowledge_bases(&mut self, _: MemTableChange) -> Answer<()> {
+    fn acknowledge_bases(&mut self, _: DaemonRequest) -> Answer<()> {
         self.at_acks.push(self.told.lock().unwrap().len());
         Ok(())
     }
@@ -160,7 +160,10 @@ fn fewer_or_more_bases_than_regions_break_the_share() {
     for bases in [0, 2] {
         let mut share = watching(ACK, bases);
         let wrong = share.update_table(&table(&[0, 1])).unwrap_err();
-        assert!(matches!(wrong, Error::DaemonProtocol { .. }), "{wrong}");
+        assert!(
+            matches!(wrong.failure(), Some(DaemonFailure::Protocol(_))),
+            "{wrong}"
+        );
         assert!(share.sink().at_acks.is_empty(), "nothing is acknowledged");
         assert!(share.broken().is_some());
     }
@@ -170,9 +173,12 @@ fn fewer_or_more_bases_than_regions_break_the_share() {
 fn a_failed_acknowledgement_breaks_the_share_and_keeps_the_bases() {
     for (features, at) in [(SLOTS | ACK, 4), (SLOTS, 5), (ACK, 1)] {
         let (mut share, told) = listening(features);
-        share.sink_mut().fail = Some((at, || SinkError::HungUp("gone".into())));
+        share.sink_mut().fail = Some((at, || DaemonFailure::hung_up("gone")));
         let failed = share.update_table(&table(&[1, 4])).unwrap_err();
-        assert!(matches!(failed, Error::DaemonHungUp { .. }), "{failed}");
+        assert!(
+            matches!(failed.failure(), Some(DaemonFailure::HungUp(_))),
+            "{failed}"
+        );
         assert!(matches!(share.sink().said.last(), Some(Said::AckBases(_))));
         assert!(share.broken().is_some());
         let told = told.lock().unwrap().clone();
@@ -182,7 +188,7 @@ fn a_failed_acknowledgement_breaks_the_share_and_keeps_the_bases() {
         assert_eq!(starts(share.table()), [1, 4]);
         assert!(matches!(
             share.update_table(&table(&[1])),
-            Err(Error::ShareBroken { .. })
+            Err(ShareError::Broken { .. })
         ));
     }
 }
@@ -209,7 +215,10 @@ fn a_handler_that_panics_breaks_the_share_before_anything_else_is_said() {
     let update = catch_unwind(AssertUnwindSafe(|| share.update_table(&table(&[1]))));
     assert!(update.is_err());
     assert_eq!(share.sink().said.last(), Some(&Said::Add(1)));
-    assert_eq!(share.broken(), Some("the handler of bases panicked"));
+    assert_eq!(
+        share.broken().unwrap().to_string(),
+        "the handler of bases panicked"
+    );
     let said = share.sink().said.len();
     share.update_table(&table(&[1])).unwrap_err();
     assert_eq!(share.sink().said.len(), said);
@@ -217,6 +226,7 @@ fn a_handler_that_panics_breaks_the_share_before_anything_else_is_said() {
 
 #[test]
 fn a_sink_that_cannot_acknowledge_fails_the_change() {
+    use DaemonFailure::NoPostcopy;
     /// Returns bases and leaves the rest as it is.
     struct Plain;
     impl MemTableSink for Plain {
@@ -240,17 +250,17 @@ fn a_sink_that_cannot_acknowledge_fails_the_change() {
             None
         }
     }
-    let whole = MemTableChange::SetTable(1);
+    let whole = DaemonRequest::SetTable(1);
     for (features, step) in [
-        (SLOTS | ACK, MemTableChange::Add(range(3))),
-        (SLOTS, MemTableChange::Add(range(3))),
+        (SLOTS | ACK, DaemonRequest::AddRegion(range(3))),
+        (SLOTS, DaemonRequest::AddRegion(range(3))),
         (ACK, whole),
         (Features::empty(), whole),
     ] {
         let mut share = VhostUserShare::new(Plain, features);
         let failed = share.update_table(&table(&[3])).unwrap_err();
         assert!(
-            matches!(failed, Error::NoPostcopy { change } if change == step),
+            matches!(failed, ShareError::Daemon { request, failure: NoPostcopy } if request == step),
             "{failed}"
         );
         assert!(failed.to_string().contains("feature postcopy"), "{failed}");

@@ -20,12 +20,12 @@ fn exchange(
 
 #[test]
 fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
-    type Make = fn() -> SinkError;
+    type Make = fn() -> DaemonFailure;
     let ways: [(Make, &str); 3] = [
-        (|| SinkError::Refused("no".into()), "refused"),
-        (|| SinkError::HungUp("gone".into()), "hung up"),
+        (|| DaemonFailure::refused("no"), "refused"),
+        (|| DaemonFailure::hung_up("gone"), "hung up"),
         (
-            || SinkError::Protocol("what".into()),
+            || DaemonFailure::protocol("what"),
             "does not fit the protocol",
         ),
     ];
@@ -60,7 +60,7 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
                     && matches!(said[step], Said::Add(_) | Said::Remove(_) | Said::Log(_))
                 {
                     // The one failure that tells what the daemon holds, and it is still there.
-                    assert_eq!(share.broken(), None);
+                    assert!(share.broken().is_none());
                     assert_eq!(said[step + 1], &Said::Barrier);
                     assert_eq!(starts(share.table()), share.sink().held);
                     share.update_table(&second).unwrap();
@@ -68,12 +68,12 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
                     assert_eq!(share.table(), &second);
                     continue;
                 }
-                assert_eq!(share.broken(), Some(error.as_str()));
+                assert_eq!(share.broken().unwrap().to_string(), error);
 
                 let said = share.sink().said.len();
                 assert!(matches!(
                     share.update_table(&first),
-                    Err(Error::ShareBroken { .. })
+                    Err(ShareError::Broken { .. })
                 ));
                 assert_eq!(
                     share.sink().said.len(),
@@ -87,7 +87,8 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
                 };
                 let _ = share.reconnect(fresh, features);
                 assert_eq!(share.update_table(&second).unwrap().added(), 2);
-                assert_eq!((share.broken(), share.table()), (None, &second));
+                assert!(share.broken().is_none());
+                assert_eq!(share.table(), &second);
                 let said = &share.sink().said;
                 let last = said.iter().rfind(|said| **said != Said::Barrier);
                 assert_eq!(matches!(last, Some(Said::Log(_))), share.is_logging());
@@ -99,10 +100,10 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
 #[test]
 fn what_was_acknowledged_before_a_failure_is_known() {
     let mut share = share(8, SLOTS | ACK);
-    share.sink_mut().fail = Some((2, || SinkError::Refused("no".into())));
+    share.sink_mut().fail = Some((2, || DaemonFailure::refused("no")));
     assert!(matches!(
         share.update_table(&table(&[0, 2])),
-        Err(Error::DaemonRefused { change: MemTableChange::Add(range), .. })
+        Err(ShareError::Daemon { request: DaemonRequest::AddRegion(range), .. })
             if range.start_addr() == GuestAddress(2 << 20)
     ));
     assert_eq!(starts(share.table()), [0]);
@@ -121,7 +122,7 @@ fn a_refusal_followed_by_silence_breaks_the_share() {
         fn add_mem_region(&mut self, region: &TableRegion) -> Answer<Option<u64>> {
             self.1 = mib(region) == 2;
             match self.1 {
-                true => Err(SinkError::Refused("no".into())),
+                true => Err(DaemonFailure::refused("no")),
                 false => self.0.add_mem_region(region),
             }
         }
@@ -133,7 +134,7 @@ fn a_refusal_followed_by_silence_breaks_the_share() {
         }
         fn barrier(&mut self) -> Answer<()> {
             match self.1 {
-                true => Err(SinkError::HungUp("gone".into())),
+                true => Err(DaemonFailure::hung_up("gone")),
                 false => Ok(()),
             }
         }
@@ -143,8 +144,11 @@ fn a_refusal_followed_by_silence_breaks_the_share() {
     }
     let mut share = VhostUserShare::new(Leaves::default(), SLOTS | ACK);
     let refused = share.update_table(&table(&[0, 2])).unwrap_err();
-    assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
-    assert_eq!(share.broken(), Some(refused.to_string().as_str()));
+    assert!(
+        matches!(refused.failure(), Some(DaemonFailure::Refused(_))),
+        "{refused}"
+    );
+    assert_eq!(share.broken().unwrap().to_string(), refused.to_string());
 }
 
 #[test]
@@ -154,9 +158,12 @@ fn a_refused_whole_table_breaks_the_share_unless_the_sink_says_it_keeps_the_old_
         share.sink_mut().keeps_table = keeps_table;
         share.update_table(&table(&[0, 2])).unwrap();
         let steps = share.sink().said.len();
-        share.sink_mut().fail = Some((steps, || SinkError::Refused("no".into())));
+        share.sink_mut().fail = Some((steps, || DaemonFailure::refused("no")));
         let refused = share.update_table(&table(&[4])).unwrap_err();
-        assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
+        assert!(
+            matches!(refused.failure(), Some(DaemonFailure::Refused(_))),
+            "{refused}"
+        );
         assert_eq!(share.broken().is_none(), keeps_table);
         assert_eq!(starts(share.table()), [0, 2]);
         assert_eq!(share.update_table(&table(&[4])).is_ok(), keeps_table);
@@ -168,7 +175,7 @@ fn bases_of_a_failed_update_and_of_a_dropped_report_are_kept() {
     let mut share = share(8, SLOTS | ACK);
     share.sink_mut().base = Some(7);
     // The third region is refused, after GET_MAX_MEM_SLOTS and two regions, each acknowledged.
-    share.sink_mut().fail = Some((5, || SinkError::Refused("no".into())));
+    share.sink_mut().fail = Some((5, || DaemonFailure::refused("no")));
     share.update_table(&table(&[1, 2, 3])).unwrap_err();
     let mib = |start: u64| GuestAddress(start << 20);
     assert_eq!(share.take_bases(), [(mib(1), 7), (mib(2), 7)]);
@@ -213,11 +220,11 @@ fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
             share.update_table(&first).unwrap();
             share.start_log().unwrap();
             share.sink_mut().said.clear();
-            share.sink_mut().fail = Some((at, || SinkError::Refused("no".into())));
+            share.sink_mut().fail = Some((at, || DaemonFailure::refused("no")));
             let refused = share.update_table(&second).unwrap_err();
             let text = "refused to take a dirty log of 96 bytes";
             assert!(refused.to_string().contains(text), "{refused}");
-            assert_eq!(share.broken(), None);
+            assert!(share.broken().is_none());
             // Before the table it stands in its way, after it it does not undo it.
             let held = if at == 0 { &first } else { &second };
             assert_eq!(share.table(), held);
@@ -259,10 +266,10 @@ fn a_log_that_does_not_start_leaves_nothing_behind() {
     let mut share = share(8, SLOTS | ACK | Features::LOG_SHMFD);
     share.update_table(&table(&[0])).unwrap();
     share.sink_mut().said.clear();
-    share.sink_mut().fail = Some((0, || SinkError::Refused("no".into())));
+    share.sink_mut().fail = Some((0, || DaemonFailure::refused("no")));
     share.start_log().unwrap_err();
     assert!(!share.is_logging());
-    assert_eq!(share.broken(), None);
+    assert!(share.broken().is_none());
     share.sink_mut().fail = None;
     share.start_log().unwrap();
     assert!(share.is_logging());
@@ -296,8 +303,11 @@ fn a_sink_without_logs_refuses_them() {
     let mut share = VhostUserShare::new(Plain, ACK | Features::LOG_SHMFD);
     share.update_table(&table(&[0])).unwrap();
     let refused = share.start_log().unwrap_err();
-    assert!(matches!(refused, Error::DaemonRefused { .. }), "{refused}");
-    assert_eq!((share.is_logging(), share.broken()), (false, None));
+    assert!(
+        matches!(refused.failure(), Some(DaemonFailure::Refused(_))),
+        "{refused}"
+    );
+    assert!(!share.is_logging() && share.broken().is_none());
     share.update_table(&table(&[1])).unwrap();
 }
 
@@ -311,9 +321,9 @@ fn a_sink_that_panics_breaks_the_share() {
     let wanted = table(&[0, 2]);
     let update = catch_unwind(AssertUnwindSafe(|| share.update_table(&wanted)));
     assert!(update.is_err());
-    assert_eq!(share.broken(), Some("the sink panicked"));
+    assert_eq!(share.broken().unwrap().to_string(), "the sink panicked");
     assert_eq!(share.sink().said.len(), said + 1);
     let refused = share.update_table(&wanted).unwrap_err();
-    assert!(matches!(refused, Error::ShareBroken { .. }), "{refused}");
+    assert!(matches!(refused, ShareError::Broken { .. }), "{refused}");
     assert_eq!(share.sink().said.len(), said + 1);
 }

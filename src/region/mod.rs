@@ -23,6 +23,10 @@ use crate::ram::Ram;
 use crate::range::GuestRange;
 use crate::report::{BuildReport, log_notes};
 
+mod error;
+
+pub use error::MemoryError;
+
 /// A contiguous range of guest RAM: one shared mapping of a part of a [`ShmBacking`].
 ///
 /// Implements vm-memory's `GuestMemoryRegion`; `B` is the dirty bitmap, `()` for none. It is
@@ -81,7 +85,7 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     /// # Errors
     ///
     /// Those of a bad place, as [`new`](Self::new);
-    /// [`Error::UnalignedOffset`](crate::Error::UnalignedOffset) and
+    /// [`InvalidRange::Unaligned`](crate::InvalidRange::Unaligned) and
     /// [`Error::OutsideBacking`](crate::Error::OutsideBacking) for a part that the backing does not
     /// have; [`Error::BackingTruncated`](crate::Error::BackingTruncated) for one that it has no
     /// more; [`FileError::ReadOnlyRam`] for a file that is opened for reading only;
