@@ -217,13 +217,11 @@ pub use shortage::{ResourceLimit, Shortage};
 pub use stats::{Extents, MemoryStats, RegionStats, StatsError};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::share::{
-    DaemonFailure, DaemonLog, DaemonProcess, DaemonRequest, FormerDaemon, HangUp, KernelVhost,
-    MemTableSink, ShareError, ShareReport, StoppedLog, TimeLimit, VhostUserShare,
+    CallDeadline, DaemonConnection, DaemonFailure, DaemonLog, DaemonRequest, Disconnector,
+    FormerDaemon, KernelVhost, ShareError, ShareReport, StoppedLog, VhostUserShare,
 };
 #[cfg(feature = "vhost-user")]
-pub use vhost_user::table::{
-    MemoryTable, SlotLimit, TableChange, TableError, TableRegion, TableView, UserAddresses,
-};
+pub use vhost_user::table::{MemoryTable, SlotLimit, TableError, TableRegion, TableView};
 
 /// Pages for those who begin; with the features `kvm` and `mock`, whose types they name.
 #[cfg(all(any(doc, doctest), feature = "kvm", feature = "mock"))]

@@ -34,7 +34,7 @@ const WORDS: Words = &[
     ),
     ("connect it anew and attach it then", "run this again"),
     (
-        ", restart the daemon or allow more with VhostUserShare::with_time_limit",
+        ", restart the daemon or allow more with VhostUserShare::with_deadline",
         "",
     ),
     ("listener \"", "\""),

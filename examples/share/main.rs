@@ -45,7 +45,7 @@ use session::{Endpoint, Session};
 
 /// The remedies of the crate's errors, as far as this program has them.
 const WORDS: Words = &[
-    ("VhostUserShare::with_time_limit", "--time-limit"),
+    ("VhostUserShare::with_deadline", "--time-limit"),
     (
         "daemon or allow more time",
         "daemon or allow more with --time-limit",

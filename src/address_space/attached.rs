@@ -34,7 +34,7 @@ use crate::range::GuestRange;
 /// # let connect = || -> Result<_, Box<dyn std::error::Error>> {
 /// #     let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
 /// #     let features = BlkDevice::negotiate(&mut frontend, Features::all())?.protocol_features();
-/// #     Ok(VhostUserShare::new(frontend, features).with_time_limit(Duration::from_millis(50)))
+/// #     Ok(VhostUserShare::new(frontend, features).with_deadline(Duration::from_millis(50)))
 /// # };
 /// # let share = connect()?;
 /// let boot = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;

@@ -7,7 +7,7 @@ use super::{AddressSpace, ListenerId};
 #[cfg(doc)]
 use crate::error::AddressSpaceError;
 use crate::error::Result;
-use crate::vhost_user::share::{MemTableSink, VhostUserShare};
+use crate::vhost_user::share::{DaemonConnection, VhostUserShare};
 
 impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// Goes on with a new connection to a daemon, and tells it the present memory; gives back the
@@ -32,7 +32,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// Those of [`refresh`](Self::refresh); the new connection is closed then, and so is the old
     /// one: the daemon is away, as before. With [`AddressSpaceError::NoSuchListener`] and
     /// [`AddressSpaceError::Reentrant`] only the new one is closed, and the daemon is what it was.
-    pub fn reconnect<F: MemTableSink + Send + 'static>(
+    pub fn reconnect<F: DaemonConnection + Send + 'static>(
         &self,
         id: &ListenerId<VhostUserShare<F>>,
         sink: F,

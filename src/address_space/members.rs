@@ -98,7 +98,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
 
     /// Runs a closure on a listener, for what it can do otherwise. No change happens meanwhile:
     /// changes wait, so that what may wait itself, such as a request to a daemon, needs a
-    #[cfg_attr(feature = "vhost-user", doc = "[time limit](crate::TimeLimit).")]
+    #[cfg_attr(feature = "vhost-user", doc = "[time limit](crate::CallDeadline).")]
     #[cfg_attr(not(feature = "vhost-user"), doc = "time limit.")]
     /// What `work` calls of this address space is [`AddressSpaceError::Reentrant`], but for
     /// [`memory`](Self::memory) and [`atomic`](Self::atomic).

@@ -229,14 +229,14 @@ fn other_threads_wait_for_a_change_and_go_on_after_it() {
 #[test]
 fn a_handler_of_bases_cannot_call_it_either() {
     use crate::vhost_user::share::{
-        DaemonFailure, DaemonRequest, HangUp, MemTableSink, VhostUserShare,
+        DaemonConnection, DaemonFailure, DaemonRequest, Disconnector, VhostUserShare,
     };
     use crate::vhost_user::table::TableRegion;
     use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 
     /// A daemon while postcopy listens.
     struct Listens;
-    impl MemTableSink for Listens {
+    impl DaemonConnection for Listens {
         fn request_acks(&mut self) {}
         fn set_mem_table(&mut self, _: &[TableRegion]) -> Result<Option<Vec<u64>>, DaemonFailure> {
             unreachable!("it has slots")
@@ -257,8 +257,8 @@ fn a_handler_of_bases_cannot_call_it_either() {
             Ok(())
         }
         /// It could wait, and so is told by a worker beside another.
-        fn hang_up(&self) -> Option<HangUp> {
-            Some(HangUp::new(|| ()))
+        fn disconnector(&self) -> Option<Disconnector> {
+            Some(Disconnector::new(|| ()))
         }
     }
     let (space, calls) = (Arc::new(space()), Arc::new(Mutex::new(0)));

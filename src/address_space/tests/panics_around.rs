@@ -247,12 +247,12 @@ fn a_memory_that_panics_when_it_is_dropped_by_a_publication_does_not_stop_it() {
 #[cfg(feature = "vhost-user")]
 #[test]
 fn a_connection_that_panics_when_it_is_taken_leaves_the_daemon_away() {
-    use crate::vhost_user::share::{DaemonFailure, HangUp, MemTableSink, VhostUserShare};
+    use crate::vhost_user::share::{DaemonConnection, DaemonFailure, Disconnector, VhostUserShare};
     use crate::vhost_user::table::TableRegion;
     use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 
     struct Sink(bool);
-    impl MemTableSink for Sink {
+    impl DaemonConnection for Sink {
         fn request_acks(&mut self) {
             assert!(!self.0, "a connection's bug");
         }
@@ -271,7 +271,7 @@ fn a_connection_that_panics_when_it_is_taken_leaves_the_daemon_away() {
         fn barrier(&mut self) -> Result<(), DaemonFailure> {
             Ok(())
         }
-        fn hang_up(&self) -> Option<HangUp> {
+        fn disconnector(&self) -> Option<Disconnector> {
             None
         }
     }

@@ -32,7 +32,7 @@ const WORD: u64 = 64;
 /// too, and they are all found. It is not sealed against growing: a daemon can make it longer,
 /// which costs memory where the daemon writes.
 ///
-/// A [`VhostUserShare`](crate::VhostUserShare) makes, sizes and reads it. A sink sends it. A clone is
+/// A [`VhostUserShare`](crate::VhostUserShare) makes, sizes and reads it. A connection sends it. A clone is
 /// another handle of the same bits.
 ///
 /// ```

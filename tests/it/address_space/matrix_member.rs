@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use guest_memory_shm::mock::LoggedRequest;
 use guest_memory_shm::{
-    AddressSpace, Attendance, Error, FileIdentity, GuestMemoryShm, KvmSlot, KvmSlots, ListenerId,
-    MemTableSink, MemoryTable, RegionAdapter, TableRegion, VhostUserShare,
+    AddressSpace, Attendance, DaemonConnection, Error, FileIdentity, GuestMemoryShm, KvmSlot,
+    KvmSlots, ListenerId, MemoryTable, RegionAdapter, TableRegion, VhostUserShare,
 };
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::GuestAddress;
@@ -72,7 +72,7 @@ fn limit_for(case: &Case, at: usize) -> Option<Duration> {
 pub(super) fn set_limit(share: &mut Share, limit: Duration) {
     let place = VhostUserShare::new(Sink::default(), Features::empty());
     let old = std::mem::replace(share, place);
-    *share = old.with_time_limit(limit);
+    *share = old.with_deadline(limit);
 }
 
 impl Member {
@@ -97,7 +97,7 @@ impl Member {
                     _ => Server::of(case, at, test).0,
                 };
                 let (sink, features) = server.connect();
-                let mut share = VhostUserShare::new(sink, features).with_time_limit(PATIENCE);
+                let mut share = VhostUserShare::new(sink, features).with_deadline(PATIENCE);
                 if case.logs {
                     share.start_log().unwrap();
                 }
@@ -153,7 +153,7 @@ impl Member {
 
     /// Has what the daemon writes looked at from now on. Its descriptors of messages are closed.
     pub(super) fn begin_to_write(&mut self, space: &AddressSpace) {
-        self.with_share(space, |share| share.sink_mut().barrier().unwrap());
+        self.with_share(space, |share| share.connection_mut().barrier().unwrap());
         if let Some(server) = &self.server {
             self.writes.add(server);
         }
@@ -220,7 +220,7 @@ impl Member {
         let Some(server) = &self.server else { return };
         let hooks = server.arm(case, at);
         self.with_share(space, |share| {
-            share.sink_mut().arm(hooks);
+            share.connection_mut().arm(hooks);
             if let Some(limit) = limit_for(case, at) {
                 set_limit(share, limit);
             }
@@ -260,7 +260,7 @@ impl Member {
             Some(Server::Mock(daemon)) => daemon.pending_faults(),
             _ => 0,
         };
-        let hooks = self.with_share(space, |share| share.sink().pending());
+        let hooks = self.with_share(space, |share| share.connection().pending());
         let hypervisor = self.with_hypervisor(space, |hypervisor| hypervisor.pending());
         mock + hooks.or(hypervisor).unwrap_or(0)
     }

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use guest_memory_shm::mock::BlkDevice;
 use guest_memory_shm::{
-    AddressSpace, Attendance, Error, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions,
-    TimeLimit, VhostUserShare,
+    AddressSpace, Attendance, CallDeadline, Error, GuestMemoryShm, GuestRegionShm, ListenerId,
+    RamOptions, VhostUserShare,
 };
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
@@ -265,7 +265,7 @@ pub(super) fn converse(mut random: Random) {
     let mut daemons: Vec<ListenerId<Share>> = Vec::new();
     for number in 0..2 {
         if let Some((frontend, features)) = negotiate(&mut random, &mut threads) {
-            let share = VhostUserShare::new(frontend, features).with_time_limit(LIMIT);
+            let share = VhostUserShare::new(frontend, features).with_deadline(LIMIT);
             let attendance = random.of(&[Attendance::MayLag, Attendance::Required]);
             let name = format!("disk{number}");
             let attach = || space.attach_as(name, attendance, share).map_err(Box::new);
@@ -332,7 +332,7 @@ fn negotiate(
     let (stream, thread) = Hostile::start(random);
     threads.push(thread);
     let mut frontend = Frontend::from_stream(stream, 1);
-    let mut limit = TimeLimit::new(&frontend, LIMIT);
+    let mut limit = CallDeadline::new(&frontend, LIMIT);
     let device = in_time(|| limit.run(|| BlkDevice::negotiate(&mut frontend, Features::all())));
     match device {
         Ok(Ok(device)) => Some((frontend, device.protocol_features())),

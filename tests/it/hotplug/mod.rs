@@ -41,7 +41,7 @@ fn connect(daemon: &MockDaemon) -> (Frontend, BlkDevice) {
 
 fn share(daemon: &MockDaemon, limit: Duration) -> Share {
     let (frontend, device) = connect(daemon);
-    VhostUserShare::new(frontend, device.protocol_features()).with_time_limit(limit)
+    VhostUserShare::new(frontend, device.protocol_features()).with_deadline(limit)
 }
 
 /// Changes the time limit of a daemon that is attached.
@@ -49,7 +49,7 @@ fn set_limit(space: &AddressSpace, id: &ListenerId<Share>, limit: Duration) {
     let changed = space.with_listener(id, |share| {
         let (nobody, _) = UnixStream::pair().unwrap();
         let place = Share::new(Frontend::from_stream(nobody, 1), Features::empty());
-        *share = std::mem::replace(share, place).with_time_limit(limit);
+        *share = std::mem::replace(share, place).with_deadline(limit);
     });
     changed.unwrap();
 }
