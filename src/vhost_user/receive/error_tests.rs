@@ -177,5 +177,8 @@ fn a_region_that_is_not_mapped_says_why_and_what_the_system_said() {
         region(Error::Backing(BackingError::NotWritable)).reply_code(),
         9
     );
-    assert_eq!(region(Error::NoRanges).reply_code(), 12);
+    assert_eq!(
+        region(crate::region::MemoryError::NoRanges.into()).reply_code(),
+        12
+    );
 }
