@@ -5,7 +5,7 @@ use std::io;
 use crate::range::InvalidRange;
 use crate::shortage::Shortage;
 
-pub use crate::address_space::{AddressSpaceError, AttachError, Occasion, StaleListener};
+use crate::address_space::{AddressSpaceError, AttachError};
 pub use crate::backing::{AdoptError, BackingError, FileError};
 pub use crate::discard::DiscardError;
 #[cfg(feature = "kvm")]
@@ -122,6 +122,22 @@ impl Error {
             ) => Some(shortage),
             _ => None,
         }
+    }
+}
+
+impl From<AddressSpaceError> for Error {
+    fn from(error: AddressSpaceError) -> Self {
+        match error {
+            AddressSpaceError::Memory(error) => error.into(),
+            error => Self::AddressSpace(Box::new(error)),
+        }
+    }
+}
+
+impl<L> From<AttachError<L>> for Error {
+    /// Keeps the reason and drops the listener.
+    fn from(refused: AttachError<L>) -> Self {
+        AddressSpaceError::from(refused).into()
     }
 }
 

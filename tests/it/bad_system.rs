@@ -18,6 +18,7 @@ use vm_memory::GuestAddress;
 use crate::fork::dies_of;
 use crate::isolation::{PAGE, assert_refused, in_own_process, mount_tmpfs, own_mounts};
 use crate::proc::leaves_nothing;
+use crate::support::chain;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -35,17 +36,6 @@ fn memory(kind: &Backing, size: u64) -> Result<GuestMemoryShm, Error> {
             [(GuestAddress(0), size)],
         )
         .build()
-}
-
-/// The text of an error and of all that caused it.
-pub(crate) fn chain(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut next = std::error::Error::source(error);
-    while let Some(source) = next {
-        text += &format!(": {source}");
-        next = source.source();
-    }
-    text
 }
 
 /// Runs `scenario` with the soft limit at `soft`, and asserts that it leaves nothing.

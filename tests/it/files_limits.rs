@@ -13,13 +13,13 @@ use nix::sys::signal::Signal;
 use nix::unistd::pipe;
 use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
 
-use crate::bad_system::{chain, with_limit};
+use crate::bad_system::with_limit;
 use crate::files::{file_options, pattern};
 use crate::files_bad::{memory, names, refused, region};
 use crate::fork::dies_of_writing;
 use crate::isolation::{PAGE, assert_refused, in_own_process, mount_tmpfs, own_mounts, shm_dir};
 use crate::proc::leaves_nothing;
-use crate::support::room_short;
+use crate::support::{chain, room_short};
 
 const MIB: u64 = 1 << 20;
 /// More than the address space of a process, less than a file on a tmpfs may have.
