@@ -190,7 +190,7 @@ pub use address_space::{
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 pub use error::{
-    AdoptError, DiscardError, Error, FileError, MemoryError, NumaError, OptionsError,
+    AdoptError, BackingError, DiscardError, Error, FileError, MapError, MemoryError, OptionsError,
     PopulateError, ReceiveError, RegionError, RegionSpace, Result,
 };
 #[cfg(feature = "kvm")]
