@@ -11,7 +11,7 @@ use super::check::{check_numbers, check_pages};
 use super::error::{ReceiveError, RegionError};
 use super::policy::ReceivePolicy;
 use super::wire::ReceivedRegion;
-use crate::backing::{ShmBacking, base_page_size};
+use crate::backing::{BackingError, ShmBacking, base_page_size};
 use crate::error::Error;
 use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
@@ -276,18 +276,18 @@ impl<B> ReceivedTable<B> {
         // It does not wrap.
         let policy = self.policy.descriptors().clone();
         let policy = policy.with_min_len(offset + size);
-        match ShmBacking::adopt(file, &policy).map_err(Error::from) {
+        match ShmBacking::adopt(file, &policy).map_err(BackingError::from) {
             Ok(backing) => {
                 check_pages(index, region, backing.page_size())?;
                 Ok(backing)
             }
-            Err(Error::AdoptTooShort { len, .. }) => Err(ReceiveError::FileTooShort {
+            Err(BackingError::TooShort { len, .. }) => Err(ReceiveError::FileTooShort {
                 index,
                 offset,
                 size,
                 len,
             }),
-            Err(error) => Err(at(index, error)),
+            Err(error) => Err(at(index, error.into())),
         }
     }
 
