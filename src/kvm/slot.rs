@@ -16,7 +16,7 @@ use crate::logs;
 use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::panics::caught;
 use crate::ram::Ram;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, Placed};
 use crate::rom::GuestRom;
 
 /// A memory slot of KVM: a range of guest addresses that KVM maps to RAM or to a ROM.
@@ -241,6 +241,12 @@ impl KvmSlot {
             range: self.range,
             source,
         }
+    }
+}
+
+impl Placed for KvmSlot {
+    fn range(&self) -> GuestRange {
+        self.range
     }
 }
 
