@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use guest_memory_shm::mock::{BlkDevice, BlkDriver, MockDaemon};
 use guest_memory_shm::{
-    AddressSpace, Attendance, DirtyPages, GuestMemoryShm, GuestRange, GuestRegionShm, KvmSlots,
-    ListenerId, PublishedMemory, RamOptions, VhostUserShare,
+    AddressSpace, DirtyPages, GuestMemoryShm, GuestRange, GuestRegionShm, KvmSlots, ListenerId,
+    PublishedMemory, RamOptions, VhostUserShare,
 };
 use kvm_ioctls::VmFd;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
@@ -61,7 +61,7 @@ impl Machine {
         let device = BlkDevice::negotiate(&mut frontend, wanted).or_fail(doing)?;
         let share = VhostUserShare::new(frontend, device.protocol_features());
         let share = space
-            .attach_as("disk", Attendance::Required, share.with_deadline(PATIENCE))
+            .attach_required("disk", share.with_deadline(PATIENCE))
             .or_fail(doing)?;
 
         let driver = BlkDriver::new(space.memory(), RINGS, 16).or_fail(doing)?;

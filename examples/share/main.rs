@@ -55,8 +55,8 @@ const WORDS: Words = &[
         "restart it, and run this again",
     ),
     (
-        "connect it anew (AddressSpace::reconnect), detach it, or attach it with \
-         Attendance::MayLag",
+        "connect it anew (AddressSpace::reconnect), detach it, or attach it without requiring \
+         it (AddressSpace::attach)",
         "restart it, and run this again",
     ),
     (
@@ -78,6 +78,7 @@ const WORDS: Words = &[
         "use --backing memfd",
     ),
     ("use a memfd backing", "use --backing memfd"),
+    ("; RAM that stays sparse is allowed by reserve=off", ""),
     ("listener \"", "\""),
 ];
 

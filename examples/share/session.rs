@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use guest_memory_shm::mock::BlkDevice;
-use guest_memory_shm::{Attendance, CallDeadline, ListenerId, VhostUserShare};
+use guest_memory_shm::{CallDeadline, ListenerId, VhostUserShare};
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 
 use crate::daemon::LocalDaemon;
@@ -81,7 +81,7 @@ impl Session {
         let share = VhostUserShare::new(frontend, device.protocol_features()).with_deadline(limit);
         let share = ram
             .space()
-            .attach_as(format!("daemon {}", nth + 1), Attendance::Required, share)
+            .attach_required(format!("daemon {}", nth + 1), share)
             .or_fail(doing)?;
 
         let disk = Disk::new(&ram, rings(nth), peer, device.max_segments(), limit)?;

@@ -3,10 +3,11 @@
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
 
-use super::{AddressSpace, ListenerId};
 #[cfg(doc)]
-use crate::error::AddressSpaceError;
-use crate::error::Result;
+use super::error::AddressSpaceError;
+use super::error::Result;
+use super::space::AddressSpace;
+use super::status::ListenerId;
 use crate::vhost_user::share::{DaemonConnection, VhostUserShare};
 
 impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
@@ -41,7 +42,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         self.refresh_after(
             id,
             |share| share.reconnect(sink, features),
-            |share, error| share.give_up(error),
+            |share, error| share.give_up(error.reason().to_owned()),
         )
     }
 }

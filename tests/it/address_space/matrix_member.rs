@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use guest_memory_shm::mock::LoggedRequest;
 use guest_memory_shm::{
-    AddressSpace, Attendance, DaemonConnection, Error, FileIdentity, GuestMemoryShm, KvmSlot,
+    AddressSpace, AddressSpaceError, DaemonConnection, FileIdentity, GuestMemoryShm, KvmSlot,
     KvmSlots, ListenerId, MemoryTable, RegionAdapter, TableRegion, VhostUserShare,
 };
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
@@ -16,6 +16,8 @@ use super::matrix_kvm::Machine;
 use super::matrix_log::Writes;
 use super::matrix_server::Server;
 use super::matrix_sink::Sink;
+
+use crate::support::attach_as;
 
 pub(super) type Share = VhostUserShare<Sink>;
 
@@ -121,26 +123,26 @@ impl Member {
     pub(super) fn attach(
         &mut self,
         space: &AddressSpace,
-        attendance: Attendance,
-        look: impl FnOnce(&Error),
+        required: bool,
+        look: impl FnOnce(&AddressSpaceError),
     ) -> bool {
         let name = self.name.clone();
         match self.loose.take().expect("it is not attached") {
-            Loose::Share(share) => match space.attach_as(name, attendance, share) {
+            Loose::Share(share) => match attach_as(space, name, required, share) {
                 Ok(id) => self.id = Some(Id::Share(id)),
                 Err(refused) => {
                     look(refused.error());
                     self.loose = Some(Loose::Share(refused.into_listener()));
                 }
             },
-            Loose::Kvm(slots) => match space.attach_as(name, attendance, slots) {
+            Loose::Kvm(slots) => match attach_as(space, name, required, slots) {
                 Ok(id) => self.id = Some(Id::Kvm(id)),
                 Err(refused) => {
                     look(refused.error());
                     self.loose = Some(Loose::Kvm(refused.into_listener()));
                 }
             },
-            Loose::Hypervisor(hypervisor) => match space.attach_as(name, attendance, hypervisor) {
+            Loose::Hypervisor(hypervisor) => match attach_as(space, name, required, hypervisor) {
                 Ok(id) => self.id = Some(Id::Hypervisor(id)),
                 Err(refused) => {
                     look(refused.error());

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use guest_memory_shm::mock::{BlkDevice, MockDaemon};
 use guest_memory_shm::{
-    AddressSpace, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions, VhostUserShare,
+    AddressSpace, AddressSpaceError, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions,
+    VhostUserShare,
 };
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::{GuestAddress, GuestAddressSpace};
@@ -59,7 +60,7 @@ fn reconnect(
     space: &AddressSpace,
     id: &ListenerId<Share>,
     daemon: &MockDaemon,
-) -> guest_memory_shm::Result<Frontend> {
+) -> Result<Frontend, AddressSpaceError> {
     daemon.wait_disconnected(PATIENCE).unwrap();
     let (frontend, device) = connect(daemon);
     space.reconnect(id, frontend, device.protocol_features())

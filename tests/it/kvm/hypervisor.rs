@@ -72,10 +72,9 @@ fn what_a_hypervisor_has_not_is_refused_by_its_limits() {
         "{error}"
     );
     let error = slots.check(&memory(&[0, PLUG, 2 * PLUG])).unwrap_err();
-    let error: Box<Error> = error.into_cause().downcast().unwrap();
     assert!(
         matches!(
-            *error,
+            cause(&error),
             Error::Kvm(KvmError::OutOfSlots {
                 regions: 3,
                 slots: 2,
