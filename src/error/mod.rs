@@ -9,7 +9,7 @@ use crate::address_space::{AddressSpaceError, AttachError};
 pub use crate::backing::{AdoptError, BackingError, FileError};
 pub use crate::discard::DiscardError;
 #[cfg(feature = "kvm")]
-pub use crate::kvm::KvmError;
+use crate::kvm::KvmError;
 pub use crate::mapping::MapError;
 pub use crate::options::OptionsError;
 pub use crate::populate::PopulateError;
@@ -92,7 +92,7 @@ pub enum Error {
     /// KVM's memory slots could not be made what they should be.
     #[cfg(feature = "kvm")]
     #[error(transparent)]
-    Kvm(#[from] KvmError),
+    Kvm(KvmError),
 
     /// A range is not what it should be: empty, too large, not whole pages, or taken.
     #[error(transparent)]
@@ -121,6 +121,16 @@ impl Error {
                 PopulateError::Shortage { shortage, .. } | PopulateError::CannotLook { shortage },
             ) => Some(shortage),
             _ => None,
+        }
+    }
+}
+
+#[cfg(feature = "kvm")]
+impl From<KvmError> for Error {
+    fn from(error: KvmError) -> Self {
+        match error {
+            KvmError::Range(error) => error.into(),
+            error => Self::Kvm(error),
         }
     }
 }
