@@ -1,20 +1,23 @@
 //! Building guest memory: everything is checked before anything is created.
 
 use std::fmt;
+use std::sync::Arc;
 
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::GuestMemoryShm;
 use crate::backing::{
-    ShmBacking, check_creation, check_descriptors, check_groups, check_pool, check_posix_shm,
-    huge_pages, memory_notes, page_size_of, start_of,
+    BackingError, ShmBacking, check_creation, check_descriptors, check_groups, check_pool,
+    check_posix_shm, huge_pages, memory_notes, page_size_of, start_of,
 };
-use crate::error::{Error, FileError, Result};
+#[cfg(any(doc, test))]
+use crate::error::Error;
+use crate::error::{FileError, Result};
 use crate::options::{Access, Backing, OnShortage, RamOptions};
 use crate::populate::populate_new;
 use crate::range::{GuestRange, check_disjoint};
-use crate::region::{GuestRegionShm, new_bitmap};
+use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
 use crate::report::{BuildReport, log_notes};
 
 /// What the report calls all RAM that is built.
@@ -164,8 +167,8 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoRanges`] without any range (or with a backing that has none);
-    /// [`Error::Range`], [`Error::OutsideBacking`], [`Error::BackingTruncated`] for bad places;
+    /// [`MemoryError::NoRanges`] without any range (or with a backing that has none);
+    /// [`Error::Range`], [`BackingError::Outside`], [`BackingError::Truncated`] for bad places;
     /// those of [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for
     /// reading only; [`Error::Map`]; and [`Error::Populate`], if there is not enough memory before
     /// the first page. All numbers, and the pools of huge pages, are checked before anything is created, and a
@@ -221,10 +224,10 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
                     plan.options()
                         .map(|options| (region.ram().clone(), options)),
                 );
-                regions.push(region);
+                regions.push(Arc::new(region));
             }
         }
-        let memory = GuestMemoryShm::from_regions(regions)?;
+        let memory = GuestMemoryShm::from_unsorted(regions)?;
         populate_new(created)?;
         memory.iter().for_each(|region| region.backing().keep());
         Ok((memory, report))
@@ -272,7 +275,7 @@ impl Part {
             Source::Use { backing, offset } => (backing.page_size(), *offset),
         };
         if self.ranges.is_empty() {
-            return Err(Error::NoRanges);
+            return Err(MemoryError::NoRanges.into());
         }
         let mut ranges = Vec::with_capacity(self.ranges.len());
         for (addr, size) in &self.ranges {
@@ -305,7 +308,7 @@ fn pack(start: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, u64)> {
         // A file is at most i64::MAX bytes long (off_t).
         let limit = i64::MAX.unsigned_abs();
         if sum > limit {
-            return Err(Error::BackingTooLong { size: sum, limit });
+            return Err(BackingError::Length { len: sum, limit }.into());
         }
         end = sum;
     }
@@ -342,7 +345,8 @@ fn check_creations(plans: &[Plan<'_>]) -> Result<()> {
         .try_for_each(|(page_size, needed)| check_pool(*needed, *page_size))?;
     limited
         .iter()
-        .try_for_each(|(page_size, needed)| check_groups(*needed, *page_size))
+        .try_for_each(|(page_size, needed)| check_groups(*needed, *page_size))?;
+    Ok(())
 }
 
 /// Adds pages to those of the same size.
@@ -367,7 +371,7 @@ mod tests {
         assert_eq!((offsets, end), (vec![4096, 12288], 16384));
         assert!(matches!(
             pack(0, &ranges([(0, 1 << 62), (1 << 63, 1 << 62)])),
-            Err(Error::BackingTooLong { .. })
+            Err(Error::Backing(BackingError::Length { .. }))
         ));
     }
 }

@@ -11,11 +11,11 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::mapping::to_usize;
 use crate::options::RamOptions;
-use crate::range::{GuestRange, check_disjoint};
-use crate::region::GuestRegionShm;
+use crate::range::{GuestRange, InvalidRange};
+use crate::region::{GuestRegionShm, MemoryError};
 
 mod access;
 mod builder;
@@ -64,8 +64,7 @@ use index::Index;
 /// |---|---|
 /// | `from_ranges` with any sizes and addresses | multiples of the page size |
 /// | `from_ranges_with_files`, `GuestRegionMmap::from_range` | [`builder`](Self::builder), [`GuestRegionShm::new`], [`GuestRegionShm::from_backing`] |
-/// | unsorted regions are refused | sorted |
-/// | `FromRangesError`, `GuestRegionCollectionError` | [`Error`](crate::Error) |
+/// | `FromRangesError`, `GuestRegionCollectionError` | [`Error`](crate::Error), [`MemoryError`] |
 /// | `region.deref().bitmap()` for the whole bitmap | [`GuestRegionShm::dirty_bitmap`] |
 /// | `VhostUserMemoryRegionInfo::from_guest_region(region)` | `VhostUserMemoryRegionInfo::from(&TableRegion::from(region))`, or `VhostUserShare` for all of it |
 /// | `use vm_memory::Bytes` for `read_obj`, `write_obj`, `read_slice`, `write_slice` | methods of this type, several times as fast: rustc may call the import unused |
@@ -82,7 +81,7 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoRanges`] without any range, and those of [`GuestMemoryShmBuilder::build`].
+    /// [`MemoryError::NoRanges`] without any range, and those of [`GuestMemoryShmBuilder::build`].
     pub fn from_ranges(ranges: &[(GuestAddress, usize)]) -> Result<Self> {
         let mut sorted = ranges.to_vec();
         sorted.sort_unstable();
@@ -103,12 +102,14 @@ impl<B> GuestMemoryShm<B> {
         Self::index(Vec::new())
     }
 
-    /// Memory of these regions, which are sorted by address.
+    /// Memory of these regions, which must be sorted by address, as vm-memory's
+    /// `GuestRegionCollection` demands.
     ///
     /// # Errors
     ///
-    /// [`Error::NoRanges`] without any region, [`Error::Range`] if two of them overlap.
-    pub fn from_regions(regions: Vec<GuestRegionShm<B>>) -> Result<Self> {
+    /// [`MemoryError::NoRanges`] without any region; [`MemoryError::Unsorted`], and
+    /// [`MemoryError::Range`] if two of them overlap.
+    pub fn from_regions(regions: Vec<GuestRegionShm<B>>) -> Result<Self, MemoryError> {
         Self::from_arc_regions(regions.into_iter().map(Arc::new).collect())
     }
 
@@ -117,14 +118,12 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoRanges`] without any region, [`Error::Range`] if two of them overlap.
-    pub fn from_arc_regions(mut regions: Vec<Arc<GuestRegionShm<B>>>) -> Result<Self> {
+    /// Those of [`from_regions`](Self::from_regions).
+    pub fn from_arc_regions(regions: Vec<Arc<GuestRegionShm<B>>>) -> Result<Self, MemoryError> {
         if regions.is_empty() {
-            return Err(Error::NoRanges);
+            return Err(MemoryError::NoRanges);
         }
-        regions.sort_unstable_by_key(|region| region.range());
-        let ranges: Vec<GuestRange> = regions.iter().map(|region| region.range()).collect();
-        check_disjoint(&ranges)?;
+        check_sorted(regions.iter().map(|region| region.range()))?;
         Ok(Self::index(regions))
     }
 
@@ -132,10 +131,18 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Range`] if a region is there already.
-    pub fn insert_region(&self, region: Arc<GuestRegionShm<B>>) -> Result<Self> {
+    /// [`MemoryError::Range`] if a region is there already.
+    pub fn insert_region(&self, region: Arc<GuestRegionShm<B>>) -> Result<Self, MemoryError> {
         let mut regions = self.arc_regions();
         regions.push(region);
+        Self::from_unsorted(regions)
+    }
+
+    /// Memory of these regions in any order.
+    pub(crate) fn from_unsorted(
+        mut regions: Vec<Arc<GuestRegionShm<B>>>,
+    ) -> Result<Self, MemoryError> {
+        regions.sort_unstable_by_key(|region| region.range());
         Self::from_arc_regions(regions)
     }
 
@@ -145,12 +152,12 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSuchRegion`] if no region starts there, or it has another size.
+    /// [`MemoryError::NoSuchRegion`] if no region starts there, or it has another size.
     pub fn remove_region(
         &self,
         start: GuestAddress,
         size: GuestUsize,
-    ) -> Result<(Self, Arc<GuestRegionShm<B>>)> {
+    ) -> Result<(Self, Arc<GuestRegionShm<B>>), MemoryError> {
         let found = self
             .regions
             .binary_search_by_key(&start, |region| region.range().start_addr())
@@ -159,7 +166,7 @@ impl<B> GuestMemoryShm<B> {
         let at = match found {
             Some((at, found)) if found == size => at,
             _ => {
-                return Err(Error::NoSuchRegion {
+                return Err(MemoryError::NoSuchRegion {
                     start,
                     size,
                     found: found.map(|(_, found)| found),
@@ -225,30 +232,51 @@ impl<B: Bitmap> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::NoRanges`] if this memory is empty, [`Error::Remap`] if a region cannot be mapped.
-    pub fn to_guest_memory_mmap<C: NewBitmap>(&self) -> Result<GuestMemoryMmap<C>> {
-        if self.regions.is_empty() {
-            return Err(Error::NoRanges);
-        }
-        let regions: Vec<_> = self.iter().map(remap).collect::<Result<_>>()?;
+    /// [`MemoryError::Remap`] if a region cannot be mapped.
+    pub fn to_guest_memory_mmap<C: NewBitmap>(&self) -> Result<GuestMemoryMmap<C>, MemoryError> {
+        let regions: Vec<_> = self.iter().map(remap).collect::<Result<_, _>>()?;
+        let (Some(first), Some(last)) = (self.regions.first(), self.regions.last()) else {
+            return Ok(GuestMemoryMmap::new());
+        };
+        let start = first.range().start_addr();
+        let range = GuestRange::new(start, last.range().last_addr().0 - start.0 + 1)?;
         // They are sorted and disjoint, as here.
-        GuestMemoryMmap::from_regions(regions).map_err(|_| Error::NoRanges)
+        GuestMemoryMmap::from_regions(regions).map_err(|error| MemoryError::Remap {
+            range,
+            source: error.into(),
+        })
     }
 }
 
-fn remap<B: Bitmap, C: NewBitmap>(region: &GuestRegionShm<B>) -> Result<GuestRegionMmap<C>> {
+/// Checks that ranges are sorted and have no address in common, in vm-memory's order.
+fn check_sorted(mut ranges: impl Iterator<Item = GuestRange>) -> Result<(), MemoryError> {
+    let Some(mut first) = ranges.next() else {
+        return Ok(());
+    };
+    for second in ranges {
+        if first.start_addr() > second.start_addr() {
+            return Err(MemoryError::Unsorted { first, second });
+        }
+        if first.overlaps(&second) {
+            return Err(InvalidRange::overlap(first, second).into());
+        }
+        first = second;
+    }
+    Ok(())
+}
+
+fn remap<B: Bitmap, C: NewBitmap>(
+    region: &GuestRegionShm<B>,
+) -> Result<GuestRegionMmap<C>, MemoryError> {
     let range = region.range();
-    let failed = |source: Box<dyn std::error::Error + Send + Sync>| Error::Remap { range, source };
-    let file_offset = GuestMemoryRegion::file_offset(region)
-        .cloned()
-        .ok_or_else(|| failed("the region has no file".into()))?;
+    let file_offset = GuestMemoryRegion::file_offset(region).cloned();
     // `MmapRegion::from_file` is not there with vm-memory's feature `xen`.
-    GuestRegionMmap::from_range(
-        range.start_addr(),
-        to_usize(range.size()),
-        Some(file_offset),
+    GuestRegionMmap::from_range(range.start_addr(), to_usize(range.size()), file_offset).map_err(
+        |error| MemoryError::Remap {
+            range,
+            source: error.into(),
+        },
     )
-    .map_err(|error| failed(Box::new(error)))
 }
 
 impl<B: Bitmap> GuestMemoryBackend for GuestMemoryShm<B> {

@@ -1,6 +1,7 @@
 //! Where RAM lies in the guest, and why a range is none.
 
 use std::fmt;
+use std::ops::Range;
 
 use vm_memory::GuestAddress;
 
@@ -59,6 +60,11 @@ impl GuestRange {
     /// The size in bytes, never 0.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// The addresses: from the first to the one after the last.
+    pub(crate) fn addrs(&self) -> Range<u64> {
+        self.start..self.start + self.size
     }
 
     /// Whether the two ranges have an address in common.

@@ -4,6 +4,10 @@
 //! the end of the 64-bit address space, so no later module has to think about overflow.
 
 mod guest_range;
+mod rounded;
+mod set;
 
 pub(crate) use guest_range::check_disjoint;
 pub use guest_range::{GuestRange, InvalidRange, RangePart, ram_around_hole};
+pub(crate) use rounded::{inwards, outwards};
+pub(crate) use set::RangeSet;

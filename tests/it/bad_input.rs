@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use guest_memory_shm::{
-    Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange, PageSize, RamOptions,
-    RangePart, ShmBacking, ram_around_hole,
+    Backing, BackingError, Error, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange,
+    MemoryError, PageSize, RamOptions, RangePart, ShmBacking, ram_around_hole,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -57,7 +57,7 @@ fn size_0_is_refused() {
             );
             assert_refused!(
                 ShmBacking::create(&options, 0),
-                Error::BackingTooLong { size: 0, .. },
+                BackingError::Length { len: 0, .. },
                 "a backing of 0 bytes cannot exist: it must have at least one page and at most 7.9 EiB \
                  (9223372036854775807 bytes)",
             );
@@ -94,7 +94,7 @@ fn a_size_that_is_not_whole_pages_is_refused() {
             );
             assert_refused!(
                 ShmBacking::create(&options, 5000),
-                Error::Range(InvalidRange::Unaligned {
+                BackingError::Range(InvalidRange::Unaligned {
                     part: RangePart::Size,
                     value: 5000,
                     page_size: PAGE,
@@ -173,7 +173,7 @@ fn ranges_that_overlap_are_refused_on_one_backing_and_on_two() {
         let memory = GuestMemoryShm::from_arc_regions(vec![region(0, 2 * PAGE)]).unwrap();
         assert_refused!(
             memory.insert_region(region(PAGE, PAGE)),
-            Error::Range(InvalidRange::Overlap { .. }),
+            MemoryError::Range(InvalidRange::Overlap { .. }),
             text
         );
         // The control: right behind it there is no overlap.
@@ -197,12 +197,6 @@ fn unsorted_ranges_are_sorted() {
     };
     let unsorted = build(RamOptions::new(), &[sorted[2], sorted[0], sorted[1]]).unwrap();
     assert_eq!(starts(&unsorted), sorted);
-    let mut regions = unsorted.arc_regions();
-    regions.reverse();
-    assert_eq!(
-        starts(&GuestMemoryShm::from_arc_regions(regions).unwrap()),
-        sorted
-    );
     let ranges = [sorted[3], sorted[1], sorted[0], sorted[2]];
     let ranges = ranges.map(|(addr, size)| (GuestAddress(addr), size as usize));
     let memory = GuestMemoryShm::from_ranges(&ranges).unwrap();
@@ -238,14 +232,31 @@ fn ram_that_no_file_can_hold_is_refused() {
         for options in [kind(Backing::Memfd), kind(Backing::PosixShm)] {
             assert_refused!(
                 ShmBacking::create(&options, 1 << 63),
-                Error::BackingTooLong { .. },
+                BackingError::Length { .. },
                 text,
             );
             assert!(matches!(
                 build(options, &[(0, 1 << 62), (1 << 62, 1 << 62)]),
-                Err(Error::BackingTooLong { .. })
+                Err(Error::Backing(BackingError::Length { .. }))
             ));
         }
+    });
+}
+
+#[test]
+fn regions_that_are_not_sorted_are_refused() {
+    in_own_process_leaving_nothing!(|| {
+        let region = |addr| {
+            let addr = GuestAddress(addr);
+            GuestRegionShm::<()>::new(addr, PAGE, &RamOptions::new()).unwrap()
+        };
+        assert_refused!(
+            GuestMemoryShm::from_regions(vec![region(0), region(8 * PAGE), region(PAGE)]),
+            MemoryError::Unsorted { .. },
+            "the guest range 0x1000..=0x1fff (4 KiB) was given after 0x8000..=0x8fff (4 KiB): sort \
+             them by address, or use GuestMemoryShm::builder, which takes any order",
+        );
+        assert!(GuestMemoryShm::from_regions(vec![region(0), region(PAGE)]).is_ok());
     });
 }
 
@@ -255,15 +266,19 @@ fn no_ranges_are_refused() {
         let text = "no range of guest RAM was given: give at least one";
         assert_refused!(
             GuestMemoryShm::<()>::from_ranges(&[]),
-            Error::NoRanges,
+            Error::Memory(MemoryError::NoRanges),
             text
         );
-        assert_refused!(build(RamOptions::new(), &[]), Error::NoRanges, text);
-        let none = GuestMemoryShm::<()>::builder();
-        assert_refused!(none.build(), Error::NoRanges, text);
         assert_refused!(
-            GuestMemoryShm::<()>::new().to_guest_memory_mmap::<()>(),
-            Error::NoRanges,
+            build(RamOptions::new(), &[]),
+            Error::Memory(MemoryError::NoRanges),
+            text
+        );
+        let none = GuestMemoryShm::<()>::builder();
+        assert_refused!(none.build(), Error::Memory(MemoryError::NoRanges), text);
+        assert_refused!(
+            GuestMemoryShm::<()>::from_regions(Vec::new()),
+            MemoryError::NoRanges,
             text,
         );
     });
@@ -280,13 +295,13 @@ fn a_region_that_its_backing_does_not_have_is_refused() {
         assert!(place(3 * PAGE, PAGE).is_ok());
         assert_refused!(
             place(3 * PAGE, 2 * PAGE),
-            Error::OutsideBacking { .. },
+            Error::Backing(BackingError::Outside { .. }),
             "a region of 8 KiB at offset 0x3000 runs past the end of its backing at 0x4000: \
              touching it there would be SIGBUS",
         );
         assert!(matches!(
             place(u64::MAX - PAGE + 1, PAGE),
-            Err(Error::OutsideBacking { .. })
+            Err(Error::Backing(BackingError::Outside { .. }))
         ));
         assert_refused!(
             place(100, PAGE),
@@ -306,7 +321,10 @@ fn a_region_that_its_backing_does_not_have_is_refused() {
                 (GuestAddress(1 << 30), 2 * PAGE),
             ],
         );
-        assert!(matches!(twice.build(), Err(Error::OutsideBacking { .. })));
+        assert!(matches!(
+            twice.build(),
+            Err(Error::Backing(BackingError::Outside { .. }))
+        ));
     });
 }
 
@@ -331,7 +349,7 @@ fn removing_a_region_that_is_not_there_is_refused() {
         ),
     ] {
         let removed = memory.remove_region(GuestAddress(addr), size);
-        assert_refused!(removed, Error::NoSuchRegion { .. }, text);
+        assert_refused!(removed, MemoryError::NoSuchRegion { .. }, text);
     }
     assert_eq!(memory.num_regions(), 2);
 }

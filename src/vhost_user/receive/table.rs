@@ -9,7 +9,7 @@ use vm_memory::bitmap::NewBitmap;
 
 use super::check::{check_numbers, check_pages};
 use super::{ReceivePolicy, ReceivedRegion};
-use crate::backing::{ShmBacking, base_page_size};
+use crate::backing::{BackingError, ShmBacking, base_page_size};
 use crate::error::{Error, ReceiveError, RegionError};
 use crate::memory::GuestMemoryShm;
 use crate::region::GuestRegionShm;
@@ -131,7 +131,7 @@ impl<B: NewBitmap> ReceivedTable<B> {
             memory.push(Arc::new(placed.map_err(|error| at(index, error))?));
         }
         // The numbers are checked: they are disjoint, and there is at least one.
-        let memory = GuestMemoryShm::from_arc_regions(memory).map_err(|error| at(0, error))?;
+        let memory = GuestMemoryShm::from_unsorted(memory).map_err(|error| at(0, error.into()))?;
         let mut regions = self.regions.to_vec();
         regions.extend(new);
         Ok(Self::index(memory, regions, self.policy.clone()))
@@ -147,18 +147,18 @@ impl<B: NewBitmap> ReceivedTable<B> {
         // It does not wrap.
         let policy = self.policy.descriptors().clone();
         let policy = policy.with_min_len(offset + size);
-        match ShmBacking::adopt(file, &policy).map_err(Error::from) {
+        match ShmBacking::adopt(file, &policy).map_err(BackingError::from) {
             Ok(backing) => {
                 check_pages(index, region, backing.page_size())?;
                 Ok(backing)
             }
-            Err(Error::AdoptTooShort { len, .. }) => Err(ReceiveError::FileTooShort {
+            Err(BackingError::TooShort { len, .. }) => Err(ReceiveError::FileTooShort {
                 index,
                 offset,
                 size,
                 len,
             }),
-            Err(error) => Err(at(index, error)),
+            Err(error) => Err(at(index, error.into())),
         }
     }
 }

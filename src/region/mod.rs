@@ -23,6 +23,10 @@ use crate::ram::Ram;
 use crate::range::GuestRange;
 use crate::report::{BuildReport, log_notes};
 
+mod error;
+
+pub use error::MemoryError;
+
 /// A contiguous range of guest RAM: one shared mapping of a part of a [`ShmBacking`].
 ///
 /// Implements vm-memory's `GuestMemoryRegion`; `B` is the dirty bitmap, `()` for none. It is
