@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
-use guest_memory_shm::receive::{ReceivePolicy, ReceivedTable, map_table};
+use guest_memory_shm::receive::{ReceivePolicy, ReceivedTable};
 use guest_memory_shm::{AdoptPolicy, GuestMemoryShm, SealPolicy, VhostUserShare};
 use not_offered::not_offered;
 use vhost::vhost_user::{
@@ -26,8 +26,8 @@ impl vhost_user::VhostUserBackendReqHandlerMut for Daemon {
         _postcopy: Option<bool>,
     ) -> vhost_user::Result<Option<Vec<u64>>> {
         // A refusal changes nothing: the table that was there stays.
-        self.0 = map_table(regions, files, self.0.policy())
-            .inspect_err(|refusal| println!("  the daemon refuses: {refusal}"))?;
+        let told = |refusal: &_| println!("  the daemon refuses: {refusal}");
+        self.0 = self.0.set(regions, files).inspect_err(told)?;
         Ok(None)
     }
 

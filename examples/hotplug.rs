@@ -17,8 +17,7 @@ struct Device {
 impl RegionListener for Device {
     fn check(&mut self, memory: &GuestMemoryShm) -> Result<(), ListenerError> {
         if memory.num_regions() > self.most {
-            let cause = format!("it can hold {} regions", self.most);
-            return Err(ListenerError::refused(cause));
+            return Err(ListenerError::refused("it can hold no more regions"));
         }
         Ok(())
     }
@@ -50,7 +49,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("  {} listeners were away", report.stale().len());
     memory.memory().write_obj(7_u64, GuestAddress(1 << 32))?;
     if let Err(error) = space.insert(region(2 << 32)?) {
-        println!("  {error}");
+        let cause = error.source().map(ToString::to_string);
+        println!("  {error}: {}", cause.unwrap_or_default());
     }
 
     println!("The region is unplugged");

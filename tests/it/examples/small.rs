@@ -24,7 +24,7 @@ const SMALL: [(&str, &[&str]); 5] = [
         &[
             "  gpu: map 0x100000000..=0x1001fffff (2 MiB)\n",
             "nothing was changed: listener \"gpu\" refuses",
-            "it can hold 2 regions",
+            "it can hold no more regions",
             "  net: unmap 0x100000000..=0x1001fffff (2 MiB)\n",
             "1 region was given back",
         ],
