@@ -16,9 +16,9 @@ use guest_memory_shm::{
     PageSize, Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit,
 };
 
-use crate::bad_system::chain;
 use crate::isolation::PAGE;
 use crate::populate::{MIB, allocated, memory, threads};
+use crate::support::chain;
 
 const SIZE: u64 = 32 * MIB;
 const MODES: [Populate; 2] = [Populate::Allocate, Populate::Prefault];
@@ -180,7 +180,7 @@ fn a_call_that_is_to_be_made_again_without_end_ends() {
             "{failed:?}"
         );
         let code = format!("os error {}", errno as i32);
-        let text = chain(&failed.into());
+        let text = chain(&failed);
         assert!(text.contains(&code), "{text}");
     }
     // Signals that come faster than it can be done: it is done in another way.

@@ -32,7 +32,7 @@ const WORD: u64 = 64;
 /// too, and they are all found. It is not sealed against growing: a daemon can make it longer,
 /// which costs memory where the daemon writes.
 ///
-/// A [`VhostUserShare`](crate::VhostUserShare) makes, sizes and reads it. A sink sends it. A clone is
+/// A [`VhostUserShare`](crate::VhostUserShare) makes, sizes and reads it. A connection sends it. A clone is
 /// another handle of the same bits.
 ///
 /// ```
@@ -156,8 +156,8 @@ fn map(backing: &ShmBacking) -> Result<GuestRegionShm> {
     GuestRegionShm::from_backing(backing, 0, GuestAddress(0), backing.end()).map_err(no_memfd)
 }
 
-fn no_memfd(error: crate::error::Error) -> ShareError {
-    ShareError::Log(Box::new(error))
+fn no_memfd(error: impl Into<crate::error::Error>) -> ShareError {
+    ShareError::Log(Box::new(error.into()))
 }
 
 fn pages_of(range: GuestRange) -> Range<u64> {

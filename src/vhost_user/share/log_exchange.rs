@@ -20,12 +20,12 @@
 use super::error::{DaemonRequest, Result, ShareError};
 use super::logging::Logging;
 use super::stopped::StoppedLog;
-use super::{MemTableSink, VhostUserShare};
+use super::{DaemonConnection, VhostUserShare};
 use crate::logs;
 use crate::range::GuestRange;
 use crate::vhost_user::table::{MemoryTable, TableRegion};
 
-impl<F: MemTableSink> VhostUserShare<F> {
+impl<F: DaemonConnection> VhostUserShare<F> {
     /// Has the daemon log the pages that it writes, from now on and across changes of its table
     /// and reconnections, until [`stop_log`](Self::stop_log). Does nothing if it does already.
     ///
@@ -41,7 +41,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// ```no_run
     /// use std::time::Duration;
     ///
-    /// use guest_memory_shm::{AddressSpace, ListenerId, TimeLimit, VhostUserShare};
+    /// use guest_memory_shm::{AddressSpace, ListenerId, CallDeadline, VhostUserShare};
     /// use vhost::VhostBackend;
     /// use vhost::vhost_user::Frontend;
     ///
@@ -54,8 +54,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// ) -> Result<(), Box<dyn std::error::Error>> {
     ///     space.with_listener(disk, |share| -> Result<(), Box<dyn std::error::Error>> {
     ///         share.start_log()?; // it has the log
-    ///         let frontend = share.sink_mut();
-    ///         let mut limit = TimeLimit::new(frontend, Duration::from_secs(10));
+    ///         let frontend = share.connection_mut();
+    ///         let mut limit = CallDeadline::new(frontend, Duration::from_secs(10));
     ///         Ok(limit.run(|| frontend.set_features(features | LOG_ALL))??) // it uses it
     ///     })?
     /// }
@@ -218,12 +218,14 @@ impl<F: MemTableSink> VhostUserShare<F> {
     }
 
     fn send_log(&mut self) -> Result<()> {
-        // A handle of its own: the log stays where it is, whatever the sink does.
+        // A handle of its own: the log stays where it is, whatever the connection does.
         let Some(log) = self.logging.as_ref().and_then(Logging::log).cloned() else {
             return Ok(());
         };
         let size = log.size();
-        let sent = self.change(DaemonRequest::SetLog(size), |sink| sink.set_log_base(&log));
+        let sent = self.change(DaemonRequest::SetLog(size), |connection| {
+            connection.set_log_base(&log)
+        });
         let process = sent?;
         if let Some(logging) = &mut self.logging {
             logging.take(size, process);

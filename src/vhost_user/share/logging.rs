@@ -86,8 +86,10 @@ impl Logging {
     }
 
     /// The daemon took the log with this size, and is this process, if that is known.
-    pub(super) fn take(&mut self, size: u64, process: Option<DaemonProcess>) {
+    pub(super) fn take(&mut self, size: u64, process: Option<u32>) {
         self.taken = size;
+        // Now, while the connection is there: later the number may be another's.
+        let process = process.map(DaemonProcess::new);
         self.process = process.or(self.process.take());
     }
 

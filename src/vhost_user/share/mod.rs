@@ -17,9 +17,11 @@ use crate::memory::GuestMemoryShm;
 use crate::vhost_user::table::{MemoryTable, SlotLimit, TableError, TableView};
 
 mod bases;
+mod connection;
+mod deadline;
+mod disconnector;
 mod error;
 mod exchange;
-mod hang_up;
 mod kernel;
 mod listener;
 mod log;
@@ -27,23 +29,20 @@ mod log_exchange;
 mod logging;
 mod postcopy;
 mod process;
-mod sink;
 mod socket;
 mod stopped;
-mod time_limit;
 mod wire;
 
 pub use self::log::DaemonLog;
 use bases::BaseHandler;
+pub use connection::DaemonConnection;
+pub use deadline::CallDeadline;
+pub use disconnector::Disconnector;
 use error::Result;
 pub use error::{DaemonFailure, DaemonRequest, ShareError};
-pub use hang_up::HangUp;
 pub use kernel::KernelVhost;
 use logging::Logging;
-pub use process::DaemonProcess;
-pub use sink::MemTableSink;
 pub use stopped::{FormerDaemon, StoppedLog};
-pub use time_limit::TimeLimit;
 
 /// How long a daemon may take to answer, unless set otherwise: mapping a region takes it
 /// microseconds, but it may be busy with I/O.
@@ -56,13 +55,13 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// REM_MEM_REG), up to the daemon's GET_MAX_MEM_SLOTS; without it the whole table is sent
 /// (SET_MEM_TABLE), at most 8 regions. Every change is acknowledged by the daemon before
 /// [`update_table`](Self::update_table) returns: by REPLY_ACK where it was negotiated, otherwise by
-/// a round trip. No call waits longer than the [time limit](Self::with_time_limit) for an answer; a
+/// a round trip. No call waits longer than the [deadline](Self::with_deadline) for an answer; a
 /// change of many regions is as many calls.
 ///
 /// ```
 /// use std::time::Duration;
 ///
-/// use guest_memory_shm::{GuestMemoryShm, TimeLimit, VhostUserShare};
+/// use guest_memory_shm::{GuestMemoryShm, CallDeadline, VhostUserShare};
 /// use vhost::VhostBackend;
 /// use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
 /// # use guest_memory_shm::mock::MockDaemon;
@@ -72,7 +71,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// # let stream = daemon.connect()?;
 /// # let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
 /// let mut frontend = Frontend::from_stream(stream, 1);
-/// let mut limit = TimeLimit::new(&frontend, Duration::from_secs(10));
+/// let mut limit = CallDeadline::new(&frontend, Duration::from_secs(10));
 /// let features = limit.run(|| -> vhost::Result<Features> {
 ///     frontend.set_owner()?;
 ///     // What the guest's driver knows of them; 26 is VHOST_F_LOG_ALL, for when there is a log.
@@ -90,13 +89,13 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// ```
 #[derive(Debug)]
 pub struct VhostUserShare<F> {
-    sink: F,
-    /// Absent only if no call of the sink ever waits.
-    time_limit: Option<TimeLimit>,
+    connection: F,
+    /// Absent only if no call of the connection ever waits.
+    deadline: Option<CallDeadline>,
     limit: Duration,
     mem_slots: bool,
     reply_ack: bool,
-    /// The sink has yet to be told that changes are acknowledged.
+    /// The connection has yet to be told that changes are acknowledged.
     acks_due: bool,
     log_shmfd: bool,
     /// The daemon's answer to GET_MAX_MEM_SLOTS, once it was asked.
@@ -139,15 +138,15 @@ impl ShareReport {
     }
 }
 
-impl<F: MemTableSink> VhostUserShare<F> {
+impl<F: DaemonConnection> VhostUserShare<F> {
     /// A share with a daemon that is connected and holds no region yet.
     ///
     /// `features` are the protocol features that were acknowledged (SET_PROTOCOL_FEATURES).
-    pub fn new(sink: F, features: Features) -> Self {
-        let hang_up = sink.hang_up();
+    pub fn new(connection: F, features: Features) -> Self {
+        let disconnector = connection.disconnector();
         let mut share = Self {
-            sink,
-            time_limit: None,
+            connection,
+            deadline: None,
             limit: TIME_LIMIT,
             mem_slots: false,
             reply_ack: false,
@@ -161,7 +160,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             logging: None,
             broken: None,
         };
-        share.begin(features, hang_up);
+        share.begin(features, disconnector);
         share
     }
 
@@ -171,9 +170,9 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// A call that another thread makes on a clone of the frontend takes from this time while it
     /// waits, because it has the frontend's lock; at its end the connection is closed for both.
     #[must_use]
-    pub fn with_time_limit(mut self, limit: Duration) -> Self {
+    pub fn with_deadline(mut self, limit: Duration) -> Self {
         self.limit = limit;
-        if let Some(watching) = &mut self.time_limit {
+        if let Some(watching) = &mut self.deadline {
             watching.set_limit(limit);
         }
         self
@@ -197,15 +196,15 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// Most daemons serve one front-end at a time: the old connection must have ended before they
     /// answer on the new one. That of a broken share has.
-    pub fn reconnect(&mut self, sink: F, features: Features) -> F {
+    pub fn reconnect(&mut self, connection: F, features: Features) -> F {
         // First, and not between: if it panics, the share is what it was.
-        let hang_up = sink.hang_up();
-        let old = std::mem::replace(&mut self.sink, sink);
-        self.begin(features, hang_up);
+        let disconnector = connection.disconnector();
+        let old = std::mem::replace(&mut self.connection, connection);
+        self.begin(features, disconnector);
         old
     }
 
-    fn begin(&mut self, features: Features, hang_up: Option<HangUp>) {
+    fn begin(&mut self, features: Features, disconnector: Option<Disconnector>) {
         self.mem_slots = features.contains(Features::CONFIGURE_MEM_SLOTS);
         self.reply_ack = features.contains(Features::REPLY_ACK);
         self.log_shmfd = features.contains(Features::LOG_SHMFD);
@@ -218,7 +217,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
         }
         self.broken = None;
         self.acks_due = self.reply_ack;
-        self.time_limit = hang_up.map(|hang_up| TimeLimit::with_hang_up(hang_up, self.limit));
+        self.deadline = disconnector
+            .map(|disconnector| CallDeadline::with_disconnector(disconnector, self.limit));
     }
 
     /// Whether the daemon could take `table`, as far as limits say; nothing is changed.
@@ -231,7 +231,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// [`ShareError::Table`]: [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty
     /// table that only SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
     /// for the kernel. [`ShareError::LogNotShared`]; [`ShareError::Broken`]; and what a failed
-    /// question leads to: [`ShareError::NoTimeLimit`], after which the share goes on as before, and
+    /// question leads to: [`ShareError::NoDeadline`], after which the share goes on as before, and
     /// [`ShareError::Daemon`], after which it is broken.
     pub fn check_table(&mut self, table: &MemoryTable) -> Result<()> {
         self.check_not_broken()?;
@@ -239,10 +239,10 @@ impl<F: MemTableSink> VhostUserShare<F> {
         if *table == self.held {
             return Ok(());
         }
-        self.sink.check_table(table)?;
+        self.connection.check_table(table)?;
         match self.mem_slots {
             true => self.check_slots(table),
-            false => Ok(check_whole(table, self.sink.max_table_regions())?),
+            false => Ok(check_whole(table, self.connection.max_table_regions())?),
         }
     }
 
@@ -252,7 +252,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// # Errors
     ///
     /// [`ShareError::Table`], as for [`check_table`](Self::check_table): nothing was sent, the share
-    /// goes on as before. So it does after [`ShareError::NoTimeLimit`], if no thread could be had to
+    /// goes on as before. So it does after [`ShareError::NoDeadline`], if no thread could be had to
     /// watch the time.
     ///
     /// [`ShareError::LogNotShared`] if the daemon is to log ([`start_log`](Self::start_log)) and a
@@ -274,13 +274,13 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// the refused one.
     pub fn update_table(&mut self, table: &MemoryTable) -> Result<ShareReport> {
         self.check_table(table)?;
-        let change = self.held.change_to(table);
-        if change.is_empty() && !self.log_is_due() {
+        if self.held == *table && !self.log_is_due() {
             return Ok(ShareReport::default());
         }
+        let change = self.held.change_to(table);
         let mut report = ShareReport {
-            removed: change.removals().len(),
-            added: change.additions().len(),
+            removed: change.removals.len(),
+            added: change.additions.len(),
             bases: Vec::new(),
         };
         if let Err(error) = self.send(table, &change, &mut report) {
@@ -337,18 +337,18 @@ impl<F: MemTableSink> VhostUserShare<F> {
     }
 
     /// The connection.
-    pub fn sink(&self) -> &F {
-        &self.sink
+    pub fn connection(&self) -> &F {
+        &self.connection
     }
 
     /// The connection, for other requests (rings, configuration).
-    pub fn sink_mut(&mut self) -> &mut F {
-        &mut self.sink
+    pub fn connection_mut(&mut self) -> &mut F {
+        &mut self.connection
     }
 
     /// Gives the connection back.
-    pub fn into_sink(self) -> F {
-        self.sink
+    pub fn into_connection(self) -> F {
+        self.connection
     }
 
     fn check_not_broken(&self) -> Result<()> {

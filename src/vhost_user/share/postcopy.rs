@@ -5,13 +5,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use vm_memory::GuestAddress;
 
 use super::bases::BaseHandler;
+use super::connection::DaemonConnection;
 use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
-use super::sink::MemTableSink;
 use super::{ShareReport, VhostUserShare};
 use crate::range::GuestRange;
 use crate::vhost_user::table::TableRegion;
 
-impl<F: MemTableSink> VhostUserShare<F> {
+impl<F: DaemonConnection> VhostUserShare<F> {
     /// Has `handler` told where the daemon maps each region while postcopy listens, before that is
     /// acknowledged; nobody unless set.
     ///
@@ -23,7 +23,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// `range.start_addr() + (address - base)` in the guest, and is resolved at `address`. Whoever
     /// does so must know the base first: from the acknowledgement on, faults can come. So the
     /// handler is called with the region and its base, and then the share acknowledges
-    /// ([`MemTableSink::acknowledge_bases`]).
+    /// ([`DaemonConnection::acknowledge_bases`]).
     ///
     /// vhost's `Frontend` acknowledges, if this crate's feature `postcopy` is on. QEMU's daemons
     /// (libvhost-user, as of QEMU 10.0) hang up at the acknowledgement of ADD_MEM_REG, so they
@@ -87,7 +87,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
                 resume_unwind(panic);
             }
         }
-        self.call(step, |sink| sink.acknowledge_bases(step))
+        self.call(step, |connection| connection.acknowledge_bases(step))
     }
 
     /// Takes the bases that the daemon returned and that no report handed out: those of an update

@@ -339,7 +339,7 @@ fn a_daemon_takes_a_table_that_this_crate_made() {
         region(
             r.range().start_addr().0,
             r.range().size(),
-            r.userspace_addr(),
+            r.user_addr(),
             r.mmap_offset(),
         )
     });
