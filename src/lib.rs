@@ -193,7 +193,7 @@ pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, Shm
 pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 pub use error::{
     AdoptError, BackingError, DiscardError, Error, FileError, MapError, MemoryError, OptionsError,
-    PopulateError, ReceiveError, RegionError, RegionSpace, Result,
+    PopulateError, Result,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{

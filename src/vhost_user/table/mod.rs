@@ -105,8 +105,8 @@ impl MemoryTable {
         &self.regions
     }
 
-    /// The user address of a guest address, in terms of this table; `None` if the address is not in
-    /// the table.
+    /// The user address of a guest address, in terms of this table; `None` if the address is not
+    /// in the table.
     ///
     /// The addresses of rings in SET_VRING_ADDR are user addresses: translate them by the table
     /// that the daemon was sent.

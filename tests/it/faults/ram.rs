@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::num::NonZeroU32;
 use std::path::Path;
 
-use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, map_table};
+use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable};
 use guest_memory_shm::{
     Access, AdoptPolicy, Backing, BackingError, CoreDump, Error, GuestMemoryShm, GuestRegionShm,
     GuestRom, NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions, Populated,
@@ -326,7 +326,7 @@ fn receive(stage: &Stage) -> Outcome {
     let seals = AdoptPolicy::new().with_seals(SealPolicy::Require);
     let policy = ReceivePolicy::new().with_descriptors(seals);
     let received = stage.attacked(|| {
-        let table = map_table::<()>([region(0), region(1)], files, &policy)?;
+        let table = ReceivedTable::<()>::new(policy).set([region(0), region(1)], files)?;
         table.add(region(2), third)?.remove(region(0))
     });
     match received {
