@@ -109,7 +109,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     }
 
     /// Makes one call that, refused, leaves the daemon as it was: if it still answers after the
-    /// refusal, the share goes on.
+    /// refusal, the share stays usable.
     pub(super) fn change<T>(
         &mut self,
         request: DaemonRequest,

@@ -1,9 +1,9 @@
 //! Sharing guest RAM with one vhost-user daemon: its memory table is kept equal to ours.
 //!
-//! A [`VhostUserShare`] knows what the daemon was told and has acknowledged, and sends only the
-//! difference. Limits are checked before a byte is sent. A refusal leaves the share usable where
-//! the daemon survives it and is known to hold what it held. Any other failure on the wire breaks
-//! the share: what the daemon holds is not known any more, so it has to be connected to anew.
+//! A [`VhostUserShare`] knows what the daemon has acknowledged, and sends only the difference.
+//! Limits are checked before a byte is sent. After a refusal the share stays usable if the daemon
+//! survives it and is known to hold what it held. Any other failure on the wire breaks the share:
+//! what the daemon holds is no longer known, so it needs a new connection.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,10 +49,10 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 
 /// One daemon's memory table, kept equal to a [`MemoryTable`].
 ///
-/// The front-end negotiates features with the daemon and hands the acknowledged protocol features
-/// over. With CONFIGURE_MEM_SLOTS regions are added and removed one by one (ADD_MEM_REG,
-/// REM_MEM_REG), up to the daemon's GET_MAX_MEM_SLOTS; without it the whole table is sent
-/// (SET_MEM_TABLE), at most 8 regions. Every change is acknowledged by the daemon before
+/// The VMM negotiates features with the daemon and passes the acknowledged protocol features in.
+/// With CONFIGURE_MEM_SLOTS regions are added and removed one by one (ADD_MEM_REG, REM_MEM_REG),
+/// up to the daemon's GET_MAX_MEM_SLOTS; without it the whole table is sent (SET_MEM_TABLE), at
+/// most 8 regions. Every change is acknowledged by the daemon before
 /// [`update_table`](Self::update_table) returns: by REPLY_ACK where it was negotiated, otherwise
 /// by a round trip. No call waits longer than the [deadline](Self::with_deadline) for an answer; a
 /// change of many regions is as many calls.
@@ -166,8 +166,9 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// Sets how long the daemon may take for each answer; 10 seconds unless set. Without any time
     /// every update fails.
     ///
-    /// A call that another thread makes on a clone of the frontend takes from this time while it
-    /// waits, because it has the frontend's lock; at its end the connection is closed for both.
+    /// A call that another thread makes on a clone of the frontend uses up this time while it
+    /// waits, because it holds the frontend's lock; when the time is over, the connection is
+    /// closed for both.
     #[must_use]
     pub fn with_deadline(mut self, limit: Duration) -> Self {
         self.limit = limit;
@@ -190,10 +191,10 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         &self.view
     }
 
-    /// Goes on with a new connection to the daemon, which holds no region yet; gives back the old
-    /// one. The next [`update_table`](Self::update_table) sends the whole table.
+    /// Takes a new connection to the daemon, which holds no region yet; gives back the old one.
+    /// The next [`update_table`](Self::update_table) sends the whole table.
     ///
-    /// Most daemons serve one front-end at a time: the old connection must have ended before they
+    /// Most daemons serve one frontend at a time: the old connection must have ended before they
     /// answer on the new one. That of a broken share has.
     pub fn reconnect(&mut self, connection: F, features: Features) -> F {
         // First, and not between: if it panics, the share is what it was.
@@ -230,8 +231,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// [`ShareError::Table`]: [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty
     /// table that only SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
     /// for the kernel. [`ShareError::LogNotShared`]; [`ShareError::Broken`]; and what a failed
-    /// question leads to: [`ShareError::NoDeadline`], after which the share goes on as before, and
-    /// [`ShareError::Daemon`], after which it is broken.
+    /// question leads to: [`ShareError::NoDeadline`], after which the share is usable as before,
+    /// and [`ShareError::Daemon`], after which it is broken.
     pub fn check_table(&mut self, table: &MemoryTable) -> Result<()> {
         self.check_not_broken()?;
         self.check_log()?;
@@ -251,7 +252,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// # Errors
     ///
     /// [`ShareError::Table`], as for [`check_table`](Self::check_table): nothing was sent, the
-    /// share goes on as before. So it does after [`ShareError::NoDeadline`], if no thread could be
+    /// share is usable as before. So it is after [`ShareError::NoDeadline`], if no thread could be
     /// had to watch the time.
     ///
     /// [`ShareError::LogNotShared`] if the daemon is to log ([`start_log`](Self::start_log)) and a
@@ -261,9 +262,9 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// [`ShareError::Daemon`] with [`DaemonFailure::Refused`]: the daemon answered that it does
     /// not take a change. If that was a single region and the daemon still answers after it, the
-    /// share goes on: [`table`](Self::table) is what was acknowledged until then, and the next
-    /// update goes on from there. Otherwise it is broken: most daemons hang up when they refuse,
-    /// and some have let go of the old table when they refuse a whole one.
+    /// share stays usable: [`table`](Self::table) is what was acknowledged until then, and the
+    /// next update continues from there. Otherwise it is broken: most daemons hang up when they
+    /// refuse, and some have let go of the old table when they refuse a whole one.
     /// [`broken`](Self::broken) tells the two apart.
     ///
     /// [`ShareError::Daemon`] with any other failure: the connection is closed, the share is

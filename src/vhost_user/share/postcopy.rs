@@ -13,11 +13,11 @@ use crate::vhost_user::table::TableRegion;
 
 impl<F: DaemonConnection> VhostUserShare<F> {
     /// Has `handler` told where the daemon maps each region while postcopy listens, before that is
-    /// acknowledged; nobody unless set.
+    /// acknowledged.
     ///
     /// While postcopy listens (VHOST_USER_POSTCOPY_LISTEN), a daemon answers SET_MEM_TABLE and
     /// ADD_MEM_REG with the address in its own process of each region's first byte: the base. It
-    /// is the *daemon* that registers these addresses with userfaultfd(2), and the front-end has
+    /// is the *daemon* that registers these addresses with userfaultfd(2), and the frontend has
     /// the descriptor, from VHOST_USER_POSTCOPY_ADVISE. Faults that are read from it name
     /// addresses of the daemon: one at `address` is at
     /// `range.start_addr() + (address - base)` in the guest, and is resolved at `address`. Whoever
