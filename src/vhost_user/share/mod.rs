@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
-use vm_memory::GuestAddress;
 use vm_memory::bitmap::Bitmap;
 
 use crate::logs;
@@ -64,8 +63,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// use vhost::VhostBackend;
 /// use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
 /// # use guest_memory_shm::mock::MockDaemon;
-/// # use vm_memory::GuestAddress;
-///
+/// # ///
 /// # let daemon = MockDaemon::builder().start_unnamed()?;
 /// # let stream = daemon.connect()?;
 /// # let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
@@ -102,8 +100,6 @@ pub struct VhostUserShare<F> {
     view: TableView,
     /// What the daemon has acknowledged.
     held: MemoryTable,
-    /// Bases that the daemon returned and no report handed out.
-    bases: Vec<(GuestAddress, u64)>,
     base_handler: BaseHandler,
     /// Present while the daemon is to log what it writes.
     logging: Option<Logging>,
@@ -115,7 +111,6 @@ pub struct VhostUserShare<F> {
 pub struct ShareReport {
     removed: usize,
     added: usize,
-    bases: Vec<(GuestAddress, u64)>,
 }
 
 impl ShareReport {
@@ -127,13 +122,6 @@ impl ShareReport {
     /// The number of regions that the daemon was told of newly.
     pub fn added(&self) -> usize {
         self.added
-    }
-
-    /// Where the daemon mapped the new regions: guest address and address in the daemon. Only
-    /// while postcopy listens. They are acknowledged already, so faults may have come:
-    /// [`VhostUserShare::with_base_handler`] tells them in time, and what they mean.
-    pub fn bases(&self) -> &[(GuestAddress, u64)] {
-        &self.bases
     }
 }
 
@@ -154,7 +142,6 @@ impl<F: DaemonConnection> VhostUserShare<F> {
             slots: None,
             view: TableView::default(),
             held: MemoryTable::default(),
-            bases: Vec::new(),
             base_handler: BaseHandler::default(),
             logging: None,
             broken: None,
@@ -210,7 +197,6 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         self.log_shmfd = features.contains(Features::LOG_SHMFD);
         self.slots = None;
         self.held = MemoryTable::default();
-        self.bases = Vec::new();
         if let Some(logging) = &mut self.logging {
             // Unless it was broken off.
             logging.end("another connection took its place");
@@ -278,15 +264,11 @@ impl<F: DaemonConnection> VhostUserShare<F> {
             return Ok(ShareReport::default());
         }
         let change = self.held.change_to(table);
-        let mut report = ShareReport {
+        self.send(table, &change)?;
+        let report = ShareReport {
             removed: change.removals.len(),
             added: change.additions.len(),
-            bases: Vec::new(),
         };
-        if let Err(error) = self.send(table, &change, &mut report) {
-            self.keep_bases(report);
-            return Err(error);
-        }
         logs::debug!(
             "daemon took {} regions less, {} more",
             report.removed,
