@@ -288,7 +288,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn ram(options: &RamOptions, start: u64, size: u64) -> Ram {
-        let region = GuestRegionShm::<()>::new(GuestAddress(start), size, options).unwrap();
+        let region = GuestRegionShm::<()>::new((GuestAddress(start), size), options).unwrap();
         region.ram().clone()
     }
 

@@ -127,7 +127,7 @@ impl<B: NewBitmap> ReceivedTable<B> {
                 guest_addr, size, ..
             } = *region;
             let placed =
-                GuestRegionShm::from_backing(backing, region.mmap_offset, guest_addr, size);
+                GuestRegionShm::from_backing(backing, region.mmap_offset, (guest_addr, size));
             memory.push(Arc::new(placed.map_err(|error| at(index, error))?));
         }
         // The numbers are checked: they are disjoint, and there is at least one.
