@@ -274,13 +274,13 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// the refused one.
     pub fn update_table(&mut self, table: &MemoryTable) -> Result<ShareReport> {
         self.check_table(table)?;
-        let change = self.held.change_to(table);
-        if change.is_empty() && !self.log_is_due() {
+        if self.held == *table && !self.log_is_due() {
             return Ok(ShareReport::default());
         }
+        let change = self.held.change_to(table);
         let mut report = ShareReport {
-            removed: change.removals().len(),
-            added: change.additions().len(),
+            removed: change.removals.len(),
+            added: change.additions.len(),
             bases: Vec::new(),
         };
         if let Err(error) = self.send(table, &change, &mut report) {
