@@ -186,7 +186,7 @@ impl<B> Steps<B> {
             false => {
                 let mut regions = from.arc_regions();
                 regions.extend(additions);
-                GuestMemoryShm::from_arc_regions(regions)?
+                GuestMemoryShm::from_unsorted(regions)?
             }
         };
         Ok(Self {
