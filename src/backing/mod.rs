@@ -165,7 +165,7 @@ impl ShmBacking {
     }
 
     fn new(
-        file: File,
+        file: impl Into<Arc<File>>,
         page_size: u64,
         kind: BackingKind,
         seals: Seals,
@@ -174,9 +174,10 @@ impl ShmBacking {
     ) -> Self {
         Self {
             inner: Arc::new(Inner {
-                file: Arc::new(file),
+                file: file.into(),
                 start: 0,
-                end: metadata.len(),
+                // All of the last page can be touched, also if the file ends within it.
+                end: metadata.len().next_multiple_of(page_size),
                 page_size,
                 kind,
                 seals,
@@ -318,7 +319,7 @@ impl ShmBacking {
         }
         let metadata = self.inner.file.metadata();
         let metadata = metadata.map_err(|source| self.fstat_error(source))?;
-        if metadata.len() < self.end() {
+        if metadata.len().next_multiple_of(self.page_size()) < self.end() {
             return Err(Error::BackingTruncated {
                 end: self.end(),
                 now: metadata.len(),

@@ -28,7 +28,9 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
         }
         memory.iter().try_for_each(|region| {
             let range = region.range();
-            self.check_region(range)
+            let pages = region.ram().check_pages().map_err(Error::from);
+            pages
+                .and_then(|()| self.check_region(range))
                 .map_err(|error| refused(error).at(range))
         })
     }
@@ -50,8 +52,9 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
             if there.is_some_and(|slot| slot.is(region.ram())) {
                 continue;
             }
-            self.is_read_only(range)
-                .map_err(Error::from)
+            let pages = region.ram().check_pages().map_err(Error::from);
+            pages
+                .and_then(|()| Ok(self.is_read_only(range)?))
                 .and_then(|read_only| self.add(Memory::Ram(region.ram().clone()), read_only))
                 .map_err(|error| refused(error).at(range))?;
         }

@@ -64,7 +64,7 @@ pub(super) struct Plan {
 
 impl Part {
     pub(super) fn whole(ram: Ram, mode: Populate) -> Self {
-        let range = 0..ram.range.size();
+        let range = 0..ram.mapping.len() as u64;
         Self {
             ram,
             range,
@@ -96,9 +96,10 @@ impl Part {
     /// The guest addresses of a range of the region.
     pub(super) fn in_guest(&self, range: &Range<u64>) -> GuestRange {
         let start = self.ram.range.start_addr().0 + range.start;
-        // A chunk is not empty and lies in a region.
-        GuestRange::new(vm_memory::GuestAddress(start), range.end - range.start)
-            .unwrap_or(self.ram.range)
+        // A chunk is not empty and lies in the pages of a region, of the last of which there may
+        // be less in the guest.
+        let end = range.end.min(self.ram.range.size());
+        GuestRange::new(vm_memory::GuestAddress(start), end - range.start).unwrap_or(self.ram.range)
     }
 
     /// Whether its pages are to be allocated through the descriptor.
@@ -139,7 +140,7 @@ pub(super) fn select(
         let len = missing.min(ram.range.size() - at);
         let page = ram.backing.page_size();
         let first = at - at % page;
-        // Regions are whole pages: rounding up stays inside.
+        // Whole pages are mapped: rounding up stays inside.
         let end = (at + len).next_multiple_of(page);
         parts.push(Part {
             range: first..end,

@@ -98,19 +98,22 @@ fn of_one_backing(
     };
     let mut located = 0;
     for ram in regions {
+        // Of the last page there may be less in the guest.
         let size = ram.range.size();
         let parts = if allocation == Allocation::Everything {
-            located += size;
+            located += ram.mapping.len() as u64;
             std::iter::once(0..size).collect()
         } else if backing.is_hugetlb() {
             let mapped = mapped_parts(ram)?;
             located += mapped.iter().map(|part| part.end - part.start).sum::<u64>();
             outwards(mapped, step(resolution, backing.page_size()), size)
         } else {
-            let part = ram.offset..ram.offset + size;
-            let parts = backing.extents_in(part, step(resolution, backing.page_size()));
+            let parts = backing.extents_in(ram.pages(), step(resolution, backing.page_size()));
             let parts = parts.map_err(failed("look for the allocated parts of a backing"))?;
-            let inside = |part: Range<u64>| part.start - ram.offset..part.end - ram.offset;
+            let inside = |part: Range<u64>| {
+                let end = part.end - ram.offset;
+                part.start - ram.offset..end.min(size)
+            };
             parts.into_iter().map(inside).collect()
         };
         let start = ram.range.start_addr().0;

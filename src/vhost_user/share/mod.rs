@@ -228,8 +228,9 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`ShareError::Table`]: [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty
-    /// table that only SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
+    /// [`ShareError::Table`]: [`TableError::Range`] for a region that is not whole pages;
+    /// [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty table that only
+    /// SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
     /// for the kernel. [`ShareError::LogNotShared`]; [`ShareError::Broken`]; and what a failed
     /// question leads to: [`ShareError::NoTimeLimit`], after which the share goes on as before, and
     /// [`ShareError::Daemon`], after which it is broken.
@@ -239,6 +240,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         if *table == self.held {
             return Ok(());
         }
+        table.check_pages().map_err(TableError::from)?;
         self.sink.check_table(table)?;
         match self.mem_slots {
             true => self.check_slots(table),
