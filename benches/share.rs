@@ -79,7 +79,7 @@ fn share(daemon: &MockDaemon, table: &MemoryTable) -> Result<Duration, Box<dyn E
     let start = Instant::now();
     share.update_table(table)?;
     let elapsed = start.elapsed();
-    check_and_leave(daemon, share.into_sink())?;
+    check_and_leave(daemon, share.into_connection())?;
     Ok(elapsed)
 }
 

@@ -55,6 +55,7 @@
 //! | `region` | [`GuestRegionShm`]: RAM placed at a guest address, with its dirty bitmap |
 //! | `rom` | [`GuestRom`]: a file that the guest only reads |
 //! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
+//! | `listener` | [`MemoryListener`]: what must know the memory, told as a whole or by [region](RegionListener) |
 //! | `discard` | giving pages back to the host, forbidding it, and collecting balloon reports |
 //! | `stats` | [`MemoryStats`], [`Extents`]: what of the RAM exists, where, and by which pages |
 //! | `vhost_user::table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it; `TableView`: how much of it |
@@ -96,9 +97,9 @@
 //!    between shm_open(3) and shm_unlink(3), or the kernel refuses the latter; what the kernel or
 //!    the hypervisor refuses to unmap.
 //! 8. A change of an [`AddressSpace`] reaches all listeners that are there, or none, also when a
-//!    listener, a callback or the logger panics. One that is away and [may
-//!    lag](Attendance::MayLag), the default, is left out and named ([`ChangeReport::stale`]); so
-//!    is one that could not be put back. They are told everything when they are back.
+//!    listener, a callback or the logger panics. One that is away, and was not
+//!    attached as [required](AddressSpace::attach_required), is left out and named
+//!    ([`ChangeReport::stale`]); so is one that could not be put back. They are told everything when they are back.
 //! 9. No wait for another process without a time limit. It is one for each message; and what a
 //!    listener of the VMM's own does, or [`AddressSpace::with_listener`] is given to do, is not
 //!    covered.
@@ -183,22 +184,19 @@ mod kvm;
 pub mod mock;
 
 pub use address_space::{
-    AddressSpace, Attendance, ChangeReport, ListenerId, ListenerStatus, PublishedMemory,
-    Transaction,
+    AddressSpace, AddressSpaceError, AttachError, ChangeReport, ListenerId, ListenerStatus,
+    PublishedMemory, Transaction,
 };
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
-#[cfg(feature = "kvm")]
-pub use error::KvmError;
 pub use error::{
-    AddressSpaceError, AdoptError, AttachError, DiscardError, Error, FileError, MemoryError,
-    NumaError, Occasion, OptionsError, PopulateError, ReceiveError, RegionError, RegionSpace,
-    Result, StaleListener,
+    AdoptError, BackingError, DiscardError, Error, FileError, MapError, MemoryError, OptionsError,
+    PopulateError, Result,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{
-    DirtyPages, HypervisorVm, KvmSlot, KvmSlots, LogBuffer, SlotFlags, SlotMapping, SlotNumber,
-    SlotNumbers,
+    DirtyPages, HypervisorVm, KvmError, KvmSlot, KvmSlots, LogBuffer, SlotChange, SlotFlags,
+    SlotMapping, SlotNumber, SlotNumbers,
 };
 pub use listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
@@ -217,13 +215,11 @@ pub use shortage::{ResourceLimit, Shortage};
 pub use stats::{Extents, MemoryStats, RegionStats, StatsError};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::share::{
-    DaemonFailure, DaemonLog, DaemonProcess, DaemonRequest, FormerDaemon, HangUp, KernelVhost,
-    MemTableSink, ShareError, ShareReport, StoppedLog, TimeLimit, VhostUserShare,
+    CallDeadline, DaemonConnection, DaemonFailure, DaemonLog, DaemonRequest, Disconnector,
+    FormerDaemon, KernelVhost, ShareError, ShareReport, StoppedLog, VhostUserShare,
 };
 #[cfg(feature = "vhost-user")]
-pub use vhost_user::table::{
-    MemoryTable, SlotLimit, TableChange, TableError, TableRegion, TableView, UserAddresses,
-};
+pub use vhost_user::table::{MemoryTable, SlotLimit, TableError, TableRegion, TableView};
 
 /// Pages for those who begin; with the features `kvm` and `mock`, whose types they name.
 #[cfg(all(any(doc, doctest), feature = "kvm", feature = "mock"))]

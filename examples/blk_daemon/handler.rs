@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use guest_memory_shm::receive::{ReceivePolicy, ReceivedTable, map_table};
+use guest_memory_shm::receive::{ReceivePolicy, ReceivedTable};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
@@ -198,7 +198,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
-        self.publish(map_table(regions, files, self.table.policy())?);
+        self.publish(self.table.set(regions, files)?);
         Ok(None)
     }
 

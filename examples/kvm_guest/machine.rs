@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use guest_memory_shm::mock::{BlkDevice, BlkDriver, MockDaemon};
 use guest_memory_shm::{
-    AddressSpace, Attendance, DirtyPages, GuestMemoryShm, GuestRange, GuestRegionShm, KvmSlots,
-    ListenerId, PublishedMemory, RamOptions, VhostUserShare,
+    AddressSpace, DirtyPages, GuestMemoryShm, GuestRange, GuestRegionShm, KvmSlots, ListenerId,
+    PublishedMemory, RamOptions, VhostUserShare,
 };
 use kvm_ioctls::VmFd;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
@@ -61,18 +61,16 @@ impl Machine {
         let device = BlkDevice::negotiate(&mut frontend, wanted).or_fail(doing)?;
         let share = VhostUserShare::new(frontend, device.protocol_features());
         let share = space
-            .attach_as(
-                "disk",
-                Attendance::Required,
-                share.with_time_limit(PATIENCE),
-            )
+            .attach_required("disk", share.with_deadline(PATIENCE))
             .or_fail(doing)?;
 
         let driver = BlkDriver::new(space.memory(), RINGS, 16).or_fail(doing)?;
-        let driver = driver.with_time_limit(PATIENCE);
+        let driver = driver.with_deadline(PATIENCE);
         let started = space.with_listener(&share, |share| {
             let table = share.table().clone();
-            device.start_queue(share.sink_mut(), 0, &driver, |addr| table.user_addr(addr))
+            device.start_queue(share.connection_mut(), 0, &driver, |addr| {
+                table.user_addr(addr)
+            })
         });
         started.or_fail(doing)?.or_fail(doing)?;
         Ok(Self {
@@ -170,9 +168,9 @@ impl Machine {
     pub(crate) fn end(self) -> Result<()> {
         let doing = || "cannot stop the queue";
         let device = self.device;
-        let stopped = self
-            .space
-            .with_listener(&self.share, |share| device.stop_queue(share.sink_mut(), 0));
+        let stopped = self.space.with_listener(&self.share, |share| {
+            device.stop_queue(share.connection_mut(), 0)
+        });
         stopped.or_fail(doing)?.or_fail(doing)?;
         Ok(())
     }

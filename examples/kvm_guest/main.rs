@@ -28,13 +28,13 @@ use rim::fold_lines;
 const WORDS: Words = &[
     ("restart it or reconnect to it", "run this again"),
     (
-        "connect it anew (AddressSpace::reconnect), detach it, or attach it with \
-         Attendance::MayLag",
+        "connect it anew (AddressSpace::reconnect), detach it, or attach it without requiring \
+         it (AddressSpace::attach)",
         "run this again",
     ),
     ("connect it anew and attach it then", "run this again"),
     (
-        ", restart the daemon or allow more with VhostUserShare::with_time_limit",
+        ", restart the daemon or allow more with VhostUserShare::with_deadline",
         "",
     ),
     ("listener \"", "\""),

@@ -61,7 +61,7 @@ impl Disk {
         // It waits for nothing by itself: `wait` below does, for the daemon's end as well.
         let driver = BlkDriver::new(ram.published(), rings, QUEUE_SIZE)
             .or_fail(doing)?
-            .with_time_limit(Duration::ZERO);
+            .with_deadline(Duration::ZERO);
         let events = Epoll::new().or_fail(doing)?;
         for (fd, event) in [
             (driver.call().as_raw_fd(), EventSet::IN),

@@ -45,7 +45,7 @@ use session::{Endpoint, Session};
 
 /// The remedies of the crate's errors, as far as this program has them.
 const WORDS: Words = &[
-    ("VhostUserShare::with_time_limit", "--time-limit"),
+    ("VhostUserShare::with_deadline", "--time-limit"),
     (
         "daemon or allow more time",
         "daemon or allow more with --time-limit",
@@ -55,8 +55,8 @@ const WORDS: Words = &[
         "restart it, and run this again",
     ),
     (
-        "connect it anew (AddressSpace::reconnect), detach it, or attach it with \
-         Attendance::MayLag",
+        "connect it anew (AddressSpace::reconnect), detach it, or attach it without requiring \
+         it (AddressSpace::attach)",
         "restart it, and run this again",
     ),
     (
@@ -78,6 +78,7 @@ const WORDS: Words = &[
         "use --backing memfd",
     ),
     ("use a memfd backing", "use --backing memfd"),
+    ("; RAM that stays sparse is allowed by reserve=off", ""),
     ("listener \"", "\""),
 ];
 

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use guest_memory_shm::mock::BlkDevice;
-use guest_memory_shm::{Attendance, ListenerId, TimeLimit, VhostUserShare};
+use guest_memory_shm::{CallDeadline, ListenerId, VhostUserShare};
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 
 use crate::daemon::LocalDaemon;
@@ -45,7 +45,7 @@ pub(crate) struct Session {
     pub(crate) capacity: u64,
     share: ListenerId<VhostUserShare<Frontend>>,
     /// For all requests beside those of `share`.
-    limit: TimeLimit,
+    limit: CallDeadline,
 }
 
 impl Session {
@@ -65,7 +65,7 @@ impl Session {
         let mut frontend = Frontend::from_stream(stream, 1);
 
         // A daemon that is busy with another front-end accepts us later, if ever.
-        let mut time = TimeLimit::new(&frontend, limit);
+        let mut time = CallDeadline::new(&frontend, limit);
         let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
         let device = time
             .run(|| BlkDevice::negotiate(&mut frontend, wanted))
@@ -78,18 +78,17 @@ impl Session {
 
         // The table comes before the queue: the rings must be in it. From here on the daemon is
         // told of each change of the RAM, or there is none.
-        let share =
-            VhostUserShare::new(frontend, device.protocol_features()).with_time_limit(limit);
+        let share = VhostUserShare::new(frontend, device.protocol_features()).with_deadline(limit);
         let share = ram
             .space()
-            .attach_as(format!("daemon {}", nth + 1), Attendance::Required, share)
+            .attach_required(format!("daemon {}", nth + 1), share)
             .or_fail(doing)?;
 
         let disk = Disk::new(&ram, rings(nth), peer, device.max_segments(), limit)?;
         let start = |share: &mut VhostUserShare<Frontend>| {
             let table = share.table().clone();
             time.run(|| {
-                device.start_queue(share.sink_mut(), QUEUE, disk.driver(), |addr| {
+                device.start_queue(share.connection_mut(), QUEUE, disk.driver(), |addr| {
                     table.user_addr(addr)
                 })
             })
@@ -147,7 +146,7 @@ impl Session {
         let doing = || "cannot stop the queue";
         let mut share = self.ram.space().detach(self.share).or_fail(doing)?;
         self.limit
-            .run(|| self.device.stop_queue(share.sink_mut(), QUEUE))
+            .run(|| self.device.stop_queue(share.connection_mut(), QUEUE))
             .or_fail(doing)?
             .or_fail(doing)?;
         Ok(())

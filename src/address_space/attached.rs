@@ -4,82 +4,18 @@ use std::any::Any;
 
 use vm_memory::bitmap::Bitmap;
 
-use super::status::ListenerStatus;
+use super::status::{ListenerStatus, Stale};
 use super::workers::{Answer, Call, Listener, Workers, panicked};
-use crate::error::{AddressSpaceError, Occasion, StaleListener};
 use crate::listener::{ListenerError, MemoryListener};
 use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::panics::{caught, discard};
 use crate::range::GuestRange;
 
-/// Whether a change may happen while a listener is away.
-///
-/// By default it may: a daemon that died, or does not answer in time, costs the change its time
-/// limit, and then the change *succeeds without it*. It is named in
-/// [`ChangeReport::stale`](super::ChangeReport::stale), and knows nothing of the new memory: a
-/// guest that gives it a buffer there sees its device fail. So look at the report before the guest
-/// is told of the memory, or say that nothing happens without the daemon:
-///
-/// ```
-/// use guest_memory_shm::{
-///     AddressSpace, Attendance, GuestMemoryShm, GuestRegionShm, RamOptions, VhostUserShare,
-/// };
-/// # use guest_memory_shm::mock::{BlkDevice, Fault, MockDaemon};
-/// # use std::time::Duration;
-/// # use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
-/// use vm_memory::GuestAddress;
-///
-/// # let daemon = MockDaemon::builder().start_unnamed()?;
-/// # let connect = || -> Result<_, Box<dyn std::error::Error>> {
-/// #     let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
-/// #     let features = BlkDevice::negotiate(&mut frontend, Features::all())?.protocol_features();
-/// #     Ok(VhostUserShare::new(frontend, features).with_time_limit(Duration::from_millis(50)))
-/// # };
-/// # let share = connect()?;
-/// let boot = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-/// let space = AddressSpace::new(boot);
-/// let disk = space.attach("disk0", share)?;
-///
-/// # daemon.inject(Fault::never_answer(1));
-/// // The daemon falls silent: RAM is plugged without it.
-/// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
-/// let report = space.insert(region)?;
-/// for stale in report.stale() {
-///     eprintln!("connect {} anew: {}", stale.name(), stale.reason());
-/// }
-/// assert!(report.stale()[0].is(&disk));
-///
-/// # drop(space.detach(disk)?);
-/// # daemon.wait_disconnected(Duration::from_secs(10))?;
-/// # let share = connect()?;
-/// // One that has to be there: RAM is not plugged, and the error says why.
-/// space.attach_as("disk0", Attendance::Required, share)?;
-/// # daemon.inject(Fault::never_answer(1));
-/// let region = GuestRegionShm::new(GuestAddress(8 << 30), 1 << 20, &RamOptions::new())?;
-/// assert!(space.insert(region).is_err());
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Attendance {
-    /// It may: the listener becomes stale, and is told everything when it is back. A listener that
-    /// *refuses* stops the change all the same; a daemon that hangs up when it is told of the
-    /// change has refused, one that had hung up before or stays silent is away.
-    #[default]
-    MayLag,
-    /// It may not: the change is undone.
-    Required,
-}
-
 /// A listener and what is known of it.
 pub(super) struct Attached<B: 'static> {
-    pub(super) id: u64,
-    pub(super) name: String,
-    pub(super) attendance: Attendance,
-    /// Why it does not hold what it should, if so.
-    pub(super) stale: Option<String>,
-    /// Whether to tell it is to wait for somebody else.
+    pub(super) status: ListenerStatus,
+    /// Whether telling it means waiting for another process.
     waits: bool,
     /// Absent only while it is with a worker.
     listener: Option<Listener<B>>,
@@ -101,14 +37,16 @@ impl<B: 'static> Attached<B> {
     pub(super) fn new(
         id: u64,
         name: String,
-        attendance: Attendance,
+        required: bool,
         listener: impl MemoryListener<B>,
     ) -> Self {
         Self {
-            id,
-            name,
-            attendance,
-            stale: None,
+            status: ListenerStatus {
+                id,
+                name,
+                required,
+                stale: None,
+            },
             waits: false,
             listener: Some(Box::new(listener)),
         }
@@ -137,16 +75,16 @@ impl<B: 'static> Attached<B> {
         call.make(self.listener(), memory)
     }
 
-    /// Asks whether telling it is to wait, before it is told anything.
+    /// Asks whether telling it means waiting, before it is told anything.
     pub(super) fn ask_waits(&mut self) -> Answer {
         let listener = self.listener();
         self.waits = caught(|| listener.waits()).map_err(|panic| panicked(&panic))?;
         Ok(())
     }
 
-    pub(super) fn become_stale(&mut self, reason: String) {
-        let reason = self.stale.insert(reason);
-        logs::warn!("listener {:?} is stale: {reason}", self.name);
+    pub(super) fn become_stale(&mut self, error: ListenerError, undoing: bool) {
+        let stale = self.status.stale.insert(Stale { error, undoing });
+        logs::warn!("listener {:?} is stale: {stale}", self.status.name);
     }
 }
 
@@ -158,8 +96,8 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
         }
     }
 
-    /// Asks everybody who is there whether this memory can be held; gives the places of those who
-    /// can. Who is away and may be, becomes stale.
+    /// Asks all listeners whether they can hold this memory; gives the places of those that can.
+    /// One that is away and not required becomes stale.
     pub(super) fn ask(&mut self, memory: &GuestMemoryShm<B>) -> Result<Vec<usize>, Objection> {
         let mut present = Vec::new();
         for (at, attached) in self.all.iter_mut().enumerate() {
@@ -172,10 +110,10 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
     }
 
     /// Tells those at `places` this memory, in order of attachment; neighbours that wait are told
-    /// side by side. At an objection nobody further is told.
+    /// side by side. After an objection no further one is told.
     ///
-    /// `told` becomes the groups that were told, and may hold any part of it; that of the group
-    /// that is just being told is in it.
+    /// A group is in `told` before it is told: then a panic leaves it there, to be undone. Each
+    /// listener of the groups in it may hold any part of the memory.
     pub(super) fn tell(
         &mut self,
         places: &[usize],
@@ -189,13 +127,12 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
             for (at, answer) in group.into_iter().zip(answers) {
                 let attached = &mut self.all[at];
                 match answer {
-                    Ok(()) => attached.stale = None,
+                    Ok(()) => attached.status.stale = None,
                     Err(error) => {
-                        let mut other = attached.tolerate(error);
+                        let other = attached.tolerate(error);
                         // The first one stands for the others.
-                        if let (Err(_), Err(other)) = (&objection, &mut other) {
-                            let reason = other.error.reason();
-                            logs::warn!("{:?}, too: {reason}", other.listener);
+                        if let (Err(_), Err(other)) = (&objection, &other) {
+                            logs::warn!("{:?}, too: {}", other.listener, other.error.reason());
                         }
                         objection = objection.and(other);
                     }
@@ -206,20 +143,17 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
         Ok(())
     }
 
-    /// Puts everybody who was told back to what was before, in reverse. Who fails becomes stale.
+    /// Puts all that were told back to what was before, in reverse. One that fails becomes stale.
     pub(super) fn undo(&mut self, told: Vec<Vec<usize>>, before: &GuestMemoryShm<B>) {
         for group in told.into_iter().rev() {
             let answers = self.tell_group(&group, before);
             for (at, answer) in group.into_iter().zip(answers) {
                 let attached = &mut self.all[at];
                 match answer {
-                    Ok(()) => attached.stale = None,
+                    Ok(()) => attached.status.stale = None,
                     // One that is away already stays so, for the first reason.
-                    Err(_) if attached.stale.is_some() => {}
-                    Err(mut error) => {
-                        let reason = format!("it could not be put back: {}", error.reason());
-                        attached.become_stale(reason);
-                    }
+                    Err(_) if attached.status.stale.is_some() => {}
+                    Err(error) => attached.become_stale(error, true),
                 }
             }
         }
@@ -227,19 +161,15 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
 
     /// How all of them are.
     pub(super) fn status(&self) -> Vec<ListenerStatus> {
-        self.all.iter().map(ListenerStatus::of).collect()
+        let all = self.all.iter();
+        all.map(|attached| attached.status.clone()).collect()
     }
 
-    /// Who does not hold what it should.
-    pub(super) fn stale(&self) -> Vec<StaleListener> {
-        let stale = |attached: &Attached<B>| {
-            Some(StaleListener {
-                id: attached.id,
-                name: attached.name.clone(),
-                reason: attached.stale.clone()?,
-            })
-        };
-        self.all.iter().filter_map(stale).collect()
+    /// Those that do not hold what they should.
+    pub(super) fn stale(&self) -> Vec<ListenerStatus> {
+        let all = self.all.iter().map(|attached| &attached.status);
+        let stale = all.filter(|status| status.stale.is_some());
+        stale.cloned().collect()
     }
 
     /// The places in order, neighbours that wait together.
@@ -280,59 +210,34 @@ impl<B: 'static> Drop for Listeners<B> {
 
 impl<B: 'static> Attached<B> {
     /// Whether the change may go on without this listener, which is stale then.
-    fn tolerate(&mut self, mut error: ListenerError) -> Result<(), Objection> {
+    fn tolerate(&mut self, error: ListenerError) -> Result<(), Objection> {
         if !error.is_away() {
             return Err(self.object(error));
         }
         // The first reason is why; the later ones only follow from it.
-        if self.stale.is_none() {
-            self.become_stale(error.reason());
+        if self.status.stale.is_none() {
+            self.become_stale(error.clone(), false);
         }
-        match self.attendance {
-            Attendance::MayLag => Ok(()),
-            Attendance::Required => Err(self.object(error)),
+        match self.status.required {
+            false => Ok(()),
+            true => Err(self.object(error)),
         }
     }
 
-    pub(super) fn object(&self, error: ListenerError) -> Objection {
+    fn object(&self, error: ListenerError) -> Objection {
         Objection {
-            listener: self.name.clone(),
+            listener: self.status.name.clone(),
             error,
         }
     }
 }
 
 impl Objection {
-    /// As an error. `region` is what changed first, for a listener that did not say where it
-    /// failed.
-    pub(super) fn into_error(
-        mut self,
-        occasion: Occasion,
-        region: Option<GuestRange>,
-        stale: Vec<StaleListener>,
-    ) -> AddressSpaceError {
-        // The caller must be able to display it.
-        self.error.reason();
-        let listener = self.listener;
-        let region = self.error.range().or(region);
-        let away = self.error.is_away();
-        let cause = self.error.into_cause();
-        if away {
-            AddressSpaceError::Away {
-                listener,
-                occasion,
-                region,
-                stale,
-                cause,
-            }
-        } else {
-            AddressSpaceError::Refused {
-                listener,
-                occasion,
-                region,
-                stale,
-                cause,
-            }
+    /// Against a change of `subject`, for a listener that did not say where it failed.
+    pub(super) fn about(mut self, subject: Option<GuestRange>) -> Self {
+        if let (None, Some(subject)) = (self.error.range(), subject) {
+            self.error = self.error.at(subject);
         }
+        self
     }
 }

@@ -3,11 +3,12 @@
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
 
-use super::{AddressSpace, ListenerId};
 #[cfg(doc)]
-use crate::error::AddressSpaceError;
-use crate::error::Result;
-use crate::vhost_user::share::{MemTableSink, VhostUserShare};
+use super::error::AddressSpaceError;
+use super::error::Result;
+use super::space::AddressSpace;
+use super::status::ListenerId;
+use crate::vhost_user::share::{DaemonConnection, VhostUserShare};
 
 impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// Goes on with a new connection to a daemon, and tells it the present memory; gives back the
@@ -32,7 +33,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// Those of [`refresh`](Self::refresh); the new connection is closed then, and so is the old
     /// one: the daemon is away, as before. With [`AddressSpaceError::NoSuchListener`] and
     /// [`AddressSpaceError::Reentrant`] only the new one is closed, and the daemon is what it was.
-    pub fn reconnect<F: MemTableSink + Send + 'static>(
+    pub fn reconnect<F: DaemonConnection + Send + 'static>(
         &self,
         id: &ListenerId<VhostUserShare<F>>,
         sink: F,
@@ -41,7 +42,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         self.refresh_after(
             id,
             |share| share.reconnect(sink, features),
-            |share, error| share.give_up(error),
+            |share, error| share.give_up(error.reason().to_owned()),
         )
     }
 }

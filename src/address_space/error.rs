@@ -2,94 +2,151 @@
 
 use std::fmt;
 
-use crate::range::GuestRange;
+use super::status::ListenerStatus;
+use crate::listener::ListenerError;
+use crate::region::MemoryError;
+
+pub(super) type Result<T, E = AddressSpaceError> = std::result::Result<T, E>;
 
 /// Why a change of the guest's memory did not happen, or a listener is not up to date.
 ///
-/// After a change that failed the memory is what it was, and so is what every listener holds, but
-/// for those that the error calls stale.
+/// After a change that failed the memory is what it was, and so is what every listener holds,
+/// except those that the error calls stale.
+///
+/// Where a listener failed, [`source`](std::error::Error::source) is the cause as the listener gave
+/// it:
+///
+/// ```
+/// use std::error::Error;
+///
+/// use guest_memory_shm::{AddressSpace, GuestMemoryShm, ListenerError, MemoryListener};
+///
+/// #[derive(Debug, thiserror::Error)]
+/// #[error("all windows are taken")]
+/// struct NoWindow;
+///
+/// struct Bus;
+///
+/// impl MemoryListener for Bus {
+///     fn check(&mut self, _memory: &GuestMemoryShm) -> Result<(), ListenerError> {
+///         Err(ListenerError::refused(NoWindow))
+///     }
+///     fn update(&mut self, _memory: &GuestMemoryShm) -> Result<(), ListenerError> {
+///         Ok(())
+///     }
+/// }
+///
+/// let space = AddressSpace::new(GuestMemoryShm::<()>::new());
+/// let error = space.attach("bus", Bus).unwrap_err();
+/// assert!(error.source().is_some_and(|cause| cause.is::<NoWindow>()));
+/// assert_eq!(error.to_string(), "it was not attached: listener \"bus\" refuses the memory");
+/// ```
 #[non_exhaustive]
 #[derive(Debug)]
 pub enum AddressSpaceError {
-    /// A listener refuses a memory.
-    Refused {
+    /// Nothing was changed: a listener refuses, or is away and
+    /// [required](crate::AddressSpace::attach_required).
+    #[non_exhaustive]
+    Change {
         /// The name that it is attached by.
         listener: String,
-        /// When that was.
-        occasion: Occasion,
-        /// The region at which it failed, or else one that the change is about.
-        region: Option<GuestRange>,
-        /// Who is stale now, and why: who could not be put back, and who was stale before.
-        stale: Vec<StaleListener>,
-        /// The listener's reason.
-        cause: Box<dyn std::error::Error + Send + Sync>,
+        /// What it answered; the region is one that the change is about, if it named none.
+        error: ListenerError,
+        /// Which listeners are stale now: those that could not be put back, and those that were
+        /// stale before.
+        stale: Vec<ListenerStatus>,
     },
 
-    /// A listener is away whose attendance is required, or who is being attached or brought up to
-    /// date.
-    Away {
+    /// A listener was not attached: it refuses the memory, or is away.
+    #[non_exhaustive]
+    Attach {
+        /// The name that it was to be attached by.
+        listener: String,
+        /// What it answered.
+        error: ListenerError,
+        /// What it answered when it was to let go of the memory again, if that failed: it may hold
+        /// a part of it.
+        stale: Option<ListenerError>,
+    },
+
+    /// A listener was not brought up to date: it refuses the memory, or is away, and is stale. The
+    /// others were not told anything.
+    #[non_exhaustive]
+    Refresh {
         /// The name that it is attached by.
         listener: String,
-        /// When that was noticed.
-        occasion: Occasion,
-        /// The region at which it failed, or else one that the change is about.
-        region: Option<GuestRange>,
-        /// Who is stale now, and why: this listener, unless it is back already, who could not be
-        /// put back, and who was stale before.
-        stale: Vec<StaleListener>,
-        /// What became of it.
-        cause: Box<dyn std::error::Error + Send + Sync>,
+        /// What it answered.
+        error: ListenerError,
     },
+
+    /// The memory cannot be changed like that: no such region, or regions that overlap. No listener
+    /// was asked or told.
+    Memory(MemoryError),
 
     /// The listener was detached, or is attached to another address space.
     NoSuchListener,
 
-    /// The address space was called by what it was calling itself: a listener, a handler of bases,
-    /// or the closure of [`with_listener`](crate::AddressSpace::with_listener). To go on would be
-    /// to wait for itself; nothing was done.
+    /// The address space was called by code that it was calling itself: a listener, a handler of
+    /// bases, or the closure of [`with_listener`](crate::AddressSpace::with_listener). The call
+    /// would wait for itself; nothing was done.
     ///
     /// [`AddressSpace::memory`](crate::AddressSpace::memory) and
     /// [`AddressSpace::atomic`](crate::AddressSpace::atomic) can be called there.
     Reentrant,
 
     /// Other code replaced the memory in [`AddressSpace::atomic`](crate::AddressSpace::atomic),
-    /// past all listeners. The memory of the address space is there again, nothing else was done,
-    /// and the next change goes on as ever.
+    /// and no listener was told. The memory of the address space is there again, nothing else was
+    /// done, and the next change works as before.
     MirrorReplaced,
 }
 
 impl fmt::Display for AddressSpaceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Refused {
+            Self::Change {
                 listener,
-                occasion,
-                region,
+                error,
                 stale,
-                cause,
             } => {
-                write!(f, "{}", Outcome(*occasion, listener, stale))?;
-                write!(
+                f.write_str("nothing was changed")?;
+                for (at, stale) in stale.iter().enumerate() {
+                    f.write_str(if at == 0 { ", but " } else { ", " })?;
+                    match stale.name() == listener {
+                        // The source says why.
+                        true => write!(f, "{listener:?} is stale")?,
+                        false => stale.fmt(f)?,
+                    }
+                }
+                write!(f, ": listener {listener:?} {error}")?;
+                remedy(
                     f,
-                    "listener {listener:?} refuses {}: {cause}",
-                    Region(region)
+                    error,
+                    "connect it anew (AddressSpace::reconnect), detach it, or attach it without \
+                     requiring it (AddressSpace::attach)",
                 )
             }
-            Self::Away {
+            Self::Attach {
                 listener,
-                occasion,
-                region,
+                error,
                 stale,
-                cause,
             } => {
-                write!(f, "{}", Outcome(*occasion, listener, stale))?;
-                let (region, remedy) = (Region(region), occasion.remedy());
+                f.write_str("it was not attached")?;
+                if let Some(stale) = stale {
+                    write!(f, ", but {listener:?} is stale ({})", stale.reason())?;
+                }
+                write!(f, ": listener {listener:?} {error}")?;
+                remedy(f, error, "connect it anew and attach it then")
+            }
+            Self::Refresh { listener, error } => {
                 write!(
                     f,
-                    "listener {listener:?} is away and cannot be told of {region}, "
+                    "the others were not told anything, but {listener:?} is stale: "
                 )?;
-                write!(f, "{remedy}: {cause}")
+                write!(f, "listener {listener:?} {error}")?;
+                let connect = "connect it anew (AddressSpace::reconnect), or detach it";
+                remedy(f, error, connect)
             }
+            Self::Memory(error) => error.fmt(f),
             Self::NoSuchListener => f.write_str(
                 "no such listener is attached here: it was detached, or belongs to another address \
                  space",
@@ -108,123 +165,42 @@ impl fmt::Display for AddressSpaceError {
     }
 }
 
+/// What to do about a listener that is away.
+fn remedy(f: &mut fmt::Formatter<'_>, error: &ListenerError, remedy: &str) -> fmt::Result {
+    match error.is_away() {
+        true => write!(f, ", {remedy}"),
+        false => Ok(()),
+    }
+}
+
 impl std::error::Error for AddressSpaceError {
-    /// What is behind the cause: the cause itself has been said.
+    /// The listener's own error: what it did with the memory has been said.
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Refused { cause, .. } | Self::Away { cause, .. } => cause.source(),
+            Self::Change { error, .. }
+            | Self::Attach { error, .. }
+            | Self::Refresh { error, .. } => error.source(),
+            Self::Memory(error) => error.source(),
             Self::NoSuchListener | Self::Reentrant | Self::MirrorReplaced => None,
         }
     }
 }
 
-/// A listener that does not hold what it should, and why.
-///
-/// It is told everything at the next change, or by
-/// [`AddressSpace::refresh`](crate::AddressSpace::refresh).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StaleListener {
-    pub(crate) id: u64,
-    pub(crate) name: String,
-    pub(crate) reason: String,
-}
-
-impl StaleListener {
-    /// The name that it was attached by.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Why it is stale.
-    pub fn reason(&self) -> &str {
-        &self.reason
-    }
-}
-
-impl fmt::Display for StaleListener {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} is stale ({})", self.name, self.reason)
-    }
-}
-
-struct Region<'a>(&'a Option<GuestRange>);
-
-impl fmt::Display for Region<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Some(range) => write!(f, "the region {range}"),
-            None => f.write_str("the memory"),
-        }
-    }
-}
-
-/// What a listener was told for when it failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Occasion {
-    /// A change of the memory.
-    Change,
-    /// It was being attached.
-    Attach,
-    /// It was being brought up to date, or connected to anew.
-    Refresh,
-}
-
-impl Occasion {
-    fn remedy(self) -> &'static str {
-        match self {
-            Self::Change => {
-                "connect it anew (AddressSpace::reconnect), detach it, or attach it with \
-                 Attendance::MayLag"
-            }
-            Self::Attach => "connect it anew and attach it then",
-            Self::Refresh => "connect it anew (AddressSpace::reconnect), or detach it",
-        }
-    }
-
-    fn outcome(self) -> &'static str {
-        match self {
-            Self::Change => "nothing was changed",
-            Self::Attach => "it was not attached",
-            Self::Refresh => "the others were not told anything",
-        }
-    }
-}
-
-/// What came of it: for which occasion, because of which listener, and who is stale.
-struct Outcome<'a>(Occasion, &'a str, &'a [StaleListener]);
-
-impl fmt::Display for Outcome<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(occasion, listener, stale) = self;
-        f.write_str(occasion.outcome())?;
-        for (at, stale) in stale.iter().enumerate() {
-            f.write_str(if at == 0 { ", but " } else { ", " })?;
-            match stale.name == *listener {
-                // Why is said behind this.
-                true => write!(f, "{listener:?} is stale")?,
-                false => stale.fmt(f)?,
-            }
-        }
-        f.write_str(": ")
-    }
-}
-
 /// A listener that was not attached, given back, and the reason.
 pub struct AttachError<L> {
-    pub(crate) error: Box<crate::Error>,
-    pub(crate) listener: L,
+    pub(super) error: AddressSpaceError,
+    pub(super) listener: L,
 }
 
 impl<L> AttachError<L> {
     /// Why it was not attached.
-    pub fn error(&self) -> &crate::Error {
+    pub fn error(&self) -> &AddressSpaceError {
         &self.error
     }
 
     /// Takes both apart.
-    pub fn into_parts(self) -> (crate::Error, L) {
-        (*self.error, self.listener)
+    pub fn into_parts(self) -> (AddressSpaceError, L) {
+        (self.error, self.listener)
     }
 
     /// Takes the listener back. It holds nothing, unless the error calls it stale.
@@ -251,15 +227,15 @@ impl<L> std::error::Error for AttachError<L> {
     }
 }
 
-impl<L> From<AttachError<L>> for crate::Error {
-    /// Keeps the reason and drops the listener.
-    fn from(refused: AttachError<L>) -> Self {
-        *refused.error
+impl From<MemoryError> for AddressSpaceError {
+    fn from(error: MemoryError) -> Self {
+        Self::Memory(error)
     }
 }
 
-impl From<AddressSpaceError> for crate::Error {
-    fn from(error: AddressSpaceError) -> Self {
-        Self::AddressSpace(Box::new(error))
+impl<L> From<AttachError<L>> for AddressSpaceError {
+    /// Keeps the reason and drops the listener.
+    fn from(refused: AttachError<L>) -> Self {
+        refused.error
     }
 }

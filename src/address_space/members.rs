@@ -4,83 +4,135 @@ use std::any::type_name;
 
 use vm_memory::bitmap::Bitmap;
 
-use super::AddressSpace;
-use super::attached::{Attached, Attendance, Listeners, Objection};
+use super::attached::{Attached, Listeners};
+use super::error::{AddressSpaceError, AttachError, Result};
+use super::space::AddressSpace;
 use super::status::{ListenerId, ListenerStatus};
 use super::workers::{Call, panicked};
-use crate::error::{AddressSpaceError, AttachError, Occasion, Result, StaleListener};
-use crate::listener::MemoryListener;
+use crate::listener::{ListenerError, MemoryListener};
 use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::panics::{caught, discard};
 
 impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
-    /// Attaches a listener, after the others, and tells it the present memory; it
-    /// [may lag](Attendance::MayLag). `name` is for errors and logs.
+    /// Attaches a listener, after the others, and tells it the present memory. `name` is for errors
+    /// and logs.
     ///
-    /// The hypervisor comes first and daemons after it, so that each learns of memory before those
-    /// who make use of it.
+    /// Changes may happen while it is away. A daemon that died, or does not answer in time, costs
+    /// the change its time limit, and then the change *succeeds without it*: the daemon knows
+    /// nothing of the new memory, and a guest that gives it a buffer there sees its device fail. So
+    /// look at [`ChangeReport::stale`](crate::ChangeReport::stale) before the guest is told of the
+    /// memory, or [require](Self::attach_required) the daemon.
+    ///
+    /// A listener that *refuses* stops a change in either case. A daemon that hangs up when it is
+    /// told of the change has refused; one that had hung up before, or stays silent, is away.
+    ///
+    /// Attach the hypervisor first and daemons after it: each learns of memory before those that
+    /// make use of it.
+    ///
+    /// ```
+    /// use guest_memory_shm::{
+    ///     AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, VhostUserShare,
+    /// };
+    /// # use guest_memory_shm::mock::{BlkDevice, Fault, MockDaemon};
+    /// # use std::time::Duration;
+    /// # use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+    /// use vm_memory::GuestAddress;
+    ///
+    /// # let daemon = MockDaemon::builder().start_unnamed()?;
+    /// # let connect = || -> Result<_, Box<dyn std::error::Error>> {
+    /// #     let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
+    /// #     let features = BlkDevice::negotiate(&mut frontend, Features::all())?.protocol_features();
+    /// #     Ok(VhostUserShare::new(frontend, features).with_deadline(Duration::from_millis(50)))
+    /// # };
+    /// # let share = connect()?;
+    /// let boot = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+    /// let space = AddressSpace::new(boot);
+    /// let disk = space.attach("disk0", share)?;
+    ///
+    /// # daemon.inject(Fault::never_answer(1));
+    /// // The daemon falls silent: RAM is plugged without it.
+    /// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
+    /// let report = space.insert(region)?;
+    /// for listener in report.stale() {
+    ///     eprintln!("connect it anew: {listener}");
+    /// }
+    /// assert!(report.stale()[0].is(&disk));
+    ///
+    /// # drop(space.detach(disk)?);
+    /// # daemon.wait_disconnected(Duration::from_secs(10))?;
+    /// # let share = connect()?;
+    /// // One that has to be there: RAM is not plugged, and the error says why.
+    /// space.attach_required("disk0", share)?;
+    /// # daemon.inject(Fault::never_answer(1));
+    /// let region = GuestRegionShm::new(GuestAddress(8 << 30), 1 << 20, &RamOptions::new())?;
+    /// assert!(space.insert(region).is_err());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     ///
-    /// Those of [`attach_as`](Self::attach_as).
+    /// [`AttachError`] gives the listener back. The reason is [`AddressSpaceError::Attach`]; what
+    /// it was told was taken back, unless the error says otherwise. Or it is
+    /// [`AddressSpaceError::Reentrant`], and it was told nothing.
     pub fn attach<L: MemoryListener<B>>(
         &self,
         name: impl Into<String>,
         listener: L,
     ) -> Result<ListenerId<L>, AttachError<L>> {
-        self.attach_as(name, Attendance::default(), listener)
+        self.attach_as(name.into(), false, listener)
     }
 
-    /// Attaches a listener, as [`attach`](Self::attach), and says whether changes may happen while
-    /// it is away.
+    /// Attaches a listener, as [`attach`](Self::attach), without which no change happens: while it
+    /// is away, changes are undone.
     ///
     /// # Errors
     ///
-    /// [`AttachError`] gives the listener back. The reason is [`AddressSpaceError::Refused`] or
-    /// [`AddressSpaceError::Away`]; what it was told was taken back, or it is called stale. Or it
-    /// is [`AddressSpaceError::Reentrant`], and it was told nothing.
-    pub fn attach_as<L: MemoryListener<B>>(
+    /// Those of [`attach`](Self::attach).
+    pub fn attach_required<L: MemoryListener<B>>(
         &self,
         name: impl Into<String>,
-        attendance: Attendance,
         listener: L,
     ) -> Result<ListenerId<L>, AttachError<L>> {
-        let name = name.into();
+        self.attach_as(name.into(), true, listener)
+    }
+
+    fn attach_as<L: MemoryListener<B>>(
+        &self,
+        name: String,
+        required: bool,
+        listener: L,
+    ) -> Result<ListenerId<L>, AttachError<L>> {
         let mut listeners = match self.lock() {
             Ok(listeners) => listeners,
-            Err(error) => {
-                let error = Box::new(error.into());
-                return Err(AttachError { error, listener });
-            }
+            Err(error) => return Err(AttachError { error, listener }),
         };
         let memory = self.publisher.current();
         let id = ListenerId::new();
-        let mut attached = Attached::new(id.id, name, attendance, listener);
-        let asked = attached.ask_waits();
-        let asked = asked.map_err(|error| (attached.object(error), false));
+        let mut attached = Attached::new(id.id, name, required, listener);
+        let asked = attached.ask_waits().map_err(|error| (error, false));
         match asked.and_then(|()| attached.bring_up(&memory)) {
             Ok(()) => {
-                logs::debug!("listener {:?} attached", attached.name);
+                logs::debug!("listener {:?} attached", attached.status.name);
                 listeners.all.push(attached);
                 Ok(id)
             }
-            Err((objection, told)) => {
-                let stale = told.then(|| attached.take_back()).flatten();
-                let stale = stale.into_iter().collect();
-                let error = objection.into_error(Occasion::Attach, None, stale);
+            Err((error, told)) => {
+                let take_back = || attached.call(Call::Update, &GuestMemoryShm::new()).err();
+                let error = AddressSpaceError::Attach {
+                    stale: told.then(take_back).flatten(),
+                    listener: attached.status.name.clone(),
+                    error,
+                };
                 let Some(listener) = attached.into_listener() else {
                     unreachable!("{} was put in", type_name::<L>());
                 };
-                Err(AttachError {
-                    error: Box::new(error.into()),
-                    listener,
-                })
+                Err(AttachError { error, listener })
             }
         }
     }
 
-    /// Gives a listener back. It is not told: what it holds, it goes on holding.
+    /// Gives a listener back. It is not told, and keeps what it holds.
     ///
     /// # Errors
     ///
@@ -90,17 +142,16 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         let mut listeners = self.lock()?;
         let at = listeners.place_of(&id)?;
         let attached = listeners.all.remove(at);
-        logs::debug!("listener {:?} detached", attached.name);
-        Ok(attached
-            .into_listener()
-            .ok_or(AddressSpaceError::NoSuchListener)?)
+        logs::debug!("listener {:?} detached", attached.status.name);
+        let listener = attached.into_listener();
+        listener.ok_or(AddressSpaceError::NoSuchListener)
     }
 
-    /// Runs a closure on a listener, for what it can do otherwise. No change happens meanwhile:
-    /// changes wait, so that what may wait itself, such as a request to a daemon, needs a
-    #[cfg_attr(feature = "vhost-user", doc = "[time limit](crate::TimeLimit).")]
+    /// Runs a closure on a listener. No change happens meanwhile, as changes wait: so what may wait
+    /// itself, such as a request to a daemon, needs a
+    #[cfg_attr(feature = "vhost-user", doc = "[time limit](crate::CallDeadline).")]
     #[cfg_attr(not(feature = "vhost-user"), doc = "time limit.")]
-    /// What `work` calls of this address space is [`AddressSpaceError::Reentrant`], but for
+    /// Calls of this address space from `work` are [`AddressSpaceError::Reentrant`], except
     /// [`memory`](Self::memory) and [`atomic`](Self::atomic).
     ///
     /// If `work` panics, so does this call. The listener is as `work` left it then, and is told
@@ -118,7 +169,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         let mut listeners = self.lock()?;
         let at = listeners.place_of(id)?;
         let listener = listeners.all[at].downcast();
-        Ok(work(listener.ok_or(AddressSpaceError::NoSuchListener)?))
+        listener.map(work).ok_or(AddressSpaceError::NoSuchListener)
     }
 
     /// Brings a listener up to date: tells it the present memory, whatever it holds. Does nothing
@@ -126,19 +177,19 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// # Errors
     ///
-    /// [`AddressSpaceError::Refused`] and [`AddressSpaceError::Away`]: it is stale, with this
-    /// reason. [`AddressSpaceError::NoSuchListener`] and [`AddressSpaceError::Reentrant`].
+    /// [`AddressSpaceError::Refresh`]: it is stale, with this reason.
+    /// [`AddressSpaceError::NoSuchListener`] and [`AddressSpaceError::Reentrant`].
     pub fn refresh<L: MemoryListener<B>>(&self, id: &ListenerId<L>) -> Result<()> {
         self.refresh_after(id, |_| (), |_, _| ())
     }
 
     /// Changes a listener and brings it up to date, without another change in between. Tells it
-    /// the reason if that fails; to panic is to fail, for `work` as for the listener.
+    /// the reason if that fails; a panic is a failure, of `work` as of the listener.
     pub(super) fn refresh_after<L: MemoryListener<B>, T>(
         &self,
         id: &ListenerId<L>,
         work: impl FnOnce(&mut L) -> T,
-        failed: impl FnOnce(&mut L, String),
+        failed: impl FnOnce(&mut L, &ListenerError),
     ) -> Result<T> {
         let mut listeners = self.lock()?;
         let memory = self.publisher.current();
@@ -146,36 +197,28 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         let attached = &mut listeners.all[at];
         let listener = attached.downcast();
         let listener = listener.ok_or(AddressSpaceError::NoSuchListener)?;
-        let done = caught(|| work(listener));
-        let brought_up = match &done {
-            Ok(_) => attached
-                .bring_up(&memory)
-                .map_err(|(objection, _)| objection),
-            Err(panic) => Err(attached.object(panicked(panic))),
+        let error = match caught(|| work(listener)) {
+            Err(panic) => panicked(&panic),
+            Ok(done) => match attached.bring_up(&memory) {
+                Ok(()) => {
+                    attached.status.stale = None;
+                    return Ok(done);
+                }
+                Err((error, _)) => {
+                    discard(done);
+                    error
+                }
+            },
         };
-        let mut objection = match (brought_up, done) {
-            (Ok(()), Ok(done)) => {
-                attached.stale = None;
-                return Ok(done);
-            }
-            (Err(objection), done) => {
-                discard(done);
-                objection
-            }
-            (Ok(()), Err(_)) => unreachable!("it is not brought up after a panic"),
-        };
-        let reason = objection.error.reason();
-        attached.become_stale(reason.clone());
+        attached.become_stale(error.clone(), false);
         if let Some(listener) = attached.downcast() {
             // It has failed already.
-            let _ = caught(|| failed(listener, reason.clone()));
+            let _ = caught(|| failed(listener, &error));
         }
-        let stale = vec![StaleListener {
-            id: id.id,
-            name: attached.name.clone(),
-            reason,
-        }];
-        Err(objection.into_error(Occasion::Refresh, None, stale).into())
+        Err(AddressSpaceError::Refresh {
+            listener: attached.status.name.clone(),
+            error,
+        })
     }
 
     /// The listeners, in the order of their attachment. Waits while a change is under way.
@@ -189,29 +232,21 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
 }
 
 impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
-    fn place_of<L>(&self, id: &ListenerId<L>) -> Result<usize, AddressSpaceError> {
-        let place = self.all.iter().position(|attached| attached.id == id.id);
+    fn place_of<L>(&self, id: &ListenerId<L>) -> Result<usize> {
+        let place = self
+            .all
+            .iter()
+            .position(|attached| attached.status.id == id.id);
         place.ok_or(AddressSpaceError::NoSuchListener)
     }
 }
 
 impl<B: Bitmap + Send + Sync + 'static> Attached<B> {
-    /// Asks it, and tells it. Says at a failure whether it was told.
-    fn bring_up(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), (Objection, bool)> {
+    /// Asks it, and tells it. A failure says whether it was told.
+    fn bring_up(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), (ListenerError, bool)> {
         for (call, told) in [(Call::Check, false), (Call::Update, true)] {
-            let answer = self.call(call, memory);
-            answer.map_err(|error| (self.object(error), told))?;
+            self.call(call, memory).map_err(|error| (error, told))?;
         }
         Ok(())
-    }
-
-    /// Makes it hold nothing again; tells why that failed.
-    fn take_back(&mut self) -> Option<StaleListener> {
-        let mut error = self.call(Call::Update, &GuestMemoryShm::new()).err()?;
-        Some(StaleListener {
-            id: self.id,
-            name: self.name.clone(),
-            reason: error.reason(),
-        })
     }
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard};
 
-use crate::error::AddressSpaceError;
+use super::error::{AddressSpaceError, Result};
 use crate::memory::GuestMemoryShm;
 use crate::panics::caught;
 
@@ -108,7 +108,7 @@ impl<B: Bitmap + Send + Sync + 'static> Publisher<B> {
     }
 
     /// Whether the mirror is what was published. If it is not, it is now, and that is the error.
-    pub(super) fn check_mirror(&self) -> Result<(), AddressSpaceError> {
+    pub(super) fn check_mirror(&self) -> Result<()> {
         let current = self.readers.memory();
         if !self.mirror.memory().is(&current) {
             self.put_into_mirror(&current);

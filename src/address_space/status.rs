@@ -4,35 +4,36 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::attached::{Attached, Attendance};
-use crate::error::StaleListener;
+use crate::listener::ListenerError;
 
-/// Names a listener of type `L` that is attached to an [`AddressSpace`](super::AddressSpace). No
+/// Names a listener of type `L` that is attached to an [`AddressSpace`](crate::AddressSpace). No
 /// other listener of this process ever has the same, while names may be given twice.
 pub struct ListenerId<L> {
     pub(super) id: u64,
     listener: PhantomData<fn() -> L>,
 }
 
-/// A listener of an [`AddressSpace`](super::AddressSpace), and how it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A listener of an [`AddressSpace`](crate::AddressSpace), and whether it holds what it should.
+///
+/// One that does not is *stale*. It is told everything at the next change, or by
+/// [`AddressSpace::refresh`](crate::AddressSpace::refresh).
+#[derive(Clone, Debug)]
 pub struct ListenerStatus {
-    id: u64,
-    name: String,
-    attendance: Attendance,
-    stale: Option<String>,
+    pub(super) id: u64,
+    pub(super) name: String,
+    pub(super) required: bool,
+    pub(super) stale: Option<Stale>,
+}
+
+/// Why a listener is stale.
+#[derive(Clone, Debug)]
+pub(super) struct Stale {
+    pub(super) error: ListenerError,
+    /// It failed when a change was undone.
+    pub(super) undoing: bool,
 }
 
 impl ListenerStatus {
-    pub(super) fn of<B>(attached: &Attached<B>) -> Self {
-        Self {
-            id: attached.id,
-            name: attached.name.clone(),
-            attendance: attached.attendance,
-            stale: attached.stale.clone(),
-        }
-    }
-
     /// Whether it is this listener.
     pub fn is<L>(&self, id: &ListenerId<L>) -> bool {
         self.id == id.id
@@ -43,17 +44,36 @@ impl ListenerStatus {
         &self.name
     }
 
-    /// Whether changes may happen while it is away.
-    pub fn attendance(&self) -> Attendance {
-        self.attendance
+    /// Whether no change happens while it is away:
+    /// [`AddressSpace::attach_required`](crate::AddressSpace::attach_required).
+    pub fn is_required(&self) -> bool {
+        self.required
     }
 
     /// Why it does not hold the present memory, if so.
     ///
     /// That is known from the last time that it was told something: a daemon that died since is
     /// noticed at the next change.
-    pub fn stale(&self) -> Option<&str> {
-        self.stale.as_deref()
+    pub fn stale(&self) -> Option<&ListenerError> {
+        self.stale.as_ref().map(|stale| &stale.error)
+    }
+}
+
+impl fmt::Display for ListenerStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.stale {
+            None => write!(f, "{:?} is up to date", self.name),
+            Some(stale) => write!(f, "{:?} is stale ({stale})", self.name),
+        }
+    }
+}
+
+impl fmt::Display for Stale {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.undoing {
+            f.write_str("it could not be put back: ")?;
+        }
+        f.write_str(self.error.reason())
     }
 }
 
@@ -65,13 +85,6 @@ impl<L> ListenerId<L> {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             listener: PhantomData,
         }
-    }
-}
-
-impl StaleListener {
-    /// Whether it is this listener.
-    pub fn is<L>(&self, id: &ListenerId<L>) -> bool {
-        self.id == id.id
     }
 }
 

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use super::AddressSpace;
 use super::attached::{Listeners, Objection};
+use super::error::{AddressSpaceError, Result};
 use super::published::Publisher;
-use crate::error::{Occasion, Result, StaleListener};
+use super::space::AddressSpace;
+use super::status::ListenerStatus;
 use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
@@ -45,7 +46,7 @@ pub struct Transaction<'a, B: Bitmap + Send + Sync + 'static = ()> {
     additions: Vec<Arc<GuestRegionShm<B>>>,
 }
 
-/// What a change did, and which listeners were not there to learn of it.
+/// What a change did, and which listeners were away and do not know of it.
 ///
 /// ```
 /// use guest_memory_shm::{AddressSpace, GuestMemoryShm};
@@ -58,17 +59,17 @@ pub struct Transaction<'a, B: Bitmap + Send + Sync + 'static = ()> {
 /// let space = AddressSpace::new(boot);
 /// let report = space.remove(GuestAddress(4 << 30), 1 << 20)?;
 /// for stale in report.stale() {
-///     eprintln!("connect {} anew: {}", stale.name(), stale.reason());
+///     eprintln!("connect it anew: {stale}");
 /// }
 /// assert_eq!(report.removed().len(), 1);
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Debug)]
 #[must_use = "a listener that is away was not told, and the change succeeded without it: look at \
-              stale(), or attach it with Attendance::Required"]
+              stale(), or attach it with AddressSpace::attach_required"]
 pub struct ChangeReport<B = ()> {
     removed: Vec<Arc<GuestRegionShm<B>>>,
-    stale: Vec<StaleListener>,
+    stale: Vec<ListenerStatus>,
 }
 
 impl<B> ChangeReport<B> {
@@ -84,21 +85,50 @@ impl<B> ChangeReport<B> {
     }
 
     /// The listeners that are away and have not been told, each with the reason: see
-    /// [`Attendance::MayLag`](super::Attendance::MayLag).
-    pub fn stale(&self) -> &[StaleListener] {
+    /// [`AddressSpace::attach`].
+    pub fn stale(&self) -> &[ListenerStatus] {
         &self.stale
     }
 }
 
-impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
-    pub(super) fn new(space: &'a AddressSpace<B>) -> Self {
-        Self {
-            space,
+impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
+    /// Plugs a region: every listener is told of it, and then readers see it. A listener that is
+    /// away is not told, and the report [names it](ChangeReport::stale): look at that before the
+    /// guest is told of the region.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Transaction::commit`]: the memory and the listeners are what they were, and the region is
+    /// dropped. To try again, keep a clone of it: that is a handle, nothing is copied.
+    pub fn insert(&self, region: impl Into<Arc<GuestRegionShm<B>>>) -> Result<ChangeReport<B>> {
+        self.transaction().insert(region).commit()
+    }
+
+    /// Unplugs the region of `size` bytes at `start`: readers see it no more, and then every
+    /// listener is told. It is unmapped when the last user lets go of it.
+    ///
+    /// The guest must have given it back before. A daemon that the report calls
+    /// [stale](ChangeReport::stale) may go on writing to the region until its process ends: do not
+    /// reuse its backing before.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Transaction::commit`]: the region is there again, for readers and listeners.
+    pub fn remove(&self, start: GuestAddress, size: u64) -> Result<ChangeReport<B>> {
+        self.transaction().remove(start, size).commit()
+    }
+
+    /// Begins several changes that happen together or not at all.
+    pub fn transaction(&self) -> Transaction<'_, B> {
+        Transaction {
+            space: self,
             removals: Vec::new(),
             additions: Vec::new(),
         }
     }
+}
 
+impl<B: Bitmap + Send + Sync + 'static> Transaction<'_, B> {
     /// Plugs a region.
     pub fn insert(mut self, region: impl Into<Arc<GuestRegionShm<B>>>) -> Self {
         self.additions.push(region.into());
@@ -115,15 +145,11 @@ impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Range`](crate::Error::Range) and
-    /// [`MemoryError::NoSuchRegion`](crate::MemoryError::NoSuchRegion): no listener was asked or told.
-    /// [`AddressSpaceError::Refused`](crate::AddressSpaceError::Refused) and
-    /// [`AddressSpaceError::Away`](crate::AddressSpaceError::Away): everybody who was told has
-    /// been put back, but for those that the error calls stale.
-    /// [`AddressSpaceError::Reentrant`](crate::AddressSpaceError::Reentrant) from inside a
-    /// listener, and
-    /// [`AddressSpaceError::MirrorReplaced`](crate::AddressSpaceError::MirrorReplaced), once, if
-    /// other code published through [`AddressSpace::atomic`]: no listener was asked or told.
+    /// [`AddressSpaceError::Memory`] if a region is there already, or one to be removed is not.
+    /// [`AddressSpaceError::Change`]: all that were told have been put back, except those that the
+    /// error calls stale. [`AddressSpaceError::Reentrant`] from inside a listener, and
+    /// [`AddressSpaceError::MirrorReplaced`], once, if other code published through
+    /// [`AddressSpace::atomic`]: no listener was asked or told.
     pub fn commit(self) -> Result<ChangeReport<B>> {
         let mut listeners = self.space.lock()?;
         let publisher = &self.space.publisher;
@@ -144,7 +170,12 @@ impl<'a, B: Bitmap + Send + Sync + 'static> Transaction<'a, B> {
             complete: false,
         };
         change.make(&steps).map_err(|objection| {
-            objection.into_error(Occasion::Change, steps.subject, listeners.stale())
+            let Objection { listener, error } = objection.about(steps.subject);
+            AddressSpaceError::Change {
+                listener,
+                error,
+                stale: listeners.stale(),
+            }
         })?;
         logs::debug!("guest memory has {} regions now", steps.after.num_regions());
         Ok(ChangeReport {
@@ -202,8 +233,8 @@ impl<B> Steps<B> {
     }
 }
 
-/// A change under way. Dropped before it is complete, by an objection or a panic, it is undone:
-/// who was told is put back or stale, and readers see the memory that was before.
+/// A change under way. Dropped before it is complete, by an objection or a panic, it is undone: all
+/// that were told are put back or stale, and readers see the memory from before.
 struct Change<'a, B: Bitmap + Send + Sync + 'static> {
     publisher: &'a Publisher<B>,
     listeners: &'a mut Listeners<B>,
@@ -214,7 +245,7 @@ struct Change<'a, B: Bitmap + Send + Sync + 'static> {
 }
 
 impl<B: Bitmap + Send + Sync + 'static> Change<'_, B> {
-    /// Asks, tells and publishes, in the order in which no reader ever sees memory that somebody
+    /// Asks, tells and publishes, in the order in which no reader ever sees memory that a listener
     /// was not told of.
     fn make(mut self, steps: &Steps<B>) -> Result<(), Objection> {
         let present = self.listeners.ask(&steps.after)?;

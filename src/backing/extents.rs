@@ -15,6 +15,7 @@ use nix::unistd::{Whence, lseek64};
 use super::{BLOCK, ShmBacking, base_page_size};
 use crate::host::descriptors::reopened;
 use crate::mapping::cached;
+use crate::range::RangeSet;
 
 /// Below so many pages of resolution, runs of allocated pages are measured, not stepped through: a
 /// call costs as much as the kernel needs to walk over this many pages.
@@ -76,11 +77,11 @@ impl ShmBacking {
     /// its start, rounded outwards. Not for hugetlb, where the kernel does not tell.
     ///
     /// `step` must be a multiple of the page size.
-    pub(crate) fn extents_in(&self, range: Range<u64>, step: u64) -> io::Result<Vec<Range<u64>>> {
+    pub(crate) fn extents_in(&self, range: Range<u64>, step: u64) -> io::Result<RangeSet> {
         let mut steps = Steps {
             range,
             step,
-            found: Vec::new(),
+            found: RangeSet::default(),
         };
         if self.counts_pages()? {
             self.count(&mut steps)?;
@@ -193,7 +194,7 @@ impl ShmBacking {
 struct Steps {
     range: Range<u64>,
     step: u64,
-    found: Vec<Range<u64>>,
+    found: RangeSet,
 }
 
 impl Steps {
@@ -211,11 +212,7 @@ impl Steps {
     }
 
     fn add(&mut self, part: Range<u64>) {
-        let (start, end) = (self.down(part.start), self.up(part.end));
-        match self.found.last_mut() {
-            Some(last) if last.end >= start => last.end = last.end.max(end),
-            _ => self.found.push(start..end),
-        }
+        self.found.insert(self.down(part.start)..self.up(part.end));
     }
 }
 
@@ -267,7 +264,7 @@ mod tests {
         let mut steps = Steps {
             range: 3..50,
             step: 10,
-            found: Vec::new(),
+            found: RangeSet::default(),
         };
         assert_eq!((steps.down(3), steps.down(12), steps.down(13)), (3, 3, 13));
         assert_eq!((steps.up(3), steps.up(4), steps.up(13)), (3, 13, 13));
@@ -277,7 +274,7 @@ mod tests {
         steps.add(30..31);
         steps.add(33..34);
         steps.add(49..50);
-        assert_eq!(steps.found, [3..13, 23..50]);
+        assert_eq!(steps.found.iter().collect::<Vec<_>>(), [3..13, 23..50]);
     }
 
     #[test]
@@ -285,7 +282,7 @@ mod tests {
         let steps = Steps {
             range: 4096..8192,
             step: u64::MAX,
-            found: Vec::new(),
+            found: RangeSet::default(),
         };
         assert_eq!((steps.down(8000), steps.up(5000)), (4096, 8192));
     }

@@ -13,7 +13,7 @@ use crate::backing::base_page_size;
 use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
 use crate::ram::Ram;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, outwards};
 
 /// Refused reports on base pages are noted in bitmaps for so many bytes.
 const CHUNK: u64 = 2 << 20;
@@ -143,14 +143,9 @@ impl DiscardAccumulator {
     /// Forgets that `len` bytes at `addr` are free, because the guest uses them again: all pages
     /// that have a part in the range. Units that are given back already are not affected.
     pub fn remove(&mut self, addr: GuestAddress, len: u64) {
-        let page = base_page_size();
-        let start = addr.0 - addr.0 % page;
-        let end = addr.0.saturating_add(len);
-        let end = end
-            .checked_next_multiple_of(page)
-            .unwrap_or(end - end % page);
-        if len > 0 && start < end {
-            self.collector.remove(start..end);
+        let range = addr.0..addr.0.saturating_add(len);
+        if !range.is_empty() {
+            self.collector.remove(outwards(range, base_page_size()));
         }
     }
 
@@ -219,10 +214,10 @@ fn units(ram: &Ram) -> Units {
     } else {
         (CHUNK, false)
     };
-    let start = ram.range.start_addr().0;
+    let Range { start, end } = ram.range.addrs();
     Units {
         start,
-        end: start + ram.range.size(),
+        end,
         offset: ram.offset,
         size,
         whole,

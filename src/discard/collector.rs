@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use crate::mapping::to_usize;
+use crate::range::RangeSet;
+
 /// The units that a region is cut into, in guest addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Units {
@@ -61,29 +64,22 @@ impl<T: PartialEq + Clone> Collector<T> {
 
     /// Notes that the pages of `range`, whole ones in one region, are free, and gives back what is
     /// to be discarded now, in order: that is not noted any more.
-    pub(super) fn add(&mut self, units: &Units, region: &T, range: Range<u64>) -> Vec<Range<u64>> {
+    pub(super) fn add(&mut self, units: &Units, region: &T, range: Range<u64>) -> RangeSet {
         if !units.whole {
             // All of it; what was refused of it before is among it.
             self.remove(range.clone());
-            return vec![range];
+            return RangeSet::from(range);
         }
         self.evict(units, region, &range);
-        let mut complete: Vec<Range<u64>> = Vec::new();
+        let mut complete = RangeSet::default();
         let mut at = range.start;
         while at < range.end {
             let whole = units.at(at);
             let part = at..whole.end.min(range.end);
             at = part.end;
-            if part == whole {
+            if part == whole || self.set(&whole, units.whole, region, part) {
                 self.remove(whole.clone());
-            } else if !self.set(&whole, units.whole, region, part) {
-                continue;
-            } else {
-                self.remove(whole.clone());
-            }
-            match complete.last_mut() {
-                Some(last) if last.end == whole.start => last.end = whole.end,
-                _ => complete.push(whole),
+                complete.insert(whole);
             }
         }
         complete
@@ -164,7 +160,7 @@ impl<T: PartialEq + Clone> Collector<T> {
             range: unit.clone(),
             region: region.clone(),
             whole,
-            bits: vec![0; crate::mapping::to_usize(pages.div_ceil(64))].into(),
+            bits: vec![0; to_usize(pages.div_ceil(64))].into(),
             set: 0,
         });
         self.pages += unit.change(part, self.page, true);
@@ -174,32 +170,27 @@ impl<T: PartialEq + Clone> Collector<T> {
 
 impl<T> Unit<T> {
     /// The runs of reported pages in it, or nothing as long as only the whole can be discarded.
-    pub(super) fn ready(&self, page: u64) -> Vec<Range<u64>> {
+    pub(super) fn ready(&self, page: u64) -> RangeSet {
         if self.whole && self.set * page < self.range.end - self.range.start {
-            return Vec::new();
+            return RangeSet::default();
         }
         self.runs(page)
     }
 
     /// The runs of reported pages in it.
-    pub(super) fn runs(&self, page: u64) -> Vec<Range<u64>> {
-        let mut runs: Vec<Range<u64>> = Vec::new();
-        for start in self.range.clone().step_by(crate::mapping::to_usize(page)) {
-            let at = crate::mapping::to_usize((start - self.range.start) / page);
-            if self.bits[at / 64] & (1 << (at % 64)) == 0 {
-                continue;
-            }
-            match runs.last_mut() {
-                Some(last) if last.end == start => last.end += page,
-                _ => runs.push(start..start + page),
-            }
+    pub(super) fn runs(&self, page: u64) -> RangeSet {
+        let mut pages = RangeSet::default();
+        for (first, word) in (0..).step_by(64).zip(&self.bits) {
+            pages.insert_bits(first, *word);
         }
-        runs
+        let start = self.range.start;
+        let run = |run: Range<u64>| start + run.start * page..start + run.end * page;
+        pages.iter().map(run).collect()
     }
 
     /// Sets or clears the bits of a part; says how many it changed.
     fn change(&mut self, part: Range<u64>, page: u64, on: bool) -> u64 {
-        let index = |addr: u64| crate::mapping::to_usize((addr - self.range.start) / page);
+        let index = |addr: u64| to_usize((addr - self.range.start) / page);
         let (mut at, end) = (index(part.start), index(part.end));
         let mut changed = 0;
         while at < end {
@@ -255,9 +246,9 @@ mod tests {
             whole: true,
         };
         let mut collector = Collector::new(PAGE);
-        assert!(collector.add(&units, &1, 0..48).is_empty());
+        assert_eq!(collector.add(&units, &1, 0..48).len(), 0);
         assert_eq!(collector.pending(), 48);
-        assert!(collector.add(&units, &2, 48..64).is_empty());
+        assert_eq!(collector.add(&units, &2, 48..64).len(), 0);
         assert_eq!(collector.pending(), 16);
     }
 

@@ -2,6 +2,8 @@
 
 use std::ops::{AddAssign, Range};
 
+use crate::range::inwards;
+
 /// What became of a range that was discarded, in bytes: the three together are the range.
 ///
 /// ```
@@ -52,23 +54,13 @@ impl AddAssign for Discarded {
 
 /// The whole pages in a range of offsets, and the report if all of them become free.
 pub(super) fn split(range: Range<u64>, page_size: u64) -> (Range<u64>, Discarded) {
-    let len = range.end - range.start;
-    let start = range.start.next_multiple_of(page_size);
-    let end = range.end - range.end % page_size;
-    if start > end {
-        // Inside one page.
-        let kept = Discarded {
-            kept_head: len,
-            ..Discarded::default()
-        };
-        return (range.start..range.start, kept);
-    }
+    let whole = inwards(range.clone(), page_size);
     let discarded = Discarded {
-        freed: end - start,
-        kept_head: start - range.start,
-        kept_tail: range.end - end,
+        freed: whole.end - whole.start,
+        kept_head: whole.start - range.start,
+        kept_tail: range.end - whole.end,
     };
-    (start..end, discarded)
+    (whole, discarded)
 }
 
 #[cfg(test)]
@@ -89,7 +81,7 @@ mod tests {
             (0..20, 0..20, discarded(20, 0, 0)),
             (5..25, 10..20, discarded(10, 5, 5)),
             (5..15, 10..10, discarded(0, 5, 5)),
-            (12..18, 12..12, discarded(0, 6, 0)),
+            (12..18, 18..18, discarded(0, 6, 0)),
             (10..18, 10..10, discarded(0, 0, 8)),
             (12..20, 20..20, discarded(0, 8, 0)),
         ] {

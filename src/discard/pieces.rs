@@ -16,7 +16,7 @@ use crate::host::transparent;
 use crate::memory::GuestMemoryShm;
 use crate::options::Access;
 use crate::ram::Ram;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, inwards};
 
 /// The part of a range that is in one region.
 #[derive(Debug)]
@@ -112,9 +112,8 @@ impl Piece<'_> {
 
 /// The parts at the ends of a range of offsets that are no whole huge pages; either may be empty.
 fn edges(range: Range<u64>, huge: u64) -> (Range<u64>, Range<u64>) {
-    let first = range.start.next_multiple_of(huge).min(range.end);
-    let last = (range.end - range.end % huge).max(first);
-    (range.start..first, last..range.end)
+    let whole = inwards(range.clone(), huge);
+    (range.start..whole.start, whole.end..range.end)
 }
 
 /// The size in bytes of the largest transparent huge page; of a base page if there are none.

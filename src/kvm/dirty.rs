@@ -4,11 +4,13 @@ use std::fmt;
 
 use vm_memory::GuestAddress;
 
-use super::{KvmSlot, KvmSlots, LogBuffer};
-use crate::error::{KvmError, Result};
+use super::error::{KvmError, Result};
+use super::log_buffer::LogBuffer;
+use super::slot::KvmSlot;
+use super::slots::KvmSlots;
 use crate::host::base_page_size;
 use crate::logs;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, RangeSet};
 
 /// What the guest wrote of one region: [`KvmSlots::dirty_log`].
 #[derive(Clone, PartialEq, Eq)]
@@ -47,33 +49,16 @@ impl DirtyPages {
 
     /// The pages that were written, neighbours together, in ascending order.
     pub fn ranges(&self) -> impl Iterator<Item = GuestRange> {
-        let (start, page_size) = (self.region.start_addr().0, base_page_size());
-        let mut next = 0;
-        std::iter::from_fn(move || {
-            let first = self.find(next, true)?;
-            let pages = self.region.size() / page_size;
-            next = self.find(first, false).unwrap_or(pages).min(pages);
-            let from = GuestAddress(start + first * page_size);
-            // It is a part of the region, and no empty one.
-            GuestRange::new(from, (next - first) * page_size).ok()
-        })
-    }
-
-    /// The first page from `page` on that was written, or that was not.
-    fn find(&self, page: u64, written: bool) -> Option<u64> {
-        let at = usize::try_from(page / 64).ok()?;
-        let looked_for = |word: &u64| if written { *word } else { !*word };
-        // Pages before the first are out of the question.
-        let mut hide = u64::MAX << (page % 64);
-        let words = self.words.iter().enumerate().skip(at);
-        for (at, word) in words {
-            let found = looked_for(word) & hide;
-            if found != 0 {
-                return Some(at as u64 * 64 + u64::from(found.trailing_zeros()));
-            }
-            hide = u64::MAX;
+        let mut pages = RangeSet::default();
+        for (first, word) in (0..).step_by(64).zip(&self.words) {
+            pages.insert_bits(first, *word);
         }
-        None
+        let (start, page) = (self.region.start_addr().0, base_page_size());
+        pages.into_iter().filter_map(move |run| {
+            let from = GuestAddress(start + run.start * page);
+            // It is a part of the region, and no empty one.
+            GuestRange::new(from, (run.end - run.start) * page).ok()
+        })
     }
 }
 
@@ -104,7 +89,7 @@ impl KvmSlots {
                 Ok(()) => done.push(*start),
                 Err(error) => {
                     self.log_no_more(&done);
-                    return Err(error.into());
+                    return Err(error);
                 }
             }
         }
@@ -124,7 +109,7 @@ impl KvmSlots {
         for slot in self.slots.values_mut() {
             done = done.and(slot.log(false));
         }
-        Ok(done?)
+        done
     }
 
     /// Whether the guest's writes are logged.
@@ -149,7 +134,7 @@ impl KvmSlots {
     /// the place of this one.
     pub fn dirty_log(&mut self) -> Result<Vec<DirtyPages>> {
         let Some(log) = &mut self.log else {
-            return Err(KvmError::NotLogging.into());
+            return Err(KvmError::NotLogging);
         };
         for slot in self.slots.values_mut() {
             slot.harvest(log)?;

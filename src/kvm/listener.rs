@@ -3,12 +3,13 @@
 use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
 
-use super::slot::Memory;
-use super::{KvmSlot, KvmSlots, check_size};
-use crate::error::{Error, KvmError, Result};
+use super::error::{KvmError, Result};
+use super::slot::{KvmSlot, Memory};
+use super::slots::{KvmSlots, check_size};
 use crate::listener::{ListenerError, MemoryListener};
 use crate::memory::GuestMemoryShm;
-use crate::range::{GuestRange, InvalidRange};
+use crate::ram::Ram;
+use crate::range::{Difference, GuestRange, InvalidRange};
 
 /// The hypervisor is asked first whether it has the slots; what else it may refuse, it says only
 /// when it is told.
@@ -27,34 +28,25 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
             return Err(refused(self.out_of_slots(regions, self.roms, assigned)));
         }
         memory.iter().try_for_each(|region| {
-            let range = region.range();
-            let pages = region.ram().check_pages().map_err(Error::from);
-            pages
-                .and_then(|()| self.check_region(range))
-                .map_err(|error| refused(error).at(range))
+            self.check_region(region.ram())
+                .map_err(|error| refused(error).at(region.range()))
         })
     }
 
     fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
-        let gone = |slot: &&KvmSlot| {
-            let there = memory.find_region(slot.range().start_addr());
-            slot.rom().is_none() && !there.is_some_and(|region| slot.is(region.ram()))
-        };
-        let gone = self.slots.values().filter(gone);
-        let gone: Vec<GuestRange> = gone.map(KvmSlot::range).collect();
-        for range in gone.into_iter().rev() {
+        let held = self.slots.values().filter(|slot| slot.rom().is_none());
+        let Difference {
+            removals,
+            additions,
+        } = Difference::between(held, memory.iter(), |slot, region| slot.is(region.ram()));
+        let removals: Vec<GuestRange> = removals.into_iter().map(KvmSlot::range).collect();
+        for range in removals {
             self.remove(range.start_addr().0)
                 .map_err(|error| refused(error).at(range))?;
         }
-        for region in memory.iter() {
+        for region in additions {
             let range = region.range();
-            let there = self.slots.get(&range.start_addr().0);
-            if there.is_some_and(|slot| slot.is(region.ram())) {
-                continue;
-            }
-            let pages = region.ram().check_pages().map_err(Error::from);
-            pages
-                .and_then(|()| Ok(self.is_read_only(range)?))
+            self.is_read_only(range)
                 .and_then(|read_only| self.add(Memory::Ram(region.ram().clone()), read_only))
                 .map_err(|error| refused(error).at(range))?;
         }
@@ -64,7 +56,9 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
 
 impl KvmSlots {
     /// Whether this region could have a slot, whatever other regions there are.
-    fn check_region(&self, region: GuestRange) -> Result<()> {
+    fn check_region(&self, ram: &Ram) -> Result<()> {
+        let region = ram.range;
+        ram.check_pages()?;
         check_size(region)?;
         self.is_read_only(region)?;
         self.check_assigned(region)?;
@@ -77,7 +71,7 @@ impl KvmSlots {
     }
 
     /// Whether what has a number assigned is this region as a whole.
-    pub(super) fn check_assigned(&self, region: GuestRange) -> Result<(), KvmError> {
+    pub(super) fn check_assigned(&self, region: GuestRange) -> Result<()> {
         match self.assigned.overlapping(region) {
             Some((assigned, number)) if assigned != region => Err(KvmError::PartlyAssigned {
                 region,
@@ -89,7 +83,7 @@ impl KvmSlots {
     }
 
     /// Whether the guest may only read `region`.
-    fn is_read_only(&self, region: GuestRange) -> Result<bool, KvmError> {
+    fn is_read_only(&self, region: GuestRange) -> Result<bool> {
         let near = |range: &&GuestRange| range.overlaps(&region);
         let Some(read_only) = self.read_only.iter().find(near).copied() else {
             return Ok(false);
@@ -103,7 +97,7 @@ impl KvmSlots {
     }
 }
 
-/// The cause is always an [`Error`].
-fn refused(error: impl Into<Error>) -> ListenerError {
-    ListenerError::refused(error.into())
+/// The cause is always a [`KvmError`].
+fn refused(error: KvmError) -> ListenerError {
+    ListenerError::refused(error)
 }

@@ -1,44 +1,50 @@
 //! Why a listener did not take a memory.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::panics::{caught, discard};
 use crate::range::GuestRange;
 
-/// How many causes of causes are told.
+/// How many causes of causes are told: one that names itself as its cause has no end.
 const MOST_CAUSES: usize = 32;
 
-/// What a listener's cause is kept as.
-type Cause = Box<dyn std::error::Error + Send + Sync>;
-
-/// Why a listener did not take a memory.
+/// Why a listener did not take a memory. Clones share the cause.
 ///
 /// There are two kinds, with different consequences. One that *refuses* answers no to this memory:
 /// the change is undone for all. One that is *away* (it died, hung up, fell silent) holds nothing
-/// that matters any more: its [`Attendance`](crate::Attendance) decides whether the change goes on
-/// without it.
-#[derive(Debug)]
+/// that matters any more: the change goes on without it, unless it was attached as
+/// [required](crate::AddressSpace::attach_required).
+///
+/// [`source`](std::error::Error::source) is the cause as the listener gave it.
+#[derive(Clone)]
 pub struct ListenerError {
     away: bool,
     range: Option<GuestRange>,
-    cause: Kept,
+    cause: Arc<Cause>,
 }
 
 /// A cause, which is code of others: it may panic when it is displayed or dropped.
-struct Kept(Option<Cause>);
+struct Cause {
+    /// Absent only while it is dropped.
+    error: Option<Box<dyn std::error::Error + Send + Sync>>,
+    reason: String,
+}
 
 impl ListenerError {
     /// It does not take the memory.
-    pub fn refused(cause: impl Into<Cause>) -> Self {
+    ///
+    /// The cause is displayed here, once. If it panics at that, the panic is the cause instead.
+    pub fn refused(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self {
             away: false,
             range: None,
-            cause: Kept(Some(cause.into())),
+            cause: Arc::new(Cause::new(cause.into())),
         }
     }
 
     /// It is gone, or what it holds is not known any more.
-    pub fn away(cause: impl Into<Cause>) -> Self {
+    pub fn away(cause: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self {
             away: true,
             ..Self::refused(cause)
@@ -62,60 +68,70 @@ impl ListenerError {
         self.range
     }
 
-    /// The cause and the causes of it, in one line. If they panic, that is the cause from now on.
-    pub(crate) fn reason(&mut self) -> String {
-        let text = || {
-            let mut texts = Vec::new();
-            let mut cause = std::error::Error::source(self);
-            // One that names itself as its cause has no end.
-            while let Some(error) = cause
-                && texts.len() < MOST_CAUSES
-            {
-                texts.push(error.to_string());
-                cause = error.source();
-            }
-            texts.join(": ")
-        };
-        caught(text).unwrap_or_else(|panic| {
-            let text = format!("its error panicked when it was displayed: {panic}");
-            self.cause = Kept(Some(text.clone().into()));
-            text
-        })
-    }
-
-    /// Why.
-    pub fn into_cause(mut self) -> Box<dyn std::error::Error + Send + Sync> {
-        let Some(cause) = self.cause.0.take() else {
-            unreachable!("only this takes it, and takes the rest, too");
-        };
-        cause
+    /// The cause and what caused it, in one line.
+    pub fn reason(&self) -> &str {
+        &self.cause.reason
     }
 }
 
+impl Cause {
+    fn new(error: Box<dyn std::error::Error + Send + Sync>) -> Self {
+        match caught(|| one_line(error.as_ref())) {
+            Ok(reason) => Self {
+                error: Some(error),
+                reason,
+            },
+            Err(panic) => {
+                discard(error);
+                let reason = format!("its error panicked when it was displayed: {panic}");
+                Self {
+                    error: Some(reason.clone().into()),
+                    reason,
+                }
+            }
+        }
+    }
+}
+
+fn one_line(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let texts = causes.take(MOST_CAUSES).map(|error| error.to_string());
+    texts.collect::<Vec<_>>().join(": ")
+}
+
 impl fmt::Display for ListenerError {
+    /// What the listener does, without its name and the reason.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.away { "away" } else { "refused" })
+        f.write_str(match self.away {
+            true => "is away and cannot be told of ",
+            false => "refuses ",
+        })?;
+        match self.range {
+            Some(range) => write!(f, "the region {range}"),
+            None => f.write_str("the memory"),
+        }
     }
 }
 
 impl std::error::Error for ListenerError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        let cause = self.cause.0.as_deref()?;
+        let cause = self.cause.error.as_deref()?;
         Some(cause)
     }
 }
 
-impl fmt::Debug for Kept {
+impl fmt::Debug for ListenerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
-            Some(cause) => cause.fmt(f),
-            None => f.write_str("None"),
-        }
+        f.debug_struct("ListenerError")
+            .field("away", &self.away)
+            .field("range", &self.range)
+            .field("reason", &self.reason())
+            .finish_non_exhaustive()
     }
 }
 
-impl Drop for Kept {
+impl Drop for Cause {
     fn drop(&mut self) {
-        discard(self.0.take());
+        discard(self.error.take());
     }
 }

@@ -10,6 +10,7 @@ use nix::libc;
 use super::{Mapping, Span, to_usize};
 use crate::host::calls::{is_refused, was_refused};
 use crate::host::{base_page_size, pagemap};
+use crate::range::RangeSet;
 
 /// How much of a mapping mincore(2) is asked about at once, in bytes: a byte of answer per page.
 const WINDOW: u64 = 1 << 30;
@@ -71,27 +72,22 @@ impl Mapping {
     ///
     /// Pages that exist, but were only touched by other processes, are not among them, and none is
     /// where a filter forbids the call. (For a tmpfs mincore would name them too.)
-    pub(crate) fn mapped(&self, page_size: u64) -> io::Result<Vec<Range<u64>>> {
+    pub(crate) fn mapped(&self, page_size: u64) -> io::Result<RangeSet> {
         let base = base_page_size();
         let window = WINDOW.max(page_size).min(self.len() as u64);
         let mut answer = vec![0u8; to_usize(window / base)];
-        let mut found: Vec<Range<u64>> = Vec::new();
+        let mut found = RangeSet::default();
         for from in (0..self.len() as u64).step_by(to_usize(window)) {
             let len = window.min(self.len() as u64 - from);
             let span = self.ram.part(to_usize(from), to_usize(len));
             match mincore(span, &mut answer) {
                 // By a filter: then it cannot be told of any page.
-                Err(error) if was_refused(&error) => return Ok(Vec::new()),
+                Err(error) if was_refused(&error) => return Ok(RangeSet::default()),
                 done => done?,
             }
             for page in (0..len).step_by(to_usize(page_size)) {
-                if answer[to_usize(page / base)] & 1 == 0 {
-                    continue;
-                }
-                let start = from + page;
-                match found.last_mut() {
-                    Some(last) if last.end == start => last.end += page_size,
-                    _ => found.push(start..start + page_size),
+                if answer[to_usize(page / base)] & 1 != 0 {
+                    found.insert(from + page..from + page + page_size);
                 }
             }
         }
@@ -239,7 +235,7 @@ mod tests {
             let calls = [libc::SYS_ioctl, libc::SYS_mincore, libc::SYS_msync];
             forbidden(&calls, errno, || {
                 assert_eq!(mapping.mapped_huge().unwrap(), None);
-                assert_eq!(mapping.mapped(page).unwrap(), []);
+                assert_eq!(mapping.mapped(page).unwrap(), RangeSet::default());
                 assert!(!mapping.is_locked(0..page).unwrap());
             });
         }
@@ -249,7 +245,7 @@ mod tests {
             assert!(mapping.mapped_huge().is_err());
             assert!(mapping.mapped(page).is_err());
         });
-        assert_eq!(mapping.mapped(page).unwrap(), vec![0..page]);
+        assert_eq!(mapping.mapped(page).unwrap(), RangeSet::from(0..page));
     }
 
     #[test]
@@ -265,7 +261,7 @@ mod tests {
         let mapping = &region.ram().mapping;
         assert_eq!(
             mapping.mapped(page).unwrap(),
-            [0..2 * page, 5 * page..6 * page]
+            RangeSet::from_iter([0..2 * page, 5 * page..6 * page])
         );
         assert!(matches!(mapping.mapped_huge().unwrap(), Some(0) | None));
     }

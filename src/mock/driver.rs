@@ -51,7 +51,7 @@ pub struct RequestId(pub(super) u64);
 ///
 /// let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)])?;
 /// let mut driver = BlkDriver::new(&memory, GuestAddress(0x1000), 16)?
-///     .with_time_limit(Duration::from_millis(1));
+///     .with_deadline(Duration::from_millis(1));
 /// // There is no device yet.
 /// let error = driver.read(0, &[(GuestAddress(0x8000), 512)]).unwrap_err();
 /// assert!(matches!(error, BlkError::TimedOut { in_flight: 1, .. }));
@@ -116,7 +116,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
     }
 
     /// How long [`wait`](Self::wait) and what builds on it wait for the device. Default: 10 s.
-    pub fn with_time_limit(mut self, limit: Duration) -> Self {
+    pub fn with_deadline(mut self, limit: Duration) -> Self {
         self.time_limit = limit;
         self
     }
@@ -361,7 +361,7 @@ mod tests {
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
         let mut driver = BlkDriver::new(&memory, GuestAddress(0), 8)
             .unwrap()
-            .with_time_limit(Duration::from_millis(1));
+            .with_deadline(Duration::from_millis(1));
         let first = driver.submit_flush().unwrap();
         let second = driver.submit_flush().unwrap();
         assert_eq!(driver.kick.read().unwrap(), 2);

@@ -40,7 +40,7 @@
 //! // Drive the device: its rings are told in terms of the table.
 //! let mut driver = BlkDriver::new(&memory, GuestAddress(0x1000), 16)?;
 //! let table = share.table().clone();
-//! device.start_queue(share.sink_mut(), 0, &driver, |addr| table.user_addr(addr))?;
+//! device.start_queue(share.connection_mut(), 0, &driver, |addr| table.user_addr(addr))?;
 //! memory.write_slice(&[7; 512], GuestAddress(0x8000))?;
 //! driver.write(1, &[(GuestAddress(0x8000), 512)])?;
 //! let mut sector = [0; 512];

@@ -17,6 +17,7 @@ use super::plan::{Chunk, Part};
 use crate::backing::Allocation;
 use crate::logs;
 use crate::mapping::to_usize;
+use crate::range::RangeSet;
 
 /// How much is read at once, in bytes, to see whether it is all zero.
 const BLOCK: u64 = 128 << 10;
@@ -24,7 +25,7 @@ const BLOCK: u64 = 128 << 10;
 /// The holes of each part, as ranges of its backing, sorted.
 #[derive(Debug)]
 pub(super) struct Holes {
-    of: Vec<Vec<Range<u64>>>,
+    of: Vec<RangeSet>,
 }
 
 impl Holes {
@@ -33,7 +34,7 @@ impl Holes {
         let holes = |part| {
             holes(part).unwrap_or_else(|error| {
                 logs::debug!("cannot look for holes: {error}");
-                Vec::new()
+                RangeSet::default()
             })
         };
         Self {
@@ -45,13 +46,7 @@ impl Holes {
     pub(super) fn give_back(&self, parts: &[Part], chunk: &Chunk) -> io::Result<()> {
         let part = &parts[chunk.part];
         let chunk_range = part.in_backing(&chunk.range);
-        let holes = &self.of[chunk.part];
-        let first = holes.partition_point(|hole| hole.end <= chunk_range.start);
-        for hole in &holes[first..] {
-            let range = hole.start.max(chunk_range.start)..hole.end.min(chunk_range.end);
-            if range.is_empty() {
-                break;
-            }
+        for range in self.of[chunk.part].within(chunk_range) {
             let backing = part.backing();
             zeros(backing.file(), range, backing.page_size(), |zeros| {
                 let start = zeros.start - part.ram.offset;
@@ -63,47 +58,27 @@ impl Holes {
     }
 }
 
-fn holes(part: &Part) -> io::Result<Vec<Range<u64>>> {
+fn holes(part: &Part) -> io::Result<RangeSet> {
     let range = part.in_backing(&part.range);
     let backing = part.backing();
-    match backing.allocation()? {
-        Allocation::Nothing => Ok(vec![range]),
-        Allocation::Everything => Ok(Vec::new()),
-        _ if backing.is_hugetlb() => Ok(Vec::new()),
-        _ if backing.counts_pages()? => {
-            let there = backing.extents_in(range.clone(), backing.page_size())?;
-            Ok(gaps(range, there))
-        }
+    let none = RangeSet::default();
+    let there = match backing.allocation()? {
+        Allocation::Nothing => none,
+        Allocation::Everything => return Ok(none),
+        _ if backing.is_hugetlb() => return Ok(none),
+        _ if backing.counts_pages()? => backing.extents_in(range.clone(), backing.page_size())?,
         Allocation::Some(bytes) => {
-            let data: Vec<_> = Data::of(backing.file(), backing.start()..backing.end())
-                .collect::<Result<_, _>>()?;
-            let seen: u64 = data.iter().map(|data| data.end - data.start).sum();
+            let data = Data::of(backing.file(), backing.start()..backing.end());
+            let data = data.collect::<io::Result<RangeSet>>()?;
             // Or else there are pages that look like holes.
-            Ok(if seen == bytes {
-                gaps(range, data)
-            } else {
-                Vec::new()
-            })
+            if data.len() != bytes {
+                return Ok(none);
+            }
+            data
         }
-        Allocation::AtMost(_) => Ok(Vec::new()),
-    }
-}
-
-/// What of `range` lies in none of these, which are sorted.
-fn gaps(range: Range<u64>, there: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    let mut gaps = Vec::new();
-    let mut start = range.start;
-    for there in there {
-        let end = there.start.min(range.end);
-        if start < end {
-            gaps.push(start..end);
-        }
-        start = start.max(there.end);
-    }
-    if start < range.end {
-        gaps.push(start..range.end);
-    }
-    gaps
+        Allocation::AtMost(_) => return Ok(none),
+    };
+    Ok(there.gaps(range).collect())
 }
 
 /// Calls `found` with each run of pages in `range` that are all zero; holes among them are.
@@ -223,8 +198,8 @@ mod tests {
             .unwrap();
     }
 
-    fn pages(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
-        let pages = |range: &Range<u64>| range.start / PAGE..range.end / PAGE;
+    fn pages(ranges: &RangeSet) -> Vec<Range<u64>> {
+        let pages = |range: Range<u64>| range.start / PAGE..range.end / PAGE;
         ranges.iter().map(pages).collect()
     }
 
@@ -247,20 +222,12 @@ mod tests {
         let (start, len) = (4 * PAGE as i64, PAGE as i64);
         fallocate(part.backing(), FallocateFlags::empty(), start, len).unwrap();
         // The control: the kernel does call them holes.
-        let data: Vec<_> = Data::of(part.backing().file(), 0..16 * PAGE)
+        let data: RangeSet = Data::of(part.backing().file(), 0..16 * PAGE)
             .map(Result::unwrap)
             .collect();
         assert_eq!(pages(&data), vec![0..1]);
         let found = pages(&holes(&part).unwrap());
         assert!(found == [1..4, 5..16] || found.is_empty(), "{found:?}");
-    }
-
-    #[test]
-    fn gaps_are_what_lies_between() {
-        assert_eq!(gaps(2..9, vec![]), vec![2..9]);
-        assert_eq!(gaps(2..9, vec![0..1, 4..5, 12..13]), [2..4, 5..9]);
-        assert_eq!(gaps(2..9, vec![0..3, 8..12]), vec![3..8]);
-        assert_eq!(gaps(2..9, vec![0..5, 5..12]), Vec::<Range<u64>>::new());
     }
 
     #[test]
@@ -278,7 +245,7 @@ mod tests {
         holes
             .give_back(std::slice::from_ref(&part), &chunk)
             .unwrap();
-        let left: Vec<_> = Data::of(part.backing().file(), 0..64 * PAGE)
+        let left: RangeSet = Data::of(part.backing().file(), 0..64 * PAGE)
             .map(Result::unwrap)
             .collect();
         assert_eq!(pages(&left), [3..4, 7..8, 40..41, 50..64]);

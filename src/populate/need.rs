@@ -1,5 +1,6 @@
 //! What populating needs: the pages that are not there yet, and of which kind.
 
+use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 
@@ -8,6 +9,7 @@ use crate::backing::{Allocation, FileIdentity};
 use crate::host::memory::{Demand, Kind, MemoryLimits, Short};
 use crate::host::nodes;
 use crate::options::{NodeSet, NumaPolicy, OnShortage, Populate};
+use crate::range::RangeSet;
 
 /// A table of pages has one byte for so many bytes of what it maps, where pages are 4 KiB.
 const MAPPED_PER_BYTE: u64 = 512;
@@ -79,33 +81,16 @@ fn demand(parts: &[Part], kinds: &[Option<Kind>], bytes: impl Fn(&Part) -> u64) 
 
 /// What is missing of each part, in bytes; of parts that are the same RAM, only once.
 fn missing_of_all(parts: &[Part]) -> Vec<u64> {
-    let mut seen: Vec<(FileIdentity, Range<u64>)> = Vec::new();
+    let mut seen: HashMap<FileIdentity, RangeSet> = HashMap::new();
     let missing = |part: &Part| {
         let (identity, range) = (part.backing().identity(), part.in_backing(&part.range));
-        let of_file = seen.iter().filter(|(known, _)| *known == identity);
-        let new = without(range.clone(), of_file.map(|(_, range)| range.clone()));
-        seen.push((identity, range.clone()));
-        let pages = new.into_iter().map(|range| missing_pages(part, range));
-        let pages = pages.sum();
+        let of_file = seen.entry(identity).or_default();
+        let new = of_file.gaps(range.clone());
+        let pages = new.map(|range| missing_pages(part, range)).sum();
+        of_file.insert(range.clone());
         pages + missing_tables(part, range, pages)
     };
     parts.iter().map(missing).collect()
-}
-
-/// What of a range lies in none of the others.
-fn without(range: Range<u64>, others: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
-    let mut left = vec![range];
-    for other in others {
-        let cut = |range: Range<u64>| {
-            let before = range.start..range.end.min(other.start);
-            let after = range.start.max(other.end)..range.end;
-            [before, after]
-                .into_iter()
-                .filter(|part| part.start < part.end)
-        };
-        left = left.into_iter().flat_map(cut).collect();
-    }
-    left
 }
 
 /// How many bytes are missing of a range of the part's backing, and to map it.
@@ -221,14 +206,6 @@ mod tests {
         assert_eq!(missing_of_all(&parts), [8 * MIB + 4 * MIB / 512]);
         let [prefault] = parts;
         assert_eq!(missing(&prefault, 0..4 * MIB), 0);
-    }
-
-    #[test]
-    fn a_range_without_others_is_what_they_leave() {
-        let left = |others: &[Range<u64>]| without(10..20, others.iter().cloned());
-        assert_eq!(left(&[]), vec![10..20]);
-        assert_eq!(left(&[0..5, 12..14, 13..16, 30..40]), [10..12, 16..20]);
-        assert_eq!(left(&[0..15, 15..20]), Vec::<Range<u64>>::new());
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::backing::{FileIdentity, ShmBacking};
 use crate::error::PopulateError;
 use crate::options::{NodeSet, NumaPolicy, OnShortage, Populate};
 use crate::ram::Ram;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, outwards};
 
 /// The size of a chunk, in bytes: some milliseconds of work, which is how soon progress is seen
 /// and cancelling heard. (Twice or half of it makes no difference that can be measured.)
@@ -138,12 +138,9 @@ pub(super) fn select(
             continue;
         }
         let len = missing.min(ram.range.size() - at);
-        let page = ram.backing.page_size();
-        let first = at - at % page;
-        // Whole pages are mapped: rounding up stays inside.
-        let end = (at + len).next_multiple_of(page);
         parts.push(Part {
-            range: first..end,
+            // Whole pages are mapped: this stays inside.
+            range: outwards(at..at + len, ram.backing.page_size()),
             ..Part::whole(ram, mode)
         });
         missing -= len;

@@ -1,11 +1,11 @@
 //! What of each region is allocated, where regions share backings.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use super::error::{StatsError, failed};
 use crate::backing::Allocation;
 use crate::ram::Ram;
+use crate::range::RangeSet;
 
 type Result<T> = std::result::Result<T, StatsError>;
 
@@ -69,30 +69,21 @@ pub(super) fn unlocated(regions: &[&Ram], total: u64, located: u64) -> u64 {
 
 /// What of a region on hugetlb this process has mapped.
 fn mapped(ram: &&Ram) -> Result<u64> {
-    Ok(mapped_parts(ram)?
-        .iter()
-        .map(|part| part.end - part.start)
-        .sum())
+    Ok(mapped_parts(ram)?.len())
 }
 
 /// Which parts those are, in bytes from the start of the region.
-pub(super) fn mapped_parts(ram: &Ram) -> Result<Vec<Range<u64>>> {
+pub(super) fn mapped_parts(ram: &Ram) -> Result<RangeSet> {
     let mapped = ram.mapping.mapped(ram.backing.page_size());
     mapped.map_err(failed("ask mincore(2) for the mapped pages"))
 }
 
 /// Whether the regions have all of their backing, and no part of it twice.
 fn covers_once(regions: &[&Ram]) -> bool {
-    let mut parts: Vec<Range<u64>> = regions.iter().map(|ram| ram.pages()).collect();
-    parts.sort_unstable_by_key(|part| part.start);
-    let mut end = 0;
-    for part in parts {
-        if part.start != end {
-            return false;
-        }
-        end = part.end;
-    }
-    end == regions[0].backing.end()
+    let covered: RangeSet = regions.iter().map(|ram| ram.pages()).collect();
+    let end = regions[0].backing.end();
+    let sizes = regions.iter().map(|ram| ram.mapping.len() as u64);
+    covered.contains(0..end) && sizes.sum::<u64>() == end
 }
 
 /// The regions of each backing: their places in `rams`.

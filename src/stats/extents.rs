@@ -2,14 +2,12 @@
 
 use std::ops::Range;
 
-use vm_memory::GuestAddress;
-
 use super::allocated::{by_backing, mapped_parts, unlocated};
 use super::error::{StatsError, failed};
 use crate::backing::Allocation;
 use crate::memory::GuestMemoryShm;
 use crate::ram::Ram;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, RangeSet, outwards};
 
 /// Which parts of the RAM are allocated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,19 +61,9 @@ impl<B> GuestMemoryShm<B> {
             let on_it: Vec<&Ram> = group.into_iter().map(|at| rams[at]).collect();
             unlocated += of_one_backing(&on_it, resolution, &mut found)?;
         }
-        found.sort_unstable_by_key(|range: &Range<u64>| range.start);
-        let mut merged: Vec<Range<u64>> = Vec::new();
-        for range in found {
-            match merged.last_mut() {
-                Some(last) if last.end == range.start => last.end = range.end,
-                _ => merged.push(range),
-            }
-        }
-        let ranges = merged
-            .into_iter()
-            .flat_map(|range| GuestRange::new(GuestAddress(range.start), range.end - range.start));
+        let found: RangeSet = found.into_iter().collect();
         Ok(Extents {
-            ranges: ranges.collect(),
+            ranges: found.to_guest(1),
             unlocated,
         })
     }
@@ -102,26 +90,21 @@ fn of_one_backing(
         let size = ram.range.size();
         let parts = if allocation == Allocation::Everything {
             located += ram.mapping.len() as u64;
-            std::iter::once(0..size).collect()
+            RangeSet::from(0..size)
         } else if backing.is_hugetlb() {
             let mapped = mapped_parts(ram)?;
-            located += mapped.iter().map(|part| part.end - part.start).sum::<u64>();
-            outwards(mapped, step(resolution, backing.page_size()), size)
+            located += mapped.len();
+            let step = step(resolution, backing.page_size());
+            mapped.iter().map(|part| outwards(part, step)).collect()
         } else {
             let parts = backing.extents_in(ram.pages(), step(resolution, backing.page_size()));
             let parts = parts.map_err(failed("look for the allocated parts of a backing"))?;
-            let inside = |part: Range<u64>| {
-                let end = part.end - ram.offset;
-                part.start - ram.offset..end.min(size)
-            };
-            parts.into_iter().map(inside).collect()
+            let inside = |part: Range<u64>| part.start - ram.offset..part.end - ram.offset;
+            parts.iter().map(inside).collect()
         };
         let start = ram.range.start_addr().0;
-        found.extend(
-            parts
-                .iter()
-                .map(|part| start + part.start..start + part.end),
-        );
+        let parts = parts.within(0..size);
+        found.extend(parts.map(|part| start + part.start..start + part.end));
     }
     if backing.is_hugetlb() {
         Ok(unlocated(regions, total, located))
@@ -138,20 +121,6 @@ fn step(resolution: u64, page_size: u64) -> u64 {
         .unwrap_or(u64::MAX - (u64::MAX % page_size))
 }
 
-/// Sorted parts of 0..size, each rounded outwards to multiples of the step, and merged.
-fn outwards(parts: Vec<Range<u64>>, step: u64, size: u64) -> Vec<Range<u64>> {
-    let mut rounded: Vec<Range<u64>> = Vec::new();
-    for part in parts {
-        let start = part.start - part.start % step;
-        let end = part.end.div_ceil(step).saturating_mul(step).min(size);
-        match rounded.last_mut() {
-            Some(last) if last.end >= start => last.end = last.end.max(end),
-            _ => rounded.push(start..end),
-        }
-    }
-    rounded
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,11 +131,5 @@ mod tests {
             assert_eq!(step(resolution, 10), step_of);
         }
         assert!(step(u64::MAX, 4096).is_multiple_of(4096));
-    }
-
-    #[test]
-    fn parts_are_rounded_outwards_and_merged() {
-        let parts = vec![1..2, 3..4, 11..12, 29..30, 45..47];
-        assert_eq!(outwards(parts, 10, 47), [0..30, 40..47]);
     }
 }

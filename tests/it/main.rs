@@ -17,6 +17,7 @@ mod bad_input;
 mod bad_system;
 mod bitmap;
 mod blk_daemon;
+mod changes;
 mod control_group;
 mod discard;
 mod discard_accumulator;

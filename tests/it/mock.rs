@@ -286,7 +286,7 @@ fn a_queue_is_kicked_when_a_daemon_without_acknowledgements_has_enabled_it() {
     let table = share.table().clone();
     let translate = |addr| table.user_addr(addr);
     device
-        .start_queue(share.sink_mut(), 0, &driver, translate)
+        .start_queue(share.connection_mut(), 0, &driver, translate)
         .unwrap();
     let last = daemon.requests().pop();
     assert_eq!(last, Some(LoggedRequest::Other(SET_VRING_ENABLE)));

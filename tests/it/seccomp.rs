@@ -16,9 +16,9 @@ use guest_memory_shm::{
     Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit,
 };
 
-use crate::bad_system::chain;
 use crate::isolation::PAGE;
 use crate::populate::{MIB, allocated, memory, threads};
+use crate::support::chain;
 
 const SIZE: u64 = 32 * MIB;
 const MODES: [Populate; 2] = [Populate::Allocate, Populate::Prefault];

@@ -6,7 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
-use guest_memory_shm::{ChangeReport, Error, ResourceLimit};
+use guest_memory_shm::{
+    AddressSpace, AddressSpaceError, AttachError, ChangeReport, Error, ListenerId, MemoryListener,
+    ResourceLimit,
+};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -40,13 +43,34 @@ pub(crate) trait ToldAll {
     fn told_all(self);
 }
 
-impl<B> ToldAll for guest_memory_shm::Result<ChangeReport<B>> {
+impl<B> ToldAll for Result<ChangeReport<B>, AddressSpaceError> {
     #[track_caller]
     fn told_all(self) {
         match self {
-            Ok(report) => assert_eq!(report.stale(), [], "not all were told"),
+            Ok(report) => assert!(report.stale().is_empty(), "{:?}", report.stale()),
             Err(error) => panic!("{error}"),
         }
+    }
+}
+
+/// The error and its causes, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    // One that names itself as its cause has no end.
+    let texts: Vec<_> = causes.take(40).map(ToString::to_string).collect();
+    texts.join(": ")
+}
+
+/// Attaches a listener that is required, or not.
+pub(crate) fn attach_as<L: MemoryListener>(
+    space: &AddressSpace,
+    name: impl Into<String>,
+    required: bool,
+    listener: L,
+) -> Result<ListenerId<L>, AttachError<L>> {
+    match required {
+        true => space.attach_required(name, listener),
+        false => space.attach(name, listener),
     }
 }
 

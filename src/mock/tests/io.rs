@@ -76,7 +76,7 @@ fn a_small_queue_is_reused_many_times_and_refuses_more_than_it_holds() {
     frontend.set_mem_table(&infos(&memory)).unwrap();
     let mut driver = BlkDriver::new(&memory, RINGS, 4)
         .unwrap()
-        .with_time_limit(LIMIT);
+        .with_deadline(LIMIT);
     let buffer = GuestAddress(0x10000);
 
     // Nobody serves the queue yet: what is submitted stays in flight.
@@ -149,7 +149,7 @@ fn two_queues_work_side_by_side() {
     let mut drivers = [0x1000, 0x9000].map(|ring| {
         BlkDriver::new(&memory, GuestAddress(ring), 16)
             .unwrap()
-            .with_time_limit(LIMIT)
+            .with_deadline(LIMIT)
     });
     for (index, driver) in drivers.iter().enumerate() {
         device

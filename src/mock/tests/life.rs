@@ -72,7 +72,7 @@ fn requests_that_a_dead_daemon_left_behind_are_done_by_the_next_one() {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let mut driver = BlkDriver::new(&memory, RINGS, 16)
         .unwrap()
-        .with_time_limit(LIMIT);
+        .with_deadline(LIMIT);
     let buffer = GuestAddress(0x40000);
     let translate = |addr| user_address(&memory, addr);
 

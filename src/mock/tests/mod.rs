@@ -87,7 +87,7 @@ fn started<'a>(
 ) -> BlkDriver<&'a GuestMemoryMmap> {
     let driver = BlkDriver::new(memory, RINGS, queue_size)
         .unwrap()
-        .with_time_limit(LIMIT);
+        .with_deadline(LIMIT);
     device
         .start_queue(frontend, 0, &driver, |addr| user_address(memory, addr))
         .unwrap();

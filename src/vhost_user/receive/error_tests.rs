@@ -5,6 +5,7 @@ use std::error::Error as _;
 use vm_memory::GuestAddress;
 
 use super::*;
+use crate::backing::BackingError;
 use crate::range::RangePart;
 
 #[test]
@@ -65,18 +66,19 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
         (
             ReceiveError::Wraps {
                 index: 1,
-                space: RegionSpace::User,
+                part: RangePart::UserAddress,
                 start: u64::MAX - 4095,
                 size: 8192,
+                limit: u64::MAX,
             },
             22,
             "region 1 has 8 KiB at user address 0xfffffffffffff000, which ends past \
-             0xffffffffffffffff: lower its address or its size",
+             0xffffffffffffffff: lower its user address or its size",
         ),
         (
             ReceiveError::Overlap {
                 index: 1,
-                space: RegionSpace::Guest,
+                part: RangePart::Address,
                 range: (4096, 4096),
                 other: Some(0),
                 other_range: (0, 8192),
@@ -88,7 +90,7 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
         (
             ReceiveError::Overlap {
                 index: 0,
-                space: RegionSpace::User,
+                part: RangePart::UserAddress,
                 range: (4096, 4096),
                 other: None,
                 other_range: (0, 8192),
@@ -162,17 +164,22 @@ fn a_region_that_is_not_mapped_says_why_and_what_the_system_said() {
             error: Box::new(error),
         })
     };
-    let refused = region(Error::Adopt {
-        doing: "fstat",
+    let refused = region(Error::Backing(BackingError::Inspect {
         source: std::io::Error::from_raw_os_error(9),
-    });
+    }));
     assert_eq!(
         refused.to_string(),
-        "region 3: cannot adopt a descriptor: fstat failed"
+        "region 3: cannot ask the kernel about a descriptor that is RAM, or is to be"
     );
     let cause = refused.source().expect("the system said why").to_string();
     assert!(cause.contains("os error 9"), "{cause}");
     assert_eq!(refused.reply_code(), 9);
-    assert_eq!(region(Error::AdoptReadOnly).reply_code(), 9);
-    assert_eq!(region(Error::HugePosixShm).reply_code(), 12);
+    assert_eq!(
+        region(Error::Backing(BackingError::NotWritable)).reply_code(),
+        9
+    );
+    assert_eq!(
+        region(crate::region::MemoryError::NoRanges.into()).reply_code(),
+        12
+    );
 }

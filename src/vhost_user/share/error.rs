@@ -1,9 +1,9 @@
 //! Why a daemon does not hold the memory that it should.
 //!
 //! A failure keeps one form on its way: what the connection says ([`DaemonFailure`]) becomes a
-//! [`ShareError::Daemon`] with the request that it is about, and that is what the caller gets, what
-//! the share keeps as the reason why it is broken, and what an address space's error has as its
-//! cause.
+//! [`ShareError::Daemon`] with the request that it is about, and that is what the caller gets,
+//! what the share keeps as the reason why it is broken, and what an address space's error has as
+//! its cause.
 
 use std::error::Error;
 use std::fmt;
@@ -50,14 +50,14 @@ pub enum ShareError {
 
     /// The time that a daemon takes cannot be watched; nothing was sent.
     #[non_exhaustive]
-    NoTimeLimit {
+    NoDeadline {
         /// Why there is no thread to watch it.
         source: io::Error,
     },
 
-    /// This end closed the connection, after a panic of what the share calls, or because an address
-    /// space could not bring the daemon up to date. Never returned as such, but the reason of
-    /// [`Broken`](Self::Broken).
+    /// This end closed the connection, after a panic of what the share calls, or because an
+    /// address space could not bring the daemon up to date. Never returned as such, but the reason
+    /// of [`Broken`](Self::Broken).
     #[non_exhaustive]
     GivenUp {
         /// What had happened.
@@ -86,7 +86,7 @@ pub enum DaemonRequest {
     RemoveRegion(GuestRange),
     /// SET_LOG_BASE with a log of this many bytes.
     SetLog(u64),
-    /// Another message, by a caller of [`TimeLimit::run`](crate::TimeLimit::run).
+    /// Another message, by a caller of [`CallDeadline::run`](crate::CallDeadline::run).
     Other,
 }
 
@@ -146,7 +146,7 @@ impl fmt::Display for ShareError {
                  LOG_SHMFD with it, or stop the log (VhostUserShare::stop_log)",
             ),
             Self::Log(error) => error.fmt(f),
-            Self::NoTimeLimit { .. } => f.write_str(
+            Self::NoDeadline { .. } => f.write_str(
                 "the daemon's time to answer cannot be limited, and it might never answer: nothing \
                  was sent; raise RLIMIT_NPROC (ulimit -u), or connect anew in this process",
             ),
@@ -166,7 +166,7 @@ impl Error for ShareError {
         match self {
             Self::Daemon { failure, .. } => failure.source(),
             Self::Log(error) => error.source(),
-            Self::NoTimeLimit { source } => Some(source),
+            Self::NoDeadline { source } => Some(source),
             _ => None,
         }
     }
@@ -235,13 +235,17 @@ impl DaemonFailure {
                  restart it or reconnect to it"
             ),
             Self::Silent(limit) => {
-                write!(f, "the daemon did not answer within {limit:?}")?;
-                if request != DaemonRequest::Other {
-                    write!(f, " when told to {request}")?;
-                }
-                f.write_str(
-                    ": the connection was closed, restart the daemon or allow it more time \
-                     (VhostUserShare::with_time_limit)",
+                let (told, remedy) = match request {
+                    DaemonRequest::Other => (String::new(), "time"),
+                    _ => (
+                        format!(" when told to {request}"),
+                        "with VhostUserShare::with_deadline",
+                    ),
+                };
+                write!(
+                    f,
+                    "the daemon did not answer within {limit:?}{told}: the connection was closed, \
+                     restart the daemon or allow more {remedy}"
                 )
             }
             Self::Protocol(_) => write!(
@@ -255,7 +259,7 @@ impl DaemonFailure {
                 "the daemon could not be made to {request}: it answered with addresses for \
                  postcopy, which this connection cannot acknowledge; the connection was closed, \
                  build guest-memory-shm with its feature postcopy, or implement \
-                 MemTableSink::acknowledge_bases"
+                 DaemonConnection::acknowledge_bases"
             ),
         }
     }
@@ -303,7 +307,7 @@ mod tests {
                 DaemonFailure::Silent(Duration::from_secs(5)),
                 "the daemon did not answer within 5s when told to add the region \
                  0x100000000..=0x13fffffff (1 GiB): the connection was closed, restart the daemon \
-                 or allow it more time (VhostUserShare::with_time_limit)",
+                 or allow more with VhostUserShare::with_deadline",
             ),
             (
                 DaemonRequest::RemoveRegion(range),

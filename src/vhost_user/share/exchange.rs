@@ -3,26 +3,27 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
+use super::connection::{Answer, DaemonConnection};
+use super::deadline::Clock;
 use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
-use super::sink::{Answer, MemTableSink};
-use super::time_limit::Clock;
-use super::{ShareReport, TimeLimit, VhostUserShare};
+use super::{CallDeadline, ShareReport, VhostUserShare};
 use crate::logs;
-use crate::vhost_user::table::{MemoryTable, TableChange};
+use crate::range::Difference;
+use crate::vhost_user::table::{MemoryTable, TableRegion};
 
-impl<F: MemTableSink> VhostUserShare<F> {
+impl<F: DaemonConnection> VhostUserShare<F> {
     /// Sends what is different in `table`, and the dirty log around it.
     pub(super) fn send(
         &mut self,
         table: &MemoryTable,
-        change: &TableChange,
+        change: &Difference<TableRegion, TableRegion>,
         report: &mut ShareReport,
     ) -> Result<()> {
         self.log_before(table)?;
         self.mark_what_is_mapped_anew(table);
         let sent = match self.mem_slots {
             true => self.send_difference(change, report),
-            false if change.is_empty() => Ok(()),
+            false if self.held == *table => Ok(()),
             false => self.send_whole(table, report),
         };
         if sent.is_err() && self.broken.is_some() {
@@ -33,21 +34,25 @@ impl<F: MemTableSink> VhostUserShare<F> {
         sent.and(logs)
     }
 
-    fn send_difference(&mut self, change: &TableChange, report: &mut ShareReport) -> Result<()> {
+    fn send_difference(
+        &mut self,
+        change: &Difference<TableRegion, TableRegion>,
+        report: &mut ShareReport,
+    ) -> Result<()> {
         let mut last = None;
-        for region in change.removals() {
+        for region in &change.removals {
             let step = DaemonRequest::RemoveRegion(region.range());
-            self.change(step, |sink| sink.remove_mem_region(region))?;
+            self.change(step, |connection| connection.remove_mem_region(region))?;
             self.confirm(step)?;
             self.held.remove(region);
             let start = region.range().start_addr();
             self.bases.retain(|(known, _)| *known != start);
             last = Some(step);
         }
-        for region in change.additions() {
+        for region in &change.additions {
             let step = DaemonRequest::AddRegion(region.range());
             self.expect_unlogged(std::slice::from_ref(region));
-            if let Some(base) = self.change(step, |sink| sink.add_mem_region(region))? {
+            if let Some(base) = self.change(step, |connection| connection.add_mem_region(region))? {
                 // The answer says that it was taken.
                 self.held.insert(region);
                 self.take_up(step, std::slice::from_ref(region), &[base], report)?;
@@ -64,8 +69,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
         self.mark_what_stays(table);
         self.expect_unlogged(table.regions());
         let step = DaemonRequest::SetTable(table.regions().len());
-        let set = |sink: &mut F| sink.set_mem_table(table.regions());
-        let bases = match self.sink.refusal_keeps_table() {
+        let set = |connection: &mut F| connection.set_mem_table(table.regions());
+        let bases = match self.connection.refusal_keeps_table() {
             true => self.change(step, set)?,
             false => self.call(step, set)?,
         };
@@ -129,7 +134,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         }
     }
 
-    /// Makes one call on the connection, within the time limit; a failure breaks the share.
+    /// Makes one call on the connection, before the deadline; a failure breaks the share.
     pub(super) fn call<T>(
         &mut self,
         request: DaemonRequest,
@@ -139,10 +144,10 @@ impl<F: MemTableSink> VhostUserShare<F> {
             .map_err(|failure| self.fail(request, failure))
     }
 
-    /// Makes one call on the connection, within the time limit. The outer error: it was not made.
+    /// Makes one call on the connection, before the deadline. The outer error: it was not made.
     fn attempt<T>(&mut self, call: impl FnOnce(&mut F) -> Answer<T>) -> Result<Answer<T>> {
         let silent = DaemonFailure::Silent(self.limit);
-        if let Some(limit) = &mut self.time_limit
+        if let Some(limit) = &mut self.deadline
             && limit.start()? == Clock::RanOut
         {
             return Ok(Err(silent));
@@ -150,20 +155,20 @@ impl<F: MemTableSink> VhostUserShare<F> {
         let acks_due = std::mem::take(&mut self.acks_due);
         let work = || {
             if acks_due {
-                self.sink.request_acks();
+                self.connection.request_acks();
             }
-            call(&mut self.sink)
+            call(&mut self.connection)
         };
         let made = catch_unwind(AssertUnwindSafe(work));
         let answer = made.unwrap_or_else(|panic| {
             // How much of the message passed is not known.
-            self.time_limit.as_ref().map(TimeLimit::stop);
+            self.deadline.as_ref().map(CallDeadline::stop);
             self.break_off(ShareError::GivenUp {
-                reason: "the sink panicked".to_owned(),
+                reason: "the code of the connection panicked".to_owned(),
             });
             resume_unwind(panic)
         });
-        let expired = self.time_limit.as_ref().is_some_and(TimeLimit::stop);
+        let expired = self.deadline.as_ref().is_some_and(CallDeadline::stop);
         Ok(if expired { Err(silent) } else { answer })
     }
 
@@ -185,7 +190,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
         }
         self.broken = Some(Arc::new(reason));
         // Last of all: it may call code of others.
-        if let Some(limit) = &mut self.time_limit {
+        if let Some(limit) = &mut self.deadline {
             limit.end_connection();
         }
         logs::warn!("share broken: {text}");

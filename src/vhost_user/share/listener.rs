@@ -3,9 +3,9 @@
 use vm_memory::bitmap::Bitmap;
 
 use super::VhostUserShare;
+use super::connection::DaemonConnection;
+use super::deadline::CallDeadline;
 use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
-use super::sink::MemTableSink;
-use super::time_limit::TimeLimit;
 use crate::listener::{ListenerError, MemoryListener};
 use crate::memory::GuestMemoryShm;
 use crate::vhost_user::table::MemoryTable;
@@ -19,7 +19,7 @@ use crate::vhost_user::table::MemoryTable;
 /// before, or is silent, is away.
 impl<F, B> MemoryListener<B> for VhostUserShare<F>
 where
-    F: MemTableSink + Send + 'static,
+    F: DaemonConnection + Send + 'static,
     B: Bitmap + Send + Sync + 'static,
 {
     fn check(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
@@ -39,14 +39,14 @@ where
 
     /// A daemon is another process, of which a call may wait; the kernel answers at once.
     fn waits(&self) -> bool {
-        self.time_limit.is_some()
+        self.deadline.is_some()
     }
 }
 
-impl<F: MemTableSink> VhostUserShare<F> {
+impl<F: DaemonConnection> VhostUserShare<F> {
     /// Breaks the share if the daemon has hung up since it was last told something, and says so.
     fn check_there(&mut self) -> Result<()> {
-        let is_gone = self.time_limit.as_mut().is_some_and(TimeLimit::is_gone);
+        let is_gone = self.deadline.as_mut().is_some_and(CallDeadline::is_gone);
         if self.broken.is_none() && is_gone {
             self.break_off(ShareError::Gone);
             return Err(ShareError::Gone);

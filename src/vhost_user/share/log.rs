@@ -1,5 +1,6 @@
 //! The dirty log that a daemon sets bits in: shared memory, read word by word.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -8,7 +9,7 @@ use vm_memory::{GuestAddress, GuestMemoryRegion, VolatileMemory, VolatileSlice};
 use super::error::{Result, ShareError};
 use crate::backing::{ShmBacking, base_page_size};
 use crate::mapping::to_usize;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, RangeSet};
 use crate::region::GuestRegionShm;
 use crate::vhost_user::table::MemoryTable;
 
@@ -31,8 +32,8 @@ const WORD: u64 = 64;
 /// too, and they are all found. It is not sealed against growing: a daemon can make it longer,
 /// which costs memory where the daemon writes.
 ///
-/// A [`VhostUserShare`](crate::VhostUserShare) makes, sizes and reads it. A sink sends it. A clone is
-/// another handle of the same bits.
+/// A [`VhostUserShare`](crate::VhostUserShare) makes, sizes and reads it. A connection sends it. A
+/// clone is another handle of the same bits.
 ///
 /// ```
 /// use std::os::fd::AsFd;
@@ -48,17 +49,15 @@ pub struct DaemonLog {
     bits: GuestRegionShm,
     size: u64,
     /// The pages of regions that the daemon was told of since it logs, as far as the log has bits
-    /// for them: first, and first after them. Sorted, with gaps between them.
-    pages: Vec<(u64, u64)>,
+    /// for them.
+    pages: RangeSet,
 }
 
 impl DaemonLog {
     /// How many bytes a log for this table has, a multiple of 8; 0 for an empty table.
     pub(super) fn size_for(table: &MemoryTable) -> u64 {
-        let end = table.regions().last().map(|region| {
-            let range = region.range();
-            range.start_addr().0 + range.size()
-        });
+        let last = table.regions().last();
+        let end = last.map(|region| region.range().addrs().end);
         end.unwrap_or(0).div_ceil(PAGE).div_ceil(WORD) * 8
     }
 
@@ -68,12 +67,12 @@ impl DaemonLog {
         Ok(Self {
             bits: map(&backing)?,
             size,
-            pages: Vec::new(),
+            pages: RangeSet::default(),
         })
     }
 
-    /// Makes it longer, a multiple of 8 bytes, if it is shorter than that. Mappings from before are
-    /// mappings of the same bits.
+    /// Makes it longer, a multiple of 8 bytes, if it is shorter than that. Mappings from before
+    /// are mappings of the same bits.
     pub(super) fn grow(&mut self, size: u64) -> Result<()> {
         let len = file_len(size);
         if len > self.bits.backing().end() {
@@ -91,38 +90,32 @@ impl DaemonLog {
 
     /// Has the pages of these regions count too, from now on, as far as the log has bits for them.
     pub(super) fn watch(&mut self, table: &MemoryTable) {
-        let limit = self.size * 8;
-        let regions = table.regions().iter();
-        let more = regions.map(|region| pages_of(region.range()));
-        let mut pages: Vec<_> = self.pages.drain(..).chain(more).collect();
-        pages.sort_unstable();
-        for (first, end) in pages {
-            let end = end.min(limit);
-            match self.pages.last_mut() {
-                Some((_, last)) if first <= *last => *last = end.max(*last),
-                _ if first < end => self.pages.push((first, end)),
-                _ => {}
-            }
-        }
+        let regions: RangeSet = table
+            .regions()
+            .iter()
+            .map(|r| pages_of(r.range()))
+            .collect();
+        self.pages.extend(regions.within(0..self.size * 8));
     }
 
     /// Sets the bits of a range, as far as the log has bits for it.
     pub(super) fn mark(&self, range: GuestRange) {
-        let (first, end) = pages_of(range);
-        for (word, mask) in words(first, end.min(self.size * 8)) {
+        let pages = pages_of(range);
+        for (word, mask) in words(pages.start..pages.end.min(self.size * 8)) {
             self.with_word(word, |bits| bits.fetch_or(mask.to_le(), Ordering::SeqCst));
         }
     }
 
-    /// Takes the bits that are set, in the order of addresses.
-    pub(super) fn drain(&self, dirty: &mut DirtyRanges) {
-        self.take_words(|word, bits| dirty.add_word(word, bits));
+    /// Takes the bits that are set: the pages are sorted, and joined where they touch.
+    pub(super) fn drain(&self) -> Vec<GuestRange> {
+        let mut dirty = RangeSet::default();
+        self.take_words(|word, bits| dirty.insert_bits(word * WORD, bits));
+        dirty.to_guest(PAGE)
     }
 
     /// Takes each word that is not 0, with the bits that count; the others stay.
     fn take_words(&self, mut take: impl FnMut(u64, u64)) {
-        let counting = self.pages.iter();
-        for (word, mask) in counting.flat_map(|(first, end)| words(*first, *end)) {
+        for (word, mask) in self.pages.iter().flat_map(words) {
             let bits = self.with_word(word, |bits| match bits.load(Ordering::Relaxed) {
                 0 => 0,
                 // At once: a bit that is set from now on is seen next time. Whoever copies the
@@ -163,65 +156,23 @@ fn map(backing: &ShmBacking) -> Result<GuestRegionShm> {
     GuestRegionShm::from_backing(backing, 0, GuestAddress(0), backing.end()).map_err(no_memfd)
 }
 
-fn no_memfd(error: crate::error::Error) -> ShareError {
-    ShareError::Log(Box::new(error))
+fn no_memfd(error: impl Into<crate::error::Error>) -> ShareError {
+    ShareError::Log(Box::new(error.into()))
 }
 
-fn pages_of(range: GuestRange) -> (u64, u64) {
-    (range.start_addr().0 / PAGE, range.last_addr().0 / PAGE + 1)
+fn pages_of(range: GuestRange) -> Range<u64> {
+    range.start_addr().0 / PAGE..range.last_addr().0 / PAGE + 1
 }
 
 /// The words that hold the bits of these pages, each with the bits that do.
-fn words(first: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
-    (first / WORD..end.div_ceil(WORD)).map(move |word| {
+fn words(pages: Range<u64>) -> impl Iterator<Item = (u64, u64)> {
+    (pages.start / WORD..pages.end.div_ceil(WORD)).map(move |word| {
         let start = word * WORD;
-        let below = first.saturating_sub(start);
-        let above = (start + WORD).saturating_sub(end);
+        let below = pages.start.saturating_sub(start);
+        let above = (start + WORD).saturating_sub(pages.end);
         // Both less than 64: the word has at least one of the pages.
         (word, u64::MAX << below & u64::MAX >> above)
     })
-}
-
-/// Dirty pages as they are found, joined to ranges.
-#[derive(Clone, Debug, Default)]
-pub(super) struct DirtyRanges {
-    /// First page, and first page behind.
-    ranges: Vec<(u64, u64)>,
-}
-
-impl DirtyRanges {
-    fn add_word(&mut self, word: u64, mut bits: u64) {
-        while bits != 0 {
-            let first = bits.trailing_zeros();
-            let count = (!(bits >> first)).trailing_zeros();
-            let start = word * WORD + u64::from(first);
-            self.add(start, start + u64::from(count));
-            bits &= u64::MAX.checked_shl(first + count).unwrap_or(0);
-        }
-    }
-
-    fn add(&mut self, start: u64, end: u64) {
-        match self.ranges.last_mut() {
-            Some((_, last)) if *last == start => *last = end,
-            _ => self.ranges.push((start, end)),
-        }
-    }
-
-    /// Sorted, without duplicates, joined where they touch.
-    pub(super) fn into_ranges(mut self) -> Vec<GuestRange> {
-        self.ranges.sort_unstable();
-        let mut joined: Vec<(u64, u64)> = Vec::with_capacity(self.ranges.len());
-        for (start, end) in self.ranges {
-            match joined.last_mut() {
-                Some((_, last)) if start <= *last => *last = end.max(*last),
-                _ => joined.push((start, end)),
-            }
-        }
-        let range =
-            |(start, end)| GuestRange::new(GuestAddress(start * PAGE), (end - start) * PAGE);
-        // All of them are in regions, whose ends fit in 64 bits.
-        joined.into_iter().flat_map(range).collect()
-    }
 }
 
 #[cfg(test)]
@@ -260,14 +211,8 @@ mod tests {
 
     /// First page and number of pages.
     fn drain(log: &DaemonLog) -> Vec<(u64, u64)> {
-        let mut dirty = DirtyRanges::default();
-        log.drain(&mut dirty);
-        in_pages(dirty)
-    }
-
-    fn in_pages(dirty: DirtyRanges) -> Vec<(u64, u64)> {
-        let ranges = dirty.into_ranges();
-        ranges
+        let dirty = log.drain();
+        dirty
             .iter()
             .map(|r| (r.start_addr().0 / PAGE, r.size() / PAGE))
             .collect()
@@ -352,10 +297,10 @@ mod tests {
 
     #[test]
     fn masks_have_the_bits_of_the_pages() {
-        let found = |first, end| words(first, end).collect::<Vec<_>>();
-        assert_eq!(found(0, 64), [(0, u64::MAX)]);
-        assert_eq!(found(3, 5), [(0, 0b11000)]);
-        assert_eq!(found(63, 65), [(0, 1 << 63), (1, 1)]);
-        assert_eq!(found(64, 64), []);
+        let found = |pages| words(pages).collect::<Vec<_>>();
+        assert_eq!(found(0..64), [(0, u64::MAX)]);
+        assert_eq!(found(3..5), [(0, 0b11000)]);
+        assert_eq!(found(63..65), [(0, 1 << 63), (1, 1)]);
+        assert_eq!(found(64..64), []);
     }
 }

@@ -1,7 +1,7 @@
 //! What is known of a daemon that logs what it writes, and of those whose connections have ended.
 
 use super::error::Result;
-use super::log::{DaemonLog, DirtyRanges};
+use super::log::DaemonLog;
 use super::process::DaemonProcess;
 use super::stopped::{FormerDaemon, StoppedLog};
 use crate::range::GuestRange;
@@ -86,8 +86,10 @@ impl Logging {
     }
 
     /// The daemon took the log with this size, and is this process, if that is known.
-    pub(super) fn take(&mut self, size: u64, process: Option<DaemonProcess>) {
+    pub(super) fn take(&mut self, size: u64, process: Option<u32>) {
         self.taken = size;
+        // Now, while the connection is there: later the number may be another's.
+        let process = process.map(DaemonProcess::new);
         self.process = process.or(self.process.take());
     }
 
@@ -173,11 +175,7 @@ impl Logging {
         if !self.settled {
             self.mark(&self.unlogged);
         }
-        let mut dirty = DirtyRanges::default();
-        if let Some(log) = &self.log {
-            log.drain(&mut dirty);
-        }
-        dirty.into_ranges()
+        self.log.as_ref().map(DaemonLog::drain).unwrap_or_default()
     }
 
     /// Ends logging.

@@ -17,9 +17,11 @@ use crate::memory::GuestMemoryShm;
 use crate::vhost_user::table::{MemoryTable, SlotLimit, TableError, TableView};
 
 mod bases;
+mod connection;
+mod deadline;
+mod disconnector;
 mod error;
 mod exchange;
-mod hang_up;
 mod kernel;
 mod listener;
 mod log;
@@ -27,23 +29,20 @@ mod log_exchange;
 mod logging;
 mod postcopy;
 mod process;
-mod sink;
 mod socket;
 mod stopped;
-mod time_limit;
 mod wire;
 
 pub use self::log::DaemonLog;
 use bases::BaseHandler;
+pub use connection::DaemonConnection;
+pub use deadline::CallDeadline;
+pub use disconnector::Disconnector;
 use error::Result;
 pub use error::{DaemonFailure, DaemonRequest, ShareError};
-pub use hang_up::HangUp;
 pub use kernel::KernelVhost;
 use logging::Logging;
-pub use process::DaemonProcess;
-pub use sink::MemTableSink;
 pub use stopped::{FormerDaemon, StoppedLog};
-pub use time_limit::TimeLimit;
 
 /// How long a daemon may take to answer, unless set otherwise: mapping a region takes it
 /// microseconds, but it may be busy with I/O.
@@ -55,14 +54,14 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// over. With CONFIGURE_MEM_SLOTS regions are added and removed one by one (ADD_MEM_REG,
 /// REM_MEM_REG), up to the daemon's GET_MAX_MEM_SLOTS; without it the whole table is sent
 /// (SET_MEM_TABLE), at most 8 regions. Every change is acknowledged by the daemon before
-/// [`update_table`](Self::update_table) returns: by REPLY_ACK where it was negotiated, otherwise by
-/// a round trip. No call waits longer than the [time limit](Self::with_time_limit) for an answer; a
+/// [`update_table`](Self::update_table) returns: by REPLY_ACK where it was negotiated, otherwise
+/// by a round trip. No call waits longer than the [deadline](Self::with_deadline) for an answer; a
 /// change of many regions is as many calls.
 ///
 /// ```
 /// use std::time::Duration;
 ///
-/// use guest_memory_shm::{GuestMemoryShm, TimeLimit, VhostUserShare};
+/// use guest_memory_shm::{GuestMemoryShm, CallDeadline, VhostUserShare};
 /// use vhost::VhostBackend;
 /// use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
 /// # use guest_memory_shm::mock::MockDaemon;
@@ -72,7 +71,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// # let stream = daemon.connect()?;
 /// # let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
 /// let mut frontend = Frontend::from_stream(stream, 1);
-/// let mut limit = TimeLimit::new(&frontend, Duration::from_secs(10));
+/// let mut limit = CallDeadline::new(&frontend, Duration::from_secs(10));
 /// let features = limit.run(|| -> vhost::Result<Features> {
 ///     frontend.set_owner()?;
 ///     // What the guest's driver knows of them; 26 is VHOST_F_LOG_ALL, for when there is a log.
@@ -90,13 +89,13 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// ```
 #[derive(Debug)]
 pub struct VhostUserShare<F> {
-    sink: F,
-    /// Absent only if no call of the sink ever waits.
-    time_limit: Option<TimeLimit>,
+    connection: F,
+    /// Absent only if no call of the connection ever waits.
+    deadline: Option<CallDeadline>,
     limit: Duration,
     mem_slots: bool,
     reply_ack: bool,
-    /// The sink has yet to be told that changes are acknowledged.
+    /// The connection has yet to be told that changes are acknowledged.
     acks_due: bool,
     log_shmfd: bool,
     /// The daemon's answer to GET_MAX_MEM_SLOTS, once it was asked.
@@ -139,15 +138,15 @@ impl ShareReport {
     }
 }
 
-impl<F: MemTableSink> VhostUserShare<F> {
+impl<F: DaemonConnection> VhostUserShare<F> {
     /// A share with a daemon that is connected and holds no region yet.
     ///
     /// `features` are the protocol features that were acknowledged (SET_PROTOCOL_FEATURES).
-    pub fn new(sink: F, features: Features) -> Self {
-        let hang_up = sink.hang_up();
+    pub fn new(connection: F, features: Features) -> Self {
+        let disconnector = connection.disconnector();
         let mut share = Self {
-            sink,
-            time_limit: None,
+            connection,
+            deadline: None,
             limit: TIME_LIMIT,
             mem_slots: false,
             reply_ack: false,
@@ -161,7 +160,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
             logging: None,
             broken: None,
         };
-        share.begin(features, hang_up);
+        share.begin(features, disconnector);
         share
     }
 
@@ -171,16 +170,16 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// A call that another thread makes on a clone of the frontend takes from this time while it
     /// waits, because it has the frontend's lock; at its end the connection is closed for both.
     #[must_use]
-    pub fn with_time_limit(mut self, limit: Duration) -> Self {
+    pub fn with_deadline(mut self, limit: Duration) -> Self {
         self.limit = limit;
-        if let Some(watching) = &mut self.time_limit {
+        if let Some(watching) = &mut self.deadline {
             watching.set_limit(limit);
         }
         self
     }
 
-    /// Sets what the daemon gets to see of a memory, for [`update_memory`](Self::update_memory) and
-    /// [`check_memory`](Self::check_memory); everything by host addresses unless set.
+    /// Sets what the daemon gets to see of a memory, for [`update_memory`](Self::update_memory)
+    /// and [`check_memory`](Self::check_memory); everything by host addresses unless set.
     #[must_use]
     pub fn with_view(mut self, view: TableView) -> Self {
         self.view = view;
@@ -197,15 +196,15 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// Most daemons serve one front-end at a time: the old connection must have ended before they
     /// answer on the new one. That of a broken share has.
-    pub fn reconnect(&mut self, sink: F, features: Features) -> F {
+    pub fn reconnect(&mut self, connection: F, features: Features) -> F {
         // First, and not between: if it panics, the share is what it was.
-        let hang_up = sink.hang_up();
-        let old = std::mem::replace(&mut self.sink, sink);
-        self.begin(features, hang_up);
+        let disconnector = connection.disconnector();
+        let old = std::mem::replace(&mut self.connection, connection);
+        self.begin(features, disconnector);
         old
     }
 
-    fn begin(&mut self, features: Features, hang_up: Option<HangUp>) {
+    fn begin(&mut self, features: Features, disconnector: Option<Disconnector>) {
         self.mem_slots = features.contains(Features::CONFIGURE_MEM_SLOTS);
         self.reply_ack = features.contains(Features::REPLY_ACK);
         self.log_shmfd = features.contains(Features::LOG_SHMFD);
@@ -218,7 +217,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
         }
         self.broken = None;
         self.acks_due = self.reply_ack;
-        self.time_limit = hang_up.map(|hang_up| TimeLimit::with_hang_up(hang_up, self.limit));
+        self.deadline = disconnector
+            .map(|disconnector| CallDeadline::with_disconnector(disconnector, self.limit));
     }
 
     /// Whether the daemon could take `table`, as far as limits say; nothing is changed.
@@ -232,7 +232,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty table that only
     /// SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
     /// for the kernel. [`ShareError::LogNotShared`]; [`ShareError::Broken`]; and what a failed
-    /// question leads to: [`ShareError::NoTimeLimit`], after which the share goes on as before, and
+    /// question leads to: [`ShareError::NoDeadline`], after which the share goes on as before, and
     /// [`ShareError::Daemon`], after which it is broken.
     pub fn check_table(&mut self, table: &MemoryTable) -> Result<()> {
         self.check_not_broken()?;
@@ -241,10 +241,10 @@ impl<F: MemTableSink> VhostUserShare<F> {
             return Ok(());
         }
         table.check_pages().map_err(TableError::from)?;
-        self.sink.check_table(table)?;
+        self.connection.check_table(table)?;
         match self.mem_slots {
             true => self.check_slots(table),
-            false => Ok(check_whole(table, self.sink.max_table_regions())?),
+            false => Ok(check_whole(table, self.connection.max_table_regions())?),
         }
     }
 
@@ -253,36 +253,36 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`ShareError::Table`], as for [`check_table`](Self::check_table): nothing was sent, the share
-    /// goes on as before. So it does after [`ShareError::NoTimeLimit`], if no thread could be had to
-    /// watch the time.
+    /// [`ShareError::Table`], as for [`check_table`](Self::check_table): nothing was sent, the
+    /// share goes on as before. So it does after [`ShareError::NoDeadline`], if no thread could be
+    /// had to watch the time.
     ///
     /// [`ShareError::LogNotShared`] if the daemon is to log ([`start_log`](Self::start_log)) and a
-    /// reconnection left LOG_SHMFD out; [`ShareError::Log`] if it has no memfd. Where such an error,
-    /// or a refusal of the log, comes after the table, the table is what the daemon holds, and
-    /// the next update, to any table, sends the log; until then all of it counts as dirty.
+    /// reconnection left LOG_SHMFD out; [`ShareError::Log`] if it has no memfd. Where such an
+    /// error, or a refusal of the log, comes after the table, the table is what the daemon holds,
+    /// and the next update, to any table, sends the log; until then all of it counts as dirty.
     ///
-    /// [`ShareError::Daemon`] with [`DaemonFailure::Refused`]: the daemon answered that it does not
-    /// take a change. If that was a single region and the daemon still answers after it, the share
-    /// goes on: [`table`](Self::table) is what was acknowledged until then, and the next update goes
-    /// on from there. Otherwise it is broken: most daemons hang up when they refuse, and some have
-    /// let go of the old table when they refuse a whole one. [`broken`](Self::broken) tells the two
-    /// apart.
+    /// [`ShareError::Daemon`] with [`DaemonFailure::Refused`]: the daemon answered that it does
+    /// not take a change. If that was a single region and the daemon still answers after it, the
+    /// share goes on: [`table`](Self::table) is what was acknowledged until then, and the next
+    /// update goes on from there. Otherwise it is broken: most daemons hang up when they refuse,
+    /// and some have let go of the old table when they refuse a whole one.
+    /// [`broken`](Self::broken) tells the two apart.
     ///
-    /// [`ShareError::Daemon`] with any other failure: the connection is closed, the share is broken,
-    /// and every later update is [`ShareError::Broken`] until [`reconnect`](Self::reconnect). A
-    /// daemon that acknowledges a change and hangs up right after it, as libvhost-user does to
-    /// refuse one, counts as hung up; among several changes the error may then name the change after
-    /// the refused one.
+    /// [`ShareError::Daemon`] with any other failure: the connection is closed, the share is
+    /// broken, and every later update is [`ShareError::Broken`] until
+    /// [`reconnect`](Self::reconnect). A daemon that acknowledges a change and hangs up right
+    /// after it, as libvhost-user does to refuse one, counts as hung up; among several changes the
+    /// error may then name the change after the refused one.
     pub fn update_table(&mut self, table: &MemoryTable) -> Result<ShareReport> {
         self.check_table(table)?;
-        let change = self.held.change_to(table);
-        if change.is_empty() && !self.log_is_due() {
+        if self.held == *table && !self.log_is_due() {
             return Ok(ShareReport::default());
         }
+        let change = self.held.change_to(table);
         let mut report = ShareReport {
-            removed: change.removals().len(),
-            added: change.additions().len(),
+            removed: change.removals.len(),
+            added: change.additions.len(),
             bases: Vec::new(),
         };
         if let Err(error) = self.send(table, &change, &mut report) {
@@ -313,8 +313,8 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// Those of [`update_table`](Self::update_table), and [`TableError::OpaqueConstant`] if the view
-    /// does not fit the memory: nothing was sent.
+    /// Those of [`update_table`](Self::update_table), and [`TableError::OpaqueConstant`] if the
+    /// view does not fit the memory: nothing was sent.
     pub fn update_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<ShareReport> {
         let table = memory.memory_table_as(&self.view)?;
         self.update_table(&table)
@@ -339,18 +339,18 @@ impl<F: MemTableSink> VhostUserShare<F> {
     }
 
     /// The connection.
-    pub fn sink(&self) -> &F {
-        &self.sink
+    pub fn connection(&self) -> &F {
+        &self.connection
     }
 
     /// The connection, for other requests (rings, configuration).
-    pub fn sink_mut(&mut self) -> &mut F {
-        &mut self.sink
+    pub fn connection_mut(&mut self) -> &mut F {
+        &mut self.connection
     }
 
     /// Gives the connection back.
-    pub fn into_sink(self) -> F {
-        self.sink
+    pub fn into_connection(self) -> F {
+        self.connection
     }
 
     fn check_not_broken(&self) -> Result<()> {

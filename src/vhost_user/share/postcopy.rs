@@ -5,13 +5,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use vm_memory::GuestAddress;
 
 use super::bases::BaseHandler;
+use super::connection::DaemonConnection;
 use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
-use super::sink::MemTableSink;
 use super::{ShareReport, VhostUserShare};
 use crate::range::GuestRange;
 use crate::vhost_user::table::TableRegion;
 
-impl<F: MemTableSink> VhostUserShare<F> {
+impl<F: DaemonConnection> VhostUserShare<F> {
     /// Has `handler` told where the daemon maps each region while postcopy listens, before that is
     /// acknowledged; nobody unless set.
     ///
@@ -23,7 +23,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
     /// `range.start_addr() + (address - base)` in the guest, and is resolved at `address`. Whoever
     /// does so must know the base first: from the acknowledgement on, faults can come. So the
     /// handler is called with the region and its base, and then the share acknowledges
-    /// ([`MemTableSink::acknowledge_bases`]).
+    /// ([`DaemonConnection::acknowledge_bases`]).
     ///
     /// vhost's `Frontend` acknowledges, if this crate's feature `postcopy` is on. QEMU's daemons
     /// (libvhost-user, as of QEMU 10.0) hang up at the acknowledgement of ADD_MEM_REG, so they
@@ -32,12 +32,13 @@ impl<F: MemTableSink> VhostUserShare<F> {
     ///
     /// The handler is called during an update, on the thread that makes it, and stays for all
     /// connections. A later base of a region replaces the one before: a whole table has all
-    /// regions mapped anew. It should be quick: the daemon waits, and takes no other message. The bases are
-    /// in the [report](ShareReport::bases) as well, or kept for [`take_bases`](Self::take_bases).
-    /// If it panics, the share is broken: the daemon goes without its acknowledgement.
+    /// regions mapped anew. It should be quick: the daemon waits, and takes no other message. The
+    /// bases are in the [report](ShareReport::bases) as well, or kept for
+    /// [`take_bases`](Self::take_bases). If it panics, the share is broken: the daemon goes
+    /// without its acknowledgement.
     ///
-    /// See `VHOST_USER_SET_MEM_TABLE`, `VHOST_USER_ADD_MEM_REG` and `VHOST_USER_POSTCOPY_LISTEN` in
-    /// the vhost-user specification ("Front-end message types").
+    /// See `VHOST_USER_SET_MEM_TABLE`, `VHOST_USER_ADD_MEM_REG` and `VHOST_USER_POSTCOPY_LISTEN`
+    /// in the vhost-user specification ("Front-end message types").
     ///
     /// ```
     /// use std::sync::{Arc, Mutex};
@@ -87,7 +88,7 @@ impl<F: MemTableSink> VhostUserShare<F> {
                 resume_unwind(panic);
             }
         }
-        self.call(step, |sink| sink.acknowledge_bases(step))
+        self.call(step, |connection| connection.acknowledge_bases(step))
     }
 
     /// Takes the bases that the daemon returned and that no report handed out: those of an update

@@ -4,19 +4,12 @@ use crate::host::process::Stat;
 
 /// The process at the other end of a connection, as a handle that outlives it.
 ///
-/// It is known from the credentials that the kernel adds to a message (`SCM_CREDENTIALS`, unix(7)):
-/// they are those of the process that *sent* it. (`SO_PEERCRED` would name the one that called
-/// listen(2), which may have been a manager that is long gone.) A process that it made, or that it
-/// handed guest RAM on to, is not known.
-///
-/// ```
-/// use guest_memory_shm::DaemonProcess;
-///
-/// let own = DaemonProcess::new(std::process::id());
-/// assert!(!own.is_dead());
-/// ```
+/// It is known from the credentials that the kernel adds to a message (`SCM_CREDENTIALS`,
+/// unix(7)): they are those of the process that *sent* it. (`SO_PEERCRED` would name the one that
+/// called listen(2), which may have been a manager that is long gone.) A process that it made, or
+/// that it handed guest RAM on to, is not known.
 #[derive(Debug)]
-pub struct DaemonProcess {
+pub(super) struct DaemonProcess {
     id: u32,
     stat: Option<Stat>,
 }
@@ -27,7 +20,7 @@ impl DaemonProcess {
     ///
     /// If it is another's already, this one is dead. Then [`is_dead`](Self::is_dead) says so once
     /// the other one is dead, too: too late, and never too early.
-    pub fn new(id: u32) -> Self {
+    pub(super) fn new(id: u32) -> Self {
         Self {
             id,
             stat: Stat::of(id),
@@ -35,12 +28,13 @@ impl DaemonProcess {
     }
 
     /// Its number, in our PID namespace.
-    pub fn id(&self) -> u32 {
+    pub(super) fn id(&self) -> u32 {
         self.id
     }
 
-    /// Whether it is known to be dead, all of its threads. Where /proc does not show it, it never is.
-    pub fn is_dead(&self) -> bool {
+    /// Whether it is known to be dead, all of its threads. Where /proc does not show it, it never
+    /// is.
+    pub(super) fn is_dead(&self) -> bool {
         self.stat.as_ref().is_some_and(Stat::is_of_dead)
     }
 }

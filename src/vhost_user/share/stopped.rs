@@ -8,11 +8,11 @@ use crate::range::GuestRange;
 /// pages, and which daemons may write others that are in no harvest.
 ///
 /// ```
-/// use guest_memory_shm::{MemTableSink, VhostUserShare};
+/// use guest_memory_shm::{DaemonConnection, VhostUserShare};
 ///
 /// /// The last pages to copy, if they are the last.
 /// fn last_round(
-///     share: &mut VhostUserShare<impl MemTableSink>,
+///     share: &mut VhostUserShare<impl DaemonConnection>,
 /// ) -> Result<Vec<guest_memory_shm::GuestRange>, String> {
 ///     let stopped = share.stop_log();
 ///     match stopped.former_daemons() {
@@ -41,8 +41,8 @@ impl StoppedLog {
     }
 
     /// The daemons whose connection ended while they logged, and that are not known to be dead, in
-    /// the order of their ends, each process once. A daemon that closed its end of the connection is
-    /// among them, and so is one that has served several connections and lives on.
+    /// the order of their ends, each process once. A daemon that closed its end of the connection
+    /// is among them, and so is one that has served several connections and lives on.
     ///
     /// What they noted until now is in [`dirty`](Self::dirty). They still map guest RAM and the
     /// log, and what they write from now on is noted where it is not read any more. See that they

@@ -17,7 +17,6 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag};
 
 use super::error::DaemonFailure;
 use super::log::DaemonLog;
-use super::process::DaemonProcess;
 use crate::logs;
 
 /// The version, in the two lowest bits of a header's flags, and the bits that it takes.
@@ -33,7 +32,7 @@ const MAX_BODY: usize = 16;
 pub(super) fn set_log_base(
     socket: BorrowedFd<'_>,
     log: &DaemonLog,
-) -> Result<Option<DaemonProcess>, DaemonFailure> {
+) -> Result<Option<u32>, DaemonFailure> {
     let credentials = Credentials::wanted(socket);
     send(socket, log).map_err(failed)?;
     let mut header = [0; 12];
@@ -53,7 +52,7 @@ pub(super) fn set_log_base(
     let mut body = [0; MAX_BODY];
     receive(socket, &mut body[..size]).map_err(failed)?;
     drop(credentials);
-    Ok(process.map(DaemonProcess::new))
+    Ok(process)
 }
 
 /// While it lives, messages come with the credentials of those who send them. Where that cannot be
@@ -166,7 +165,7 @@ mod tests {
             back.shutdown(std::net::Shutdown::Write).unwrap();
         }
         let log = DaemonLog::new(24).unwrap();
-        let result = set_log_base(front.as_fd(), &log).map(|process| process.map(|p| p.id()));
+        let result = set_log_base(front.as_fd(), &log);
         let mut sent = vec![0; 28];
         back.read_exact(&mut sent).unwrap();
         back.set_nonblocking(true).unwrap();

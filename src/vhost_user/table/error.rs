@@ -6,12 +6,11 @@ use crate::units::HumanSize;
 /// Why a memory table cannot be made, or a daemon cannot be sent it. Nothing was sent.
 ///
 /// ```
-/// use guest_memory_shm::{GuestMemoryShm, TableError, TableView, UserAddresses};
+/// use guest_memory_shm::{GuestMemoryShm, TableError, TableView};
 /// use vm_memory::GuestAddress;
 ///
 /// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-/// let odd = UserAddresses::Opaque { constant: 1 };
-/// let view = TableView::default().with_user_addresses(odd);
+/// let view = TableView::default().with_opaque_addresses(1);
 /// let error = memory.memory_table_as(&view).unwrap_err();
 /// assert!(matches!(error, TableError::OpaqueConstant { constant: 1, .. }));
 /// # Ok::<(), guest_memory_shm::Error>(())
@@ -46,7 +45,7 @@ pub enum TableError {
     #[non_exhaustive]
     #[error(
         "the kernel would use the region {range} at its user address in this process, where it is \
-         not mapped: send a table with host addresses (UserAddresses::Host) of memory that is \
+         not mapped: send a table without opaque addresses (TableView), of memory that is \
          still alive; nothing was sent"
     )]
     NoHostAddress {

@@ -13,14 +13,14 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use crate::backing::ShmBacking;
 use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
-use crate::range::{GuestRange, InvalidRange};
+use crate::range::{Difference, GuestRange, InvalidRange, Placed, holder, place_of};
 use crate::region::GuestRegionShm;
 
 mod error;
 mod view;
 
 pub use error::{SlotLimit, TableError};
-pub use view::{TableView, UserAddresses};
+pub use view::TableView;
 
 /// The regions that a daemon is told of, sorted by guest address.
 ///
@@ -39,9 +39,6 @@ pub use view::{TableView, UserAddresses};
 /// let ring = GuestAddress((1 << 32) + 0x1000);
 /// let host = memory.get_host_address(ring).expect("there is RAM");
 /// assert_eq!(table.user_addr(ring), Some(host as u64));
-///
-/// let change = MemoryTable::default().change_to(&table);
-/// assert_eq!((change.removals().len(), change.additions().len()), (0, 2));
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -56,24 +53,12 @@ pub struct MemoryTable {
 #[derive(Clone, Debug)]
 pub struct TableRegion {
     range: GuestRange,
-    userspace_addr: u64,
+    user_addr: u64,
     mmap_offset: u64,
     backing: ShmBacking,
     /// The mapping at the user address, if that is a host address. A table does not keep it:
     /// daemons have mappings of their own.
     mapping: Option<Weak<Mapping>>,
-}
-
-/// What turns one table into another, in the order in which it is sent: all removals, highest
-/// address first, then all additions, lowest first.
-///
-/// That is QEMU's order, which daemons rely on: a region that shrinks, grows or moves never
-/// overlaps its successor on the way, and no more memory slots are used than one of the tables
-/// has.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct TableChange {
-    removals: Vec<TableRegion>,
-    additions: Vec<TableRegion>,
 }
 
 impl<B: Bitmap> GuestMemoryShm<B> {
@@ -89,7 +74,7 @@ impl<B> From<&GuestRegionShm<B>> for TableRegion {
     fn from(region: &GuestRegionShm<B>) -> Self {
         Self {
             range: region.range(),
-            userspace_addr: region.as_ptr().addr() as u64,
+            user_addr: region.as_ptr().addr() as u64,
             mmap_offset: region.offset(),
             backing: region.backing().clone(),
             mapping: Some(Arc::downgrade(&region.ram().mapping)),
@@ -100,7 +85,7 @@ impl<B> From<&GuestRegionShm<B>> for TableRegion {
 impl PartialEq for TableRegion {
     fn eq(&self, other: &Self) -> bool {
         self.range == other.range
-            && self.userspace_addr == other.userspace_addr
+            && self.user_addr == other.user_addr
             && self.mmap_offset == other.mmap_offset
             && self.backing == other.backing
     }
@@ -108,49 +93,43 @@ impl PartialEq for TableRegion {
 
 impl Eq for TableRegion {}
 
+impl Placed for TableRegion {
+    fn range(&self) -> GuestRange {
+        self.range
+    }
+}
+
 impl MemoryTable {
     /// The regions, sorted by guest address.
     pub fn regions(&self) -> &[TableRegion] {
         &self.regions
     }
 
-    /// The user address of a guest address, in terms of this table, whichever
-    /// [`UserAddresses`] it has.
+    /// The user address of a guest address, in terms of this table; `None` if the address is not
+    /// in the table.
     ///
     /// The addresses of rings in SET_VRING_ADDR are user addresses: translate them by the table
-    /// that the daemon was sent. `None` if the address is not in the table.
+    /// that the daemon was sent.
     pub fn user_addr(&self, addr: GuestAddress) -> Option<u64> {
-        self.user_range(addr, 1)
+        self.ring(addr, 1)
     }
 
-    /// The user address of `len` bytes from a guest address on, which must all be in one region of
-    /// this table. A ring has to be: user addresses of neighbouring regions need not be
+    /// The user address of a ring of `len` bytes at a guest address; `None` unless all of it is in
+    /// one region of this table, because user addresses of neighbouring regions need not be
     /// neighbours.
-    pub fn user_range(&self, addr: GuestAddress, len: u64) -> Option<u64> {
-        let behind = self
-            .regions
-            .partition_point(|region| region.range.start_addr() <= addr);
-        let region = self.regions.get(behind.checked_sub(1)?)?;
+    pub fn ring(&self, addr: GuestAddress, len: u64) -> Option<u64> {
+        let region = holder(&self.regions, addr)?;
         let offset = addr.0 - region.range.start_addr().0;
-        let left = region.range.size().checked_sub(offset)?;
-        // Even nothing at all has to be somewhere.
-        (left > 0 && len <= left).then(|| region.userspace_addr + offset)
+        let left = region.range.size() - offset;
+        (len <= left).then(|| region.user_addr + offset)
     }
 
     /// What turns this table into `next`.
-    pub fn change_to(&self, next: &Self) -> TableChange {
-        let missing = |from: &[TableRegion], of: &Self| -> Vec<TableRegion> {
-            from.iter()
-                .filter(|region| !of.contains(region))
-                .cloned()
-                .collect()
-        };
-        let mut removals = missing(&self.regions, next);
-        removals.reverse();
-        TableChange {
-            removals,
-            additions: missing(&next.regions, self),
-        }
+    pub(crate) fn change_to(&self, next: &Self) -> Difference<TableRegion, TableRegion> {
+        let (held, wanted) = (self.regions.iter(), next.regions.iter());
+        Difference::between(held.cloned(), wanted.cloned(), |held, wanted| {
+            held == wanted
+        })
     }
 
     /// Refuses regions that are not whole pages: daemons map pages.
@@ -161,8 +140,7 @@ impl MemoryTable {
 
     /// Whether a region starts at this address.
     pub(crate) fn starts_at(&self, start: GuestAddress) -> bool {
-        let start_of = |region: &TableRegion| region.range.start_addr();
-        self.regions.binary_search_by_key(&start, start_of).is_ok()
+        place_of(&self.regions, start).is_ok()
     }
 
     /// Whether this very region is in the table.
@@ -172,9 +150,7 @@ impl MemoryTable {
     }
 
     fn place_of(&self, region: &TableRegion) -> std::result::Result<usize, usize> {
-        let start = region.range.start_addr();
-        self.regions
-            .binary_search_by_key(&start, |region| region.range.start_addr())
+        place_of(&self.regions, region.range.start_addr())
     }
 
     /// Puts a region in its place; one that starts there already is replaced.
@@ -200,8 +176,8 @@ impl TableRegion {
     }
 
     /// The user address of the first byte: how ring addresses are told apart on the wire.
-    pub fn userspace_addr(&self) -> u64 {
-        self.userspace_addr
+    pub fn user_addr(&self) -> u64 {
+        self.user_addr
     }
 
     /// Where the region starts in its file, in bytes.
@@ -224,23 +200,6 @@ impl AsFd for TableRegion {
     /// The descriptor that is sent, valid as long as the region is.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.backing.as_fd()
-    }
-}
-
-impl TableChange {
-    /// The regions to remove, highest guest address first.
-    pub fn removals(&self) -> &[TableRegion] {
-        &self.removals
-    }
-
-    /// The regions to add after that, lowest guest address first.
-    pub fn additions(&self) -> &[TableRegion] {
-        &self.additions
-    }
-
-    /// Whether the tables are equal.
-    pub fn is_empty(&self) -> bool {
-        self.removals.is_empty() && self.additions.is_empty()
     }
 }
 
@@ -283,10 +242,11 @@ mod tests {
         let (old, new) = (old.memory_table(), new.memory_table());
 
         let change = old.change_to(&new);
-        assert_eq!(starts(change.removals()), [6, 2]);
+        assert_eq!(starts(&change.removals), [6, 2]);
         // 6 is there again, but on another file.
-        assert_eq!(starts(change.additions()), [1, 6, 9]);
-        assert!(old.change_to(&old).is_empty());
+        assert_eq!(starts(&change.additions), [1, 6, 9]);
+        let none = old.change_to(&old);
+        assert_eq!((none.removals, none.additions), (vec![], vec![]));
     }
 
     #[test]
@@ -326,14 +286,14 @@ mod tests {
         // Neighbours in the guest, wherever they are here.
         let table = memory(&[1, 2]).memory_table();
         let last = GuestAddress(2 * MIB - 16);
-        assert_eq!(table.user_range(last, 16), table.user_addr(last));
-        assert_eq!(table.user_range(last, 17), None);
-        assert_eq!(table.user_range(last, u64::MAX), None);
-        assert_eq!(table.user_range(last, 0), table.user_addr(last));
-        assert_eq!(table.user_range(GuestAddress(3 * MIB), 0), None);
-        assert_eq!(table.user_range(GuestAddress(0), 1), None);
-        let whole = table.user_range(GuestAddress(2 * MIB), MIB);
-        assert_eq!(whole, Some(table.regions()[1].userspace_addr()));
+        assert_eq!(table.ring(last, 16), table.user_addr(last));
+        assert_eq!(table.ring(last, 17), None);
+        assert_eq!(table.ring(last, u64::MAX), None);
+        assert_eq!(table.ring(last, 0), table.user_addr(last));
+        assert_eq!(table.ring(GuestAddress(3 * MIB), 0), None);
+        assert_eq!(table.ring(GuestAddress(0), 1), None);
+        let whole = table.ring(GuestAddress(2 * MIB), MIB);
+        assert_eq!(whole, Some(table.regions()[1].user_addr()));
     }
 
     #[test]
@@ -345,11 +305,11 @@ mod tests {
         let mut held = old.clone();
         let change = old.change_to(&new);
         change
-            .removals()
+            .removals
             .iter()
             .for_each(|region| held.remove(region));
         change
-            .additions()
+            .additions
             .iter()
             .for_each(|region| held.insert(region));
         assert_eq!(held, new);

@@ -1,27 +1,27 @@
 //! Least privilege: which regions a daemon is told of, and by which user addresses.
 
+use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::error::TableError;
 use super::{MemoryTable, TableRegion};
 use crate::host::base_page_size;
 use crate::memory::GuestMemoryShm;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, RangeSet};
 
-/// What one daemon gets to see of a guest's memory: a selection of the regions, and what their user
-/// addresses say.
+/// What one daemon gets to see of a guest's memory: a selection of the regions, and whether their
+/// user addresses say where they are mapped in this process.
 ///
 /// By default a daemon sees all regions by their host addresses. One that moves data through a
-/// bounce buffer needs only the region of that buffer and the rings; and no vhost-user daemon needs
-/// our host addresses.
+/// bounce buffer needs only the region of that buffer and the rings; and no vhost-user daemon
+/// needs our host addresses.
 ///
-/// A view says what the daemon is *told*. What it *can* map is the descriptor of each region that it
-/// is told of, all of its file: give what a daemon may see a backing of its own, as here, where the
-/// bounce buffer shares no memfd with the other RAM.
+/// A view says what the daemon is *told*. What it *can* map is the descriptor of each region that
+/// it is told of, all of its file: give what a daemon may see a backing of its own, as here, where
+/// the bounce buffer shares no memfd with the other RAM.
 ///
 /// ```
-/// use guest_memory_shm::{GuestMemoryShm, GuestRange, RamOptions, TableView, UserAddresses};
+/// use guest_memory_shm::{GuestMemoryShm, GuestRange, RamOptions, TableView};
 /// use vm_memory::GuestAddress;
 ///
 /// let memory = GuestMemoryShm::<()>::builder()
@@ -31,7 +31,7 @@ use crate::range::GuestRange;
 /// let bounce = GuestRange::new(GuestAddress(1 << 32), 1 << 20)?;
 /// let view = TableView::default()
 ///     .only([bounce])
-///     .with_user_addresses(UserAddresses::Opaque { constant: 1 << 46 });
+///     .with_opaque_addresses(1 << 46);
 ///
 /// let table = memory.memory_table_as(&view)?;
 /// assert_eq!(table.regions().len(), 1);
@@ -42,30 +42,10 @@ use crate::range::GuestRange;
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TableView {
-    /// Sorted, with gaps between them; absent: everything.
-    only: Option<Vec<GuestRange>>,
-    user_addresses: UserAddresses,
-}
-
-/// What the user address of a region says.
-///
-/// ```
-/// use guest_memory_shm::UserAddresses;
-///
-/// assert_eq!(UserAddresses::default(), UserAddresses::Host);
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum UserAddresses {
-    /// Where the region is mapped in this process, as in-kernel vhost needs it.
-    #[default]
-    Host,
-    /// The guest address plus a constant: where this process has its mappings stays secret.
-    Opaque {
-        /// The constant in bytes, a multiple of the page size. No region's user addresses may run
-        /// past 2^64.
-        constant: u64,
-    },
+    /// The addresses of what is seen; absent: everything.
+    only: Option<RangeSet>,
+    /// What is added to guest addresses to make user addresses; absent: they are host addresses.
+    opaque_constant: Option<u64>,
 }
 
 impl TableView {
@@ -77,43 +57,32 @@ impl TableView {
     /// to unplug the last one that it sees is [`TableError::Empty`].
     #[must_use]
     pub fn only(mut self, ranges: impl IntoIterator<Item = GuestRange>) -> Self {
-        let mut ranges: Vec<_> = ranges.into_iter().collect();
-        ranges.sort_unstable();
-        let mut merged: Vec<(GuestAddress, u64)> = Vec::with_capacity(ranges.len());
-        for range in ranges {
-            let end = range.start_addr().0 + range.size();
-            match merged.last_mut() {
-                Some((_, last)) if range.start_addr().0 <= *last => *last = end.max(*last),
-                _ => merged.push((range.start_addr(), end)),
-            }
-        }
-        let ranges = merged
-            .into_iter()
-            .filter_map(|(start, end)| GuestRange::new(start, end - start.0).ok());
-        self.only = Some(ranges.collect());
+        self.only = Some(ranges.into_iter().map(|range| range.addrs()).collect());
         self
     }
 
-    /// Sets what user addresses say; host addresses unless set.
+    /// Makes user addresses of guest addresses, by adding a constant number of bytes, so that
+    /// where this process has its mappings stays secret; host addresses unless set, which
+    /// in-kernel vhost needs.
+    ///
+    /// The constant is a multiple of the page size, and no region's user addresses may run past
+    /// 2^64.
     #[must_use]
-    pub fn with_user_addresses(mut self, user_addresses: UserAddresses) -> Self {
-        self.user_addresses = user_addresses;
+    pub fn with_opaque_addresses(mut self, constant: u64) -> Self {
+        self.opaque_constant = Some(constant);
         self
     }
 
-    /// What user addresses say.
-    pub fn user_addresses(&self) -> UserAddresses {
-        self.user_addresses
+    /// What is added to guest addresses to make user addresses; `None` if those are host
+    /// addresses.
+    pub fn opaque_constant(&self) -> Option<u64> {
+        self.opaque_constant
     }
 
     /// Whether a region of this range is seen.
     pub fn sees(&self, region: GuestRange) -> bool {
-        let Some(ranges) = &self.only else {
-            return true;
-        };
-        let behind = ranges.partition_point(|range| range.start_addr() <= region.start_addr());
-        let below = behind.checked_sub(1).map(|at| ranges[at]);
-        below.is_some_and(|range| region.last_addr() <= range.last_addr())
+        let only = self.only.as_ref();
+        only.is_none_or(|only| only.contains(region.addrs()))
     }
 }
 
@@ -122,14 +91,14 @@ impl<B: Bitmap> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`TableError::OpaqueConstant`] if a region's user addresses would run past 2^64, or the constant
-    /// is not a multiple of the page size.
+    /// [`TableError::OpaqueConstant`] if a region's user addresses would run past 2^64, or the
+    /// constant is not a multiple of the page size.
     pub fn memory_table_as(&self, view: &TableView) -> Result<MemoryTable, TableError> {
         let seen = self.iter().filter(|region| view.sees(region.range()));
         let regions = seen.map(|region| {
             let mut region = TableRegion::from(region);
-            if let UserAddresses::Opaque { constant } = view.user_addresses {
-                region.userspace_addr = opaque(region.range, constant)?;
+            if let Some(constant) = view.opaque_constant {
+                region.user_addr = opaque(region.range, constant)?;
                 region.mapping = None;
             }
             Ok(region)
@@ -140,11 +109,11 @@ impl<B: Bitmap> GuestMemoryShm<B> {
     }
 }
 
-/// The first user address of a region. The address behind its last one must exist, too: daemons
+/// The first user address of a region. The address after its last one must exist, too: daemons
 /// compute it.
 fn opaque(range: GuestRange, constant: u64) -> Result<u64, TableError> {
     let page_size = base_page_size();
-    let most = u64::MAX - (range.start_addr().0 + range.size());
+    let most = u64::MAX - range.addrs().end;
     let limit = most - most % page_size;
     if constant > limit || !constant.is_multiple_of(page_size) {
         return Err(TableError::OpaqueConstant {
@@ -159,6 +128,8 @@ fn opaque(range: GuestRange, constant: u64) -> Result<u64, TableError> {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddress;
+
     use super::*;
 
     const MIB: u64 = 1 << 20;
@@ -216,7 +187,7 @@ mod tests {
     fn opaque_addresses_are_the_guests_plus_a_constant_and_say_nothing_of_ours() {
         let memory = memory(&[1, 4]);
         let constant = 0x4000_0000_0000;
-        let view = TableView::default().with_user_addresses(UserAddresses::Opaque { constant });
+        let view = TableView::default().with_opaque_addresses(constant);
         let table = memory.memory_table_as(&view).unwrap();
         for addr in [MIB, 3 * MIB - 1, 4 * MIB, 6 * MIB - 1] {
             let addr = GuestAddress(addr);
@@ -233,7 +204,7 @@ mod tests {
     fn a_constant_that_cannot_be_names_the_largest_that_can() {
         let memory = memory(&[1, 4]);
         let with = |constant| {
-            let view = TableView::default().with_user_addresses(UserAddresses::Opaque { constant });
+            let view = TableView::default().with_opaque_addresses(constant);
             memory.memory_table_as(&view)
         };
         let largest = (u64::MAX - 6 * MIB) & !4095;

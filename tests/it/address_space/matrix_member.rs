@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use guest_memory_shm::mock::LoggedRequest;
 use guest_memory_shm::{
-    AddressSpace, Attendance, Error, FileIdentity, GuestMemoryShm, KvmSlot, KvmSlots, ListenerId,
-    MemTableSink, MemoryTable, RegionAdapter, TableRegion, VhostUserShare,
+    AddressSpace, AddressSpaceError, DaemonConnection, FileIdentity, GuestMemoryShm, KvmSlot,
+    KvmSlots, ListenerId, MemoryTable, RegionAdapter, TableRegion, VhostUserShare,
 };
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::GuestAddress;
@@ -16,6 +16,8 @@ use super::matrix_kvm::Machine;
 use super::matrix_log::Writes;
 use super::matrix_server::Server;
 use super::matrix_sink::Sink;
+
+use crate::support::attach_as;
 
 pub(super) type Share = VhostUserShare<Sink>;
 
@@ -72,7 +74,7 @@ fn limit_for(case: &Case, at: usize) -> Option<Duration> {
 pub(super) fn set_limit(share: &mut Share, limit: Duration) {
     let place = VhostUserShare::new(Sink::default(), Features::empty());
     let old = std::mem::replace(share, place);
-    *share = old.with_time_limit(limit);
+    *share = old.with_deadline(limit);
 }
 
 impl Member {
@@ -97,7 +99,7 @@ impl Member {
                     _ => Server::of(case, at, test).0,
                 };
                 let (sink, features) = server.connect();
-                let mut share = VhostUserShare::new(sink, features).with_time_limit(PATIENCE);
+                let mut share = VhostUserShare::new(sink, features).with_deadline(PATIENCE);
                 if case.logs {
                     share.start_log().unwrap();
                 }
@@ -121,26 +123,26 @@ impl Member {
     pub(super) fn attach(
         &mut self,
         space: &AddressSpace,
-        attendance: Attendance,
-        look: impl FnOnce(&Error),
+        required: bool,
+        look: impl FnOnce(&AddressSpaceError),
     ) -> bool {
         let name = self.name.clone();
         match self.loose.take().expect("it is not attached") {
-            Loose::Share(share) => match space.attach_as(name, attendance, share) {
+            Loose::Share(share) => match attach_as(space, name, required, share) {
                 Ok(id) => self.id = Some(Id::Share(id)),
                 Err(refused) => {
                     look(refused.error());
                     self.loose = Some(Loose::Share(refused.into_listener()));
                 }
             },
-            Loose::Kvm(slots) => match space.attach_as(name, attendance, slots) {
+            Loose::Kvm(slots) => match attach_as(space, name, required, slots) {
                 Ok(id) => self.id = Some(Id::Kvm(id)),
                 Err(refused) => {
                     look(refused.error());
                     self.loose = Some(Loose::Kvm(refused.into_listener()));
                 }
             },
-            Loose::Hypervisor(hypervisor) => match space.attach_as(name, attendance, hypervisor) {
+            Loose::Hypervisor(hypervisor) => match attach_as(space, name, required, hypervisor) {
                 Ok(id) => self.id = Some(Id::Hypervisor(id)),
                 Err(refused) => {
                     look(refused.error());
@@ -153,7 +155,7 @@ impl Member {
 
     /// Has what the daemon writes looked at from now on. Its descriptors of messages are closed.
     pub(super) fn begin_to_write(&mut self, space: &AddressSpace) {
-        self.with_share(space, |share| share.sink_mut().barrier().unwrap());
+        self.with_share(space, |share| share.connection_mut().barrier().unwrap());
         if let Some(server) = &self.server {
             self.writes.add(server);
         }
@@ -220,7 +222,7 @@ impl Member {
         let Some(server) = &self.server else { return };
         let hooks = server.arm(case, at);
         self.with_share(space, |share| {
-            share.sink_mut().arm(hooks);
+            share.connection_mut().arm(hooks);
             if let Some(limit) = limit_for(case, at) {
                 set_limit(share, limit);
             }
@@ -260,7 +262,7 @@ impl Member {
             Some(Server::Mock(daemon)) => daemon.pending_faults(),
             _ => 0,
         };
-        let hooks = self.with_share(space, |share| share.sink().pending());
+        let hooks = self.with_share(space, |share| share.connection().pending());
         let hypervisor = self.with_hypervisor(space, |hypervisor| hypervisor.pending());
         mock + hooks.or(hypervisor).unwrap_or(0)
     }

@@ -1,8 +1,6 @@
 //! A connection to a daemon that does something at one message.
 
-use guest_memory_shm::{
-    DaemonFailure, DaemonLog, DaemonProcess, HangUp, MemTableSink, TableRegion,
-};
+use guest_memory_shm::{DaemonConnection, DaemonFailure, DaemonLog, Disconnector, TableRegion};
 use vhost::vhost_user::Frontend;
 
 /// When something is done, around the message.
@@ -71,7 +69,7 @@ impl Sink {
     }
 }
 
-impl MemTableSink for Sink {
+impl DaemonConnection for Sink {
     fn request_acks(&mut self) {
         self.frontend().request_acks();
     }
@@ -79,24 +77,26 @@ impl MemTableSink for Sink {
         &mut self,
         regions: &[TableRegion],
     ) -> Result<Option<Vec<u64>>, DaemonFailure> {
-        self.change(|frontend| MemTableSink::set_mem_table(frontend, regions))
+        self.change(|frontend| DaemonConnection::set_mem_table(frontend, regions))
     }
     fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
-        self.change(|frontend| MemTableSink::add_mem_region(frontend, region))
+        self.change(|frontend| DaemonConnection::add_mem_region(frontend, region))
     }
     fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), DaemonFailure> {
-        self.change(|frontend| MemTableSink::remove_mem_region(frontend, region))
+        self.change(|frontend| DaemonConnection::remove_mem_region(frontend, region))
     }
     fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
         self.around(0, |frontend| frontend.max_mem_slots())
     }
-    fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<DaemonProcess>, DaemonFailure> {
-        MemTableSink::set_log_base(self.frontend(), log)
+    fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<u32>, DaemonFailure> {
+        DaemonConnection::set_log_base(self.frontend(), log)
     }
     fn barrier(&mut self) -> Result<(), DaemonFailure> {
         self.frontend().barrier()
     }
-    fn hang_up(&self) -> Option<HangUp> {
-        self.frontend.as_ref().and_then(MemTableSink::hang_up)
+    fn disconnector(&self) -> Option<Disconnector> {
+        self.frontend
+            .as_ref()
+            .and_then(DaemonConnection::disconnector)
     }
 }

@@ -1,12 +1,13 @@
 //! Plays a case with real listeners, and looks at everything afterwards.
 
+use std::error::Error as StdError;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
 use guest_memory_shm::{
-    AddressSpace, AddressSpaceError, Attendance, DaemonFailure, Error, GuestMemoryShm, GuestRange,
-    GuestRegionShm, KvmError, RamOptions, ShareError, StaleListener, TableError,
+    AddressSpace, AddressSpaceError, DaemonFailure, GuestMemoryShm, GuestRange, GuestRegionShm,
+    KvmError, ListenerError, ListenerStatus, RamOptions, ShareError, TableError,
 };
 use nix::errno::Errno;
 use vm_memory::{GuestAddress, GuestAddressSpace};
@@ -30,11 +31,10 @@ pub(super) struct World<'a> {
 
 /// What a failed operation says, beside the error's kind.
 struct Said<'a> {
-    away: bool,
     listener: &'a str,
-    region: Option<GuestRange>,
-    stale: &'a [StaleListener],
-    source: &'a (dyn std::error::Error + Send + Sync + 'static),
+    failed: &'a ListenerError,
+    stale: &'a [ListenerStatus],
+    source: &'a (dyn std::error::Error + 'static),
 }
 
 /// Plays the case; `test` is what a process of its own is started with.
@@ -94,7 +94,7 @@ impl<'a> World<'a> {
         };
         for at in 0..this.members.len() {
             if case.operation != Operation::Attach || case.subject() != Some(at) {
-                let attached = this.members[at].attach(&this.space, attendance(case), |error| {
+                let attached = this.members[at].attach(&this.space, case.required, |error| {
                     panic!("{error}: nothing is in the way")
                 });
                 assert!(attached);
@@ -118,7 +118,10 @@ impl<'a> World<'a> {
         GuestMemoryShm::clone(&self.space.memory().memory())
     }
 
-    fn commit(&self, added: &[Arc<GuestRegionShm>]) -> Result<Vec<StaleListener>, Error> {
+    fn commit(
+        &self,
+        added: &[Arc<GuestRegionShm>],
+    ) -> Result<Vec<ListenerStatus>, AddressSpaceError> {
         let mut transaction = self.space.transaction();
         for (start, size) in self.case.operation.changes().0 {
             transaction = transaction.remove(GuestAddress(start * MIB), size * MIB);
@@ -160,7 +163,7 @@ impl<'a> World<'a> {
 
     fn attach(&mut self) {
         let mut last = self.members.pop().expect("there is a listener");
-        let attached = last.attach(&self.space, attendance(self.case), |error| {
+        let attached = last.attach(&self.space, self.case.required, |error| {
             self.check_error(error);
         });
         assert_eq!(attached, self.expected.objection.is_none());
@@ -199,33 +202,34 @@ impl<'a> World<'a> {
     }
 
     /// Asserts that the error names the listener, the region, the cause and who is stale.
-    fn check_error(&self, error: &Error) {
-        let Error::AddressSpace(failed) = error else {
-            panic!("{error:?}");
-        };
-        let (away, (listener, region, stale, source)) = match &**failed {
-            AddressSpaceError::Refused {
+    fn check_error(&self, error: &AddressSpaceError) {
+        let (listener, failed, stale) = match error {
+            AddressSpaceError::Change {
                 listener,
-                region,
+                error,
                 stale,
-                cause,
                 ..
-            } => (false, (listener, region, stale, cause)),
-            AddressSpaceError::Away {
+            } => (listener, error, stale.as_slice()),
+            AddressSpaceError::Attach {
                 listener,
-                region,
+                error,
                 stale,
-                cause,
                 ..
-            } => (true, (listener, region, stale, cause)),
+            } => {
+                let expected = self.expected.stale.last().copied();
+                assert_eq!(stale.is_some(), expected.unwrap_or(false), "{error}");
+                (listener, error, [].as_slice())
+            }
+            AddressSpaceError::Refresh {
+                listener, error, ..
+            } => (listener, error, [].as_slice()),
             other => panic!("{other:?}"),
         };
         let said = Said {
-            away,
             listener,
-            region: *region,
+            failed,
             stale,
-            source: source.as_ref(),
+            source: StdError::source(error).expect("it has a cause"),
         };
         let Some(Objection { listener, failure }) = self.expected.objection else {
             panic!("it should have happened: {error}");
@@ -233,8 +237,11 @@ impl<'a> World<'a> {
         self.check_said(&said, &self.members.get(listener), failure);
         let text = error.to_string();
         assert!(text.contains(&format!("{:?}", said.listener)), "{text}");
-        assert!(text.contains(&said.source.to_string()), "{text}");
-        if let Some(range) = said.region {
+        assert!(
+            failed.reason().starts_with(&said.source.to_string()),
+            "{failed:?}"
+        );
+        if let Some(range) = failed.range() {
             assert!(text.contains(&range.to_string()), "{text}");
         }
         for stale in said.stale {
@@ -248,7 +255,7 @@ impl<'a> World<'a> {
 
     fn check_said(&self, said: &Said<'_>, member: &Option<&Member>, failure: Failure) {
         let source = said.source;
-        assert_eq!(said.away, failure.away, "{source}");
+        assert_eq!(said.failed.is_away(), failure.away, "{source}");
         match member {
             Some(member) => assert_eq!(said.listener, member.name),
             // The one that is being attached.
@@ -257,30 +264,30 @@ impl<'a> World<'a> {
         let (removed, added) = self.case.operation.changes();
         let subject = added.first().or(removed.first()).copied();
         assert_eq!(
-            said.region,
+            said.failed.range(),
             failure.region.or(subject).map(range),
             "{source}"
         );
         assert_eq!(cause_of(source), failure.cause, "{source}");
-        if self.case.operation != Operation::Attach {
-            return self.names_stale(said.stale);
+        if self.case.operation.is_transaction() {
+            self.names_stale(said.stale);
         }
-        let stale = self.expected.stale.last().copied();
-        let names = said.stale.iter().map(StaleListener::name);
-        let expected = stale.unwrap_or(false).then_some(said.listener);
-        assert!(names.eq(expected), "{:?}", said.stale);
     }
 
     /// Asserts that these are the stale ones.
-    fn names_stale(&self, stale: &[StaleListener]) {
-        let named: Vec<_> = stale.iter().map(StaleListener::name).collect();
+    fn names_stale(&self, stale: &[ListenerStatus]) {
+        let named: Vec<_> = stale.iter().map(ListenerStatus::name).collect();
         let members = self.members.iter().zip(&self.expected.stale);
         let expected: Vec<_> = members
             .filter(|(_, stale)| **stale)
             .map(|(member, _)| member.name.as_str())
             .collect();
         assert_eq!(named, expected);
-        assert!(stale.iter().all(|stale| !stale.reason().is_empty()));
+        assert!(
+            stale
+                .iter()
+                .all(|stale| !stale.stale().unwrap().reason().is_empty())
+        );
     }
 
     /// Waits until the daemons that were hung up on have read all that they were sent before: on a
@@ -355,7 +362,7 @@ impl<'a> World<'a> {
                 }
             }
             if member.loose.is_some() {
-                member.attach(&self.space, attendance(self.case), |error| {
+                member.attach(&self.space, self.case.required, |error| {
                     panic!("{error}: nothing is in the way")
                 });
             }
@@ -376,7 +383,7 @@ impl<'a> World<'a> {
         let table = memory.memory_table();
         assert_eq!(self.published().memory_table(), table, "what readers see");
         for status in self.space.listeners().unwrap() {
-            assert_eq!(status.stale(), None, "{}", status.name());
+            assert!(status.stale().is_none(), "{status}");
         }
         for member in &mut self.members {
             member.holds(&self.space, &table);
@@ -402,13 +409,6 @@ fn comes_to(counts: (usize, usize)) -> bool {
     held_here() == counts
 }
 
-fn attendance(case: &Case) -> Attendance {
-    match case.required {
-        true => Attendance::Required,
-        false => Attendance::MayLag,
-    }
-}
-
 fn new_region((start, size): &Region) -> Arc<GuestRegionShm> {
     let region = GuestRegionShm::new(GuestAddress(start * MIB), size * MIB, &RamOptions::new());
     Arc::new(region.unwrap())
@@ -431,7 +431,7 @@ fn with(
     GuestMemoryShm::from_arc_regions(regions).unwrap()
 }
 
-fn cause_of(source: &(dyn std::error::Error + Send + Sync + 'static)) -> Cause {
+fn cause_of(source: &(dyn std::error::Error + 'static)) -> Cause {
     if let Some(error) = source.downcast_ref::<ShareError>() {
         return match (error, error.failure()) {
             (_, Some(DaemonFailure::Refused(_))) => Cause::Refused,
@@ -444,9 +444,9 @@ fn cause_of(source: &(dyn std::error::Error + Send + Sync + 'static)) -> Cause {
             other => panic!("{other:?}"),
         };
     }
-    if let Some(error) = source.downcast_ref::<Error>() {
+    if let Some(error) = source.downcast_ref::<KvmError>() {
         return match error {
-            Error::Kvm(KvmError::OutOfSlots { .. } | KvmError::Refused { .. }) => Cause::NoSlot,
+            KvmError::OutOfSlots { .. } | KvmError::Refused { .. } => Cause::NoSlot,
             other => panic!("{other:?}"),
         };
     }

@@ -44,7 +44,7 @@ impl Guest {
         let driver = |queue| {
             let rings = GuestAddress(RINGS + queue as u64 * RINGS_STEP);
             let driver = BlkDriver::new(Arc::clone(&memory), rings, QUEUE_SIZE).unwrap();
-            driver.with_time_limit(PATIENCE)
+            driver.with_deadline(PATIENCE)
         };
         let drivers = (0..queues).map(driver).collect();
         Self::share(socket, Arc::clone(&memory), drivers)
@@ -64,7 +64,7 @@ impl Guest {
         let mut frontend = Frontend::from_stream(stream, drivers.len() as u64);
         let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
         let share = VhostUserShare::new(frontend, device.protocol_features());
-        let mut share = share.with_time_limit(PATIENCE);
+        let mut share = share.with_deadline(PATIENCE);
         share.update_table(&memory.memory_table()).unwrap();
         let mut this = Self {
             memory,
@@ -82,14 +82,14 @@ impl Guest {
         let table = self.share.table().clone();
         let (device, driver) = (&self.device, &self.drivers[queue]);
         device
-            .start_queue(self.share.sink_mut(), queue, driver, |addr| {
+            .start_queue(self.share.connection_mut(), queue, driver, |addr| {
                 table.user_addr(addr)
             })
             .unwrap();
     }
 
     pub(super) fn features(&mut self) -> u64 {
-        self.share.sink_mut().get_features().unwrap()
+        self.share.connection_mut().get_features().unwrap()
     }
 
     pub(super) fn capacity(&self) -> u64 {
@@ -112,7 +112,9 @@ impl Guest {
 
     /// Stops the queue of the driver, and starts it again for chains of one's own.
     pub(super) fn into_raw(mut self) -> RawQueue {
-        self.device.stop_queue(self.share.sink_mut(), 0).unwrap();
+        self.device
+            .stop_queue(self.share.connection_mut(), 0)
+            .unwrap();
         self.drivers[0].reset().unwrap();
         self.start_queue(0);
         RawQueue {

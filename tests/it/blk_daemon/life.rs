@@ -298,7 +298,10 @@ impl DirtyLog {
     }
 
     fn send(&self, guest: &mut Guest) -> vhost::Result<()> {
-        guest.share.sink_mut().set_log_base(0, Some(self.region))
+        guest
+            .share
+            .connection_mut()
+            .set_log_base(0, Some(self.region))
     }
 
     fn has(&self, addr: GuestAddress) -> bool {

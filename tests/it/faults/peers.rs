@@ -88,7 +88,7 @@ pub(super) fn connect(daemon: &MockDaemon) -> (Frontend, Features) {
 
 pub(super) fn new_share(daemon: &MockDaemon) -> Share {
     let (frontend, features) = connect(daemon);
-    VhostUserShare::new(frontend, features).with_time_limit(LIMIT)
+    VhostUserShare::new(frontend, features).with_deadline(LIMIT)
 }
 
 pub(super) fn region(start: u64) -> Arc<GuestRegionShm> {
@@ -167,7 +167,7 @@ fn share(stage: &Stage, builder: MockDaemonBuilder) -> Outcome {
     let memory = memory(&[0, 2, 4]);
     let table = memory.memory_table();
     let (share, updated) = stage.attacked(|| {
-        let mut share = VhostUserShare::new(frontend, features).with_time_limit(LIMIT);
+        let mut share = VhostUserShare::new(frontend, features).with_deadline(LIMIT);
         let updated = share.update_table(&table).map(drop);
         (share, updated)
     });

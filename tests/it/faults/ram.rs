@@ -4,11 +4,11 @@ use std::fs::{self, File};
 use std::num::NonZeroU32;
 use std::path::Path;
 
-use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, map_table};
+use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable};
 use guest_memory_shm::{
-    Access, AdoptPolicy, Backing, CoreDump, Error, GuestMemoryShm, GuestRegionShm, GuestRom,
-    NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions, Populated, RamOptions,
-    SealPolicy, ShmBacking,
+    Access, AdoptPolicy, Backing, BackingError, CoreDump, Error, GuestMemoryShm, GuestRegionShm,
+    GuestRom, NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions, Populated,
+    RamOptions, SealPolicy, ShmBacking,
 };
 use nix::errno::Errno;
 use tempfile::TempDir;
@@ -117,7 +117,10 @@ fn build(stage: &Stage, options: &RamOptions) -> Outcome {
         }
         Err(error) => {
             // Only a kernel without them has none: what cannot be read is not absent.
-            let has_none = matches!(error, Error::NoSuchHugePageSize { .. });
+            let has_none = matches!(
+                error,
+                Error::Backing(BackingError::NoSuchHugePageSize { .. })
+            );
             assert!(!has_none || stage.errno() == Some(Errno::ENOENT), "{error}");
             says_something(&error)
         }
@@ -323,7 +326,7 @@ fn receive(stage: &Stage) -> Outcome {
     let seals = AdoptPolicy::new().with_seals(SealPolicy::Require);
     let policy = ReceivePolicy::new().with_descriptors(seals);
     let received = stage.attacked(|| {
-        let table = map_table::<()>([region(0), region(1)], files, &policy)?;
+        let table = ReceivedTable::<()>::new(policy).set([region(0), region(1)], files)?;
         table.add(region(2), third)?.remove(region(0))
     });
     match received {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use guest_memory_shm::mock::MockDaemon;
-use guest_memory_shm::{AddressSpace, Error, GuestMemoryShm, KvmSlots, ListenerId};
+use guest_memory_shm::{AddressSpace, AddressSpaceError, GuestMemoryShm, KvmSlots, ListenerId};
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
@@ -85,8 +85,8 @@ impl World {
         let table = memory.memory_table();
         let mut stale = false;
         for status in self.space.listeners().unwrap() {
-            if let Some(reason) = status.stale() {
-                assert!(!reason.is_empty());
+            if let Some(error) = status.stale() {
+                assert!(!error.reason().is_empty());
                 stale = true;
                 continue;
             }
@@ -153,7 +153,7 @@ impl World {
 }
 
 /// What came of a change; then all are healed.
-fn after(mut world: World, changed: Result<bool, Error>) -> Outcome {
+fn after(mut world: World, changed: Result<bool, AddressSpaceError>) -> Outcome {
     let stale = world.is_consistent();
     let outcome = match changed {
         Ok(lagging) => {

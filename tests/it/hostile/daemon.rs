@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use guest_memory_shm::mock::BlkDevice;
 use guest_memory_shm::{
-    AddressSpace, Attendance, Error, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions,
-    TimeLimit, VhostUserShare,
+    AddressSpace, CallDeadline, Error, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions,
+    VhostUserShare,
 };
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
@@ -18,6 +18,8 @@ use vm_memory::{GuestAddress, GuestAddressSpace};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::Random;
+
+use crate::support::attach_as;
 
 const MIB: u64 = 1 << 20;
 /// What a silent daemon costs. Whether an answer comes in time does not matter here.
@@ -265,10 +267,10 @@ pub(super) fn converse(mut random: Random) {
     let mut daemons: Vec<ListenerId<Share>> = Vec::new();
     for number in 0..2 {
         if let Some((frontend, features)) = negotiate(&mut random, &mut threads) {
-            let share = VhostUserShare::new(frontend, features).with_time_limit(LIMIT);
-            let attendance = random.of(&[Attendance::MayLag, Attendance::Required]);
+            let share = VhostUserShare::new(frontend, features).with_deadline(LIMIT);
+            let required = random.of(&[false, true]);
             let name = format!("disk{number}");
-            let attach = || space.attach_as(name, attendance, share).map_err(Box::new);
+            let attach = || attach_as(&space, name, required, share).map_err(Box::new);
             match in_time(attach) {
                 Ok(id) => daemons.push(id),
                 Err(error) => says_something(error.error()),
@@ -280,13 +282,13 @@ pub(super) fn converse(mut random: Random) {
         let before = space.memory().memory().memory_table();
         let at = 2 * random.below(12);
         let start = GuestAddress(at * MIB);
-        let changed = match random.below(4) {
-            0 => in_time(|| space.insert(region(at)).map(drop)),
-            1 => in_time(|| space.remove(start, MIB).map(drop)),
+        let changed: Result<(), Error> = match random.below(4) {
+            0 => in_time(|| Ok(space.insert(region(at)).map(drop)?)),
+            1 => in_time(|| Ok(space.remove(start, MIB).map(drop)?)),
             2 => {
                 let change = space.transaction().insert(region(at + 1));
                 let change = change.insert(region(at + 30));
-                in_time(|| change.remove(GuestAddress(0), MIB).commit().map(drop))
+                in_time(|| Ok(change.remove(GuestAddress(0), MIB).commit().map(drop)?))
             }
             _ => match daemons.get(random.below(2) as usize) {
                 None => Ok(()),
@@ -314,13 +316,13 @@ fn use_daemon(
 ) -> Result<(), Error> {
     match random.below(4) {
         0 => in_time(|| Ok(space.with_listener(id, Share::start_log)??)),
-        1 => in_time(|| space.with_listener(id, Share::drain_dirty).map(drop)),
-        2 => in_time(|| space.refresh(id)),
+        1 => in_time(|| Ok(space.with_listener(id, Share::drain_dirty).map(drop)?)),
+        2 => in_time(|| Ok(space.refresh(id)?)),
         _ => {
             let Some((frontend, features)) = negotiate(random, threads) else {
                 return Ok(());
             };
-            in_time(|| space.reconnect(id, frontend, features).map(drop))
+            in_time(|| Ok(space.reconnect(id, frontend, features).map(drop)?))
         }
     }
 }
@@ -332,7 +334,7 @@ fn negotiate(
     let (stream, thread) = Hostile::start(random);
     threads.push(thread);
     let mut frontend = Frontend::from_stream(stream, 1);
-    let mut limit = TimeLimit::new(&frontend, LIMIT);
+    let mut limit = CallDeadline::new(&frontend, LIMIT);
     let device = in_time(|| limit.run(|| BlkDevice::negotiate(&mut frontend, Features::all())));
     match device {
         Ok(Ok(device)) => Some((frontend, device.protocol_features())),
@@ -356,7 +358,7 @@ fn look(space: &AddressSpace, daemons: &[ListenerId<Share>]) {
             })
             .unwrap();
         match status.stale() {
-            Some(reason) => assert!(!reason.is_empty()),
+            Some(error) => assert!(!error.reason().is_empty()),
             None => assert!(broken || held == table, "{status:?}: {held:?}"),
         }
     }

@@ -38,7 +38,7 @@ pub(super) fn converse(mut random: Random) {
     let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 1);
     let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
     let share = VhostUserShare::new(frontend, device.protocol_features());
-    let mut share = share.with_time_limit(PATIENCE);
+    let mut share = share.with_deadline(PATIENCE);
     let ranges = [
         (GuestAddress(0), MIB as usize),
         (GuestAddress(4 * MIB), MIB as usize),

@@ -4,12 +4,13 @@ use std::io::pipe;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use guest_memory_shm::Attendance;
 use guest_memory_shm::mock::Fault;
 use nix::unistd::{dup, dup2_stderr};
 
 use super::*;
 use crate::isolation::in_own_process;
+
+use crate::support::attach_as;
 
 static LINES: AtomicUsize = AtomicUsize::new(0);
 
@@ -35,13 +36,13 @@ fn changes() {
     let daemons: Vec<_> = (0..3)
         .map(|_| MockDaemon::builder().start_unnamed().unwrap())
         .collect();
-    let attach = |name: &str, daemon, attendance| {
+    let attach = |name: &str, daemon, required| {
         let share = share(daemon, PATIENCE);
-        space.attach_as(name, attendance, share).unwrap()
+        attach_as(&space, name, required, share).unwrap()
     };
-    let first = attach("first", &daemons[0], Attendance::Required);
-    let second = attach("second", &daemons[1], Attendance::MayLag);
-    attach("third", &daemons[2], Attendance::MayLag);
+    let first = attach("first", &daemons[0], true);
+    let second = attach("second", &daemons[1], false);
+    attach("third", &daemons[2], false);
     let all_map = |holders: &[&MockDaemon]| {
         for daemon in holders {
             assert_eq!(mapped(daemon), published(&space));

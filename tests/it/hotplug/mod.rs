@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use guest_memory_shm::mock::{BlkDevice, MockDaemon};
 use guest_memory_shm::{
-    AddressSpace, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions, VhostUserShare,
+    AddressSpace, AddressSpaceError, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions,
+    VhostUserShare,
 };
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::{GuestAddress, GuestAddressSpace};
@@ -41,7 +42,7 @@ fn connect(daemon: &MockDaemon) -> (Frontend, BlkDevice) {
 
 fn share(daemon: &MockDaemon, limit: Duration) -> Share {
     let (frontend, device) = connect(daemon);
-    VhostUserShare::new(frontend, device.protocol_features()).with_time_limit(limit)
+    VhostUserShare::new(frontend, device.protocol_features()).with_deadline(limit)
 }
 
 /// Changes the time limit of a daemon that is attached.
@@ -49,7 +50,7 @@ fn set_limit(space: &AddressSpace, id: &ListenerId<Share>, limit: Duration) {
     let changed = space.with_listener(id, |share| {
         let (nobody, _) = UnixStream::pair().unwrap();
         let place = Share::new(Frontend::from_stream(nobody, 1), Features::empty());
-        *share = std::mem::replace(share, place).with_time_limit(limit);
+        *share = std::mem::replace(share, place).with_deadline(limit);
     });
     changed.unwrap();
 }
@@ -59,7 +60,7 @@ fn reconnect(
     space: &AddressSpace,
     id: &ListenerId<Share>,
     daemon: &MockDaemon,
-) -> guest_memory_shm::Result<Frontend> {
+) -> Result<Frontend, AddressSpaceError> {
     daemon.wait_disconnected(PATIENCE).unwrap();
     let (frontend, device) = connect(daemon);
     space.reconnect(id, frontend, device.protocol_features())

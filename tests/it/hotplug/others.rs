@@ -1,12 +1,13 @@
 //! What other VMMs get wrong about memory tables that change, each as a test.
 
+use std::error::Error as _;
+
 use guest_memory_shm::mock::{Fault, LoggedRequest};
-use guest_memory_shm::{
-    Access, AddressSpaceError, Attendance, Backing, DaemonFailure, Error, GuestRom, ShareError,
-};
+use guest_memory_shm::{Access, AddressSpaceError, Backing, DaemonFailure, GuestRom, ShareError};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
+use crate::support::chain;
 
 fn daemon() -> MockDaemon {
     MockDaemon::builder().start_unnamed().unwrap()
@@ -49,12 +50,15 @@ fn a_resize_goes_on_without_a_device_that_is_disconnected() {
     for at in [4, 6] {
         let report = space.insert(region(at)).unwrap();
         assert_eq!(report.stale()[0].name(), "gone");
-        assert!(report.stale()[0].reason().contains("hung up"), "{report:?}");
+        assert!(
+            report.stale()[0].to_string().contains("hung up"),
+            "{report:?}"
+        );
     }
     assert_eq!(mapped(&there), published(&space));
     reconnect(&space, &id, &gone).unwrap();
     assert_eq!(mapped(&gone), published(&space));
-    assert_eq!(space.listeners().unwrap()[0].stale(), None);
+    assert!(space.listeners().unwrap()[0].stale().is_none());
 }
 
 /// How many descriptors of this process are of the file.
@@ -108,7 +112,7 @@ fn a_guest_that_grew_past_eight_regions_reconnects() {
         .unwrap();
     let (frontend, device) = connect(&simple);
     let done = space.reconnect(&id, frontend, device.protocol_features());
-    let error = done.map(drop).unwrap_err().to_string();
+    let error = chain(&done.map(drop).unwrap_err());
     assert!(error.contains("21 regions"), "{error}");
     assert_eq!(changes(&simple), [""; 0]);
     assert!(space.listeners().unwrap()[0].is(&id));
@@ -145,9 +149,7 @@ fn a_table_that_is_refused_is_seen_with_acknowledgements_and_without() {
         for builder in [builder.clone(), builder.without_mem_slots()] {
             let (space, daemon) = (space(), builder.start_unnamed().unwrap());
             let share = share(&daemon, PATIENCE);
-            let id = space
-                .attach_as("device", Attendance::Required, share)
-                .unwrap();
+            let id = space.attach_required("device", share).unwrap();
             daemon.inject(Fault::refuse(1));
             space.insert(region(4)).unwrap_err();
             assert_eq!(published(&space).len(), 1);
@@ -198,23 +200,20 @@ fn a_refusal_is_an_error_that_names_the_device_the_region_and_the_cause() {
     let plug = region(4);
     let range = plug.range();
     match space.insert(plug).unwrap_err() {
-        Error::AddressSpace(error) => match *error {
-            AddressSpaceError::Refused {
-                listener,
-                region,
-                stale,
-                cause,
-                ..
-            } => {
-                assert_eq!((listener.as_str(), region), ("net0", Some(range)));
-                assert_eq!(stale, []);
-                assert!(matches!(
-                    cause.downcast_ref().and_then(ShareError::failure),
-                    Some(DaemonFailure::Refused(_))
-                ));
-            }
-            other => panic!("{other}"),
-        },
+        AddressSpaceError::Change {
+            listener,
+            error,
+            stale,
+            ..
+        } => {
+            assert_eq!((listener.as_str(), error.range()), ("net0", Some(range)));
+            assert!(!error.is_away() && stale.is_empty());
+            let cause = error.source().and_then(|cause| cause.downcast_ref());
+            assert!(matches!(
+                cause.and_then(ShareError::failure),
+                Some(DaemonFailure::Refused(_))
+            ));
+        }
         other => panic!("{other}"),
     }
 }
@@ -230,7 +229,7 @@ fn a_silent_device_costs_its_time_limit_and_nobody_else_more() {
     let report = space.insert(region(4)).unwrap();
     assert!(
         report.stale()[0]
-            .reason()
+            .to_string()
             .contains("did not answer within 80ms")
     );
     assert_eq!(mapped(&there), published(&space));

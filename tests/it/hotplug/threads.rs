@@ -46,11 +46,13 @@ fn work(
     let rings = GuestAddress(0x1000 + worker * 0x4000);
     let mut driver = BlkDriver::new(memory.clone(), rings, 16)
         .unwrap()
-        .with_time_limit(PATIENCE);
+        .with_deadline(PATIENCE);
     let start = |share: &mut Share| {
         let table = share.table().clone();
         device
-            .start_queue(share.sink_mut(), 0, &driver, |addr| table.user_addr(addr))
+            .start_queue(share.connection_mut(), 0, &driver, |addr| {
+                table.user_addr(addr)
+            })
             .unwrap();
     };
     space.with_listener(id, start).unwrap();

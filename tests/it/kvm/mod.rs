@@ -1,11 +1,12 @@
 //! `KvmSlots` on a real /dev/kvm: what the guest can reach, told by a guest.
 #![cfg(target_arch = "x86_64")]
 
+use std::error::Error as StdError;
 use std::sync::{Arc, Mutex};
 
 use guest_memory_shm::{
-    AddressSpace, AddressSpaceError, Error, GuestMemoryShm, GuestRange, HypervisorVm, KvmError,
-    KvmSlot, KvmSlots, ListenerError, ListenerId, MemoryListener, RegionAdapter, RegionListener,
+    AddressSpace, AddressSpaceError, GuestMemoryShm, GuestRange, HypervisorVm, KvmError, KvmSlot,
+    KvmSlots, ListenerError, ListenerId, MemoryListener, RegionAdapter, RegionListener,
 };
 use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -97,22 +98,24 @@ fn range(start: u64, size: u64) -> GuestRange {
 
 /// What KVM or `KvmSlots` said in an error of the address space, and the region that it names.
 #[track_caller]
-fn refusal(error: Error) -> (String, Option<GuestRange>, Error) {
-    let Error::AddressSpace(error) = error else {
-        panic!("{error}")
-    };
-    match *error {
-        AddressSpaceError::Refused {
+fn refusal(error: AddressSpaceError) -> (String, Option<GuestRange>, ListenerError) {
+    match error {
+        AddressSpaceError::Change {
             listener,
-            region,
+            error,
             stale,
-            cause,
             ..
         } => {
-            assert!(stale.is_empty(), "{stale:?}");
-            let error = *cause.downcast().unwrap();
-            (listener, region, error)
+            assert!(!error.is_away() && stale.is_empty(), "{stale:?}");
+            (listener, error.range(), error)
         }
         error => panic!("{error}"),
     }
+}
+
+/// The cause as `KvmSlots` gave it.
+#[track_caller]
+fn cause(error: &ListenerError) -> &KvmError {
+    let cause = StdError::source(error).and_then(|cause| cause.downcast_ref());
+    cause.unwrap_or_else(|| panic!("{error:?}"))
 }

@@ -6,6 +6,7 @@ use guest_memory_shm::{Access, Backing, GuestRom, InvalidRange, RamOptions};
 use tempfile::TempDir;
 
 use super::*;
+use crate::support::chain;
 
 /// A ROM of 4 pages at `start`; its first byte is 0xea.
 fn rom(start: u64) -> (TempDir, GuestRom) {
@@ -53,12 +54,12 @@ fn a_region_that_is_read_only_in_part_is_refused() {
     let mut machine = Machine::with(vm, slots);
     for (start, size) in [(PLUG - MIB, 2), (PLUG + MIB, 2), (PLUG - MIB, 4)] {
         let error = machine.space.insert(region(start, size * MIB)).unwrap_err();
-        assert!(error.to_string().contains("begin and end"), "{error}");
-        let (_, at, cause) = refusal(error);
+        assert!(chain(&error).contains("begin and end"), "{error}");
+        let (_, at, refused) = refusal(error);
         assert_eq!(at, Some(range(start, size * MIB)));
         assert!(
-            matches!(cause, Error::Kvm(KvmError::PartlyReadOnly { .. })),
-            "{cause}"
+            matches!(cause(&refused), KvmError::PartlyReadOnly { .. }),
+            "{refused:?}"
         );
         machine.misses(start);
     }
@@ -74,7 +75,7 @@ fn what_is_there_cannot_become_read_only_and_stays_there() {
         .slots(|slots| slots.add_read_only(late))
         .unwrap_err();
     assert!(
-        matches!(error, Error::Kvm(KvmError::TooLate { region, .. }) if region == range(0, MIB)),
+        matches!(error, KvmError::TooLate { region, .. } if region == range(0, MIB)),
         "{error}"
     );
     machine.reaches(0x8000);
@@ -124,7 +125,7 @@ fn a_rom_is_a_slot_that_the_guest_only_reads() {
     for (answer, at) in [(again, PLUG), (ram, 0)] {
         let error = answer.unwrap_err();
         assert!(
-            matches!(error, Error::Kvm(KvmError::NoSuchRom { start }) if start.0 == at),
+            matches!(error, KvmError::NoSuchRom { start, .. } if start.0 == at),
             "{error}"
         );
     }
@@ -142,7 +143,7 @@ fn roms_and_regions_do_not_overlap_and_share_the_slots() {
         let (_dir, rom) = rom(start);
         let error = machine.slots(|slots| slots.add_rom(rom)).unwrap_err();
         assert!(
-            matches!(error, Error::Range(InvalidRange::Overlap { .. })),
+            matches!(error, KvmError::Range(InvalidRange::Overlap { .. })),
             "{error}"
         );
     }
@@ -152,22 +153,25 @@ fn roms_and_regions_do_not_overlap_and_share_the_slots() {
     // All three are in use.
     let (_dir, another) = rom(3 * PLUG);
     let error = machine.slots(|slots| slots.add_rom(another)).unwrap_err();
-    let text = error.to_string();
+    let text = chain(&error);
     assert!(text.starts_with("2 regions and 2 ROMs"), "{text}");
     let error = machine.space.insert(region(2 * PLUG, MIB)).unwrap_err();
-    let (_, _, cause) = refusal(error);
-    let text = cause.to_string();
+    let (_, _, refused) = refusal(error);
+    let text = refused.reason();
     assert!(text.starts_with("3 regions and 1 ROMs"), "{text}");
 
     // A region where the ROM is.
     let change = machine.space.transaction();
     let change = change.remove(GuestAddress(PLUG), MIB);
     let error = change.insert(region(PLUG, 2 * MIB)).commit().unwrap_err();
-    let (listener, at, cause) = refusal(error);
+    let (listener, at, refused) = refusal(error);
     assert_eq!((listener.as_str(), at), ("kvm", Some(range(PLUG, 2 * MIB))));
     assert!(
-        matches!(cause, Error::Range(InvalidRange::Overlap { .. })),
-        "{cause}"
+        matches!(
+            cause(&refused),
+            KvmError::Range(InvalidRange::Overlap { .. })
+        ),
+        "{refused:?}"
     );
     machine.reaches(PLUG);
     assert_eq!(machine.guest.reads(PLUG + MIB), Some(0xea));

@@ -40,21 +40,21 @@ fn devices_of_the_vmm_and_the_slots_take_numbers_from_one_place() {
 
     // All are taken, which is said before any listener is told, and to the VMM, too.
     let error = machine.space.insert(region(2 * PLUG, MIB)).unwrap_err();
-    let (_, _, cause) = refusal(error);
+    let (_, _, refused) = refusal(error);
     assert!(
         matches!(
-            cause,
-            Error::Kvm(KvmError::OutOfSlots {
+            cause(&refused),
+            KvmError::OutOfSlots {
                 regions: 3,
                 slots: 2,
                 ..
-            })
+            }
         ),
-        "{cause}"
+        "{refused:?}"
     );
     let error = numbers.take().unwrap_err();
     assert!(
-        matches!(&error, Error::Kvm(KvmError::NoFreeNumber { numbers, .. }) if *numbers == (0..4)),
+        matches!(&error, KvmError::NoFreeNumber { numbers, .. } if *numbers == (0..4)),
         "{error}"
     );
     assert!(error.to_string().contains("use fewer slots"), "{error}");
@@ -119,9 +119,6 @@ fn a_number_that_cannot_be_assigned_is_refused_at_once() {
             error.to_string().contains(part),
             "{part} is missing: {error}"
         );
-        let Error::Kvm(error) = error else {
-            panic!("{error}")
-        };
         error
     };
     let error = refused(&mut slots, 0, MIB, 5, "device of the VMM");
@@ -156,12 +153,12 @@ fn a_number_that_cannot_be_assigned_is_refused_at_once() {
 
     // A region that is not what had the number is refused before any listener is told.
     let error = machine.space.insert(region(PLUG + MIB, MIB)).unwrap_err();
-    let (_, at, cause) = refusal(error);
+    let (_, at, refused) = refusal(error);
     assert_eq!(at, Some(range(PLUG + MIB, MIB)));
     assert!(
-        matches!(cause, Error::Kvm(KvmError::PartlyAssigned { number: 4, assigned, .. })
-            if assigned == range(PLUG, 2 * MIB)),
-        "{cause}"
+        matches!(cause(&refused), KvmError::PartlyAssigned { number: 4, assigned, .. }
+            if *assigned == range(PLUG, 2 * MIB)),
+        "{refused:?}"
     );
     assert_eq!(machine.numbers(), [(2, 0)]);
     // Nothing that was refused has taken anything: 2, 4 and 5 are taken.

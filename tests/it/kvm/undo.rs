@@ -5,6 +5,7 @@ use guest_memory_shm::mock::{BlkDevice, MockDaemon};
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 
 use super::*;
+use crate::support::chain;
 
 /// Notes what it is told.
 #[derive(Clone, Default)]
@@ -101,7 +102,7 @@ fn out_of_slots_is_said_before_anybody_is_told() {
     assert_eq!(others.recorder.take(), ["add 1024"]);
 
     let error = machine.space.insert(region(2 * PLUG, MIB)).unwrap_err();
-    let text = error.to_string();
+    let text = chain(&error);
     for part in [
         "\"kvm\"",
         "0x80000000..=",
@@ -111,14 +112,13 @@ fn out_of_slots_is_said_before_anybody_is_told() {
     ] {
         assert!(text.contains(part), "{part} is missing: {text}");
     }
-    let (listener, at, cause) = refusal(error);
+    let (listener, at, refused) = refusal(error);
     assert_eq!((listener.as_str(), at), ("kvm", Some(range(2 * PLUG, MIB))));
     assert!(
-        matches!(
-            cause,
-            Error::Kvm(KvmError::OutOfSlots { regions: 3, roms: 0, slots: 2, limit }) if limit > 2
+        matches!(cause(&refused),
+            KvmError::OutOfSlots { regions: 3, roms: 0, slots: 2, limit, .. } if *limit > 2
         ),
-        "{cause}"
+        "{refused:?}"
     );
     assert_eq!(others.recorder.take(), [""; 0]);
     assert_eq!(others.table(), [0, 1024]);
@@ -153,7 +153,7 @@ fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     let change = change.insert(region(PLUG, 2 * MIB));
     let change = change.insert(region(2 * PLUG, 2 * MIB));
     let error = change.commit().unwrap_err();
-    let text = error.to_string();
+    let text = chain(&error);
     for part in [
         "\"kvm\"",
         "slot 3",
@@ -162,19 +162,19 @@ fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     ] {
         assert!(text.contains(part), "{part} is missing: {text}");
     }
-    let (listener, at, cause) = refusal(error);
+    let (listener, at, refused) = refusal(error);
     assert_eq!(listener, "kvm");
     assert_eq!(at, Some(range(2 * PLUG, 2 * MIB)));
-    let Error::Kvm(KvmError::Refused {
+    let KvmError::Refused {
         slot,
         range: of,
         source,
         ..
-    }) = cause
+    } = cause(&refused)
     else {
-        panic!("{cause}")
+        panic!("{refused:?}")
     };
-    assert_eq!((slot, of), (3, range(2 * PLUG, 2 * MIB)));
+    assert_eq!((*slot, *of), (3, range(2 * PLUG, 2 * MIB)));
     assert_eq!(source.raw_os_error(), Some(nix::libc::EEXIST));
 
     // Everybody has what was there: the very region, with its contents.
@@ -259,7 +259,7 @@ fn an_address_that_the_cpu_has_not_is_refused_with_a_remedy() {
         return;
     };
     let error = machine.space.insert(region(1 << 58, MIB)).unwrap_err();
-    let text = error.to_string();
+    let text = chain(&error);
     for part in ["0x400000000000000..=", "slot 1", "place the RAM lower"] {
         assert!(text.contains(part), "{part} is missing: {text}");
     }
@@ -275,12 +275,12 @@ fn a_region_too_large_for_a_slot_is_refused_before_anybody_is_told() {
     let (machine, others) = machine_behind_others(vm, slots);
     // 2^31 pages, none of them there.
     let error = machine.space.insert(region(1 << 44, 1 << 43)).unwrap_err();
-    assert!(error.to_string().contains("split it"), "{error}");
-    let (_, at, cause) = refusal(error);
+    assert!(chain(&error).contains("split it"), "{error}");
+    let (_, at, refused) = refusal(error);
     assert_eq!(at, Some(range(1 << 44, 1 << 43)));
     assert!(
-        matches!(cause, Error::Kvm(KvmError::TooLarge { .. })),
-        "{cause}"
+        matches!(cause(&refused), KvmError::TooLarge { .. }),
+        "{refused:?}"
     );
     assert_eq!(others.recorder.take(), [""; 0]);
 }

@@ -89,7 +89,7 @@ impl Daemon {
             .regions()
             .iter()
             .map(|r| {
-                let (range, user) = (r.range(), r.userspace_addr());
+                let (range, user) = (r.range(), r.user_addr());
                 region(range.start_addr().0, range.size(), user, r.mmap_offset())
             })
             .collect();

@@ -50,7 +50,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> ProtocolResult<Option<Vec<u64>>> {
-        let table = map_table(regions, files, self.table.policy())?;
+        let table = self.table.set(regions, files)?;
         self.publish(table);
         Ok(None)
     }

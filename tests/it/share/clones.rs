@@ -3,7 +3,7 @@
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-use guest_memory_shm::TimeLimit;
+use guest_memory_shm::CallDeadline;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
@@ -51,7 +51,7 @@ fn a_change_does_not_wait_longer_for_a_clone_that_waits_than_for_the_daemon() {
         let (frontend, device) = peer.connect();
         let share = VhostUserShare::new(frontend.clone(), device.protocol_features());
         let space = AddressSpace::new(memory(&[0]));
-        let id = space.attach("blk", share.with_time_limit(LIMIT)).unwrap();
+        let id = space.attach("blk", share.with_deadline(LIMIT)).unwrap();
 
         let waits = wait_on_clone(&peer, &frontend, acks);
         let (report, space) = in_time(&peer, move || {
@@ -72,7 +72,7 @@ fn a_share_that_begins_while_a_clone_waits_fails_in_time() {
     let waits = wait_on_clone(&peer, &frontend, true);
     let late = in_time(&peer, move || {
         let share = VhostUserShare::new(frontend, device.protocol_features());
-        let mut share = share.with_time_limit(LIMIT);
+        let mut share = share.with_deadline(LIMIT);
         let late = share.update_memory(&memory(&[0])).unwrap_err();
         assert!(share.broken().is_some());
         // Neither does its end wait.
@@ -93,7 +93,7 @@ fn a_reconnection_to_a_frontend_that_a_clone_waits_on_fails_in_time_and_leaves_t
         Peer::start(MockDaemon::builder()),
     );
     let space = AddressSpace::new(memory(&[0]));
-    let share = first.share().0.with_time_limit(LIMIT);
+    let share = first.share().0.with_deadline(LIMIT);
     let id = space.attach("blk", share).unwrap();
     first.daemon.hang_up();
     first.daemon.wait_disconnected(PATIENCE).unwrap();
@@ -125,7 +125,7 @@ fn memory_of(space: &AddressSpace) -> GuestMemoryShm {
 fn a_time_limit_ends_calls_of_clones_too_but_not_those_from_before_it() {
     let peer = Peer::start(MockDaemon::builder());
     let (frontend, _) = peer.connect();
-    let mut limit = TimeLimit::new(&frontend, LIMIT);
+    let mut limit = CallDeadline::new(&frontend, LIMIT);
     // The descriptor is known.
     limit.run(|| ()).unwrap();
     let waits = wait_on_clone(&peer, &frontend, true);
@@ -136,7 +136,7 @@ fn a_time_limit_ends_calls_of_clones_too_but_not_those_from_before_it() {
     let (frontend, _) = peer.connect();
     let waits = wait_on_clone(&peer, &frontend, true);
     let late = in_time(&peer, move || {
-        let mut limit = TimeLimit::new(&frontend, LIMIT);
+        let mut limit = CallDeadline::new(&frontend, LIMIT);
         limit.run(|| unreachable!("nothing could end it"))
     });
     assert!(is_late::<()>(&late));

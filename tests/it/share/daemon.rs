@@ -9,7 +9,7 @@ struct At<F> {
     act: Option<F>,
 }
 
-impl<F: FnOnce()> MemTableSink for At<F> {
+impl<F: FnOnce()> DaemonConnection for At<F> {
     fn request_acks(&mut self) {
         self.frontend.request_acks();
     }
@@ -17,7 +17,7 @@ impl<F: FnOnce()> MemTableSink for At<F> {
         &mut self,
         regions: &[TableRegion],
     ) -> Result<Option<Vec<u64>>, DaemonFailure> {
-        MemTableSink::set_mem_table(&mut self.frontend, regions)
+        DaemonConnection::set_mem_table(&mut self.frontend, regions)
     }
     fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
         self.adds += 1;
@@ -26,10 +26,10 @@ impl<F: FnOnce()> MemTableSink for At<F> {
         {
             act();
         }
-        MemTableSink::add_mem_region(&mut self.frontend, region)
+        DaemonConnection::add_mem_region(&mut self.frontend, region)
     }
     fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), DaemonFailure> {
-        MemTableSink::remove_mem_region(&mut self.frontend, region)
+        DaemonConnection::remove_mem_region(&mut self.frontend, region)
     }
     fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
         self.frontend.max_mem_slots()
@@ -37,8 +37,8 @@ impl<F: FnOnce()> MemTableSink for At<F> {
     fn barrier(&mut self) -> Result<(), DaemonFailure> {
         self.frontend.barrier()
     }
-    fn hang_up(&self) -> Option<HangUp> {
-        MemTableSink::hang_up(&self.frontend)
+    fn disconnector(&self) -> Option<Disconnector> {
+        DaemonConnection::disconnector(&self.frontend)
     }
 }
 
@@ -62,7 +62,7 @@ fn update_disturbed(
         adds: 0,
         act: Some(|| act(&mut daemon)),
     };
-    let mut share = VhostUserShare::new(sink, device.protocol_features()).with_time_limit(limit);
+    let mut share = VhostUserShare::new(sink, device.protocol_features()).with_deadline(limit);
     let error = share
         .update_table(&memory(&[0, 1, 2]).memory_table())
         .unwrap_err();

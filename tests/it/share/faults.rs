@@ -36,7 +36,7 @@ fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) 
             share.update_table(&memory.memory_table()).unwrap();
         }
         if fault == FaultKind::NeverAnswer {
-            share = share.with_time_limit(Duration::from_millis(100));
+            share = share.with_deadline(Duration::from_millis(100));
         }
         let before = share.table().clone();
         let (memory, text) = updates[failing];
@@ -84,7 +84,7 @@ fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) 
         assert_eq!(peer.daemon.requests(), [], "a broken share sends nothing");
 
         // It serves one front-end at a time: the broken one has to go first.
-        drop(share.into_sink());
+        drop(share.into_connection());
         let (mut share, _) = peer.share();
         share.update_table(&more.memory_table()).unwrap();
         peer.holds(&more.memory_table());
@@ -191,7 +191,7 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
             .update_table(&without(&memory, &[1, 2]).memory_table())
             .unwrap();
         if fault == FaultKind::NeverAnswer {
-            share = share.with_time_limit(Duration::from_millis(100));
+            share = share.with_deadline(Duration::from_millis(100));
         }
         assert!(share.update_table(&memory.memory_table()).is_err());
         if fault == FaultKind::Refuse {
@@ -208,7 +208,7 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
         let (frontend, device) = peer.connect();
         drop(share.reconnect(frontend, device.protocol_features()));
         assert!(share.broken().is_none());
-        let mut share = share.with_time_limit(PATIENCE);
+        let mut share = share.with_deadline(PATIENCE);
         let report = share.update_table(&memory.memory_table()).unwrap();
         assert_eq!(report.added(), 3, "{fault:?}");
         peer.holds(&memory.memory_table());
@@ -242,7 +242,7 @@ fn an_answer_after_the_limit_is_too_late() {
     let hour = Duration::from_secs(3600);
     let peer = Peer::start(MockDaemon::builder().with_fault(Fault::answer_late(1, hour)));
     let (share, _) = peer.share();
-    let mut share = share.with_time_limit(Duration::from_millis(100));
+    let mut share = share.with_deadline(Duration::from_millis(100));
     let late = share
         .update_table(&memory(&[0]).memory_table())
         .unwrap_err();

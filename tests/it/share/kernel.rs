@@ -94,13 +94,7 @@ impl Backend {
         let table = memory.memory_table();
         let regions = table.regions().iter();
         let expected: Vec<_> = regions
-            .map(|r| {
-                (
-                    r.range().start_addr().0,
-                    r.range().size(),
-                    r.userspace_addr(),
-                )
-            })
+            .map(|r| (r.range().start_addr().0, r.range().size(), r.user_addr()))
             .collect();
         assert_eq!(*self.held.lock().unwrap(), expected);
         for (start, _, user) in expected {
@@ -211,7 +205,7 @@ fn what_the_kernel_was_told_of_stays_mapped_until_it_is_told_otherwise() {
 fn tables_that_the_kernel_cannot_take_are_refused_before_it_is_asked() {
     let backend = Backend::default();
     let mut share = share(&backend);
-    let limit = share.sink().max_table_regions();
+    let limit = share.connection().max_table_regions();
     let starts: Vec<u64> = (0..=limit as u64).collect();
     let most = memory(&starts);
     let refused = share.update_memory(&most).unwrap_err();
@@ -228,8 +222,7 @@ fn tables_that_the_kernel_cannot_take_are_refused_before_it_is_asked() {
     assert_eq!(backend.calls(), 0);
 
     let memory = memory(&[0, 5]);
-    let view =
-        TableView::default().with_user_addresses(UserAddresses::Opaque { constant: 1 << 40 });
+    let view = TableView::default().with_opaque_addresses(1 << 40);
     let mut share = share.with_view(view);
     for refused in [
         share.check_memory(&memory).unwrap_err(),
@@ -287,7 +280,7 @@ fn vhost_vsock_of_the_kernel_takes_our_tables() {
         .unwrap();
     share.update_memory(&without(&memory, &[1])).unwrap();
     assert_eq!(share.table().regions().len(), 2);
-    let starts: Vec<u64> = (0..=share.sink().max_table_regions() as u64).collect();
+    let starts: Vec<u64> = (0..=share.connection().max_table_regions() as u64).collect();
     assert!(share.update_memory(&super::memory(&starts)).is_err());
     assert!(share.broken().is_none());
 }

@@ -18,7 +18,7 @@ pub(super) fn logging(peer: &Peer) -> (Share, BlkDevice) {
     let stream = UnixStream::connect(peer.daemon.path().unwrap()).unwrap();
     let (frontend, device) = negotiate_also(stream, Features::LOG_SHMFD);
     let share = VhostUserShare::new(frontend, device.protocol_features());
-    (share.with_time_limit(PATIENCE), device)
+    (share.with_deadline(PATIENCE), device)
 }
 
 /// The numbers of the pages that are dirty, but for the rings: the device writes there for a moment
@@ -118,7 +118,7 @@ fn the_daemon_does_not_log_by_itself_what_is_plugged() {
     let mut driver = driver(&first, &mut share, &device);
     share.start_log().unwrap();
     let region = memory(&[5]).memory_table().regions()[0].clone();
-    MemTableSink::add_mem_region(share.sink_mut(), &region).unwrap();
+    DaemonConnection::add_mem_region(share.connection_mut(), &region).unwrap();
     let page = touch(&mut driver, 5 * MIB);
     assert!(!drain(&mut share).contains(&page));
 }
@@ -398,13 +398,13 @@ fn qemu_storage_daemon_logs_what_it_writes_to_a_region_that_was_plugged() {
     let (frontend, device) = negotiate_also(stream, Features::LOG_SHMFD);
     assert!(device.protocol_features().contains(Features::LOG_SHMFD));
     let share = VhostUserShare::new(frontend, device.protocol_features());
-    let mut share = share.with_time_limit(PATIENCE);
+    let mut share = share.with_deadline(PATIENCE);
     let first = memory(&[0, 10]);
     share.update_memory(&first).unwrap();
     let mut driver = driver(&first, &mut share, &device);
     share.start_log().unwrap();
     share
-        .sink()
+        .connection()
         .set_features(device.features() | LOG_ALL)
         .unwrap();
     let mut written = BTreeSet::new();
@@ -420,7 +420,7 @@ fn qemu_storage_daemon_logs_what_it_writes_to_a_region_that_was_plugged() {
     let dirty = drain(&mut share);
     assert!(written.is_subset(&dirty), "{written:?} {dirty:?}");
     assert!(!dirty.contains(&(10 * MIB / PAGE + 8)));
-    share.sink().set_features(device.features()).unwrap();
+    share.connection().set_features(device.features()).unwrap();
     touch(&mut driver, 10 * MIB);
     assert_eq!(share.stop_log(), StoppedLog::default());
 }

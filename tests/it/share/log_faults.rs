@@ -12,7 +12,7 @@ const LIMIT: Duration = Duration::from_millis(500);
 /// A daemon that logs, and what writes as it does.
 fn logging_writer(peer: &Peer) -> (Share, MockWriter) {
     let (mut share, _) = logging(peer);
-    share = share.with_time_limit(LIMIT);
+    share = share.with_deadline(LIMIT);
     (share, peer.daemon.writer().unwrap())
 }
 
@@ -186,7 +186,7 @@ fn a_process_that_is_dead_is_not_named_and_one_that_is_stopped_is() {
         let stream = UnixStream::connect(&daemon.socket).unwrap();
         let (frontend, device) = negotiate_also(stream, Features::LOG_SHMFD);
         let share = VhostUserShare::new(frontend, device.protocol_features());
-        let mut share = share.with_time_limit(Duration::from_millis(500));
+        let mut share = share.with_deadline(Duration::from_millis(500));
         let first = memory(&[0]);
         share.update_memory(&first).unwrap();
         share.start_log().unwrap();
@@ -219,7 +219,7 @@ fn a_daemon_may_make_the_log_longer_and_nobody_can_make_it_shorter() {
         frontend: Frontend,
         logs: RefCell<Vec<File>>,
     }
-    impl MemTableSink for Keeps {
+    impl DaemonConnection for Keeps {
         fn request_acks(&mut self) {
             self.frontend.request_acks();
         }
@@ -227,30 +227,27 @@ fn a_daemon_may_make_the_log_longer_and_nobody_can_make_it_shorter() {
             &mut self,
             all: &[TableRegion],
         ) -> Result<Option<Vec<u64>>, DaemonFailure> {
-            MemTableSink::set_mem_table(&mut self.frontend, all)
+            DaemonConnection::set_mem_table(&mut self.frontend, all)
         }
         fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
-            MemTableSink::add_mem_region(&mut self.frontend, region)
+            DaemonConnection::add_mem_region(&mut self.frontend, region)
         }
         fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), DaemonFailure> {
-            MemTableSink::remove_mem_region(&mut self.frontend, region)
+            DaemonConnection::remove_mem_region(&mut self.frontend, region)
         }
         fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
             self.frontend.max_mem_slots()
         }
-        fn set_log_base(
-            &mut self,
-            log: &DaemonLog,
-        ) -> Result<Option<DaemonProcess>, DaemonFailure> {
+        fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<u32>, DaemonFailure> {
             let file = log.as_fd().try_clone_to_owned().unwrap();
             self.logs.borrow_mut().push(file.into());
-            MemTableSink::set_log_base(&mut self.frontend, log)
+            DaemonConnection::set_log_base(&mut self.frontend, log)
         }
         fn barrier(&mut self) -> Result<(), DaemonFailure> {
             self.frontend.barrier()
         }
-        fn hang_up(&self) -> Option<HangUp> {
-            MemTableSink::hang_up(&self.frontend)
+        fn disconnector(&self) -> Option<Disconnector> {
+            DaemonConnection::disconnector(&self.frontend)
         }
     }
 
@@ -262,13 +259,15 @@ fn a_daemon_may_make_the_log_longer_and_nobody_can_make_it_shorter() {
         logs: RefCell::default(),
     };
     let share = VhostUserShare::new(sink, device.protocol_features());
-    let mut share = share.with_time_limit(PATIENCE);
+    let mut share = share.with_deadline(PATIENCE);
     let first = memory(&[0]);
     share.update_memory(&first).unwrap();
     share.start_log().unwrap();
-    share.sink().logs.borrow()[0].set_len(1 << 30).unwrap();
+    share.connection().logs.borrow()[0]
+        .set_len(1 << 30)
+        .unwrap();
     share.update_memory(&with(&first, &[1000])).unwrap();
-    let logs = share.sink().logs.borrow();
+    let logs = share.connection().logs.borrow();
     let inode = |file: &File| file.metadata().unwrap().ino();
     assert!(logs.len() > 2 && logs.iter().all(|log| inode(log) == inode(&logs[0])));
     assert_eq!(logs[0].metadata().unwrap().len(), 1 << 30);

@@ -12,9 +12,9 @@ use guest_memory_shm::mock::{
     BlkDevice, BlkDriver, BlkError, Fault, FaultKind, LoggedRequest, MockDaemon, MockDaemonBuilder,
 };
 use guest_memory_shm::{
-    AddressSpace, Backing, DaemonFailure, DaemonLog, DaemonProcess, GuestMemoryShm, GuestRange,
-    GuestRegionShm, HangUp, KernelVhost, MemTableSink, MemoryTable, RamOptions, ShareError,
-    SlotLimit, TableError, TableRegion, TableView, UserAddresses, VhostUserShare,
+    AddressSpace, Backing, DaemonConnection, DaemonFailure, DaemonLog, Disconnector,
+    GuestMemoryShm, GuestRange, GuestRegionShm, KernelVhost, MemoryTable, RamOptions, ShareError,
+    SlotLimit, TableError, TableRegion, TableView, VhostUserShare,
 };
 use tempfile::TempDir;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
@@ -65,7 +65,7 @@ impl Peer {
     fn share(&self) -> (VhostUserShare<Frontend>, BlkDevice) {
         let (frontend, device) = self.connect();
         let share = VhostUserShare::new(frontend, device.protocol_features());
-        (share.with_time_limit(PATIENCE), device)
+        (share.with_deadline(PATIENCE), device)
     }
 
     /// Asserts that the daemon maps exactly the parts of files that are in `table`.
@@ -141,6 +141,7 @@ fn with(memory: &GuestMemoryShm, starts: &[u64]) -> GuestMemoryShm {
 fn without(memory: &GuestMemoryShm, starts: &[u64]) -> GuestMemoryShm {
     let mut all = memory.arc_regions();
     all.retain(|region| !starts.contains(&(region.range().start_addr().0 / MIB)));
+    all.sort_by_key(|region| region.range());
     GuestMemoryShm::from_arc_regions(all).unwrap()
 }
 
@@ -152,9 +153,11 @@ fn driver<'a>(
 ) -> BlkDriver<&'a GuestMemoryShm> {
     let driver = BlkDriver::new(memory, RINGS, 16)
         .unwrap()
-        .with_time_limit(PATIENCE);
+        .with_deadline(PATIENCE);
     let table = share.table().clone();
-    let started = device.start_queue(share.sink_mut(), 0, &driver, |addr| table.user_addr(addr));
+    let started = device.start_queue(share.connection_mut(), 0, &driver, |addr| {
+        table.user_addr(addr)
+    });
     started.unwrap();
     driver
 }

@@ -26,8 +26,8 @@ fn regions_that_are_plugged_while_postcopy_listens_are_acknowledged_at_once() {
     for acks in [Features::REPLY_ACK, Features::empty()] {
         let (mut share, bases, peer) =
             Strict::start(Features::CONFIGURE_MEM_SLOTS | acks, None, None);
-        share.sink_mut().postcopy_advise().unwrap();
-        share.sink_mut().postcopy_listen().unwrap();
+        share.connection_mut().postcopy_advise().unwrap();
+        share.connection_mut().postcopy_listen().unwrap();
         // Two regions at once, then one by one.
         let space = AddressSpace::new(memory(&[0, 2]));
         let id = space.attach("blk", share).unwrap();
@@ -39,7 +39,7 @@ fn regions_that_are_plugged_while_postcopy_listens_are_acknowledged_at_once() {
         assert_eq!(told(&bases), [0, 2, 10, 20].map(base));
 
         // Afterwards it is as it was before.
-        let end = |share: &mut VhostUserShare<Frontend>| share.sink_mut().postcopy_end();
+        let end = |share: &mut VhostUserShare<Frontend>| share.connection_mut().postcopy_end();
         space.with_listener(&id, end).unwrap().unwrap();
         space.insert(regions(&[30]).remove(0)).told_all();
         assert_eq!(told(&bases).len(), 4);
@@ -60,8 +60,8 @@ fn regions_that_are_plugged_while_postcopy_listens_are_acknowledged_at_once() {
 fn a_whole_table_is_acknowledged_at_once_while_postcopy_listens() {
     for acks in [Features::REPLY_ACK, Features::empty()] {
         let (mut share, bases, peer) = Strict::start(acks, None, None);
-        share.sink_mut().postcopy_advise().unwrap();
-        share.sink_mut().postcopy_listen().unwrap();
+        share.connection_mut().postcopy_advise().unwrap();
+        share.connection_mut().postcopy_listen().unwrap();
         for start in [0, 2] {
             let report = share.update_memory(&memory(&[start])).unwrap();
             assert_eq!(
@@ -79,8 +79,8 @@ fn a_whole_table_is_acknowledged_at_once_while_postcopy_listens() {
 fn a_daemon_that_goes_instead_of_returning_a_base_is_not_acknowledged() {
     let features = Features::CONFIGURE_MEM_SLOTS | Features::REPLY_ACK;
     let (mut share, bases, peer) = Strict::start(features, Some(1), None);
-    share.sink_mut().postcopy_advise().unwrap();
-    share.sink_mut().postcopy_listen().unwrap();
+    share.connection_mut().postcopy_advise().unwrap();
+    share.connection_mut().postcopy_listen().unwrap();
     let space = AddressSpace::new(memory(&[0]));
     let id = space.attach("blk", share).unwrap();
     space.insert(regions(&[10]).remove(0)).unwrap_err();
@@ -98,8 +98,8 @@ fn pages_that_are_waited_for_right_after_the_acknowledgement_have_a_known_base()
         return;
     };
     let (mut share, bases, peer) = Strict::start(slots, None, Some(userfaultfd));
-    let faults = share.sink_mut().postcopy_advise().unwrap();
-    share.sink_mut().postcopy_listen().unwrap();
+    let faults = share.connection_mut().postcopy_advise().unwrap();
+    share.connection_mut().postcopy_listen().unwrap();
     let place_of = move |address: u64| {
         let known = bases.lock().unwrap();
         let mut places = known.iter().filter_map(|(range, base)| {
@@ -151,12 +151,12 @@ impl Postcopy {
         let bases = Bases::default();
         let told = Arc::clone(&bases);
         let mut share = VhostUserShare::new(frontend, device.protocol_features())
-            .with_time_limit(PATIENCE)
+            .with_deadline(PATIENCE)
             .with_base_handler(move |range, base| told.lock().unwrap().push((range, base)));
         // Before any region, and for whole tables only: QEMU 10's daemons go at the acknowledgement
         // of ADD_MEM_REG, because it brings no descriptor.
-        let faults = share.sink_mut().postcopy_advise().unwrap();
-        share.sink_mut().postcopy_listen().unwrap();
+        let faults = share.connection_mut().postcopy_advise().unwrap();
+        share.connection_mut().postcopy_listen().unwrap();
         Some(Self {
             daemon,
             share,
@@ -213,7 +213,7 @@ fn qemu_storage_daemon_waits_for_late_pages_of_regions_that_were_acknowledged() 
     assert_eq!(page, [0x42; PAGE as usize]);
 
     // Afterwards it takes regions as ever, and nobody waits for pages.
-    let end = |share: &mut VhostUserShare<Frontend>| share.sink_mut().postcopy_end();
+    let end = |share: &mut VhostUserShare<Frontend>| share.connection_mut().postcopy_end();
     space.with_listener(&id, end).unwrap().unwrap();
     drop(stop);
     let resolved = resolver.join().unwrap();

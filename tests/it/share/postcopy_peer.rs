@@ -79,7 +79,7 @@ impl Strict {
         frontend.set_protocol_features(features).unwrap();
         let told = Arc::clone(&bases);
         let share = VhostUserShare::new(frontend, features)
-            .with_time_limit(PATIENCE)
+            .with_deadline(PATIENCE)
             .with_base_handler(move |range, base| told.lock().unwrap().push((range, base)));
         (share, bases, peer)
     }

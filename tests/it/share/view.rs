@@ -10,18 +10,14 @@ fn view(only: &[u64]) -> TableView {
         .map(|start| GuestRange::new(GuestAddress(start * MIB), MIB).unwrap());
     TableView::default()
         .only(only)
-        .with_user_addresses(UserAddresses::Opaque { constant: CONSTANT })
+        .with_opaque_addresses(CONSTANT)
 }
 
 /// The user addresses of our mappings never pass the socket.
 #[track_caller]
 fn says_nothing_of(peer: &Peer, memory: &GuestMemoryShm) {
     let hosts = memory.memory_table();
-    let hosts: Vec<u64> = hosts
-        .regions()
-        .iter()
-        .map(TableRegion::userspace_addr)
-        .collect();
+    let hosts: Vec<u64> = hosts.regions().iter().map(TableRegion::user_addr).collect();
     let mut told = 0;
     for request in peer.daemon.requests() {
         let regions = match request {
@@ -110,7 +106,7 @@ fn a_constant_that_does_not_fit_is_found_before_anything_is_sent() {
     let peer = Peer::start(MockDaemon::builder());
     let (share, _) = peer.share();
     let constant = u64::MAX - 4095;
-    let view = TableView::default().with_user_addresses(UserAddresses::Opaque { constant });
+    let view = TableView::default().with_opaque_addresses(constant);
     let mut share = share.with_view(view);
     peer.daemon.clear_requests();
     let refused = share.update_memory(&memory(&[0])).unwrap_err();
@@ -136,9 +132,7 @@ fn qemu_storage_daemon_works_with_a_selection_and_opaque_addresses() {
     };
     let (frontend, device) = negotiate(UnixStream::connect(&daemon.socket).unwrap());
     let share = VhostUserShare::new(frontend, device.protocol_features());
-    let mut share = share
-        .with_view(view(&[0, 10, 30]))
-        .with_time_limit(PATIENCE);
+    let mut share = share.with_view(view(&[0, 10, 30])).with_deadline(PATIENCE);
     let memory = memory(&[0, 10, 20]);
     share.update_memory(&memory).unwrap();
 

@@ -35,19 +35,19 @@ fn what_one_wrote_without_logging_before_it_died_counts_when_its_death_is_known(
             .spawn()
             .unwrap();
         let mut share = share(0, Features::REPLY_ACK | Features::LOG_SHMFD);
-        share.sink_mut().process = Some(daemon.id());
+        share.connection_mut().process = Some(daemon.id());
         share.update_table(&table(&[0, 10])).unwrap();
         share.start_log().unwrap();
         // The log after the table: until it comes a daemon may log nothing at all.
         let gone = || DaemonFailure::hung_up("gone");
-        let logs = share.sink().said.len() - 1;
-        share.sink_mut().fail = Some((logs + 3, gone));
+        let logs = share.connection().said.len() - 1;
+        share.connection_mut().fail = Some((logs + 3, gone));
         let refused = share.update_table(&table(&[0, 20])).unwrap_err();
         assert!(
             matches!(refused.failure(), Some(DaemonFailure::HungUp(_))),
             "{refused}"
         );
-        assert!(matches!(share.sink().said.last(), Some(Said::Log(_))));
+        assert!(matches!(share.connection().said.last(), Some(Said::Log(_))));
 
         let whole = 2 << 20;
         assert_eq!(count(&share.drain_dirty()), whole);

@@ -1,8 +1,8 @@
-//! The share without a socket: a sink that plays a daemon by a script.
+//! The share without a socket: a connection that plays a daemon by a script.
 
 use vm_memory::GuestAddress;
 
-use super::sink::Answer;
+use super::connection::Answer;
 use super::*;
 use crate::memory::GuestMemoryShm;
 use crate::options::RamOptions;
@@ -43,7 +43,7 @@ struct Script {
     panics: Option<Panics>,
 }
 
-/// Where the sink panics.
+/// Where the connection panics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Panics {
     AtAcks,
@@ -65,7 +65,7 @@ fn mib(region: &TableRegion) -> u64 {
     region.range().start_addr().0 >> 20
 }
 
-impl MemTableSink for Script {
+impl DaemonConnection for Script {
     fn request_acks(&mut self) {
         assert_ne!(self.panics.take(), Some(Panics::AtAcks));
         self.said.push(Said::Acks);
@@ -96,14 +96,14 @@ impl MemTableSink for Script {
     fn barrier(&mut self) -> Answer<()> {
         self.say(Said::Barrier)
     }
-    fn set_log_base(&mut self, log: &DaemonLog) -> Answer<Option<DaemonProcess>> {
+    fn set_log_base(&mut self, log: &DaemonLog) -> Answer<Option<u32>> {
         self.say(Said::Log(log.size() / 8))?;
-        Ok(self.process.map(DaemonProcess::new))
+        Ok(self.process)
     }
     fn refusal_keeps_table(&self) -> bool {
         self.keeps_table
     }
-    fn hang_up(&self) -> Option<HangUp> {
+    fn disconnector(&self) -> Option<Disconnector> {
         assert_ne!(self.panics, Some(Panics::AtHangUp));
         None
     }
@@ -141,20 +141,23 @@ fn with_slots_and_acks_only_the_difference_is_sent_and_confirmed_once() {
     use Said::*;
     let mut share = share(8, SLOTS | ACK);
     share.update_table(&table(&[0, 2])).unwrap();
-    assert_eq!(share.sink().said, [Acks, Slots, Add(0), Add(2), Barrier]);
+    assert_eq!(
+        share.connection().said,
+        [Acks, Slots, Add(0), Add(2), Barrier]
+    );
 
-    share.sink_mut().said.clear();
+    share.connection_mut().said.clear();
     let report = share.update_table(&table(&[1, 3, 5])).unwrap();
     assert_eq!((report.removed(), report.added()), (2, 3));
     assert_eq!(
-        share.sink().said,
+        share.connection().said,
         [Remove(2), Remove(0), Add(1), Add(3), Add(5), Barrier]
     );
 
-    share.sink_mut().said.clear();
+    share.connection_mut().said.clear();
     let held = share.table().clone();
     assert_eq!(share.update_table(&held).unwrap(), ShareReport::default());
-    assert_eq!(share.sink().said, []);
+    assert_eq!(share.connection().said, []);
 }
 
 #[test]
@@ -162,7 +165,10 @@ fn without_acks_every_change_is_followed_by_a_round_trip() {
     use Said::*;
     let mut share = share(8, SLOTS);
     share.update_table(&table(&[0, 2])).unwrap();
-    assert_eq!(share.sink().said, [Slots, Add(0), Barrier, Add(2), Barrier]);
+    assert_eq!(
+        share.connection().said,
+        [Slots, Add(0), Barrier, Add(2), Barrier]
+    );
 }
 
 #[test]
@@ -172,7 +178,7 @@ fn without_slots_the_whole_table_is_sent() {
     share.update_table(&table(&[0, 2])).unwrap();
     share.update_table(&table(&[0, 2, 4])).unwrap();
     assert_eq!(
-        share.sink().said,
+        share.connection().said,
         [Acks, Set(vec![0, 2]), Barrier, Set(vec![0, 2, 4]), Barrier]
     );
 }
@@ -182,7 +188,7 @@ fn too_many_regions_are_refused_before_anything_is_sent() {
     let nine: Vec<u64> = (0..9).collect();
     let mut plain = share(0, ACK);
     plain.update_table(&table(&nine[..8])).unwrap();
-    let said = plain.sink().said.len();
+    let said = plain.connection().said.len();
     assert!(matches!(
         plain.update_table(&table(&nine)),
         Err(ShareError::Table(TableError::TooManyRegions {
@@ -195,7 +201,7 @@ fn too_many_regions_are_refused_before_anything_is_sent() {
         plain.update_table(&MemoryTable::default()),
         Err(ShareError::Table(TableError::Empty))
     ));
-    assert_eq!(plain.sink().said.len(), said);
+    assert_eq!(plain.connection().said.len(), said);
     assert!(plain.broken().is_none());
 
     let mut slots = share(8, SLOTS | ACK);
@@ -221,7 +227,11 @@ fn a_check_asks_for_the_slots_once_and_changes_nothing() {
     use Said::*;
     let mut share = share(2, SLOTS | ACK);
     share.check_table(&MemoryTable::default()).unwrap();
-    assert_eq!(share.sink().said, [], "nothing changes: nothing to ask");
+    assert_eq!(
+        share.connection().said,
+        [],
+        "nothing changes: nothing to ask"
+    );
     share.check_table(&table(&[0, 1])).unwrap();
     assert!(matches!(
         share.check_table(&table(&[0, 1, 2])),
@@ -231,11 +241,11 @@ fn a_check_asks_for_the_slots_once_and_changes_nothing() {
             slots: SlotLimit::Daemon
         }))
     ));
-    assert_eq!(share.sink().said, [Acks, Slots]);
+    assert_eq!(share.connection().said, [Acks, Slots]);
     assert_eq!(share.table(), &MemoryTable::default());
     share.update_table(&table(&[0, 1])).unwrap();
     share.check_table(&MemoryTable::default()).unwrap();
-    share.sink_mut().fail = Some((share.sink().said.len() - 1, || {
+    share.connection_mut().fail = Some((share.connection().said.len() - 1, || {
         DaemonFailure::hung_up("gone")
     }));
     share.update_table(&table(&[0])).unwrap_err();
@@ -249,7 +259,7 @@ fn a_check_asks_for_the_slots_once_and_changes_nothing() {
 #[test]
 fn a_check_whose_question_fails_breaks_the_share() {
     let mut share = share(2, SLOTS | ACK);
-    share.sink_mut().fail = Some((0, || DaemonFailure::hung_up("gone")));
+    share.connection_mut().fail = Some((0, || DaemonFailure::hung_up("gone")));
     let lost = share.check_table(&table(&[0])).unwrap_err();
     assert!(
         matches!(lost.failure(), Some(DaemonFailure::HungUp(_))),

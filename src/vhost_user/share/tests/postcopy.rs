@@ -16,7 +16,7 @@ fn listening(features: Features) -> (VhostUserShare<Script>, Told) {
         let start = range.start_addr().0 >> 20;
         tell.lock().unwrap().push((start, base));
     });
-    share.sink_mut().base = Some(7);
+    share.connection_mut().base = Some(7);
     (share, told)
 }
 
@@ -71,16 +71,16 @@ fn each_answer_with_bases_is_acknowledged_by_the_very_next_message() {
     for (features, first, second, mapped) in cases {
         let (mut share, told) = listening(features);
         let report = share.update_table(&table(&[1, 4])).unwrap();
-        assert_eq!(share.sink().said, first);
+        assert_eq!(share.connection().said, first);
         assert_eq!(bases(report.bases()), *told.lock().unwrap());
 
-        share.sink_mut().said.clear();
+        share.connection_mut().said.clear();
         told.lock().unwrap().clear();
         let mut next = share.table().clone();
         next.remove(&share.table().regions()[0].clone());
         next.insert(&table(&[6]).regions()[0]);
         let report = share.update_table(&next).unwrap();
-        assert_eq!(share.sink().said, second);
+        assert_eq!(share.connection().said, second);
         assert_eq!(bases(report.bases()), mapped);
         assert_eq!(*told.lock().unwrap(), mapped);
     }
@@ -90,9 +90,9 @@ fn each_answer_with_bases_is_acknowledged_by_the_very_next_message() {
 fn without_bases_nothing_is_acknowledged_and_the_handler_hears_nothing() {
     for features in [SLOTS | ACK, ACK] {
         let (mut share, told) = listening(features);
-        share.sink_mut().base = None;
+        share.connection_mut().base = None;
         assert_eq!(share.update_table(&table(&[1, 4])).unwrap().bases(), []);
-        let said = &share.sink().said;
+        let said = &share.connection().said;
         assert!(!said.iter().any(|said| matches!(said, Said::AckBases(_))));
         assert_eq!(*told.lock().unwrap(), []);
     }
@@ -107,7 +107,7 @@ struct Watching {
     bases: usize,
 }
 
-impl MemTableSink for Watching {
+impl DaemonConnection for Watching {
     fn request_acks(&mut self) {}
     fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
         Ok(Some(vec![9; regions.len() - 1 + self.bases]))
@@ -128,7 +128,7 @@ impl MemTableSink for Watching {
     fn barrier(&mut self) -> Answer<()> {
         Ok(())
     }
-    fn hang_up(&self) -> Option<HangUp> {
+    fn disconnector(&self) -> Option<Disconnector> {
         None
     }
 }
@@ -136,12 +136,12 @@ impl MemTableSink for Watching {
 fn watching(features: Features, bases: usize) -> VhostUserShare<Watching> {
     let told = Told::default();
     let tell = Arc::clone(&told);
-    let sink = Watching {
+    let connection = Watching {
         told,
         at_acks: Vec::new(),
         bases,
     };
-    VhostUserShare::new(sink, features).with_base_handler(move |range, base| {
+    VhostUserShare::new(connection, features).with_base_handler(move |range, base| {
         tell.lock().unwrap().push((range.start_addr().0, base));
     })
 }
@@ -151,7 +151,7 @@ fn the_handler_knows_each_base_before_it_is_acknowledged() {
     for (features, at_acks) in [(SLOTS | ACK, vec![1, 2, 3]), (ACK, vec![3])] {
         let mut share = watching(features, 1);
         share.update_table(&table(&[0, 1, 2])).unwrap();
-        assert_eq!(share.sink().at_acks, at_acks);
+        assert_eq!(share.connection().at_acks, at_acks);
     }
 }
 
@@ -164,7 +164,10 @@ fn fewer_or_more_bases_than_regions_break_the_share() {
             matches!(wrong.failure(), Some(DaemonFailure::Protocol(_))),
             "{wrong}"
         );
-        assert!(share.sink().at_acks.is_empty(), "nothing is acknowledged");
+        assert!(
+            share.connection().at_acks.is_empty(),
+            "nothing is acknowledged"
+        );
         assert!(share.broken().is_some());
     }
 }
@@ -173,13 +176,16 @@ fn fewer_or_more_bases_than_regions_break_the_share() {
 fn a_failed_acknowledgement_breaks_the_share_and_keeps_the_bases() {
     for (features, at) in [(SLOTS | ACK, 4), (SLOTS, 5), (ACK, 1)] {
         let (mut share, told) = listening(features);
-        share.sink_mut().fail = Some((at, || DaemonFailure::hung_up("gone")));
+        share.connection_mut().fail = Some((at, || DaemonFailure::hung_up("gone")));
         let failed = share.update_table(&table(&[1, 4])).unwrap_err();
         assert!(
             matches!(failed.failure(), Some(DaemonFailure::HungUp(_))),
             "{failed}"
         );
-        assert!(matches!(share.sink().said.last(), Some(Said::AckBases(_))));
+        assert!(matches!(
+            share.connection().said.last(),
+            Some(Said::AckBases(_))
+        ));
         assert!(share.broken().is_some());
         let told = told.lock().unwrap().clone();
         assert_eq!(told.len(), 2);
@@ -211,25 +217,25 @@ fn the_handler_stays_when_the_daemon_is_connected_to_anew() {
 #[test]
 fn a_handler_that_panics_breaks_the_share_before_anything_else_is_said() {
     let mut share = share(8, SLOTS | ACK).with_base_handler(|_, _| panic!("a handler's bug"));
-    share.sink_mut().base = Some(7);
+    share.connection_mut().base = Some(7);
     let update = catch_unwind(AssertUnwindSafe(|| share.update_table(&table(&[1]))));
     assert!(update.is_err());
-    assert_eq!(share.sink().said.last(), Some(&Said::Add(1)));
+    assert_eq!(share.connection().said.last(), Some(&Said::Add(1)));
     assert_eq!(
         share.broken().unwrap().to_string(),
         "the handler of bases panicked"
     );
-    let said = share.sink().said.len();
+    let said = share.connection().said.len();
     share.update_table(&table(&[1])).unwrap_err();
-    assert_eq!(share.sink().said.len(), said);
+    assert_eq!(share.connection().said.len(), said);
 }
 
 #[test]
-fn a_sink_that_cannot_acknowledge_fails_the_change() {
+fn a_connection_that_cannot_acknowledge_fails_the_change() {
     use DaemonFailure::NoPostcopy;
     /// Returns bases and leaves the rest as it is.
     struct Plain;
-    impl MemTableSink for Plain {
+    impl DaemonConnection for Plain {
         fn request_acks(&mut self) {}
         fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
             Ok(Some(vec![7; regions.len()]))
@@ -246,7 +252,7 @@ fn a_sink_that_cannot_acknowledge_fails_the_change() {
         fn barrier(&mut self) -> Answer<()> {
             unreachable!("nothing else is said to a daemon that waits for an acknowledgement")
         }
-        fn hang_up(&self) -> Option<HangUp> {
+        fn disconnector(&self) -> Option<Disconnector> {
             None
         }
     }

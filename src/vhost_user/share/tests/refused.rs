@@ -40,7 +40,7 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
         let mut good = share(8, features);
         exchange(&mut good, &first, &second).unwrap();
         let steps = good
-            .sink()
+            .connection()
             .said
             .iter()
             .filter(|said| **said != Said::Acks)
@@ -49,12 +49,12 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
         for (make, word) in ways {
             for step in 0..steps {
                 let mut share = share(8, features);
-                share.sink_mut().fail = Some((step, make));
+                share.connection_mut().fail = Some((step, make));
                 let error = exchange(&mut share, &first, &second)
                     .unwrap_err()
                     .to_string();
                 assert!(error.contains(word), "{error}");
-                let said = share.sink().said.clone();
+                let said = share.connection().said.clone();
                 let said: Vec<_> = said.iter().filter(|said| **said != Said::Acks).collect();
                 if word == "refused"
                     && matches!(said[step], Said::Add(_) | Said::Remove(_) | Said::Log(_))
@@ -62,21 +62,21 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
                     // The one failure that tells what the daemon holds, and it is still there.
                     assert!(share.broken().is_none());
                     assert_eq!(said[step + 1], &Said::Barrier);
-                    assert_eq!(starts(share.table()), share.sink().held);
+                    assert_eq!(starts(share.table()), share.connection().held);
                     share.update_table(&second).unwrap();
-                    assert_eq!(share.sink().held, [2, 3]);
+                    assert_eq!(share.connection().held, [2, 3]);
                     assert_eq!(share.table(), &second);
                     continue;
                 }
                 assert_eq!(share.broken().unwrap().to_string(), error);
 
-                let said = share.sink().said.len();
+                let said = share.connection().said.len();
                 assert!(matches!(
                     share.update_table(&first),
                     Err(ShareError::Broken { .. })
                 ));
                 assert_eq!(
-                    share.sink().said.len(),
+                    share.connection().said.len(),
                     said,
                     "a broken share sends nothing"
                 );
@@ -89,7 +89,7 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
                 assert_eq!(share.update_table(&second).unwrap().added(), 2);
                 assert!(share.broken().is_none());
                 assert_eq!(share.table(), &second);
-                let said = &share.sink().said;
+                let said = &share.connection().said;
                 let last = said.iter().rfind(|said| **said != Said::Barrier);
                 assert_eq!(matches!(last, Some(Said::Log(_))), share.is_logging());
             }
@@ -100,7 +100,7 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
 #[test]
 fn what_was_acknowledged_before_a_failure_is_known() {
     let mut share = share(8, SLOTS | ACK);
-    share.sink_mut().fail = Some((2, || DaemonFailure::refused("no")));
+    share.connection_mut().fail = Some((2, || DaemonFailure::refused("no")));
     assert!(matches!(
         share.update_table(&table(&[0, 2])),
         Err(ShareError::Daemon { request: DaemonRequest::AddRegion(range), .. })
@@ -114,7 +114,7 @@ fn a_refusal_followed_by_silence_breaks_the_share() {
     /// Refuses the region at 2 MiB, and does not answer after that.
     #[derive(Default)]
     struct Leaves(Script, bool);
-    impl MemTableSink for Leaves {
+    impl DaemonConnection for Leaves {
         fn request_acks(&mut self) {}
         fn set_mem_table(&mut self, _: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
             unreachable!()
@@ -138,7 +138,7 @@ fn a_refusal_followed_by_silence_breaks_the_share() {
                 false => Ok(()),
             }
         }
-        fn hang_up(&self) -> Option<HangUp> {
+        fn disconnector(&self) -> Option<Disconnector> {
             None
         }
     }
@@ -152,13 +152,13 @@ fn a_refusal_followed_by_silence_breaks_the_share() {
 }
 
 #[test]
-fn a_refused_whole_table_breaks_the_share_unless_the_sink_says_it_keeps_the_old_one() {
+fn a_refused_whole_table_breaks_the_share_unless_the_connection_says_it_keeps_the_old_one() {
     for keeps_table in [false, true] {
         let mut share = share(0, Features::empty());
-        share.sink_mut().keeps_table = keeps_table;
+        share.connection_mut().keeps_table = keeps_table;
         share.update_table(&table(&[0, 2])).unwrap();
-        let steps = share.sink().said.len();
-        share.sink_mut().fail = Some((steps, || DaemonFailure::refused("no")));
+        let steps = share.connection().said.len();
+        share.connection_mut().fail = Some((steps, || DaemonFailure::refused("no")));
         let refused = share.update_table(&table(&[4])).unwrap_err();
         assert!(
             matches!(refused.failure(), Some(DaemonFailure::Refused(_))),
@@ -173,9 +173,9 @@ fn a_refused_whole_table_breaks_the_share_unless_the_sink_says_it_keeps_the_old_
 #[test]
 fn bases_of_a_failed_update_and_of_a_dropped_report_are_kept() {
     let mut share = share(8, SLOTS | ACK);
-    share.sink_mut().base = Some(7);
+    share.connection_mut().base = Some(7);
     // The third region is refused, after GET_MAX_MEM_SLOTS and two regions, each acknowledged.
-    share.sink_mut().fail = Some((5, || DaemonFailure::refused("no")));
+    share.connection_mut().fail = Some((5, || DaemonFailure::refused("no")));
     share.update_table(&table(&[1, 2, 3])).unwrap_err();
     let mib = |start: u64| GuestAddress(start << 20);
     assert_eq!(share.take_bases(), [(mib(1), 7), (mib(2), 7)]);
@@ -205,9 +205,9 @@ fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
             let mut share = share(8, features);
             share.update_table(&first).unwrap();
             share.start_log().unwrap();
-            share.sink_mut().said.clear();
+            share.connection_mut().said.clear();
             share.update_table(&second).unwrap();
-            share.into_sink().said
+            share.into_connection().said
         };
         let logs = good
             .iter()
@@ -219,8 +219,8 @@ fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
             let mut share = share(8, features);
             share.update_table(&first).unwrap();
             share.start_log().unwrap();
-            share.sink_mut().said.clear();
-            share.sink_mut().fail = Some((at, || DaemonFailure::refused("no")));
+            share.connection_mut().said.clear();
+            share.connection_mut().fail = Some((at, || DaemonFailure::refused("no")));
             let refused = share.update_table(&second).unwrap_err();
             let text = "refused to take a dirty log of 96 bytes";
             assert!(refused.to_string().contains(text), "{refused}");
@@ -234,17 +234,21 @@ fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
                 assert_eq!(starts_of(&share.drain_dirty()), unlogged, "in each harvest");
             }
 
-            share.sink_mut().said.clear();
-            share.sink_mut().fail = None;
+            share.connection_mut().said.clear();
+            share.connection_mut().fail = None;
             share.update_table(&second).unwrap();
             assert_eq!(share.table(), &second);
             assert_eq!(
-                share.sink().said.iter().rfind(|said| **said != Barrier),
+                share
+                    .connection()
+                    .said
+                    .iter()
+                    .rfind(|said| **said != Barrier),
                 Some(&Log(12))
             );
-            share.sink_mut().said.clear();
+            share.connection_mut().said.clear();
             share.update_table(&second).unwrap();
-            assert_eq!(share.sink().said, []);
+            assert_eq!(share.connection().said, []);
             let dirty = share.drain_dirty();
             assert!(
                 unlogged.iter().all(|at| starts_of(&dirty).contains(at)),
@@ -265,21 +269,21 @@ fn starts_of(ranges: &[GuestRange]) -> Vec<u64> {
 fn a_log_that_does_not_start_leaves_nothing_behind() {
     let mut share = share(8, SLOTS | ACK | Features::LOG_SHMFD);
     share.update_table(&table(&[0])).unwrap();
-    share.sink_mut().said.clear();
-    share.sink_mut().fail = Some((0, || DaemonFailure::refused("no")));
+    share.connection_mut().said.clear();
+    share.connection_mut().fail = Some((0, || DaemonFailure::refused("no")));
     share.start_log().unwrap_err();
     assert!(!share.is_logging());
     assert!(share.broken().is_none());
-    share.sink_mut().fail = None;
+    share.connection_mut().fail = None;
     share.start_log().unwrap();
     assert!(share.is_logging());
 }
 
 #[test]
-fn a_sink_without_logs_refuses_them() {
+fn a_connection_without_logs_refuses_them() {
     #[derive(Default)]
     struct Plain;
-    impl MemTableSink for Plain {
+    impl DaemonConnection for Plain {
         fn request_acks(&mut self) {}
         fn set_mem_table(&mut self, _: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
             Ok(None)
@@ -296,7 +300,7 @@ fn a_sink_without_logs_refuses_them() {
         fn barrier(&mut self) -> Answer<()> {
             Ok(())
         }
-        fn hang_up(&self) -> Option<HangUp> {
+        fn disconnector(&self) -> Option<Disconnector> {
             None
         }
     }
@@ -313,17 +317,20 @@ fn a_sink_without_logs_refuses_them() {
 
 /// What passed before the panic is not known: the share must not go on as if nothing had.
 #[test]
-fn a_sink_that_panics_breaks_the_share() {
+fn a_connection_that_panics_breaks_the_share() {
     let mut share = share(8, SLOTS | ACK);
     share.update_table(&table(&[0])).unwrap();
-    let said = share.sink().said.len();
-    share.sink_mut().fail = Some((said - 1, || panic!("a sink's bug")));
+    let said = share.connection().said.len();
+    share.connection_mut().fail = Some((said - 1, || panic!("a connection's bug")));
     let wanted = table(&[0, 2]);
     let update = catch_unwind(AssertUnwindSafe(|| share.update_table(&wanted)));
     assert!(update.is_err());
-    assert_eq!(share.broken().unwrap().to_string(), "the sink panicked");
-    assert_eq!(share.sink().said.len(), said + 1);
+    assert_eq!(
+        share.broken().unwrap().to_string(),
+        "the code of the connection panicked"
+    );
+    assert_eq!(share.connection().said.len(), said + 1);
     let refused = share.update_table(&wanted).unwrap_err();
     assert!(matches!(refused, ShareError::Broken { .. }), "{refused}");
-    assert_eq!(share.sink().said.len(), said + 1);
+    assert_eq!(share.connection().said.len(), said + 1);
 }

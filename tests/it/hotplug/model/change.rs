@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use guest_memory_shm::{Attendance, ChangeReport};
+use guest_memory_shm::{AddressSpaceError, ChangeReport};
 use vm_memory::Bytes;
 
 use super::moods::Mood;
@@ -103,7 +103,7 @@ impl World {
                 return Some((member.name.to_owned(), false));
             }
             member.stale = true;
-            if member.attendance == Attendance::Required {
+            if member.required {
                 return Some((member.name.to_owned(), true));
             }
         }
@@ -113,7 +113,7 @@ impl World {
                 continue;
             }
             peer.state = State::Away;
-            if peer.attendance == Attendance::Required {
+            if peer.required {
                 return Some((peer.name.clone(), true));
             }
         }
@@ -127,7 +127,7 @@ impl World {
             let away = match peer.answer(next) {
                 Answer::Takes => continue,
                 Answer::Refuses => false,
-                Answer::Leaves if peer.attendance == Attendance::Required => true,
+                Answer::Leaves if peer.required => true,
                 Answer::Leaves => continue,
             };
             objection.get_or_insert((peer.name.clone(), away));
@@ -136,7 +136,7 @@ impl World {
     }
 
     /// The change happened, and says who was not told.
-    fn expect_done(&self, done: guest_memory_shm::Result<ChangeReport>, what: &str) {
+    fn expect_done(&self, done: Result<ChangeReport, AddressSpaceError>, what: &str) {
         let report = done.unwrap_or_else(|error| panic!("{what}: {error}"));
         let stale = report.stale().iter();
         let stale: Vec<_> = stale.map(|stale| stale.name()).collect();
@@ -153,7 +153,7 @@ impl Member {
         };
         if mood.leaves() {
             self.stale = true;
-            if self.attendance == Attendance::MayLag {
+            if !self.required {
                 return None;
             }
         }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use guest_memory_shm::Attendance;
 use guest_memory_shm::mock::FaultKind;
 
 use super::*;
@@ -21,7 +20,7 @@ pub(super) struct Peer {
     pub(super) daemon: MockDaemon,
     pub(super) id: ListenerId<Share>,
     pub(super) name: String,
-    pub(super) attendance: Attendance,
+    pub(super) required: bool,
     pub(super) state: State,
     /// What it does at the next change that it is told of.
     pub(super) fault: Option<FaultKind>,

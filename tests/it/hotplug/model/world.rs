@@ -5,11 +5,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use guest_memory_shm::mock::{Fault, FaultKind};
-use guest_memory_shm::{Attendance, ListenerError, RegionAdapter, RegionListener};
+use guest_memory_shm::{ListenerError, RegionAdapter, RegionListener};
 
 use super::moods::{Mood, Moody, Plan};
 use super::peer::{Answer, Peer, State};
 use super::*;
+
+use crate::support::attach_as;
 
 /// A listener of another kind, in front of the daemons.
 struct Recorder(BTreeSet<u64>);
@@ -29,7 +31,7 @@ impl RegionListener for Recorder {
 pub(super) struct Member {
     pub(super) id: ListenerId<Moody>,
     pub(super) name: &'static str,
-    pub(super) attendance: Attendance,
+    pub(super) required: bool,
     pub(super) plan: Arc<Mutex<Plan>>,
     pub(super) stale: bool,
 }
@@ -56,7 +58,7 @@ impl World {
         let recorder = RegionAdapter::new(Recorder(BTreeSet::new()));
         let recorder = space.attach("recorder", recorder).unwrap();
         let attach = |(name, waits)| {
-            let attendance = pick_attendance(&mut random);
+            let required = random.below(2) == 1;
             let plan = Arc::new(Mutex::new(Plan::default()));
             let moody = Moody {
                 plan: Arc::clone(&plan),
@@ -64,9 +66,9 @@ impl World {
                 waits,
             };
             Member {
-                id: space.attach_as(name, attendance, moody).unwrap(),
+                id: attach_as(&space, name, required, moody).unwrap(),
                 name,
-                attendance,
+                required,
                 plan,
                 stale: false,
             }
@@ -186,7 +188,7 @@ impl World {
             return String::from("no daemon more");
         }
         let daemon = MockDaemon::builder().start_unnamed().unwrap();
-        let attendance = pick_attendance(&mut self.random);
+        let required = self.random.below(2) == 1;
         self.daemons += 1;
         let name = format!("daemon {}", self.daemons);
         let share = share(&daemon, PATIENCE);
@@ -196,19 +198,19 @@ impl World {
             let change = 1 + self.random.below(self.present.len() as u64);
             daemon.inject(Fault::refuse(change));
         }
-        let attached = self.space.attach_as(name.clone(), attendance, share);
+        let attached = attach_as(&self.space, name.clone(), required, share);
         if refuse {
             let share = attached.unwrap_err().into_listener();
             assert_eq!(share.table().regions().len(), 0);
             assert_eq!(mapped(&daemon), []);
             return format!("{name} refuses to be attached");
         }
-        let what = format!("{name} attached, {attendance:?}");
+        let what = format!("{name} attached, required: {required}");
         self.peers.push(Peer {
             id: attached.unwrap(),
             daemon,
             name,
-            attendance,
+            required,
             state: State::Holds(self.present.clone()),
             fault: None,
         });
@@ -341,12 +343,5 @@ impl Member {
     pub(super) fn next_update(&self) -> Option<Mood> {
         let plan = self.plan.lock().unwrap();
         plan.updates.front().copied().flatten()
-    }
-}
-
-fn pick_attendance(random: &mut Random) -> Attendance {
-    match random.below(2) {
-        0 => Attendance::MayLag,
-        _ => Attendance::Required,
     }
 }

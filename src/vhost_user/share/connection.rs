@@ -8,10 +8,9 @@ use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
+use super::disconnector::Disconnector;
 use super::error::{DaemonFailure, DaemonRequest};
-use super::hang_up::HangUp;
 use super::log::DaemonLog;
-use super::process::DaemonProcess;
 use super::socket::socket_of;
 use super::wire;
 use crate::vhost_user::table::{MemoryTable, TableError, TableRegion};
@@ -19,9 +18,9 @@ use crate::vhost_user::table::{MemoryTable, TableError, TableRegion};
 /// The front-end's side of a connection to a daemon, as far as memory tables need it.
 ///
 /// vhost's `Frontend` implements it; another front-end, or a test without a socket, can.
-pub trait MemTableSink {
+pub trait DaemonConnection {
     /// Has every later change acknowledged by the daemon before it returns. Called before the
-    /// first message, within the time limit, and only if REPLY_ACK was negotiated.
+    /// first message, before the deadline, and only if REPLY_ACK was negotiated.
     fn request_acks(&mut self);
 
     /// SET_MEM_TABLE: replaces the whole table, by at most
@@ -64,9 +63,9 @@ pub trait MemTableSink {
     /// daemon's answer are known, so that it may cause faults there.
     ///
     /// Called right after each answer with addresses, and before any other message, because the
-    /// daemon waits for it. `request` is what was answered:
-    /// [`SetTable`](DaemonRequest::SetTable) or [`AddRegion`](DaemonRequest::AddRegion). No answer follows.
-    /// A sink that never returns addresses needs none.
+    /// daemon waits for it. `request` is what was answered: [`SetTable`](DaemonRequest::SetTable)
+    /// or [`AddRegion`](DaemonRequest::AddRegion). No answer follows. A connection that never
+    /// returns addresses needs none.
     ///
     /// # Errors
     ///
@@ -77,15 +76,20 @@ pub trait MemTableSink {
     }
 
     /// SET_LOG_BASE: has the daemon log what it writes in this log, instead of the one before.
-    /// Gives the process that answered, if that is known: whether a daemon that was hung up on is
-    /// dead is what [`VhostUserShare::stop_log`](crate::VhostUserShare::stop_log) has to say.
+    /// Gives the process that answered, if that is known, by its number in our PID namespace:
+    /// whether a daemon that was hung up on is dead is what
+    /// [`VhostUserShare::stop_log`](crate::VhostUserShare::stop_log) has to say.
     ///
-    /// Called only if LOG_SHMFD was negotiated. A sink that carries no log refuses it.
+    /// The process is the one that *sent* the answer, as the kernel adds it to a message
+    /// (`SCM_CREDENTIALS`, unix(7)); `SO_PEERCRED` would name the one that called listen(2), which
+    /// may have been a manager that is long gone.
+    ///
+    /// Called only if LOG_SHMFD was negotiated. A connection that carries no log refuses it.
     ///
     /// # Errors
     ///
     /// The way in which the daemon did not take it.
-    fn set_log_base(&mut self, _log: &DaemonLog) -> Result<Option<DaemonProcess>, DaemonFailure> {
+    fn set_log_base(&mut self, _log: &DaemonLog) -> Result<Option<u32>, DaemonFailure> {
         Err(DaemonFailure::refused("this connection carries no log"))
     }
 
@@ -120,13 +124,13 @@ pub trait MemTableSink {
     }
 
     /// What ends the connection from another thread, so that a call that waits returns with an
-    /// error, and what sees that the daemon has. `None` if no call of this sink ever waits.
+    /// error, and what sees that the daemon has. `None` if no call of this connection ever waits.
     ///
     /// Asked once for each connection, when a share begins with it; must not wait.
-    fn hang_up(&self) -> Option<HangUp>;
+    fn disconnector(&self) -> Option<Disconnector>;
 }
 
-/// What a sink's call says.
+/// What a connection's call says.
 pub(super) type Answer<T> = Result<T, DaemonFailure>;
 
 impl From<vhost::Error> for DaemonFailure {
@@ -145,7 +149,7 @@ impl From<vhost::Error> for DaemonFailure {
     }
 }
 
-impl MemTableSink for Frontend {
+impl DaemonConnection for Frontend {
     /// Sets the header flag `NEED_REPLY` on all messages from now on.
     fn request_acks(&mut self) {
         self.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -182,7 +186,7 @@ impl MemTableSink for Frontend {
 
     /// Exchanges the message itself, because vhost 0.18 understands the answer of its own daemons
     /// only. No clone of the frontend may make a call meanwhile.
-    fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<DaemonProcess>, DaemonFailure> {
+    fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<u32>, DaemonFailure> {
         wire::set_log_base(socket_of(self), log)
     }
 
@@ -191,7 +195,7 @@ impl MemTableSink for Frontend {
         Ok(())
     }
 
-    fn hang_up(&self) -> Option<HangUp> {
+    fn disconnector(&self) -> Option<Disconnector> {
         Some(self.into())
     }
 }
@@ -206,7 +210,7 @@ impl From<&TableRegion> for VhostUserMemoryRegionInfo {
         Self {
             guest_phys_addr: region.range().start_addr().0,
             memory_size: region.range().size(),
-            userspace_addr: region.userspace_addr(),
+            userspace_addr: region.user_addr(),
             mmap_offset: region.mmap_offset(),
             mmap_handle: region.as_fd().as_raw_fd(),
             ..Self::default()

@@ -4,13 +4,11 @@ use std::sync::Weak;
 use std::thread;
 
 use super::*;
-use crate::error::Error;
 
 /// What every method says that would have to wait.
 fn all_refuse(space: &AddressSpace, id: Option<&ListenerId<Script>>) {
-    let reentrant = |failed: Option<Error>| match failed {
-        Some(Error::AddressSpace(error)) => {
-            assert!(matches!(*error, AddressSpaceError::Reentrant), "{error}");
+    let reentrant = |failed: Option<AddressSpaceError>| match failed {
+        Some(error @ AddressSpaceError::Reentrant) => {
             assert!(error.to_string().contains("wait for itself"), "{error}");
         }
         other => panic!("{other:?}"),
@@ -148,8 +146,12 @@ fn what_is_dropped_or_displayed_in_a_change_cannot_call_it_either() {
     let dies = Dies(Arc::downgrade(&space), Arc::clone(&calls));
     space.attach("a", dies).unwrap();
     let report = space.insert(region(4)).unwrap();
-    assert_eq!(report.stale()[0].reason(), "it died");
-    // Displayed, dropped.
+    // Displayed, once.
+    assert_eq!(report.stale()[0].to_string(), "\"a\" is stale (it died)");
+    assert_eq!(*calls.lock().unwrap(), 1);
+    drop(report);
+    // Dropped, when it is told the next memory.
+    space.remove(GuestAddress(4 * MIB), MIB).told_all();
     assert_eq!(*calls.lock().unwrap(), 2);
 }
 
@@ -225,18 +227,13 @@ fn other_threads_wait_for_a_change_and_go_on_after_it() {
     assert_eq!(present(&space), [0, 4, 8]);
 }
 
-#[cfg(feature = "vhost-user")]
 #[test]
 fn a_handler_of_bases_cannot_call_it_either() {
-    use crate::vhost_user::share::{
-        DaemonFailure, DaemonRequest, HangUp, MemTableSink, VhostUserShare,
-    };
-    use crate::vhost_user::table::TableRegion;
     use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 
     /// A daemon while postcopy listens.
     struct Listens;
-    impl MemTableSink for Listens {
+    impl DaemonConnection for Listens {
         fn request_acks(&mut self) {}
         fn set_mem_table(&mut self, _: &[TableRegion]) -> Result<Option<Vec<u64>>, DaemonFailure> {
             unreachable!("it has slots")
@@ -257,8 +254,8 @@ fn a_handler_of_bases_cannot_call_it_either() {
             Ok(())
         }
         /// It could wait, and so is told by a worker beside another.
-        fn hang_up(&self) -> Option<HangUp> {
-            Some(HangUp::new(|| ()))
+        fn disconnector(&self) -> Option<Disconnector> {
+            Some(Disconnector::new(|| ()))
         }
     }
     let (space, calls) = (Arc::new(space()), Arc::new(Mutex::new(0)));

@@ -4,14 +4,14 @@ use std::sync::{Arc, Barrier, Mutex};
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 
-use super::*;
-use crate::error::Error;
-use crate::listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
-use crate::options::RamOptions;
+use guest_memory_shm::*;
+use vm_memory::{GuestAddress, GuestMemoryAtomic};
 
-mod changes;
+use crate::support::{ToldAll, attach_as, chain};
+
 mod inside;
 mod listeners;
+mod order;
 mod panics;
 mod panics_around;
 mod published;
@@ -78,21 +78,6 @@ fn script(name: &'static str, said: &Said) -> Script {
         waits: false,
         held: Vec::new(),
         readers: None,
-    }
-}
-
-/// A change that no listener may miss.
-trait ToldAll {
-    fn told_all(self);
-}
-
-impl<B> ToldAll for Result<ChangeReport<B>> {
-    #[track_caller]
-    fn told_all(self) {
-        match self {
-            Ok(report) => assert_eq!(report.stale(), [], "not all were told"),
-            Err(error) => panic!("{error}"),
-        }
     }
 }
 

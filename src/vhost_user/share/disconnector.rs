@@ -13,22 +13,22 @@ use crate::logs;
 /// Ends a connection from another thread than the one that waits on it, and looks whether it has
 /// ended.
 ///
-/// A [`TimeLimit`](crate::TimeLimit) has one, and so has every sink whose calls may wait
-/// ([`MemTableSink::hang_up`](crate::MemTableSink::hang_up)). Neither may need a lock that a call
-/// holds while it waits.
+/// A [`CallDeadline`](crate::CallDeadline) has one, and so has every connection whose calls may
+/// wait ([`DaemonConnection::disconnector`](crate::DaemonConnection::disconnector)). Neither may
+/// need a lock that a call holds while it waits.
 ///
 /// ```
 /// use std::net::Shutdown;
 /// use std::os::unix::net::UnixStream;
 ///
-/// use guest_memory_shm::HangUp;
+/// use guest_memory_shm::Disconnector;
 ///
-/// fn of(socket: &UnixStream) -> std::io::Result<HangUp> {
+/// fn of(socket: &UnixStream) -> std::io::Result<Disconnector> {
 ///     let socket = socket.try_clone()?;
-///     Ok(HangUp::new(move || drop(socket.shutdown(Shutdown::Both))))
+///     Ok(Disconnector::new(move || drop(socket.shutdown(Shutdown::Both))))
 /// }
 /// ```
-pub struct HangUp {
+pub struct Disconnector {
     learn: Box<dyn FnOnce() -> Line + Send>,
 }
 
@@ -38,7 +38,7 @@ pub(super) struct Line {
     is_gone: Box<dyn Fn() -> bool + Send>,
 }
 
-impl HangUp {
+impl Disconnector {
     /// Ends a connection by calling `end`, from any thread. Whether the other side has ended it
     /// cannot be seen.
     pub fn new(end: impl Fn() + Send + 'static) -> Self {
@@ -84,7 +84,7 @@ impl Line {
 }
 
 /// By shutdown(2) of its socket, which all of its clones share.
-impl From<&Frontend> for HangUp {
+impl From<&Frontend> for Disconnector {
     fn from(frontend: &Frontend) -> Self {
         let frontend = frontend.clone();
         Self {
@@ -109,9 +109,9 @@ impl From<&Frontend> for HangUp {
     }
 }
 
-impl fmt::Debug for HangUp {
+impl fmt::Debug for Disconnector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HangUp").finish_non_exhaustive()
+        f.debug_struct("Disconnector").finish_non_exhaustive()
     }
 }
 

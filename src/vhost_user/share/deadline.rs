@@ -1,4 +1,4 @@
-//! A time limit for calls that would wait for a silent peer for ever.
+//! A deadline for calls that would wait for a silent peer indefinitely.
 //!
 //! A timeout on the socket does not help: vhost's `Frontend` takes `EAGAIN` for a reason to try
 //! again. What ends its wait is the end of the connection, which is also all that is left to do:
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::Frontend;
 
+use super::disconnector::{Disconnector, Line};
 use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
-use super::hang_up::{HangUp, Line};
 use crate::logs;
 use crate::panics::caught;
 
@@ -25,16 +25,16 @@ use crate::panics::caught;
 /// ```no_run
 /// use std::time::Duration;
 ///
-/// use guest_memory_shm::TimeLimit;
+/// use guest_memory_shm::CallDeadline;
 /// use vhost::VhostBackend;
 /// use vhost::vhost_user::Frontend;
 ///
 /// let frontend = Frontend::connect("/run/vhost-user-blk.sock", 1)?;
-/// let mut limit = TimeLimit::new(&frontend, Duration::from_secs(5));
+/// let mut limit = CallDeadline::new(&frontend, Duration::from_secs(5));
 /// let features = limit.run(|| frontend.get_features())??;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub struct TimeLimit {
+pub struct CallDeadline {
     shared: Arc<Shared>,
     /// What watches the time, or why it could not be started.
     thread: io::Result<JoinHandle<()>>,
@@ -54,7 +54,7 @@ struct Shared {
 #[derive(Default)]
 struct State {
     /// Until the thread takes it.
-    hang_up: Option<HangUp>,
+    disconnector: Option<Disconnector>,
     /// The connection, once it is known.
     line: Option<Line>,
     /// The connection is to be ended as soon as it is known.
@@ -80,7 +80,7 @@ pub(super) enum Clock {
     RanOut,
 }
 
-impl TimeLimit {
+impl CallDeadline {
     /// A limit for each call on `frontend`.
     ///
     /// After the first call that takes longer the connection is closed, and every later call on
@@ -89,13 +89,13 @@ impl TimeLimit {
     /// ended with them. One that waits already when the limit is made cannot be ended, because the
     /// descriptor is not known then: a call here fails when its time is over, all the same.
     pub fn new(frontend: &Frontend, limit: Duration) -> Self {
-        Self::with_hang_up(frontend.into(), limit)
+        Self::with_disconnector(frontend.into(), limit)
     }
 
-    pub(super) fn with_hang_up(hang_up: HangUp, limit: Duration) -> Self {
+    pub(super) fn with_disconnector(disconnector: Disconnector, limit: Duration) -> Self {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
-                hang_up: Some(hang_up),
+                disconnector: Some(disconnector),
                 ..State::default()
             }),
             changed: Condvar::new(),
@@ -125,9 +125,10 @@ impl TimeLimit {
     /// # Errors
     ///
     /// [`ShareError::Daemon`] with [`DaemonFailure::Silent`] if it took longer than the limit: the
-    /// connection is closed then. [`ShareError::NoTimeLimit`] if nobody watches the time, because no thread could be had, or because
-    /// this process is a child of the one that made the limit: the call was not made. The next call
-    /// tries to have a thread again. What the call itself answers is inside `Ok`.
+    /// connection is closed then. [`ShareError::NoDeadline`] if nobody watches the time, because
+    /// no thread could be had, or because this process is a child of the one that made the limit:
+    /// the call was not made. The next call tries to have a thread again. What the call itself
+    /// answers is inside `Ok`.
     pub fn run<T>(&mut self, call: impl FnOnce() -> T) -> Result<T> {
         let late = ShareError::Daemon {
             request: DaemonRequest::Other,
@@ -160,10 +161,10 @@ impl TimeLimit {
     pub(super) fn start(&mut self) -> Result<Clock> {
         if self.is_a_copy() {
             let source = io::Error::other("this is a child of the process that connected");
-            return Err(ShareError::NoTimeLimit { source });
+            return Err(ShareError::NoDeadline { source });
         }
         self.is_watched()
-            .map_err(|source| ShareError::NoTimeLimit { source })?;
+            .map_err(|source| ShareError::NoDeadline { source })?;
         let mut state = self
             .shared
             .wait_known(Instant::now().checked_add(self.limit));
@@ -227,7 +228,8 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // No code that can panic runs under the lock but that of a sink, which leaves it consistent.
+        // No code that can panic runs under the lock but that of a connection, which leaves it
+        // consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -256,8 +258,8 @@ impl Shared {
 
     /// Gets to know the connection, however long that takes: without the lock.
     fn learn(&self) {
-        let hang_up = self.lock().hang_up.take();
-        let line = hang_up.map(HangUp::learn);
+        let disconnector = self.lock().disconnector.take();
+        let line = disconnector.map(Disconnector::learn);
         let mut state = self.lock();
         if let (Some(line), true) = (&line, state.end_due) {
             line.end();
@@ -282,7 +284,8 @@ impl Shared {
                         state.expired = true;
                         state.deadline = None;
                         if let Some(line) = &state.line {
-                            // If it panics, which was reported then, later calls are watched still.
+                            // If it panics, which was reported then, later calls are watched
+                            // still.
                             let _ = caught(|| line.end());
                         }
                         continue;
@@ -295,7 +298,7 @@ impl Shared {
     }
 }
 
-impl Drop for TimeLimit {
+impl Drop for CallDeadline {
     fn drop(&mut self) {
         if self.is_a_copy() {
             return;
@@ -313,15 +316,15 @@ impl Drop for TimeLimit {
         self.shared.changed.notify_one();
         // If it is not known, the thread ends by itself, once the call is over that another makes.
         if is_known {
-            // It panics only if the sink's code did, which was reported then.
+            // It panics only if the connection's code did, which was reported then.
             let _ = thread.join();
         }
     }
 }
 
-impl fmt::Debug for TimeLimit {
+impl fmt::Debug for CallDeadline {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "TimeLimit({:?})", self.limit)
+        write!(f, "CallDeadline({:?})", self.limit)
     }
 }
 
@@ -335,11 +338,11 @@ mod tests {
     use super::*;
     use crate::host::calls::forbidden;
 
-    fn limit(limit: Duration) -> (TimeLimit, mpsc::Receiver<()>) {
+    fn limit(limit: Duration) -> (CallDeadline, mpsc::Receiver<()>) {
         let (sender, receiver) = mpsc::channel();
-        let hang_up = move || sender.send(()).unwrap();
+        let disconnector = move || sender.send(()).unwrap();
         (
-            TimeLimit::with_hang_up(HangUp::new(hang_up), limit),
+            CallDeadline::with_disconnector(Disconnector::new(disconnector), limit),
             receiver,
         )
     }
@@ -360,7 +363,7 @@ mod tests {
         let (mut unwatched, hung_up) = forbidden(&calls, Errno::EPERM, || {
             let (mut unwatched, hung_up) = limit(Duration::from_secs(3600));
             let refused = unwatched.run(|| panic!("it could wait for ever"));
-            assert!(matches!(refused, Err(ShareError::NoTimeLimit { .. })));
+            assert!(matches!(refused, Err(ShareError::NoDeadline { .. })));
             assert!(!unwatched.is_gone());
             unwatched.end_connection();
             (unwatched, hung_up)
@@ -375,7 +378,7 @@ mod tests {
         let (mut unwatched, _hung_up) = limit(Duration::from_secs(3600));
         let pid = std::mem::replace(&mut unwatched.pid, 1);
         let refused = unwatched.run(|| panic!("it could wait for ever"));
-        assert!(matches!(refused, Err(ShareError::NoTimeLimit { .. })));
+        assert!(matches!(refused, Err(ShareError::NoDeadline { .. })));
         unwatched.pid = pid;
         assert!(unwatched.run(|| ()).is_ok());
     }
@@ -400,9 +403,9 @@ mod tests {
 
     #[test]
     fn each_call_has_the_whole_time() {
-        // The thread sleeps towards a deadline that later calls push away. Calls that together take
-        // longer than one may are in time; on a machine so busy that one of them is not, another
-        // limit is tried.
+        // The thread sleeps towards a deadline that later calls push away. Calls that together
+        // take longer than one may are in time; on a machine so busy that one of them is not,
+        // another limit is tried.
         let in_time = |time: Duration| {
             let (mut limit, hung_up) = limit(time);
             for _ in 0..4 {
