@@ -52,6 +52,8 @@ use index::Index;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 ///
+/// A whole program with options, a report, and accesses: `examples/ram.rs`.
+///
 /// # Porting from `GuestMemoryMmap`
 ///
 /// All that goes through vm-memory's traits stays as it is (devices, virtio-queue, linux-loader).

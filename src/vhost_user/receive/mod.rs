@@ -91,6 +91,8 @@
 //! let nonsense = daemon.set_mem_table(b"nonsense", Vec::new());
 //! assert_ne!(reply(nonsense), 0);
 //! ```
+//!
+//! A whole program, with vhost's handler of requests: `examples/daemon_end.rs`.
 
 mod check;
 mod error;

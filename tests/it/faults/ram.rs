@@ -246,14 +246,14 @@ fn populated(memory: &GuestMemoryShm, done: Result<Populated, Error>, kept: bool
 fn populate(stage: &Stage, mode: Populate) -> Outcome {
     let memory = new(&RamOptions::new());
     let done = stage.attacked(|| memory.populate(options(mode)));
-    populated(&memory, done, false)
+    populated(&memory, done.map_err(Error::from), false)
 }
 
 fn populate_in_background(stage: &Stage, mode: Populate) -> Outcome {
     let memory = new(&RamOptions::new());
     let options = options(mode).with_on_failure(OnFailure::GiveBack);
     let done = stage.attacked(|| memory.populate_in_background(options)?.wait());
-    populated(&memory, done, false)
+    populated(&memory, done.map_err(Error::from), false)
 }
 
 fn discard(stage: &Stage, options: &RamOptions) -> Outcome {
