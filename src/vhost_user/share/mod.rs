@@ -28,7 +28,6 @@ mod log;
 mod log_exchange;
 mod logging;
 mod postcopy;
-mod process;
 mod socket;
 mod stopped;
 mod wire;
