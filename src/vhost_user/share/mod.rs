@@ -214,8 +214,9 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`ShareError::Table`]: [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty
-    /// table that only SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
+    /// [`ShareError::Table`]: [`TableError::Range`] for a region that is not whole pages;
+    /// [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty table that only
+    /// SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
     /// for the kernel. [`ShareError::LogNotShared`]; [`ShareError::Broken`]; and what a failed
     /// question leads to: [`ShareError::NoDeadline`], after which the share is usable as before,
     /// and [`ShareError::Daemon`], after which it is broken.
@@ -225,6 +226,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         if *table == self.held {
             return Ok(());
         }
+        table.check_pages().map_err(TableError::from)?;
         self.connection.check_table(table)?;
         match self.mem_slots {
             true => self.check_slots(table),
