@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::GuestAddress;
 
-use crate::backing::{ShmBacking, page_size_of};
+use crate::backing::{Resolved, ShmBacking};
 use crate::error::{FileError, Result};
 #[cfg(feature = "kvm")]
 use crate::mapping::HostAddr;
@@ -69,8 +69,9 @@ impl GuestRom {
             return Err(FileError::WritableRom.into());
         }
         let range = GuestRange::new(start, size)?;
-        range.check_aligned(page_size_of(options)?)?;
-        let backing = ShmBacking::create(options, size)?;
+        let resolved = Resolved::new(options)?;
+        range.check_aligned(resolved.page_size())?;
+        let backing = resolved.with_len(size)?.create_alone()?;
         let mapping = Mapping::new(&backing, backing.start(), size)?;
         Ok(Self {
             range,

@@ -3,18 +3,15 @@
 use std::fmt;
 use std::sync::Arc;
 
+use vm_memory::GuestAddress;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::GuestMemoryShm;
-use crate::backing::{
-    BackingError, ShmBacking, check_creation, check_descriptors, check_groups, check_pool,
-    check_posix_shm, huge_pages, memory_notes, page_size_of, start_of,
-};
+use crate::backing::{BackingError, Request, Resolved, ShmBacking, memory_notes};
 #[cfg(any(doc, test))]
 use crate::error::Error;
 use crate::error::{FileError, Result};
-use crate::options::{Access, Backing, OnShortage, RamOptions};
+use crate::options::{Access, RamOptions};
 use crate::populate::populate_new;
 use crate::range::{GuestRange, check_disjoint};
 use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
@@ -27,7 +24,7 @@ const ALL: &str = "all RAM";
 ///
 /// ```
 /// use guest_memory_shm::{Backing, GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
-/// use vm_memory::{GuestAddress, GuestMemoryBackend};
+/// use vm_memory::GuestAddress;
 ///
 /// let hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
 /// let memory = GuestMemoryShm::<()>::builder()
@@ -69,11 +66,14 @@ enum Source {
 
 /// A part whose numbers are checked.
 struct Plan<'a> {
-    source: &'a Source,
+    source: Planned<'a>,
     ranges: Vec<GuestRange>,
     offsets: Vec<u64>,
-    /// The size of all of them together.
-    len: u64,
+}
+
+enum Planned<'a> {
+    Create(Request<'a>),
+    Use(&'a ShmBacking),
 }
 
 impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
@@ -192,48 +192,83 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     ///
     /// If the function of [`with_bitmap`](Self::with_bitmap) does.
     pub fn build_with_report(self) -> Result<(GuestMemoryShm<B>, BuildReport)> {
-        let plans: Vec<Plan<'_>> = self.parts.iter().map(Part::plan).collect::<Result<_>>()?;
+        let plans = self.parts.iter().map(Part::plan);
+        let plans: Vec<Plan<'_>> = plans.collect::<Result<_>>()?;
         let all: Vec<GuestRange> = plans.iter().flat_map(|plan| plan.ranges.clone()).collect();
         check_disjoint(&all)?;
-        check_creations(&plans)?;
+        Request::check_all(requests(&plans))?;
         // Code of others: whatever it does, nothing is there yet.
-        let bitmaps: Vec<B> = all.iter().map(|range| self.bitmaps.make(*range)).collect();
-
-        let mut bitmaps = bitmaps.into_iter();
-        let mut report = BuildReport::default();
-        let new = plans
-            .iter()
-            .filter_map(|plan| Some((plan.options()?, plan.len)));
-        let notes = memory_notes(&new.collect::<Vec<_>>());
-        log_notes(ALL, &notes);
-        report.add(ALL, notes);
-        let mut regions = Vec::with_capacity(all.len());
-        let mut created = Vec::new();
-        for plan in &plans {
-            let backing = match plan.source {
-                Source::Create(options) => ShmBacking::create_provisional(options, plan.len)?,
-                Source::Use { backing, .. } => backing.clone(),
-            };
-            report.add(&backing.label(), backing.notes().iter().cloned());
-            let places = plan.ranges.iter().zip(&plan.offsets);
-            for ((range, offset), bitmap) in places.zip(bitmaps.by_ref()) {
-                let region = GuestRegionShm::place(&backing, *offset, *range, bitmap)?;
-                let notes = region.ram().mapping.notes();
-                report.add(&backing.label(), notes.iter().cloned());
-                created.extend(
-                    plan.options()
-                        .map(|options| (region.ram().clone(), options)),
-                );
-                regions.push(Arc::new(region));
-            }
-        }
-        let memory = GuestMemoryShm::from_unsorted(regions)?;
-        populate_new(created)?;
-        memory.iter().for_each(|region| region.backing().keep());
-        Ok((memory, report))
+        let bitmaps = all.iter().map(|range| self.bitmaps.make(*range)).collect();
+        let (regions, report) = create(&plans, bitmaps)?;
+        let regions = regions.into_iter().map(Arc::new).collect();
+        Ok((GuestMemoryShm::from_unsorted(regions)?, report))
     }
 }
 
+/// Regions by themselves are built in the same way.
+impl<B: NewBitmap> GuestRegionShm<B> {
+    /// A region of `size` bytes at `start`, with a new backing of its own, populated as the
+    /// options say.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Range`](crate::Error::Range) for a bad place, and those of
+    /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing), and
+    /// [`Error::Populate`](crate::Error::Populate).
+    pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {
+        Self::new_with_bitmap(start, size, options, new_bitmap)
+    }
+}
+
+impl<B> GuestRegionShm<B> {
+    /// A region as [`new`](Self::new), with a dirty bitmap that a function makes for it: for
+    /// bitmaps that are no `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up
+    /// otherwise.
+    ///
+    /// ```
+    /// use std::num::NonZeroUsize;
+    ///
+    /// use guest_memory_shm::{GuestRegionShm, RamOptions};
+    /// use vm_memory::bitmap::AtomicBitmap;
+    /// use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
+    ///
+    /// let page = NonZeroUsize::new(4096).expect("a page has a size");
+    /// let track = true;
+    /// let region = GuestRegionShm::<Option<AtomicBitmap>>::new_with_bitmap(
+    ///     GuestAddress(4 << 30),
+    ///     1 << 20,
+    ///     &RamOptions::new(),
+    ///     |range| track.then(|| AtomicBitmap::new(range.size() as usize, page)),
+    /// )?;
+    /// region.write_obj(1u8, MemoryRegionAddress(0x3000)).expect("there is RAM");
+    /// assert!(region.dirty_bitmap().as_ref().is_some_and(|dirty| dirty.is_bit_set(3)));
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`new`](Self::new).
+    ///
+    /// # Panics
+    ///
+    /// If `bitmap` does, which is called before anything is created.
+    pub fn new_with_bitmap(
+        start: GuestAddress,
+        size: u64,
+        options: &RamOptions,
+        bitmap: impl FnOnce(GuestRange) -> B,
+    ) -> Result<Self> {
+        let part = Part {
+            source: Source::Create(options.clone()),
+            ranges: vec![(start, size)],
+        };
+        let plans = [part.plan()?];
+        Request::check_all(requests(&plans))?;
+        let bitmaps = vec![bitmap(GuestRange::new(start, size)?)];
+        let (mut regions, _) = create(&plans, bitmaps)?;
+        Ok(regions.pop().ok_or(MemoryError::NoRanges)?)
+    }
+}
 impl<B> Bitmaps<B> {
     fn make(&self, range: GuestRange) -> B {
         match self {
@@ -251,16 +286,6 @@ impl<B> fmt::Debug for GuestMemoryShmBuilder<B> {
     }
 }
 
-impl Plan<'_> {
-    /// The options, if the backing is to be created.
-    fn options(&self) -> Option<&RamOptions> {
-        match self.source {
-            Source::Create(options) => Some(options),
-            Source::Use { .. } => None,
-        }
-    }
-}
-
 impl Part {
     fn plan(&self) -> Result<Plan<'_>> {
         let access = match &self.source {
@@ -270,31 +295,88 @@ impl Part {
         if access == Access::ReadOnly {
             return Err(FileError::ReadOnlyRam.into());
         }
-        let (page_size, start) = match &self.source {
-            Source::Create(options) => (page_size_of(options)?, start_of(options)),
-            Source::Use { backing, offset } => (backing.page_size(), *offset),
-        };
         if self.ranges.is_empty() {
             return Err(MemoryError::NoRanges.into());
         }
-        let mut ranges = Vec::with_capacity(self.ranges.len());
-        for (addr, size) in &self.ranges {
-            let range = GuestRange::new(*addr, *size)?;
-            range.check_aligned(page_size)?;
-            ranges.push(range);
+        match &self.source {
+            Source::Create(options) => {
+                let resolved = Resolved::new(options)?;
+                let ranges = self.ranges(resolved.page_size())?;
+                let (offsets, end) = pack(resolved.start(), &ranges)?;
+                let len = end - resolved.start();
+                Ok(Plan {
+                    source: Planned::Create(resolved.with_len(len)?),
+                    ranges,
+                    offsets,
+                })
+            }
+            Source::Use { backing, offset } => {
+                let ranges = self.ranges(backing.page_size())?;
+                let (offsets, end) = pack(*offset, &ranges)?;
+                backing.check_inside(*offset, end - offset)?;
+                Ok(Plan {
+                    source: Planned::Use(backing),
+                    ranges,
+                    offsets,
+                })
+            }
         }
-        let (offsets, end) = pack(start, &ranges)?;
-        let len = end - start;
-        if let Source::Use { backing, offset } = &self.source {
-            backing.check_inside(*offset, len)?;
-        }
-        Ok(Plan {
-            source: &self.source,
-            ranges,
-            offsets,
-            len,
-        })
     }
+
+    fn ranges(&self, page_size: u64) -> Result<Vec<GuestRange>> {
+        let checked = self.ranges.iter().map(|(start, size)| {
+            let range = GuestRange::new(*start, *size)?;
+            range.check_aligned(page_size)?;
+            Ok(range)
+        });
+        checked.collect()
+    }
+}
+
+/// The backings that are to be created.
+fn requests<'p>(plans: &'p [Plan<'p>]) -> impl Iterator<Item = &'p Request<'p>> + Clone {
+    plans.iter().filter_map(|plan| match &plan.source {
+        Planned::Create(request) => Some(request),
+        Planned::Use(_) => None,
+    })
+}
+
+/// Creates, maps and populates what was planned and checked, with these bitmaps for the ranges in
+/// their order. Whatever fails leaves nothing.
+fn create<B>(plans: &[Plan<'_>], bitmaps: Vec<B>) -> Result<(Vec<GuestRegionShm<B>>, BuildReport)> {
+    let mut report = BuildReport::default();
+    let notes = memory_notes(requests(plans));
+    log_notes(ALL, &notes);
+    report.add(ALL, notes);
+    let mut bitmaps = bitmaps.into_iter();
+    let mut regions = Vec::with_capacity(bitmaps.len());
+    let mut created = Vec::new();
+    let mut new = Vec::new();
+    for plan in plans {
+        let (backing, options) = match &plan.source {
+            Planned::Create(request) => {
+                let provisional = request.create()?;
+                let backing = provisional.backing().clone();
+                created.push(provisional);
+                (backing, Some(request.options()))
+            }
+            Planned::Use(backing) => ((*backing).clone(), None),
+        };
+        report.add(&backing.label(), backing.notes().iter().cloned());
+        let places = plan.ranges.iter().zip(&plan.offsets);
+        for ((range, offset), bitmap) in places.zip(bitmaps.by_ref()) {
+            let region = GuestRegionShm::place(&backing, *offset, *range, bitmap)?;
+            let notes = region.ram().mapping.notes();
+            report.add(&backing.label(), notes.iter().cloned());
+            new.extend(options.map(|options| (region.ram().clone(), options)));
+            regions.push(region);
+        }
+    }
+    populate_new(new)?;
+    for provisional in created {
+        provisional.keep();
+    }
+    Ok((regions, report))
 }
 
 /// The offsets at which `ranges`, in this order, lie one after the other in a backing from
@@ -313,48 +395,6 @@ fn pack(start: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, u64)> {
         end = sum;
     }
     Ok((offsets, end))
-}
-
-/// Checks all backings to be created, together where they draw on the same resource.
-fn check_creations(plans: &[Plan<'_>]) -> Result<()> {
-    let mut huge: Vec<(u64, u64)> = Vec::new();
-    // Of these, those that a control group must leave.
-    let mut limited: Vec<(u64, u64)> = Vec::new();
-    let mut shm: Vec<(&RamOptions, u64)> = Vec::new();
-    let mut descriptors = 0;
-    for plan in plans {
-        let Some(options) = plan.options() else {
-            continue;
-        };
-        let page_size = check_creation(options, plan.len)?;
-        descriptors += 1;
-        if options.backing() == &Backing::PosixShm {
-            shm.push((options, plan.len));
-        }
-        let pages = huge_pages(options, plan.len, page_size)?;
-        if pages > 0 {
-            add(&mut huge, page_size, pages);
-            if options.on_shortage() == OnShortage::Refuse {
-                add(&mut limited, page_size, pages);
-            }
-        }
-    }
-    check_descriptors(descriptors)?;
-    check_posix_shm(&shm)?;
-    huge.iter()
-        .try_for_each(|(page_size, needed)| check_pool(*needed, *page_size))?;
-    limited
-        .iter()
-        .try_for_each(|(page_size, needed)| check_groups(*needed, *page_size))?;
-    Ok(())
-}
-
-/// Adds pages to those of the same size.
-fn add(sums: &mut Vec<(u64, u64)>, page_size: u64, pages: u64) {
-    match sums.iter_mut().find(|(size, _)| *size == page_size) {
-        Some((_, sum)) => *sum += pages,
-        None => sums.push((page_size, pages)),
-    }
 }
 
 #[cfg(test)]
