@@ -229,18 +229,23 @@ impl ShmBacking {
     /// Looks again whether the file is as long as it was: one that is not sealed may have been
     /// truncated, and touching what is gone is SIGBUS.
     pub(crate) fn check_not_truncated(&self) -> Result<()> {
-        if self.seals().contains(Seals::SHRINK) {
-            return Ok(());
-        }
-        let metadata = self.inner.file.metadata();
-        let metadata = metadata.map_err(BackingError::inspect)?;
-        if metadata.len() < self.end() {
-            return Err(BackingError::Truncated {
+        let now = self.truncated_to();
+        match now.map_err(BackingError::inspect)? {
+            Some(now) => Err(BackingError::Truncated {
                 end: self.end(),
-                now: metadata.len(),
-            });
+                now,
+            }),
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    /// How long the file is, if it is shorter than it was.
+    pub(crate) fn truncated_to(&self) -> io::Result<Option<u64>> {
+        if self.seals().contains(Seals::SHRINK) {
+            return Ok(None);
+        }
+        let now = self.inner.file.metadata()?.len();
+        Ok((now < self.end()).then_some(now))
     }
 
     /// The file, for vm-memory's `FileOffset`.

@@ -15,7 +15,7 @@ pub use crate::options::OptionsError;
 pub use crate::populate::PopulateError;
 pub use crate::region::MemoryError;
 use crate::stats::StatsError;
-pub use crate::vhost_user::receive::{ReceiveError, RegionError, RegionSpace};
+use crate::vhost_user::receive::ReceiveError;
 #[cfg(feature = "vhost-user")]
 use crate::vhost_user::share::ShareError;
 #[cfg(feature = "vhost-user")]

@@ -14,7 +14,7 @@ use vm_memory::{
 use crate::error::Result;
 use crate::mapping::to_usize;
 use crate::options::RamOptions;
-use crate::range::{GuestRange, InvalidRange};
+use crate::range::{GuestRange, InvalidRange, holder, place_of};
 use crate::region::{GuestRegionShm, MemoryError};
 
 mod access;
@@ -52,6 +52,8 @@ use index::Index;
 /// println!("{memory}");
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
+///
+/// A whole program with options, a report, and accesses: `examples/ram.rs`.
 ///
 /// # Porting from `GuestMemoryMmap`
 ///
@@ -156,11 +158,8 @@ impl<B> GuestMemoryShm<B> {
         start: GuestAddress,
         size: GuestUsize,
     ) -> Result<(Self, Arc<GuestRegionShm<B>>), MemoryError> {
-        let found = self
-            .regions
-            .binary_search_by_key(&start, |region| region.range().start_addr())
-            .ok()
-            .map(|at| (at, self.regions[at].range().size()));
+        let found = place_of(&self.regions, start).ok();
+        let found = found.map(|at| (at, self.regions[at].range().size()));
         let at = match found {
             Some((at, found)) if found == size => at,
             _ => {
@@ -212,10 +211,7 @@ impl<B> GuestMemoryShm<B> {
     #[cold]
     #[inline(never)]
     fn search(&self, addr: GuestAddress) -> Option<(&GuestRegionShm<B>, u64)> {
-        let behind = self
-            .regions
-            .partition_point(|region| region.range().start_addr() <= addr);
-        let region = self.regions.get(behind.checked_sub(1)?)?;
+        let region = holder(&self.regions, addr)?;
         Some((region, region.offset_of(addr)?))
     }
 }

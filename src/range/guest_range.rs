@@ -159,16 +159,29 @@ impl InvalidRange {
     }
 }
 
-/// What of a range must consist of whole pages, for errors.
+/// Which number of a range or region it is, for errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RangePart {
     /// The guest address at which it starts.
     Address,
+    /// The user address at which it starts: what a vhost-user frontend calls it.
+    UserAddress,
     /// Its size.
     Size,
     /// The offset in the backing at which it starts.
     Offset,
+}
+
+impl fmt::Display for RangePart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Address => "guest address",
+            Self::UserAddress => "user address",
+            Self::Size => "size",
+            Self::Offset => "offset",
+        })
+    }
 }
 
 impl RangePart {
@@ -186,16 +199,15 @@ impl RangePart {
 
     fn show(self, value: u64) -> String {
         match self {
-            Self::Address => format!("guest address {value:#x}"),
-            Self::Size => format!("size {}", HumanSize(value)),
-            Self::Offset => format!("offset {value:#x}"),
+            Self::Size => format!("{self} {}", HumanSize(value)),
+            Self::Address | Self::UserAddress | Self::Offset => format!("{self} {value:#x}"),
         }
     }
 
     fn show_nearest(self, value: u64, page_size: u64) -> String {
         let below = value - value % page_size;
         match self {
-            Self::Address | Self::Offset => format!("is {below:#x}"),
+            Self::Address | Self::UserAddress | Self::Offset => format!("is {below:#x}"),
             // RAM that is a little larger serves; nothing is larger than the largest multiple.
             Self::Size => match value.checked_next_multiple_of(page_size) {
                 Some(above) => format!("larger is {}", HumanSize(above)),

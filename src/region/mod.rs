@@ -19,7 +19,7 @@ use crate::error::{FileError, Result};
 use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::options::Access;
 use crate::ram::Ram;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, Placed};
 use crate::report::BuildReport;
 
 mod error;
@@ -261,6 +261,12 @@ impl<B: Bitmap> GuestRegionShm<B> {
         // slice borrows. The RAM is only ever accessed by volatile or atomic operations: this
         // crate makes no reference to it.
         Some(unsafe { VolatileSlice::with_bitmap(start, count, bitmap, None) })
+    }
+}
+
+impl<B> Placed for GuestRegionShm<B> {
+    fn range(&self) -> GuestRange {
+        self.range
     }
 }
 

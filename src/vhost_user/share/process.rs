@@ -4,10 +4,10 @@ use crate::host::process::Stat;
 
 /// The process at the other end of a connection, as a handle that outlives it.
 ///
-/// It is known from the credentials that the kernel adds to a message (`SCM_CREDENTIALS`, unix(7)):
-/// they are those of the process that *sent* it. (`SO_PEERCRED` would name the one that called
-/// listen(2), which may have been a manager that is long gone.) A process that it made, or that it
-/// handed guest RAM on to, is not known.
+/// It is known from the credentials that the kernel adds to a message (`SCM_CREDENTIALS`,
+/// unix(7)): they are those of the process that *sent* it. (`SO_PEERCRED` would name the one that
+/// called listen(2), which may have been a manager that is long gone.) A process that it made, or
+/// that it handed guest RAM on to, is not known.
 #[derive(Debug)]
 pub(super) struct DaemonProcess {
     id: u32,
@@ -32,7 +32,8 @@ impl DaemonProcess {
         self.id
     }
 
-    /// Whether it is known to be dead, all of its threads. Where /proc does not show it, it never is.
+    /// Whether it is known to be dead, all of its threads. Where /proc does not show it, it never
+    /// is.
     pub(super) fn is_dead(&self) -> bool {
         self.stat.as_ref().is_some_and(Stat::is_of_dead)
     }

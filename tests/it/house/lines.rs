@@ -56,3 +56,10 @@ fn only_host_reads_procfs_and_sysfs() {
     let of_host = lines_that(|path, line| opens(line) && path.starts_with("host/"));
     assert!(of_host.len() > 10, "{of_host:#?}");
 }
+
+/// The standard library panics where a hash table gets no seed: getrandom(2) may be forbidden.
+#[test]
+fn no_table_needs_a_random_seed() {
+    let found = lines_that(|_, line| line.contains("HashMap") || line.contains("HashSet"));
+    assert!(found.is_empty(), "{found:#?}");
+}
