@@ -40,6 +40,8 @@ pub struct AdoptPolicy {
     disk_files: bool,
     seals: SealPolicy,
     map_options: MapOptions,
+    /// Whether the file may end within a page. What is mapped after its end is not SIGBUS there.
+    partial_page: bool,
 }
 
 /// What is demanded of the seals of a descriptor that is to be adopted.
@@ -130,10 +132,18 @@ impl ShmBacking {
             Ok(found) => found,
             Err(error) => return Err(AdoptError::new(error, file.into())),
         };
-        let made = found.of(file);
-        let backing = Self::new(Inner::new(made, policy.map_options));
-        logs::debug!("adopted {backing:?}");
-        Ok(backing)
+        Ok(found.adopt(file.into(), policy))
+    }
+
+    /// Adopts any file that can be mapped shared, as vm-memory does: on a disk too, and of any
+    /// length.
+    pub(crate) fn of_file(file: Arc<File>) -> Result<Self> {
+        let policy = AdoptPolicy {
+            disk_files: true,
+            partial_page: true,
+            ..AdoptPolicy::default()
+        };
+        Ok(check(&file, &policy)?.adopt(file, &policy))
     }
 }
 
@@ -145,15 +155,18 @@ struct Found {
 }
 
 impl Found {
-    fn of(self, file: File) -> Made {
-        Made {
-            file: Arc::new(file),
+    fn adopt(self, file: Arc<File>, policy: &AdoptPolicy) -> ShmBacking {
+        let made = Made {
+            file,
             metadata: self.metadata,
             kind: self.kind,
             page_size: self.page_size,
             seals: self.seals,
             end: None,
-        }
+        };
+        let backing = ShmBacking::new(Inner::new(made, policy.map_options));
+        logs::debug!("adopted {backing:?}");
+        backing
     }
 }
 
@@ -186,7 +199,10 @@ fn check_len(len: u64, page_size: u64, policy: &AdoptPolicy) -> Result<()> {
             needed: policy.min_len.max(page_size),
         });
     }
-    Ok(RangePart::Size.check_aligned(len, page_size)?)
+    match policy.partial_page {
+        true => Ok(()),
+        false => Ok(RangePart::Size.check_aligned(len, page_size)?),
+    }
 }
 
 fn check_read_write(file: &File) -> Result<()> {

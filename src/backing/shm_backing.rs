@@ -69,7 +69,8 @@ impl Inner {
         Self {
             file: made.file,
             start: 0,
-            end: made.metadata.len(),
+            // All of the last page can be touched, also if the file ends within it.
+            end: made.metadata.len().next_multiple_of(made.page_size),
             page_size: made.page_size,
             kind: made.kind,
             seals: made.seals,
@@ -245,7 +246,8 @@ impl ShmBacking {
             return Ok(None);
         }
         let now = self.inner.file.metadata()?.len();
-        Ok((now < self.end()).then_some(now))
+        // What is left of a page is not SIGBUS.
+        Ok((now.next_multiple_of(self.page_size()) < self.end()).then_some(now))
     }
 
     /// The file, for vm-memory's `FileOffset`.

@@ -77,6 +77,15 @@ impl GuestRange {
         RangePart::Address.check_aligned(self.start, align)?;
         RangePart::Size.check_aligned(self.size, align)
     }
+
+    /// Checks that a region of this range consists of whole pages.
+    pub(crate) fn check_pages(&self, page_size: u64) -> Result<()> {
+        self.check_aligned(page_size)
+            .map_err(|_| InvalidRange::PartialPages {
+                range: *self,
+                page_size,
+            })
+    }
 }
 
 impl fmt::Display for GuestRange {
@@ -145,6 +154,20 @@ pub enum InvalidRange {
         /// Its value in bytes.
         value: u64,
         /// The page size of the backing in bytes.
+        page_size: u64,
+    },
+
+    /// A region that is there does not consist of whole pages: vm-memory's constructors allow that.
+    #[error(
+        "the region {range} is not whole pages of {}, which memory tables, memory slots and \
+         discards need: make it of an address and a size that are multiples of that",
+        HumanSize(*.page_size)
+    )]
+    #[non_exhaustive]
+    PartialPages {
+        /// The range of the region.
+        range: GuestRange,
+        /// The page size of its backing in bytes.
         page_size: u64,
     },
 }
@@ -359,6 +382,12 @@ mod tests {
                 GuestRange::new(GuestAddress(u64::MAX - 4095), 8192).map(drop),
                 "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address \
                  after it: lower its address or its size",
+            ),
+            (
+                range(0x1000, 300).check_pages(4096),
+                "the region 0x1000..=0x112b (300 bytes) is not whole pages of 4 KiB, which memory \
+                 tables, memory slots and discards need: make it of an address and a size that are \
+                 multiples of that",
             ),
             (
                 check_disjoint(&[range(4096, 4096), range(0, 8192)]),

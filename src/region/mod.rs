@@ -133,7 +133,7 @@ impl<B> GuestRegionShm<B> {
         Self::place(backing, offset, range, bitmap(range))
     }
 
-    /// The range must be aligned to the pages of the backing.
+    /// Maps the pages of the range, which begin at `offset`; it need not end with the last of them.
     pub(crate) fn place(
         backing: &ShmBacking,
         offset: u64,
@@ -143,7 +143,8 @@ impl<B> GuestRegionShm<B> {
         if backing.map_options().access == Access::ReadOnly {
             return Err(FileError::ReadOnlyRam.into());
         }
-        let mapping = Mapping::new(backing, offset, range.size())?;
+        let pages = range.size().checked_next_multiple_of(backing.page_size());
+        let mapping = Mapping::new(backing, offset, pages.unwrap_or(range.size()))?;
         Ok(Self {
             range,
             host: mapping.host_addr(),
@@ -256,8 +257,8 @@ impl<B: Bitmap> GuestRegionShm<B> {
         let at = to_usize(offset);
         let start = self.as_ptr().wrapping_add(at);
         let bitmap = self.shared.bitmap.slice_at(at);
-        // SAFETY: `start..start + count` lies in the mapping, which has the length of the range,
-        // as just checked. The mapping lives as long as `self.shared`, and so as `self`, which the
+        // SAFETY: `start..start + count` lies in the mapping, which is as long as the range or
+        // longer, as just checked. The mapping lives as long as `self.shared`, and so as `self`, which the
         // slice borrows. The RAM is only ever accessed by volatile or atomic operations: this
         // crate makes no reference to it.
         Some(unsafe { VolatileSlice::with_bitmap(start, count, bitmap, None) })
