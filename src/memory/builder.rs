@@ -3,7 +3,6 @@
 use std::fmt;
 use std::sync::Arc;
 
-use vm_memory::GuestAddress;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 
 use super::GuestMemoryShm;
@@ -13,7 +12,7 @@ use crate::error::Error;
 use crate::error::{FileError, Result};
 use crate::options::{Access, RamOptions};
 use crate::populate::populate_new;
-use crate::range::{GuestRange, check_disjoint};
+use crate::range::{GuestRange, InvalidRange, check_disjoint};
 use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
 use crate::report::{BuildReport, log_notes};
 
@@ -66,7 +65,7 @@ enum Bitmaps<B> {
 #[derive(Debug)]
 struct Part {
     source: Source,
-    ranges: Vec<(GuestAddress, u64)>,
+    ranges: std::result::Result<Vec<GuestRange>, InvalidRange>,
 }
 
 #[derive(Debug)]
@@ -149,11 +148,11 @@ impl<B> GuestMemoryShmBuilder<B> {
     pub fn with_ram(
         mut self,
         options: RamOptions,
-        ranges: impl IntoIterator<Item = (GuestAddress, u64)>,
+        ranges: impl IntoIterator<Item: TryInto<GuestRange, Error: Into<InvalidRange>>>,
     ) -> Self {
         self.parts.push(Part {
             source: Source::Create(options),
-            ranges: ranges.into_iter().collect(),
+            ranges: ranges.into_iter().map(GuestRange::at).collect(),
         });
         self
     }
@@ -164,14 +163,14 @@ impl<B> GuestMemoryShmBuilder<B> {
         mut self,
         backing: &ShmBacking,
         offset: u64,
-        ranges: impl IntoIterator<Item = (GuestAddress, u64)>,
+        ranges: impl IntoIterator<Item: TryInto<GuestRange, Error: Into<InvalidRange>>>,
     ) -> Self {
         self.parts.push(Part {
             source: Source::Use {
                 backing: backing.clone(),
                 offset,
             },
-            ranges: ranges.into_iter().collect(),
+            ranges: ranges.into_iter().map(GuestRange::at).collect(),
         });
         self
     }
@@ -226,16 +225,18 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
 
 /// Regions by themselves are built in the same way.
 impl<B: NewBitmap> GuestRegionShm<B> {
-    /// A region of `size` bytes at `start`, with a new backing of its own, populated as the
-    /// options say.
+    /// A region with a new backing of its own, populated as the options say.
     ///
     /// # Errors
     ///
     /// [`Error::Range`](crate::Error::Range) for a bad place, and those of
     /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing), and
     /// [`Error::Populate`](crate::Error::Populate).
-    pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {
-        Self::new_with_bitmap(start, size, options, new_bitmap)
+    pub fn new(
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+        options: &RamOptions,
+    ) -> Result<Self> {
+        Self::new_with_bitmap(range, options, new_bitmap)
     }
 }
 
@@ -254,8 +255,7 @@ impl<B> GuestRegionShm<B> {
     /// let page = NonZeroUsize::new(4096).expect("a page has a size");
     /// let track = true;
     /// let region = GuestRegionShm::<Option<AtomicBitmap>>::new_with_bitmap(
-    ///     GuestAddress(4 << 30),
-    ///     1 << 20,
+    ///     (GuestAddress(4 << 30), 1 << 20),
     ///     &RamOptions::new(),
     ///     |range| track.then(|| AtomicBitmap::new(range.size() as usize, page)),
     /// )?;
@@ -272,18 +272,17 @@ impl<B> GuestRegionShm<B> {
     ///
     /// If `bitmap` does, which is called before anything is created.
     pub fn new_with_bitmap(
-        start: GuestAddress,
-        size: u64,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
         options: &RamOptions,
         bitmap: impl FnOnce(GuestRange) -> B,
     ) -> Result<Self> {
         let part = Part {
             source: Source::Create(options.clone()),
-            ranges: vec![(start, size)],
+            ranges: GuestRange::at(range).map(|range| vec![range]),
         };
         let plans = [part.plan(Sizes::Pages)?];
         Request::check_all(requests(&plans))?;
-        let bitmaps = vec![bitmap(GuestRange::new(start, size)?)];
+        let bitmaps = vec![bitmap(plans[0].ranges[0])];
         let (mut regions, _) = create(&plans, bitmaps)?;
         Ok(regions.pop().ok_or(MemoryError::NoRanges)?)
     }
@@ -314,9 +313,6 @@ impl Part {
         if access == Access::ReadOnly {
             return Err(FileError::ReadOnlyRam.into());
         }
-        if self.ranges.is_empty() {
-            return Err(MemoryError::NoRanges.into());
-        }
         match &self.source {
             Source::Create(options) => {
                 let resolved = Resolved::new(options)?;
@@ -343,14 +339,15 @@ impl Part {
     }
 
     fn ranges(&self, page_size: u64, sizes: Sizes) -> Result<Vec<GuestRange>> {
-        let checked = self.ranges.iter().map(|(start, size)| {
-            let range = GuestRange::new(*start, *size)?;
-            if sizes == Sizes::Pages {
-                range.check_aligned(page_size)?;
-            }
-            Ok(range)
-        });
-        checked.collect()
+        let ranges = self.ranges.clone()?;
+        if ranges.is_empty() {
+            return Err(MemoryError::NoRanges.into());
+        }
+        if sizes == Sizes::Pages {
+            let mut ranges = ranges.iter();
+            ranges.try_for_each(|range| range.check_aligned(page_size))?;
+        }
+        Ok(ranges)
     }
 }
 
@@ -421,6 +418,8 @@ fn pack(start: u64, page_size: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, 
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddress;
+
     use super::*;
 
     fn ranges(all: [(u64, u64); 2]) -> [GuestRange; 2] {

@@ -19,7 +19,7 @@ use crate::error::{FileError, Result};
 use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::options::Access;
 use crate::ram::Ram;
-use crate::range::{GuestRange, Placed};
+use crate::range::{GuestRange, InvalidRange, Placed};
 use crate::report::BuildReport;
 
 mod error;
@@ -43,7 +43,7 @@ pub use error::MemoryError;
 ///
 /// // Hotplug: immutable memory plus a region is a new memory.
 /// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-/// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
+/// let region = GuestRegionShm::new((GuestAddress(4 << 30), 1 << 20), &RamOptions::new())?;
 /// let larger = memory.insert_region(Arc::new(region))?;
 /// larger.write_obj(42u32, GuestAddress(4 << 30)).expect("there is RAM now");
 /// assert!(memory.write_obj(42u32, GuestAddress(4 << 30)).is_err());
@@ -67,7 +67,7 @@ struct Shared<B> {
 }
 
 impl<B: NewBitmap> GuestRegionShm<B> {
-    /// A region of `size` bytes at `start`, on the part of `backing` at `offset`.
+    /// A region on the part of `backing` at `offset`.
     ///
     /// # Errors
     ///
@@ -81,10 +81,9 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     pub fn from_backing(
         backing: &ShmBacking,
         offset: u64,
-        start: GuestAddress,
-        size: u64,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
     ) -> Result<Self> {
-        Self::from_backing_with_bitmap(backing, offset, start, size, new_bitmap)
+        Self::from_backing_with_bitmap(backing, offset, range, new_bitmap)
     }
 }
 
@@ -106,8 +105,7 @@ impl<B> GuestRegionShm<B> {
     /// let untracked = GuestRegionShm::<Option<AtomicBitmap>>::from_backing_with_bitmap(
     ///     &backing,
     ///     0,
-    ///     GuestAddress(0),
-    ///     1 << 20,
+    ///     (GuestAddress(0), 1 << 20),
     ///     |_| None,
     /// )?;
     /// assert!(untracked.dirty_bitmap().is_none());
@@ -124,11 +122,10 @@ impl<B> GuestRegionShm<B> {
     pub fn from_backing_with_bitmap(
         backing: &ShmBacking,
         offset: u64,
-        start: GuestAddress,
-        size: u64,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
         bitmap: impl FnOnce(GuestRange) -> B,
     ) -> Result<Self> {
-        let range = GuestRange::new(start, size)?;
+        let range = GuestRange::at(range)?;
         range.check_aligned(backing.page_size())?;
         Self::place(backing, offset, range, bitmap(range))
     }
