@@ -165,7 +165,7 @@ impl ShmBacking {
     }
 
     fn new(
-        file: File,
+        file: impl Into<Arc<File>>,
         page_size: u64,
         kind: BackingKind,
         seals: Seals,
@@ -174,9 +174,10 @@ impl ShmBacking {
     ) -> Self {
         Self {
             inner: Arc::new(Inner {
-                file: Arc::new(file),
+                file: file.into(),
                 start: 0,
-                end: metadata.len(),
+                // All of the last page can be touched, also if the file ends within it.
+                end: metadata.len().next_multiple_of(page_size),
                 page_size,
                 kind,
                 seals,
@@ -329,7 +330,8 @@ impl ShmBacking {
             return Ok(None);
         }
         let now = self.inner.file.metadata()?.len();
-        Ok((now < self.end()).then_some(now))
+        // What is left of a page is not SIGBUS.
+        Ok((now.next_multiple_of(self.page_size()) < self.end()).then_some(now))
     }
 
     /// The file, for vm-memory's `FileOffset`.

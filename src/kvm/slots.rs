@@ -58,7 +58,7 @@ use crate::range::GuestRange;
 /// let kvm = space.attach("kvm", KvmSlots::new(vm)?)?;
 ///
 /// // Hotplug: the guest can use it when this returns.
-/// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
+/// let region = GuestRegionShm::new((GuestAddress(4 << 30), 1 << 20), &RamOptions::new())?;
 /// space.insert(region)?;
 ///
 /// space.with_listener(&kvm, |slots| slots.start_dirty_logging())??;
@@ -219,6 +219,9 @@ impl KvmSlots {
 
     pub(super) fn add(&mut self, memory: Memory, read_only: bool) -> Result<()> {
         let range = memory.range();
+        if let Memory::Ram(ram) = &memory {
+            ram.check_pages()?;
+        }
         let Some(number) = self.assigned.number_for(range)? else {
             let rom = usize::from(matches!(memory, Memory::Rom(_)));
             let regions = self.slots.len() - self.roms + (1 - rom);

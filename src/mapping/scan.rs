@@ -187,7 +187,7 @@ mod tests {
     fn base_pages_are_not_huge_and_mapped_ones_are_found() {
         let page = base_page_size();
         let region =
-            crate::GuestRegionShm::<()>::new(GuestAddress(0), 8 * page, &RamOptions::new())
+            crate::GuestRegionShm::<()>::new((GuestAddress(0), 8 * page), &RamOptions::new())
                 .unwrap();
         for at in [0, 1, 5] {
             let at = MemoryRegionAddress(at * page);

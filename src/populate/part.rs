@@ -77,8 +77,10 @@ impl Part {
     /// The guest addresses of a range of the region.
     pub(super) fn in_guest(&self, range: &Range<u64>) -> GuestRange {
         let start = self.ram.range.start_addr().0 + range.start;
-        // It is not empty and lies in a region.
-        GuestRange::new(GuestAddress(start), range.end - range.start).unwrap_or(self.ram.range)
+        // It is not empty and lies in the pages of a region, of the last of which there may be less
+        // in the guest.
+        let end = range.end.min(self.ram.range.size());
+        GuestRange::new(GuestAddress(start), end - range.start).unwrap_or(self.ram.range)
     }
 
     /// Whether its pages are to be allocated through the descriptor.

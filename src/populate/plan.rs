@@ -120,7 +120,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn whole(options: &RamOptions, size: u64) -> Part {
-        let region = GuestRegionShm::<()>::new(GuestAddress(0), size, options).unwrap();
+        let region = GuestRegionShm::<()>::new((GuestAddress(0), size), options).unwrap();
         Part::whole(region.ram().clone(), Populate::Prefault)
     }
 

@@ -28,7 +28,6 @@ mod log;
 mod log_exchange;
 mod logging;
 mod postcopy;
-mod process;
 mod socket;
 mod stopped;
 mod wire;
@@ -228,8 +227,9 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`ShareError::Table`]: [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty
-    /// table that only SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
+    /// [`ShareError::Table`]: [`TableError::Range`] for a region that is not whole pages;
+    /// [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty table that only
+    /// SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
     /// for the kernel. [`ShareError::LogNotShared`]; [`ShareError::Broken`]; and what a failed
     /// question leads to: [`ShareError::NoDeadline`], after which the share goes on as before, and
     /// [`ShareError::Daemon`], after which it is broken.
@@ -239,6 +239,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         if *table == self.held {
             return Ok(());
         }
+        table.check_pages().map_err(TableError::from)?;
         self.connection.check_table(table)?;
         match self.mem_slots {
             true => self.check_slots(table),

@@ -104,7 +104,7 @@ impl<B: Bitmap> GuestMemoryShm<B> {
             Ok(region)
         });
         Ok(MemoryTable {
-            regions: regions.collect::<Result<_, _>>()?,
+            regions: regions.collect::<Result<_, TableError>>()?,
         })
     }
 }
