@@ -14,9 +14,8 @@ use nix::unistd::{Whence, lseek64};
 
 use super::kind::BLOCK;
 use super::shm_backing::ShmBacking;
-use crate::host::base_page_size;
 use crate::host::descriptors::reopened;
-use crate::mapping::cached;
+use crate::host::{base_page_size, cached};
 use crate::range::RangeSet;
 
 /// Below so many pages of resolution, runs of allocated pages are measured, not stepped through: a

@@ -13,10 +13,10 @@ use super::seals::{self, Seals};
 use super::shm_backing::{Inner, ShmBacking};
 use super::{file, hugetlb, memfd, notes, posix_shm};
 use crate::host::memory::{Demand, Kind, MemoryLimits};
-use crate::host::{base_page_size, nodes};
+use crate::host::{NodeSet, base_page_size, nodes};
 use crate::logs;
 use crate::options::{
-    Backing, NodeSet, NumaPolicy, OnShortage, OptionsError, PageSize, RamOptions, Sealing,
+    Backing, NumaPolicy, OnShortage, OptionsError, PageSize, RamOptions, Sealing,
 };
 use crate::range::RangePart;
 use crate::report::{Note, log_notes};
