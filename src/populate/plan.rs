@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use super::part::Part;
 use crate::backing::FileIdentity;
-use crate::options::NodeSet;
+use crate::host::NodeSet;
 use crate::pool::Queue;
 
 /// The size of a chunk, in bytes: some milliseconds of work, which is how soon progress is seen
