@@ -6,7 +6,7 @@ use super::*;
 fn the_daemon_maps_our_files_and_bytes_pass_both_ways() {
     for backing in [Backing::Memfd, Backing::PosixShm] {
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(
+            .add_ram(
                 RamOptions::new().with_backing(backing),
                 [(GuestAddress(0), MIB), (GuestAddress(1 << 32), 2 * MIB)],
             )
