@@ -7,9 +7,10 @@ use nix::sys::statvfs::{Statvfs, fstatvfs};
 
 use super::error::Result;
 use super::{file, hugetlb};
+use crate::host::NodeSet;
 use crate::host::descriptors;
 use crate::host::memory::{Demand, Kind, MemoryLimits};
-use crate::options::{Backing, NodeSet, PageSize, Populate, RamOptions};
+use crate::options::{Backing, PageSize, Populate, RamOptions};
 use crate::report::Note;
 use crate::shortage::{ResourceLimit, Shortage};
 

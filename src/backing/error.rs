@@ -7,7 +7,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 
 use super::{BackingKind, FileError, Seals};
-use crate::options::{NodeSet, NumaPolicy, OptionsError};
+use crate::host::NodeSet;
+use crate::options::{NumaPolicy, OptionsError};
 use crate::range::InvalidRange;
 use crate::shortage::Shortage;
 use crate::units::HumanSize;

@@ -13,8 +13,8 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 
 use super::{BLOCK, ShmBacking, base_page_size};
+use crate::host::cached;
 use crate::host::descriptors::reopened;
-use crate::mapping::cached;
 use crate::range::RangeSet;
 
 /// Below so many pages of resolution, runs of allocated pages are measured, not stepped through: a

@@ -19,8 +19,9 @@ use super::file_error::FileError;
 use super::file_open::{Created, open_or_create};
 use super::file_system::FileSystem;
 use super::{BLOCK, BackingKind, Seals, check_file_size_limit, seals};
+use crate::host::NodeSet;
 use crate::host::memory::Kind;
-use crate::options::{Access, DiscardData, NodeSet, RamOptions};
+use crate::options::{Access, DiscardData, RamOptions};
 use crate::range::RangePart;
 use crate::shortage::Shortage;
 

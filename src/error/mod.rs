@@ -1,7 +1,5 @@
 //! The crate's one error type: each variant names the operation, the values and the way out.
 
-use std::io;
-
 use crate::range::InvalidRange;
 use crate::shortage::Shortage;
 
@@ -101,15 +99,6 @@ pub enum Error {
     /// Regions make no memory.
     #[error(transparent)]
     Memory(MemoryError),
-
-    /// The mock daemon, or a driver of the mock with any daemon, could not do its part.
-    #[error("cannot {doing}")]
-    Mock {
-        /// The step that failed.
-        doing: &'static str,
-        /// The system's answer.
-        source: io::Error,
-    },
 }
 
 impl Error {

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::GuestMemoryShm;
 use crate::backing::{
@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::error::{FileError, Result};
 use crate::options::{Access, Backing, OnShortage, RamOptions};
 use crate::populate::populate_new;
-use crate::range::{GuestRange, check_disjoint};
+use crate::range::{GuestRange, InvalidRange, check_disjoint};
 use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
 use crate::report::{BuildReport, log_notes};
 
@@ -69,7 +69,7 @@ enum Bitmaps<B> {
 #[derive(Debug)]
 struct Part {
     source: Source,
-    ranges: Vec<(GuestAddress, u64)>,
+    ranges: std::result::Result<Vec<GuestRange>, InvalidRange>,
 }
 
 #[derive(Debug)]
@@ -149,11 +149,11 @@ impl<B> GuestMemoryShmBuilder<B> {
     pub fn with_ram(
         mut self,
         options: RamOptions,
-        ranges: impl IntoIterator<Item = (GuestAddress, u64)>,
+        ranges: impl IntoIterator<Item: TryInto<GuestRange, Error: Into<InvalidRange>>>,
     ) -> Self {
         self.parts.push(Part {
             source: Source::Create(options),
-            ranges: ranges.into_iter().collect(),
+            ranges: ranges.into_iter().map(GuestRange::at).collect(),
         });
         self
     }
@@ -164,14 +164,14 @@ impl<B> GuestMemoryShmBuilder<B> {
         mut self,
         backing: &ShmBacking,
         offset: u64,
-        ranges: impl IntoIterator<Item = (GuestAddress, u64)>,
+        ranges: impl IntoIterator<Item: TryInto<GuestRange, Error: Into<InvalidRange>>>,
     ) -> Self {
         self.parts.push(Part {
             source: Source::Use {
                 backing: backing.clone(),
                 offset,
             },
-            ranges: ranges.into_iter().collect(),
+            ranges: ranges.into_iter().map(GuestRange::at).collect(),
         });
         self
     }
@@ -297,16 +297,13 @@ impl Part {
             Source::Create(options) => (page_size_of(options)?, start_of(options)),
             Source::Use { backing, offset } => (backing.page_size(), *offset),
         };
-        if self.ranges.is_empty() {
+        let ranges = self.ranges.clone()?;
+        if ranges.is_empty() {
             return Err(MemoryError::NoRanges.into());
         }
-        let mut ranges = Vec::with_capacity(self.ranges.len());
-        for (addr, size) in &self.ranges {
-            let range = GuestRange::new(*addr, *size)?;
-            if sizes == Sizes::Pages {
-                range.check_aligned(page_size)?;
-            }
-            ranges.push(range);
+        if sizes == Sizes::Pages {
+            let mut ranges = ranges.iter();
+            ranges.try_for_each(|range| range.check_aligned(page_size))?;
         }
         let (offsets, end) = pack(start, page_size, &ranges)?;
         let len = end - start;
@@ -385,6 +382,8 @@ fn add(sums: &mut Vec<(u64, u64)>, page_size: u64, pages: u64) {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddress;
+
     use super::*;
 
     fn ranges(all: [(u64, u64); 2]) -> [GuestRange; 2] {

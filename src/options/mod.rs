@@ -12,7 +12,7 @@ pub use error::OptionsError;
 pub use kinds::{
     Access, Backing, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate, Reserve, Sealing,
 };
-pub use numa::{NodeSet, NumaPolicy};
+pub use numa::NumaPolicy;
 
 /// The options of one backing of guest RAM.
 ///

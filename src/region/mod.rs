@@ -20,7 +20,7 @@ use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::options::{Access, RamOptions};
 use crate::populate::populate_new;
 use crate::ram::Ram;
-use crate::range::{GuestRange, Placed};
+use crate::range::{GuestRange, InvalidRange, Placed};
 use crate::report::{BuildReport, log_notes};
 
 mod error;
@@ -44,7 +44,7 @@ pub use error::MemoryError;
 ///
 /// // Hotplug: immutable memory plus a region is a new memory.
 /// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-/// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
+/// let region = GuestRegionShm::new((GuestAddress(4 << 30), 1 << 20), &RamOptions::new())?;
 /// let larger = memory.insert_region(Arc::new(region))?;
 /// larger.write_obj(42u32, GuestAddress(4 << 30)).expect("there is RAM now");
 /// assert!(memory.write_obj(42u32, GuestAddress(4 << 30)).is_err());
@@ -68,7 +68,7 @@ struct Shared<B> {
 }
 
 impl<B: NewBitmap> GuestRegionShm<B> {
-    /// A region of `size` bytes at `start`, with a new backing of its own, populated as the
+    /// A region with a new backing of its own, populated as the
     /// options say.
     ///
     /// # Errors
@@ -76,11 +76,14 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     /// [`Error::Range`](crate::Error::Range) for a bad place, and those of
     /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing), and
     /// [`Error::Populate`](crate::Error::Populate).
-    pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {
-        Self::new_with_bitmap(start, size, options, new_bitmap)
+    pub fn new(
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+        options: &RamOptions,
+    ) -> Result<Self> {
+        Self::new_with_bitmap(range, options, new_bitmap)
     }
 
-    /// A region of `size` bytes at `start`, on the part of `backing` at `offset`.
+    /// A region on the part of `backing` at `offset`.
     ///
     /// # Errors
     ///
@@ -94,10 +97,9 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     pub fn from_backing(
         backing: &ShmBacking,
         offset: u64,
-        start: GuestAddress,
-        size: u64,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
     ) -> Result<Self> {
-        Self::from_backing_with_bitmap(backing, offset, start, size, new_bitmap)
+        Self::from_backing_with_bitmap(backing, offset, range, new_bitmap)
     }
 }
 
@@ -121,8 +123,7 @@ impl<B> GuestRegionShm<B> {
     /// let page = NonZeroUsize::new(4096).expect("a page has a size");
     /// let track = true;
     /// let region = GuestRegionShm::<Option<AtomicBitmap>>::new_with_bitmap(
-    ///     GuestAddress(4 << 30),
-    ///     1 << 20,
+    ///     (GuestAddress(4 << 30), 1 << 20),
     ///     &RamOptions::new(),
     ///     |range| track.then(|| AtomicBitmap::new(range.size() as usize, page)),
     /// )?;
@@ -139,19 +140,18 @@ impl<B> GuestRegionShm<B> {
     ///
     /// If `bitmap` does, which is called before anything is created.
     pub fn new_with_bitmap(
-        start: GuestAddress,
-        size: u64,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
         options: &RamOptions,
         bitmap: impl FnOnce(GuestRange) -> B,
     ) -> Result<Self> {
-        let range = GuestRange::new(start, size)?;
+        let range = GuestRange::at(range)?;
         range.check_aligned(page_size_of(options)?)?;
         if options.access() == Access::ReadOnly {
             return Err(FileError::ReadOnlyRam.into());
         }
         let bitmap = bitmap(range);
-        log_notes("RAM", &memory_notes(&[(options, size)]));
-        let backing = ShmBacking::create_provisional(options, size)?;
+        log_notes("RAM", &memory_notes(&[(options, range.size())]));
+        let backing = ShmBacking::create_provisional(options, range.size())?;
         let region = Self::place(&backing, backing.start(), range, bitmap)?;
         populate_new([(region.ram().clone(), options)])?;
         backing.keep();
@@ -170,8 +170,7 @@ impl<B> GuestRegionShm<B> {
     /// let untracked = GuestRegionShm::<Option<AtomicBitmap>>::from_backing_with_bitmap(
     ///     &backing,
     ///     0,
-    ///     GuestAddress(0),
-    ///     1 << 20,
+    ///     (GuestAddress(0), 1 << 20),
     ///     |_| None,
     /// )?;
     /// assert!(untracked.dirty_bitmap().is_none());
@@ -188,11 +187,10 @@ impl<B> GuestRegionShm<B> {
     pub fn from_backing_with_bitmap(
         backing: &ShmBacking,
         offset: u64,
-        start: GuestAddress,
-        size: u64,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
         bitmap: impl FnOnce(GuestRange) -> B,
     ) -> Result<Self> {
-        let range = GuestRange::new(start, size)?;
+        let range = GuestRange::at(range)?;
         range.check_aligned(backing.page_size())?;
         Self::place(backing, offset, range, bitmap(range))
     }

@@ -57,7 +57,7 @@ fn a_region_of_huge_pages_is_mapped_with_them() {
             assert!(has_vm_flag(&smaps, "ht") && has_vm_flag(&smaps, "dd"));
         }
         // The control: other memory has base pages.
-        let base = GuestRegionShm::<()>::new(GuestAddress(0), HUGE, &RamOptions::new()).unwrap();
+        let base = GuestRegionShm::<()>::new((GuestAddress(0), HUGE), &RamOptions::new()).unwrap();
         assert_eq!(
             smaps_value(&smaps_at(base.as_ptr()), "KernelPageSize"),
             "4 kB"
@@ -76,7 +76,7 @@ fn huge_pages_are_promised_at_mapping_taken_at_touch_and_given_back_at_drop() {
         let (free, reserved) = (pool.free(), pool.reserved());
         let state = |pool: &HugePool| (free - pool.free(), pool.reserved() - reserved);
         leaves_nothing(|| {
-            let region = GuestRegionShm::<()>::new(GuestAddress(0), 4 * HUGE, &huge()).unwrap();
+            let region = GuestRegionShm::<()>::new((GuestAddress(0), 4 * HUGE), &huge()).unwrap();
             assert_eq!(state(&pool), (0, 4));
             assert_eq!(region.backing().allocated().unwrap(), 0);
             region.write_obj(1u8, MemoryRegionAddress(HUGE)).unwrap();
@@ -97,7 +97,7 @@ fn an_access_that_runs_off_huge_pages_faults() {
         let Some(pool) = HugePool::with_available(HUGE, 1) else {
             return;
         };
-        let region = GuestRegionShm::<()>::new(GuestAddress(0), HUGE, &huge()).unwrap();
+        let region = GuestRegionShm::<()>::new((GuestAddress(0), HUGE), &huge()).unwrap();
         let (first, last) = (
             region.as_ptr(),
             region.as_ptr().wrapping_add(HUGE as usize - 1),
@@ -129,7 +129,7 @@ fn a_memfd_of_huge_pages_is_sealed_and_can_be_adopted() {
         assert_eq!(ours.kind(), BackingKind::AdoptedHugetlb);
         assert_eq!((ours.size(), ours.page_size()), (2 * HUGE, HUGE));
         let place =
-            |backing| GuestRegionShm::<()>::from_backing(backing, HUGE, GuestAddress(0), HUGE);
+            |backing| GuestRegionShm::<()>::from_backing(backing, HUGE, (GuestAddress(0), HUGE));
         let (one, other) = (place(&theirs).unwrap(), place(&ours).unwrap());
         one.write_obj(0xabcd_u16, MemoryRegionAddress(7)).unwrap();
         assert_eq!(
@@ -154,7 +154,7 @@ fn the_default_huge_page_size_is_that_of_the_system() {
             return;
         };
         let options = RamOptions::new().with_page_size(PageSize::Huge(None));
-        let region = GuestRegionShm::<()>::new(GuestAddress(0), size, &options).unwrap();
+        let region = GuestRegionShm::<()>::new((GuestAddress(0), size), &options).unwrap();
         assert_eq!(region.backing().page_size(), size);
         drop(region);
         drop(pool);
@@ -174,7 +174,7 @@ fn a_region_of_a_1_gib_page_is_mapped_with_it() {
             return;
         };
         let options = RamOptions::new().with_page_size(PageSize::Huge(Some(GIANT)));
-        let region = GuestRegionShm::<()>::new(GuestAddress(GIANT), GIANT, &options).unwrap();
+        let region = GuestRegionShm::<()>::new((GuestAddress(GIANT), GIANT), &options).unwrap();
         let smaps = smaps_at(region.as_ptr());
         assert_eq!(smaps_value(&smaps, "KernelPageSize"), "1048576 kB");
         assert_eq!(addr(&region) % GIANT, 0);

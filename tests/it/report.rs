@@ -96,7 +96,7 @@ fn ram_larger_than_the_machine_is_reported_and_built() {
 #[test]
 fn a_region_and_a_backing_report_as_building_does() {
     let options = RamOptions::new().with_merge(Merge::On);
-    let region = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &options).unwrap();
+    let region = GuestRegionShm::<()>::new((GuestAddress(0), MIB), &options).unwrap();
     assert_eq!(properties(&region.report()), ["merge"]);
     let backing = ShmBacking::create(&options, MIB).unwrap();
     assert!(matches!(backing.notes(), [Note::Merge]));

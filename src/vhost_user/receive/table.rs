@@ -253,8 +253,7 @@ impl<B> ReceivedTable<B> {
             let placed = GuestRegionShm::from_backing_with_bitmap(
                 backing,
                 region.mmap_offset,
-                guest_addr,
-                size,
+                (guest_addr, size),
                 &*self.bitmap,
             );
             memory.push(Arc::new(placed.map_err(|error| at(index, error))?));

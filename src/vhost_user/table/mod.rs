@@ -236,7 +236,7 @@ mod tests {
         let mut new = keep;
         for start in [9, 1, 6] {
             let region =
-                GuestRegionShm::new(GuestAddress(start * MIB), MIB, &RamOptions::new()).unwrap();
+                GuestRegionShm::new((GuestAddress(start * MIB), MIB), &RamOptions::new()).unwrap();
             new = new.insert_region(Arc::new(region)).unwrap();
         }
         let (old, new) = (old.memory_table(), new.memory_table());

@@ -165,7 +165,7 @@ fn map_rom(stage: &Stage) -> Outcome {
     let path = folder.path().join("rom");
     fs::write(&path, [7; 2 * PAGE as usize]).unwrap();
     let options = file_options(&path).with_access(Access::ReadOnly);
-    match stage.attacked(|| GuestRom::new(GuestAddress(0), 2 * PAGE, &options)) {
+    match stage.attacked(|| GuestRom::new((GuestAddress(0), 2 * PAGE), &options)) {
         Ok(rom) => {
             let mut byte = [0];
             rom.read(PAGE, &mut byte).unwrap();
@@ -205,7 +205,7 @@ fn adopt(stage: &Stage) -> Outcome {
 fn map_adopted(stage: &Stage) -> Outcome {
     let backing = ShmBacking::create(&RamOptions::new(), SIZE).unwrap();
     let start = GuestAddress(0);
-    let region = stage.attacked(|| GuestRegionShm::<()>::from_backing(&backing, 0, start, SIZE));
+    let region = stage.attacked(|| GuestRegionShm::<()>::from_backing(&backing, 0, (start, SIZE)));
     match region {
         Ok(region) => {
             works(&GuestMemoryShm::from_regions(vec![region]).unwrap());
@@ -261,7 +261,7 @@ fn discard(stage: &Stage, options: &RamOptions) -> Outcome {
     works(&memory);
     let (start, len) = (GuestAddress(4 * SIZE), SIZE);
     memory.write_obj(1_u64, start).unwrap();
-    let done = stage.attacked(|| memory.discard(start, len));
+    let done = stage.attacked(|| memory.discard((start, len)));
     let rest = 2 * SIZE - len;
     let outcome = match done {
         Ok(discarded) if discarded.kept() == 0 => {

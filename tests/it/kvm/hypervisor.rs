@@ -53,7 +53,7 @@ fn each_change_is_a_call_of_the_hypervisor() {
     assert_eq!(dirty, [(PLUG / PAGE + 1, 2)]);
     assert_eq!(fake.calls(), [(Log, 0), (Log, 1)]);
 
-    space.remove(GuestAddress(PLUG), MIB).told_all();
+    space.remove((GuestAddress(PLUG), MIB)).told_all();
     assert_eq!(fake.calls(), [(Remove, 1)]);
     drop(space);
     assert_eq!(fake.calls(), [(Remove, 0)]);

@@ -120,7 +120,7 @@ fn negotiate_also(stream: UnixStream, more: Features) -> (Frontend, BlkDevice) {
 fn regions(starts: &[u64]) -> Vec<Arc<GuestRegionShm>> {
     starts
         .iter()
-        .map(|start| GuestRegionShm::new(GuestAddress(start * MIB), MIB, &RamOptions::new()))
+        .map(|start| GuestRegionShm::new((GuestAddress(start * MIB), MIB), &RamOptions::new()))
         .map(|region| Arc::new(region.unwrap()))
         .collect()
 }

@@ -34,7 +34,7 @@ fn regions_that_are_plugged_while_postcopy_listens_are_acknowledged_at_once() {
         for start in [10, 20] {
             space.insert(regions(&[start]).remove(0)).told_all();
         }
-        space.remove(GuestAddress(2 * MIB), MIB).told_all();
+        space.remove((GuestAddress(2 * MIB), MIB)).told_all();
         let base = |start| (start, BASE + start * MIB);
         assert_eq!(told(&bases), [0, 2, 10, 20].map(base));
 

@@ -70,8 +70,7 @@ fn daemons_descriptor(memory: &GuestMemoryShm) -> File {
 fn a_daemon_cannot_truncate_a_memfd() {
     for (backing, sealed) in [(Backing::Memfd, true), (Backing::PosixShm, false)] {
         let region = GuestRegionShm::<()>::new(
-            GuestAddress(0),
-            MIB,
+            (GuestAddress(0), MIB),
             &RamOptions::new().with_backing(backing),
         );
         let memory = GuestMemoryShm::from_regions(vec![region.unwrap()]).unwrap();
