@@ -185,13 +185,13 @@ fn discards_are_refused_by_the_name_of_the_region() {
     let text = "the region 0x5ff0..=0x6ff4 (4.0 KiB (4101 bytes)) is not whole pages of 4 KiB, which \
                 memory tables, memory slots and discards need: make it of an address and a size \
                 that are multiples of that";
-    let discard = memory.discard(GuestAddress(0x5ff0), PAGE);
+    let discard = memory.discard((GuestAddress(0x5ff0), PAGE));
     assert_refused!(
         discard,
         DiscardError::Range(InvalidRange::PartialPages { .. }),
         text
     );
-    let noted = DiscardAccumulator::new().add(&memory, GuestAddress(0x5ff0), PAGE);
+    let noted = DiscardAccumulator::new().add(&memory, (GuestAddress(0x5ff0), PAGE));
     assert_refused!(
         noted,
         DiscardError::Range(InvalidRange::PartialPages { .. }),
@@ -202,9 +202,9 @@ fn discards_are_refused_by_the_name_of_the_region() {
     let ranges = [(GuestAddress(0), 100), (GuestAddress(PAGE), 4096)];
     let mixed = GuestMemoryShm::<()>::from_ranges(&ranges).unwrap();
     mixed.write_obj(1u8, GuestAddress(PAGE)).unwrap();
-    let discarded = mixed.discard(GuestAddress(PAGE), PAGE).unwrap();
+    let discarded = mixed.discard((GuestAddress(PAGE), PAGE)).unwrap();
     assert_eq!(discarded.freed, PAGE);
-    assert!(mixed.discard(GuestAddress(0), 100).is_err());
+    assert!(mixed.discard((GuestAddress(0), 100)).is_err());
 }
 
 #[test]
@@ -224,7 +224,7 @@ fn the_builder_and_regions_with_options_take_whole_pages_only() {
             }),
             text,
         );
-        let region = GuestRegionShm::<()>::new(GuestAddress(0), 300, &RamOptions::new());
+        let region = GuestRegionShm::<()>::new((GuestAddress(0), 300), &RamOptions::new());
         assert_refused!(region, Error::Range(InvalidRange::Unaligned { .. }), text);
     });
 }

@@ -215,7 +215,7 @@ fn a_part_of_a_huge_page_is_a_region_as_vm_memory_makes_them() {
         let part = GuestRange::new(GuestAddress(MIB + HUGE), 300).unwrap();
         assert_eq!(extents, [part]);
         // Whole base pages are no whole huge pages.
-        let refused = memory.discard(GuestAddress(MIB), HUGE).unwrap_err();
+        let refused = memory.discard((GuestAddress(MIB), HUGE)).unwrap_err();
         let DiscardError::Range(InvalidRange::PartialPages { page_size, .. }) = refused else {
             panic!("{refused:?}");
         };
