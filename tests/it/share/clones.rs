@@ -8,7 +8,6 @@ use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
 use super::*;
-use crate::support::chain;
 
 const LIMIT: Duration = Duration::from_millis(200);
 
@@ -105,7 +104,7 @@ fn a_reconnection_to_a_frontend_that_a_clone_waits_on_fails_in_time_and_leaves_t
         let again = space.reconnect(&id, frontend, device.protocol_features());
         (again.map(drop), id, space)
     });
-    let failed = chain(&again.unwrap_err());
+    let failed = support::chain(&again.unwrap_err());
     assert!(failed.contains("within 200ms"), "{failed}");
     assert!(space.listeners().unwrap()[0].stale().is_some());
     waits.join().unwrap();
