@@ -37,7 +37,7 @@ fn create(backing: &Backing, size: u64) -> Duration {
     let options = RamOptions::new().with_backing(backing.clone());
     let start = Instant::now();
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(options, [(GuestAddress(0), size)])
+        .add_ram(options, [(GuestAddress(0), size)])
         .build()
         .expect("lazy RAM needs no memory");
     let elapsed = start.elapsed();

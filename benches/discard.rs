@@ -30,7 +30,7 @@ fn main() {
     for (name, backing) in [("memfd", Backing::Memfd), ("POSIX shm", Backing::PosixShm)] {
         for (size, text, rounds) in [(size, "1 GiB", rounds), (PAGE, "4 KiB", rounds * 1000)] {
             let memory = GuestMemoryShm::<()>::builder()
-                .with_ram(
+                .add_ram(
                     RamOptions::new().with_backing(backing.clone()),
                     [(GuestAddress(0), size)],
                 )

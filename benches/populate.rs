@@ -72,7 +72,7 @@ fn main() -> Result<(), guest_memory_shm::Error> {
     let each = args.size / args.backings * MIB;
     let mut builder = GuestMemoryShm::<()>::builder();
     for at in 0..args.backings {
-        builder = builder.with_ram(options.clone(), [(GuestAddress(at * each), each)]);
+        builder = builder.add_ram(options.clone(), [(GuestAddress(at * each), each)]);
     }
     let start = Instant::now();
     let memory = builder.build()?;

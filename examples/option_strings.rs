@@ -49,7 +49,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // What reads well may still have no effect on this machine: building says so.
     let (memory, report) = GuestMemoryShm::<()>::builder()
-        .with_ram(options, [(GuestAddress(0), 1 << 30)])
+        .add_ram(options, [(GuestAddress(0), 1 << 30)])
         .build_with_report()?;
     println!("Built: {memory}\n{report}");
     Ok(())

@@ -10,7 +10,7 @@
 //!
 //! let pci_hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
 //! let memory = GuestMemoryShm::<()>::builder()
-//!     .with_ram(RamOptions::new(), ram_around_hole(4 << 30, pci_hole)?)
+//!     .add_ram(RamOptions::new(), ram_around_hole(4 << 30, pci_hole)?)
 //!     .build()?;
 //!
 //! memory.write_obj(0xcafe_u16, GuestAddress(4 << 30)).expect("there is RAM");

@@ -118,7 +118,7 @@ pub enum Reserve {
 /// use vm_memory::{GuestAddress, GuestMemoryBackend};
 ///
 /// let memory = GuestMemoryShm::<()>::builder()
-///     .with_ram(
+///     .add_ram(
 ///         RamOptions::new().with_populate(Populate::Allocate),
 ///         [(GuestAddress(0), 16 << 20)],
 ///     )

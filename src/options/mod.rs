@@ -29,7 +29,7 @@ pub use numa::NumaPolicy;
 ///     .with_populate(Populate::Prefault)
 ///     .with_core_dump(CoreDump::Include);
 /// let memory = GuestMemoryShm::<()>::builder()
-///     .with_ram(options, [(GuestAddress(0), 64 << 20)])
+///     .add_ram(options, [(GuestAddress(0), 64 << 20)])
 ///     .build()?;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```

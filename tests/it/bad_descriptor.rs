@@ -355,7 +355,7 @@ fn a_file_that_was_truncated_after_its_adoption_is_not_mapped() {
         let backing = adopt(file.try_clone().unwrap(), &AdoptPolicy::new()).unwrap();
         let build = || {
             GuestMemoryShm::<()>::builder()
-                .with_backing(&backing, 0, [(GuestAddress(0), MIB)])
+                .add_backing(&backing, 0, [(GuestAddress(0), MIB)])
                 .build()
         };
         ftruncate(&file, PAGE as i64).unwrap();

@@ -110,8 +110,8 @@ fn backings_that_only_together_exceed_the_pool_are_refused_before_any_is_created
         let before = (pool.free(), pool.reserved());
         let two = |first, second| {
             GuestMemoryShm::<()>::builder()
-                .with_ram(huge(HUGE), [(GuestAddress(0), first * HUGE)])
-                .with_ram(huge(HUGE), [(GuestAddress(1 << 40), second * HUGE)])
+                .add_ram(huge(HUGE), [(GuestAddress(0), first * HUGE)])
+                .add_ram(huge(HUGE), [(GuestAddress(1 << 40), second * HUGE)])
                 .build()
         };
         leaves_nothing(|| {

@@ -31,8 +31,8 @@ pub(crate) fn build(options: RamOptions, ranges: &[(u64, u64)]) -> Result<GuestM
         .map(|(addr, size)| (GuestAddress(*addr), *size))
         .collect();
     GuestMemoryShm::builder()
-        .with_ram(RamOptions::new(), [(GuestAddress(1 << 50), PAGE)])
-        .with_ram(options, ranges)
+        .add_ram(RamOptions::new(), [(GuestAddress(1 << 50), PAGE)])
+        .add_ram(options, ranges)
         .build()
 }
 
@@ -157,8 +157,8 @@ fn ranges_that_overlap_are_refused_on_one_backing_and_on_two() {
             text,
         );
         let two = GuestMemoryShm::<()>::builder()
-            .with_ram(kind(Backing::PosixShm), [(GuestAddress(PAGE), PAGE)])
-            .with_ram(RamOptions::new(), [(GuestAddress(0), 2 * PAGE)]);
+            .add_ram(kind(Backing::PosixShm), [(GuestAddress(PAGE), PAGE)])
+            .add_ram(RamOptions::new(), [(GuestAddress(0), 2 * PAGE)]);
         assert_refused!(
             two.build(),
             Error::Range(InvalidRange::Overlap { .. }),
@@ -309,7 +309,7 @@ fn a_region_that_its_backing_does_not_have_is_refused() {
             }),
             "offset 0x64 is not a multiple of the page size 4 KiB: the nearest is 0x0",
         );
-        let twice = GuestMemoryShm::<()>::builder().with_backing(
+        let twice = GuestMemoryShm::<()>::builder().add_backing(
             &backing,
             PAGE,
             [

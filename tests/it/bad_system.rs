@@ -31,7 +31,7 @@ fn create(kind: &Backing, size: u64) -> Result<ShmBacking, Error> {
 
 fn memory(kind: &Backing, size: u64) -> Result<GuestMemoryShm, Error> {
     GuestMemoryShm::builder()
-        .with_ram(
+        .add_ram(
             RamOptions::new().with_backing(kind.clone()),
             [(GuestAddress(0), size)],
         )
@@ -141,8 +141,8 @@ fn a_memory_of_which_only_the_last_region_cannot_be_mapped_leaves_nothing() {
         leaves_nothing(|| {
             // x86-64 has 128 TiB of address space for a process.
             let result = GuestMemoryShm::<()>::builder()
-                .with_ram(RamOptions::new(), [(GuestAddress(0), MIB)])
-                .with_ram(
+                .add_ram(RamOptions::new(), [(GuestAddress(0), MIB)])
+                .add_ram(
                     RamOptions::new(),
                     [
                         (GuestAddress(1 << 40), MIB),

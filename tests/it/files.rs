@@ -196,7 +196,7 @@ fn ram_starts_at_the_offset_for_every_mapper_and_in_the_memory_table() {
                 .zip(sizes.iter().copied())
                 .collect();
             let memory = GuestMemoryShm::<()>::builder()
-                .with_ram(file_options(&path).with_offset(offset), ranges.clone())
+                .add_ram(file_options(&path).with_offset(offset), ranges.clone())
                 .build()
                 .unwrap();
             let total: u64 = sizes.iter().sum();

@@ -113,8 +113,8 @@ fn a_short_pool_is_told_before_a_file_is_created() {
                     RamOptions::new().with_page_size(guest_memory_shm::PageSize::Huge(Some(HUGE)));
                 let both = |pages| {
                     GuestMemoryShm::<()>::builder()
-                        .with_ram(file_options(dir), [(GuestAddress(0), 2 * HUGE)])
-                        .with_ram(memfd.clone(), [(GuestAddress(1 << 40), pages * HUGE)])
+                        .add_ram(file_options(dir), [(GuestAddress(0), 2 * HUGE)])
+                        .add_ram(memfd.clone(), [(GuestAddress(1 << 40), pages * HUGE)])
                         .build()
                 };
                 assert_eq!(huge_pages_short(&both(2).unwrap_err()), Some((4, 3)));

@@ -150,15 +150,15 @@ fn a_rom_is_no_part_of_a_memory() {
                     text
                 );
                 let built = GuestMemoryShm::<()>::builder()
-                    .with_backing(source, 0, [(START, PAGE)])
+                    .add_backing(source, 0, [(START, PAGE)])
                     .build();
                 assert_refused!(built, Error::File(FileError::ReadOnlyRam), text);
             }
             // Refused before the first is created.
             let other = path.with_file_name("other");
             let built = GuestMemoryShm::<()>::builder()
-                .with_ram(file_options(&other), [(GuestAddress(0), MIB)])
-                .with_ram(options.clone(), [(START, PAGE)])
+                .add_ram(file_options(&other), [(GuestAddress(0), MIB)])
+                .add_ram(options.clone(), [(START, PAGE)])
                 .build();
             assert_refused!(built, Error::File(FileError::ReadOnlyRam), text);
             assert!(!other.exists());

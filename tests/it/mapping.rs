@@ -161,7 +161,7 @@ fn the_ranges_of_one_backing_lie_behind_each_other_in_one_file() {
     ];
     for kind in KINDS {
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(options(kind), ranges)
+            .add_ram(options(kind), ranges)
             .build()
             .unwrap();
         let at = |addr| memory.find_region(GuestAddress(addr)).unwrap();
@@ -213,7 +213,7 @@ fn host_addresses_suit_huge_pages() {
     let odd = odd.map(|place| place.try_into().unwrap());
     for ranges in [ram, odd.to_vec()] {
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(RamOptions::new(), ranges)
+            .add_ram(RamOptions::new(), ranges)
             .build()
             .unwrap();
         for region in memory.iter() {
@@ -233,7 +233,7 @@ fn ram_around_a_hole_on_a_large_boundary_is_congruent_with_the_guest() {
     // The premise of the test above is met where it matters.
     let hole = GuestRange::new(GuestAddress(3 * GIB), GIB).unwrap();
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(RamOptions::new(), ram_around_hole(8 * GIB, hole).unwrap())
+        .add_ram(RamOptions::new(), ram_around_hole(8 * GIB, hole).unwrap())
         .build()
         .unwrap();
     let congruent = |region: &&GuestRegionShm| region.start_addr().0 % GIB == host(region) % GIB;
@@ -246,11 +246,11 @@ fn dropping_a_memory_unmaps_and_closes_all_of_it() {
         for kind in KINDS {
             let spans = leaves_nothing(|| {
                 let memory = GuestMemoryShm::<()>::builder()
-                    .with_ram(
+                    .add_ram(
                         options(kind.clone()),
                         [(GuestAddress(0), MIB), (GuestAddress(GIB), PAGE)],
                     )
-                    .with_ram(options(kind), [(GuestAddress(2 * GIB), 4 * MIB)])
+                    .add_ram(options(kind), [(GuestAddress(2 * GIB), 4 * MIB)])
                     .build()
                     .unwrap();
                 memory.write_obj(1u8, GuestAddress(GIB)).unwrap();

@@ -20,7 +20,7 @@ fn nodes(nodes: &[u32]) -> NodeSet {
 
 fn memory(options: RamOptions) -> Result<GuestMemoryShm, Error> {
     GuestMemoryShm::builder()
-        .with_ram(options, [(GuestAddress(0), 4 * MIB)])
+        .add_ram(options, [(GuestAddress(0), 4 * MIB)])
         .build()
 }
 
@@ -130,7 +130,7 @@ fn a_policy_where_there_is_one_node_is_reported_to_have_no_effect() {
     let one = fs::read_to_string("/sys/devices/system/node/has_memory").unwrap();
     let policy = NumaPolicy::Bind(nodes(&[0]));
     let (_, report) = GuestMemoryShm::<()>::builder()
-        .with_ram(
+        .add_ram(
             RamOptions::new().with_name("low").with_numa(policy),
             [(GuestAddress(0), MIB)],
         )

@@ -328,7 +328,7 @@ fn a_backing_that_was_truncated_is_named_and_not_made_longer_again() {
         let fd = file.try_clone().unwrap().into();
         let backing = ShmBacking::adopt(fd, &AdoptPolicy::new()).unwrap();
         let memory = GuestMemoryShm::<()>::builder()
-            .with_backing(&backing, 0, [(GuestAddress(0), 16 * MIB)])
+            .add_backing(&backing, 0, [(GuestAddress(0), 16 * MIB)])
             .build()
             .unwrap();
         file.set_len(MIB).unwrap();

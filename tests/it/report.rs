@@ -12,7 +12,7 @@ const MIB: u64 = 1 << 20;
 
 fn report(options: RamOptions, size: u64) -> BuildReport {
     let builder = GuestMemoryShm::<()>::builder();
-    let builder = builder.with_ram(options, [(GuestAddress(0), size)]);
+    let builder = builder.add_ram(options, [(GuestAddress(0), size)]);
     builder.build_with_report().unwrap().1
 }
 

@@ -90,7 +90,7 @@ fn ram_is_allocated_without_any_advice_and_what_is_not_advised_is_reported() {
                 .with_populate(Populate::Allocate);
             let built = forbidden(&[MADVISE], errno, || {
                 GuestMemoryShm::<()>::builder()
-                    .with_ram(options, [(GuestAddress(0), SIZE)])
+                    .add_ram(options, [(GuestAddress(0), SIZE)])
                     .build_with_report()
             });
             let (memory, report) = built.unwrap();
@@ -207,7 +207,7 @@ fn a_system_that_is_out_of_files_is_not_told_to_raise_the_limit_of_the_process()
     ] {
         let build = || {
             GuestMemoryShm::<()>::builder()
-                .with_ram(options.clone(), [(GuestAddress(0), 1 << 30)])
+                .add_ram(options.clone(), [(GuestAddress(0), 1 << 30)])
                 .build()
                 .unwrap_err()
         };

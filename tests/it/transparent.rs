@@ -26,7 +26,7 @@ fn options(backing: Backing) -> RamOptions {
 }
 
 fn build(options: RamOptions) -> (GuestMemoryShm, BuildReport) {
-    let builder = GuestMemoryShm::builder().with_ram(options, RANGES);
+    let builder = GuestMemoryShm::builder().add_ram(options, RANGES);
     builder.build_with_report().unwrap()
 }
 
@@ -174,7 +174,7 @@ fn an_uneven_part_is_reported_and_the_rest_is_huge() {
         }
         mount_tmpfs("/dev/shm", MsFlags::empty(), "size=64m,huge=advise");
         let ranges = [(GuestAddress(0), 5 * MIB)];
-        let builder = GuestMemoryShm::builder().with_ram(options(Backing::PosixShm), ranges);
+        let builder = GuestMemoryShm::builder().add_ram(options(Backing::PosixShm), ranges);
         let (memory, report) = builder.build_with_report().unwrap();
         touch(&memory);
         let region = memory.iter().next().unwrap();
