@@ -44,7 +44,7 @@ const CHUNK: u64 = 2 << 20;
 /// use vm_memory::GuestAddress;
 ///
 /// let memory = GuestMemoryShm::<()>::builder()
-///     .with_ram(
+///     .add_ram(
 ///         RamOptions::new().with_page_size(PageSize::Transparent),
 ///         [(GuestAddress(0), 64 << 20)],
 ///     )

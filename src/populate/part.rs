@@ -130,7 +130,7 @@ fn kind(backing: &ShmBacking, allowed: NodeSet) -> Option<Kind> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::options::{Backing, PageSize, RamOptions};
+    use crate::options::{BackingSource, PageSize, RamOptions};
 
     #[test]
     fn pages_that_the_kernel_can_drop_are_no_need() {
@@ -149,7 +149,7 @@ mod tests {
         assert_eq!(of(&bound, set(&[0, 1])), Some(Kind::Base(set(&[0]))));
         let spread = plain.clone().with_numa(NumaPolicy::Interleave(set(&[0])));
         assert_eq!(of(&spread, anywhere), Some(Kind::Base(anywhere)));
-        let file = |dir: &str| plain.clone().with_backing(Backing::File(dir.into()));
+        let file = |dir: &str| plain.clone().with_backing(BackingSource::File(dir.into()));
         assert_eq!(of(&file("/dev/shm"), anywhere), Some(Kind::Base(anywhere)));
         let disk = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         assert_eq!(of(&file(disk.path().to_str().unwrap()), anywhere), None);

@@ -271,7 +271,7 @@ impl RangePart {
 /// below the hole, and the rest right after it.
 ///
 /// That is how PC-like machines leave room for PCI below 4 GiB. All ranges can come from one
-/// backing (see [`GuestMemoryShmBuilder::with_ram`](crate::GuestMemoryShmBuilder::with_ram)).
+/// backing (see [`GuestMemoryShmBuilder::add_ram`](crate::GuestMemoryShmBuilder::add_ram)).
 ///
 /// ```
 /// use guest_memory_shm::{GuestRange, ram_around_hole};

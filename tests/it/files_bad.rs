@@ -32,8 +32,8 @@ pub(crate) fn region(options: &RamOptions, size: u64) -> Result<GuestRegionShm, 
 
 pub(crate) fn memory(options: &RamOptions, size: u64) -> Result<GuestMemoryShm, Error> {
     GuestMemoryShm::builder()
-        .with_ram(RamOptions::new(), [(GuestAddress(1 << 60), PAGE)])
-        .with_ram(options.clone(), [(GuestAddress(0), size)])
+        .add_ram(RamOptions::new(), [(GuestAddress(1 << 60), PAGE)])
+        .add_ram(options.clone(), [(GuestAddress(0), size)])
         .build()
 }
 
