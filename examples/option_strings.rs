@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use guest_memory_shm::{
-    Backing, GuestMemoryShm, NodeSet, NumaPolicy, PageSize, Populate, RamOptions, Sealing,
+    BackingSource, GuestMemoryShm, NodeSet, NumaPolicy, PageSize, Populate, RamOptions, Sealing,
 };
 use vm_memory::GuestAddress;
 
@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let options = RamOptions::new()
         .with_name("fast")
         .with_size(1 << 30)
-        .with_backing(Backing::Memfd)
+        .with_backing(BackingSource::Memfd)
         .with_sealing(Sealing::Sealed)
         .with_page_size(PageSize::Transparent)
         .with_populate(Populate::Lazy)

@@ -204,8 +204,8 @@ pub use kvm::{
 pub use listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{
-    Access, Backing, CoreDump, DiscardData, Merge, NumaPolicy, OnShortage, PageSize, Populate,
-    RamOptions, Reserve, Sealing,
+    Access, BackingSource, CoreDump, DiscardData, Merge, NumaPolicy, OnShortage, PageSize,
+    Populate, RamOptions, Reserve, Sealing,
 };
 pub use pool::{CancelToken, Progress};
 pub use populate::{OnFailure, PopulateHandle, PopulateOptions, Populated};

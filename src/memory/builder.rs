@@ -22,7 +22,7 @@ const ALL: &str = "all RAM";
 /// Builds a [`GuestMemoryShm`] of several backings, each of which can carry several ranges.
 ///
 /// ```
-/// use guest_memory_shm::{Backing, GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
+/// use guest_memory_shm::{BackingSource, GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
 /// use vm_memory::GuestAddress;
 ///
 /// let hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
@@ -31,7 +31,7 @@ const ALL: &str = "all RAM";
 ///     .add_ram(RamOptions::new(), ram_around_hole(4 << 30, hole)?)
 ///     // Another one, which can be truncated by whoever holds it, is for a trusted daemon.
 ///     .add_ram(
-///         RamOptions::new().with_backing(Backing::PosixShm),
+///         RamOptions::new().with_backing(BackingSource::PosixShm),
 ///         [(GuestAddress(1 << 40), 16 << 20)],
 ///     )
 ///     .build()?;

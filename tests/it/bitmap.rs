@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use guest_memory_shm::{
-    AddressSpace, Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange,
+    AddressSpace, BackingSource, Error, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange,
     RamOptions, RangePart, ShmBacking,
 };
 use vm_memory::bitmap::AtomicBitmap;
@@ -128,9 +128,9 @@ fn a_function_that_panics_leaves_nothing() {
         catch_unwind(|| panic!("the first")).unwrap_err();
         let names = || std::fs::read_dir("/dev/shm").unwrap().count();
         for backing in [
-            Backing::Memfd,
-            Backing::PosixShm,
-            Backing::File(file.clone()),
+            BackingSource::Memfd,
+            BackingSource::PosixShm,
+            BackingSource::File(file.clone()),
         ] {
             let options = RamOptions::new().with_backing(backing);
             let before = names();

@@ -9,8 +9,8 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
 use guest_memory_shm::{
-    AdoptPolicy, Backing, DiscardError, Discarded, GuestMemoryShm, InvalidRange, RamOptions, Seals,
-    ShmBacking,
+    AdoptPolicy, BackingSource, DiscardError, Discarded, GuestMemoryShm, InvalidRange, RamOptions,
+    Seals, ShmBacking,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -65,7 +65,7 @@ fn discard_frees_pages_and_every_process_reads_zero() {
         for (options, seals) in [
             (RamOptions::new(), Seals::RESIZE | Seals::SEAL),
             (
-                RamOptions::new().with_backing(Backing::PosixShm),
+                RamOptions::new().with_backing(BackingSource::PosixShm),
                 Seals::empty(),
             ),
         ] {
@@ -156,7 +156,7 @@ fn three_regions() -> GuestMemoryShm {
             [(GuestAddress(SIZE), SIZE), (GuestAddress(0), SIZE)],
         )
         .add_ram(
-            RamOptions::new().with_backing(Backing::PosixShm),
+            RamOptions::new().with_backing(BackingSource::PosixShm),
             [(GuestAddress(2 * SIZE), SIZE)],
         )
         .build()

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use guest_memory_shm::{
-    Backing, BackingKind, Error, FileError, GuestMemoryShm, GuestRegionShm, InvalidRange,
+    BackingKind, BackingSource, Error, FileError, GuestMemoryShm, GuestRegionShm, InvalidRange,
     RamOptions, RangePart, Reserve, ShmBacking,
 };
 use nix::mount::{MsFlags, mount, umount};
@@ -256,7 +256,7 @@ fn without_a_reservation_no_pool_is_asked_before_the_file_is_created() {
             let options = file_options(dir).with_reserve(Reserve::Off);
             let backing = ShmBacking::create(&options, 8 * HUGE).unwrap();
             assert_eq!(backing.size(), 8 * HUGE);
-            assert!(matches!(options.backing(), Backing::File(_)));
+            assert!(matches!(options.backing(), BackingSource::File(_)));
         });
     });
 }

@@ -223,7 +223,7 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
             assert_refused!(
                 GuestRom::new((START, PAGE), &options),
                 Error::File(FileError::WritableRom),
-                "a ROM is made of a file that is opened for reading only: use Backing::File and \
+                "a ROM is made of a file that is opened for reading only: use BackingSource::File and \
                  Access::ReadOnly (mem-path=..., readonly=on, rom=on)",
             );
         }

@@ -2,7 +2,9 @@
 
 use std::fs;
 
-use guest_memory_shm::{Backing, Error, GuestMemoryShm, PageSize, Populate, RamOptions, Reserve};
+use guest_memory_shm::{
+    BackingSource, Error, GuestMemoryShm, PageSize, Populate, RamOptions, Reserve,
+};
 use nix::mount::{MsFlags, umount};
 use nix::sys::signal::Signal;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -24,7 +26,7 @@ fn build(options: &RamOptions, size: u64) -> Result<GuestMemoryShm, Error> {
 
 fn shm(populate: Populate) -> RamOptions {
     RamOptions::new()
-        .with_backing(Backing::PosixShm)
+        .with_backing(BackingSource::PosixShm)
         .with_populate(populate)
 }
 

@@ -3,7 +3,7 @@
 use std::fs;
 
 use guest_memory_shm::{
-    Backing, BackingError, Error, GuestMemoryShm, GuestRegionShm, NodeSet, Note, NumaPolicy,
+    BackingError, BackingSource, Error, GuestMemoryShm, GuestRegionShm, NodeSet, Note, NumaPolicy,
     RamOptions,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -58,7 +58,7 @@ fn the_kernel_knows_the_policy_of_each_mapping() {
             &["prefer (many):0", "prefer:0"],
         ),
     ] {
-        for backing in [Backing::Memfd, Backing::PosixShm] {
+        for backing in [BackingSource::Memfd, BackingSource::PosixShm] {
             let options = RamOptions::new().with_backing(backing).with_numa(policy);
             let memory = memory(options).unwrap();
             memory.write_obj(1u8, GuestAddress(0)).unwrap();

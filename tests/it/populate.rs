@@ -4,8 +4,8 @@ use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
 use guest_memory_shm::{
-    Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, NodeSet, NumaPolicy, PageSize,
-    Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit, ShmBacking,
+    BackingSource, Error, GuestMemoryShm, GuestRange, GuestRegionShm, NodeSet, NumaPolicy,
+    PageSize, Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit, ShmBacking,
 };
 use nix::sys::resource::{UsageWho, getrusage};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -15,7 +15,7 @@ use crate::proc::leaves_nothing_but_heaps;
 
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const HUGE: u64 = 2 * MIB;
-const KINDS: [Backing; 2] = [Backing::Memfd, Backing::PosixShm];
+const KINDS: [BackingSource; 2] = [BackingSource::Memfd, BackingSource::PosixShm];
 
 pub(crate) fn memory(options: RamOptions, size: u64) -> GuestMemoryShm {
     GuestMemoryShm::builder()
@@ -344,7 +344,7 @@ fn the_file_of_populated_ram_that_is_refused_is_removed_again() {
     let built = GuestMemoryShm::<()>::builder()
         .add_ram(
             RamOptions::new()
-                .with_backing(Backing::File(path.clone()))
+                .with_backing(BackingSource::File(path.clone()))
                 .with_populate(Populate::Prefault),
             [(GuestAddress(0), MIB)],
         )

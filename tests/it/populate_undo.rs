@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 
 use guest_memory_shm::{
-    AdoptPolicy, Backing, CancelToken, Error, GuestMemoryShm, OnFailure, PageSize, Populate,
+    AdoptPolicy, BackingSource, CancelToken, Error, GuestMemoryShm, OnFailure, PageSize, Populate,
     PopulateError, PopulateOptions, RamOptions, Reserve, ShmBacking,
 };
 use nix::mount::MsFlags;
@@ -215,7 +215,7 @@ fn a_panic_of_the_callback_gives_the_pages_back_as_an_error_does() {
 /// Lazy RAM on POSIX shm, however small /dev/shm is.
 fn unreserved(size: u64) -> GuestMemoryShm {
     let options = RamOptions::new()
-        .with_backing(Backing::PosixShm)
+        .with_backing(BackingSource::PosixShm)
         .with_reserve(Reserve::Off);
     memory(options, size)
 }

@@ -7,8 +7,8 @@
 use std::ptr::NonNull;
 
 use guest_memory_shm::{
-    Backing, BackingKind, GuestMemoryShm, GuestRegionShm, Merge, Note, PageSize, RamOptions, Seals,
-    ShmBacking,
+    BackingKind, BackingSource, GuestMemoryShm, GuestRegionShm, Merge, Note, PageSize, RamOptions,
+    Seals, ShmBacking,
 };
 use nix::fcntl::posix_fallocate;
 use nix::sys::mman::mlock;
@@ -52,7 +52,7 @@ fn regions_are_described_as_they_are() {
             [(GuestAddress(0), MIB)],
         )
         .add_ram(
-            RamOptions::new().with_backing(Backing::PosixShm),
+            RamOptions::new().with_backing(BackingSource::PosixShm),
             [(GuestAddress(4 * MIB), 2 * MIB)],
         )
         .build()

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{Seek, SeekFrom};
 
-use guest_memory_shm::{AdoptPolicy, Backing, GuestMemoryShm, RamOptions, ShmBacking};
+use guest_memory_shm::{AdoptPolicy, BackingSource, GuestMemoryShm, RamOptions, ShmBacking};
 use nix::fcntl::{FallocateFlags, fallocate, posix_fallocate};
 use proptest::prelude::*;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -20,7 +20,7 @@ fn memory() -> GuestMemoryShm {
     GuestMemoryShm::<()>::builder()
         .add_ram(RamOptions::new(), ranges[..2].to_vec())
         .add_ram(
-            RamOptions::new().with_backing(Backing::PosixShm),
+            RamOptions::new().with_backing(BackingSource::PosixShm),
             ranges[2..].to_vec(),
         )
         .build()
@@ -187,7 +187,7 @@ fn a_part_of_a_larger_file_is_told_from_the_rest() {
     posix_fallocate(&file, 0, MIB as i64).unwrap();
     posix_fallocate(&file, 2 * MIB as i64, 2 * MIB as i64).unwrap();
     let options = RamOptions::new()
-        .with_backing(Backing::File(path))
+        .with_backing(BackingSource::File(path))
         .with_offset(MIB);
     let memory = GuestMemoryShm::<()>::builder()
         .add_ram(options, [(GuestAddress(0), MIB)])

@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn the_daemon_maps_our_files_and_bytes_pass_both_ways() {
-    for backing in [Backing::Memfd, Backing::PosixShm] {
+    for backing in [BackingSource::Memfd, BackingSource::PosixShm] {
         let memory = GuestMemoryShm::<()>::builder()
             .add_ram(
                 RamOptions::new().with_backing(backing),
@@ -68,7 +68,10 @@ fn daemons_descriptor(memory: &GuestMemoryShm) -> File {
 
 #[test]
 fn a_daemon_cannot_truncate_a_memfd() {
-    for (backing, sealed) in [(Backing::Memfd, true), (Backing::PosixShm, false)] {
+    for (backing, sealed) in [
+        (BackingSource::Memfd, true),
+        (BackingSource::PosixShm, false),
+    ] {
         let region = GuestRegionShm::<()>::new(
             (GuestAddress(0), MIB),
             &RamOptions::new().with_backing(backing),
