@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 
-use crate::backing::{ShmBacking, page_size_of};
+use crate::backing::{Resolved, ShmBacking};
 use crate::error::{FileError, Result};
 #[cfg(feature = "kvm")]
 use crate::mapping::HostAddr;
@@ -70,8 +70,9 @@ impl GuestRom {
             return Err(FileError::WritableRom.into());
         }
         let range = GuestRange::at(range)?;
-        range.check_aligned(page_size_of(options)?)?;
-        let backing = ShmBacking::create(options, range.size())?;
+        let resolved = Resolved::new(options)?;
+        range.check_aligned(resolved.page_size())?;
+        let backing = resolved.with_len(range.size())?.create_alone()?;
         let mapping = Mapping::new(&backing, backing.start(), range.size())?;
         Ok(Self {
             range,

@@ -325,6 +325,11 @@ impl RamOptions {
         &self.unused
     }
 
+    /// Whether nothing of the RAM is to exist before it is used.
+    pub(crate) fn is_lazy(&self) -> bool {
+        self.populate == Populate::Lazy
+    }
+
     /// Whether what the RAM needs must not be set aside or checked.
     pub(crate) fn is_unreserved(&self) -> bool {
         self.reserve == Some(Reserve::Off)

@@ -14,14 +14,13 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
-use crate::backing::{ShmBacking, memory_notes, page_size_of};
+use crate::backing::ShmBacking;
 use crate::error::{FileError, Result};
 use crate::mapping::{HostAddr, Mapping, to_usize};
-use crate::options::{Access, RamOptions};
-use crate::populate::populate_new;
+use crate::options::Access;
 use crate::ram::Ram;
 use crate::range::{GuestRange, InvalidRange, Placed};
-use crate::report::{BuildReport, log_notes};
+use crate::report::BuildReport;
 
 mod error;
 
@@ -68,21 +67,6 @@ struct Shared<B> {
 }
 
 impl<B: NewBitmap> GuestRegionShm<B> {
-    /// A region with a new backing of its own, populated as the
-    /// options say.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Range`](crate::Error::Range) for a bad place, and those of
-    /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing), and
-    /// [`Error::Populate`](crate::Error::Populate).
-    pub fn new(
-        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
-        options: &RamOptions,
-    ) -> Result<Self> {
-        Self::new_with_bitmap(range, options, new_bitmap)
-    }
-
     /// A region on the part of `backing` at `offset`.
     ///
     /// # Errors
@@ -109,55 +93,6 @@ pub(crate) fn new_bitmap<B: NewBitmap>(range: GuestRange) -> B {
 }
 
 impl<B> GuestRegionShm<B> {
-    /// A region as [`new`](Self::new), with a dirty bitmap that a function makes for it: for
-    /// bitmaps that are no `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up
-    /// otherwise.
-    ///
-    /// ```
-    /// use std::num::NonZeroUsize;
-    ///
-    /// use guest_memory_shm::{GuestRegionShm, RamOptions};
-    /// use vm_memory::bitmap::AtomicBitmap;
-    /// use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
-    ///
-    /// let page = NonZeroUsize::new(4096).expect("a page has a size");
-    /// let track = true;
-    /// let region = GuestRegionShm::<Option<AtomicBitmap>>::new_with_bitmap(
-    ///     (GuestAddress(4 << 30), 1 << 20),
-    ///     &RamOptions::new(),
-    ///     |range| track.then(|| AtomicBitmap::new(range.size() as usize, page)),
-    /// )?;
-    /// region.write_obj(1u8, MemoryRegionAddress(0x3000)).expect("there is RAM");
-    /// assert!(region.dirty_bitmap().as_ref().is_some_and(|dirty| dirty.is_bit_set(3)));
-    /// # Ok::<(), guest_memory_shm::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// Those of [`new`](Self::new).
-    ///
-    /// # Panics
-    ///
-    /// If `bitmap` does, which is called before anything is created.
-    pub fn new_with_bitmap(
-        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
-        options: &RamOptions,
-        bitmap: impl FnOnce(GuestRange) -> B,
-    ) -> Result<Self> {
-        let range = GuestRange::at(range)?;
-        range.check_aligned(page_size_of(options)?)?;
-        if options.access() == Access::ReadOnly {
-            return Err(FileError::ReadOnlyRam.into());
-        }
-        let bitmap = bitmap(range);
-        log_notes("RAM", &memory_notes(&[(options, range.size())]));
-        let backing = ShmBacking::create_provisional(options, range.size())?;
-        let region = Self::place(&backing, backing.start(), range, bitmap)?;
-        populate_new([(region.ram().clone(), options)])?;
-        backing.keep();
-        Ok(region)
-    }
-
     /// A region as [`from_backing`](Self::from_backing), with a dirty bitmap that a function makes
     /// for it.
     ///

@@ -4,14 +4,16 @@
 //! as long as it lives.
 
 use guest_memory_shm::{
-    AdoptPolicy, BackingKind, GuestMemoryShm, GuestRegionShm, PageSize, RamOptions, Seals,
-    ShmBacking,
+    AdoptPolicy, BackingKind, DiscardError, GuestMemoryShm, GuestRange, GuestRegionShm,
+    InvalidRange, PageSize, RamOptions, Seals, ShmBacking,
 };
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::unistd::{dup, ftruncate};
 use std::os::fd::AsFd;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
+};
 
 use crate::fork::dies_of_reading;
 use crate::isolation::{HugePool, PAGE, in_own_process};
@@ -183,5 +185,42 @@ fn a_region_of_a_1_gib_page_is_mapped_with_it() {
         assert_eq!(pool.free(), 0);
         drop(region);
         assert_eq!((pool.free(), pool.reserved()), (1, 0));
+    });
+}
+
+#[test]
+fn a_part_of_a_huge_page_is_a_region_as_vm_memory_makes_them() {
+    in_own_process(|| {
+        let Some(_pool) = HugePool::with_available(HUGE, 2) else {
+            return;
+        };
+        let backing = ShmBacking::create(&huge(), 2 * HUGE).unwrap();
+        let file = |at| {
+            let fd = backing.as_fd().try_clone_to_owned().unwrap();
+            Some(FileOffset::new(fd.into(), at))
+        };
+        let range = (GuestAddress(MIB), (HUGE + 300) as usize, file(0));
+        let memory = GuestMemoryShm::<()>::from_ranges_with_files([range]).unwrap();
+        let region = memory.find_region(GuestAddress(MIB)).unwrap();
+        assert_eq!((region.len(), addr(region) % HUGE), (HUGE + 300, 0));
+        let mapped = maps_in(addr(region)..addr(region) + 2 * HUGE);
+        assert_eq!(mapped.len(), 1);
+        assert_eq!(mapped[0].range, addr(region)..addr(region) + 2 * HUGE);
+
+        let last = GuestAddress(MIB + HUGE + 299);
+        memory.write_obj(7u8, last).unwrap();
+        assert!(memory.write_obj(7u8, GuestAddress(last.0 + 1)).is_err());
+        assert_eq!(memory.stats().unwrap().allocated(), HUGE);
+        let extents = memory.extents(1).unwrap().ranges;
+        let part = GuestRange::new(GuestAddress(MIB + HUGE), 300).unwrap();
+        assert_eq!(extents, [part]);
+        // Whole base pages are no whole huge pages.
+        let refused = memory.discard((GuestAddress(MIB), HUGE)).unwrap_err();
+        let DiscardError::Range(InvalidRange::PartialPages { page_size, .. }) = refused else {
+            panic!("{refused:?}");
+        };
+        assert_eq!(page_size, HUGE);
+        let odd = GuestRegionShm::<()>::from_range(GuestAddress(0), 4096, file(4096));
+        assert!(odd.unwrap_err().to_string().contains("page size 2 MiB"));
     });
 }

@@ -41,8 +41,8 @@ fn merging_and_reserving_shared_memory_is_reported_without_effect() {
     assert_eq!(
         found.to_string(),
         "ram0: merge=on has no effect: the kernel merges private pages only, never shared ones\n\
-         ram0: reserve=on reserves nothing for a POSIX shm: only huge pages of a pool are \
-         reserved; populate the RAM to be sure of it"
+         ram0: reserve=on reserves nothing here: only huge pages of a pool are reserved; \
+         populate the RAM to be sure of it"
     );
 }
 

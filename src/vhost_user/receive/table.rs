@@ -226,10 +226,10 @@ impl<B> ReceivedTable<B> {
 
     /// The region that holds a user address, and the offset in it.
     fn find(&self, user_addr: u64) -> Option<(&UserRange, u64)> {
-        let behind = self
+        let after = self
             .by_user
             .partition_point(|range| range.start <= user_addr);
-        let range = self.by_user.get(behind.checked_sub(1)?)?;
+        let range = self.by_user.get(after.checked_sub(1)?)?;
         let offset = user_addr - range.start;
         (offset < range.size).then_some((range, offset))
     }

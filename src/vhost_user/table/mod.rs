@@ -138,11 +138,6 @@ impl MemoryTable {
         self.regions.iter().try_for_each(whole)
     }
 
-    /// Whether a region starts at this address.
-    pub(crate) fn starts_at(&self, start: GuestAddress) -> bool {
-        place_of(&self.regions, start).is_ok()
-    }
-
     /// Whether this very region is in the table.
     pub(crate) fn contains(&self, region: &TableRegion) -> bool {
         let place = self.place_of(region);

@@ -1,5 +1,6 @@
 //! Operations on RAM alone.
 
+use crate::isolation::shm_dir;
 use std::fs::{self, File};
 use std::num::NonZeroU32;
 use std::path::Path;
@@ -87,6 +88,38 @@ fn try_new(options: &RamOptions) -> Result<GuestMemoryShm, Error> {
 
 fn new(options: &RamOptions) -> GuestMemoryShm {
     try_new(options).expect("nothing fails yet")
+}
+
+/// Asserts how often the path of a file is looked at, whatever it is created for.
+pub(super) fn looks() {
+    let dir = shm_dir();
+    let (new, old) = (dir.path().join("new"), dir.path().join("old"));
+    let made = File::create(&old).unwrap();
+    made.set_len(2 * SIZE).unwrap();
+    let ways: [fn(&RamOptions); 3] = [
+        |options| drop(try_new(options).unwrap()),
+        |options| drop(ShmBacking::create(options, 2 * SIZE).unwrap()),
+        |options| {
+            let region = GuestRegionShm::<()>::new((GuestAddress(0), 2 * SIZE), options);
+            drop(region.unwrap());
+        },
+    ];
+    // Nothing is at a path only if no link is there either, which takes another look.
+    for (path, expected) in [(&old, 1), (&dir.path().to_owned(), 1), (&new, 2)] {
+        for way in ways {
+            let looks = |options: &RamOptions| {
+                let stage = Stage::counting(&[]);
+                stage.attacked(|| way(options));
+                stage.looks()
+            };
+            // Control groups are looked for in any case.
+            let looks = looks(&file_options(path)) - looks(&RamOptions::new());
+            assert_eq!(looks, expected, "{}", path.display());
+            if path == &new {
+                fs::remove_file(path).unwrap();
+            }
+        }
+    }
 }
 
 /// Asserts that the ends of each region can be written and read, through other mappings, too.
