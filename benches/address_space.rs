@@ -254,7 +254,7 @@ fn reconnect(rounds: usize) -> Result<(), Failure> {
     let mut builder = GuestMemoryShm::<()>::builder();
     for slot in 0..REGIONS {
         // A descriptor for each, as hotplug makes them.
-        builder = builder.with_ram(RamOptions::new(), [(GuestAddress(slot * 2 * SIZE), SIZE)]);
+        builder = builder.add_ram(RamOptions::new(), [(GuestAddress(slot * 2 * SIZE), SIZE)]);
     }
     let memory = builder.build()?;
     let table = memory.memory_table();

@@ -18,7 +18,7 @@ use crate::units::HumanSize;
 /// use vm_memory::GuestAddress;
 ///
 /// let (memory, report) = GuestMemoryShm::<()>::builder()
-///     .with_ram(RamOptions::new().with_merge(Merge::On), [(GuestAddress(0), 1 << 20)])
+///     .add_ram(RamOptions::new().with_merge(Merge::On), [(GuestAddress(0), 1 << 20)])
 ///     .build_with_report()?;
 /// assert!(matches!(report.lines()[0].note(), Note::Merge));
 /// # Ok::<(), guest_memory_shm::Error>(())

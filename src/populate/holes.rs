@@ -42,7 +42,7 @@ impl Holes {
     /// Gives back the pages of the chunk that were holes and are zero now.
     pub(super) fn give_back(&self, parts: &[Part], chunk: &Chunk) -> io::Result<()> {
         let part = &parts[chunk.part];
-        let chunk_range = part.in_backing(&chunk.range);
+        let chunk_range = part.ram.in_backing(chunk.range.clone());
         for range in self.of[chunk.part].within(chunk_range) {
             let backing = part.backing();
             zeros(backing, range, backing.page_size(), |zeros| {
@@ -56,7 +56,7 @@ impl Holes {
 }
 
 fn holes(part: &Part) -> io::Result<RangeSet> {
-    let range = part.in_backing(&part.range);
+    let range = part.ram.in_backing(part.range.clone());
     let backing = part.backing();
     let none = RangeSet::default();
     let there = match backing.allocation()? {

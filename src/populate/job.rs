@@ -70,7 +70,7 @@ impl Job {
             })?
         };
         if let Some((at, short)) = need::shortage(&parts, &watch) {
-            let range = parts[at].in_guest(&parts[at].range);
+            let range = parts[at].ram.in_guest(parts[at].range.clone());
             return Err(PopulateError::short(range, short));
         }
         let total = parts.iter().map(Part::len).sum();
@@ -140,7 +140,7 @@ impl Job {
             return Some(PopulateError::Cancelled { done, total });
         }
         // Pages of a file are no use past its end.
-        let truncated = |part: &Part| cause::truncated(part, part.in_guest(&part.range));
+        let truncated = |part: &Part| cause::truncated(part, part.ram.in_guest(part.range.clone()));
         parts.iter().find_map(truncated)
     }
 
@@ -150,7 +150,7 @@ impl Job {
         let taken: Vec<Queue<Chunk>> = self.plan.queues.iter().map(Queue::taken).collect();
         let work = |chunk: &Chunk| {
             if let Err(error) = holes.give_back(parts, chunk) {
-                let range = parts[chunk.part].in_guest(&chunk.range);
+                let range = parts[chunk.part].ram.in_guest(chunk.range.clone());
                 logs::warn!("cannot give back what was populated of {range}: {error}");
             }
             Ok::<_, Infallible>(0)

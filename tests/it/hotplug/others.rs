@@ -3,7 +3,9 @@
 use std::error::Error as _;
 
 use guest_memory_shm::mock::{Fault, LoggedRequest};
-use guest_memory_shm::{Access, AddressSpaceError, Backing, DaemonFailure, GuestRom, ShareError};
+use guest_memory_shm::{
+    Access, AddressSpaceError, BackingSource, DaemonFailure, GuestRom, ShareError,
+};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
@@ -166,7 +168,7 @@ fn a_table_that_is_refused_is_seen_with_acknowledgements_and_without() {
 fn every_region_has_a_descriptor_and_is_in_the_table() {
     let (space, daemon) = (space(), daemon());
     space.attach("device", share(&daemon, PATIENCE)).unwrap();
-    for (at, backing) in [(4, Backing::Memfd), (6, Backing::PosixShm)] {
+    for (at, backing) in [(4, BackingSource::Memfd), (6, BackingSource::PosixShm)] {
         let options = RamOptions::new().with_backing(backing);
         let region = GuestRegionShm::new((GuestAddress(at * MIB), MIB), &options).unwrap();
         space.insert(region).told_all();
@@ -184,7 +186,7 @@ fn what_is_no_ram_is_in_no_table() {
     let path = directory.path().join("firmware");
     std::fs::write(&path, vec![1; 1 << 20]).unwrap();
     let options = RamOptions::new()
-        .with_backing(Backing::File(path))
+        .with_backing(BackingSource::File(path))
         .with_access(Access::ReadOnly);
     let _rom = GuestRom::new((GuestAddress(8 * MIB), MIB), &options).unwrap();
     assert!(GuestRegionShm::<()>::new((GuestAddress(8 * MIB), MIB), &options).is_err());

@@ -12,7 +12,7 @@ use guest_memory_shm::mock::{
     BlkDevice, BlkDriver, BlkError, Fault, FaultKind, LoggedRequest, MockDaemon, MockDaemonBuilder,
 };
 use guest_memory_shm::{
-    AddressSpace, Backing, DaemonConnection, DaemonFailure, DaemonLog, Disconnector,
+    AddressSpace, BackingSource, DaemonConnection, DaemonFailure, DaemonLog, Disconnector,
     GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange, KernelVhost, MemoryTable, RamOptions,
     ShareError, SlotLimit, TableError, TableRegion, TableView, VhostUserShare,
 };
