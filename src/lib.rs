@@ -189,16 +189,14 @@ pub use address_space::{
 };
 pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
 pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
-#[cfg(feature = "kvm")]
-pub use error::KvmError;
 pub use error::{
-    AdoptError, DiscardError, Error, FileError, MemoryError, NumaError, OptionsError,
+    AdoptError, BackingError, DiscardError, Error, FileError, MapError, MemoryError, OptionsError,
     PopulateError, ReceiveError, RegionError, RegionSpace, Result,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{
-    DirtyPages, HypervisorVm, KvmSlot, KvmSlots, LogBuffer, SlotFlags, SlotMapping, SlotNumber,
-    SlotNumbers,
+    DirtyPages, HypervisorVm, KvmError, KvmSlot, KvmSlots, LogBuffer, SlotChange, SlotFlags,
+    SlotMapping, SlotNumber, SlotNumbers,
 };
 pub use listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};

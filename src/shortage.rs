@@ -148,17 +148,24 @@ impl Shortage {
                 page_size,
                 free,
                 reserved,
-            } => format!(
-                "{} more huge pages of {} are needed, and {} can be had ({free} are unused, {reserved} \
-                 of them reserved by others): raise \
-                 /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages by {}, or leave out \
-                 hugetlb=on (PageSize::Base)",
-                self.needed.div_ceil(*page_size),
-                HumanSize(*page_size),
-                self.left / page_size,
-                page_size / 1024,
-                self.needed.saturating_sub(self.left).div_ceil(*page_size)
-            ),
+            } => {
+                let needed = self.needed.div_ceil(*page_size);
+                let (pages, are) = if needed == 1 {
+                    ("page", "is")
+                } else {
+                    ("pages", "are")
+                };
+                format!(
+                    "{needed} more huge {pages} of {} {are} needed, and {} can be had ({free} \
+                     unused, {reserved} of them reserved by others): raise \
+                     /sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages by {}, or leave out \
+                     hugetlb=on (PageSize::Base)",
+                    HumanSize(*page_size),
+                    self.left / page_size,
+                    page_size / 1024,
+                    self.needed.saturating_sub(self.left).div_ceil(*page_size)
+                )
+            }
             ResourceLimit::FileSystem { path, size } => {
                 let which = match path {
                     Some(path) => format!("of {}", path.display()),
@@ -293,7 +300,7 @@ mod tests {
         let shortage = Shortage::new(512 << 21, 40 << 21, pool);
         assert_eq!(
             shortage.to_string(),
-            "512 more huge pages of 2 MiB are needed, and 40 can be had (44 are unused, 4 of them \
+            "512 more huge pages of 2 MiB are needed, and 40 can be had (44 unused, 4 of them \
              reserved by others): raise \
              /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472, or leave out hugetlb=on \
              (PageSize::Base)"

@@ -78,6 +78,7 @@ const WORDS: Words = &[
         "use --backing memfd",
     ),
     ("use a memfd backing", "use --backing memfd"),
+    ("; RAM that stays sparse is allowed by reserve=off", ""),
     ("listener \"", "\""),
 ];
 

@@ -1,14 +1,14 @@
 //! Adopting a descriptor that came from elsewhere: everything is checked, nothing is believed.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use super::error::{AdoptError, BackingError, Result};
 use super::file_system::FileSystem;
 use super::{BackingKind, Seals, ShmBacking, base_page_size, seals};
-use crate::error::{AdoptError, Error, Result};
 use crate::logs;
 use crate::options::{CoreDump, MapOptions};
 use crate::range::RangePart;
@@ -95,10 +95,7 @@ impl AdoptPolicy {
     }
 }
 
-pub(super) fn adopt(
-    fd: OwnedFd,
-    policy: &AdoptPolicy,
-) -> std::result::Result<ShmBacking, AdoptError> {
+pub(super) fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> Result<ShmBacking, AdoptError> {
     let file = File::from(fd);
     match check(&file, policy) {
         Ok(found) => {
@@ -113,10 +110,7 @@ pub(super) fn adopt(
             logs::debug!("adopted {backing:?}");
             Ok(backing)
         }
-        Err(error) => Err(AdoptError {
-            error: Box::new(error),
-            fd: file.into(),
-        }),
+        Err(error) => Err(AdoptError::new(error, file.into())),
     }
 }
 
@@ -128,11 +122,10 @@ struct Found {
 }
 
 fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
-    let found = fstat(file)?;
+    let found = file.metadata().map_err(BackingError::inspect)?;
     if !found.is_file() {
-        return Err(Error::AdoptNotMemory {
-            found: type_name(found.file_type()),
-        });
+        let found = found.file_type();
+        return Err(BackingError::NotMemory { found });
     }
     check_read_write(file)?;
     let (kind, page_size) = file_system(file, policy)?;
@@ -140,7 +133,7 @@ fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
     // its owner could change its length until then, and a length that is not true is SIGBUS.
     check_len(found.len(), page_size, policy)?;
     let seals = check_seals(file, policy.seals)?;
-    let metadata = fstat(file)?;
+    let metadata = file.metadata().map_err(BackingError::inspect)?;
     check_len(metadata.len(), page_size, policy)?;
     Ok(Found {
         metadata,
@@ -150,16 +143,9 @@ fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
     })
 }
 
-fn fstat(file: &File) -> Result<std::fs::Metadata> {
-    file.metadata().map_err(|source| Error::Adopt {
-        doing: "fstat",
-        source,
-    })
-}
-
 fn check_len(len: u64, page_size: u64, policy: &AdoptPolicy) -> Result<()> {
     if len == 0 || len < policy.min_len {
-        return Err(Error::AdoptTooShort {
+        return Err(BackingError::TooShort {
             len,
             needed: policy.min_len.max(page_size),
         });
@@ -167,73 +153,38 @@ fn check_len(len: u64, page_size: u64, policy: &AdoptPolicy) -> Result<()> {
     Ok(RangePart::Size.check_aligned(len, page_size)?)
 }
 
-pub(super) fn type_name(found: std::fs::FileType) -> &'static str {
-    if found.is_fifo() {
-        "pipe"
-    } else if found.is_socket() {
-        "socket"
-    } else if found.is_dir() {
-        "directory"
-    } else if found.is_char_device() {
-        "character device"
-    } else if found.is_block_device() {
-        "block device"
-    } else {
-        // eventfd, epoll and the like: anonymous inodes have no type.
-        "special file"
-    }
-}
-
 fn check_read_write(file: &File) -> Result<()> {
-    let bits = fcntl(file, FcntlArg::F_GETFL).map_err(|errno| Error::Adopt {
-        doing: "F_GETFL",
-        source: errno.into(),
-    })?;
-    if OFlag::from_bits_retain(bits) & OFlag::O_ACCMODE != OFlag::O_RDWR {
-        return Err(Error::AdoptReadOnly);
+    let bits = fcntl(file, FcntlArg::F_GETFL).map_err(io::Error::from);
+    let bits = OFlag::from_bits_retain(bits.map_err(BackingError::inspect)?);
+    if bits & OFlag::O_ACCMODE != OFlag::O_RDWR {
+        return Err(BackingError::NotWritable);
     }
     Ok(())
 }
 
 fn file_system(file: &File, policy: &AdoptPolicy) -> Result<(BackingKind, u64)> {
-    let found = FileSystem::of(file).map_err(|source| Error::Adopt {
-        doing: "fstatfs",
-        source,
-    })?;
+    let found = FileSystem::of(file).map_err(BackingError::inspect)?;
     match found {
         FileSystem::Tmpfs => Ok((BackingKind::AdoptedShm, base_page_size())),
         FileSystem::Hugetlbfs { page_size } => Ok((BackingKind::AdoptedHugetlb, page_size)),
         FileSystem::Other { .. } if policy.disk_files => {
             Ok((BackingKind::AdoptedFile, base_page_size()))
         }
-        FileSystem::Other { fs_type } => Err(Error::AdoptDiskFile { fs_type }),
+        FileSystem::Other { fs_type } => Err(BackingError::OnDisk { fs_type }),
     }
 }
 
 fn check_seals(file: &impl AsFd, policy: SealPolicy) -> Result<Seals> {
-    let read = || {
-        seals::read(file).map_err(|source| Error::Adopt {
-            doing: "F_GET_SEALS",
-            source,
-        })
-    };
-    let found = read()?;
-    if found.intersects(Seals::WRITE | Seals::FUTURE_WRITE) {
-        return Err(Error::AdoptSeals {
-            found,
-            remedy: "RAM must be writable, ask its owner for one without write seals",
-        });
+    let read = || seals::read(file).map_err(BackingError::inspect);
+    let seals = read()?;
+    if seals.intersects(Seals::WRITE | Seals::FUTURE_WRITE) {
+        return Err(BackingError::WriteSealed { seals });
     }
-    if found.contains(Seals::RESIZE) || policy == SealPolicy::Any {
-        return Ok(found);
+    if seals.contains(Seals::RESIZE) || policy == SealPolicy::Any {
+        return Ok(seals);
     }
     if policy == SealPolicy::Add && seals::add(file, seals::RAM).is_ok() {
         return read();
     }
-    Err(Error::AdoptSeals {
-        found,
-        remedy: "its size must be sealed, ask its owner for a memfd made with MFD_ALLOW_SEALING \
-                 (and sealed against shrinking and growing), or trust the owner with \
-                 SealPolicy::Any",
-    })
+    Err(BackingError::NotSealed { seals })
 }

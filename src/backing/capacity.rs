@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use nix::sys::statvfs::{Statvfs, fstatvfs};
 
+use super::error::Result;
 use super::{file, hugetlb};
-use crate::error::Result;
 use crate::host::descriptors;
 use crate::host::memory::{Demand, Kind, MemoryLimits};
 use crate::options::{Backing, NodeSet, PageSize, Populate, RamOptions};
@@ -147,7 +147,7 @@ pub(super) fn lazily(options: &RamOptions) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Error;
+    use crate::backing::BackingError;
     use crate::options::Reserve;
 
     #[test]
@@ -175,7 +175,7 @@ mod tests {
     fn more_descriptors_than_are_left_are_refused() {
         assert!(check_descriptors(1).is_ok());
         let refused = check_descriptors(u64::MAX);
-        let Err(Error::Shortage(shortage)) = refused else {
+        let Err(BackingError::Shortage(shortage)) = refused else {
             panic!("{refused:?}");
         };
         assert_eq!(shortage.needed, u64::MAX);

@@ -1,20 +1,20 @@
 //! Creating backings: what can be known beforehand is checked, then the object is made.
 
-use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 
+use super::error::{BackingError, Result};
 use super::{
     BLOCK, BackingKind, FileIdentity, Inner, ShmBacking, base_page_size, capacity, check_groups,
     check_pool, file, hugetlb, memfd, notes, posix_shm, seals,
 };
-use crate::error::{Error, NumaError, OptionsError, Result};
 use crate::host::nodes;
 use crate::logs;
-use crate::options::{Backing, NumaPolicy, OnShortage, PageSize, Populate, RamOptions};
+use crate::options::{
+    Backing, NumaPolicy, OnShortage, OptionsError, PageSize, Populate, RamOptions,
+};
 use crate::range::RangePart;
 use crate::report::log_notes;
 use crate::shortage::{ResourceLimit, Shortage};
@@ -46,16 +46,8 @@ impl ShmBacking {
             (Backing::PosixShm, _) => (posix_shm::create(options, len)?, BackingKind::PosixShm),
             (Backing::File(_), _) => unreachable!("files are opened above"),
         };
-        let step = |doing, source| Error::CreateBacking {
-            doing,
-            kind: kind_name(options.backing()),
-            size: len,
-            source,
-        };
-        let metadata = file
-            .metadata()
-            .map_err(|source| step("fstat the descriptor", source))?;
-        let seals = seals::read(&file).map_err(|source| step("read the seals", source))?;
+        let metadata = file.metadata().map_err(BackingError::inspect)?;
+        let seals = seals::read(&file).map_err(BackingError::inspect)?;
         let mut notes = notes::of_options(options, kind);
         if kind.is_on_file_system() && options.populate() == Populate::Lazy {
             notes.extend(capacity::note(&file, len));
@@ -105,7 +97,6 @@ pub(crate) fn page_size_of(options: &RamOptions) -> Result<u64> {
     }
     match options.page_size() {
         PageSize::Base | PageSize::Transparent => Ok(base_page_size()),
-        PageSize::Huge(_) if options.backing() == &Backing::PosixShm => Err(Error::HugePosixShm),
         PageSize::Huge(size) => hugetlb::page_size(size),
     }
 }
@@ -119,8 +110,8 @@ pub(crate) fn check_creation(options: &RamOptions, len: u64) -> Result<u64> {
     }
     let end = start_of(options).saturating_add(len);
     if len == 0 || i64::try_from(end).is_err() {
-        return Err(Error::BackingTooLong {
-            size: if len == 0 { 0 } else { end },
+        return Err(BackingError::Length {
+            len: if len == 0 { 0 } else { end },
             limit: i64::MAX.unsigned_abs(),
         });
     }
@@ -153,16 +144,9 @@ pub(crate) fn huge_pages(options: &RamOptions, len: u64, page_size: u64) -> Resu
 
 /// Refuses a policy of which no node has memory, as mbind(2) would.
 fn check_nodes(policy: NumaPolicy) -> Result<()> {
-    let present = nodes::with_memory();
-    match present {
-        Some(nodes) if policy != NumaPolicy::Default && !nodes.intersects(policy.nodes()) => {
-            let source = Errno::EINVAL.into();
-            Err(NumaError {
-                policy,
-                present,
-                source,
-            }
-            .into())
+    match nodes::with_memory() {
+        Some(present) if policy != NumaPolicy::Default && !present.intersects(policy.nodes()) => {
+            Err(BackingError::NoSuchNodes { policy, present })
         }
         _ => Ok(()),
     }
@@ -185,24 +169,5 @@ pub(super) fn kind_name(backing: &Backing) -> &'static str {
         Backing::Memfd => "memfd",
         Backing::PosixShm => "POSIX shm",
         Backing::File(_) => "file",
-    }
-}
-
-/// The error of a failed step that makes a descriptor.
-pub(super) fn descriptor_error(
-    doing: &'static str,
-    backing: &Backing,
-    size: u64,
-    errno: Errno,
-) -> Error {
-    let source = io::Error::from(errno);
-    match Shortage::of_descriptors(&source) {
-        Some(shortage) => shortage.into(),
-        None => Error::CreateBacking {
-            doing,
-            kind: kind_name(backing),
-            size,
-            source,
-        },
     }
 }

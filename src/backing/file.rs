@@ -4,7 +4,7 @@
 //! long as the RAM needs, and is put back if nothing comes of it. Everything that can be known is
 //! checked before anything is opened, and once more on the open file.
 
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File, FileType, Metadata};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -12,13 +12,13 @@ use std::sync::Arc;
 
 use nix::sys::statvfs::statvfs;
 
-use super::adopt::type_name;
 use super::capacity::{self, Capacity};
+use super::error::{BackingError, Result};
 use super::file_end::{FileEnd, Undo, punch};
+use super::file_error::FileError;
 use super::file_open::{Created, open_or_create};
 use super::file_system::FileSystem;
 use super::{BLOCK, BackingKind, Seals, check_file_size_limit, seals};
-use crate::error::{Error, FileError, Result};
 use crate::host::memory::Kind;
 use crate::options::{Access, DiscardData, NodeSet, RamOptions};
 use crate::range::RangePart;
@@ -104,14 +104,17 @@ pub(super) fn open(options: &RamOptions, path: &Path, size: u64) -> Result<Opene
     if created == Created::Named {
         end.undo = Undo::Remove(path.to_owned());
     }
-    let step = |doing| move |source| step_error(doing, path, source);
-    let metadata = file.metadata().map_err(step("fstat"))?;
+    let inspect = |source| FileError::Inspect {
+        path: path.to_owned(),
+        source,
+    };
+    let metadata = file.metadata().map_err(inspect)?;
     let start = options.offset();
 
-    let file_system = FileSystem::of(&file).map_err(step("fstatfs"))?;
+    let file_system = FileSystem::of(&file).map_err(inspect)?;
     let place = Place::of(&metadata, file_system, path)?;
     place.check(options, path, size)?;
-    let seals = seals::read(&file).map_err(step("read the seals of"))?;
+    let seals = seals::read(&file).map_err(inspect)?;
     let writable = options.access() == Access::ReadWrite;
     if writable && seals.intersects(Seals::WRITE | Seals::FUTURE_WRITE) {
         let path = path.to_owned();
@@ -122,9 +125,13 @@ pub(super) fn open(options: &RamOptions, path: &Path, size: u64) -> Result<Opene
             end.undo = Undo::Empty;
         }
         file.set_len(start + size)
-            .map_err(step("set the length of"))?;
+            .map_err(|source| FileError::Resize {
+                path: path.to_owned(),
+                len: start + size,
+                source,
+            })?;
     }
-    let metadata = file.metadata().map_err(step("fstat"))?;
+    let metadata = file.metadata().map_err(inspect)?;
     check_len(metadata.len(), start, size, path)?;
     if options.discard_data() == DiscardData::OnDrop {
         let behind = metadata.len().next_multiple_of(place.page_size());
@@ -152,17 +159,13 @@ pub(super) fn open(options: &RamOptions, path: &Path, size: u64) -> Result<Opene
 
 /// What is at a path.
 struct Place {
-    found: Found,
+    /// A file, a directory, or nothing.
+    found: Option<FileType>,
     file_system: FileSystem,
+    /// The length of the file in bytes.
+    len: u64,
     /// In bytes.
     allocated: u64,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Found {
-    Nothing,
-    Directory,
-    File { len: u64 },
 }
 
 impl Place {
@@ -174,8 +177,9 @@ impl Place {
                 check_no_link(path)?;
                 let file_system = FileSystem::at(parent(path));
                 return Ok(Self {
-                    found: Found::Nothing,
+                    found: None,
                     file_system: file_system.map_err(|source| open_error(path, source))?,
+                    len: 0,
                     allocated: 0,
                 });
             }
@@ -186,22 +190,15 @@ impl Place {
     }
 
     fn of(metadata: &Metadata, file_system: FileSystem, path: &Path) -> Result<Self> {
-        let found = match metadata.file_type() {
-            found if found.is_file() => Found::File {
-                len: metadata.len(),
-            },
-            found if found.is_dir() => Found::Directory,
-            found => {
-                return Err(FileError::NotAFile {
-                    path: path.to_owned(),
-                    found: type_name(found),
-                }
-                .into());
-            }
-        };
+        let found = metadata.file_type();
+        if !found.is_file() && !found.is_dir() {
+            let path = path.to_owned();
+            return Err(FileError::NotAFile { path, found }.into());
+        }
         Ok(Self {
-            found,
+            found: Some(found),
             file_system,
+            len: if found.is_file() { metadata.len() } else { 0 },
             allocated: metadata.blocks() * BLOCK,
         })
     }
@@ -212,14 +209,14 @@ impl Place {
 
     /// Whether the file is to be made as long as the RAM needs.
     fn is_new(&self) -> bool {
-        !matches!(self.found, Found::File { len } if len > 0)
+        self.len == 0
     }
 
     /// What exists of the path.
     fn there<'a>(&self, path: &'a Path) -> &'a Path {
         match self.found {
-            Found::Nothing => parent(path),
-            Found::Directory | Found::File { .. } => path,
+            None => parent(path),
+            Some(_) => path,
         }
     }
 
@@ -242,20 +239,17 @@ impl Place {
                 .into());
             }
         }
-        let nothing = match self.found {
-            Found::File { len: 0 } => "is empty",
-            Found::File { len } => return check_len(len, offset, size, path),
-            Found::Directory => "is a directory",
-            Found::Nothing => "does not exist",
-        };
-        if options.access() == Access::ReadOnly {
-            return Err(FileError::NothingToRead {
-                path: path_buf(),
-                found: nothing,
+        match self.found {
+            Some(found) if found.is_file() && self.len > 0 => {
+                check_len(self.len, offset, size, path)
             }
-            .into());
+            found if options.access() == Access::ReadOnly => Err(FileError::NothingToRead {
+                path: path_buf(),
+                found,
+            }
+            .into()),
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -291,7 +285,7 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
-pub(super) fn open_error(path: &Path, source: io::Error) -> Error {
+pub(super) fn open_error(path: &Path, source: io::Error) -> BackingError {
     match Shortage::of_descriptors(&source) {
         Some(shortage) => shortage.into(),
         None => FileError::Open {
@@ -300,15 +294,6 @@ pub(super) fn open_error(path: &Path, source: io::Error) -> Error {
         }
         .into(),
     }
-}
-
-fn step_error(doing: &'static str, path: &Path, source: io::Error) -> Error {
-    FileError::Step {
-        doing,
-        path: path.to_owned(),
-        source,
-    }
-    .into()
 }
 
 #[cfg(test)]

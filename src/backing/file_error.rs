@@ -1,11 +1,13 @@
 //! Why a file cannot be RAM.
 
+use std::fs::FileType;
 use std::io;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
 
-use crate::backing::Seals;
+use super::Seals;
+use super::error::file_type;
 use crate::units::HumanSize;
 
 /// Why a file cannot be RAM, or a ROM.
@@ -14,14 +16,14 @@ use crate::units::HumanSize;
 pub enum FileError {
     /// What is at the path is neither a file nor a directory.
     #[error(
-        "{} is a {found}: RAM needs a regular file, or a directory for a nameless one",
-        .path.display()
+        "{} is a {}: RAM needs a regular file, or a directory for a nameless one",
+        .path.display(), file_type(*.found)
     )]
     NotAFile {
         /// The path that was given.
         path: PathBuf,
         /// What is there.
-        found: &'static str,
+        found: FileType,
     },
 
     /// The path is a symbolic link that leads to nothing.
@@ -43,13 +45,24 @@ pub enum FileError {
         source: io::Error,
     },
 
-    /// A system call on the file failed.
-    #[error("cannot {doing} {}", .path.display())]
-    Step {
-        /// The step that failed.
-        doing: &'static str,
+    /// What the file is could not be asked (fstat(2), fstatfs(2), fcntl(2)).
+    #[error("cannot ask the kernel what {} is", .path.display())]
+    #[non_exhaustive]
+    Inspect {
         /// The path that was given.
         path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// Its length could not be set (ftruncate(2)).
+    #[error("cannot set the length of {} to {}", .path.display(), HumanSize(*.len))]
+    #[non_exhaustive]
+    Resize {
+        /// The path that was given.
+        path: PathBuf,
+        /// The length in bytes.
+        len: u64,
         /// The system's answer.
         source: io::Error,
     },
@@ -110,26 +123,16 @@ pub enum FileError {
         source: io::Error,
     },
 
-    /// The file cannot be mapped shared.
-    #[error(
-        "cannot map {} of the file shared: its file system or its seals do not allow that, use a \
-         file on a tmpfs, a hugetlbfs or a local disk",
-        HumanSize(*.size)
-    )]
-    NotMappable {
-        /// The size in bytes.
-        size: u64,
-        /// The answer of mmap(2).
-        source: io::Error,
-    },
-
     /// There is nothing to read for a ROM.
-    #[error("{} {found}: a ROM needs a file that has contents", .path.display())]
+    #[error(
+        "{} {}: a ROM needs a file that has contents",
+        .path.display(), why_nothing_to_read(*.found)
+    )]
     NothingToRead {
         /// The path that was given.
         path: PathBuf,
-        /// What is wrong with it.
-        found: &'static str,
+        /// What is there: a directory, an empty file, or nothing.
+        found: Option<FileType>,
     },
 
     /// A file that is open for reading only was to be guest RAM.
@@ -193,6 +196,14 @@ fn remedy(source: &io::Error) -> &'static str {
     }
 }
 
+fn why_nothing_to_read(found: Option<FileType>) -> &'static str {
+    match found {
+        None => "does not exist",
+        Some(found) if found.is_dir() => "is a directory",
+        Some(_) => "is empty",
+    }
+}
+
 fn why_not_discarded(source: &io::Error) -> &'static str {
     match source.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EBADF) => "it is opened for reading only",
@@ -224,9 +235,9 @@ mod tests {
             (
                 FileError::NotAFile {
                     path: path(),
-                    found: "socket",
+                    found: std::fs::metadata("/dev/null").unwrap().file_type(),
                 },
-                "/dev/shm/ram is a socket: RAM needs a regular file, or a directory for a \
+                "/dev/shm/ram is a character device: RAM needs a regular file, or a directory for a \
                  nameless one",
             ),
             (
@@ -257,12 +268,12 @@ mod tests {
                 "cannot open /dev/shm/ram: check the path and its file system",
             ),
             (
-                FileError::Step {
-                    doing: "set the length of",
+                FileError::Resize {
                     path: path(),
+                    len: 1 << 20,
                     source: source(Errno::EFBIG),
                 },
-                "cannot set the length of /dev/shm/ram",
+                "cannot set the length of /dev/shm/ram to 1 MiB",
             ),
             (
                 FileError::TooShort {

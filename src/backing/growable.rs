@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use super::create::check_file_size_limit;
+use super::error::{BackingError, Result};
 use super::{BackingKind, Inner, Seals, ShmBacking, base_page_size, memfd, seals};
-use crate::error::{Error, Result};
 use crate::options::RamOptions;
 
 /// No process can take a page away, or add a seal that would stop the growing.
@@ -20,16 +20,8 @@ impl ShmBacking {
         let options = RamOptions::new().with_name(name);
         check_file_size_limit(len)?;
         let file = memfd::create_sealed(&options, len, None, GROWABLE)?;
-        let step = |doing, source| Error::CreateBacking {
-            doing,
-            kind: "memfd",
-            size: len,
-            source,
-        };
-        let metadata = file
-            .metadata()
-            .map_err(|source| step("fstat the descriptor", source))?;
-        let seals = seals::read(&file).map_err(|source| step("read the seals", source))?;
+        let metadata = file.metadata().map_err(BackingError::inspect)?;
+        let seals = seals::read(&file).map_err(BackingError::inspect)?;
         let kind = BackingKind::Memfd;
         let map_options = (&options).into();
         let backing = Self::new(file, base_page_size(), kind, seals, &metadata, map_options);
@@ -40,10 +32,9 @@ impl ShmBacking {
     pub(crate) fn grow(&self, len: u64) -> Result<Self> {
         let file = self.file();
         let is_there = || Ok(file.metadata()?.len() >= len);
-        let failed = |source| Error::CreateBacking {
-            doing: "make the memfd longer",
-            kind: "memfd",
-            size: len,
+        let failed = |source| BackingError::Resize {
+            kind: BackingKind::Memfd,
+            len,
             source,
         };
         if !is_there().map_err(failed)? {

@@ -4,7 +4,7 @@ use std::io;
 
 use nix::sys::memfd::MFdFlags;
 
-use crate::error::{Error, Result};
+use super::error::{BackingError, Result};
 use crate::host::memory::{Demand, Kind, MemoryLimits};
 use crate::host::pools::{self, Pool};
 use crate::shortage::{ResourceLimit, Shortage};
@@ -15,7 +15,7 @@ pub(super) fn page_size(asked: Option<u64>) -> Result<u64> {
     // Without any pool there is no default either, and no size is offered.
     let page_size = asked.or_else(pools::default_page_size).unwrap_or_default();
     if !offered.contains(&page_size) {
-        return Err(Error::NoSuchHugePageSize { page_size, offered });
+        return Err(BackingError::NoSuchHugePageSize { page_size, offered });
     }
     Ok(page_size)
 }
@@ -61,10 +61,10 @@ pub(crate) fn check_groups(needed: u64, page_size: u64) -> Result<()> {
 }
 
 /// What is there cannot be known: no more descriptors, or a masked /sys.
-fn unreadable(source: io::Error) -> Error {
+fn unreadable(source: io::Error) -> BackingError {
     match Shortage::of_descriptors(&source) {
         Some(shortage) => shortage.into(),
-        None => Error::HugePoolUnreadable { source },
+        None => BackingError::HugePoolsUnreadable { source },
     }
 }
 

@@ -5,9 +5,9 @@ use std::fs::File;
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{Seals, descriptor_error, hugetlb, seals};
-use crate::error::{Error, Result};
-use crate::options::{Backing, RamOptions, Sealing};
+use super::error::{BackingError, Result};
+use super::{BackingKind, Seals, hugetlb, seals};
+use crate::options::{RamOptions, Sealing};
 
 /// The name in `/proc/PID/maps` and `/proc/PID/fd`; it need not be unique.
 const NAME: &str = "guest-memory-shm";
@@ -36,19 +36,15 @@ pub(super) fn create_sealed(
     if let Some(page_size) = huge {
         flags |= hugetlb::memfd_flags(page_size);
     }
-    let step = |doing, errno| descriptor_error(doing, &Backing::Memfd, len, errno);
-    let file = File::from(
-        create_noexec(shown_name(options), flags)
-            .map_err(|errno| step("create the memfd", errno))?,
-    );
+    let kind = match huge {
+        Some(_) => BackingKind::HugetlbMemfd,
+        None => BackingKind::Memfd,
+    };
+    let file = create_noexec(shown_name(options), flags);
+    let file = File::from(file.map_err(|errno| BackingError::create(kind, len, errno.into()))?);
     file.set_len(len)
-        .map_err(|source| set_len_error(len, source))?;
-    seals::add(&file, seals).map_err(|source| Error::CreateBacking {
-        doing: "seal the memfd",
-        kind: "memfd",
-        size: len,
-        source,
-    })?;
+        .map_err(|source| BackingError::Resize { kind, len, source })?;
+    seals::add(&file, seals).map_err(|source| BackingError::Seal { len, source })?;
     Ok(file)
 }
 
@@ -71,15 +67,6 @@ fn create_noexec(name: &str, flags: MFdFlags) -> nix::Result<std::os::fd::OwnedF
     match memfd_create(name, noexec) {
         Err(Errno::EINVAL) => memfd_create(name, flags),
         answer => answer,
-    }
-}
-
-fn set_len_error(len: u64, source: std::io::Error) -> Error {
-    Error::CreateBacking {
-        doing: "set the size",
-        kind: "memfd",
-        size: len,
-        source,
     }
 }
 

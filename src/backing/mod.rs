@@ -13,9 +13,6 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 #[cfg(doc)]
-use crate::error::OptionsError;
-use crate::error::{AdoptError, Error, Result};
-#[cfg(doc)]
 use crate::options::Backing;
 use crate::options::{MapOptions, RamOptions};
 use crate::range::RangePart;
@@ -25,6 +22,7 @@ use crate::units::HumanSize;
 mod adopt;
 mod capacity;
 mod create;
+mod error;
 mod extents;
 mod file;
 mod file_end;
@@ -45,7 +43,9 @@ pub(crate) use crate::host::base_page_size;
 pub use adopt::{AdoptPolicy, SealPolicy};
 pub(crate) use capacity::{check_descriptors, check_posix_shm, memory_notes};
 pub(crate) use create::{check_creation, huge_pages, page_size_of, start_of};
-use create::{check_file_size_limit, descriptor_error, kind_name};
+use create::{check_file_size_limit, kind_name};
+use error::Result;
+pub use error::{AdoptError, BackingError};
 pub(crate) use extents::Allocation;
 use file_end::FileEnd;
 pub use file_error::FileError;
@@ -117,13 +117,13 @@ impl ShmBacking {
     ///
     /// # Errors
     ///
-    /// Those of [`RamOptions::check`]; [`OptionsError::SizeMismatch`], [`Error::BackingTooLong`] and
-    /// [`Error::Range`] for a bad `len`; [`Error::HugePosixShm`],
-    /// [`Error::NoSuchHugePageSize`] for huge pages that there are not; [`Error::Shortage`],
-    /// [`Error::ShmUnavailable`], [`Error::ShmNamesTaken`] for the limits of the system;
-    /// [`Error::File`] for a file that cannot be used; [`Error::CreateBacking`] if a
-    /// system call fails for another reason. Nothing is left behind: a file that was created is
-    /// removed, one that was empty is empty again.
+    /// [`BackingError::Options`] for those that [`RamOptions::check`] refuses, and a size that is
+    /// not `len`; [`BackingError::Length`] and [`BackingError::Range`] for a bad `len`;
+    /// [`BackingError::NoSuchHugePageSize`] and [`BackingError::NoSuchNodes`] for what this machine
+    /// does not have; [`BackingError::Shortage`], [`BackingError::ShmUnavailable`] and
+    /// [`BackingError::ShmNamesTaken`] for the limits of the system; [`BackingError::File`] for a
+    /// file that cannot be used; others if a system call fails. Nothing is left behind: a file that
+    /// was created is removed, one that was empty is empty again.
     pub fn create(options: &RamOptions, len: u64) -> Result<Self> {
         let backing = Self::create_provisional(options, len)?;
         backing.keep();
@@ -145,11 +145,11 @@ impl ShmBacking {
     /// no writing and are what the policy demands.
     ///
     /// ```
-    /// use guest_memory_shm::{AdoptPolicy, Error, ShmBacking};
+    /// use guest_memory_shm::{AdoptPolicy, BackingError, ShmBacking};
     ///
     /// let (pipe, _) = std::io::pipe()?;
     /// let refused = ShmBacking::adopt(pipe.into(), &AdoptPolicy::new()).unwrap_err();
-    /// assert!(matches!(refused.error(), Error::AdoptNotMemory { found: "pipe" }));
+    /// assert!(matches!(refused.error(), BackingError::NotMemory { .. }));
     /// let pipe_again = refused.into_fd();
     /// # Ok::<(), std::io::Error>(())
     /// ```
@@ -157,10 +157,10 @@ impl ShmBacking {
     /// # Errors
     ///
     /// An [`AdoptError`] that gives the descriptor back and holds the reason:
-    /// [`Error::AdoptNotMemory`], [`Error::AdoptReadOnly`], [`Error::AdoptDiskFile`],
-    /// [`Error::AdoptTooShort`], [`Error::Range`], [`Error::AdoptSeals`], or
-    /// [`Error::Adopt`] if a system call fails.
-    pub fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> std::result::Result<Self, AdoptError> {
+    /// [`BackingError::NotMemory`], [`BackingError::NotWritable`], [`BackingError::OnDisk`],
+    /// [`BackingError::TooShort`], [`BackingError::Range`], [`BackingError::WriteSealed`],
+    /// [`BackingError::NotSealed`], or [`BackingError::Inspect`] if a system call fails.
+    pub fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> Result<Self, AdoptError> {
         adopt::adopt(fd, policy)
     }
 
@@ -288,10 +288,10 @@ impl ShmBacking {
     ///
     /// # Errors
     ///
-    /// [`Error::CreateBacking`] if fstat(2) fails.
+    /// [`BackingError::Inspect`] if fstat(2) fails.
     pub fn allocated(&self) -> Result<u64> {
         let metadata = self.inner.file.metadata();
-        let metadata = metadata.map_err(|source| self.fstat_error(source))?;
+        let metadata = metadata.map_err(BackingError::inspect)?;
         Ok(metadata.blocks() * BLOCK)
     }
 
@@ -317,23 +317,14 @@ impl ShmBacking {
             return Ok(());
         }
         let metadata = self.inner.file.metadata();
-        let metadata = metadata.map_err(|source| self.fstat_error(source))?;
+        let metadata = metadata.map_err(BackingError::inspect)?;
         if metadata.len() < self.end() {
-            return Err(Error::BackingTruncated {
+            return Err(BackingError::Truncated {
                 end: self.end(),
                 now: metadata.len(),
             });
         }
         Ok(())
-    }
-
-    fn fstat_error(&self, source: io::Error) -> Error {
-        Error::CreateBacking {
-            doing: "fstat the descriptor",
-            kind: "shared memory",
-            size: self.size(),
-            source,
-        }
     }
 
     /// The file, for vm-memory's `FileOffset`.
@@ -347,7 +338,7 @@ impl ShmBacking {
         RangePart::Size.check_aligned(size, self.page_size())?;
         match offset.checked_add(size) {
             Some(end) if end <= self.end() => Ok(()),
-            _ => Err(Error::OutsideBacking {
+            _ => Err(BackingError::Outside {
                 offset,
                 size,
                 end: self.end(),

@@ -13,9 +13,9 @@ use nix::fcntl::OFlag;
 use nix::sys::mman::{shm_open, shm_unlink};
 use nix::sys::stat::Mode;
 
-use super::{capacity, descriptor_error};
-use crate::error::{Error, Result};
-use crate::options::{Backing, RamOptions};
+use super::error::{BackingError, Result};
+use super::{BackingKind, capacity};
+use crate::options::RamOptions;
 
 /// How many names are tried: a name can be left by a process that was killed between two system
 /// calls and whose pid came round again, or be squatted.
@@ -29,10 +29,9 @@ pub(super) fn create(options: &RamOptions, len: u64) -> Result<File> {
     });
     let file = File::from(open_nameless(len, names.take(NAMES))?);
     capacity::check_file_system(&file, options, len)?;
-    file.set_len(len).map_err(|source| Error::CreateBacking {
-        doing: "set the size",
-        kind: "POSIX shm",
-        size: len,
+    file.set_len(len).map_err(|source| BackingError::Resize {
+        kind: BackingKind::PosixShm,
+        len,
         source,
     })?;
     Ok(file)
@@ -45,14 +44,14 @@ fn name(pid: u32, count: u32) -> String {
 
 /// Opens a new object under the first of `names` that is free, and removes the name at once.
 fn open_nameless(len: u64, names: impl Iterator<Item = String>) -> Result<OwnedFd> {
-    let step = |doing, errno| descriptor_error(doing, &Backing::PosixShm, len, errno);
+    let failed = |errno: Errno| BackingError::create(BackingKind::PosixShm, len, errno.into());
     let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL;
     let (mut tried, mut last) = (0, String::new());
     for name in names {
         // Mode 0: nobody can open the name while it exists.
         match shm_open(name.as_str(), flags, Mode::empty()) {
             Ok(fd) => {
-                shm_unlink(name.as_str()).map_err(|errno| step("remove the name", errno))?;
+                shm_unlink(name.as_str()).map_err(failed)?;
                 return Ok(fd);
             }
             Err(Errno::EEXIST) => {
@@ -66,14 +65,14 @@ fn open_nameless(len: u64, names: impl Iterator<Item = String>) -> Result<OwnedF
                 | Errno::EPERM
                 | Errno::ENOSPC),
             ) => {
-                return Err(Error::ShmUnavailable {
+                return Err(BackingError::ShmUnavailable {
                     source: errno.into(),
                 });
             }
-            Err(errno) => return Err(step("create the object", errno)),
+            Err(errno) => return Err(failed(errno)),
         }
     }
-    Err(Error::ShmNamesTaken { tried, last })
+    Err(BackingError::ShmNamesTaken { tried, last })
 }
 
 #[cfg(test)]
@@ -105,7 +104,7 @@ mod tests {
         assert!(opened.is_ok());
         assert_eq!(shm_unlink(name(2).as_str()), Err(Errno::ENOENT));
         match taken {
-            Err(Error::ShmNamesTaken { tried: 2, last }) => assert_eq!(last, name(1)),
+            Err(BackingError::ShmNamesTaken { tried: 2, last }) => assert_eq!(last, name(1)),
             other => panic!("{other:?}"),
         }
     }

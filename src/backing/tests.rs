@@ -1,7 +1,7 @@
 //! Backings of every kind: what they are, and what is refused.
 
 use super::*;
-use crate::options::{Backing, PageSize};
+use crate::options::{Backing, OptionsError, PageSize};
 use crate::range::InvalidRange;
 
 fn create(options: &RamOptions, len: u64) -> Result<ShmBacking> {
@@ -24,15 +24,18 @@ fn a_bad_length_is_refused() {
         let options = RamOptions::new().with_backing(kind);
         assert!(matches!(
             create(&options, 0),
-            Err(Error::BackingTooLong { size: 0, .. })
+            Err(BackingError::Length { len: 0, .. })
         ));
         assert!(matches!(
             create(&options, 5000),
-            Err(Error::Range(InvalidRange::Unaligned { value: 5000, .. }))
+            Err(BackingError::Range(InvalidRange::Unaligned {
+                value: 5000,
+                ..
+            }))
         ));
         assert!(matches!(
             create(&options, 1 << 63),
-            Err(Error::BackingTooLong { .. })
+            Err(BackingError::Length { .. })
         ));
     }
 }
@@ -44,7 +47,7 @@ fn huge_pages_of_posix_shm_are_refused() {
         .with_page_size(PageSize::Huge(None));
     assert!(matches!(
         create(&options, 2 << 20),
-        Err(Error::HugePosixShm)
+        Err(BackingError::Options(OptionsError::NotOfBacking { .. }))
     ));
 }
 
@@ -53,7 +56,7 @@ fn a_huge_page_size_that_does_not_exist_is_refused() {
     let options = RamOptions::new().with_page_size(PageSize::Huge(Some(4 << 20)));
     assert!(matches!(
         create(&options, 4 << 20),
-        Err(Error::NoSuchHugePageSize { page_size, .. }) if page_size == 4 << 20
+        Err(BackingError::NoSuchHugePageSize { page_size, .. }) if page_size == 4 << 20
     ));
 }
 
@@ -64,15 +67,18 @@ fn a_range_outside_the_backing_is_refused() {
     assert!(backing.check_inside(0, 4 * page).is_ok());
     assert!(matches!(
         backing.check_inside(page, 4 * page),
-        Err(Error::OutsideBacking { .. })
+        Err(BackingError::Outside { .. })
     ));
     assert!(matches!(
         backing.check_inside(u64::MAX - page + 1, page),
-        Err(Error::OutsideBacking { .. })
+        Err(BackingError::Outside { .. })
     ));
     assert!(matches!(
         backing.check_inside(1, page),
-        Err(Error::Range(InvalidRange::Unaligned { value: 1, .. }))
+        Err(BackingError::Range(InvalidRange::Unaligned {
+            value: 1,
+            ..
+        }))
     ));
 }
 

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{SlotNumber, SlotNumbers};
-use crate::error::Result;
+use super::error::Result;
+use super::numbers::{SlotNumber, SlotNumbers};
 use crate::range::GuestRange;
 
 /// Numbers that belong to ranges.

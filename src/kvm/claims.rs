@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::HypervisorVm;
+use super::hypervisor::HypervisorVm;
 
 /// A list, because a process has few VMs. Nothing but this file's own code runs under its lock.
 static VMS: Mutex<Vec<Vm>> = Mutex::new(Vec::new());

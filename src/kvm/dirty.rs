@@ -4,8 +4,10 @@ use std::fmt;
 
 use vm_memory::GuestAddress;
 
-use super::{KvmSlot, KvmSlots, LogBuffer};
-use crate::error::{KvmError, Result};
+use super::error::{KvmError, Result};
+use super::log_buffer::LogBuffer;
+use super::slot::KvmSlot;
+use super::slots::KvmSlots;
 use crate::host::base_page_size;
 use crate::logs;
 use crate::range::{GuestRange, RangeSet};
@@ -87,7 +89,7 @@ impl KvmSlots {
                 Ok(()) => done.push(*start),
                 Err(error) => {
                     self.log_no_more(&done);
-                    return Err(error.into());
+                    return Err(error);
                 }
             }
         }
@@ -107,7 +109,7 @@ impl KvmSlots {
         for slot in self.slots.values_mut() {
             done = done.and(slot.log(false));
         }
-        Ok(done?)
+        done
     }
 
     /// Whether the guest's writes are logged.
@@ -132,7 +134,7 @@ impl KvmSlots {
     /// the place of this one.
     pub fn dirty_log(&mut self) -> Result<Vec<DirtyPages>> {
         let Some(log) = &mut self.log else {
-            return Err(KvmError::NotLogging.into());
+            return Err(KvmError::NotLogging);
         };
         for slot in self.slots.values_mut() {
             slot.harvest(log)?;

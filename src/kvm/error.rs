@@ -7,25 +7,30 @@ use std::ops::Range;
 use nix::errno::Errno;
 use vm_memory::GuestAddress;
 
-use crate::range::GuestRange;
+use crate::range::{GuestRange, InvalidRange};
 use crate::units::HumanSize;
+
+pub(super) type Result<T, E = KvmError> = std::result::Result<T, E>;
 
 /// Why KVM's memory slots are not what they should be. Unless the variant says otherwise, they are
 /// what they were.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
+    /// A range is not what it should be: a region or a ROM is there, or it is not whole pages.
+    #[error(transparent)]
+    Range(#[from] InvalidRange),
+
     /// The slot numbers that [`KvmSlots`](crate::KvmSlots) may use are none, or KVM has not all of
     /// them.
     #[error(
-        "the slot numbers {first}..{end} cannot be had: KVM has 0..{limit} (KVM_CAP_NR_MEMSLOTS), \
+        "the slot numbers {numbers:?} cannot be had: KVM has 0..{limit} (KVM_CAP_NR_MEMSLOTS), \
          choose at least one of those"
     )]
+    #[non_exhaustive]
     NoSuchSlots {
-        /// The first number.
-        first: u32,
-        /// The number after the last.
-        end: u32,
+        /// What was asked for.
+        numbers: Range<u32>,
         /// How many slots the VM can have.
         limit: u32,
     },
@@ -114,6 +119,7 @@ pub enum KvmError {
          (KVM_CAP_NR_MEMSLOTS) may be used: use fewer and larger regions, or give KvmSlots more \
          slot numbers"
     )]
+    #[non_exhaustive]
     OutOfSlots {
         /// Regions that the memory has.
         regions: usize,
@@ -131,6 +137,7 @@ pub enum KvmError {
          into several regions on one backing",
         HumanSize(*.limit)
     )]
+    #[non_exhaustive]
     TooLarge {
         /// The range of the region.
         range: GuestRange,
@@ -143,6 +150,7 @@ pub enum KvmError {
         "{range} cannot be read-only for the guest: KVM does not offer it here \
          (KVM_CAP_READONLY_MEM)"
     )]
+    #[non_exhaustive]
     NoReadOnly {
         /// What was to be read-only.
         range: GuestRange,
@@ -153,6 +161,7 @@ pub enum KvmError {
         "the region {region} is partly in {read_only}, which the guest may only read: let regions \
          begin and end where that range does"
     )]
+    #[non_exhaustive]
     PartlyReadOnly {
         /// The range of the region.
         region: GuestRange,
@@ -165,6 +174,7 @@ pub enum KvmError {
         "{range} cannot become read-only for the guest: {region} has a writable memory slot there \
          already; say so before the memory is attached"
     )]
+    #[non_exhaustive]
     TooLate {
         /// What was to be read-only.
         range: GuestRange,
@@ -174,16 +184,18 @@ pub enum KvmError {
 
     /// No ROM starts at this address.
     #[error("no ROM starts at guest address {:#x}", .start.0)]
+    #[non_exhaustive]
     NoSuchRom {
         /// The address that was looked for.
         start: GuestAddress,
     },
 
     /// KVM refuses a change of a slot (KVM_SET_USER_MEMORY_REGION).
-    #[error("KVM refuses to {doing} memory slot {slot} ({range}): {}", Meaning(.source))]
+    #[error("KVM refuses to {change} memory slot {slot} ({range}): {}", Meaning(.source))]
+    #[non_exhaustive]
     Refused {
         /// The change.
-        doing: &'static str,
+        change: SlotChange,
         /// The number of the slot.
         slot: u32,
         /// The guest addresses of the slot.
@@ -215,6 +227,7 @@ pub enum KvmError {
         "KVM does not give the dirty log of memory slot {slot} ({range}): {}",
         LogMeaning(.source)
     )]
+    #[non_exhaustive]
     NoDirtyLog {
         /// The number of the slot.
         slot: u32,
@@ -225,6 +238,28 @@ pub enum KvmError {
     },
 }
 
+/// A change of a memory slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SlotChange {
+    /// To make it.
+    Add,
+    /// To take it away.
+    Remove,
+    /// To begin or end the logging of what the guest writes.
+    Log,
+}
+
+impl fmt::Display for SlotChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Add => "add",
+            Self::Remove => "remove",
+            Self::Log => "change the dirty logging of",
+        })
+    }
+}
+
 /// What an answer to KVM_SET_USER_MEMORY_REGION means, and what to do.
 struct Meaning<'a>(&'a io::Error);
 
@@ -232,11 +267,11 @@ impl fmt::Display for Meaning<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match errno(self.0) {
             Errno::EEXIST => {
-                "another slot of the VM overlaps it, of another KvmSlots or of the VMM itself: remove that \
-                 one, or place the RAM elsewhere"
+                "another slot of the VM overlaps it, of another KvmSlots or of the VMM itself: \
+                 remove that one, or place the RAM elsewhere"
             }
             Errno::EINVAL => {
-                "the guest address is beyond what this machine's CPU can address, or another part \
+                "the guest address is past what this machine's CPU can address, or another part \
                  of the VMM uses this slot number: place the RAM lower, and have all slots take \
                  their numbers from one SlotNumbers"
             }

@@ -10,7 +10,7 @@ use std::ptr::NonNull;
 
 use bitflags::bitflags;
 
-use super::LogBuffer;
+use super::log_buffer::LogBuffer;
 use crate::mapping::HostAddr;
 use crate::range::GuestRange;
 

@@ -3,9 +3,9 @@
 use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
 
-use super::slot::Memory;
-use super::{KvmSlot, KvmSlots, check_size};
-use crate::error::{Error, KvmError, Result};
+use super::error::{KvmError, Result};
+use super::slot::{KvmSlot, Memory};
+use super::slots::{KvmSlots, check_size};
 use crate::listener::{ListenerError, MemoryListener};
 use crate::memory::GuestMemoryShm;
 use crate::range::{GuestRange, InvalidRange};
@@ -51,7 +51,6 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
                 continue;
             }
             self.is_read_only(range)
-                .map_err(Error::from)
                 .and_then(|read_only| self.add(Memory::Ram(region.ram().clone()), read_only))
                 .map_err(|error| refused(error).at(range))?;
         }
@@ -74,7 +73,7 @@ impl KvmSlots {
     }
 
     /// Whether what has a number assigned is this region as a whole.
-    pub(super) fn check_assigned(&self, region: GuestRange) -> Result<(), KvmError> {
+    pub(super) fn check_assigned(&self, region: GuestRange) -> Result<()> {
         match self.assigned.overlapping(region) {
             Some((assigned, number)) if assigned != region => Err(KvmError::PartlyAssigned {
                 region,
@@ -86,7 +85,7 @@ impl KvmSlots {
     }
 
     /// Whether the guest may only read `region`.
-    fn is_read_only(&self, region: GuestRange) -> Result<bool, KvmError> {
+    fn is_read_only(&self, region: GuestRange) -> Result<bool> {
         let near = |range: &&GuestRange| range.overlaps(&region);
         let Some(read_only) = self.read_only.iter().find(near).copied() else {
             return Ok(false);
@@ -100,7 +99,7 @@ impl KvmSlots {
     }
 }
 
-/// The cause is always an [`Error`].
-fn refused(error: impl Into<Error>) -> ListenerError {
-    ListenerError::refused(error.into())
+/// The cause is always a [`KvmError`].
+fn refused(error: KvmError) -> ListenerError {
+    ListenerError::refused(error)
 }

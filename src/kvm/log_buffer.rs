@@ -2,9 +2,11 @@
 
 use std::fmt;
 
-use super::MAX_PAGES;
-use crate::error::KvmError;
+use super::error::{KvmError, Result};
 use crate::mapping::{GuardedWords, to_usize};
+
+/// The most pages that a slot can have: KVM_MEM_MAX_NR_PAGES of linux/kvm_host.h.
+pub(super) const MAX_PAGES: u64 = (1 << 31) - 1;
 
 /// Where a hypervisor writes the dirty log of one slot: a bit per page, in 64-bit words, the
 /// lowest bit of the first word for the first page.
@@ -43,7 +45,7 @@ impl LogBuffer {
     /// # Errors
     ///
     /// [`KvmError::NoLogBuffer`] if there is no address space or no memory for it.
-    pub fn new(pages: u64) -> Result<Self, KvmError> {
+    pub fn new(pages: u64) -> Result<Self> {
         let count = to_usize(pages.div_ceil(64));
         let memory = GuardedWords::new(count, GUARD);
         let memory = memory.map_err(|source| KvmError::NoLogBuffer { pages, source })?;
@@ -53,7 +55,7 @@ impl LogBuffer {
     /// Makes it one for a slot with so many pages, none of which counts as written.
     ///
     /// If that is refused, it is what it was.
-    pub(super) fn begin(&mut self, pages: u64) -> Result<(), KvmError> {
+    pub(super) fn begin(&mut self, pages: u64) -> Result<()> {
         let count = to_usize(pages.div_ceil(64));
         if count > self.memory.capacity() {
             *self = Self::new(pages)?;

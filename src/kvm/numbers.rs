@@ -5,8 +5,9 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{HypervisorVm, claims};
-use crate::error::{KvmError, Result};
+use super::claims;
+use super::error::{KvmError, Result};
+use super::hypervisor::HypervisorVm;
 
 /// Slot numbers of a VM, for all that make slots of it: [`KvmSlots`](crate::KvmSlots), and the
 /// VMM's own devices. Clones share them.
@@ -95,12 +96,7 @@ impl SlotNumbers {
     pub fn new(vm: Arc<dyn HypervisorVm>, numbers: Range<u32>) -> Result<Self> {
         let limit = vm.max_slots();
         if numbers.is_empty() || numbers.end > limit {
-            return Err(KvmError::NoSuchSlots {
-                first: numbers.start,
-                end: numbers.end,
-                limit,
-            }
-            .into());
+            return Err(KvmError::NoSuchSlots { numbers, limit });
         }
         let lost = claims::claim(&vm, &numbers).map_err(|held| KvmError::SlotsInUse {
             numbers: numbers.clone(),
@@ -140,9 +136,9 @@ impl SlotNumbers {
     pub fn take(&self) -> Result<SlotNumber> {
         let lowest = self.lock().take();
         let numbers = self.range();
-        Ok(lowest
+        lowest
             .map(|number| self.taken(number))
-            .ok_or(KvmError::NoFreeNumber { numbers })?)
+            .ok_or(KvmError::NoFreeNumber { numbers })
     }
 
     /// Takes this one.
@@ -153,12 +149,12 @@ impl SlotNumbers {
     pub fn take_number(&self, number: u32) -> Result<SlotNumber> {
         let numbers = self.range();
         if !numbers.contains(&number) {
-            return Err(KvmError::NoSuchNumber { number, numbers }.into());
+            return Err(KvmError::NoSuchNumber { number, numbers });
         }
         let taken = self.lock().take_this(number);
         match taken {
             true => Ok(self.taken(number)),
-            false => Err(KvmError::NumberTaken { number }.into()),
+            false => Err(KvmError::NumberTaken { number }),
         }
     }
 

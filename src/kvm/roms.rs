@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use vm_memory::GuestAddress;
 
-use super::slot::Memory;
-use super::{KvmSlot, KvmSlots, check_size};
-use crate::error::{KvmError, Result};
+use super::error::{KvmError, Result};
+use super::slot::{KvmSlot, Memory};
+use super::slots::{KvmSlots, check_size};
 use crate::range::InvalidRange;
 use crate::rom::GuestRom;
 
@@ -18,10 +18,9 @@ impl KvmSlots {
     ///
     /// # Errors
     ///
-    /// [`KvmError::NoReadOnly`] if the hypervisor does not offer it,
-    /// [`Error::Range`](crate::Error::Range) if a region or a ROM is there,
-    /// [`KvmError::OutOfSlots`], [`KvmError::TooLarge`], [`KvmError::PartlyAssigned`], and
-    /// [`KvmError::Refused`].
+    /// [`KvmError::NoReadOnly`] if the hypervisor does not offer it, [`KvmError::Range`] if a
+    /// region or a ROM is there, [`KvmError::OutOfSlots`], [`KvmError::TooLarge`],
+    /// [`KvmError::PartlyAssigned`], and [`KvmError::Refused`].
     pub fn add_rom(&mut self, rom: impl Into<Arc<GuestRom>>) -> Result<()> {
         let rom = rom.into();
         let range = rom.range();

@@ -9,8 +9,10 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::sync::{Arc, Weak};
 
-use super::{HypervisorVm, LogBuffer, SlotFlags, SlotMapping, SlotNumber};
-use crate::error::KvmError;
+use super::error::{KvmError, Result, SlotChange};
+use super::hypervisor::{HypervisorVm, SlotFlags, SlotMapping};
+use super::log_buffer::LogBuffer;
+use super::numbers::SlotNumber;
 use crate::host::base_page_size;
 use crate::logs;
 use crate::mapping::{HostAddr, Mapping, to_usize};
@@ -70,14 +72,14 @@ impl KvmSlot {
     }
 
     /// Gives it to KVM, which logs the guest's writes or not.
-    pub(super) fn make(&mut self, logging: bool) -> Result<(), KvmError> {
+    pub(super) fn make(&mut self, logging: bool) -> Result<()> {
         // Writes to what cannot be written are not worth a bitmap.
         let logging = logging && !self.read_only;
         // Until the answer is known: it may be a panic.
         self.in_kvm = true;
         if let Err(source) = self.set(logging) {
             self.in_kvm = false;
-            return Err(self.refused("add", source));
+            return Err(self.refused(SlotChange::Add, source));
         }
         self.logging = logging;
         Ok(())
@@ -163,10 +165,10 @@ impl KvmSlot {
     /// Takes the slot from KVM. A slot that KVM does not let go is there as before.
     ///
     /// The slot must be dropped afterwards.
-    pub(super) fn remove(&mut self) -> Result<(), KvmError> {
+    pub(super) fn remove(&mut self) -> Result<()> {
         if self.in_kvm {
             let answer = self.vm.remove_slot(&self.mapping());
-            answer.map_err(|source| self.refused("remove", source))?;
+            answer.map_err(|source| self.refused(SlotChange::Remove, source))?;
             self.in_kvm = false;
         }
         Ok(())
@@ -179,12 +181,12 @@ impl KvmSlot {
 
     /// Makes KVM log the guest's writes, or no longer. What is logged and was not harvested is
     /// lost when it ends.
-    pub(super) fn log(&mut self, logging: bool) -> Result<(), KvmError> {
+    pub(super) fn log(&mut self, logging: bool) -> Result<()> {
         if self.read_only || self.logging == logging {
             return Ok(());
         }
         if let Err(source) = self.set(logging) {
-            return Err(self.refused("change the dirty logging of", source));
+            return Err(self.refused(SlotChange::Log, source));
         }
         self.logging = logging;
         self.pending.clear();
@@ -196,7 +198,7 @@ impl KvmSlot {
     ///
     /// KVM clears its log before it gives it. So where no answer came, all pages count as written
     /// as soon as one comes.
-    pub(super) fn harvest(&mut self, log: &mut LogBuffer) -> Result<(), KvmError> {
+    pub(super) fn harvest(&mut self, log: &mut LogBuffer) -> Result<()> {
         if !self.logging {
             return Ok(());
         }
@@ -234,9 +236,9 @@ impl KvmSlot {
         unsafe { self.vm.set_slot(&self.with_log(logging)) }
     }
 
-    fn refused(&self, doing: &'static str, source: io::Error) -> KvmError {
+    fn refused(&self, change: SlotChange, source: io::Error) -> KvmError {
         KvmError::Refused {
-            doing,
+            change,
             slot: self.number,
             range: self.range,
             source,

@@ -13,7 +13,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, VmFd};
 
-use super::{HypervisorVm, LogBuffer, SlotMapping};
+use super::hypervisor::{HypervisorVm, SlotMapping};
+use super::log_buffer::LogBuffer;
 use crate::host::base_page_size;
 
 /// linux/kvm.h's requests, which the macros make functions of.

@@ -18,26 +18,24 @@ use std::sync::Arc;
 use nix::sys::mman::{MmapAdvise, madvise, munmap};
 
 use crate::backing::ShmBacking;
-#[cfg(doc)]
-use crate::error::Error;
-use crate::error::Result;
 use crate::host::transparent;
 use crate::logs;
 use crate::options::CoreDump;
 use crate::report::{NotHuge, Note, log_notes};
 
+mod error;
 #[cfg(feature = "kvm")]
 mod guarded;
 mod numa;
-mod numa_error;
 mod populate;
 mod remove;
 mod reserve;
 mod scan;
 
+pub use error::MapError;
+use error::Result;
 #[cfg(feature = "kvm")]
 pub(crate) use guarded::GuardedWords;
-pub use numa_error::NumaError;
 use reserve::{Reservation, placement, rehearse};
 pub(crate) use scan::cached;
 
@@ -101,10 +99,9 @@ impl Mapping {
     ///
     /// # Errors
     ///
-    /// [`Error::Range`], [`Error::OutsideBacking`],
-    /// [`Error::BackingTruncated`]; [`Error::Numa`];
-    /// [`Error::Shortage`] if huge pages cannot be promised;
-    /// [`Error::Map`].
+    /// [`MapError::Backing`] if the backing does not have that part, or huge pages cannot be
+    /// promised; [`MapError::Nodes`]; [`MapError::Reserve`], [`MapError::Map`],
+    /// [`MapError::NotShareable`].
     pub(crate) fn new(backing: &ShmBacking, offset: u64, size: u64) -> Result<Self> {
         backing.check_inside(offset, size)?;
         backing.check_not_truncated()?;
@@ -248,8 +245,7 @@ pub(crate) const fn to_usize(size: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backing::base_page_size;
-    use crate::error::Error;
+    use crate::backing::{BackingError, base_page_size};
     use crate::options::RamOptions;
 
     fn backing(len: u64) -> ShmBacking {
@@ -297,10 +293,13 @@ mod tests {
     fn what_cannot_be_mapped_leaves_no_reservation() {
         let backing = backing(4096);
         let refused = Mapping::new(&backing, 0, 8192).unwrap_err();
-        assert!(matches!(refused, Error::OutsideBacking { .. }));
+        assert!(matches!(
+            refused,
+            MapError::Backing(BackingError::Outside { .. })
+        ));
         let refused = Reservation::new(1 << 62, 0, 2 << 20).err();
-        assert!(matches!(refused, Some(Error::Map { .. })));
+        assert!(matches!(refused, Some(MapError::Reserve { .. })));
         let refused = Reservation::new(u64::MAX - 4095, 0, 2 << 20).err();
-        assert!(matches!(refused, Some(Error::Map { .. })));
+        assert!(matches!(refused, Some(MapError::Reserve { .. })));
     }
 }

@@ -8,7 +8,7 @@ use nix::libc::{
 };
 
 use super::Mapping;
-use crate::error::{NumaError, Result};
+use super::error::{MapError, Result};
 use crate::options::{NodeSet, NumaPolicy};
 
 // From linux/mempolicy.h; since Linux 5.15.
@@ -40,14 +40,10 @@ impl Mapping {
                 answer => answer,
             },
         };
-        answer.map_err(|source| {
-            let present = crate::host::nodes::with_memory();
-            let error = NumaError {
-                policy,
-                present,
-                source,
-            };
-            error.into()
+        answer.map_err(|source| MapError::Nodes {
+            policy,
+            present: crate::host::nodes::with_memory(),
+            source,
         })
     }
 

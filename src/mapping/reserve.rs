@@ -7,9 +7,9 @@ use std::num::NonZeroUsize;
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
+use super::error::{MapError, Result};
 use super::{Mapping, Span, to_usize};
-use crate::backing::{ShmBacking, base_page_size, check_groups, check_pool};
-use crate::error::{Error, FileError, Result};
+use crate::backing::{BackingError, ShmBacking, base_page_size, check_groups, check_pool};
 use crate::options::Access;
 
 /// Sizes for which the kernel and the hypervisor can use one large mapping, largest first.
@@ -26,8 +26,7 @@ impl Reservation {
     /// Reserves room for `size` bytes at a host address congruent with `offset` modulo `modulus`, a
     /// power of two, and for a guard page on either side.
     pub(super) fn new(size: u64, offset: u64, modulus: u64) -> Result<Self> {
-        let failed = |errno: Errno| Error::Map {
-            doing: "reserve address space for a region",
+        let failed = |errno: Errno| MapError::Reserve {
             size,
             source: errno.into(),
         };
@@ -124,11 +123,8 @@ pub(super) fn rehearse(backing: &ShmBacking, offset: u64, size: u64) -> Result<(
 
 /// An offset in a backing as mmap(2) takes it.
 fn file_offset(backing: &ShmBacking, offset: u64, size: u64) -> Result<i64> {
-    i64::try_from(offset).map_err(|_| Error::OutsideBacking {
-        offset,
-        size,
-        end: backing.end(),
-    })
+    let end = backing.end();
+    Ok(i64::try_from(offset).map_err(|_| BackingError::Outside { offset, size, end })?)
 }
 
 impl Drop for Reservation {
@@ -176,25 +172,21 @@ fn large_page(size: u64, backing: &ShmBacking) -> u64 {
     large.max(backing.page_size())
 }
 
-fn map_error(backing: &ShmBacking, size: u64, errno: Errno) -> Error {
+fn map_error(backing: &ShmBacking, size: u64, errno: Errno) -> MapError {
     if backing.is_hugetlb() && errno == Errno::ENOMEM {
         let needed = size / backing.page_size();
         let page_size = backing.page_size();
         let short = check_pool(needed, page_size).and_then(|()| check_groups(needed, page_size));
         if let Err(short) = short {
-            return short;
+            return short.into();
         }
     }
     let source = io::Error::from(errno);
     match errno {
         // These are answers of the file, not of the address space.
         Errno::ENODEV | Errno::EINVAL | Errno::EACCES | Errno::EPERM => {
-            FileError::NotMappable { size, source }.into()
+            MapError::NotShareable { size, source }
         }
-        _ => Error::Map {
-            doing: "map a region",
-            size,
-            source,
-        },
+        _ => MapError::Map { size, source },
     }
 }

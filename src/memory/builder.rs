@@ -8,10 +8,12 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::GuestMemoryShm;
 use crate::backing::{
-    ShmBacking, check_creation, check_descriptors, check_groups, check_pool, check_posix_shm,
-    huge_pages, memory_notes, page_size_of, start_of,
+    BackingError, ShmBacking, check_creation, check_descriptors, check_groups, check_pool,
+    check_posix_shm, huge_pages, memory_notes, page_size_of, start_of,
 };
-use crate::error::{Error, FileError, Result};
+#[cfg(any(doc, test))]
+use crate::error::Error;
+use crate::error::{FileError, Result};
 use crate::options::{Access, Backing, OnShortage, RamOptions};
 use crate::populate::populate_new;
 use crate::range::{GuestRange, check_disjoint};
@@ -166,7 +168,7 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     /// # Errors
     ///
     /// [`MemoryError::NoRanges`] without any range (or with a backing that has none);
-    /// [`Error::Range`], [`Error::OutsideBacking`], [`Error::BackingTruncated`] for bad places;
+    /// [`Error::Range`], [`BackingError::Outside`], [`BackingError::Truncated`] for bad places;
     /// those of [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for
     /// reading only; [`Error::Map`]; and [`Error::Populate`], if there is not enough memory before
     /// the first page. All numbers, and the pools of huge pages, are checked before anything is created, and a
@@ -306,7 +308,7 @@ fn pack(start: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, u64)> {
         // A file is at most i64::MAX bytes long (off_t).
         let limit = i64::MAX.unsigned_abs();
         if sum > limit {
-            return Err(Error::BackingTooLong { size: sum, limit });
+            return Err(BackingError::Length { len: sum, limit }.into());
         }
         end = sum;
     }
@@ -343,7 +345,8 @@ fn check_creations(plans: &[Plan<'_>]) -> Result<()> {
         .try_for_each(|(page_size, needed)| check_pool(*needed, *page_size))?;
     limited
         .iter()
-        .try_for_each(|(page_size, needed)| check_groups(*needed, *page_size))
+        .try_for_each(|(page_size, needed)| check_groups(*needed, *page_size))?;
+    Ok(())
 }
 
 /// Adds pages to those of the same size.
@@ -368,7 +371,7 @@ mod tests {
         assert_eq!((offsets, end), (vec![4096, 12288], 16384));
         assert!(matches!(
             pack(0, &ranges([(0, 1 << 62), (1 << 63, 1 << 62)])),
-            Err(Error::BackingTooLong { .. })
+            Err(Error::Backing(BackingError::Length { .. }))
         ));
     }
 }

@@ -3,8 +3,8 @@
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use super::error::{OptionsError, Result};
 use super::{Access, Backing, DiscardData, PageSize, Populate, RamOptions, Sealing};
-use crate::error::{Error, OptionsError, Result};
 use crate::host::base_page_size;
 use crate::range::RangePart;
 
@@ -19,19 +19,19 @@ impl RamOptions {
     /// first, and so does reading a string.
     ///
     /// ```
-    /// use guest_memory_shm::{OptionsError, Error, Populate, RamOptions, Reserve};
+    /// use guest_memory_shm::{OptionsError, Populate, RamOptions, Reserve};
     ///
     /// let options = RamOptions::new()
     ///     .with_populate(Populate::Allocate)
     ///     .with_reserve(Reserve::Off);
     /// let refused = options.check().unwrap_err();
-    /// assert!(matches!(refused, Error::Options(OptionsError::Conflict { .. })));
+    /// assert!(matches!(refused, OptionsError::Conflict { .. }));
     /// ```
     ///
     /// # Errors
     ///
-    /// An [`OptionsError`] in [`Error::Options`] that names the property, as QEMU calls it, its
-    /// value and what to write instead; [`Error::HugePosixShm`]; [`Error::Range`].
+    /// An [`OptionsError`] that names the property, as QEMU calls it, its value and what to write
+    /// instead.
     pub fn check(&self) -> Result<()> {
         self.check_name()?;
         self.check_backing()?;
@@ -41,13 +41,12 @@ impl RamOptions {
         if self.numa.name() != "default" && self.numa.nodes().is_empty() {
             return Err(OptionsError::PolicyWithoutNodes {
                 policy: self.numa.name(),
-            }
-            .into());
+            });
         }
         Ok(())
     }
 
-    fn check_name(&self) -> Result<(), OptionsError> {
+    fn check_name(&self) -> Result<()> {
         match &self.name {
             Some(name) if !is_identifier(name) => Err(OptionsError::Value {
                 property: "id",
@@ -59,7 +58,7 @@ impl RamOptions {
     }
 
     /// That each option is one of those that the backing has.
-    fn check_backing(&self) -> Result<(), OptionsError> {
+    fn check_backing(&self) -> Result<()> {
         let only_for_files = [
             ("align", self.align.is_some()),
             ("offset", self.offset != 0),
@@ -106,13 +105,15 @@ impl RamOptions {
             }
         }
         match (self.page_size, &self.backing) {
-            (PageSize::Huge(_), Backing::PosixShm) => Err(Error::HugePosixShm),
-            (PageSize::Huge(_), Backing::File(_)) => Err(self
-                .not_of_backing(
-                    "hugetlb",
-                    "its pages are those of its file system, name a path on a hugetlbfs",
-                )
-                .into()),
+            (PageSize::Huge(_), Backing::PosixShm) => {
+                let remedy = "it has no huge pages of a pool, use a memfd backing, or page size \
+                              transparent (thp=on)";
+                Err(self.not_of_backing("hugetlb", remedy))
+            }
+            (PageSize::Huge(_), Backing::File(_)) => {
+                let remedy = "its pages are those of its file system, name a path on a hugetlbfs";
+                Err(self.not_of_backing("hugetlb", remedy))
+            }
             (PageSize::Huge(Some(size)), Backing::Memfd) => Ok(size),
             _ => Ok(base_page_size()),
         }
@@ -155,7 +156,7 @@ impl RamOptions {
     }
 
     /// What would write to RAM that must not be written, or be had without having it.
-    fn check_writing(&self) -> Result<(), OptionsError> {
+    fn check_writing(&self) -> Result<()> {
         if self.access == Access::ReadOnly && self.discard_data == DiscardData::OnDrop {
             // QEMU takes it, and then silently discards nothing.
             return Err(OptionsError::Conflict {
@@ -194,7 +195,7 @@ fn misplaced(properties: &[(&'static str, bool)]) -> Option<&'static str> {
         .find_map(|(property, is_set)| is_set.then_some(*property))
 }
 
-fn check_path(path: &Path) -> Result<(), OptionsError> {
+fn check_path(path: &Path) -> Result<()> {
     let bytes = path.as_os_str().as_bytes();
     if bytes.is_empty() || bytes.contains(&0) {
         return Err(OptionsError::Value {

@@ -1,19 +1,22 @@
 //! What is wrong with options: each names the property, the value, and what to write instead.
 
 use crate::options::NodeSet;
+use crate::range::InvalidRange;
 use crate::units::HumanSize;
+
+pub(crate) type Result<T, E = OptionsError> = std::result::Result<T, E>;
 
 /// What is wrong with [`RamOptions`](crate::RamOptions), whether set or read from a string.
 ///
 /// The properties are named as in QEMU's `-object`, which the setters name too.
 ///
 /// ```
-/// use guest_memory_shm::{Error, OptionsError, RamOptions};
+/// use guest_memory_shm::{OptionsError, RamOptions};
 ///
 /// let refused = "memory-backend-shm,size=1M,share=off".parse::<RamOptions>();
 /// assert!(matches!(
 ///     refused,
-///     Err(Error::Options(OptionsError::NotShared { by_default: false }))
+///     Err(OptionsError::NotShared { by_default: false })
 /// ));
 /// ```
 #[non_exhaustive]
@@ -108,6 +111,10 @@ pub enum OptionsError {
         /// What to do.
         remedy: &'static str,
     },
+
+    /// A size or an offset does not consist of whole pages.
+    #[error(transparent)]
+    Range(#[from] InvalidRange),
 
     /// A size that no RAM can have.
     #[error(

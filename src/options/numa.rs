@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::error::{OptionsError, Result};
+use super::error::{OptionsError, Result};
 use crate::range::RangeSet;
 
 /// A set of NUMA nodes of the host, numbered from 0 to 127.
@@ -18,7 +18,8 @@ use crate::range::RangeSet;
 /// ```
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct NodeSet {
-    bits: u128,
+    /// Two words and not one of 128 bits, which would align all errors that name nodes to 16 bytes.
+    words: [u64; 2],
 }
 
 impl NodeSet {
@@ -27,7 +28,7 @@ impl NodeSet {
 
     /// The empty set.
     pub const fn new() -> Self {
-        Self { bits: 0 }
+        Self { words: [0; 2] }
     }
 
     /// The set of these nodes.
@@ -49,43 +50,41 @@ impl NodeSet {
     ///
     /// [`OptionsError::NodeNumber`] for a node of 128 or more.
     pub fn insert(&mut self, node: u32) -> Result<()> {
-        Ok(self.add(node)?)
-    }
-
-    /// As [`insert`](Self::insert), with the narrower error.
-    pub(super) fn add(&mut self, node: u32) -> Result<(), OptionsError> {
         if node >= Self::LIMIT {
             return Err(OptionsError::NodeNumber { node });
         }
-        self.bits |= 1 << node;
+        self.words[word(node)] |= bit(node);
         Ok(())
     }
 
     /// Whether a node is in it.
     pub const fn contains(&self, node: u32) -> bool {
-        node < Self::LIMIT && self.bits & (1 << node) != 0
+        node < Self::LIMIT && self.words[word(node)] & bit(node) != 0
     }
 
     /// Whether the two sets have a node in common.
     pub const fn intersects(&self, other: Self) -> bool {
-        self.bits & other.bits != 0
+        !self.intersection(other).is_empty()
     }
 
     /// The nodes that are in both.
     pub(crate) const fn intersection(&self, other: Self) -> Self {
         Self {
-            bits: self.bits & other.bits,
+            words: [
+                self.words[0] & other.words[0],
+                self.words[1] & other.words[1],
+            ],
         }
     }
 
     /// Whether no node is in it.
     pub const fn is_empty(&self) -> bool {
-        self.bits == 0
+        self.words[0] | self.words[1] == 0
     }
 
     /// The number of nodes in it.
     pub const fn len(&self) -> u32 {
-        self.bits.count_ones()
+        self.words[0].count_ones() + self.words[1].count_ones()
     }
 
     /// The nodes in it, lowest first.
@@ -93,6 +92,14 @@ impl NodeSet {
         let set = *self;
         (0..Self::LIMIT).filter(move |node| set.contains(*node))
     }
+}
+
+const fn word(node: u32) -> usize {
+    (node / u64::BITS) as usize
+}
+
+const fn bit(node: u32) -> u64 {
+    1 << (node % u64::BITS)
 }
 
 /// Ranges of nodes, as the kernel writes them: `0,2-3`, or `none`.

@@ -9,8 +9,8 @@ use super::engine::{Failure, Step, Why};
 use super::need;
 use super::plan::{Part, Plan};
 use super::work::Looking;
-use crate::backing::check_pool;
-use crate::error::{Error, PopulateError};
+use crate::backing::{BackingError, check_pool};
+use crate::error::PopulateError;
 use crate::host::memory::{Demand, MemoryLimits};
 use crate::host::nodes;
 use crate::range::GuestRange;
@@ -44,7 +44,7 @@ pub(super) fn find(plan: &Plan, looking: &Looking, failure: Failure, needed: u64
 /// Whether somebody truncated the backing of the part.
 pub(super) fn truncated(part: &Part, range: GuestRange) -> Option<PopulateError> {
     match part.backing().check_not_truncated() {
-        Err(Error::BackingTruncated { end, now }) => {
+        Err(BackingError::Truncated { end, now }) => {
             Some(PopulateError::Truncated { range, end, now })
         }
         _ => None,
@@ -58,7 +58,7 @@ fn pool_empty(part: &Part, range: GuestRange, needed: u64) -> Option<PopulateErr
     }
     let page_size = backing.page_size();
     match check_pool(needed.div_ceil(page_size), page_size) {
-        Err(Error::Shortage(shortage))
+        Err(BackingError::Shortage(shortage))
             if matches!(shortage.limit, ResourceLimit::HugePages { .. }) =>
         {
             Some(PopulateError::Shortage { range, shortage })

@@ -11,7 +11,8 @@ use super::engine::{Failure, Step, Stop, Why};
 use super::need;
 use super::plan::{Chunk, GRAIN, Part, Plan};
 use super::watch::{Watch, Wish};
-use crate::error::{Error, PopulateError};
+use crate::backing::BackingError;
+use crate::error::PopulateError;
 use crate::host::calls::{is_refused, retried};
 use crate::host::memory::{Kind, MemoryLimits, Short};
 use crate::options::Populate;
@@ -161,7 +162,7 @@ impl Part {
     /// Allocates without mapping; `false` if the file system cannot do that, or a filter forbids it.
     fn allocate(&self, range: &Range<u64>) -> io::Result<bool> {
         // Never makes a file longer that somebody truncated: that would hide it.
-        if let Err(Error::BackingTruncated { .. }) = self.backing().check_not_truncated() {
+        if let Err(BackingError::Truncated { .. }) = self.backing().check_not_truncated() {
             return Err(Errno::EFAULT.into());
         }
         let at = self.in_backing(range);

@@ -6,8 +6,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 
 use guest_memory_shm::{
-    AdoptPolicy, BackingKind, Error, GuestMemoryShm, GuestRegionShm, InvalidRange, RamOptions,
-    RangePart, SealPolicy, Seals, ShmBacking,
+    AdoptPolicy, BackingError, BackingKind, Error, GuestMemoryShm, GuestRegionShm, InvalidRange,
+    RamOptions, RangePart, SealPolicy, Seals, ShmBacking,
 };
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -74,7 +74,7 @@ fn what_is_no_memory_is_refused_by_its_name() {
                 let fd = fd.try_clone().unwrap();
                 assert_refused!(
                     adopt(fd, &policy),
-                    Error::AdoptNotMemory { .. },
+                    Error::Backing(BackingError::NotMemory { .. }),
                     format!(
                         "cannot adopt a descriptor of a {name}: RAM needs a memfd, POSIX shm or \
                          hugetlbfs file"
@@ -111,7 +111,7 @@ fn a_descriptor_that_is_open_for_one_direction_only_is_refused() {
         for fd in [read_only, write_only, path_only] {
             assert_refused!(
                 adopt(fd, &AdoptPolicy::new()),
-                Error::AdoptReadOnly,
+                Error::Backing(BackingError::NotWritable),
                 "cannot adopt a descriptor that is not open for reading and writing: open it \
                  O_RDWR",
             );
@@ -128,21 +128,23 @@ fn a_file_that_is_too_short_is_refused_and_not_made_longer() {
         let file = memfd(MIB);
         assert_refused!(
             adopt(file.try_clone().unwrap(), &policy),
-            Error::AdoptTooShort {
+            Error::Backing(BackingError::TooShort {
                 len: MIB,
-                needed: 0x20_0000
-            },
-            "cannot adopt a file of 1 MiB for RAM of 2 MiB: touching RAM behind the end of the \
+                needed: 0x20_0000,
+                ..
+            }),
+            "cannot adopt a file of 1 MiB for RAM of 2 MiB: touching RAM past the end of the \
              file would be SIGBUS, make the file longer first",
         );
         assert_eq!(file.metadata().unwrap().len(), MIB);
         assert_refused!(
             adopt(memfd(0), &AdoptPolicy::new()),
-            Error::AdoptTooShort {
+            Error::Backing(BackingError::TooShort {
                 len: 0,
-                needed: PAGE
-            },
-            "cannot adopt a file of 0 bytes for RAM of 4 KiB: touching RAM behind the end of the \
+                needed: PAGE,
+                ..
+            }),
+            "cannot adopt a file of 0 bytes for RAM of 4 KiB: touching RAM past the end of the \
              file would be SIGBUS, make the file longer first",
         );
         let exact = adopt(memfd(2 * MIB), &policy).unwrap();
@@ -177,7 +179,7 @@ fn a_file_on_disk_is_refused_unless_it_is_meant() {
         let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         file.set_len(MIB).unwrap();
         let error = adopt(file.try_clone().unwrap(), &AdoptPolicy::new()).unwrap_err();
-        let Error::AdoptDiskFile { fs_type } = error else {
+        let Error::Backing(BackingError::OnDisk { fs_type, .. }) = error else {
             panic!("{error:?}");
         };
         assert_eq!(
@@ -202,7 +204,10 @@ fn a_file_on_disk_is_refused_unless_it_is_meant() {
         assert_eq!(&bytes, b"on disk");
         for seals in [SealPolicy::Require, SealPolicy::Add] {
             let refused = adopt(file.try_clone().unwrap(), &policy.clone().with_seals(seals));
-            assert!(matches!(refused, Err(Error::AdoptSeals { .. })));
+            assert!(matches!(
+                refused,
+                Err(Error::Backing(BackingError::NotSealed { .. }))
+            ));
         }
     });
 }
@@ -222,7 +227,7 @@ fn a_file_that_cannot_be_written_is_refused_whatever_the_policy() {
                 );
                 assert_refused!(
                     adopt(file, &AdoptPolicy::new().with_seals(policy)),
-                    Error::AdoptSeals { .. },
+                    Error::Backing(BackingError::WriteSealed { .. }),
                     format!(
                         "cannot adopt a file whose seals are: shrink|grow|{name}; RAM must be \
                          writable, ask its owner for one without write seals"
@@ -241,7 +246,7 @@ fn an_unsealed_memfd_is_adopted_as_the_policy_says() {
         let clone = || file.try_clone().unwrap();
         assert_refused!(
             adopt(clone(), &policy(SealPolicy::Require)),
-            Error::AdoptSeals { .. },
+            Error::Backing(BackingError::NotSealed { .. }),
             "cannot adopt a file whose seals are: none; its size must be sealed, ask its owner for \
              a memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), or \
              trust the owner with SealPolicy::Any",
@@ -276,7 +281,10 @@ fn half_a_seal_is_not_enough_where_the_size_must_be_sealed() {
         // The missing half is added, unless no seal can be added any more.
         seal(&file, SealFlag::F_SEAL_SEAL);
         let add = AdoptPolicy::new().with_seals(SealPolicy::Add);
-        assert!(matches!(adopt(file, &add), Err(Error::AdoptSeals { .. })));
+        assert!(matches!(
+            adopt(file, &add),
+            Err(Error::Backing(BackingError::NotSealed { .. }))
+        ));
         let file = memfd(MIB);
         seal(&file, flag);
         assert!(adopt(file, &add).unwrap().seals().contains(Seals::RESIZE));
@@ -291,7 +299,10 @@ fn posix_shm_can_be_adopted_but_not_sealed() {
         let fd = || dup(theirs.as_fd()).unwrap();
         for seals in [SealPolicy::Require, SealPolicy::Add] {
             let error = adopt(fd(), &AdoptPolicy::new().with_seals(seals)).unwrap_err();
-            assert!(matches!(error, Error::AdoptSeals { .. }), "{error:?}");
+            assert!(
+                matches!(error, Error::Backing(BackingError::NotSealed { .. })),
+                "{error:?}"
+            );
             assert!(error.to_string().contains("SealPolicy::Any"), "{error}");
         }
         let ours = adopt(fd(), &AdoptPolicy::new()).unwrap();
@@ -350,7 +361,7 @@ fn a_file_that_was_truncated_after_its_adoption_is_not_mapped() {
         ftruncate(&file, PAGE as i64).unwrap();
         assert_refused!(
             build(),
-            Error::BackingTruncated { now: PAGE, .. },
+            Error::Backing(BackingError::Truncated { now: PAGE, .. }),
             "the backing had at least 1 MiB and has 4 KiB now: another process truncated it, touching what is \
              gone would be SIGBUS; use a sealed memfd or a trusted peer",
         );

@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use guest_memory_shm::{
-    Backing, Error, GuestMemoryShm, GuestRegionShm, OptionsError, ResourceLimit, ShmBacking,
+    Backing, BackingError, Error, GuestMemoryShm, GuestRegionShm, OptionsError, ResourceLimit,
+    ShmBacking,
 };
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, GuestAddress, VolatileMemory};
@@ -22,16 +23,16 @@ const HUGE: u64 = 2 * MIB;
 fn huge_pages_of_posix_shm_are_refused() {
     in_own_process_leaving_nothing!(|| {
         let options = huge(HUGE).with_backing(Backing::PosixShm);
-        let text = "POSIX shared memory has no huge pages of a pool: use a memfd backing, or \
-                    page size transparent";
+        let text = "hugetlb does not go with POSIX shared memory: it has no huge pages of a pool, \
+                    use a memfd backing, or page size transparent (thp=on)";
         assert_refused!(
             build(options.clone(), &[(0, HUGE)]),
-            Error::HugePosixShm,
+            Error::Options(OptionsError::NotOfBacking { .. }),
             text
         );
         assert_refused!(
             ShmBacking::create(&options, HUGE),
-            Error::HugePosixShm,
+            BackingError::Options(OptionsError::NotOfBacking { .. }),
             text
         );
     });
@@ -51,7 +52,10 @@ fn a_huge_page_size_that_the_kernel_does_not_have_is_refused() {
             let Err(error) = build(huge(size), &[(0, HUGE)]) else {
                 panic!("{size} was accepted");
             };
-            let Error::NoSuchHugePageSize { page_size, offered } = &error else {
+            let Error::Backing(BackingError::NoSuchHugePageSize {
+                page_size, offered, ..
+            }) = &error
+            else {
                 panic!("{error:?}");
             };
             assert_eq!(*page_size, size);
@@ -84,7 +88,7 @@ fn an_empty_pool_of_huge_pages_is_an_error_that_says_how_to_fill_it() {
                 Err::<(), _>(error),
                 Error::Shortage(_),
                 format!(
-                    "3 more huge pages of 2 MiB are needed, and 0 can be had ({free} are unused, \
+                    "3 more huge pages of 2 MiB are needed, and 0 can be had ({free} unused, \
                      {free} of them reserved by others): raise \
                      /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 3, or leave out \
                      hugetlb=on (PageSize::Base)"

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use guest_memory_shm::{
-    Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange, MemoryError,
-    PageSize, RamOptions, RangePart, ShmBacking, ram_around_hole,
+    Backing, BackingError, Error, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange,
+    MemoryError, PageSize, RamOptions, RangePart, ShmBacking, ram_around_hole,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -57,7 +57,7 @@ fn size_0_is_refused() {
             );
             assert_refused!(
                 ShmBacking::create(&options, 0),
-                Error::BackingTooLong { size: 0, .. },
+                BackingError::Length { len: 0, .. },
                 "a backing of 0 bytes cannot exist: it must have at least one page and at most 7.9 EiB \
                  (9223372036854775807 bytes)",
             );
@@ -94,7 +94,7 @@ fn a_size_that_is_not_whole_pages_is_refused() {
             );
             assert_refused!(
                 ShmBacking::create(&options, 5000),
-                Error::Range(InvalidRange::Unaligned {
+                BackingError::Range(InvalidRange::Unaligned {
                     part: RangePart::Size,
                     value: 5000,
                     page_size: PAGE,
@@ -232,12 +232,12 @@ fn ram_that_no_file_can_hold_is_refused() {
         for options in [kind(Backing::Memfd), kind(Backing::PosixShm)] {
             assert_refused!(
                 ShmBacking::create(&options, 1 << 63),
-                Error::BackingTooLong { .. },
+                BackingError::Length { .. },
                 text,
             );
             assert!(matches!(
                 build(options, &[(0, 1 << 62), (1 << 62, 1 << 62)]),
-                Err(Error::BackingTooLong { .. })
+                Err(Error::Backing(BackingError::Length { .. }))
             ));
         }
     });
@@ -295,13 +295,13 @@ fn a_region_that_its_backing_does_not_have_is_refused() {
         assert!(place(3 * PAGE, PAGE).is_ok());
         assert_refused!(
             place(3 * PAGE, 2 * PAGE),
-            Error::OutsideBacking { .. },
+            Error::Backing(BackingError::Outside { .. }),
             "a region of 8 KiB at offset 0x3000 runs past the end of its backing at 0x4000: \
              touching it there would be SIGBUS",
         );
         assert!(matches!(
             place(u64::MAX - PAGE + 1, PAGE),
-            Err(Error::OutsideBacking { .. })
+            Err(Error::Backing(BackingError::Outside { .. }))
         ));
         assert_refused!(
             place(100, PAGE),
@@ -321,7 +321,10 @@ fn a_region_that_its_backing_does_not_have_is_refused() {
                 (GuestAddress(1 << 30), 2 * PAGE),
             ],
         );
-        assert!(matches!(twice.build(), Err(Error::OutsideBacking { .. })));
+        assert!(matches!(
+            twice.build(),
+            Err(Error::Backing(BackingError::Outside { .. }))
+        ));
     });
 }
 

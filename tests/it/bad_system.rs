@@ -6,7 +6,9 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use guest_memory_shm::{Backing, Error, GuestMemoryShm, PageSize, RamOptions, ShmBacking};
+use guest_memory_shm::{
+    Backing, BackingError, Error, GuestMemoryShm, MapError, PageSize, RamOptions, ShmBacking,
+};
 use nix::mount::{MsFlags, umount};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
@@ -23,7 +25,8 @@ const GIB: u64 = 1 << 30;
 const KINDS: [Backing; 2] = [Backing::Memfd, Backing::PosixShm];
 
 fn create(kind: &Backing, size: u64) -> Result<ShmBacking, Error> {
-    ShmBacking::create(&RamOptions::new().with_backing(kind.clone()), size)
+    let options = RamOptions::new().with_backing(kind.clone());
+    Ok(ShmBacking::create(&options, size)?)
 }
 
 fn memory(kind: &Backing, size: u64) -> Result<GuestMemoryShm, Error> {
@@ -104,7 +107,7 @@ fn a_process_without_descriptors_is_told_its_limit() {
         let refused = with_limit(Resource::RLIMIT_NOFILE, next, || {
             ShmBacking::create(&huge, 1 << 30)
         });
-        assert_refused!(refused, Error::Shortage(_), text);
+        assert_refused!(refused, BackingError::Shortage(_), text);
     });
 }
 
@@ -123,7 +126,7 @@ fn a_process_without_address_space_is_told_which_limits_there_are() {
             });
             assert_refused!(
                 Err::<(), _>(&error),
-                Error::Map { size: GIB, .. },
+                Error::Map(MapError::Reserve { size: GIB, .. }),
                 "cannot reserve address space for a region of 1 GiB: the address space of this \
                  process is limited, by the CPU, by RLIMIT_AS and by vm.max_map_count",
             );
@@ -147,7 +150,9 @@ fn a_memory_of_which_only_the_last_region_cannot_be_mapped_leaves_nothing() {
                     ],
                 )
                 .build();
-            assert!(matches!(result, Err(Error::Map { size, .. }) if size == 1 << 49));
+            assert!(
+                matches!(result, Err(Error::Map(MapError::Reserve { size, .. })) if size == 1 << 49)
+            );
         });
     });
 }
@@ -195,7 +200,7 @@ fn without_dev_shm_posix_shm_is_refused_and_a_memfd_is_not() {
         leaves_nothing(|| {
             assert_refused!(
                 memory(&Backing::PosixShm, MIB),
-                Error::ShmUnavailable { .. },
+                Error::Backing(BackingError::ShmUnavailable { .. }),
                 "cannot create POSIX shared memory: /dev/shm does not exist, mount a tmpfs \
                  there; or use a memfd backing",
             );
@@ -218,7 +223,7 @@ fn a_read_only_dev_shm_is_named() {
             assert!(chain(&error).contains("os error 30"), "{}", chain(&error));
             assert_refused!(
                 Err::<(), _>(error),
-                Error::ShmUnavailable { .. },
+                Error::Backing(BackingError::ShmUnavailable { .. }),
                 "cannot create POSIX shared memory: /dev/shm is read-only, remount it \
                  read-write; or use a memfd backing",
             );
@@ -239,7 +244,7 @@ fn a_dev_shm_without_room_for_one_more_file_is_named() {
         leaves_nothing(|| {
             assert_refused!(
                 memory(&Backing::PosixShm, MIB),
-                Error::ShmUnavailable { .. },
+                Error::Backing(BackingError::ShmUnavailable { .. }),
                 "cannot create POSIX shared memory: /dev/shm is full, remove files from it or \
                  remount it larger; or use a memfd backing",
             );
@@ -293,7 +298,7 @@ fn when_every_name_is_taken_the_last_is_told() {
         drop(names);
         assert_refused!(
             result,
-            Error::ShmNamesTaken { tried: 128, .. },
+            Error::Backing(BackingError::ShmNamesTaken { tried: 128, .. }),
             format!(
                 "128 names for POSIX shared memory exist already, the last is /{}: remove them",
                 name(127)

@@ -7,8 +7,8 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use guest_memory_shm::{
-    BackingKind, DiscardData, Error, FileError, GuestMemoryShm, GuestRegionShm, OptionsError,
-    RamOptions, Reserve, ShmBacking,
+    BackingError, BackingKind, DiscardData, Error, FileError, GuestMemoryShm, GuestRegionShm,
+    MapError, OptionsError, RamOptions, Reserve, ShmBacking,
 };
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::mount::{MsFlags, mount, umount};
@@ -43,7 +43,9 @@ pub(crate) fn refused(options: &RamOptions, size: u64, text: &str) {
         for error in [
             region(options, size).map(drop),
             memory(options, size).map(drop),
-            ShmBacking::create(options, size).map(drop),
+            ShmBacking::create(options, size)
+                .map(drop)
+                .map_err(Error::from),
         ] {
             assert_eq!(error.expect_err("refused").to_string(), text);
         }
@@ -117,16 +119,16 @@ fn numbers_that_do_not_fit_pages_are_refused() {
                 let options = file_options(&path).with_offset(offset);
                 assert!(matches!(
                     ShmBacking::create(&options, size),
-                    Err(Error::BackingTooLong { .. })
+                    Err(BackingError::Length { .. })
                 ));
                 assert!(matches!(
                     memory(&options, size),
-                    Err(Error::BackingTooLong { .. })
+                    Err(Error::Backing(BackingError::Length { .. }))
                 ));
             }
             assert!(matches!(
                 ShmBacking::create(&file_options(&path).with_offset(PAGE), 0),
-                Err(Error::BackingTooLong { size: 0, .. })
+                Err(BackingError::Length { len: 0, .. })
             ));
         });
         assert_eq!(names(dir.path()), [""; 0]);
@@ -315,7 +317,7 @@ fn a_file_that_cannot_be_mapped_shared_is_refused() {
             let options = file_options(path).with_reserve(Reserve::Off);
             assert_refused!(
                 region(&options, PAGE),
-                Error::File(FileError::NotMappable { .. }),
+                Error::Map(MapError::NotShareable { .. }),
                 "cannot map 4 KiB of the file shared: its file system or its seals do not allow \
                  that, use a file on a tmpfs, a hugetlbfs or a local disk",
             );
@@ -334,6 +336,6 @@ fn a_file_that_is_truncated_between_creation_and_mapping_is_refused() {
     file.set_len(2 * MIB - 1).unwrap();
     assert!(matches!(
         map(),
-        Err(Error::BackingTruncated { end, now }) if (end, now) == (2 * MIB, 2 * MIB - 1)
+        Err(Error::Backing(BackingError::Truncated { end, now, .. })) if (end, now) == (2 * MIB, 2 * MIB - 1)
     ));
 }

@@ -101,7 +101,9 @@ fn a_short_pool_is_told_before_a_file_is_created() {
                     let options = file_options(&path);
                     for refused in [
                         region(&options, 4 * HUGE).map(drop),
-                        ShmBacking::create(&options, 4 * HUGE).map(drop),
+                        ShmBacking::create(&options, 4 * HUGE)
+                            .map(drop)
+                            .map_err(Error::from),
                     ] {
                         assert_eq!(huge_pages_short(&refused.unwrap_err()), Some((4, 3)));
                     }

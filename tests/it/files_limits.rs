@@ -64,7 +64,7 @@ fn ram_that_its_file_system_can_never_hold_is_refused_unless_that_is_meant() {
         fs::remove_file(&path).unwrap();
         let populated = file_options(&path).with_populate(Populate::Allocate);
         let refused = ShmBacking::create(&populated, 8 * MIB).unwrap_err();
-        assert_eq!(room_short(&refused), Some((8 * MIB, 6 * MIB)));
+        assert_eq!(room_short(&refused.into()), Some((8 * MIB, 6 * MIB)));
         assert!(!path.exists());
         fs::remove_file(dir.path().join("ballast")).unwrap();
 
@@ -160,7 +160,7 @@ fn when_a_later_step_fails_a_new_file_is_removed_and_an_empty_one_is_empty_again
                         .build()
                         .map(drop),
                 ] {
-                    assert!(matches!(result, Err(Error::Map { .. })), "{result:?}");
+                    assert!(matches!(result, Err(Error::Map(_))), "{result:?}");
                     let metadata = fs::metadata(&empty).unwrap();
                     assert_eq!((metadata.len(), metadata.ino()), (0, inode));
                     assert_eq!(fs::metadata(&old).unwrap().len(), UNMAPPABLE);
@@ -188,7 +188,7 @@ fn contents_that_were_there_survive_a_failure_although_they_were_to_be_discarded
             .with_ram(options.clone(), [(GuestAddress(0), MIB)])
             .with_ram(RamOptions::new(), [(GuestAddress(1 << 50), UNMAPPABLE)])
             .build();
-        assert!(matches!(failed, Err(Error::Map { .. })));
+        assert!(matches!(failed, Err(Error::Map(_))));
         assert!(fs::read(&path).unwrap() == pattern(MIB));
         drop(region(&options, MIB).unwrap());
         assert!(fs::read(&path).unwrap() == vec![0; MIB as usize]);
@@ -202,13 +202,13 @@ fn a_length_that_the_file_system_does_not_have_leaves_no_file() {
         let path = dir.path().join("ram");
         let options = file_options(&path).with_reserve(Reserve::Off);
         leaves_nothing(|| match region(&options, 1 << 62) {
-            Err(error @ Error::File(FileError::Step { .. })) => {
-                let text = format!("cannot set the length of {}", path.display());
+            Err(error @ Error::File(FileError::Resize { .. })) => {
+                let text = format!("cannot set the length of {} to 4 EiB", path.display());
                 assert_eq!(error.to_string(), text);
                 assert!(chain(&error).contains("os error 27"), "{}", chain(&error));
             }
             // Some file systems have files of any length.
-            other => assert!(matches!(other, Err(Error::Map { .. })), "{other:?}"),
+            other => assert!(matches!(other, Err(Error::Map(_))), "{other:?}"),
         });
         assert_eq!(names(dir.path()), [""; 0]);
     });

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use guest_memory_shm::{
-    Access, BackingKind, DiscardData, Error, FileError, GuestMemoryShm, GuestRegionShm, GuestRom,
-    InvalidRange, OptionsError, RamOptions, RangePart, ShmBacking,
+    Access, BackingError, BackingKind, DiscardData, Error, FileError, GuestMemoryShm,
+    GuestRegionShm, GuestRom, InvalidRange, OptionsError, RamOptions, RangePart, ShmBacking,
 };
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
@@ -242,7 +242,7 @@ fn a_rom_that_somebody_truncated_is_an_error_to_read_and_no_signal() {
     rom.read(PAGE - 8, &mut bytes).unwrap();
     assert!(matches!(
         rom.read(PAGE - 4, &mut bytes),
-        Err(Error::BackingTruncated { end, now }) if (end, now) == (4 * PAGE, PAGE)
+        Err(Error::Backing(BackingError::Truncated { end, now, .. })) if (end, now) == (4 * PAGE, PAGE)
     ));
     // The control: the mapping has no such answer.
     let gone = rom.as_ptr().wrapping_add(PAGE as usize);

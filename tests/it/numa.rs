@@ -3,7 +3,8 @@
 use std::fs;
 
 use guest_memory_shm::{
-    Backing, Error, GuestMemoryShm, GuestRegionShm, NodeSet, Note, NumaPolicy, RamOptions,
+    Backing, BackingError, Error, GuestMemoryShm, GuestRegionShm, NodeSet, Note, NumaPolicy,
+    RamOptions,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -109,7 +110,7 @@ fn a_node_that_is_not_there_is_refused_before_anything_is_created() {
             let refused = leaves_nothing(|| memory(options.clone()));
             assert_refused!(
                 refused,
-                Error::Numa(_),
+                Error::Backing(BackingError::NoSuchNodes { .. }),
                 format!(
                     "cannot place RAM on host-nodes=126-127 (policy={}): this machine has memory on \
                      nodes {}; choose nodes that are there and that this process may use (cpuset)",

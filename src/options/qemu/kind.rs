@@ -1,7 +1,7 @@
 //! QEMU's types of memory backend, and which properties each has.
 
-use crate::error::OptionsError;
 use crate::options::Backing;
+use crate::options::error::{OptionsError, Result};
 
 /// A type of memory backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +27,7 @@ impl Kind {
     const ALL: [Self; 3] = [Self::Memfd, Self::Shm, Self::File];
 
     /// The type with this name, if RAM of it can be shared.
-    pub(super) fn from_name(name: &str) -> Result<Self, OptionsError> {
+    pub(super) fn from_name(name: &str) -> Result<Self> {
         let kind = Self::ALL.into_iter().find(|kind| kind.name() == name);
         kind.ok_or_else(|| OptionsError::UnknownType { found: name.into() })
     }

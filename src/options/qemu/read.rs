@@ -7,7 +7,7 @@ use std::str::FromStr;
 use super::kind::Kind;
 use super::pairs::Pairs;
 use super::values::{self, A_NUMBER, A_SIZE, A_SWITCH, NODES};
-use crate::error::{Error, OptionsError, Result};
+use crate::options::error::{OptionsError, Result};
 use crate::options::{
     Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
     Populate, RamOptions, Reserve, Sealing, Unused,
@@ -34,10 +34,10 @@ use crate::options::{
 ///
 /// # Errors
 ///
-/// [`OptionsError`] in [`Error::Options`] for what cannot be read, and those of
-/// [`RamOptions::check`] for what does not go together.
+/// [`OptionsError`] for what cannot be read, and those of [`RamOptions::check`] for what does not
+/// go together.
 impl FromStr for RamOptions {
-    type Err = Error;
+    type Err = OptionsError;
 
     fn from_str(text: &str) -> Result<Self> {
         const TYPE: &str = "qom-type";
@@ -50,8 +50,7 @@ impl FromStr for RamOptions {
                     property: key.into(),
                     of: kind.name(),
                     known: kind.properties(),
-                }
-                .into());
+                });
             }
         }
         let reader = Reader { pairs, kind };
@@ -68,7 +67,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn options(&self) -> Result<RamOptions, OptionsError> {
+    fn options(&self) -> Result<RamOptions> {
         self.refuse_unsupported()?;
         let size = self.size("size")?.ok_or(OptionsError::Missing {
             property: "size",
@@ -118,7 +117,7 @@ impl Reader<'_> {
     }
 
     /// What QEMU has and nothing here can do.
-    fn refuse_unsupported(&self) -> Result<(), OptionsError> {
+    fn refuse_unsupported(&self) -> Result<()> {
         if self.switch("pmem")? == Some(true) {
             return Err(OptionsError::Unsupported {
                 property: "pmem",
@@ -136,7 +135,7 @@ impl Reader<'_> {
         }
     }
 
-    fn backing(&self) -> Result<Backing, OptionsError> {
+    fn backing(&self) -> Result<Backing> {
         Ok(match self.kind {
             Kind::Memfd => Backing::Memfd,
             Kind::Shm => Backing::PosixShm,
@@ -150,7 +149,7 @@ impl Reader<'_> {
         })
     }
 
-    fn check_shared(&self) -> Result<(), OptionsError> {
+    fn check_shared(&self) -> Result<()> {
         match (self.switch("share")?, self.kind) {
             (Some(true), _) | (None, Kind::Memfd | Kind::Shm) => Ok(()),
             (Some(false), _) => Err(OptionsError::NotShared { by_default: false }),
@@ -159,7 +158,7 @@ impl Reader<'_> {
     }
 
     /// The pages, and a size of huge pages that are not asked for.
-    fn pages(&self) -> Result<(PageSize, Option<u64>), OptionsError> {
+    fn pages(&self) -> Result<(PageSize, Option<u64>)> {
         let size = self.size("hugetlbsize")?;
         let hugetlb = self.switch("hugetlb")? == Some(true);
         let transparent = self.switch("thp")? == Some(true);
@@ -175,7 +174,7 @@ impl Reader<'_> {
         }
     }
 
-    fn populate(&self) -> Result<Populate, OptionsError> {
+    fn populate(&self) -> Result<Populate> {
         let asked = match self.pairs.last("populate") {
             None => None,
             Some("lazy") => Some(Populate::Lazy),
@@ -207,7 +206,7 @@ impl Reader<'_> {
         }
     }
 
-    fn threads(&self) -> Result<Option<NonZeroU32>, OptionsError> {
+    fn threads(&self) -> Result<Option<NonZeroU32>> {
         self.read("prealloc-threads", A_NUMBER, |text| {
             u32::try_from(values::number(text)?)
                 .ok()
@@ -215,7 +214,7 @@ impl Reader<'_> {
         })
     }
 
-    fn on_shortage(&self) -> Result<OnShortage, OptionsError> {
+    fn on_shortage(&self) -> Result<OnShortage> {
         match self.pairs.last("on-shortage") {
             None | Some("refuse") => Ok(OnShortage::Refuse),
             Some("try-anyway") => Ok(OnShortage::TryAnyway),
@@ -223,7 +222,7 @@ impl Reader<'_> {
         }
     }
 
-    fn numa(&self) -> Result<NumaPolicy, OptionsError> {
+    fn numa(&self) -> Result<NumaPolicy> {
         let mut nodes = NodeSet::new();
         for text in self.pairs.all("host-nodes") {
             let refused = || value_error("host-nodes", text, NODES);
@@ -232,7 +231,7 @@ impl Reader<'_> {
             let first = u32::try_from(first).map_err(|_| refused())?;
             // The first that there is not ends it: a range is not walked for ever.
             for node in first..=last {
-                nodes.add(node)?;
+                nodes.insert(node)?;
             }
         }
         let policy: fn(NodeSet) -> NumaPolicy = match self.pairs.last("policy") {
@@ -254,7 +253,7 @@ impl Reader<'_> {
         Ok(policy(nodes))
     }
 
-    fn access(&self) -> Result<Access, OptionsError> {
+    fn access(&self) -> Result<Access> {
         let readonly = self.switch("readonly")? == Some(true);
         let rom = match self.pairs.last("rom") {
             None | Some("auto") => None,
@@ -278,11 +277,11 @@ impl Reader<'_> {
         }
     }
 
-    fn size(&self, property: &'static str) -> Result<Option<u64>, OptionsError> {
+    fn size(&self, property: &'static str) -> Result<Option<u64>> {
         self.read(property, A_SIZE, values::size)
     }
 
-    fn switch(&self, property: &'static str) -> Result<Option<bool>, OptionsError> {
+    fn switch(&self, property: &'static str) -> Result<Option<bool>> {
         self.read(property, A_SWITCH, values::switch)
     }
 
@@ -292,7 +291,7 @@ impl Reader<'_> {
         property: &'static str,
         expected: &'static str,
         read: impl Fn(&str) -> Option<T>,
-    ) -> Result<Option<T>, OptionsError> {
+    ) -> Result<Option<T>> {
         let Some(text) = self.pairs.last(property) else {
             return Ok(None);
         };
@@ -340,9 +339,7 @@ mod tests {
     #[test]
     fn a_wide_range_of_nodes_is_not_walked() {
         let text = "memory-backend-memfd,size=1M,policy=bind,host-nodes=0-4294967295";
-        let Err(Error::Options(error)) = text.parse::<RamOptions>() else {
-            panic!("it was accepted");
-        };
-        assert_eq!(error, OptionsError::NodeNumber { node: 128 });
+        let refused = text.parse::<RamOptions>();
+        assert_eq!(refused, Err(OptionsError::NodeNumber { node: 128 }));
     }
 }

@@ -4,7 +4,9 @@ use std::fmt;
 
 use nix::errno::Errno;
 
+use crate::backing::BackingError;
 use crate::error::Error;
+use crate::mapping::MapError;
 use crate::range::InvalidRange;
 use crate::units::HumanSize;
 
@@ -263,14 +265,20 @@ impl RegionError {
 
     fn errno(&self) -> Errno {
         match &*self.error {
-            Error::AdoptSeals { .. } => Errno::EPERM,
-            Error::AdoptNotMemory { .. }
-            | Error::AdoptReadOnly
-            | Error::AdoptDiskFile { .. }
-            | Error::Adopt { .. }
-            | Error::File(_) => Errno::EBADF,
+            Error::Backing(BackingError::WriteSealed { .. } | BackingError::NotSealed { .. }) => {
+                Errno::EPERM
+            }
+            Error::Backing(
+                BackingError::NotMemory { .. }
+                | BackingError::NotWritable
+                | BackingError::OnDisk { .. }
+                | BackingError::Inspect { .. },
+            )
+            | Error::Map(MapError::NotShareable { .. }) => Errno::EBADF,
             Error::Range(_) => Errno::EINVAL,
-            Error::BackingTruncated { .. } | Error::OutsideBacking { .. } => Errno::ENXIO,
+            Error::Backing(BackingError::Truncated { .. } | BackingError::Outside { .. }) => {
+                Errno::ENXIO
+            }
             _ => Errno::ENOMEM,
         }
     }

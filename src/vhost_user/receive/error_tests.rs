@@ -5,6 +5,7 @@ use std::error::Error as _;
 use vm_memory::GuestAddress;
 
 use super::*;
+use crate::backing::BackingError;
 use crate::range::RangePart;
 
 #[test]
@@ -162,17 +163,22 @@ fn a_region_that_is_not_mapped_says_why_and_what_the_system_said() {
             error: Box::new(error),
         })
     };
-    let refused = region(Error::Adopt {
-        doing: "fstat",
+    let refused = region(Error::Backing(BackingError::Inspect {
         source: std::io::Error::from_raw_os_error(9),
-    });
+    }));
     assert_eq!(
         refused.to_string(),
-        "region 3: cannot adopt a descriptor: fstat failed"
+        "region 3: cannot ask the kernel about a descriptor that is RAM, or is to be"
     );
     let cause = refused.source().expect("the system said why").to_string();
     assert!(cause.contains("os error 9"), "{cause}");
     assert_eq!(refused.reply_code(), 9);
-    assert_eq!(region(Error::AdoptReadOnly).reply_code(), 9);
-    assert_eq!(region(Error::HugePosixShm).reply_code(), 12);
+    assert_eq!(
+        region(Error::Backing(BackingError::NotWritable)).reply_code(),
+        9
+    );
+    assert_eq!(
+        region(crate::region::MemoryError::NoRanges.into()).reply_code(),
+        12
+    );
 }

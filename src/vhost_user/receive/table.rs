@@ -9,7 +9,7 @@ use vm_memory::bitmap::NewBitmap;
 
 use super::check::{check_numbers, check_pages};
 use super::{ReceivePolicy, ReceivedRegion};
-use crate::backing::{ShmBacking, base_page_size};
+use crate::backing::{BackingError, ShmBacking, base_page_size};
 use crate::error::{Error, ReceiveError, RegionError};
 use crate::memory::GuestMemoryShm;
 use crate::region::GuestRegionShm;
@@ -147,18 +147,18 @@ impl<B: NewBitmap> ReceivedTable<B> {
         // It does not wrap.
         let policy = self.policy.descriptors().clone();
         let policy = policy.with_min_len(offset + size);
-        match ShmBacking::adopt(file, &policy).map_err(Error::from) {
+        match ShmBacking::adopt(file, &policy).map_err(BackingError::from) {
             Ok(backing) => {
                 check_pages(index, region, backing.page_size())?;
                 Ok(backing)
             }
-            Err(Error::AdoptTooShort { len, .. }) => Err(ReceiveError::FileTooShort {
+            Err(BackingError::TooShort { len, .. }) => Err(ReceiveError::FileTooShort {
                 index,
                 offset,
                 size,
                 len,
             }),
-            Err(error) => Err(at(index, error)),
+            Err(error) => Err(at(index, error.into())),
         }
     }
 }

@@ -156,8 +156,8 @@ fn map(backing: &ShmBacking) -> Result<GuestRegionShm> {
     GuestRegionShm::from_backing(backing, 0, GuestAddress(0), backing.end()).map_err(no_memfd)
 }
 
-fn no_memfd(error: crate::error::Error) -> ShareError {
-    ShareError::Log(Box::new(error))
+fn no_memfd(error: impl Into<crate::error::Error>) -> ShareError {
+    ShareError::Log(Box::new(error.into()))
 }
 
 fn pages_of(range: GuestRange) -> Range<u64> {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use guest_memory_shm::{
-    AddressSpace, AddressSpaceError, DaemonFailure, Error, GuestMemoryShm, GuestRange,
-    GuestRegionShm, KvmError, ListenerError, ListenerStatus, RamOptions, ShareError, TableError,
+    AddressSpace, AddressSpaceError, DaemonFailure, GuestMemoryShm, GuestRange, GuestRegionShm,
+    KvmError, ListenerError, ListenerStatus, RamOptions, ShareError, TableError,
 };
 use nix::errno::Errno;
 use vm_memory::{GuestAddress, GuestAddressSpace};
@@ -443,9 +443,9 @@ fn cause_of(source: &(dyn std::error::Error + 'static)) -> Cause {
             other => panic!("{other:?}"),
         };
     }
-    if let Some(error) = source.downcast_ref::<Error>() {
+    if let Some(error) = source.downcast_ref::<KvmError>() {
         return match error {
-            Error::Kvm(KvmError::OutOfSlots { .. } | KvmError::Refused { .. }) => Cause::NoSlot,
+            KvmError::OutOfSlots { .. } | KvmError::Refused { .. } => Cause::NoSlot,
             other => panic!("{other:?}"),
         };
     }

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, map_table};
 use guest_memory_shm::{
-    Access, AdoptPolicy, Backing, CoreDump, Error, GuestMemoryShm, GuestRegionShm, GuestRom,
-    NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions, Populated, RamOptions,
-    SealPolicy, ShmBacking,
+    Access, AdoptPolicy, Backing, BackingError, CoreDump, Error, GuestMemoryShm, GuestRegionShm,
+    GuestRom, NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions, Populated,
+    RamOptions, SealPolicy, ShmBacking,
 };
 use nix::errno::Errno;
 use tempfile::TempDir;
@@ -117,7 +117,10 @@ fn build(stage: &Stage, options: &RamOptions) -> Outcome {
         }
         Err(error) => {
             // Only a kernel without them has none: what cannot be read is not absent.
-            let has_none = matches!(error, Error::NoSuchHugePageSize { .. });
+            let has_none = matches!(
+                error,
+                Error::Backing(BackingError::NoSuchHugePageSize { .. })
+            );
             assert!(!has_none || stage.errno() == Some(Errno::ENOENT), "{error}");
             says_something(&error)
         }

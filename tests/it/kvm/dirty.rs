@@ -66,7 +66,7 @@ fn the_log_names_exactly_the_pages_that_the_guest_wrote() {
     machine.slots(KvmSlots::stop_dirty_logging).unwrap();
     machine.write(0x14 * PAGE);
     let error = machine.slots(KvmSlots::dirty_log).unwrap_err();
-    assert!(matches!(error, Error::Kvm(KvmError::NotLogging)), "{error}");
+    assert!(matches!(error, KvmError::NotLogging), "{error}");
     machine.slots(KvmSlots::start_dirty_logging).unwrap();
     assert_eq!(machine.dirty(), []);
 }
@@ -130,10 +130,7 @@ fn a_log_that_cannot_be_started_everywhere_is_started_nowhere() {
     for part in ["slot 1", "dirty logging", "another slot of the VM overlaps"] {
         assert!(text.contains(part), "{part} is missing: {text}");
     }
-    assert!(
-        matches!(error, Error::Kvm(KvmError::Refused { slot: 1, .. })),
-        "{text}"
-    );
+    assert!(matches!(error, KvmError::Refused { slot: 1, .. }), "{text}");
     assert!(machine.slots(|slots| !slots.is_dirty_logging()));
     assert!(machine.slots(|slots| slots.slots().all(|slot| !slot.is_logging())));
     // KVM says so too: it has no log of the first slot.
@@ -162,7 +159,7 @@ fn a_harvest_that_fails_half_way_loses_nothing() {
         let error = machine.slots(KvmSlots::dirty_log).unwrap_err();
         let text = error.to_string();
         assert!(
-            matches!(error, Error::Kvm(KvmError::NoDirtyLog { slot: 1, range: of, .. })
+            matches!(error, KvmError::NoDirtyLog { slot: 1, range: of, .. }
                 if of == range(PLUG, MIB)),
             "{text}"
         );
@@ -191,7 +188,7 @@ fn a_log_that_cannot_be_stopped_everywhere_can_be_stopped_later() {
     usurp(&machine, 0, &memory[0]);
     let error = machine.slots(KvmSlots::stop_dirty_logging).unwrap_err();
     assert!(
-        matches!(error, Error::Kvm(KvmError::Refused { slot: 0, .. })),
+        matches!(error, KvmError::Refused { slot: 0, .. }),
         "{error}"
     );
     let logging = |machine: &Machine| {

@@ -47,7 +47,7 @@ fn numbers_that_living_slots_of_the_vm_have_are_refused() {
         assert!(text.contains("KvmSlots::with_numbers"), "{text}");
         assert!(text.contains(&format!("0..{limit} belong to")), "{text}");
         assert!(
-            matches!(error, Error::Kvm(KvmError::SlotsInUse { numbers: wanted, held, .. })
+            matches!(error, KvmError::SlotsInUse { numbers: wanted, held, .. }
                 if wanted == numbers && held == (0..limit)),
             "{text}"
         );
@@ -77,10 +77,7 @@ fn slots_of_other_numbers_serve_the_same_guest() {
     others.update(&memory).unwrap();
     let slots = KvmSlots::with_slots(vm.clone(), 0..8).unwrap();
     let error = KvmSlots::with_slots(vm.clone(), 7..9).unwrap_err();
-    assert!(
-        matches!(error, Error::Kvm(KvmError::SlotsInUse { .. })),
-        "{error}"
-    );
+    assert!(matches!(error, KvmError::SlotsInUse { .. }), "{error}");
     let mut machine = Machine::with(vm, slots);
     machine.space.insert(region(PLUG, MIB)).told_all();
     machine.reaches(PLUG);
@@ -123,9 +120,9 @@ fn misses_its_log_and_survives(slots: &mut KvmSlots) {
     for _ in 0..3 {
         let error = slots.dirty_log().unwrap_err();
         let text = error.to_string();
-        let Error::Kvm(KvmError::NoDirtyLog {
+        let KvmError::NoDirtyLog {
             slot: 0, source, ..
-        }) = error
+        } = error
         else {
             panic!("{text}")
         };
@@ -180,7 +177,7 @@ fn a_slot_that_was_taken_over_keeps_its_memory_and_number() {
     assert_eq!(numbers.free(), 2);
     let error = numbers.take_number(0).unwrap_err();
     assert!(
-        matches!(error, Error::Kvm(KvmError::NumberTaken { number: 0, .. })),
+        matches!(error, KvmError::NumberTaken { number: 0, .. }),
         "{error}"
     );
     assert_eq!(numbers.take().unwrap().number(), 1);

@@ -43,9 +43,8 @@ fn each_change_is_a_call_of_the_hypervisor() {
     assert_eq!(fake.slots(), [(0, 0), (1, PLUG)]);
     assert_eq!(fake.calls(), [(Set, 0), (Set, 1)]);
 
-    let slots = |work: fn(&mut KvmSlots) -> guest_memory_shm::Result<()>| {
-        space.with_listener(&kvm, work).unwrap()
-    };
+    let slots =
+        |work: fn(&mut KvmSlots) -> Result<(), KvmError>| space.with_listener(&kvm, work).unwrap();
     slots(KvmSlots::start_dirty_logging).unwrap();
     assert_eq!(fake.calls(), [(Set, 0), (Set, 1)]);
     fake.guest_writes(1, 0b110);
@@ -67,20 +66,17 @@ fn what_a_hypervisor_has_not_is_refused_by_its_limits() {
     assert_eq!(slots.max_slots(), 2);
     // It says nothing of read-only slots.
     let error = slots.add_read_only(range(0, MIB)).unwrap_err();
-    assert!(
-        matches!(error, Error::Kvm(KvmError::NoReadOnly { .. })),
-        "{error}"
-    );
+    assert!(matches!(error, KvmError::NoReadOnly { .. }), "{error}");
     let error = slots.check(&memory(&[0, PLUG, 2 * PLUG])).unwrap_err();
     assert!(
         matches!(
             cause(&error),
-            Error::Kvm(KvmError::OutOfSlots {
+            KvmError::OutOfSlots {
                 regions: 3,
                 slots: 2,
                 limit: 2,
                 ..
-            })
+            }
         ),
         "{error}"
     );
@@ -93,9 +89,9 @@ fn its_own_errors_are_passed_on() {
     let mut slots = holding(&fake, &[0]);
     fake.fail(Set, Fault::Errno(libc::ENOTTY));
     let error = slots.start_dirty_logging().unwrap_err();
-    let Error::Kvm(KvmError::Refused {
+    let KvmError::Refused {
         slot: 0, source, ..
-    }) = error
+    } = error
     else {
         panic!("{error}")
     };
@@ -167,7 +163,7 @@ fn what_it_does_not_let_go_stays_mapped_and_its_number_taken() {
         assert_eq!(fake.slots(), [(number, 0)]);
         let error = numbers.take_number(number).unwrap_err();
         assert!(
-            matches!(error, Error::Kvm(KvmError::NumberTaken { number: 0, .. })),
+            matches!(error, KvmError::NumberTaken { number: 0, .. }),
             "{error}"
         );
         assert_eq!(numbers.free(), 3);
@@ -237,7 +233,7 @@ fn a_log_that_there_is_no_room_to_read_is_not_started() {
         let error = slots.start_dirty_logging().unwrap_err();
         assert!(error.to_string().contains("a log needs 256 MiB"), "{error}");
         assert!(
-            matches!(error, Error::Kvm(KvmError::NoLogBuffer { pages: 256, .. })),
+            matches!(error, KvmError::NoLogBuffer { pages: 256, .. }),
             "{error}"
         );
         assert!(!slots.is_dirty_logging());

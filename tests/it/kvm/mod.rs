@@ -5,8 +5,8 @@ use std::error::Error as StdError;
 use std::sync::{Arc, Mutex};
 
 use guest_memory_shm::{
-    AddressSpace, AddressSpaceError, Error, GuestMemoryShm, GuestRange, HypervisorVm, KvmError,
-    KvmSlot, KvmSlots, ListenerError, ListenerId, MemoryListener, RegionAdapter, RegionListener,
+    AddressSpace, AddressSpaceError, GuestMemoryShm, GuestRange, HypervisorVm, KvmError, KvmSlot,
+    KvmSlots, ListenerError, ListenerId, MemoryListener, RegionAdapter, RegionListener,
 };
 use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -115,7 +115,7 @@ fn refusal(error: AddressSpaceError) -> (String, Option<GuestRange>, ListenerErr
 
 /// The cause as `KvmSlots` gave it.
 #[track_caller]
-fn cause(error: &ListenerError) -> &Error {
+fn cause(error: &ListenerError) -> &KvmError {
     let cause = StdError::source(error).and_then(|cause| cause.downcast_ref());
     cause.unwrap_or_else(|| panic!("{error:?}"))
 }

@@ -143,8 +143,8 @@ fn only_the_numbers_that_it_was_given_are_used() {
         let error = KvmSlots::with_slots(vm.clone(), numbers.clone()).unwrap_err();
         let text = error.to_string();
         assert!(
-            matches!(error, Error::Kvm(KvmError::NoSuchSlots { first, end, limit: has })
-                if (first..end) == numbers && has == limit),
+            matches!(error, KvmError::NoSuchSlots { numbers: asked, limit: has, .. }
+                if asked == numbers && has == limit),
             "{text}"
         );
         assert!(text.contains(&format!("KVM has 0..{limit}")), "{text}");

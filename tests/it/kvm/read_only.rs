@@ -58,7 +58,7 @@ fn a_region_that_is_read_only_in_part_is_refused() {
         let (_, at, refused) = refusal(error);
         assert_eq!(at, Some(range(start, size * MIB)));
         assert!(
-            matches!(cause(&refused), Error::Kvm(KvmError::PartlyReadOnly { .. })),
+            matches!(cause(&refused), KvmError::PartlyReadOnly { .. }),
             "{refused:?}"
         );
         machine.misses(start);
@@ -75,7 +75,7 @@ fn what_is_there_cannot_become_read_only_and_stays_there() {
         .slots(|slots| slots.add_read_only(late))
         .unwrap_err();
     assert!(
-        matches!(error, Error::Kvm(KvmError::TooLate { region, .. }) if region == range(0, MIB)),
+        matches!(error, KvmError::TooLate { region, .. } if region == range(0, MIB)),
         "{error}"
     );
     machine.reaches(0x8000);
@@ -125,7 +125,7 @@ fn a_rom_is_a_slot_that_the_guest_only_reads() {
     for (answer, at) in [(again, PLUG), (ram, 0)] {
         let error = answer.unwrap_err();
         assert!(
-            matches!(error, Error::Kvm(KvmError::NoSuchRom { start }) if start.0 == at),
+            matches!(error, KvmError::NoSuchRom { start, .. } if start.0 == at),
             "{error}"
         );
     }
@@ -143,7 +143,7 @@ fn roms_and_regions_do_not_overlap_and_share_the_slots() {
         let (_dir, rom) = rom(start);
         let error = machine.slots(|slots| slots.add_rom(rom)).unwrap_err();
         assert!(
-            matches!(error, Error::Range(InvalidRange::Overlap { .. })),
+            matches!(error, KvmError::Range(InvalidRange::Overlap { .. })),
             "{error}"
         );
     }
@@ -167,7 +167,10 @@ fn roms_and_regions_do_not_overlap_and_share_the_slots() {
     let (listener, at, refused) = refusal(error);
     assert_eq!((listener.as_str(), at), ("kvm", Some(range(PLUG, 2 * MIB))));
     assert!(
-        matches!(cause(&refused), Error::Range(InvalidRange::Overlap { .. })),
+        matches!(
+            cause(&refused),
+            KvmError::Range(InvalidRange::Overlap { .. })
+        ),
         "{refused:?}"
     );
     machine.reaches(PLUG);

@@ -44,17 +44,17 @@ fn devices_of_the_vmm_and_the_slots_take_numbers_from_one_place() {
     assert!(
         matches!(
             cause(&refused),
-            Error::Kvm(KvmError::OutOfSlots {
+            KvmError::OutOfSlots {
                 regions: 3,
                 slots: 2,
                 ..
-            })
+            }
         ),
         "{refused:?}"
     );
     let error = numbers.take().unwrap_err();
     assert!(
-        matches!(&error, Error::Kvm(KvmError::NoFreeNumber { numbers, .. }) if *numbers == (0..4)),
+        matches!(&error, KvmError::NoFreeNumber { numbers, .. } if *numbers == (0..4)),
         "{error}"
     );
     assert!(error.to_string().contains("use fewer slots"), "{error}");
@@ -119,9 +119,6 @@ fn a_number_that_cannot_be_assigned_is_refused_at_once() {
             error.to_string().contains(part),
             "{part} is missing: {error}"
         );
-        let Error::Kvm(error) = error else {
-            panic!("{error}")
-        };
         error
     };
     let error = refused(&mut slots, 0, MIB, 5, "device of the VMM");
@@ -159,7 +156,7 @@ fn a_number_that_cannot_be_assigned_is_refused_at_once() {
     let (_, at, refused) = refusal(error);
     assert_eq!(at, Some(range(PLUG + MIB, MIB)));
     assert!(
-        matches!(cause(&refused), Error::Kvm(KvmError::PartlyAssigned { number: 4, assigned, .. })
+        matches!(cause(&refused), KvmError::PartlyAssigned { number: 4, assigned, .. }
             if *assigned == range(PLUG, 2 * MIB)),
         "{refused:?}"
     );

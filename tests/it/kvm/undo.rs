@@ -116,7 +116,7 @@ fn out_of_slots_is_said_before_anybody_is_told() {
     assert_eq!((listener.as_str(), at), ("kvm", Some(range(2 * PLUG, MIB))));
     assert!(
         matches!(cause(&refused),
-            Error::Kvm(KvmError::OutOfSlots { regions: 3, roms: 0, slots: 2, limit }) if *limit > 2
+            KvmError::OutOfSlots { regions: 3, roms: 0, slots: 2, limit, .. } if *limit > 2
         ),
         "{refused:?}"
     );
@@ -165,12 +165,12 @@ fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     let (listener, at, refused) = refusal(error);
     assert_eq!(listener, "kvm");
     assert_eq!(at, Some(range(2 * PLUG, 2 * MIB)));
-    let Error::Kvm(KvmError::Refused {
+    let KvmError::Refused {
         slot,
         range: of,
         source,
         ..
-    }) = cause(&refused)
+    } = cause(&refused)
     else {
         panic!("{refused:?}")
     };
@@ -279,7 +279,7 @@ fn a_region_too_large_for_a_slot_is_refused_before_anybody_is_told() {
     let (_, at, refused) = refusal(error);
     assert_eq!(at, Some(range(1 << 44, 1 << 43)));
     assert!(
-        matches!(cause(&refused), Error::Kvm(KvmError::TooLarge { .. })),
+        matches!(cause(&refused), KvmError::TooLarge { .. }),
         "{refused:?}"
     );
     assert_eq!(others.recorder.take(), [""; 0]);

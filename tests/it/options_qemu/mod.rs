@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use guest_memory_shm::{Access, GuestRegionShm, GuestRom, RamOptions};
+use guest_memory_shm::{Access, Error, GuestRegionShm, GuestRom, RamOptions};
 use vm_memory::GuestAddress;
 
 use crate::isolation::HugePool;
@@ -29,6 +29,7 @@ fn accepted_by_us(text: &str) -> Result<(), String> {
         }
     };
     text.parse()
+        .map_err(Error::from)
         .and_then(build)
         .map_err(|error| error.to_string())
 }
@@ -55,7 +56,7 @@ const ONLY_QEMU: &[Exception] = &[
     },
     Exception {
         reason: "touching what /dev/shm cannot hold is SIGBUS in QEMU",
-        holds: |_, ours| refused_with(ours, "POSIX shared memory of "),
+        holds: |_, ours| matches!(ours, Err(refusal) if refusal.contains(" the file system of /dev/shm holds ")),
     },
     Exception {
         reason: "QEMU takes odd sizes of huge pages for powers of two",

@@ -37,7 +37,11 @@ fn what_cannot_be_is_said_in_one_line_before_anything_is_done() {
         (&["--ram", "8388608T"], &["cannot create 8388608 TiB"]),
         (
             &["--ram", "64G", "--backing", "hugetlb"],
-            &["needs 32769 huge pages", "nr_hugepages", "--backing memfd"],
+            &[
+                "32769 more huge pages of 2 MiB are needed",
+                "nr_hugepages",
+                "--backing memfd",
+            ],
         ),
         (&["--disk", "8000T"], &["does not fit in memory"]),
         (

@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 
-use guest_memory_shm::{Backing, Error, InvalidRange, PageSize, RangePart};
+use guest_memory_shm::{Backing, BackingError, Error, InvalidRange, PageSize, RangePart};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 
@@ -38,7 +38,10 @@ fn an_unsealed_file_is_refused_when_the_policy_demands_seals() {
     in_own_process(|| {
         let error =
             leaves_nothing(|| take(&seals(SealPolicy::Require), unsealed(MIB)).unwrap_err());
-        assert!(matches!(cause(&error), Error::AdoptSeals { .. }));
+        assert!(matches!(
+            cause(&error),
+            Error::Backing(BackingError::NotSealed { .. })
+        ));
         assert_eq!(error.reply_code(), 1);
         assert!(error.to_string().contains("MFD_ALLOW_SEALING"), "{error}");
 
@@ -50,7 +53,10 @@ fn an_unsealed_file_is_refused_when_the_policy_demands_seals() {
         let shm = ShmBacking::create(&options, MIB).unwrap();
         let fd = shm.as_fd().try_clone_to_owned().unwrap();
         let error = take(&seals(SealPolicy::Require), fd).unwrap_err();
-        assert!(matches!(cause(&error), Error::AdoptSeals { .. }));
+        assert!(matches!(
+            cause(&error),
+            Error::Backing(BackingError::NotSealed { .. })
+        ));
     });
 }
 
@@ -89,7 +95,10 @@ fn a_file_that_is_sealed_against_writing_is_refused_whatever_the_policy() {
             let file = unsealed(MIB);
             fcntl(&file, FcntlArg::F_ADD_SEALS(flag)).unwrap();
             let error = take(&seals(policy), file).unwrap_err();
-            assert!(matches!(cause(&error), Error::AdoptSeals { .. }));
+            assert!(matches!(
+                cause(&error),
+                Error::Backing(BackingError::WriteSealed { .. })
+            ));
         }
     }
 }
@@ -130,7 +139,10 @@ fn a_file_on_disk_is_refused_unless_the_policy_allows_it() {
     let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.set_len(MIB).unwrap();
     let error = take(&ReceivePolicy::new(), file.try_clone().unwrap()).unwrap_err();
-    assert!(matches!(cause(&error), Error::AdoptDiskFile { .. }));
+    assert!(matches!(
+        cause(&error),
+        Error::Backing(BackingError::OnDisk { .. })
+    ));
     assert_eq!(error.reply_code(), 9);
     let policy = ReceivePolicy::new().with_descriptors(AdoptPolicy::new().with_disk_files());
     assert!(take(&policy, file).is_ok());
@@ -225,7 +237,7 @@ fn a_daemon_without_address_space_refuses_and_keeps_its_table() {
         setrlimit(Resource::RLIMIT_AS, 4 << 30, hard).unwrap();
         let giant = region(8 * MIB, 1 << 40, 0, 0);
         let error = leaves_nothing(|| old.add(giant, sealed(1 << 40)).unwrap_err());
-        assert!(matches!(cause(&error), Error::Map { .. }));
+        assert!(matches!(cause(&error), Error::Map(_)));
         assert_eq!(error.reply_code(), 12);
         // The second of a table, when the first is mapped already.
         let error = leaves_nothing(|| {
