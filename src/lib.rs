@@ -51,6 +51,7 @@
 //! | `backing` | [`ShmBacking`]: a sized descriptor, its seals, page size, allocation; adoption |
 //! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
 //! | `ram` | the RAM of a region: mapping, backing, and the place in both |
+//! | `pool` | one pool of threads that tells how far it is, and can be cancelled |
 //! | `populate` | [`PopulateOptions`]: pages allocated and mapped ahead, by several threads |
 //! | `region` | [`GuestRegionShm`]: RAM placed at a guest address, with its dirty bitmap |
 //! | `rom` | [`GuestRom`]: a file that the guest only reads |
@@ -161,6 +162,7 @@ mod backing;
 mod mapping;
 mod ram;
 
+mod pool;
 mod populate;
 mod region;
 mod rom;
@@ -191,7 +193,7 @@ pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, Shm
 pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 pub use error::{
     AdoptError, BackingError, DiscardError, Error, FileError, MapError, MemoryError, OptionsError,
-    PopulateError, ReceiveError, RegionError, RegionSpace, Result,
+    PopulateError, Result,
 };
 #[cfg(feature = "kvm")]
 pub use kvm::{
@@ -204,9 +206,8 @@ pub use options::{
     Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
     Populate, RamOptions, Reserve, Sealing,
 };
-pub use populate::{
-    CancelToken, OnFailure, PopulateHandle, PopulateOptions, PopulateProgress, Populated,
-};
+pub use pool::{CancelToken, Progress};
+pub use populate::{OnFailure, PopulateHandle, PopulateOptions, Populated};
 pub use range::{GuestRange, InvalidRange, RangePart, ram_around_hole};
 pub use region::GuestRegionShm;
 pub use report::{BuildReport, NotHuge, Note, ReportLine};

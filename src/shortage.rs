@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 
+use crate::host::pools::Pool;
 use crate::host::{descriptors, memory};
 use crate::options::NodeSet;
 use crate::units::HumanSize;
@@ -107,6 +108,22 @@ impl Shortage {
             left,
             limit,
         }
+    }
+
+    /// What is short of so many pages of a pool, if anything is.
+    ///
+    /// Others may take them right after; the reservation at mmap time is what decides, this gives
+    /// the clear answer beforehand.
+    pub(crate) fn of_pool(page_size: u64, pages: u64) -> io::Result<Option<Self>> {
+        let pool = Pool::read(page_size)?;
+        let limit = ResourceLimit::HugePages {
+            page_size,
+            free: pool.free,
+            reserved: pool.reserved,
+        };
+        let bytes = |pages: u64| pages.saturating_mul(page_size);
+        let short = pages > pool.available();
+        Ok(short.then(|| Self::new(bytes(pages), bytes(pool.available()), limit)))
     }
 
     /// The shortage of descriptors that an answer of the system is, if it is one.

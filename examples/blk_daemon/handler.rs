@@ -4,16 +4,12 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use guest_memory_shm::receive::{ReceivePolicy, ReceivedTable, map_table};
+use guest_memory_shm::receive::{ReceivePolicy, ReceivedTable};
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
-    VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags,
-    VhostUserVringState,
+    self, VhostUserConfigFlags, VhostUserLog, VhostUserMemoryRegion, VhostUserSingleMemoryRegion,
+    VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{
-    Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures,
-};
+use vhost::vhost_user::{Error, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures};
 use vhost_user_backend::VringT;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryBackend};
@@ -21,6 +17,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryBackend};
 use crate::device::{Device, MAX_QUEUE_SIZE, Memory, Vring};
 use crate::dirty_log::{Log, Marks};
 use crate::image::{Image, Lane};
+use crate::not_offered::not_offered;
 use crate::queue::QueueThread;
 
 /// How many regions a front-end may share: what others offer.
@@ -198,7 +195,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
-        self.publish(map_table(regions, files, self.table.policy())?);
+        self.publish(self.table.set(regions, files)?);
         Ok(None)
     }
 
@@ -317,46 +314,16 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(self.device.config(offset, size))
     }
 
-    // What follows is not offered.
-
-    fn set_config(&mut self, _: u32, _: &[u8], _: VhostUserConfigFlags) -> Result<()> {
-        not_offered()
-    }
-
-    fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
-        not_offered()
-    }
-
-    fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
-        not_offered()
-    }
-
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        not_offered()
-    }
-
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        not_offered()
-    }
-
-    fn set_device_state_fd(
-        &mut self,
-        _: VhostTransferStateDirection,
-        _: VhostTransferStatePhase,
-        _: File,
-    ) -> Result<Option<File>> {
-        not_offered()
-    }
-
-    fn check_device_state(&mut self) -> Result<()> {
-        not_offered()
-    }
-
-    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
-        not_offered()
-    }
-}
-
-fn not_offered<T>() -> Result<T> {
-    Err(Error::InvalidOperation("not offered"))
+    not_offered!(
+        set_config,
+        set_gpu_socket,
+        get_shared_object,
+        get_shmem_config
+    );
+    not_offered!(
+        get_inflight_fd,
+        set_inflight_fd,
+        set_device_state_fd,
+        check_device_state
+    );
 }

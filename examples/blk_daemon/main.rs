@@ -12,7 +12,7 @@
 //! - `buffers`: the request's pieces of guest RAM; no reference to guest RAM is ever made;
 //! - `image`: the file behind the disk, and its last, partial sector;
 //! - `config`: what the guest is told about the disk; `args`: the command line;
-//! - `failure`, `rim`: what the examples have in common.
+//! - `failure`, `not_offered`, `rim`: what the examples have in common.
 
 mod args;
 mod buffers;
@@ -23,6 +23,8 @@ mod dirty_log;
 mod failure;
 mod handler;
 mod image;
+#[path = "../common/not_offered.rs"]
+mod not_offered;
 mod queue;
 mod request;
 #[path = "../common/rim.rs"]
@@ -46,9 +48,7 @@ use socket::Socket;
 const WORDS: Words = &[];
 
 fn main() -> ExitCode {
-    let log = env_logger::Env::default().default_filter_or("warn");
-    env_logger::Builder::from_env(log).init();
-    rim::run("blk_daemon", run)
+    rim::run("blk_daemon", "warn", run)
 }
 
 fn run(args: &Args) -> Result<()> {

@@ -10,8 +10,15 @@ use crate::failure::{Failure, OrFail, Result};
 /// The width of a terminal that no one has made wider.
 const COLUMNS: usize = 80;
 
-/// Reads the command line, does the work, and says what failed.
-pub(crate) fn run<A: Parser>(name: &str, work: impl FnOnce(&A) -> Result<()>) -> ExitCode {
+/// Reads the command line, does the work, and says what failed. `RUST_LOG` says what is logged, or
+/// `log` if it is not set.
+pub(crate) fn run<A: Parser>(
+    name: &str,
+    log: &str,
+    work: impl FnOnce(&A) -> Result<()>,
+) -> ExitCode {
+    let log = env_logger::Env::default().default_filter_or(log);
+    env_logger::Builder::from_env(log).init();
     let done = match A::try_parse() {
         Ok(args) => work(&args),
         Err(help) if !help.use_stderr() => {

@@ -4,7 +4,7 @@
 //! - `machine`: the address space and its two listeners, the virtqueue, the disk;
 //! - `guest`: the vCPU and the few instructions that it runs;
 //! - `run`: what happens, in order, and the report of it; `args`: the command line;
-//! - `failure`, `rim`: what the examples have in common.
+//! - `failure`, `report`, `rim`: what the examples have in common.
 
 mod args;
 #[path = "../common/failure.rs"]
@@ -13,16 +13,19 @@ mod failure;
 mod guest;
 #[cfg(target_arch = "x86_64")]
 mod machine;
+#[path = "../common/report.rs"]
+mod report;
 #[path = "../common/rim.rs"]
 mod rim;
 #[cfg(target_arch = "x86_64")]
 mod run;
 
+use std::fmt;
 use std::process::ExitCode;
 
 use args::Args;
 use failure::{Result, Words};
-use rim::fold_lines;
+use report::Report;
 
 /// The remedies of the crate's errors, as far as this program has them.
 const WORDS: Words = &[
@@ -41,29 +44,31 @@ const WORDS: Words = &[
 ];
 
 fn main() -> ExitCode {
-    env_logger::init();
-    rim::run("kvm_guest", |args: &Args| {
-        let indent = |line: &str| if line.starts_with(' ') { VALUES } else { 2 };
-        rim::print(&fold_lines(&run(args)?, indent))
-    })
+    rim::run("kvm_guest", "error", |args| run(args)?.print())
 }
 
-/// Where the values of the report begin.
-const VALUES: usize = 16;
-
 #[cfg(target_arch = "x86_64")]
-fn run(args: &Args) -> Result<String> {
+fn run(args: &Args) -> Result<Report> {
     match run::open(&args.device)? {
         Some(kvm) => run::run(args, &kvm),
-        None => Ok(format!(
-            "kvm_guest: there is no {} here, so no guest was run: KVM is not offered by this \
-             machine, or not passed on to this container\n",
+        None => Ok(no_guest(format_args!(
+            "there is no {} here, so no guest was run: KVM is not offered by this machine, or not \
+             passed on to this container",
             args.device.display()
-        )),
+        ))),
     }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn run(_args: &Args) -> Result<String> {
-    Ok("kvm_guest: the guest's code is for x86-64, so no guest was run\n".to_owned())
+fn run(_args: &Args) -> Result<Report> {
+    Ok(no_guest(
+        "the guest's code is for x86-64, so no guest was run",
+    ))
+}
+
+/// A report that says why there is nothing to report.
+fn no_guest(reason: impl fmt::Display) -> Report {
+    let mut report = Report::default();
+    report.section(format_args!("kvm_guest: {reason}"));
+    report
 }

@@ -1,7 +1,6 @@
 //! What happens, in order, and the report of it.
 
 use std::ffi::CString;
-use std::fmt::{self, Write as _};
 use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -15,6 +14,7 @@ use crate::args::Args;
 use crate::failure::{Failure, OrFail, Result};
 use crate::guest::{Exit, PAGE, PROGRAM, Pages};
 use crate::machine::Machine;
+use crate::report::Report;
 
 /// Where RAM is plugged.
 const PLUG: u32 = 1 << 30;
@@ -40,7 +40,7 @@ pub(crate) fn open(device: &Path) -> Result<Option<Kvm>> {
 }
 
 /// All of it; gives the report.
-pub(crate) fn run(args: &Args, kvm: &Kvm) -> Result<String> {
+pub(crate) fn run(args: &Args, kvm: &Kvm) -> Result<Report> {
     let range = GuestRange::new(GuestAddress(PLUG.into()), u64::from(args.plug * MIB))
         .or_fail(|| "there is no such region")?;
     let pages = choose(args)?;
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Args, kvm: &Kvm) -> Result<String> {
         "guest",
         format_args!("1 vCPU, {} bytes of code", PROGRAM.len()),
     );
-    report.lines("KVM", machine.slots()?);
+    lines(&mut report, "KVM", machine.slots()?);
     report.line("daemon", "in this process, on a socket without a name");
     report.line("", holds(&machine));
     machine.start_dirty_logging()?;
@@ -63,7 +63,7 @@ pub(crate) fn run(args: &Args, kvm: &Kvm) -> Result<String> {
 
     machine.plug(range)?;
     report.section(format_args!("Plugged {range}"));
-    report.lines("KVM", machine.slots()?);
+    lines(&mut report, "KVM", machine.slots()?);
     report.line("daemon", holds(&machine));
 
     if let Exit::NoRam(addr) = machine.guest_writes(pages)? {
@@ -72,7 +72,11 @@ pub(crate) fn run(args: &Args, kvm: &Kvm) -> Result<String> {
     }
     let wrote = format!("{} pages, without an exit", pages.count);
     report.line("guest writes", wrote);
-    report.lines("dirty log", shortened(check_dirty(&machine, pages)?));
+    lines(
+        &mut report,
+        "dirty log",
+        shortened(check_dirty(&machine, pages)?),
+    );
 
     machine.daemon_writes(pages)?;
     machine.check_disk(pages)?;
@@ -85,11 +89,11 @@ pub(crate) fn run(args: &Args, kvm: &Kvm) -> Result<String> {
 
     machine.unplug(range)?;
     report.section("Unplugged");
-    report.lines("KVM", machine.slots()?);
+    lines(&mut report, "KVM", machine.slots()?);
     report.line("daemon", holds(&machine));
     report.line("guest writes", miss(&mut machine, pages)?);
     machine.end()?;
-    Ok(report.0)
+    Ok(report)
 }
 
 /// Spreads the pages over the region.
@@ -157,27 +161,9 @@ fn shortened(ranges: Vec<GuestRange>) -> Vec<String> {
     lines
 }
 
-/// The text so far.
-#[derive(Default)]
-struct Report(String);
-
-impl Report {
-    /// A headline, and a blank line before it.
-    fn section(&mut self, title: impl fmt::Display) {
-        let gap = if self.0.is_empty() { "" } else { "\n" };
-        // Writing to a string does not fail.
-        let _ = writeln!(self.0, "{gap}{title}");
-    }
-
-    /// A line with a name and a value.
-    fn line(&mut self, name: &str, value: impl fmt::Display) {
-        let _ = writeln!(self.0, "  {name:<14}{value}");
-    }
-
-    /// Several values of one name.
-    fn lines(&mut self, name: &str, values: Vec<String>) {
-        for (at, value) in values.iter().enumerate() {
-            self.line(if at == 0 { name } else { "" }, value);
-        }
+/// Several values of one name.
+fn lines(report: &mut Report, name: &str, values: Vec<String>) {
+    for (at, value) in values.iter().enumerate() {
+        report.line(if at == 0 { name } else { "" }, value);
     }
 }

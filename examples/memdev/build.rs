@@ -1,7 +1,5 @@
 //! From option strings to RAM.
 
-use std::ops::ControlFlow;
-
 use guest_memory_shm::{
     Access, BuildReport, GuestMemoryShm, GuestRom, OnShortage, Populate, PopulateOptions,
     RamOptions,
@@ -112,7 +110,6 @@ fn fault_in(memory: &GuestMemoryShm, on_shortage: OnShortage) -> Result<()> {
             .with_progress(move |progress| {
                 shown.set_length(progress.total);
                 shown.set_position(progress.done);
-                ControlFlow::Continue(())
             });
         memory.populate(options)
     });

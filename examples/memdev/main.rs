@@ -33,8 +33,7 @@ const WORDS: Words = &[
 
 fn main() -> ExitCode {
     // What has no effect is in the report: the log is for those who ask for it.
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("error")).init();
-    rim::run("memdev", run)
+    rim::run("memdev", "error", run)
 }
 
 fn run(args: &Args) -> Result<()> {

@@ -18,8 +18,8 @@ use vm_memory::Bytes;
 use crate::daemon::LocalDaemon;
 use crate::disk::{Buffer, SECTOR, total};
 use crate::ending::{self, Undo};
+use crate::facts::size;
 use crate::failure::{Failure, OrFail, Result};
-use crate::report::size;
 use crate::session::Session;
 
 /// A file that takes the disk's contents. It has no name until it is complete: however this

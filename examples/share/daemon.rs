@@ -4,8 +4,8 @@ use std::os::unix::net::UnixStream;
 
 use guest_memory_shm::mock::MockDaemon;
 
+use crate::facts::size;
 use crate::failure::{Failure, OrFail, Result};
-use crate::report::size;
 
 /// A daemon on a real Unix socket, without a name in any directory: however this process ends,
 /// nothing is left of it.

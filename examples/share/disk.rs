@@ -13,9 +13,9 @@ use indicatif::ProgressBar;
 use vm_memory::GuestAddress;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use crate::facts::size;
 use crate::failure::{Failure, OrFail, Result};
 use crate::ram::{BUFFER, QUEUE_SIZE, Ram, buffers};
-use crate::report::size;
 
 pub(crate) const SECTOR: u64 = 512;
 

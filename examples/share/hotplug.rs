@@ -9,9 +9,10 @@ use vm_memory::GuestAddress;
 
 use crate::args::Args;
 use crate::daemon::{LocalDaemon, Pattern};
+use crate::facts::size;
 use crate::failure::{Failure, OrFail, Result, in_words};
 use crate::ram::{PLUG_SIZE, Ram};
-use crate::report::{Report, size};
+use crate::report::Report;
 use crate::session::{Endpoint, Session};
 use crate::worker::{Guest, Usable, Worker};
 

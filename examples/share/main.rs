@@ -8,8 +8,8 @@
 //! - `hotplug`, `worker`: many regions that come and go under many daemons while I/O runs;
 //! - `disk`: requests whose buffers lie in several regions, several of them in flight;
 //! - `copy`, `selftest`: what is done with it; no reference to guest RAM is ever made;
-//! - `daemon`: the daemon in this process; `args`, `report`: the rim;
-//! - `bar`, `ending`, `failure`, `rim`: what the examples have in common.
+//! - `daemon`: the daemon in this process; `args`, `facts`: the command line, and what is reported;
+//! - `bar`, `ending`, `failure`, `report`, `rim`: what the examples have in common.
 
 mod args;
 #[path = "../common/bar.rs"]
@@ -19,10 +19,12 @@ mod daemon;
 mod disk;
 #[path = "../common/ending.rs"]
 mod ending;
+mod facts;
 #[path = "../common/failure.rs"]
 mod failure;
 mod hotplug;
 mod ram;
+#[path = "../common/report.rs"]
 mod report;
 #[path = "../common/rim.rs"]
 mod rim;
@@ -38,9 +40,10 @@ use args::Args;
 use bar::with_bar;
 use copy::{Input, Output};
 use daemon::{LocalDaemon, Pattern};
+use facts::size;
 use failure::{Failure, Result, Words};
 use ram::Ram;
-use report::{Report, size};
+use report::Report;
 use session::{Endpoint, Session};
 
 /// The remedies of the crate's errors, as far as this program has them.
@@ -86,8 +89,7 @@ const WORDS: Words = &[
 const DISK_SIZE: u64 = 64 << 20;
 
 fn main() -> ExitCode {
-    env_logger::init();
-    rim::run("share", run)
+    rim::run("share", "error", run)
 }
 
 /// What is done with the disk.

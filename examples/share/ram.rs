@@ -10,8 +10,8 @@ use guest_memory_shm::{
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
 use crate::ending;
+use crate::facts::size;
 use crate::failure::{Failure, OrFail, Result};
-use crate::report::size;
 
 const GIB: u64 = 1 << 30;
 /// Where a PC has its PCI hole at the latest, and where RAM goes on behind it.

@@ -11,12 +11,10 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
-use guest_memory_shm::receive::{
-    ReceivePolicy, ReceivedRegion, ReceivedTable, decode_region, decode_table, map_table,
-};
+use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable};
 use guest_memory_shm::{AdoptPolicy, RamOptions, SealPolicy, ShmBacking};
 use libfuzzer_sys::fuzz_target;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 const PAGE: u64 = 4096;
 
@@ -36,14 +34,14 @@ fn run(input: &[u8]) -> Option<()> {
         _ => table_of(rest),
     };
 
-    let _ = decode_region(rest);
-    let regions = decode_table(&payload).ok()?;
+    let _ = ReceivedRegion::decode(rest);
+    let regions = ReceivedRegion::decode_table(&payload).ok()?;
     assert_eq!(payload.len(), 8 + 32 * regions.len());
 
     let seals = AdoptPolicy::new().with_seals(SealPolicy::Require);
     let policy = ReceivePolicy::new().with_descriptors(seals);
     let clones: Vec<File> = files.iter().filter_map(|f| f.try_clone().ok()).collect();
-    let table = match map_table::<()>(&regions, clones, &policy) {
+    let table = match ReceivedTable::<()>::new(policy.clone()).set(&regions, clones) {
         Ok(table) => table,
         Err(refused) => {
             assert!(!acceptable(&regions, &files), "{refused}: {regions:x?}");

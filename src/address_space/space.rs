@@ -76,6 +76,8 @@ use crate::memory::GuestMemoryShm;
 /// # drop(share);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// A whole program with listeners of its own, one of which refuses: `examples/hotplug.rs`.
 pub struct AddressSpace<B: Bitmap + Send + Sync + 'static = ()> {
     /// Its own among all of this process.
     id: u64,

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -35,6 +36,8 @@ pub struct AdoptPolicy {
     disk_files: bool,
     seals: SealPolicy,
     map_options: MapOptions,
+    /// Whether the file may end within a page. What is mapped after its end is not SIGBUS there.
+    partial_page: bool,
 }
 
 /// What is demanded of the seals of a descriptor that is to be adopted.
@@ -98,19 +101,21 @@ impl AdoptPolicy {
 pub(super) fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> Result<ShmBacking, AdoptError> {
     let file = File::from(fd);
     match check(&file, policy) {
-        Ok(found) => {
-            let Found {
-                metadata,
-                page_size,
-                kind,
-                seals,
-            } = found;
-            let backing =
-                ShmBacking::new(file, page_size, kind, seals, &metadata, policy.map_options);
-            logs::debug!("adopted {backing:?}");
-            Ok(backing)
-        }
+        Ok(found) => Ok(found.adopt(Arc::new(file), policy)),
         Err(error) => Err(AdoptError::new(error, file.into())),
+    }
+}
+
+impl ShmBacking {
+    /// Adopts any file that can be mapped shared, as vm-memory does: on a disk too, and of any
+    /// length.
+    pub(crate) fn of_file(file: Arc<File>) -> Result<Self> {
+        let policy = AdoptPolicy {
+            disk_files: true,
+            partial_page: true,
+            ..AdoptPolicy::default()
+        };
+        Ok(check(&file, &policy)?.adopt(file, &policy))
     }
 }
 
@@ -119,6 +124,20 @@ struct Found {
     page_size: u64,
     kind: BackingKind,
     seals: Seals,
+}
+
+impl Found {
+    fn adopt(self, file: Arc<File>, policy: &AdoptPolicy) -> ShmBacking {
+        let Self {
+            metadata,
+            page_size,
+            kind,
+            seals,
+        } = self;
+        let backing = ShmBacking::new(file, page_size, kind, seals, &metadata, policy.map_options);
+        logs::debug!("adopted {backing:?}");
+        backing
+    }
 }
 
 fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
@@ -150,7 +169,10 @@ fn check_len(len: u64, page_size: u64, policy: &AdoptPolicy) -> Result<()> {
             needed: policy.min_len.max(page_size),
         });
     }
-    Ok(RangePart::Size.check_aligned(len, page_size)?)
+    match policy.partial_page {
+        true => Ok(()),
+        false => Ok(RangePart::Size.check_aligned(len, page_size)?),
+    }
 }
 
 fn check_read_write(file: &File) -> Result<()> {

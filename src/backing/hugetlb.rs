@@ -6,8 +6,8 @@ use nix::sys::memfd::MFdFlags;
 
 use super::error::{BackingError, Result};
 use crate::host::memory::{Demand, Kind, MemoryLimits};
-use crate::host::pools::{self, Pool};
-use crate::shortage::{ResourceLimit, Shortage};
+use crate::host::pools;
+use crate::shortage::Shortage;
 
 /// The page size in bytes that was asked for, or the default one, if the kernel offers it.
 pub(super) fn page_size(asked: Option<u64>) -> Result<u64> {
@@ -28,21 +28,11 @@ pub(super) fn memfd_flags(page_size: u64) -> MFdFlags {
 }
 
 /// Checks that `needed` pages of `page_size` bytes can still be had.
-///
-/// Others may take them right after; the reservation at mmap time is what decides, this gives the
-/// clear answer beforehand.
 pub(crate) fn check_pool(needed: u64, page_size: u64) -> Result<()> {
-    let pool = Pool::read(page_size).map_err(unreadable)?;
-    if needed > pool.available() {
-        let limit = ResourceLimit::HugePages {
-            page_size,
-            free: pool.free,
-            reserved: pool.reserved,
-        };
-        let bytes = |pages: u64| pages.saturating_mul(page_size);
-        return Err(Shortage::new(bytes(needed), bytes(pool.available()), limit).into());
+    match Shortage::of_pool(page_size, needed).map_err(unreadable)? {
+        Some(shortage) => Err(shortage.into()),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Checks that the control groups of this process leave `needed` pages of `page_size` bytes, and

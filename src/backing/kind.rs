@@ -62,7 +62,7 @@ impl fmt::Display for BackingKind {
 ///
 /// Two descriptors with the same identity give access to the same pages, in this process or
 /// another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileIdentity {
     /// The device number of the file system.
     pub dev: u64,

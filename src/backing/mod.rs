@@ -165,7 +165,7 @@ impl ShmBacking {
     }
 
     fn new(
-        file: File,
+        file: impl Into<Arc<File>>,
         page_size: u64,
         kind: BackingKind,
         seals: Seals,
@@ -174,9 +174,10 @@ impl ShmBacking {
     ) -> Self {
         Self {
             inner: Arc::new(Inner {
-                file: Arc::new(file),
+                file: file.into(),
                 start: 0,
-                end: metadata.len(),
+                // All of the last page can be touched, also if the file ends within it.
+                end: metadata.len().next_multiple_of(page_size),
                 page_size,
                 kind,
                 seals,
@@ -313,18 +314,24 @@ impl ShmBacking {
     /// Looks again whether the file is as long as it was: one that is not sealed may have been
     /// truncated, and touching what is gone is SIGBUS.
     pub(crate) fn check_not_truncated(&self) -> Result<()> {
-        if self.seals().contains(Seals::SHRINK) {
-            return Ok(());
-        }
-        let metadata = self.inner.file.metadata();
-        let metadata = metadata.map_err(BackingError::inspect)?;
-        if metadata.len() < self.end() {
-            return Err(BackingError::Truncated {
+        let now = self.truncated_to();
+        match now.map_err(BackingError::inspect)? {
+            Some(now) => Err(BackingError::Truncated {
                 end: self.end(),
-                now: metadata.len(),
-            });
+                now,
+            }),
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    /// How long the file is, if it is shorter than it was.
+    pub(crate) fn truncated_to(&self) -> io::Result<Option<u64>> {
+        if self.seals().contains(Seals::SHRINK) {
+            return Ok(None);
+        }
+        let now = self.inner.file.metadata()?.len();
+        // What is left of a page is not SIGBUS.
+        Ok((now.next_multiple_of(self.page_size()) < self.end()).then_some(now))
     }
 
     /// The file, for vm-memory's `FileOffset`.

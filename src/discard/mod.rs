@@ -53,6 +53,9 @@ impl<B> GuestMemoryShm<B> {
     /// # Ok::<(), guest_memory_shm::Error>(())
     /// ```
     ///
+    /// A whole program with what is kept, an inhibitor, and collected reports of a balloon:
+    /// `examples/discard.rs`.
+    ///
     /// # Errors
     ///
     /// [`Error::Range`](crate::Error::Range) for what is no range;

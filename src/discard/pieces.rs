@@ -33,6 +33,7 @@ pub(super) fn pieces<B>(
 ) -> Result<Vec<Piece<'_>>, DiscardError> {
     let pieces = memory.pieces(range);
     let pieces = pieces.map_err(|first| DiscardError::NotRam { range, first })?;
+    pieces.iter().try_for_each(|(ram, _)| ram.check_pages())?;
     let pieces = pieces.into_iter();
     Ok(pieces.map(|(ram, inside)| Piece { ram, inside }).collect())
 }

@@ -1,7 +1,5 @@
 //! The crate's one error type: each variant names the operation, the values and the way out.
 
-use std::io;
-
 use crate::range::InvalidRange;
 use crate::shortage::Shortage;
 
@@ -15,7 +13,7 @@ pub use crate::options::OptionsError;
 pub use crate::populate::PopulateError;
 pub use crate::region::MemoryError;
 use crate::stats::StatsError;
-pub use crate::vhost_user::receive::{ReceiveError, RegionError, RegionSpace};
+use crate::vhost_user::receive::ReceiveError;
 #[cfg(feature = "vhost-user")]
 use crate::vhost_user::share::ShareError;
 #[cfg(feature = "vhost-user")]
@@ -101,15 +99,6 @@ pub enum Error {
     /// Regions make no memory.
     #[error(transparent)]
     Memory(MemoryError),
-
-    /// The mock daemon, or a driver of the mock with any daemon, could not do its part.
-    #[error("cannot {doing}")]
-    Mock {
-        /// The step that failed.
-        doing: &'static str,
-        /// The system's answer.
-        source: io::Error,
-    },
 }
 
 impl Error {

@@ -8,7 +8,8 @@ use super::slot::{KvmSlot, Memory};
 use super::slots::{KvmSlots, check_size};
 use crate::listener::{ListenerError, MemoryListener};
 use crate::memory::GuestMemoryShm;
-use crate::range::{GuestRange, InvalidRange};
+use crate::ram::Ram;
+use crate::range::{Difference, GuestRange, InvalidRange};
 
 /// The hypervisor is asked first whether it has the slots; what else it may refuse, it says only
 /// when it is told.
@@ -27,29 +28,24 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
             return Err(refused(self.out_of_slots(regions, self.roms, assigned)));
         }
         memory.iter().try_for_each(|region| {
-            let range = region.range();
-            self.check_region(range)
-                .map_err(|error| refused(error).at(range))
+            self.check_region(region.ram())
+                .map_err(|error| refused(error).at(region.range()))
         })
     }
 
     fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
-        let gone = |slot: &&KvmSlot| {
-            let there = memory.find_region(slot.range().start_addr());
-            slot.rom().is_none() && !there.is_some_and(|region| slot.is(region.ram()))
-        };
-        let gone = self.slots.values().filter(gone);
-        let gone: Vec<GuestRange> = gone.map(KvmSlot::range).collect();
-        for range in gone.into_iter().rev() {
+        let held = self.slots.values().filter(|slot| slot.rom().is_none());
+        let Difference {
+            removals,
+            additions,
+        } = Difference::between(held, memory.iter(), |slot, region| slot.is(region.ram()));
+        let removals: Vec<GuestRange> = removals.into_iter().map(KvmSlot::range).collect();
+        for range in removals {
             self.remove(range.start_addr().0)
                 .map_err(|error| refused(error).at(range))?;
         }
-        for region in memory.iter() {
+        for region in additions {
             let range = region.range();
-            let there = self.slots.get(&range.start_addr().0);
-            if there.is_some_and(|slot| slot.is(region.ram())) {
-                continue;
-            }
             self.is_read_only(range)
                 .and_then(|read_only| self.add(Memory::Ram(region.ram().clone()), read_only))
                 .map_err(|error| refused(error).at(range))?;
@@ -60,7 +56,9 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
 
 impl KvmSlots {
     /// Whether this region could have a slot, whatever other regions there are.
-    fn check_region(&self, region: GuestRange) -> Result<()> {
+    fn check_region(&self, ram: &Ram) -> Result<()> {
+        let region = ram.range;
+        ram.check_pages()?;
         check_size(region)?;
         self.is_read_only(region)?;
         self.check_assigned(region)?;

@@ -18,7 +18,7 @@ use crate::logs;
 use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::panics::caught;
 use crate::ram::Ram;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, Placed};
 use crate::rom::GuestRom;
 
 /// A memory slot of KVM: a range of guest addresses that KVM maps to RAM or to a ROM.
@@ -243,6 +243,12 @@ impl KvmSlot {
             range: self.range,
             source,
         }
+    }
+}
+
+impl Placed for KvmSlot {
+    fn range(&self) -> GuestRange {
+        self.range
     }
 }
 

@@ -219,6 +219,9 @@ impl KvmSlots {
 
     pub(super) fn add(&mut self, memory: Memory, read_only: bool) -> Result<()> {
         let range = memory.range();
+        if let Memory::Ram(ram) = &memory {
+            ram.check_pages()?;
+        }
         let Some(number) = self.assigned.number_for(range)? else {
             let rom = usize::from(matches!(memory, Memory::Rom(_)));
             let regions = self.slots.len() - self.roms + (1 - rom);

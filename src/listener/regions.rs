@@ -9,6 +9,7 @@ use super::error::ListenerError;
 use super::memory::MemoryListener;
 use crate::memory::GuestMemoryShm;
 use crate::panics::{caught, discard};
+use crate::range::{Difference, place_of};
 use crate::region::GuestRegionShm;
 
 /// A listener that is told of one region at a time, as hypervisors and VFIO are: wrapped in a
@@ -138,22 +139,17 @@ impl<L: RegionListener<B>, B: Bitmap + Send + Sync + 'static> MemoryListener<B>
 impl<L: RegionListener<B>, B: Bitmap> RegionAdapter<L, B> {
     fn tell(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
         self.settle();
-        for at in (0..self.held.len()).rev() {
-            let region = &self.held[at];
-            let there = memory.find_region(region.start_addr());
-            if there.is_some_and(|there| there.is(region)) {
-                continue;
-            }
-            let region = region.clone();
-            self.tell_one(&region, L::region_remove)?;
-            self.held.remove(at);
+        let held = self.held.clone();
+        let change = Difference::between(&held, memory.iter(), |held, region| held.is(region));
+        for region in change.removals {
+            self.tell_one(region, L::region_remove)?;
+            self.drop_held(region);
         }
-        for region in memory.iter() {
-            let Err(place) = self.place_of(region) else {
-                continue;
-            };
+        for region in change.additions {
             self.tell_one(region, L::region_add)?;
-            self.held.insert(place, region.clone());
+            let place = place_of(&self.held, region.start_addr());
+            self.held
+                .insert(place.unwrap_or_else(|place| place), region.clone());
         }
         Ok(())
     }
@@ -175,9 +171,7 @@ impl<L: RegionListener<B>, B: Bitmap> RegionAdapter<L, B> {
         let Some(region) = self.doubtful.take() else {
             return;
         };
-        if let Ok(at) = self.place_of(&region) {
-            self.held.remove(at);
-        }
+        self.drop_held(&region);
         match caught(|| self.listener.region_remove(&region)) {
             Ok(Ok(())) => {}
             answer => {
@@ -187,10 +181,8 @@ impl<L: RegionListener<B>, B: Bitmap> RegionAdapter<L, B> {
         }
     }
 
-    fn place_of(&self, region: &GuestRegionShm<B>) -> Result<usize, usize> {
-        let range = region.range();
-        self.held
-            .binary_search_by_key(&range, GuestRegionShm::range)
+    fn drop_held(&mut self, region: &GuestRegionShm<B>) {
+        self.held.retain(|held| !held.is(region));
     }
 
     /// What it held no longer matters once it is away.

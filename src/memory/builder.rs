@@ -46,6 +46,17 @@ const ALL: &str = "all RAM";
 pub struct GuestMemoryShmBuilder<B = ()> {
     parts: Vec<Part>,
     bitmaps: Bitmaps<B>,
+    sizes: Sizes,
+}
+
+/// Which sizes and addresses regions may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sizes {
+    /// Whole pages: whoever builds RAM with options is told at once what memory slots, daemons and
+    /// discards would refuse later.
+    Pages,
+    /// Any, as code expects that was written for vm-memory's type.
+    Any,
 }
 
 /// What makes the bitmap of a region.
@@ -81,7 +92,14 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
         Self {
             parts: Vec::new(),
             bitmaps: Bitmaps::New(new_bitmap),
+            sizes: Sizes::Pages,
         }
+    }
+
+    /// Takes ranges that are not whole pages, as vm-memory does.
+    pub(super) fn of_any_size(mut self) -> Self {
+        self.sizes = Sizes::Any;
+        self
     }
 }
 
@@ -119,6 +137,7 @@ impl<B> GuestMemoryShmBuilder<B> {
         GuestMemoryShmBuilder {
             parts: self.parts,
             bitmaps: Bitmaps::Given(Box::new(bitmap)),
+            sizes: self.sizes,
         }
     }
 
@@ -192,7 +211,11 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     ///
     /// If the function of [`with_bitmap`](Self::with_bitmap) does.
     pub fn build_with_report(self) -> Result<(GuestMemoryShm<B>, BuildReport)> {
-        let plans: Vec<Plan<'_>> = self.parts.iter().map(Part::plan).collect::<Result<_>>()?;
+        let plans: Vec<Plan<'_>> = self
+            .parts
+            .iter()
+            .map(|part| part.plan(self.sizes))
+            .collect::<Result<_>>()?;
         let all: Vec<GuestRange> = plans.iter().flat_map(|plan| plan.ranges.clone()).collect();
         check_disjoint(&all)?;
         check_creations(&plans)?;
@@ -262,7 +285,7 @@ impl Plan<'_> {
 }
 
 impl Part {
-    fn plan(&self) -> Result<Plan<'_>> {
+    fn plan(&self, sizes: Sizes) -> Result<Plan<'_>> {
         let access = match &self.source {
             Source::Create(options) => options.access(),
             Source::Use { backing, .. } => backing.map_options().access,
@@ -280,10 +303,12 @@ impl Part {
         let mut ranges = Vec::with_capacity(self.ranges.len());
         for (addr, size) in &self.ranges {
             let range = GuestRange::new(*addr, *size)?;
-            range.check_aligned(page_size)?;
+            if sizes == Sizes::Pages {
+                range.check_aligned(page_size)?;
+            }
             ranges.push(range);
         }
-        let (offsets, end) = pack(start, &ranges)?;
+        let (offsets, end) = pack(start, page_size, &ranges)?;
         let len = end - start;
         if let Source::Use { backing, offset } = &self.source {
             backing.check_inside(*offset, len)?;
@@ -297,14 +322,15 @@ impl Part {
     }
 }
 
-/// The offsets at which `ranges`, in this order, lie one after the other in a backing from
-/// `start` on, and the end of the last.
-fn pack(start: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, u64)> {
+/// The offsets at which the pages of `ranges`, in this order, lie one after the other in a backing
+/// from `start` on, and the end of the last.
+fn pack(start: u64, page_size: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, u64)> {
     let mut end = start;
     let mut offsets = Vec::with_capacity(ranges.len());
     for range in ranges {
         offsets.push(end);
-        let sum = end.saturating_add(range.size());
+        let pages = range.size().div_ceil(page_size).saturating_mul(page_size);
+        let sum = end.saturating_add(pages);
         // A file is at most i64::MAX bytes long (off_t).
         let limit = i64::MAX.unsigned_abs();
         if sum > limit {
@@ -367,10 +393,10 @@ mod tests {
 
     #[test]
     fn packed_ranges_follow_each_other() {
-        let (offsets, end) = pack(4096, &ranges([(1 << 32, 8192), (0, 4096)])).unwrap();
+        let (offsets, end) = pack(4096, 4096, &ranges([(1 << 32, 8192), (0, 4096)])).unwrap();
         assert_eq!((offsets, end), (vec![4096, 12288], 16384));
         assert!(matches!(
-            pack(0, &ranges([(0, 1 << 62), (1 << 63, 1 << 62)])),
+            pack(0, 4096, &ranges([(0, 1 << 62), (1 << 63, 1 << 62)])),
             Err(Error::Backing(BackingError::Length { .. }))
         ));
     }

@@ -8,8 +8,7 @@
 use std::sync::Arc;
 
 use crate::mapping::to_usize;
-use crate::range::GuestRange;
-use crate::region::GuestRegionShm;
+use crate::range::{GuestRange, Placed};
 
 /// Enough for 509 memory slots of different sizes, and 128 KiB at most.
 const MAX_BUCKETS: u64 = 4096;
@@ -31,18 +30,7 @@ pub(super) struct Index<R> {
     buckets: Arc<[R]>,
 }
 
-/// Something at a range of addresses: a region.
-pub(super) trait Placed: Clone {
-    fn range(&self) -> GuestRange;
-}
-
-impl<B> Placed for GuestRegionShm<B> {
-    fn range(&self) -> GuestRange {
-        GuestRegionShm::range(self)
-    }
-}
-
-impl<R: Placed> Index<R> {
+impl<R: Placed + Clone> Index<R> {
     /// The index of `regions`, which must be sorted and disjoint.
     pub(super) fn new(regions: &[Arc<R>]) -> Self {
         let ranges: Vec<GuestRange> = regions.iter().map(|region| region.range()).collect();

@@ -11,14 +11,13 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
-use crate::error::Result;
 use crate::mapping::to_usize;
-use crate::options::RamOptions;
-use crate::range::{GuestRange, InvalidRange};
+use crate::range::{GuestRange, InvalidRange, holder, place_of};
 use crate::region::{GuestRegionShm, MemoryError};
 
 mod access;
 mod builder;
+mod drop_in;
 mod index;
 mod pieces;
 mod populate;
@@ -53,6 +52,8 @@ use index::Index;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 ///
+/// A whole program with options, a report, and accesses: `examples/ram.rs`.
+///
 /// # Porting from `GuestMemoryMmap`
 ///
 /// All that goes through vm-memory's traits stays as it is (devices, virtio-queue, linux-loader).
@@ -60,8 +61,9 @@ use index::Index;
 ///
 /// | GuestMemoryMmap | GuestMemoryShm |
 /// |---|---|
-/// | `from_ranges` with any sizes and addresses | multiples of the page size |
-/// | `from_ranges_with_files`, `GuestRegionMmap::from_range` | [`builder`](Self::builder), [`GuestRegionShm::new`], [`GuestRegionShm::from_backing`] |
+/// | `from_ranges` with sizes and addresses that are not multiples of the page size | the same, but memory tables, memory slots and discards refuse such a region ([`InvalidRange::PartialPages`]) |
+/// | `from_ranges_with_files` beyond the end of a file | refused |
+/// | `GuestRegionMmap::new` of an `MmapRegion` | [`GuestRegionShm::from_range`], [`GuestRegionShm::new`], [`GuestRegionShm::from_backing`] |
 /// | `FromRangesError`, `GuestRegionCollectionError` | [`Error`](crate::Error), [`MemoryError`] |
 /// | `region.deref().bitmap()` for the whole bitmap | [`GuestRegionShm::dirty_bitmap`] |
 /// | `VhostUserMemoryRegionInfo::from_guest_region(region)` | `VhostUserMemoryRegionInfo::from(&TableRegion::from(region))`, or `VhostUserShare` for all of it |
@@ -74,19 +76,6 @@ pub struct GuestMemoryShm<B = ()> {
 }
 
 impl<B: NewBitmap> GuestMemoryShm<B> {
-    /// RAM in the given ranges (guest address, size in bytes), all on one sealed memfd, in the
-    /// order of their addresses.
-    ///
-    /// # Errors
-    ///
-    /// [`MemoryError::NoRanges`] without any range, and those of [`GuestMemoryShmBuilder::build`].
-    pub fn from_ranges(ranges: &[(GuestAddress, usize)]) -> Result<Self> {
-        let mut sorted = ranges.to_vec();
-        sorted.sort_unstable();
-        let ranges = sorted.into_iter().map(|(addr, size)| (addr, size as u64));
-        Self::builder().with_ram(RamOptions::new(), ranges).build()
-    }
-
     /// A builder, for RAM of several backings, of other kinds than a memfd, or with bitmaps that
     /// are no `NewBitmap` ([`with_bitmap`](GuestMemoryShmBuilder::with_bitmap)).
     pub fn builder() -> GuestMemoryShmBuilder<B> {
@@ -156,11 +145,8 @@ impl<B> GuestMemoryShm<B> {
         start: GuestAddress,
         size: GuestUsize,
     ) -> Result<(Self, Arc<GuestRegionShm<B>>), MemoryError> {
-        let found = self
-            .regions
-            .binary_search_by_key(&start, |region| region.range().start_addr())
-            .ok()
-            .map(|at| (at, self.regions[at].range().size()));
+        let found = place_of(&self.regions, start).ok();
+        let found = found.map(|at| (at, self.regions[at].range().size()));
         let at = match found {
             Some((at, found)) if found == size => at,
             _ => {
@@ -212,10 +198,7 @@ impl<B> GuestMemoryShm<B> {
     #[cold]
     #[inline(never)]
     fn search(&self, addr: GuestAddress) -> Option<(&GuestRegionShm<B>, u64)> {
-        let behind = self
-            .regions
-            .partition_point(|region| region.range().start_addr() <= addr);
-        let region = self.regions.get(behind.checked_sub(1)?)?;
+        let region = holder(&self.regions, addr)?;
         Some((region, region.offset_of(addr)?))
     }
 }

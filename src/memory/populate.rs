@@ -1,11 +1,9 @@
 //! Populating the RAM of a memory, all regions together.
 
 use super::GuestMemoryShm;
-use crate::error::Result;
-use crate::populate::{self, PopulateHandle, PopulateOptions, Populated};
-use crate::ram::Ram;
+use crate::populate::{self, Parts, PopulateError, PopulateHandle, PopulateOptions, Populated};
 #[cfg(doc)]
-use crate::{OnFailure, OnShortage, Populate, PopulateError};
+use crate::{CancelToken, OnFailure, OnShortage, Populate};
 
 impl<B> GuestMemoryShm<B> {
     /// Populates the RAM, or a part of it, and returns when that is done.
@@ -21,12 +19,12 @@ impl<B> GuestMemoryShm<B> {
     /// memory, that is [`PopulateError::Shortage`] before the first page, or later, if others
     /// take it meanwhile (unless [`OnShortage::TryAnyway`] is set). All that was done is undone then,
     /// as [`OnFailure`] says, also if the progress callback panics.
-    pub fn populate(&self, options: PopulateOptions<'_>) -> Result<Populated> {
-        populate::populate(self.rams(), options)
+    pub fn populate(&self, options: PopulateOptions<'_>) -> Result<Populated, PopulateError> {
+        populate::populate(self.parts(&options)?, options)
     }
 
     /// Populates the RAM, or a part of it, while the caller goes on; the handle tells how far it
-    /// is, waits for it, or cancels it.
+    /// is, and waits for it; a [`CancelToken`] cancels it.
     ///
     /// The RAM stays mapped until it is done, even if this memory and its regions are dropped.
     ///
@@ -37,11 +35,19 @@ impl<B> GuestMemoryShm<B> {
     pub fn populate_in_background(
         &self,
         options: PopulateOptions<'static>,
-    ) -> Result<PopulateHandle> {
-        populate::populate_in_background(self.rams(), options)
+    ) -> Result<PopulateHandle, PopulateError> {
+        populate::populate_in_background(self.parts(&options)?, options)
     }
 
-    fn rams(&self) -> impl Iterator<Item = Ram> {
-        self.regions.iter().map(|region| region.ram().clone())
+    /// What the options are about.
+    fn parts(&self, options: &PopulateOptions<'_>) -> Result<Parts, PopulateError> {
+        let Some(range) = options.range() else {
+            let rams = self.regions.iter().map(|region| region.ram());
+            return Ok(rams.map(|ram| (ram.clone(), 0..ram.range.size())).collect());
+        };
+        let pieces = self.pieces(range);
+        let pieces = pieces.map_err(|start| PopulateError::NotRam { range, start })?;
+        let pieces = pieces.into_iter();
+        Ok(pieces.map(|(ram, inside)| (ram.clone(), inside)).collect())
     }
 }

@@ -23,8 +23,9 @@ use nix::sys::stat::fstat;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
 use super::fault::FaultKind;
+use super::lock::lock;
 use super::request::{LoggedRegion, LoggedRequest};
-use super::state::{Link, Shared, lock};
+use super::state::{Link, Shared};
 use super::wire::{Message, Receiver};
 use crate::logs;
 

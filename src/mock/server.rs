@@ -197,3 +197,37 @@ fn to_io(error: vhost_user_backend::Error) -> io::Error {
     // The type has no std::error::Error: its text is all there is.
     io::Error::other(error.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::socket::{Shutdown, shutdown};
+
+    use super::super::disk::RamDisk;
+    use super::super::fault::FaultPlan;
+    use super::super::state::Options;
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_can_never_accept_again_stops_listening_and_says_why() {
+        let listener = Arc::new(listen_unnamed().unwrap());
+        let options = Options {
+            queues: 1,
+            max_mem_slots: None,
+            reply_ack: true,
+        };
+        let disk = RamDisk::new(Vec::new());
+        let shared = Shared::new(options, disk, FaultPlan::default(), Arc::clone(&listener));
+        let shared = Arc::new(shared);
+        let address = listener.local_addr().unwrap();
+        // As good as any error that does not pass.
+        shutdown(listener.as_raw_fd(), Shutdown::Both).unwrap();
+        run(&listener, Spare::new().unwrap(), &shared);
+        drop(listener);
+
+        let refused = UnixStream::connect_addr(&address).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+        let reason = shared.listener().unwrap_err();
+        assert_eq!(reason.kind(), ErrorKind::ConnectionRefused);
+        assert!(reason.to_string().contains("Invalid argument"), "{reason}");
+    }
+}

@@ -3,59 +3,15 @@
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::Shutdown;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
-
-use super::backend::Memory;
 use super::disk::RamDisk;
 use super::fault::{FaultKind, FaultPlan};
+use super::guest::{Memory, MockRegion};
+use super::lock::lock;
 use super::request::LoggedRequest;
-use crate::backing::FileIdentity;
-
-/// One region of the table that the daemon's backend holds.
-///
-/// These are the facts of its mapping, not what the front-end said: two regions with the same
-/// `identity` are mappings of one file, the front-end's if its backing has that
-/// [`identity`](crate::ShmBacking::identity) too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MockRegion {
-    /// Where the region starts in guest memory.
-    pub guest_addr: GuestAddress,
-    /// Its length in bytes.
-    pub size: u64,
-    /// Where it starts in the file, in bytes.
-    pub mmap_offset: u64,
-    /// Which file it is.
-    pub identity: FileIdentity,
-}
-
-impl MockRegion {
-    /// The regions of `memory` in ascending order.
-    pub(super) fn table_of<M: GuestMemoryBackend>(memory: &M) -> io::Result<Vec<MockRegion>> {
-        memory
-            .iter()
-            .map(|region| {
-                let file = region
-                    .file_offset()
-                    .ok_or_else(|| io::Error::other("a region of the table has no file"))?;
-                let metadata = file.file().metadata()?;
-                Ok(MockRegion {
-                    guest_addr: region.start_addr(),
-                    size: region.len(),
-                    mmap_offset: file.start(),
-                    identity: FileIdentity {
-                        dev: metadata.dev(),
-                        ino: metadata.ino(),
-                    },
-                })
-            })
-            .collect()
-    }
-}
 
 /// How the device looks to a front-end; fixed at the start.
 #[derive(Clone, Copy, Debug)]
@@ -278,9 +234,4 @@ impl Shared {
     pub(super) fn with_faults<T>(&self, use_them: impl FnOnce(&mut FaultPlan) -> T) -> T {
         use_them(&mut lock(&self.state).faults)
     }
-}
-
-/// Locks, also after a panic elsewhere: no holder of these locks leaves anything half done.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -71,6 +71,8 @@ pub use numa::{NodeSet, NumaPolicy};
 /// Switches are `on`, `true`, `yes`, `y` and `off`, `false`, `no`, `n`. Sizes are numbers of bytes
 /// with the suffixes `K`, `M`, `G`, `T`, `P`, `E` for powers of 1024, with a fraction if they have a
 /// suffix (`1.5G`), or hexadecimal without one.
+///
+/// A whole program that reads and writes such strings: `examples/option_strings.rs`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RamOptions {
     name: Option<String>,

@@ -5,75 +5,62 @@ use std::io;
 use nix::errno::Errno;
 use nix::sys::statvfs::fstatvfs;
 
-use super::engine::{Failure, Step, Why};
+use super::error::PopulateError;
 use super::need;
-use super::plan::{Part, Plan};
-use super::work::Looking;
-use crate::backing::{BackingError, check_pool};
-use crate::error::PopulateError;
+use super::part::Part;
+use super::watch::Watch;
+use super::work::Failure;
 use crate::host::memory::{Demand, MemoryLimits};
-use crate::host::nodes;
 use crate::range::GuestRange;
 use crate::shortage::{ResourceLimit, Shortage};
 
 /// The cause of a failure, when `needed` bytes were still missing. To be called before anything is
 /// given back.
-pub(super) fn find(plan: &Plan, looking: &Looking, failure: Failure, needed: u64) -> PopulateError {
-    let part = &plan.parts[failure.chunk.part];
-    let range = part.in_guest(&failure.chunk.range);
-    let len = failure.chunk.range.end - failure.chunk.range.start;
-    let (step, source) = match failure.why {
-        Why::Refused(step, source) => (step, source),
-        Why::Short(piece) => {
+pub(super) fn find(parts: &[Part], watch: &Watch, failure: Failure, needed: u64) -> PopulateError {
+    let part = &parts[failure.part];
+    match failure.error {
+        PopulateError::Shortage { range, shortage } => {
             // Of all that is still missing, unless others have given something back by now.
-            let all = looking.shortage(&plan.parts);
-            let shortage = all.map_or(piece, |(_, shortage)| shortage);
-            return PopulateError::short(range, shortage);
+            let all = need::shortage(parts, watch);
+            let shortage = all.map_or(shortage, |(_, short)| Box::new(short.into()));
+            PopulateError::Shortage { range, shortage }
         }
-    };
-    truncated(part, range)
-        .or_else(|| pool_empty(part, range, needed))
-        .or_else(|| file_system_full(part, range, needed, len, &source))
-        .or_else(|| not_enough(part, range, needed, len))
-        .unwrap_or(match step {
-            Step::Allocate => PopulateError::Allocate { range, source },
-            Step::Map => PopulateError::Map { range, source },
-        })
+        PopulateError::Allocate { range, ref source }
+        | PopulateError::Map { range, ref source } => truncated(part, range)
+            .or_else(|| short(part, range, needed, source))
+            .unwrap_or(failure.error),
+        other => other,
+    }
 }
 
-/// Whether somebody truncated the backing of the part.
+/// Whether another process truncated the backing of the part.
 pub(super) fn truncated(part: &Part, range: GuestRange) -> Option<PopulateError> {
-    match part.backing().check_not_truncated() {
-        Err(BackingError::Truncated { end, now }) => {
-            Some(PopulateError::Truncated { range, end, now })
-        }
-        _ => None,
-    }
+    let (end, now) = (part.backing().end(), part.backing().truncated_to().ok()??);
+    Some(PopulateError::Truncated { range, end, now })
 }
 
-fn pool_empty(part: &Part, range: GuestRange, needed: u64) -> Option<PopulateError> {
+/// What is short of the `needed` bytes, when this range could not be had.
+fn short(part: &Part, range: GuestRange, needed: u64, source: &io::Error) -> Option<PopulateError> {
+    let shortage = pool_empty(part, needed)
+        .or_else(|| file_system_full(part, needed, range.size(), source))
+        .or_else(|| not_enough(part, needed, range.size()))?;
+    Some(PopulateError::Shortage {
+        range,
+        shortage: Box::new(shortage),
+    })
+}
+
+fn pool_empty(part: &Part, needed: u64) -> Option<Shortage> {
     let backing = part.backing();
-    if !backing.is_hugetlb() {
-        return None;
-    }
     let page_size = backing.page_size();
-    match check_pool(needed.div_ceil(page_size), page_size) {
-        Err(BackingError::Shortage(shortage))
-            if matches!(shortage.limit, ResourceLimit::HugePages { .. }) =>
-        {
-            Some(PopulateError::Shortage { range, shortage })
-        }
-        _ => None,
-    }
+    let pages = needed.div_ceil(page_size);
+    let short = backing
+        .is_hugetlb()
+        .then(|| Shortage::of_pool(page_size, pages));
+    short?.ok()?
 }
 
-fn file_system_full(
-    part: &Part,
-    range: GuestRange,
-    needed: u64,
-    len: u64,
-    source: &io::Error,
-) -> Option<PopulateError> {
+fn file_system_full(part: &Part, needed: u64, len: u64, source: &io::Error) -> Option<Shortage> {
     let stat = fstatvfs(part.backing()).ok()?;
     let unit = stat.fragment_size();
     let size = stat.blocks().saturating_mul(unit);
@@ -82,15 +69,14 @@ fn file_system_full(
     let limited = size > 0;
     let full = source.raw_os_error() == Some(Errno::ENOSPC as i32) || free < len;
     let limit = ResourceLimit::FileSystem { path: None, size };
-    (limited && full).then(|| PopulateError::short(range, Shortage::new(needed, free, limit)))
+    (limited && full).then(|| Shortage::new(needed, free, limit))
 }
 
 /// Without memory it was refused by what limits that, though it was not looked at before.
-fn not_enough(part: &Part, range: GuestRange, needed: u64, len: u64) -> Option<PopulateError> {
-    let kind = need::kind(part, nodes::only_allowed())?;
-    let demand = Demand::of(kind, len);
+fn not_enough(part: &Part, needed: u64, len: u64) -> Option<Shortage> {
+    let demand = Demand::of(part.kind?, len);
     let limits = MemoryLimits::of_this_process().ok()?;
-    let mut shortage = demand.shortage(&limits.bounds(&demand, 0))?;
-    shortage.needed = needed.max(shortage.needed);
-    Some(PopulateError::short(range, shortage))
+    let mut short = demand.shortage(&limits.bounds(&demand, 0))?;
+    short.needed = needed.max(short.needed);
+    Some(short.into())
 }

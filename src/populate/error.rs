@@ -14,13 +14,13 @@ use crate::units::HumanSize;
 /// of all that was to be populated.
 ///
 /// ```
-/// use guest_memory_shm::{Error, GuestMemoryShm, GuestRange, Populate, PopulateError, PopulateOptions};
+/// use guest_memory_shm::{GuestMemoryShm, GuestRange, Populate, PopulateError, PopulateOptions};
 /// use vm_memory::GuestAddress;
 ///
 /// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
 /// let beyond = GuestRange::new(GuestAddress(0), 2 << 20)?;
 /// let refused = memory.populate(PopulateOptions::new(Populate::Allocate).with_range(beyond));
-/// assert!(matches!(refused, Err(Error::Populate(PopulateError::NotRam { .. }))));
+/// assert!(matches!(refused, Err(PopulateError::NotRam { .. })));
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[non_exhaustive]
@@ -76,7 +76,7 @@ pub enum PopulateError {
         now: u64,
     },
 
-    /// It was cancelled, by the progress callback, by the token or by the handle.
+    /// It was cancelled by its token.
     #[error("populating was cancelled after {} of {}", HumanSize(*.done), HumanSize(*.total))]
     Cancelled {
         /// What was populated, in bytes.

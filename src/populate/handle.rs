@@ -1,20 +1,21 @@
 //! Populating in the background, and the handle to it.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{Builder, JoinHandle};
 
 use nix::sys::signal::SigSet;
 
-use super::run::Job;
-use super::{CancelToken, PopulateProgress, Populated};
-use crate::error::{Error, PopulateError};
+use super::error::PopulateError;
+use super::job::{Job, Populated};
+use super::options::ProgressFn;
+use crate::pool::{CancelToken, Progress};
 
-/// Populating that goes on in the background: to ask how far it is, to wait for, to cancel.
+/// Populating that goes on in the background: to ask how far it is, and to wait for.
 ///
-/// Dropping it cancels, and waits until the threads are gone. In a child of fork(2), which has the
-/// handle and none of the threads, dropping it does nothing.
+/// A [`CancelToken`] cancels it, and so does dropping the handle, which waits until the threads are
+/// gone. In a child of fork(2), which has the handle and none of the threads, dropping it does
+/// nothing.
 ///
 /// ```
 /// use guest_memory_shm::{GuestMemoryShm, Populate, PopulateOptions};
@@ -41,25 +42,17 @@ pub struct PopulateHandle {
 }
 
 impl PopulateHandle {
-    pub(super) fn start(mut job: Job<'static>) -> Result<Self, PopulateError> {
+    pub(super) fn start(job: Job, mut told: ProgressFn<'static>) -> Result<Self, PopulateError> {
         let done = Arc::new(AtomicU64::new(0));
-        let total = job.total();
-        let cancel = job.policy.cancel.clone();
-        // Here, and not in the background: a caller that asks for too much is told at once.
-        let looking = job.look()?;
+        let (total, cancel) = (job.total(), job.cancel_token());
         let counter = done.clone();
-        let mut listener = job.progress.take();
-        job.progress = Some(Box::new(move |progress| {
-            counter.store(progress.done, Ordering::Relaxed);
-            match &mut listener {
-                Some(listener) => listener(progress),
-                None => ControlFlow::Continue(()),
-            }
-        }));
         let body = move || {
             // As in the threads that do the work, which inherit it.
             let _ = SigSet::all().thread_block();
-            job.run(&looking)
+            job.run(|progress| {
+                counter.store(progress.done, Ordering::Relaxed);
+                told(progress);
+            })
         };
         let builder = Builder::new().name("populate".to_owned());
         let thread = builder.spawn(body);
@@ -74,8 +67,8 @@ impl PopulateHandle {
     }
 
     /// How far it is.
-    pub fn progress(&self) -> PopulateProgress {
-        PopulateProgress {
+    pub fn progress(&self) -> Progress {
+        Progress {
             done: self.done.load(Ordering::Relaxed),
             total: self.total,
         }
@@ -84,11 +77,6 @@ impl PopulateHandle {
     /// Whether it has ended, in whatever way: [`wait`](Self::wait) returns at once then.
     pub fn is_finished(&self) -> bool {
         self.is_elsewhere() || self.thread.as_ref().is_none_or(JoinHandle::is_finished)
-    }
-
-    /// Cancels it; [`wait`](Self::wait) then says whether that was in time.
-    pub fn cancel(&self) {
-        self.cancel.cancel();
     }
 
     /// Waits until it has ended, and gives its result.
@@ -101,15 +89,15 @@ impl PopulateHandle {
     /// # Panics
     ///
     /// If the progress callback panicked, with its panic.
-    pub fn wait(mut self) -> Result<Populated, Error> {
+    pub fn wait(mut self) -> Result<Populated, PopulateError> {
         if self.is_elsewhere() {
-            return Err(PopulateError::OtherProcess.into());
+            return Err(PopulateError::OtherProcess);
         }
         let Some(thread) = self.thread.take() else {
             unreachable!("only this method and drop take it");
         };
         match thread.join() {
-            Ok(result) => Ok(result?),
+            Ok(result) => result,
             Err(panic) => std::panic::resume_unwind(panic),
         }
     }
@@ -130,7 +118,7 @@ impl Drop for PopulateHandle {
             std::mem::forget(thread);
             return;
         }
-        self.cancel();
+        self.cancel.cancel();
         if let Err(panic) = thread.join() {
             // It was printed where it happened, and nobody is there to be told. Dropping it may
             // panic in turn, which would end the process if this is dropped by a panic.

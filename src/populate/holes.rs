@@ -13,7 +13,8 @@ use std::os::unix::fs::FileExt;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 
-use super::plan::{Chunk, Part};
+use super::part::Part;
+use super::plan::Chunk;
 use crate::backing::Allocation;
 use crate::logs;
 use crate::mapping::to_usize;

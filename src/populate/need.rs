@@ -1,79 +1,39 @@
-//! What populating needs: the pages that are not there yet, and of which kind.
+//! What populating needs: the pages that are not there yet, and the tables to map them.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 
-use super::plan::Part;
+use super::part::Part;
+use super::watch::Watch;
 use crate::backing::{Allocation, FileIdentity};
-use crate::host::memory::{Demand, Kind, MemoryLimits, Short};
-use crate::host::nodes;
-use crate::options::{NodeSet, NumaPolicy, OnShortage, Populate};
+use crate::host::memory::{Demand, Short};
+use crate::options::Populate;
 use crate::range::RangeSet;
 
 /// A table of pages has one byte for so many bytes of what it maps, where pages are 4 KiB.
 const MAPPED_PER_BYTE: u64 = 512;
 
-/// What the pages of each part are made of: none where the kernel could drop them, as those of a
-/// file on a disk, and where nothing is to be looked at.
-pub(super) fn kinds(parts: &[Part]) -> Vec<Option<Kind>> {
-    let allowed = nodes::only_allowed();
-    let kind = |part: &Part| match part.on_shortage {
-        OnShortage::TryAnyway => None,
-        OnShortage::Refuse => kind(part, allowed),
-    };
-    parts.iter().map(kind).collect()
-}
-
-pub(super) fn kind(part: &Part, allowed: NodeSet) -> Option<Kind> {
-    let backing = part.backing();
-    let options = backing.map_options();
-    if backing.is_hugetlb() {
-        return Some(Kind::Huge {
-            page_size: backing.page_size(),
-            reserving: options.unreserved,
-        });
-    }
-    // Of all policies only this one takes pages from no other node.
-    let nodes = match options.numa {
-        NumaPolicy::Bind(nodes) if allowed.is_empty() => nodes,
-        NumaPolicy::Bind(nodes) => nodes.intersection(allowed),
-        _ => allowed,
-    };
-    backing.is_on_tmpfs().then_some(Kind::Base(nodes))
-}
-
 /// What is short of what the parts need, and the part at which it ends.
-pub(super) fn shortage(
-    limits: &MemoryLimits,
-    parts: &[Part],
-    kinds: &[Option<Kind>],
-) -> Option<(usize, Short)> {
+pub(super) fn shortage(parts: &[Part], watch: &Watch) -> Option<(usize, Short)> {
     // Nothing of it may be there yet: if all fits, nothing needs to be counted.
-    let all = demand(parts, kinds, |part| part.len());
-    all.shortage(&limits.bounds(&all, 0))?;
+    let all: Vec<u64> = parts.iter().map(Part::len).collect();
+    let all = demand(parts, &all);
+    all.shortage(&watch.bounds(&all))?;
     let missing = missing_of_all(parts);
-    let demand = |count: usize| {
-        let mut demand = Demand::default();
-        for at in 0..count {
-            if let Some(kind) = kinds[at] {
-                demand.add(kind, missing[at]);
-            }
-        }
-        demand
-    };
-    let needed = demand(parts.len());
-    let bounds = limits.bounds(&needed, 0);
-    let shortage = needed.shortage(&bounds)?;
-    let ends = (1..=parts.len()).find(|count| demand(*count).shortage(&bounds).is_some());
-    Some((ends.map_or(0, |count| count - 1), shortage))
+    let needed = demand(parts, &missing);
+    let bounds = watch.bounds(&needed);
+    let short = needed.shortage(&bounds)?;
+    let ends = |at: &usize| demand(&parts[..=*at], &missing).shortage(&bounds).is_some();
+    Some(((0..parts.len()).find(ends).unwrap_or(0), short))
 }
 
-fn demand(parts: &[Part], kinds: &[Option<Kind>], bytes: impl Fn(&Part) -> u64) -> Demand {
+/// So many bytes of each part, as far as it is to be looked at.
+fn demand(parts: &[Part], bytes: &[u64]) -> Demand {
     let mut demand = Demand::default();
-    for (part, kind) in parts.iter().zip(kinds) {
-        if let Some(kind) = kind {
-            demand.add(*kind, bytes(part));
+    for (part, bytes) in parts.iter().zip(bytes) {
+        if let Some(kind) = part.watched() {
+            demand.add(kind, *bytes);
         }
     }
     demand
@@ -81,7 +41,7 @@ fn demand(parts: &[Part], kinds: &[Option<Kind>], bytes: impl Fn(&Part) -> u64) 
 
 /// What is missing of each part, in bytes; of parts that are the same RAM, only once.
 fn missing_of_all(parts: &[Part]) -> Vec<u64> {
-    let mut seen: HashMap<FileIdentity, RangeSet> = HashMap::new();
+    let mut seen: BTreeMap<FileIdentity, RangeSet> = BTreeMap::new();
     let missing = |part: &Part| {
         let (identity, range) = (part.backing().identity(), part.in_backing(&part.range));
         let of_file = seen.entry(identity).or_default();
@@ -148,7 +108,7 @@ mod tests {
 
     use super::*;
     use crate::backing::ShmBacking;
-    use crate::options::{Backing, PageSize, Populate, RamOptions};
+    use crate::options::RamOptions;
     use crate::region::GuestRegionShm;
 
     const MIB: u64 = 1 << 20;
@@ -187,10 +147,8 @@ mod tests {
         nix::fcntl::posix_fallocate(&backing, 0, 8 * MIB as i64).unwrap();
         let allocate = || part(&backing, 0, 16 * MIB);
         assert_eq!(missing_of_all(&[allocate()]), [8 * MIB]);
-        let prefault = Part {
-            mode: Populate::Prefault,
-            ..allocate()
-        };
+        let mut prefault = allocate();
+        prefault.mode = Populate::Prefault;
         match prefault.ram.mapping.mapped_in(0..MIB) {
             Ok(Some(mapped)) => assert_eq!(mapped, 0),
             cannot => return eprintln!("skipped: what is mapped cannot be told: {cannot:?}"),
@@ -206,28 +164,5 @@ mod tests {
         assert_eq!(missing_of_all(&parts), [8 * MIB + 4 * MIB / 512]);
         let [prefault] = parts;
         assert_eq!(missing(&prefault, 0..4 * MIB), 0);
-    }
-
-    #[test]
-    fn pages_that_the_kernel_can_drop_are_no_need() {
-        let set = |nodes: &[u32]| NodeSet::from_nodes(nodes.iter().copied()).unwrap();
-        let of = |options: &RamOptions, allowed| {
-            let backing = ShmBacking::create(options, MIB).unwrap();
-            kind(&part(&backing, 0, MIB), allowed)
-        };
-        let (plain, anywhere) = (RamOptions::new(), NodeSet::new());
-        assert_eq!(of(&plain, anywhere), Some(Kind::Base(anywhere)));
-        assert_eq!(of(&plain, set(&[1])), Some(Kind::Base(set(&[1]))));
-        let thp = plain.clone().with_page_size(PageSize::Transparent);
-        assert_eq!(of(&thp, anywhere), Some(Kind::Base(anywhere)));
-        let bound = plain.clone().with_numa(NumaPolicy::Bind(set(&[0])));
-        assert_eq!(of(&bound, anywhere), Some(Kind::Base(set(&[0]))));
-        assert_eq!(of(&bound, set(&[0, 1])), Some(Kind::Base(set(&[0]))));
-        let spread = plain.clone().with_numa(NumaPolicy::Interleave(set(&[0])));
-        assert_eq!(of(&spread, anywhere), Some(Kind::Base(anywhere)));
-        let file = |dir: &str| plain.clone().with_backing(Backing::File(dir.into()));
-        assert_eq!(of(&file("/dev/shm"), anywhere), Some(Kind::Base(anywhere)));
-        let disk = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        assert_eq!(of(&file(disk.path().to_str().unwrap()), anywhere), None);
     }
 }

@@ -7,10 +7,11 @@
 //! the same, in the same group, are no danger, and as the rest shrinks, so does what is taken
 //! between two looks.
 
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::engine::Stop;
-use crate::host::memory::{Bound, Demand, Kind, Short};
+use crate::host::memory::{Bound, Demand, Kind, MemoryLimits, Short};
+use crate::pool::Stop;
 
 /// At most this part of what is left is worked on at once.
 const AT_ONCE: u64 = 4;
@@ -70,9 +71,25 @@ pub(super) struct Wish {
 }
 
 impl Watch {
-    /// Of one job, which minds the others of this process.
-    pub(super) fn new(look: impl Fn(&Demand, u64) -> Vec<Bound> + Send + Sync + 'static) -> Self {
-        Self::among(UnderWay::of_this_process(), look)
+    /// That looks at all that limits this process, and minds its other jobs.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor is left to look with.
+    pub(super) fn of_this_process() -> io::Result<Self> {
+        let limits = MemoryLimits::of_this_process()?;
+        let look = move |demand: &Demand, enough| limits.bounds(demand, enough);
+        Ok(Self::among(UnderWay::of_this_process(), look))
+    }
+
+    /// That finds no limits.
+    pub(super) fn of_nothing() -> Self {
+        Self::among(Arc::default(), |_, _| Vec::new())
+    }
+
+    /// What each limit leaves that is about something in the demand.
+    pub(super) fn bounds(&self, demand: &Demand) -> Vec<Bound> {
+        (self.look)(demand, 0)
     }
 
     fn among(
@@ -305,7 +322,7 @@ mod tests {
 
     #[test]
     fn without_limits_all_is_begun_at_once() {
-        let watch = Watch::among(Arc::default(), |_, _| Vec::new());
+        let watch = Watch::of_nothing();
         assert_eq!(begin(&watch, 1 << 50).unwrap().len, 1 << 50);
     }
 }

@@ -77,6 +77,15 @@ impl GuestRange {
         RangePart::Address.check_aligned(self.start, align)?;
         RangePart::Size.check_aligned(self.size, align)
     }
+
+    /// Checks that a region of this range consists of whole pages.
+    pub(crate) fn check_pages(&self, page_size: u64) -> Result<()> {
+        self.check_aligned(page_size)
+            .map_err(|_| InvalidRange::PartialPages {
+                range: *self,
+                page_size,
+            })
+    }
 }
 
 impl fmt::Display for GuestRange {
@@ -147,6 +156,20 @@ pub enum InvalidRange {
         /// The page size of the backing in bytes.
         page_size: u64,
     },
+
+    /// A region that is there does not consist of whole pages: vm-memory's constructors allow that.
+    #[error(
+        "the region {range} is not whole pages of {}, which memory tables, memory slots and \
+         discards need: make it of an address and a size that are multiples of that",
+        HumanSize(*.page_size)
+    )]
+    #[non_exhaustive]
+    PartialPages {
+        /// The range of the region.
+        range: GuestRange,
+        /// The page size of its backing in bytes.
+        page_size: u64,
+    },
 }
 
 impl InvalidRange {
@@ -159,16 +182,29 @@ impl InvalidRange {
     }
 }
 
-/// What of a range must consist of whole pages, for errors.
+/// Which number of a range or region it is, for errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RangePart {
     /// The guest address at which it starts.
     Address,
+    /// The user address at which it starts: what a vhost-user frontend calls it.
+    UserAddress,
     /// Its size.
     Size,
     /// The offset in the backing at which it starts.
     Offset,
+}
+
+impl fmt::Display for RangePart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Address => "guest address",
+            Self::UserAddress => "user address",
+            Self::Size => "size",
+            Self::Offset => "offset",
+        })
+    }
 }
 
 impl RangePart {
@@ -186,16 +222,15 @@ impl RangePart {
 
     fn show(self, value: u64) -> String {
         match self {
-            Self::Address => format!("guest address {value:#x}"),
-            Self::Size => format!("size {}", HumanSize(value)),
-            Self::Offset => format!("offset {value:#x}"),
+            Self::Size => format!("{self} {}", HumanSize(value)),
+            Self::Address | Self::UserAddress | Self::Offset => format!("{self} {value:#x}"),
         }
     }
 
     fn show_nearest(self, value: u64, page_size: u64) -> String {
         let below = value - value % page_size;
         match self {
-            Self::Address | Self::Offset => format!("is {below:#x}"),
+            Self::Address | Self::UserAddress | Self::Offset => format!("is {below:#x}"),
             // RAM that is a little larger serves; nothing is larger than the largest multiple.
             Self::Size => match value.checked_next_multiple_of(page_size) {
                 Some(above) => format!("larger is {}", HumanSize(above)),
@@ -347,6 +382,12 @@ mod tests {
                 GuestRange::new(GuestAddress(u64::MAX - 4095), 8192).map(drop),
                 "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address \
                  after it: lower its address or its size",
+            ),
+            (
+                range(0x1000, 300).check_pages(4096),
+                "the region 0x1000..=0x112b (300 bytes) is not whole pages of 4 KiB, which memory \
+                 tables, memory slots and discards need: make it of an address and a size that are \
+                 multiples of that",
             ),
             (
                 check_disjoint(&[range(4096, 4096), range(0, 8192)]),

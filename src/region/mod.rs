@@ -20,7 +20,7 @@ use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::options::{Access, RamOptions};
 use crate::populate::populate_new;
 use crate::ram::Ram;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, Placed};
 use crate::report::{BuildReport, log_notes};
 
 mod error;
@@ -197,7 +197,7 @@ impl<B> GuestRegionShm<B> {
         Self::place(backing, offset, range, bitmap(range))
     }
 
-    /// The range must be aligned to the pages of the backing.
+    /// Maps the pages of the range, which begin at `offset`; it need not end with the last of them.
     pub(crate) fn place(
         backing: &ShmBacking,
         offset: u64,
@@ -207,7 +207,8 @@ impl<B> GuestRegionShm<B> {
         if backing.map_options().access == Access::ReadOnly {
             return Err(FileError::ReadOnlyRam.into());
         }
-        let mapping = Mapping::new(backing, offset, range.size())?;
+        let pages = range.size().checked_next_multiple_of(backing.page_size());
+        let mapping = Mapping::new(backing, offset, pages.unwrap_or(range.size()))?;
         Ok(Self {
             range,
             host: mapping.host_addr(),
@@ -320,11 +321,17 @@ impl<B: Bitmap> GuestRegionShm<B> {
         let at = to_usize(offset);
         let start = self.as_ptr().wrapping_add(at);
         let bitmap = self.shared.bitmap.slice_at(at);
-        // SAFETY: `start..start + count` lies in the mapping, which has the length of the range,
-        // as just checked. The mapping lives as long as `self.shared`, and so as `self`, which the
+        // SAFETY: `start..start + count` lies in the mapping, which is as long as the range or
+        // longer, as just checked. The mapping lives as long as `self.shared`, and so as `self`, which the
         // slice borrows. The RAM is only ever accessed by volatile or atomic operations: this
         // crate makes no reference to it.
         Some(unsafe { VolatileSlice::with_bitmap(start, count, bitmap, None) })
+    }
+}
+
+impl<B> Placed for GuestRegionShm<B> {
+    fn range(&self) -> GuestRange {
+        self.range
     }
 }
 

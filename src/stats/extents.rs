@@ -86,9 +86,10 @@ fn of_one_backing(
     };
     let mut located = 0;
     for ram in regions {
+        // Of the last page there may be less in the guest.
         let size = ram.range.size();
         let parts = if allocation == Allocation::Everything {
-            located += size;
+            located += ram.mapping.len() as u64;
             RangeSet::from(0..size)
         } else if backing.is_hugetlb() {
             let mapped = mapped_parts(ram)?;
@@ -96,8 +97,7 @@ fn of_one_backing(
             let step = step(resolution, backing.page_size());
             mapped.iter().map(|part| outwards(part, step)).collect()
         } else {
-            let part = ram.offset..ram.offset + size;
-            let parts = backing.extents_in(part, step(resolution, backing.page_size()));
+            let parts = backing.extents_in(ram.pages(), step(resolution, backing.page_size()));
             let parts = parts.map_err(failed("look for the allocated parts of a backing"))?;
             let inside = |part: Range<u64>| part.start - ram.offset..part.end - ram.offset;
             parts.iter().map(inside).collect()

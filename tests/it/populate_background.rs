@@ -1,10 +1,9 @@
 //! Populating in the background: asked, waited for, cancelled, and dropped.
 
-use std::ops::ControlFlow;
 use std::sync::mpsc;
 
 use guest_memory_shm::{
-    CancelToken, Error, GuestMemoryShm, OnFailure, Populate, PopulateError, PopulateHandle,
+    CancelToken, GuestMemoryShm, OnFailure, Populate, PopulateError, PopulateHandle,
     PopulateOptions, RamOptions,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -33,7 +32,6 @@ fn standing_still(
             if reached.send(progress.done).is_ok() {
                 let _ = gone.recv();
             }
-            ControlFlow::Continue(())
         });
     let handle = memory.populate_in_background(options).unwrap();
     let done = here.recv().unwrap();
@@ -75,11 +73,12 @@ fn cancelling_keeps_what_is_there_unless_told_otherwise() {
             Some(on_failure) => prefault().with_on_failure(on_failure),
             None => prefault(),
         };
-        let (handle, _, go) = standing_still(&memory, options);
-        handle.cancel();
+        let token = CancelToken::new();
+        let (handle, _, go) = standing_still(&memory, options.with_cancel(token.clone()));
+        token.cancel();
         drop(go);
         match handle.wait() {
-            Err(Error::Populate(PopulateError::Cancelled { done, total })) => {
+            Err(PopulateError::Cancelled { done, total }) => {
                 assert!(done < total, "{done}");
                 assert_eq!(allocated(&memory), if kept { done } else { 0 });
             }
@@ -105,7 +104,6 @@ fn dropping_the_handle_cancels_and_leaves_no_thread() {
                     while !cancelled.is_cancelled() {
                         std::thread::yield_now();
                     }
-                    ControlFlow::Continue(())
                 });
             let handle = memory.populate_in_background(options).unwrap();
             here.recv().unwrap();
@@ -166,11 +164,7 @@ fn a_handle_in_a_child_of_fork_is_harmless() {
         child(&mut |handle| {
             assert!(handle.is_finished());
             assert_eq!(handle.progress().done, done);
-            handle.cancel();
-            assert!(matches!(
-                handle.wait(),
-                Err(Error::Populate(PopulateError::OtherProcess))
-            ));
+            assert!(matches!(handle.wait(), Err(PopulateError::OtherProcess)));
         });
         // The control: here it goes on as if nothing had been.
         drop(go);
@@ -193,10 +187,7 @@ fn the_ram_stays_until_it_is_populated_when_the_memory_is_dropped() {
 fn a_bad_range_is_refused_at_once() {
     let memory = memory(RamOptions::new(), MIB);
     let refused = memory.populate_in_background(prefault().with_range(range(0, 2 * MIB)));
-    assert!(matches!(
-        refused,
-        Err(Error::Populate(PopulateError::NotRam { .. }))
-    ));
+    assert!(matches!(refused, Err(PopulateError::NotRam { .. })));
 }
 
 #[test]

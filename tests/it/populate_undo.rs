@@ -1,7 +1,6 @@
 //! Populating that is cancelled or fails: undone, without a byte lost, and with its cause named.
 
 use std::fs::{self, File};
-use std::ops::ControlFlow;
 
 use guest_memory_shm::{
     AdoptPolicy, Backing, CancelToken, Error, GuestMemoryShm, OnFailure, PageSize, Populate,
@@ -29,15 +28,19 @@ fn cancelled_half_way(
     meanwhile: impl FnOnce() + Send,
 ) -> u64 {
     let mut meanwhile = Some(meanwhile);
+    let token = CancelToken::new();
     let options = PopulateOptions::new(mode)
         .with_threads(threads(2))
         .with_on_failure(on_failure)
+        .with_cancel(token.clone())
         .with_progress(|_| {
-            meanwhile.take().expect("nobody asks once it is cancelled")();
-            ControlFlow::Break(())
+            if let Some(meanwhile) = meanwhile.take() {
+                meanwhile();
+            }
+            token.cancel();
         });
     match memory.populate(options) {
-        Err(Error::Populate(PopulateError::Cancelled { done, total })) => {
+        Err(PopulateError::Cancelled { done, total }) => {
             assert_eq!(total, SIZE);
             assert!(done > 0 && done < total, "{done}");
             done
@@ -128,15 +131,12 @@ fn a_token_cancels_before_and_in_the_middle() {
         let options = PopulateOptions::new(Populate::Prefault)
             .with_threads(threads(1))
             .with_cancel(token.clone())
-            .with_progress(move |_| {
-                other.cancel();
-                ControlFlow::Continue(())
-            });
+            .with_progress(move |_| other.cancel());
         if at_once {
             token.cancel();
         }
         match memory.populate(options) {
-            Err(Error::Populate(PopulateError::Cancelled { done, .. })) => {
+            Err(PopulateError::Cancelled { done, .. }) => {
                 assert_eq!(done == 0, at_once, "{done}");
                 assert!(done < SIZE);
             }
@@ -149,12 +149,14 @@ fn a_token_cancels_before_and_in_the_middle() {
 #[test]
 fn cancelling_when_all_is_done_is_too_late() {
     let memory = memory(RamOptions::new(), MIB);
-    let options = PopulateOptions::new(Populate::Prefault).with_progress(|progress| {
-        match progress.done == progress.total {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
-        }
-    });
+    let token = CancelToken::new();
+    let options = PopulateOptions::new(Populate::Prefault)
+        .with_cancel(token.clone())
+        .with_progress(|progress| {
+            if progress.done == progress.total {
+                token.cancel();
+            }
+        });
     assert_eq!(memory.populate(options).unwrap().bytes, MIB);
 }
 
@@ -235,7 +237,7 @@ fn a_file_system_that_is_too_small_is_named_and_gets_everything_back() {
             memory.write_obj(7u8, GuestAddress(5 * PAGE)).unwrap();
             for mode in MODES {
                 let options = PopulateOptions::new(mode).with_threads(threads(2));
-                let error = memory.populate(options).unwrap_err();
+                let error = Error::from(memory.populate(options).unwrap_err());
                 match &error {
                     Error::Populate(PopulateError::Shortage { range, .. }) => {
                         let (needed, free) = room_short(&error).unwrap();
@@ -309,7 +311,7 @@ fn a_pool_of_huge_pages_that_is_too_small_is_named_and_gets_everything_back() {
         for mode in MODES {
             let error = memory.populate(PopulateOptions::new(mode).with_threads(threads(1)));
             assert_eq!(
-                huge_pages_short(&error.unwrap_err()),
+                huge_pages_short(&error.unwrap_err().into()),
                 Some((3, 0)),
                 "{mode:?}"
             );
@@ -334,7 +336,7 @@ fn a_backing_that_was_truncated_is_named_and_not_made_longer_again() {
         assert!(
             matches!(
                 refused,
-                Err(Error::Populate(PopulateError::Truncated { end, now, .. }))
+                Err(PopulateError::Truncated { end, now, .. })
                     if (end, now) == (16 * MIB, MIB)
             ),
             "{refused:?}"

@@ -143,7 +143,7 @@ fn is_older_than_its_sources(binary: &Path) -> bool {
 }
 
 /// The top of the source tree, where the examples are.
-fn top() -> &'static Path {
+pub(crate) fn top() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 

@@ -1,16 +1,18 @@
 //! The checks of a message's numbers, before any of its descriptors is looked at.
 
-use super::{ReceivePolicy, ReceivedRegion};
-use crate::error::{ReceiveError, RegionSpace};
+use super::error::ReceiveError;
+use super::policy::ReceivePolicy;
+use super::wire::ReceivedRegion;
 use crate::range::{InvalidRange, RangePart};
 
 impl ReceivedRegion {
-    /// Where it starts in a space.
-    pub(super) fn start(&self, space: RegionSpace) -> u64 {
-        match space {
-            RegionSpace::Guest => self.guest_addr.0,
-            RegionSpace::User => self.user_addr,
-            RegionSpace::File => self.mmap_offset,
+    /// One of its numbers.
+    fn part(&self, part: RangePart) -> u64 {
+        match part {
+            RangePart::Address => self.guest_addr.0,
+            RangePart::UserAddress => self.user_addr,
+            RangePart::Size => self.size,
+            RangePart::Offset => self.mmap_offset,
         }
     }
 }
@@ -44,8 +46,8 @@ pub(super) fn check_numbers(
     if size > u128::from(limit) {
         return Err(ReceiveError::TooMuchMemory { size, limit });
     }
-    check_disjoint(held, new, RegionSpace::Guest)?;
-    check_disjoint(held, new, RegionSpace::User)
+    check_disjoint(held, new, RangePart::Address)?;
+    check_disjoint(held, new, RangePart::UserAddress)
 }
 
 fn check_region(index: usize, region: &ReceivedRegion) -> Result<(), ReceiveError> {
@@ -56,15 +58,21 @@ fn check_region(index: usize, region: &ReceivedRegion) -> Result<(), ReceiveErro
         };
         return Err(ReceiveError::Range { index, cause });
     }
-    for space in [RegionSpace::Guest, RegionSpace::User, RegionSpace::File] {
-        let start = region.start(space);
+    for (part, limit) in [
+        (RangePart::Address, u64::MAX),
+        (RangePart::UserAddress, u64::MAX),
+        // What off_t holds.
+        (RangePart::Offset, i64::MAX.unsigned_abs()),
+    ] {
+        let start = region.part(part);
         let end = start.checked_add(size);
-        if end.is_none_or(|end| end > space.limit()) {
+        if end.is_none_or(|end| end > limit) {
             return Err(ReceiveError::Wraps {
                 index,
-                space,
+                part,
                 start,
                 size,
+                limit,
             });
         }
     }
@@ -75,7 +83,7 @@ fn check_region(index: usize, region: &ReceivedRegion) -> Result<(), ReceiveErro
 fn check_disjoint(
     held: &[ReceivedRegion],
     new: &[ReceivedRegion],
-    space: RegionSpace,
+    part: RangePart,
 ) -> Result<(), ReceiveError> {
     let held = held.iter().map(|region| (region, None));
     let new = new
@@ -84,7 +92,7 @@ fn check_disjoint(
         .map(|(at, region)| (region, Some(at)));
     let mut all: Vec<_> = held
         .chain(new)
-        .map(|(region, index)| (region.start(space), region.size, index))
+        .map(|(region, index)| (region.part(part), region.size, index))
         .collect();
     all.sort_unstable();
     for pair in all.windows(2) {
@@ -100,7 +108,7 @@ fn check_disjoint(
         };
         return Err(ReceiveError::Overlap {
             index: culprit.2.unwrap_or_default(),
-            space,
+            part,
             range: (culprit.0, culprit.1),
             other: other.2,
             other_range: (other.0, other.1),
@@ -115,13 +123,8 @@ pub(super) fn check_pages(
     region: &ReceivedRegion,
     page_size: u64,
 ) -> Result<(), ReceiveError> {
-    let parts = [
-        (RangePart::Address, region.guest_addr.0),
-        (RangePart::Offset, region.mmap_offset),
-        (RangePart::Size, region.size),
-    ];
-    parts
+    [RangePart::Address, RangePart::Offset, RangePart::Size]
         .into_iter()
-        .try_for_each(|(part, value)| part.check_aligned(value, page_size))
+        .try_for_each(|part| part.check_aligned(region.part(part), page_size))
         .map_err(|cause| ReceiveError::Range { index, cause })
 }

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use crate::backing::BackingError;
 use crate::error::Error;
 use crate::mapping::MapError;
-use crate::range::InvalidRange;
+use crate::range::{InvalidRange, RangePart};
 use crate::units::HumanSize;
 
 /// Why a daemon does not take a memory table, a change of it, or an address.
@@ -18,8 +18,7 @@ use crate::units::HumanSize;
 /// ```
 /// use std::os::fd::OwnedFd;
 ///
-/// use guest_memory_shm::ReceiveError;
-/// use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable, map_table};
+/// use guest_memory_shm::receive::{ReceiveError, ReceivePolicy, ReceivedRegion, ReceivedTable};
 /// use vm_memory::GuestAddress;
 ///
 /// let region = ReceivedRegion {
@@ -28,9 +27,8 @@ use crate::units::HumanSize;
 ///     user_addr: 0x7f00_0000_0000,
 ///     mmap_offset: 0,
 /// };
-/// let taken: Result<ReceivedTable, _> =
-///     map_table([region], Vec::<OwnedFd>::new(), &ReceivePolicy::new());
-/// let refused = taken.unwrap_err();
+/// let table = ReceivedTable::<()>::new(ReceivePolicy::new());
+/// let refused = table.set([region], Vec::<OwnedFd>::new()).unwrap_err();
 /// assert!(matches!(refused, ReceiveError::Descriptors { regions: 1, descriptors: 0 }));
 /// assert_ne!(refused.reply_code(), 0);
 /// ```
@@ -91,31 +89,33 @@ pub enum ReceiveError {
 
     /// A region whose end has no 64-bit address, or lies where no file can be.
     #[error(
-        "region {index} has {} at {space} {start:#x}, which ends past {:#x}: lower its address or \
-         its size",
-        HumanSize(*.size), .space.limit()
+        "region {index} has {} at {part} {start:#x}, which ends past {limit:#x}: lower its {part} \
+         or its size",
+        HumanSize(*.size)
     )]
     Wraps {
         /// Which region it is.
         index: usize,
-        /// Where it wraps.
-        space: RegionSpace,
-        /// Where it starts there.
+        /// Which of its numbers is too high.
+        part: RangePart,
+        /// That number.
         start: u64,
         /// Its size in bytes.
         size: u64,
+        /// The highest end that it may have.
+        limit: u64,
     },
 
     /// Two regions have addresses in common.
     #[error(
-        "region {index} has the {space}es {}, of which {} has {}: move or shorten one of them",
+        "region {index} has the {part}es {}, of which {} has {}: move or shorten one of them",
         Span(.range.0, .range.1), other_region(*.other), Span(.other_range.0, .other_range.1)
     )]
     Overlap {
         /// Which region it is.
         index: usize,
-        /// In which space they overlap.
-        space: RegionSpace,
+        /// Which addresses: those in the guest or the user addresses.
+        part: RangePart,
         /// The start and the size of the region in it.
         range: (u64, u64),
         /// The other region in the message; `None` for one that the daemon has already.
@@ -196,18 +196,6 @@ pub enum ReceiveError {
     },
 }
 
-/// In which space a region has addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum RegionSpace {
-    /// Addresses of the guest.
-    Guest,
-    /// Addresses of the frontend's process, or what it gives for them.
-    User,
-    /// Offsets in the file.
-    File,
-}
-
 /// Why one region of a message was not mapped.
 #[derive(Debug)]
 pub struct RegionError {
@@ -218,8 +206,9 @@ pub struct RegionError {
 impl ReceiveError {
     /// What to answer to a message that wants to know (REPLY_ACK): never 0, which is success.
     ///
-    /// Any other number is a failure (vhost-user specification, "VHOST_USER_PROTOCOL_F_REPLY_ACK").
-    /// These are numbers of errno(3), for people who read the frontend's log:
+    /// Any other number is a failure (vhost-user specification,
+    /// "VHOST_USER_PROTOCOL_F_REPLY_ACK"). These are numbers of errno(3), for people who read the
+    /// frontend's log:
     ///
     /// | code | for |
     /// |---|---|
@@ -293,27 +282,6 @@ impl fmt::Display for RegionError {
 impl std::error::Error for RegionError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.error.source()
-    }
-}
-
-impl RegionSpace {
-    /// The highest end that a range can have.
-    pub(crate) fn limit(self) -> u64 {
-        match self {
-            Self::Guest | Self::User => u64::MAX,
-            // What off_t holds.
-            Self::File => i64::MAX.unsigned_abs(),
-        }
-    }
-}
-
-impl fmt::Display for RegionSpace {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Guest => "guest address",
-            Self::User => "user address",
-            Self::File => "mmap offset",
-        })
     }
 }
 

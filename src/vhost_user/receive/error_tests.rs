@@ -66,18 +66,19 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
         (
             ReceiveError::Wraps {
                 index: 1,
-                space: RegionSpace::User,
+                part: RangePart::UserAddress,
                 start: u64::MAX - 4095,
                 size: 8192,
+                limit: u64::MAX,
             },
             22,
             "region 1 has 8 KiB at user address 0xfffffffffffff000, which ends past \
-             0xffffffffffffffff: lower its address or its size",
+             0xffffffffffffffff: lower its user address or its size",
         ),
         (
             ReceiveError::Overlap {
                 index: 1,
-                space: RegionSpace::Guest,
+                part: RangePart::Address,
                 range: (4096, 4096),
                 other: Some(0),
                 other_range: (0, 8192),
@@ -89,7 +90,7 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
         (
             ReceiveError::Overlap {
                 index: 0,
-                space: RegionSpace::User,
+                part: RangePart::UserAddress,
                 range: (4096, 4096),
                 other: None,
                 other_range: (0, 8192),

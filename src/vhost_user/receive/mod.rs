@@ -4,23 +4,24 @@
 //! is mapped: counts, wraps, overlaps of guest *and* user addresses, alignment, the length of each
 //! file, its kind and its seals. A message that is refused changes nothing: the daemon goes on
 //! with the table that it has, the descriptors of the message are closed, and the error has a
-//! [code](crate::ReceiveError::reply_code) for the reply.
+//! [code](ReceiveError::reply_code) for the reply.
 //!
-//! [`map_table`] is for SET_MEM_TABLE, [`ReceivedTable::add`] for ADD_MEM_REG and
+//! [`ReceivedTable::set`] is for SET_MEM_TABLE, [`ReceivedTable::add`] for ADD_MEM_REG and
 //! [`ReceivedTable::remove`] for REM_MEM_REG; [`ReceivedTable::ring`] translates the addresses in
-//! SET_VRING_ADDR. [`decode_table`] and [`decode_region`] read the payloads for daemons that do not
-//! use the vhost crate.
+//! SET_VRING_ADDR. [`ReceivedRegion::decode_table`] and [`ReceivedRegion::decode`] read the
+//! payloads for daemons that do not use the vhost crate.
 #![cfg_attr(
     feature = "vhost-user",
     doc = "With the feature `vhost-user` the types of the vhost crate are taken as they are, and",
-    doc = "[`ReceiveError`](crate::ReceiveError) becomes its error by `?`."
+    doc = "[`ReceiveError`] becomes its error by `?`."
 )]
 //!
 //! A file that is not sealed can be truncated by the frontend, and the daemon's next touch is
 //! SIGBUS: daemons that do not trust their frontends demand seals, by
-//! [`ReceivePolicy::with_descriptors`]. (Of QEMU's backends, `memory-backend-memfd` seals.) Seals keep
-//! the file long enough; that there are pages for it, they do not promise. In a sealed file of huge
-//! pages the frontend can punch holes, and touching them with an empty pool is SIGBUS, too.
+//! [`ReceivePolicy::with_descriptors`]. (Of QEMU's backends, `memory-backend-memfd` seals.) Seals
+//! keep the file long enough; that there are pages for it, they do not promise. In a sealed file
+//! of huge pages the frontend can punch holes, and touching them with an empty pool is SIGBUS,
+//! too.
 //!
 //! Descriptors for which the process has no numbers left are dropped by the kernel, and
 //! recvmsg(2) says MSG_CTRUNC. Those that came before them are in the process all the same: a
@@ -35,8 +36,8 @@
 //! ```
 //! use std::os::fd::OwnedFd;
 //!
-//! use guest_memory_shm::receive::{ReceivePolicy, ReceivedTable, decode_region, decode_table, map_table};
-//! use guest_memory_shm::{GuestMemoryShm, ReceiveError};
+//! use guest_memory_shm::GuestMemoryShm;
+//! use guest_memory_shm::receive::{ReceiveError, ReceivePolicy, ReceivedRegion, ReceivedTable};
 //! use vm_memory::{GuestAddress, GuestMemoryAtomic};
 //!
 //! struct Daemon {
@@ -48,20 +49,20 @@
 //!
 //! impl Daemon {
 //!     fn set_mem_table(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<(), ReceiveError> {
-//!         let table = map_table(decode_table(payload)?, fds, self.table.policy())?;
+//!         let table = self.table.set(ReceivedRegion::decode_table(payload)?, fds)?;
 //!         self.publish(table);
 //!         Ok(())
 //!     }
 //!
 //!     fn add_mem_reg(&mut self, payload: &[u8], fd: OwnedFd) -> Result<(), ReceiveError> {
-//!         let table = self.table.add(decode_region(payload)?, fd)?;
+//!         let table = self.table.add(ReceivedRegion::decode(payload)?, fd)?;
 //!         self.publish(table);
 //!         Ok(())
 //!     }
 //!
 //!     /// A descriptor that comes with it is closed.
 //!     fn rem_mem_reg(&mut self, payload: &[u8], _fds: Vec<OwnedFd>) -> Result<(), ReceiveError> {
-//!         let table = self.table.remove(decode_region(payload)?)?;
+//!         let table = self.table.remove(ReceivedRegion::decode(payload)?)?;
 //!         self.publish(table);
 //!         Ok(())
 //!     }
@@ -90,6 +91,8 @@
 //! let nonsense = daemon.set_mem_table(b"nonsense", Vec::new());
 //! assert_ne!(reply(nonsense), 0);
 //! ```
+//!
+//! A whole program, with vhost's handler of requests: `examples/daemon_end.rs`.
 
 mod check;
 mod error;
@@ -99,7 +102,7 @@ mod table;
 mod vhost;
 mod wire;
 
-pub use error::{ReceiveError, RegionError, RegionSpace};
+pub use error::{ReceiveError, RegionError};
 pub use policy::ReceivePolicy;
-pub use table::{ReceivedTable, map_table};
-pub use wire::{ReceivedRegion, decode_region, decode_table};
+pub use table::ReceivedTable;
+pub use wire::ReceivedRegion;

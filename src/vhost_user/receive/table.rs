@@ -8,11 +8,14 @@ use vm_memory::GuestAddress;
 use vm_memory::bitmap::NewBitmap;
 
 use super::check::{check_numbers, check_pages};
-use super::{ReceivePolicy, ReceivedRegion};
+use super::error::{ReceiveError, RegionError};
+use super::policy::ReceivePolicy;
+use super::wire::ReceivedRegion;
 use crate::backing::{BackingError, ShmBacking, base_page_size};
-use crate::error::{Error, ReceiveError, RegionError};
+use crate::error::Error;
 use crate::memory::GuestMemoryShm;
-use crate::region::GuestRegionShm;
+use crate::range::GuestRange;
+use crate::region::{GuestRegionShm, new_bitmap};
 
 /// The memory table of a frontend as its daemon has it: guest RAM, and the frontend's addresses of
 /// it. `B` is the dirty bitmap of each region, `()` for none.
@@ -55,7 +58,11 @@ pub struct ReceivedTable<B = ()> {
     regions: Arc<[ReceivedRegion]>,
     by_user: Arc<[UserRange]>,
     policy: ReceivePolicy,
+    bitmap: Arc<MakeBitmap<B>>,
 }
+
+/// What makes the bitmap of a region.
+type MakeBitmap<B> = dyn Fn(GuestRange) -> B + Send + Sync;
 
 /// A region by its user addresses.
 #[derive(Clone, Copy, Debug)]
@@ -65,108 +72,82 @@ struct UserRange {
     guest: u64,
 }
 
-/// Checks and maps the regions of SET_MEM_TABLE, each on its descriptor, in the same order.
-///
-/// The new table is complete when this returns; the one before it stays as it is until its last
-/// user drops it. The descriptors are kept as long as their regions; they are closed if anything
-/// is wrong. No descriptor is looked at before the numbers of all regions are right, and nothing
-/// is mapped before all descriptors are, so that a refused message costs the daemon next to
-/// nothing. With [`SealPolicy::Add`](crate::SealPolicy::Add) the files that come before the one
-/// that is refused may have been sealed.
-///
-/// Of each region are checked: a size that is not 0, and no wrap of guest addresses, user
-/// addresses or file offsets; no overlap of guest addresses or user addresses with another region;
-/// the descriptor, as [`ShmBacking::adopt`] does; guest address, offset and size at pages of the
-/// file, which are huge on a hugetlbfs; and that the file reaches to its end.
-///
-/// # Errors
-///
-/// [`ReceiveError::NoRegions`], [`ReceiveError::Descriptors`], [`ReceiveError::TooManyRegions`],
-/// [`ReceiveError::Range`], [`ReceiveError::Wraps`], [`ReceiveError::TooMuchMemory`],
-/// [`ReceiveError::Overlap`], [`ReceiveError::FileTooShort`], and [`ReceiveError::Region`] for a
-/// descriptor or a mapping.
-pub fn map_table<B: NewBitmap>(
-    regions: impl IntoIterator<Item = impl Into<ReceivedRegion>>,
-    files: impl IntoIterator<Item = impl Into<OwnedFd>>,
-    policy: &ReceivePolicy,
-) -> Result<ReceivedTable<B>, ReceiveError> {
-    let regions: Vec<_> = regions.into_iter().map(Into::into).collect();
-    let files = files.into_iter().map(Into::into).collect();
-    ReceivedTable::new(policy.clone()).extended(&regions, files)
+impl<B: NewBitmap + 'static> ReceivedTable<B> {
+    /// A table without any region, which the daemon has before the first message.
+    pub fn new(policy: ReceivePolicy) -> Self {
+        Self::with_bitmap(policy, new_bitmap)
+    }
 }
 
-impl<B: NewBitmap> ReceivedTable<B> {
+impl<B> ReceivedTable<B> {
+    /// A table without any region, and a function that makes the dirty bitmap of each region that
+    /// is mapped: for bitmaps that are no `NewBitmap`, as `Option<AtomicBitmap>` is none, or that
+    /// are set up otherwise. If it panics, so does the call that maps the region, and nothing
+    /// changed.
+    ///
+    /// ```
+    /// use std::num::NonZeroUsize;
+    ///
+    /// use guest_memory_shm::receive::{ReceivePolicy, ReceivedTable};
+    /// use vm_memory::bitmap::AtomicBitmap;
+    ///
+    /// let page = NonZeroUsize::new(4096).expect("a page has a size");
+    /// let logs = true; // as this daemon offers it
+    /// let table = ReceivedTable::with_bitmap(ReceivePolicy::new(), move |range| {
+    ///     logs.then(|| AtomicBitmap::new(range.size() as usize, page))
+    /// });
+    /// assert_eq!(table.regions(), []);
+    /// ```
+    pub fn with_bitmap(
+        policy: ReceivePolicy,
+        bitmap: impl Fn(GuestRange) -> B + Send + Sync + 'static,
+    ) -> Self {
+        Self::index(GuestMemoryShm::new(), Vec::new(), policy, Arc::new(bitmap))
+    }
+
+    /// Checks and maps the regions of SET_MEM_TABLE, each on its descriptor, in the same order.
+    ///
+    /// The new table is complete when this returns; this one stays as it is until its last user
+    /// drops it. The descriptors are kept as long as their regions; they are closed if anything is
+    /// wrong. No descriptor is looked at before the numbers of all regions are right, and nothing
+    /// is mapped before all descriptors are, so that a refused message costs the daemon next to
+    /// nothing. With [`SealPolicy::Add`](crate::SealPolicy::Add) the files that come before the
+    /// one that is refused may have been sealed.
+    ///
+    /// Of each region are checked: a size that is not 0, and no wrap of guest addresses, user
+    /// addresses or file offsets; no overlap of guest addresses or user addresses with another
+    /// region; the descriptor, as [`ShmBacking::adopt`] does; guest address, offset and size at
+    /// pages of the file, which are huge on a hugetlbfs; and that the file reaches to its end.
+    ///
+    /// # Errors
+    ///
+    /// [`ReceiveError::NoRegions`], [`ReceiveError::Descriptors`],
+    /// [`ReceiveError::TooManyRegions`], [`ReceiveError::Range`], [`ReceiveError::Wraps`],
+    /// [`ReceiveError::TooMuchMemory`], [`ReceiveError::Overlap`], [`ReceiveError::FileTooShort`],
+    /// and [`ReceiveError::Region`] for a descriptor or a mapping.
+    pub fn set(
+        &self,
+        regions: impl IntoIterator<Item = impl Into<ReceivedRegion>>,
+        files: impl IntoIterator<Item = impl Into<OwnedFd>>,
+    ) -> Result<Self, ReceiveError> {
+        let regions: Vec<_> = regions.into_iter().map(Into::into).collect();
+        let files = files.into_iter().map(Into::into).collect();
+        self.rebuilt(GuestMemoryShm::new(), Vec::new())
+            .extended(&regions, files)
+    }
+
     /// This table and one region more (ADD_MEM_REG), as a new table; the other regions stay mapped
     /// where they are.
     ///
     /// # Errors
     ///
-    /// Those of [`map_table`]; an overlap with a region of this table is one too.
+    /// Those of [`set`](Self::set); an overlap with a region of this table is one too.
     pub fn add(
         &self,
         region: impl Into<ReceivedRegion>,
         file: impl Into<OwnedFd>,
     ) -> Result<Self, ReceiveError> {
         self.extended(&[region.into()], vec![file.into()])
-    }
-
-    /// Checks and maps `new` beside what is there.
-    fn extended(&self, new: &[ReceivedRegion], files: Vec<OwnedFd>) -> Result<Self, ReceiveError> {
-        check_numbers(&self.regions, new, files.len(), &self.policy)?;
-        for (index, region) in new.iter().enumerate() {
-            // No page is smaller.
-            check_pages(index, region, base_page_size())?;
-        }
-        let mut backings = Vec::with_capacity(new.len());
-        for (index, (region, file)) in new.iter().zip(files).enumerate() {
-            backings.push(self.adopt(index, region, file)?);
-        }
-        let mut memory = self.memory.arc_regions();
-        for (index, (region, backing)) in new.iter().zip(&backings).enumerate() {
-            let ReceivedRegion {
-                guest_addr, size, ..
-            } = *region;
-            let placed =
-                GuestRegionShm::from_backing(backing, region.mmap_offset, guest_addr, size);
-            memory.push(Arc::new(placed.map_err(|error| at(index, error))?));
-        }
-        // The numbers are checked: they are disjoint, and there is at least one.
-        let memory = GuestMemoryShm::from_unsorted(memory).map_err(|error| at(0, error.into()))?;
-        let mut regions = self.regions.to_vec();
-        regions.extend(new);
-        Ok(Self::index(memory, regions, self.policy.clone()))
-    }
-
-    fn adopt(
-        &self,
-        index: usize,
-        region: &ReceivedRegion,
-        file: OwnedFd,
-    ) -> Result<ShmBacking, ReceiveError> {
-        let (offset, size) = (region.mmap_offset, region.size);
-        // It does not wrap.
-        let policy = self.policy.descriptors().clone();
-        let policy = policy.with_min_len(offset + size);
-        match ShmBacking::adopt(file, &policy).map_err(BackingError::from) {
-            Ok(backing) => {
-                check_pages(index, region, backing.page_size())?;
-                Ok(backing)
-            }
-            Err(BackingError::TooShort { len, .. }) => Err(ReceiveError::FileTooShort {
-                index,
-                offset,
-                size,
-                len,
-            }),
-            Err(error) => Err(at(index, error.into())),
-        }
-    }
-}
-
-impl<B> ReceivedTable<B> {
-    /// A table without any region, which the daemon has before the first message.
-    pub fn new(policy: ReceivePolicy) -> Self {
-        Self::index(GuestMemoryShm::new(), Vec::new(), policy)
     }
 
     /// This table without a region (REM_MEM_REG), as a new table.
@@ -195,7 +176,7 @@ impl<B> ReceivedTable<B> {
         regions.remove(place);
         let removed = self.memory.remove_region(region.guest_addr, region.size);
         let (memory, _) = removed.map_err(|_| not_there())?;
-        Ok(Self::index(memory, regions, self.policy.clone()))
+        Ok(self.rebuilt(memory, regions))
     }
 
     /// The RAM, to be read and written by guest address.
@@ -253,10 +234,74 @@ impl<B> ReceivedTable<B> {
         (offset < range.size).then_some((range, offset))
     }
 
+    /// Checks and maps `new` beside what is there.
+    fn extended(&self, new: &[ReceivedRegion], files: Vec<OwnedFd>) -> Result<Self, ReceiveError> {
+        check_numbers(&self.regions, new, files.len(), &self.policy)?;
+        for (index, region) in new.iter().enumerate() {
+            // No page is smaller.
+            check_pages(index, region, base_page_size())?;
+        }
+        let mut backings = Vec::with_capacity(new.len());
+        for (index, (region, file)) in new.iter().zip(files).enumerate() {
+            backings.push(self.adopt(index, region, file)?);
+        }
+        let mut memory = self.memory.arc_regions();
+        for (index, (region, backing)) in new.iter().zip(&backings).enumerate() {
+            let ReceivedRegion {
+                guest_addr, size, ..
+            } = *region;
+            let placed = GuestRegionShm::from_backing_with_bitmap(
+                backing,
+                region.mmap_offset,
+                guest_addr,
+                size,
+                &*self.bitmap,
+            );
+            memory.push(Arc::new(placed.map_err(|error| at(index, error))?));
+        }
+        // The numbers are checked: they are disjoint, and there is at least one.
+        let memory = GuestMemoryShm::from_unsorted(memory).map_err(|error| at(0, error.into()))?;
+        let mut regions = self.regions.to_vec();
+        regions.extend(new);
+        Ok(self.rebuilt(memory, regions))
+    }
+
+    fn adopt(
+        &self,
+        index: usize,
+        region: &ReceivedRegion,
+        file: OwnedFd,
+    ) -> Result<ShmBacking, ReceiveError> {
+        let (offset, size) = (region.mmap_offset, region.size);
+        // It does not wrap.
+        let policy = self.policy.descriptors().clone();
+        let policy = policy.with_min_len(offset + size);
+        match ShmBacking::adopt(file, &policy).map_err(BackingError::from) {
+            Ok(backing) => {
+                check_pages(index, region, backing.page_size())?;
+                Ok(backing)
+            }
+            Err(BackingError::TooShort { len, .. }) => Err(ReceiveError::FileTooShort {
+                index,
+                offset,
+                size,
+                len,
+            }),
+            Err(error) => Err(at(index, error.into())),
+        }
+    }
+
+    /// Another table of the same daemon.
+    fn rebuilt(&self, memory: GuestMemoryShm<B>, regions: Vec<ReceivedRegion>) -> Self {
+        let bitmap = Arc::clone(&self.bitmap);
+        Self::index(memory, regions, self.policy.clone(), bitmap)
+    }
+
     fn index(
         memory: GuestMemoryShm<B>,
         mut regions: Vec<ReceivedRegion>,
         policy: ReceivePolicy,
+        bitmap: Arc<MakeBitmap<B>>,
     ) -> Self {
         regions.sort_unstable_by_key(|region| region.guest_addr);
         let mut by_user: Vec<_> = regions
@@ -273,6 +318,7 @@ impl<B> ReceivedTable<B> {
             regions: regions.into(),
             by_user: by_user.into(),
             policy,
+            bitmap,
         }
     }
 }
@@ -282,7 +328,7 @@ fn at(index: usize, error: Error) -> ReceiveError {
     RegionError { index, error }.into()
 }
 
-impl<B> Default for ReceivedTable<B> {
+impl<B: NewBitmap + 'static> Default for ReceivedTable<B> {
     /// A table without any region, and the policy of [`ReceivePolicy::new`].
     fn default() -> Self {
         Self::new(ReceivePolicy::new())
@@ -297,6 +343,7 @@ impl<B> Clone for ReceivedTable<B> {
             regions: self.regions.clone(),
             by_user: self.by_user.clone(),
             policy: self.policy.clone(),
+            bitmap: Arc::clone(&self.bitmap),
         }
     }
 }

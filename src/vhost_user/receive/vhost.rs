@@ -6,8 +6,8 @@ use vhost::vhost_user::Error as ProtocolError;
 use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
 use vm_memory::GuestAddress;
 
-use super::ReceivedRegion;
-use crate::error::ReceiveError;
+use super::error::ReceiveError;
+use super::wire::ReceivedRegion;
 
 impl From<&VhostUserMemoryRegion> for ReceivedRegion {
     /// A region of SET_MEM_TABLE.

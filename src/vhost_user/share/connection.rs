@@ -63,9 +63,9 @@ pub trait DaemonConnection {
     /// daemon's answer are known, so that it may cause faults there.
     ///
     /// Called right after each answer with addresses, and before any other message, because the
-    /// daemon waits for it. `request` is what was answered:
-    /// [`SetTable`](DaemonRequest::SetTable) or [`AddRegion`](DaemonRequest::AddRegion). No answer follows.
-    /// A connection that never returns addresses needs none.
+    /// daemon waits for it. `request` is what was answered: [`SetTable`](DaemonRequest::SetTable)
+    /// or [`AddRegion`](DaemonRequest::AddRegion). No answer follows. A connection that never
+    /// returns addresses needs none.
     ///
     /// # Errors
     ///

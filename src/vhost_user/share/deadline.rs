@@ -125,9 +125,10 @@ impl CallDeadline {
     /// # Errors
     ///
     /// [`ShareError::Daemon`] with [`DaemonFailure::Silent`] if it took longer than the limit: the
-    /// connection is closed then. [`ShareError::NoDeadline`] if nobody watches the time, because no thread could be had, or because
-    /// this process is a child of the one that made the limit: the call was not made. The next call
-    /// tries to have a thread again. What the call itself answers is inside `Ok`.
+    /// connection is closed then. [`ShareError::NoDeadline`] if nobody watches the time, because
+    /// no thread could be had, or because this process is a child of the one that made the limit:
+    /// the call was not made. The next call tries to have a thread again. What the call itself
+    /// answers is inside `Ok`.
     pub fn run<T>(&mut self, call: impl FnOnce() -> T) -> Result<T> {
         let late = ShareError::Daemon {
             request: DaemonRequest::Other,
@@ -227,7 +228,8 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // No code that can panic runs under the lock but that of a connection, which leaves it consistent.
+        // No code that can panic runs under the lock but that of a connection, which leaves it
+        // consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -282,7 +284,8 @@ impl Shared {
                         state.expired = true;
                         state.deadline = None;
                         if let Some(line) = &state.line {
-                            // If it panics, which was reported then, later calls are watched still.
+                            // If it panics, which was reported then, later calls are watched
+                            // still.
                             let _ = caught(|| line.end());
                         }
                         continue;
@@ -400,9 +403,9 @@ mod tests {
 
     #[test]
     fn each_call_has_the_whole_time() {
-        // The thread sleeps towards a deadline that later calls push away. Calls that together take
-        // longer than one may are in time; on a machine so busy that one of them is not, another
-        // limit is tried.
+        // The thread sleeps towards a deadline that later calls push away. Calls that together
+        // take longer than one may are in time; on a machine so busy that one of them is not,
+        // another limit is tried.
         let in_time = |time: Duration| {
             let (mut limit, hung_up) = limit(time);
             for _ in 0..4 {

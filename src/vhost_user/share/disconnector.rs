@@ -13,9 +13,9 @@ use crate::logs;
 /// Ends a connection from another thread than the one that waits on it, and looks whether it has
 /// ended.
 ///
-/// A [`CallDeadline`](crate::CallDeadline) has one, and so has every connection whose calls may wait
-/// ([`DaemonConnection::disconnector`](crate::DaemonConnection::disconnector)). Neither may need a lock that a call
-/// holds while it waits.
+/// A [`CallDeadline`](crate::CallDeadline) has one, and so has every connection whose calls may
+/// wait ([`DaemonConnection::disconnector`](crate::DaemonConnection::disconnector)). Neither may
+/// need a lock that a call holds while it waits.
 ///
 /// ```
 /// use std::net::Shutdown;

@@ -1,9 +1,9 @@
 //! Why a daemon does not hold the memory that it should.
 //!
 //! A failure keeps one form on its way: what the connection says ([`DaemonFailure`]) becomes a
-//! [`ShareError::Daemon`] with the request that it is about, and that is what the caller gets, what
-//! the share keeps as the reason why it is broken, and what an address space's error has as its
-//! cause.
+//! [`ShareError::Daemon`] with the request that it is about, and that is what the caller gets,
+//! what the share keeps as the reason why it is broken, and what an address space's error has as
+//! its cause.
 
 use std::error::Error;
 use std::fmt;
@@ -55,9 +55,9 @@ pub enum ShareError {
         source: io::Error,
     },
 
-    /// This end closed the connection, after a panic of what the share calls, or because an address
-    /// space could not bring the daemon up to date. Never returned as such, but the reason of
-    /// [`Broken`](Self::Broken).
+    /// This end closed the connection, after a panic of what the share calls, or because an
+    /// address space could not bring the daemon up to date. Never returned as such, but the reason
+    /// of [`Broken`](Self::Broken).
     #[non_exhaustive]
     GivenUp {
         /// What had happened.

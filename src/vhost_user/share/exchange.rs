@@ -8,21 +8,22 @@ use super::deadline::Clock;
 use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
 use super::{CallDeadline, ShareReport, VhostUserShare};
 use crate::logs;
-use crate::vhost_user::table::{MemoryTable, TableChange};
+use crate::range::Difference;
+use crate::vhost_user::table::{MemoryTable, TableRegion};
 
 impl<F: DaemonConnection> VhostUserShare<F> {
     /// Sends what is different in `table`, and the dirty log around it.
     pub(super) fn send(
         &mut self,
         table: &MemoryTable,
-        change: &TableChange,
+        change: &Difference<TableRegion, TableRegion>,
         report: &mut ShareReport,
     ) -> Result<()> {
         self.log_before(table)?;
         self.mark_what_is_mapped_anew(table);
         let sent = match self.mem_slots {
             true => self.send_difference(change, report),
-            false if change.is_empty() => Ok(()),
+            false if self.held == *table => Ok(()),
             false => self.send_whole(table, report),
         };
         if sent.is_err() && self.broken.is_some() {
@@ -33,9 +34,13 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         sent.and(logs)
     }
 
-    fn send_difference(&mut self, change: &TableChange, report: &mut ShareReport) -> Result<()> {
+    fn send_difference(
+        &mut self,
+        change: &Difference<TableRegion, TableRegion>,
+        report: &mut ShareReport,
+    ) -> Result<()> {
         let mut last = None;
-        for region in change.removals() {
+        for region in &change.removals {
             let step = DaemonRequest::RemoveRegion(region.range());
             self.change(step, |connection| connection.remove_mem_region(region))?;
             self.confirm(step)?;
@@ -44,7 +49,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
             self.bases.retain(|(known, _)| *known != start);
             last = Some(step);
         }
-        for region in change.additions() {
+        for region in &change.additions {
             let step = DaemonRequest::AddRegion(region.range());
             self.expect_unlogged(std::slice::from_ref(region));
             if let Some(base) = self.change(step, |connection| connection.add_mem_region(region))? {

@@ -17,15 +17,16 @@ const DEFAULT_MAX_REGIONS: usize = 64;
 
 /// A vhost backend inside the kernel, told of memory tables by `VHOST_SET_MEM_TABLE`.
 ///
-/// Give it to a [`VhostUserShare`](crate::VhostUserShare) with no protocol features, and that keeps
-/// the kernel's table equal to a memory as it does with daemons. There are differences. The whole
-/// table is sent each time, of at most `max_mem_regions` regions (a parameter of the kernel module
-/// vhost, 64 unless set). A call never waits, and needs no deadline. A table that is refused
-/// leaves the old one in place, so a refusal never breaks the share.
+/// Give it to a [`VhostUserShare`](crate::VhostUserShare) with no protocol features, and that
+/// keeps the kernel's table equal to a memory as it does with daemons. There are differences. The
+/// whole table is sent each time, of at most `max_mem_regions` regions (a parameter of the kernel
+/// module vhost, 64 unless set). A call never waits, and needs no deadline. A table that is
+/// refused leaves the old one in place, so a refusal never breaks the share.
 ///
 /// The kernel reads and writes at the user addresses, in this process: they must be host addresses
-/// (no [`TableView::with_opaque_addresses`](crate::TableView::with_opaque_addresses)), and what the kernel was told of stays mapped
-/// until it was told otherwise or this is dropped, which drops the backend first.
+/// (no [`TableView::with_opaque_addresses`](crate::TableView::with_opaque_addresses)), and what
+/// the kernel was told of stays mapped until it was told otherwise or this is dropped, which drops
+/// the backend first.
 ///
 /// ```
 /// use guest_memory_shm::{GuestMemoryShm, KernelVhost, VhostUserShare};
@@ -52,7 +53,8 @@ pub struct KernelVhost<V> {
 }
 
 impl<V: VhostBackend> KernelVhost<V> {
-    /// A connection for a backend that this process owns (`VHOST_SET_OWNER`) and that has no table yet.
+    /// A connection for a backend that this process owns (`VHOST_SET_OWNER`) and that has no table
+    /// yet.
     ///
     /// The limit on regions is read from `/sys/module/vhost/parameters/max_mem_regions`; where
     /// that says nothing it is 64.

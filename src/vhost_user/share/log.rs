@@ -32,8 +32,8 @@ const WORD: u64 = 64;
 /// too, and they are all found. It is not sealed against growing: a daemon can make it longer,
 /// which costs memory where the daemon writes.
 ///
-/// A [`VhostUserShare`](crate::VhostUserShare) makes, sizes and reads it. A connection sends it. A clone is
-/// another handle of the same bits.
+/// A [`VhostUserShare`](crate::VhostUserShare) makes, sizes and reads it. A connection sends it. A
+/// clone is another handle of the same bits.
 ///
 /// ```
 /// use std::os::fd::AsFd;
@@ -71,8 +71,8 @@ impl DaemonLog {
         })
     }
 
-    /// Makes it longer, a multiple of 8 bytes, if it is shorter than that. Mappings from before are
-    /// mappings of the same bits.
+    /// Makes it longer, a multiple of 8 bytes, if it is shorter than that. Mappings from before
+    /// are mappings of the same bits.
     pub(super) fn grow(&mut self, size: u64) -> Result<()> {
         let len = file_len(size);
         if len > self.bits.backing().end() {

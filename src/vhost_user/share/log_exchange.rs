@@ -10,8 +10,8 @@
 //! Guests use a region only after it was told to all, so nothing is written to a new one between
 //! the table and the log that follows. SET_MEM_TABLE, however, replaces *all* regions in such a
 //! daemon: what it writes to those that stay, until the log follows, is not logged. Their pages
-//! all count as dirty then. Where the log does not follow, the pages of all regions that the daemon
-//! may hold without it do, in each harvest until it does.
+//! all count as dirty then. Where the log does not follow, the pages of all regions that the
+//! daemon may hold without it do, in each harvest until it does.
 //!
 //! There is one log until logging stops, which grows in place and is never sent with a smaller
 //! size: whichever message a daemon handled last, it sets bits in the same pages, and they are
@@ -29,14 +29,14 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// Has the daemon log the pages that it writes, from now on and across changes of its table
     /// and reconnections, until [`stop_log`](Self::stop_log). Does nothing if it does already.
     ///
-    /// The log is sent (SET_LOG_BASE) with each table: before it if the log has to grow for it, and
-    /// after it. It is one file all the time, and never gets smaller. So nothing that a daemon
+    /// The log is sent (SET_LOG_BASE) with each table: before it if the log has to grow for it,
+    /// and after it. It is one file all the time, and never gets smaller. So nothing that a daemon
     /// notes is lost, wherever it is in a change of the table when it hangs up, falls silent or
     /// answers nonsense, and what it notes after that is not either: it comes in a later harvest.
     ///
     /// Daemons log only with the feature `VHOST_F_LOG_ALL` (bit 26) acknowledged: call
-    /// SET_FEATURES with it after this, and again after each reconnection, once the table was sent.
-    /// Used rings are logged where SET_VRING_ADDR says so.
+    /// SET_FEATURES with it after this, and again after each reconnection, once the table was
+    /// sent. Used rings are logged where SET_VRING_ADDR says so.
     ///
     /// ```no_run
     /// use std::time::Duration;
@@ -63,8 +63,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// // At the end: SET_FEATURES without LOG_ALL, then share.stop_log().
     /// ```
     ///
-    /// Without SET_FEATURES there is no error: the daemon logs nothing. The log can be started before
-    /// or after a table was sent.
+    /// Without SET_FEATURES there is no error: the daemon logs nothing. The log can be started
+    /// before or after a table was sent.
     ///
     /// SET_LOG_BASE goes past the lock of vhost's `Frontend`: as long as the daemon logs, no other
     /// call may be made on a clone of it while the table changes, or the daemon is reconnected to.
@@ -73,8 +73,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// [`ShareError::LogNotShared`] if LOG_SHMFD is not among the protocol features;
     /// [`ShareError::Broken`]; [`ShareError::Log`]; and those of
-    /// [`update_table`](Self::update_table) if the daemon does not take the log. The daemon does not
-    /// log then.
+    /// [`update_table`](Self::update_table) if the daemon does not take the log. The daemon does
+    /// not log then.
     pub fn start_log(&mut self) -> Result<()> {
         self.check_not_broken()?;
         if self.logging.is_some() {
@@ -185,8 +185,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         }
     }
 
-    /// Guest addresses that the daemon holds and is to hold by another region: it may be using them
-    /// already when it gets that one, and logs there only once the log has followed.
+    /// Guest addresses that the daemon holds and is to hold by another region: it may be using
+    /// them already when it gets that one, and logs there only once the log has followed.
     pub(super) fn mark_what_is_mapped_anew(&self, next: &MemoryTable) {
         let Some(logging) = &self.logging else {
             return;

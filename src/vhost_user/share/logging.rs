@@ -2,8 +2,8 @@
 
 use super::error::Result;
 use super::log::DaemonLog;
-use super::process::DaemonProcess;
 use super::stopped::{FormerDaemon, StoppedLog};
+use crate::host::process::Process;
 use crate::range::GuestRange;
 use crate::vhost_user::table::MemoryTable;
 
@@ -23,7 +23,7 @@ pub(super) struct Logging {
     /// The daemon was told of a region, on this connection.
     reaches_ram: bool,
     /// The daemon's process, as far as it is known.
-    process: Option<DaemonProcess>,
+    process: Option<Process>,
     /// Those whose connections have ended, and that are not known to be dead.
     former: Vec<Former>,
 }
@@ -32,7 +32,7 @@ pub(super) struct Logging {
 #[derive(Debug)]
 struct Former {
     reason: String,
-    process: Option<DaemonProcess>,
+    process: Option<Process>,
     /// What it may have written without logging it, when the connection ended and later.
     unlogged: Vec<GuestRange>,
     /// That was harvested, as it was when the connection ended.
@@ -41,11 +41,11 @@ struct Former {
 
 impl Former {
     fn id(&self) -> Option<u32> {
-        self.process.as_ref().map(DaemonProcess::id)
+        self.process.as_ref().map(Process::id)
     }
 
     fn is_dead(&self) -> bool {
-        self.process.as_ref().is_some_and(DaemonProcess::is_dead)
+        self.process.as_ref().is_some_and(Process::is_dead)
     }
 }
 
@@ -89,7 +89,7 @@ impl Logging {
     pub(super) fn take(&mut self, size: u64, process: Option<u32>) {
         self.taken = size;
         // Now, while the connection is there: later the number may be another's.
-        let process = process.map(DaemonProcess::new);
+        let process = process.map(Process::new);
         self.process = process.or(self.process.take());
     }
 

@@ -28,7 +28,6 @@ mod log;
 mod log_exchange;
 mod logging;
 mod postcopy;
-mod process;
 mod socket;
 mod stopped;
 mod wire;
@@ -54,8 +53,8 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// over. With CONFIGURE_MEM_SLOTS regions are added and removed one by one (ADD_MEM_REG,
 /// REM_MEM_REG), up to the daemon's GET_MAX_MEM_SLOTS; without it the whole table is sent
 /// (SET_MEM_TABLE), at most 8 regions. Every change is acknowledged by the daemon before
-/// [`update_table`](Self::update_table) returns: by REPLY_ACK where it was negotiated, otherwise by
-/// a round trip. No call waits longer than the [deadline](Self::with_deadline) for an answer; a
+/// [`update_table`](Self::update_table) returns: by REPLY_ACK where it was negotiated, otherwise
+/// by a round trip. No call waits longer than the [deadline](Self::with_deadline) for an answer; a
 /// change of many regions is as many calls.
 ///
 /// ```
@@ -178,8 +177,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         self
     }
 
-    /// Sets what the daemon gets to see of a memory, for [`update_memory`](Self::update_memory) and
-    /// [`check_memory`](Self::check_memory); everything by host addresses unless set.
+    /// Sets what the daemon gets to see of a memory, for [`update_memory`](Self::update_memory)
+    /// and [`check_memory`](Self::check_memory); everything by host addresses unless set.
     #[must_use]
     pub fn with_view(mut self, view: TableView) -> Self {
         self.view = view;
@@ -228,8 +227,9 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`ShareError::Table`]: [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty
-    /// table that only SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
+    /// [`ShareError::Table`]: [`TableError::Range`] for a region that is not whole pages;
+    /// [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty table that only
+    /// SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
     /// for the kernel. [`ShareError::LogNotShared`]; [`ShareError::Broken`]; and what a failed
     /// question leads to: [`ShareError::NoDeadline`], after which the share goes on as before, and
     /// [`ShareError::Daemon`], after which it is broken.
@@ -239,6 +239,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         if *table == self.held {
             return Ok(());
         }
+        table.check_pages().map_err(TableError::from)?;
         self.connection.check_table(table)?;
         match self.mem_slots {
             true => self.check_slots(table),
@@ -251,36 +252,36 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`ShareError::Table`], as for [`check_table`](Self::check_table): nothing was sent, the share
-    /// goes on as before. So it does after [`ShareError::NoDeadline`], if no thread could be had to
-    /// watch the time.
+    /// [`ShareError::Table`], as for [`check_table`](Self::check_table): nothing was sent, the
+    /// share goes on as before. So it does after [`ShareError::NoDeadline`], if no thread could be
+    /// had to watch the time.
     ///
     /// [`ShareError::LogNotShared`] if the daemon is to log ([`start_log`](Self::start_log)) and a
-    /// reconnection left LOG_SHMFD out; [`ShareError::Log`] if it has no memfd. Where such an error,
-    /// or a refusal of the log, comes after the table, the table is what the daemon holds, and
-    /// the next update, to any table, sends the log; until then all of it counts as dirty.
+    /// reconnection left LOG_SHMFD out; [`ShareError::Log`] if it has no memfd. Where such an
+    /// error, or a refusal of the log, comes after the table, the table is what the daemon holds,
+    /// and the next update, to any table, sends the log; until then all of it counts as dirty.
     ///
-    /// [`ShareError::Daemon`] with [`DaemonFailure::Refused`]: the daemon answered that it does not
-    /// take a change. If that was a single region and the daemon still answers after it, the share
-    /// goes on: [`table`](Self::table) is what was acknowledged until then, and the next update goes
-    /// on from there. Otherwise it is broken: most daemons hang up when they refuse, and some have
-    /// let go of the old table when they refuse a whole one. [`broken`](Self::broken) tells the two
-    /// apart.
+    /// [`ShareError::Daemon`] with [`DaemonFailure::Refused`]: the daemon answered that it does
+    /// not take a change. If that was a single region and the daemon still answers after it, the
+    /// share goes on: [`table`](Self::table) is what was acknowledged until then, and the next
+    /// update goes on from there. Otherwise it is broken: most daemons hang up when they refuse,
+    /// and some have let go of the old table when they refuse a whole one.
+    /// [`broken`](Self::broken) tells the two apart.
     ///
-    /// [`ShareError::Daemon`] with any other failure: the connection is closed, the share is broken,
-    /// and every later update is [`ShareError::Broken`] until [`reconnect`](Self::reconnect). A
-    /// daemon that acknowledges a change and hangs up right after it, as libvhost-user does to
-    /// refuse one, counts as hung up; among several changes the error may then name the change after
-    /// the refused one.
+    /// [`ShareError::Daemon`] with any other failure: the connection is closed, the share is
+    /// broken, and every later update is [`ShareError::Broken`] until
+    /// [`reconnect`](Self::reconnect). A daemon that acknowledges a change and hangs up right
+    /// after it, as libvhost-user does to refuse one, counts as hung up; among several changes the
+    /// error may then name the change after the refused one.
     pub fn update_table(&mut self, table: &MemoryTable) -> Result<ShareReport> {
         self.check_table(table)?;
-        let change = self.held.change_to(table);
-        if change.is_empty() && !self.log_is_due() {
+        if self.held == *table && !self.log_is_due() {
             return Ok(ShareReport::default());
         }
+        let change = self.held.change_to(table);
         let mut report = ShareReport {
-            removed: change.removals().len(),
-            added: change.additions().len(),
+            removed: change.removals.len(),
+            added: change.additions.len(),
             bases: Vec::new(),
         };
         if let Err(error) = self.send(table, &change, &mut report) {
@@ -311,8 +312,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// Those of [`update_table`](Self::update_table), and [`TableError::OpaqueConstant`] if the view
-    /// does not fit the memory: nothing was sent.
+    /// Those of [`update_table`](Self::update_table), and [`TableError::OpaqueConstant`] if the
+    /// view does not fit the memory: nothing was sent.
     pub fn update_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<ShareReport> {
         let table = memory.memory_table_as(&self.view)?;
         self.update_table(&table)

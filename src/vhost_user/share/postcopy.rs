@@ -32,12 +32,13 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// The handler is called during an update, on the thread that makes it, and stays for all
     /// connections. A later base of a region replaces the one before: a whole table has all
-    /// regions mapped anew. It should be quick: the daemon waits, and takes no other message. The bases are
-    /// in the [report](ShareReport::bases) as well, or kept for [`take_bases`](Self::take_bases).
-    /// If it panics, the share is broken: the daemon goes without its acknowledgement.
+    /// regions mapped anew. It should be quick: the daemon waits, and takes no other message. The
+    /// bases are in the [report](ShareReport::bases) as well, or kept for
+    /// [`take_bases`](Self::take_bases). If it panics, the share is broken: the daemon goes
+    /// without its acknowledgement.
     ///
-    /// See `VHOST_USER_SET_MEM_TABLE`, `VHOST_USER_ADD_MEM_REG` and `VHOST_USER_POSTCOPY_LISTEN` in
-    /// the vhost-user specification ("Front-end message types").
+    /// See `VHOST_USER_SET_MEM_TABLE`, `VHOST_USER_ADD_MEM_REG` and `VHOST_USER_POSTCOPY_LISTEN`
+    /// in the vhost-user specification ("Front-end message types").
     ///
     /// ```
     /// use std::sync::{Arc, Mutex};

@@ -41,8 +41,8 @@ impl StoppedLog {
     }
 
     /// The daemons whose connection ended while they logged, and that are not known to be dead, in
-    /// the order of their ends, each process once. A daemon that closed its end of the connection is
-    /// among them, and so is one that has served several connections and lives on.
+    /// the order of their ends, each process once. A daemon that closed its end of the connection
+    /// is among them, and so is one that has served several connections and lives on.
     ///
     /// What they noted until now is in [`dirty`](Self::dirty). They still map guest RAM and the
     /// log, and what they write from now on is noted where it is not read any more. See that they

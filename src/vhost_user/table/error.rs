@@ -1,6 +1,6 @@
 //! Why a daemon cannot be told of a memory.
 
-use crate::range::GuestRange;
+use crate::range::{GuestRange, InvalidRange};
 use crate::units::HumanSize;
 
 /// Why a memory table cannot be made, or a daemon cannot be sent it. Nothing was sent.
@@ -18,6 +18,10 @@ use crate::units::HumanSize;
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TableError {
+    /// A region is not whole pages, as daemons map them.
+    #[error(transparent)]
+    Range(#[from] InvalidRange),
+
     /// A constant that cannot be added to guest addresses to make user addresses.
     #[non_exhaustive]
     #[error(

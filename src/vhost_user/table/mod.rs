@@ -13,7 +13,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use crate::backing::ShmBacking;
 use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
-use crate::range::GuestRange;
+use crate::range::{Difference, GuestRange, InvalidRange, Placed, holder, place_of};
 use crate::region::GuestRegionShm;
 
 mod error;
@@ -61,18 +61,6 @@ pub struct TableRegion {
     mapping: Option<Weak<Mapping>>,
 }
 
-/// What turns one table into another, in the order in which it is sent: all removals, highest
-/// address first, then all additions, lowest first.
-///
-/// That is QEMU's order, which daemons rely on: a region that shrinks, grows or moves never
-/// overlaps its successor on the way, and no more memory slots are used than one of the tables
-/// has.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct TableChange {
-    removals: Vec<TableRegion>,
-    additions: Vec<TableRegion>,
-}
-
 impl<B: Bitmap> GuestMemoryShm<B> {
     /// The table that tells a daemon of all regions; user addresses are host addresses.
     pub fn memory_table(&self) -> MemoryTable {
@@ -105,14 +93,20 @@ impl PartialEq for TableRegion {
 
 impl Eq for TableRegion {}
 
+impl Placed for TableRegion {
+    fn range(&self) -> GuestRange {
+        self.range
+    }
+}
+
 impl MemoryTable {
     /// The regions, sorted by guest address.
     pub fn regions(&self) -> &[TableRegion] {
         &self.regions
     }
 
-    /// The user address of a guest address, in terms of this table; `None` if the address is not in
-    /// the table.
+    /// The user address of a guest address, in terms of this table; `None` if the address is not
+    /// in the table.
     ///
     /// The addresses of rings in SET_VRING_ADDR are user addresses: translate them by the table
     /// that the daemon was sent.
@@ -124,36 +118,29 @@ impl MemoryTable {
     /// one region of this table, because user addresses of neighbouring regions need not be
     /// neighbours.
     pub fn ring(&self, addr: GuestAddress, len: u64) -> Option<u64> {
-        let after = self
-            .regions
-            .partition_point(|region| region.range.start_addr() <= addr);
-        let region = self.regions.get(after.checked_sub(1)?)?;
+        let region = holder(&self.regions, addr)?;
         let offset = addr.0 - region.range.start_addr().0;
-        let left = region.range.size().checked_sub(offset)?;
-        // Even nothing at all has to be somewhere.
-        (left > 0 && len <= left).then(|| region.user_addr + offset)
+        let left = region.range.size() - offset;
+        (len <= left).then(|| region.user_addr + offset)
     }
 
     /// What turns this table into `next`.
-    pub(crate) fn change_to(&self, next: &Self) -> TableChange {
-        let missing = |from: &[TableRegion], of: &Self| -> Vec<TableRegion> {
-            from.iter()
-                .filter(|region| !of.contains(region))
-                .cloned()
-                .collect()
-        };
-        let mut removals = missing(&self.regions, next);
-        removals.reverse();
-        TableChange {
-            removals,
-            additions: missing(&next.regions, self),
-        }
+    pub(crate) fn change_to(&self, next: &Self) -> Difference<TableRegion, TableRegion> {
+        let (held, wanted) = (self.regions.iter(), next.regions.iter());
+        Difference::between(held.cloned(), wanted.cloned(), |held, wanted| {
+            held == wanted
+        })
+    }
+
+    /// Refuses regions that are not whole pages: daemons map pages.
+    pub(crate) fn check_pages(&self) -> Result<(), InvalidRange> {
+        let whole = |region: &TableRegion| region.range.check_pages(region.backing.page_size());
+        self.regions.iter().try_for_each(whole)
     }
 
     /// Whether a region starts at this address.
     pub(crate) fn starts_at(&self, start: GuestAddress) -> bool {
-        let start_of = |region: &TableRegion| region.range.start_addr();
-        self.regions.binary_search_by_key(&start, start_of).is_ok()
+        place_of(&self.regions, start).is_ok()
     }
 
     /// Whether this very region is in the table.
@@ -163,9 +150,7 @@ impl MemoryTable {
     }
 
     fn place_of(&self, region: &TableRegion) -> std::result::Result<usize, usize> {
-        let start = region.range.start_addr();
-        self.regions
-            .binary_search_by_key(&start, |region| region.range.start_addr())
+        place_of(&self.regions, region.range.start_addr())
     }
 
     /// Puts a region in its place; one that starts there already is replaced.
@@ -218,23 +203,6 @@ impl AsFd for TableRegion {
     }
 }
 
-impl TableChange {
-    /// The regions to remove, highest guest address first.
-    pub(crate) fn removals(&self) -> &[TableRegion] {
-        &self.removals
-    }
-
-    /// The regions to add after that, lowest guest address first.
-    pub(crate) fn additions(&self) -> &[TableRegion] {
-        &self.additions
-    }
-
-    /// Whether the tables are equal.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.removals.is_empty() && self.additions.is_empty()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsRawFd;
@@ -274,10 +242,11 @@ mod tests {
         let (old, new) = (old.memory_table(), new.memory_table());
 
         let change = old.change_to(&new);
-        assert_eq!(starts(change.removals()), [6, 2]);
+        assert_eq!(starts(&change.removals), [6, 2]);
         // 6 is there again, but on another file.
-        assert_eq!(starts(change.additions()), [1, 6, 9]);
-        assert!(old.change_to(&old).is_empty());
+        assert_eq!(starts(&change.additions), [1, 6, 9]);
+        let none = old.change_to(&old);
+        assert_eq!((none.removals, none.additions), (vec![], vec![]));
     }
 
     #[test]
@@ -336,11 +305,11 @@ mod tests {
         let mut held = old.clone();
         let change = old.change_to(&new);
         change
-            .removals()
+            .removals
             .iter()
             .for_each(|region| held.remove(region));
         change
-            .additions()
+            .additions
             .iter()
             .for_each(|region| held.insert(region));
         assert_eq!(held, new);

@@ -13,12 +13,12 @@ use crate::range::{GuestRange, RangeSet};
 /// user addresses say where they are mapped in this process.
 ///
 /// By default a daemon sees all regions by their host addresses. One that moves data through a
-/// bounce buffer needs only the region of that buffer and the rings; and no vhost-user daemon needs
-/// our host addresses.
+/// bounce buffer needs only the region of that buffer and the rings; and no vhost-user daemon
+/// needs our host addresses.
 ///
-/// A view says what the daemon is *told*. What it *can* map is the descriptor of each region that it
-/// is told of, all of its file: give what a daemon may see a backing of its own, as here, where the
-/// bounce buffer shares no memfd with the other RAM.
+/// A view says what the daemon is *told*. What it *can* map is the descriptor of each region that
+/// it is told of, all of its file: give what a daemon may see a backing of its own, as here, where
+/// the bounce buffer shares no memfd with the other RAM.
 ///
 /// ```
 /// use guest_memory_shm::{GuestMemoryShm, GuestRange, RamOptions, TableView};
@@ -61,9 +61,9 @@ impl TableView {
         self
     }
 
-    /// Makes user addresses of guest addresses, by adding a constant number of bytes, so that where
-    /// this process has its mappings stays secret; host addresses unless set, which in-kernel vhost
-    /// needs.
+    /// Makes user addresses of guest addresses, by adding a constant number of bytes, so that
+    /// where this process has its mappings stays secret; host addresses unless set, which
+    /// in-kernel vhost needs.
     ///
     /// The constant is a multiple of the page size, and no region's user addresses may run past
     /// 2^64.
@@ -73,7 +73,8 @@ impl TableView {
         self
     }
 
-    /// What is added to guest addresses to make user addresses; `None` if those are host addresses.
+    /// What is added to guest addresses to make user addresses; `None` if those are host
+    /// addresses.
     pub fn opaque_constant(&self) -> Option<u64> {
         self.opaque_constant
     }
@@ -90,8 +91,8 @@ impl<B: Bitmap> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`TableError::OpaqueConstant`] if a region's user addresses would run past 2^64, or the constant
-    /// is not a multiple of the page size.
+    /// [`TableError::OpaqueConstant`] if a region's user addresses would run past 2^64, or the
+    /// constant is not a multiple of the page size.
     pub fn memory_table_as(&self, view: &TableView) -> Result<MemoryTable, TableError> {
         let seen = self.iter().filter(|region| view.sees(region.range()));
         let regions = seen.map(|region| {
@@ -103,7 +104,7 @@ impl<B: Bitmap> GuestMemoryShm<B> {
             Ok(region)
         });
         Ok(MemoryTable {
-            regions: regions.collect::<Result<_, _>>()?,
+            regions: regions.collect::<Result<_, TableError>>()?,
         })
     }
 }

@@ -427,6 +427,7 @@ fn with(
     let gone: Vec<_> = removed.iter().copied().map(range).collect();
     regions.retain(|region| !gone.contains(&region.range()));
     regions.extend(added.iter().cloned());
+    regions.sort_by_key(|region| region.range());
     GuestMemoryShm::from_arc_regions(regions).unwrap()
 }
 

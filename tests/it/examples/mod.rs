@@ -4,6 +4,7 @@ use std::process::{Command, Stdio};
 
 use crate::support::example;
 
+mod small;
 mod terminal;
 
 const COLUMNS: usize = 80;

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::num::NonZeroU32;
 use std::path::Path;
 
-use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, map_table};
+use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable};
 use guest_memory_shm::{
     Access, AdoptPolicy, Backing, BackingError, CoreDump, Error, GuestMemoryShm, GuestRegionShm,
     GuestRom, NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions, Populated,
@@ -246,14 +246,14 @@ fn populated(memory: &GuestMemoryShm, done: Result<Populated, Error>, kept: bool
 fn populate(stage: &Stage, mode: Populate) -> Outcome {
     let memory = new(&RamOptions::new());
     let done = stage.attacked(|| memory.populate(options(mode)));
-    populated(&memory, done, false)
+    populated(&memory, done.map_err(Error::from), false)
 }
 
 fn populate_in_background(stage: &Stage, mode: Populate) -> Outcome {
     let memory = new(&RamOptions::new());
     let options = options(mode).with_on_failure(OnFailure::GiveBack);
     let done = stage.attacked(|| memory.populate_in_background(options)?.wait());
-    populated(&memory, done, false)
+    populated(&memory, done.map_err(Error::from), false)
 }
 
 fn discard(stage: &Stage, options: &RamOptions) -> Outcome {
@@ -326,7 +326,7 @@ fn receive(stage: &Stage) -> Outcome {
     let seals = AdoptPolicy::new().with_seals(SealPolicy::Require);
     let policy = ReceivePolicy::new().with_descriptors(seals);
     let received = stage.attacked(|| {
-        let table = map_table::<()>([region(0), region(1)], files, &policy)?;
+        let table = ReceivedTable::<()>::new(policy).set([region(0), region(1)], files)?;
         table.add(region(2), third)?.remove(region(0))
     });
     match received {

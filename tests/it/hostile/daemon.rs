@@ -338,8 +338,11 @@ fn negotiate(
     let device = in_time(|| limit.run(|| BlkDevice::negotiate(&mut frontend, Features::all())));
     match device {
         Ok(Ok(device)) => Some((frontend, device.protocol_features())),
-        failed => {
-            let error = failed.map_or_else(Error::from, |answer| answer.unwrap_err());
+        Ok(Err(error)) => {
+            says_something(&error);
+            None
+        }
+        Err(error) => {
             says_something(&error);
             None
         }

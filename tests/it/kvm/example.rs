@@ -30,13 +30,13 @@ fn it_says_what_the_guest_wrote_and_who_saw_it() {
     for line in [
         "slot 1 is 0x40000000..=0x400fffff (1 MiB)",
         "maps the regions at 0x0 and 0x40000000",
-        "guest writes  4 pages, without an exit",
-        "dirty log     0x40000000..=0x40000fff (4 KiB)",
+        "guest writes      4 pages, without an exit",
+        "dirty log         0x40000000..=0x40000fff (4 KiB)",
         "0x40040000..=0x40040fff (4 KiB)",
         "0x40080000..=0x40080fff (4 KiB)",
         "0x400c0000..=0x400c0fff (4 KiB)",
-        "daemon reads  16 KiB",
-        "verified      its disk holds what the guest wrote",
+        "daemon reads      16 KiB",
+        "verified          its disk holds what the guest wrote",
     ] {
         assert!(text.contains(line), "{line} is missing: {text}");
     }
@@ -50,7 +50,7 @@ fn it_says_what_the_guest_wrote_and_who_saw_it() {
 
     // Every page there is, as one range.
     let text = printed(&["--plug", "2", "--pages", "512"]);
-    let whole = "dirty log     0x40000000..=0x401fffff (2 MiB)\n";
+    let whole = "dirty log         0x40000000..=0x401fffff (2 MiB)\n";
     assert!(text.contains(whole), "{text}");
 }
 

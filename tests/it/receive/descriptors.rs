@@ -153,7 +153,7 @@ fn the_second_of_two_descriptors_is_named_and_the_first_is_given_back() {
     in_own_process(|| {
         let error = leaves_nothing(|| {
             let files = [sealed(MIB), unsealed(MIB)];
-            map_table::<()>([good(0), good(1)], files, &require_seals()).unwrap_err()
+            map_table([good(0), good(1)], files, &require_seals()).unwrap_err()
         });
         let ReceiveError::Region(refused) = &error else {
             panic!("{error:?}");
@@ -171,7 +171,7 @@ fn huge_pages_are_mapped_where_all_of_a_region_is_at_huge_pages() {
         let options = RamOptions::new().with_page_size(PageSize::Huge(Some(HUGE)));
         let theirs = ShmBacking::create(&options, 4 * HUGE).unwrap();
         let fd = || theirs.as_fd().try_clone_to_owned().unwrap();
-        let map = |region| map_table::<()>([region], [fd()], &require_seals());
+        let map = |region| map_table([region], [fd()], &require_seals());
 
         let table = map(region(HUGE, 2 * HUGE, USER + PAGE, 2 * HUGE)).unwrap();
         table
@@ -222,7 +222,7 @@ fn a_pool_that_is_short_is_an_error_and_not_a_sigbus() {
         let region = region(0, HUGE, USER, 0);
         let error = leaves_nothing(|| {
             let file = file.try_clone().unwrap();
-            map_table::<()>([region], [file], &ReceivePolicy::new()).unwrap_err()
+            map_table([region], [file], &ReceivePolicy::new()).unwrap_err()
         });
         assert_eq!(huge_pages_short(cause(&error)), Some((1, 0)));
         assert_eq!(error.reply_code(), 12);

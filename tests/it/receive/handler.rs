@@ -1,17 +1,19 @@
 //! A daemon's handlers, as its author writes them with the vhost crate and `receive`.
 
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
-    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+    self, VhostUserMemoryRegion, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags,
 };
 use vhost::vhost_user::{
-    Error as ProtocolError, GpuBackend, Result as ProtocolResult, VhostUserBackendReqHandlerMut,
-    VhostUserProtocolFeatures as Features, VhostUserVirtioFeatures,
+    Result as ProtocolResult, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures as Features,
+    VhostUserVirtioFeatures,
 };
 use vm_memory::GuestMemoryAtomic;
 
+use self::not_offered::not_offered;
 use super::*;
+
+#[path = "../../../examples/common/not_offered.rs"]
+mod not_offered;
 
 /// The protocol features that it offers.
 pub(super) const PROTOCOL: Features = Features::REPLY_ACK.union(Features::CONFIGURE_MEM_SLOTS);
@@ -50,7 +52,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> ProtocolResult<Option<Vec<u64>>> {
-        let table = map_table(regions, files, self.table.policy())?;
+        let table = self.table.set(regions, files)?;
         self.publish(table);
         Ok(None)
     }
@@ -120,106 +122,12 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     // Nothing else is asked of it.
-
-    fn reset_owner(&mut self) -> ProtocolResult<()> {
-        not_offered()
-    }
-
-    fn reset_device(&mut self) -> ProtocolResult<()> {
-        not_offered()
-    }
-
-    fn set_vring_base(&mut self, _index: u32, _base: u32) -> ProtocolResult<()> {
-        not_offered()
-    }
-
-    fn get_vring_base(&mut self, _index: u32) -> ProtocolResult<VhostUserVringState> {
-        not_offered()
-    }
-
-    fn set_vring_kick(&mut self, _index: u8, _fd: Option<File>) -> ProtocolResult<()> {
-        not_offered()
-    }
-
-    fn set_vring_call(&mut self, _index: u8, _fd: Option<File>) -> ProtocolResult<()> {
-        not_offered()
-    }
-
-    fn set_vring_err(&mut self, _index: u8, _fd: Option<File>) -> ProtocolResult<()> {
-        not_offered()
-    }
-
-    fn get_queue_num(&mut self) -> ProtocolResult<u64> {
-        not_offered()
-    }
-
-    fn set_vring_enable(&mut self, _index: u32, _enable: bool) -> ProtocolResult<()> {
-        not_offered()
-    }
-
-    fn get_config(
-        &mut self,
-        _offset: u32,
-        _size: u32,
-        _flags: VhostUserConfigFlags,
-    ) -> ProtocolResult<Vec<u8>> {
-        not_offered()
-    }
-
-    fn set_config(
-        &mut self,
-        _offset: u32,
-        _bytes: &[u8],
-        _flags: VhostUserConfigFlags,
-    ) -> ProtocolResult<()> {
-        not_offered()
-    }
-
-    fn set_gpu_socket(&mut self, _backend: GpuBackend) -> ProtocolResult<()> {
-        not_offered()
-    }
-
-    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> ProtocolResult<File> {
-        not_offered()
-    }
-
-    fn get_inflight_fd(
-        &mut self,
-        _inflight: &VhostUserInflight,
-    ) -> ProtocolResult<(VhostUserInflight, File)> {
-        not_offered()
-    }
-
-    fn set_inflight_fd(
-        &mut self,
-        _inflight: &VhostUserInflight,
-        _file: File,
-    ) -> ProtocolResult<()> {
-        not_offered()
-    }
-
-    fn set_device_state_fd(
-        &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
-        _fd: File,
-    ) -> ProtocolResult<Option<File>> {
-        not_offered()
-    }
-
-    fn check_device_state(&mut self) -> ProtocolResult<()> {
-        not_offered()
-    }
-
-    fn get_shmem_config(&mut self) -> ProtocolResult<VhostUserShMemConfig> {
-        not_offered()
-    }
-
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> ProtocolResult<()> {
-        not_offered()
-    }
-}
-
-fn not_offered<T>() -> ProtocolResult<T> {
-    Err(ProtocolError::InvalidOperation("not offered"))
+    not_offered!(reset_owner, reset_device, get_queue_num, others);
+    not_offered!(
+        set_vring_base,
+        get_vring_base,
+        set_vring_kick,
+        set_vring_call
+    );
+    not_offered!(set_vring_err, set_vring_enable);
 }

@@ -97,7 +97,7 @@ fn a_ninth_region_is_refused() {
 #[test]
 fn more_memory_than_the_policy_allows_is_refused() {
     let policy = require_seals().with_max_size(3 * MIB);
-    let three = map_table::<()>((0..3).map(good), files(3), &policy).unwrap();
+    let three = map_table((0..3).map(good), files(3), &policy).unwrap();
     let fourth = three.add(good(3), sealed(MIB)).unwrap_err();
     let ReceiveError::TooMuchMemory { size, limit } = fourth else {
         panic!("{fourth:?}");
@@ -108,7 +108,7 @@ fn more_memory_than_the_policy_allows_is_refused() {
     let half = 1 << 62;
     let giants = (0..4).map(|n| region(n * half, half - MIB, n * half, 0));
     let policy = require_seals().with_max_size(u64::MAX / 2);
-    let error = map_table::<()>(giants, files(4), &policy).unwrap_err();
+    let error = map_table(giants, files(4), &policy).unwrap_err();
     assert!(
         matches!(error, ReceiveError::TooMuchMemory { .. }),
         "{error:?}"
@@ -152,32 +152,32 @@ fn a_region_that_wraps_in_the_guest_the_frontend_or_the_file_is_refused() {
             size: at,
             ..good(5)
         };
-        for (space, region) in [
-            (RegionSpace::Guest, region(last, PAGE, USER, 0)),
-            (RegionSpace::Guest, region(last, 2 * PAGE, USER, 0)),
-            (RegionSpace::Guest, region(PAGE, last, USER, 0)),
-            (RegionSpace::User, region(8 * MIB, PAGE, last, 0)),
+        for (part, region) in [
+            (RangePart::Address, region(last, PAGE, USER, 0)),
+            (RangePart::Address, region(last, 2 * PAGE, USER, 0)),
+            (RangePart::Address, region(PAGE, last, USER, 0)),
+            (RangePart::UserAddress, region(8 * MIB, PAGE, last, 0)),
             (
-                RegionSpace::User,
+                RangePart::UserAddress,
                 region(8 * MIB, MIB, u64::MAX - MIB + 1, 0),
             ),
-            (RegionSpace::User, region(0, 1 << 63, 1 << 63, 0)),
-            (RegionSpace::File, region(8 * MIB, MIB, USER, last)),
+            (RangePart::UserAddress, region(0, 1 << 63, 1 << 63, 0)),
+            (RangePart::Offset, region(8 * MIB, MIB, USER, last)),
             (
-                RegionSpace::File,
+                RangePart::Offset,
                 region(8 * MIB, MIB, USER, (1 << 63) - MIB),
             ),
-            (RegionSpace::File, region(8 * MIB, MIB, USER, 1 << 63)),
+            (RangePart::Offset, region(8 * MIB, MIB, USER, 1 << 63)),
         ] {
             let at = |error: ReceiveError| match error {
-                ReceiveError::Wraps { index, space, .. } => (index, space),
+                ReceiveError::Wraps { index, part, .. } => (index, part),
                 error => panic!("{error:?} for {region:x?}"),
             };
-            assert_eq!(at(refused(|| (vec![region], files(1)))), (0, space));
+            assert_eq!(at(refused(|| (vec![region], files(1)))), (0, part));
             let second = refused(|| (vec![good(3), region], files(2)));
             assert_eq!(second.reply_code(), 22);
-            assert_eq!(at(second), (1, space));
-            assert_eq!(at(refused_to_add(region, || sealed(MIB))), (0, space));
+            assert_eq!(at(second), (1, part));
+            assert_eq!(at(refused_to_add(region, || sealed(MIB))), (0, part));
         }
         let error = refused(|| (vec![top(u64::MAX)], files(1)));
         assert!(matches!(error, ReceiveError::Wraps { .. }), "{error:?}");
@@ -197,36 +197,36 @@ fn regions_that_overlap_in_the_guest_or_in_the_frontend_are_refused() {
             (0, 8 * MIB),
         ] {
             let far = 64 * MIB;
-            for (space, hostile) in [
-                (RegionSpace::Guest, region(start, size, USER + far, 0)),
-                (RegionSpace::User, region(far, size, USER + start, 0)),
+            for (part, hostile) in [
+                (RangePart::Address, region(start, size, USER + far, 0)),
+                (RangePart::UserAddress, region(far, size, USER + start, 0)),
             ] {
                 for regions in [[good(1), hostile], [hostile, good(1)]] {
                     let long = || vec![sealed(8 * MIB), sealed(8 * MIB)];
                     let error = refused(|| (regions.to_vec(), long()));
                     let ReceiveError::Overlap {
                         index,
-                        space: found,
+                        part: found,
                         other,
                         ..
                     } = error
                     else {
                         panic!("{error:?}");
                     };
-                    assert_eq!((index, found, other), (1, space, Some(0)));
+                    assert_eq!((index, found, other), (1, part, Some(0)));
                     assert_eq!(error.reply_code(), 17);
                 }
                 let error = refused_to_add(hostile, || sealed(8 * MIB));
                 let ReceiveError::Overlap {
                     index,
-                    space: found,
+                    part: found,
                     other,
                     ..
                 } = error
                 else {
                     panic!("{error:?}");
                 };
-                assert_eq!((index, found, other), (0, space, None));
+                assert_eq!((index, found, other), (0, part, None));
             }
         }
     });
@@ -240,7 +240,7 @@ fn an_overlap_is_found_among_many_regions() {
     let error = map(&regions, files(8)).unwrap_err();
     let ReceiveError::Overlap {
         index,
-        space,
+        part,
         range,
         other,
         other_range,
@@ -248,7 +248,7 @@ fn an_overlap_is_found_among_many_regions() {
     else {
         panic!("{error:?}");
     };
-    assert_eq!((index, other, space), (6, Some(1), RegionSpace::User));
+    assert_eq!((index, other, part), (6, Some(1), RangePart::UserAddress));
     assert_eq!(range, (regions[6].user_addr, MIB));
     assert_eq!(other_range, (good(6).user_addr, MIB));
 }
@@ -356,9 +356,9 @@ fn no_descriptor_is_looked_at_before_the_numbers_are_right() {
         },
     ];
     let clones = [&file, &file].map(|file| file.try_clone().unwrap());
-    assert!(map_table::<()>(overlapping, clones, &policy).is_err());
+    assert!(map_table(overlapping, clones, &policy).is_err());
     assert_eq!(fcntl(&file, FcntlArg::F_GET_SEALS), Ok(0));
-    let taken = map_table::<()>([good(0)], [file.try_clone().unwrap()], &policy);
+    let taken = map_table([good(0)], [file.try_clone().unwrap()], &policy);
     assert!(taken.is_ok());
     assert_ne!(fcntl(&file, FcntlArg::F_GET_SEALS), Ok(0));
 }

@@ -3,10 +3,8 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
-use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable, map_table};
-use guest_memory_shm::{
-    AdoptPolicy, GuestMemoryShm, RamOptions, ReceiveError, RegionSpace, SealPolicy, ShmBacking,
-};
+use guest_memory_shm::receive::{ReceiveError, ReceivePolicy, ReceivedRegion, ReceivedTable};
+use guest_memory_shm::{AdoptPolicy, GuestMemoryShm, RamOptions, SealPolicy, ShmBacking};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
@@ -67,6 +65,15 @@ fn require_seals() -> ReceivePolicy {
 fn table(count: u64) -> ReceivedTable {
     let files = (0..count).map(|_| sealed(MIB));
     map_table((0..count).map(good), files, &require_seals()).unwrap()
+}
+
+/// What a daemon without any region makes of SET_MEM_TABLE.
+fn map_table(
+    regions: impl IntoIterator<Item = impl Into<ReceivedRegion>>,
+    files: impl IntoIterator<Item = impl Into<OwnedFd>>,
+    policy: &ReceivePolicy,
+) -> Result<ReceivedTable, ReceiveError> {
+    ReceivedTable::new(policy.clone()).set(regions, files)
 }
 
 fn map(regions: &[ReceivedRegion], files: Vec<File>) -> Result<ReceivedTable, ReceiveError> {

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
-use guest_memory_shm::receive::{decode_region, decode_table};
+use guest_memory_shm::receive::ReceivedRegion;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
 use super::*;
@@ -99,9 +99,9 @@ fn serve(socket: &UnixStream, policy: ReceivePolicy) -> ReceivedTable {
         } = message;
         let next = match request {
             SET_MEM_TABLE => {
-                decode_table(&payload).and_then(|regions| map_table(regions, files, table.policy()))
+                ReceivedRegion::decode_table(&payload).and_then(|regions| table.set(regions, files))
             }
-            ADD_MEM_REG => decode_region(&payload).and_then(|region| match files.pop() {
+            ADD_MEM_REG => ReceivedRegion::decode(&payload).and_then(|region| match files.pop() {
                 Some(file) if files.is_empty() => table.add(region, file),
                 last => Err(ReceiveError::Descriptors {
                     regions: 1,
@@ -110,7 +110,7 @@ fn serve(socket: &UnixStream, policy: ReceivePolicy) -> ReceivedTable {
             }),
             REM_MEM_REG => {
                 drop(files);
-                decode_region(&payload).and_then(|region| table.remove(region))
+                ReceivedRegion::decode(&payload).and_then(|region| table.remove(region))
             }
             other => panic!("{other}"),
         };

@@ -1,12 +1,16 @@
 //! Tables that are taken: what the daemon can read, translate, add and remove.
 
+use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 use super::*;
-use crate::proc::{Holdings, maps};
+use crate::isolation::in_own_process;
+use crate::proc::{Holdings, leaves_nothing, maps};
 
 #[test]
 fn what_the_daemon_writes_is_in_the_frontends_file_and_the_other_way_round() {
@@ -77,7 +81,7 @@ fn a_table_as_qemu_sends_it_around_the_vga_window_is_taken() {
 fn eight_regions_are_taken_and_more_where_more_slots_are_offered() {
     assert_eq!(table(8).regions().len(), 8);
     let files = || (0..9).map(|_| sealed(MIB));
-    let refused = map_table::<()>((0..9).map(good), files(), &ReceivePolicy::new()).unwrap_err();
+    let refused = map_table((0..9).map(good), files(), &ReceivePolicy::new()).unwrap_err();
     assert!(
         matches!(
             refused,
@@ -107,7 +111,7 @@ fn eight_regions_are_taken_and_more_where_more_slots_are_offered() {
     assert_eq!(eight.add(good(9), sealed(MIB)).unwrap().regions().len(), 9);
 
     let few = ReceivePolicy::new().with_mem_slots(1);
-    assert!(map_table::<()>([good(0), good(1)], files().take(2), &few).is_err());
+    assert!(map_table([good(0), good(1)], files().take(2), &few).is_err());
 }
 
 #[test]
@@ -358,4 +362,41 @@ fn a_daemon_takes_a_table_that_this_crate_made() {
     let clone = ours.clone();
     let (a, b) = (ours.memory().arc_regions(), clone.memory().arc_regions());
     assert!(a.iter().zip(&b).all(|(a, b)| Arc::ptr_eq(a, b)));
+}
+
+/// `Option<AtomicBitmap>` is no `NewBitmap`.
+#[test]
+fn a_function_makes_the_bitmaps_of_all_tables_that_follow() {
+    let none = ReceivedTable::<Option<AtomicBitmap>>::with_bitmap(require_seals(), |range| {
+        let page = NonZeroUsize::new(4096).unwrap();
+        (range.size() > MIB).then(|| AtomicBitmap::new(range.size() as usize, page))
+    });
+    let large = region(0, 2 * MIB, USER, 0);
+    let one = none.set([large], [sealed(2 * MIB)]).unwrap();
+    let two = one.add(good(1), sealed(MIB)).unwrap();
+    for addr in [0x3000, 2 * MIB + 0x3000] {
+        two.memory().write_obj(1_u8, GuestAddress(addr)).unwrap();
+    }
+    let bitmaps = two.memory().iter().map(|region| region.dirty_bitmap());
+    let dirty = bitmaps.map(|bits| bits.as_ref().map(|bits| bits.is_bit_set(3)));
+    assert_eq!(dirty.collect::<Vec<_>>(), [Some(true), None]);
+}
+
+#[test]
+fn a_function_that_panics_leaves_nothing() {
+    in_own_process(|| {
+        let empty = ReceivedTable::<()>::with_bitmap(require_seals(), |range| {
+            assert_eq!(
+                range.start_addr(),
+                GuestAddress(0),
+                "no bitmap for that one"
+            );
+        });
+        let table = empty.set([good(0)], [sealed(MIB)]).unwrap();
+        leaves_nothing(|| {
+            let added = AssertUnwindSafe(|| table.add(good(1), sealed(MIB)));
+            assert!(catch_unwind(added).is_err());
+        });
+        assert_eq!(table.memory().num_regions(), 1);
+    });
 }

@@ -1,6 +1,6 @@
 //! Payloads as they come from a socket, for daemons without the vhost crate.
 
-use guest_memory_shm::receive::{decode_region, decode_table};
+use guest_memory_shm::receive::ReceivedRegion;
 use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
 use vm_memory::ByteValued;
 
@@ -23,7 +23,7 @@ fn a_table_is_read_as_it_was_written() {
     for count in 0..=3 {
         let regions = &REGIONS[..count];
         let payload = table_payload(count as u32, 0, regions);
-        let read = decode_table(&payload).unwrap();
+        let read = ReceivedRegion::decode_table(&payload).unwrap();
         let expected: Vec<_> = regions
             .iter()
             .map(|[g, s, u, o]| region(*g, *s, *u, *o))
@@ -32,7 +32,7 @@ fn a_table_is_read_as_it_was_written() {
     }
     // Nobody says what padding holds.
     assert_eq!(
-        decode_table(&table_payload(1, !0, &REGIONS[..1]))
+        ReceivedRegion::decode_table(&table_payload(1, !0, &REGIONS[..1]))
             .unwrap()
             .len(),
         1
@@ -50,7 +50,7 @@ fn a_table_of_another_length_than_it_says_is_refused() {
         (u32::MAX, 3),
     ] {
         let payload = table_payload(count, 0, &REGIONS[..there]);
-        let error = decode_table(&payload).unwrap_err();
+        let error = ReceivedRegion::decode_table(&payload).unwrap_err();
         let ReceiveError::Payload {
             message,
             len,
@@ -65,10 +65,13 @@ fn a_table_of_another_length_than_it_says_is_refused() {
     }
     let payload = table_payload(2, 0, &REGIONS[..2]);
     for len in 0..payload.len() {
-        assert!(decode_table(&payload[..len]).is_err(), "{len}");
+        assert!(
+            ReceivedRegion::decode_table(&payload[..len]).is_err(),
+            "{len}"
+        );
     }
     let long = [&payload[..], &[0]].concat();
-    assert!(decode_table(&long).is_err());
+    assert!(ReceivedRegion::decode_table(&long).is_err());
 }
 
 #[test]
@@ -78,10 +81,13 @@ fn a_single_region_is_read_as_it_was_written_and_at_no_other_length() {
         for padding in [0, u64::MAX] {
             let words = [padding, g, s, u, o];
             let payload: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
-            assert_eq!(decode_region(&payload).unwrap(), region(g, s, u, o));
+            assert_eq!(
+                ReceivedRegion::decode(&payload).unwrap(),
+                region(g, s, u, o)
+            );
             let long = [&payload[..], &[0]].concat();
             for len in (0..=41).filter(|len| *len != 40) {
-                let error = decode_region(&long[..len]).unwrap_err();
+                let error = ReceivedRegion::decode(&long[..len]).unwrap_err();
                 assert!(
                     matches!(error, ReceiveError::Payload { expected: 40, len: l, .. } if l == len),
                     "{error:?}"
@@ -97,10 +103,10 @@ fn any_bytes_are_read_or_refused_without_a_panic() {
     let bytes = prop::collection::vec(prop_oneof![Just(0), Just(1), any::<u8>()], 0..400);
     let mut runner = crate::model::runner(2000);
     let done = runner.run(&bytes, |bytes| {
-        if let Ok(regions) = decode_table(&bytes) {
+        if let Ok(regions) = ReceivedRegion::decode_table(&bytes) {
             prop_assert_eq!(bytes.len(), 8 + 32 * regions.len());
         }
-        prop_assert_eq!(decode_region(&bytes).is_ok(), bytes.len() == 40);
+        prop_assert_eq!(ReceivedRegion::decode(&bytes).is_ok(), bytes.len() == 40);
         Ok(())
     });
     done.unwrap();
@@ -115,9 +121,9 @@ fn the_vhost_crates_regions_are_the_same_regions() {
         let single = VhostUserSingleMemoryRegion::new(g, s, u, o);
         assert_eq!(ReceivedRegion::from(&single), expected);
         // What that crate puts on the wire, this one reads.
-        assert_eq!(decode_region(single.as_slice()).unwrap(), expected);
+        assert_eq!(ReceivedRegion::decode(single.as_slice()).unwrap(), expected);
         let payload = [&table_payload(1, 0, &[])[..], of_table.as_slice()].concat();
-        assert_eq!(decode_table(&payload).unwrap(), [expected]);
+        assert_eq!(ReceivedRegion::decode_table(&payload).unwrap(), [expected]);
     }
 }
 

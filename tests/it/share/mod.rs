@@ -134,12 +134,14 @@ fn with(memory: &GuestMemoryShm, starts: &[u64]) -> GuestMemoryShm {
     let mut all = memory.arc_regions();
     all.retain(|region| !starts.contains(&(region.range().start_addr().0 / MIB)));
     all.extend(regions(starts));
+    all.sort_by_key(|region| region.range());
     GuestMemoryShm::from_arc_regions(all).unwrap()
 }
 
 fn without(memory: &GuestMemoryShm, starts: &[u64]) -> GuestMemoryShm {
     let mut all = memory.arc_regions();
     all.retain(|region| !starts.contains(&(region.range().start_addr().0 / MIB)));
+    all.sort_by_key(|region| region.range());
     GuestMemoryShm::from_arc_regions(all).unwrap()
 }
 

@@ -233,29 +233,6 @@ fn a_handler_that_panics_breaks_the_share_before_anything_else_is_said() {
 #[test]
 fn a_connection_that_cannot_acknowledge_fails_the_change() {
     use DaemonFailure::NoPostcopy;
-    /// Returns bases and leaves the rest as it is.
-    struct Plain;
-    impl DaemonConnection for Plain {
-        fn request_acks(&mut self) {}
-        fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
-            Ok(Some(vec![7; regions.len()]))
-        }
-        fn add_mem_region(&mut self, _: &TableRegion) -> Answer<Option<u64>> {
-            Ok(Some(7))
-        }
-        fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
-            unreachable!()
-        }
-        fn max_mem_slots(&mut self) -> Answer<u64> {
-            Ok(8)
-        }
-        fn barrier(&mut self) -> Answer<()> {
-            unreachable!("nothing else is said to a daemon that waits for an acknowledgement")
-        }
-        fn disconnector(&self) -> Option<Disconnector> {
-            None
-        }
-    }
     let whole = DaemonRequest::SetTable(1);
     for (features, step) in [
         (SLOTS | ACK, DaemonRequest::AddRegion(range(3))),
@@ -263,7 +240,7 @@ fn a_connection_that_cannot_acknowledge_fails_the_change() {
         (ACK, whole),
         (Features::empty(), whole),
     ] {
-        let mut share = VhostUserShare::new(Plain, features);
+        let mut share = VhostUserShare::new(Plain(Some(7)), features);
         let failed = share.update_table(&table(&[3])).unwrap_err();
         assert!(
             matches!(failed, ShareError::Daemon { request, failure: NoPostcopy } if request == step),

@@ -111,38 +111,10 @@ fn what_was_acknowledged_before_a_failure_is_known() {
 
 #[test]
 fn a_refusal_followed_by_silence_breaks_the_share() {
-    /// Refuses the region at 2 MiB, and does not answer after that.
-    #[derive(Default)]
-    struct Leaves(Script, bool);
-    impl DaemonConnection for Leaves {
-        fn request_acks(&mut self) {}
-        fn set_mem_table(&mut self, _: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
-            unreachable!()
-        }
-        fn add_mem_region(&mut self, region: &TableRegion) -> Answer<Option<u64>> {
-            self.1 = mib(region) == 2;
-            match self.1 {
-                true => Err(DaemonFailure::refused("no")),
-                false => self.0.add_mem_region(region),
-            }
-        }
-        fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
-            unreachable!()
-        }
-        fn max_mem_slots(&mut self) -> Answer<u64> {
-            Ok(8)
-        }
-        fn barrier(&mut self) -> Answer<()> {
-            match self.1 {
-                true => Err(DaemonFailure::hung_up("gone")),
-                false => Ok(()),
-            }
-        }
-        fn disconnector(&self) -> Option<Disconnector> {
-            None
-        }
-    }
-    let mut share = VhostUserShare::new(Leaves::default(), SLOTS | ACK);
+    let mut share = share(8, SLOTS | ACK);
+    share.connection_mut().leaves = true;
+    // The second region, after GET_MAX_MEM_SLOTS and the first.
+    share.connection_mut().fail = Some((2, || DaemonFailure::refused("no")));
     let refused = share.update_table(&table(&[0, 2])).unwrap_err();
     assert!(
         matches!(refused.failure(), Some(DaemonFailure::Refused(_))),
@@ -281,30 +253,7 @@ fn a_log_that_does_not_start_leaves_nothing_behind() {
 
 #[test]
 fn a_connection_without_logs_refuses_them() {
-    #[derive(Default)]
-    struct Plain;
-    impl DaemonConnection for Plain {
-        fn request_acks(&mut self) {}
-        fn set_mem_table(&mut self, _: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
-            Ok(None)
-        }
-        fn add_mem_region(&mut self, _: &TableRegion) -> Answer<Option<u64>> {
-            Ok(None)
-        }
-        fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
-            Ok(())
-        }
-        fn max_mem_slots(&mut self) -> Answer<u64> {
-            Ok(8)
-        }
-        fn barrier(&mut self) -> Answer<()> {
-            Ok(())
-        }
-        fn disconnector(&self) -> Option<Disconnector> {
-            None
-        }
-    }
-    let mut share = VhostUserShare::new(Plain, ACK | Features::LOG_SHMFD);
+    let mut share = VhostUserShare::new(Plain(None), ACK | Features::LOG_SHMFD);
     share.update_table(&table(&[0])).unwrap();
     let refused = share.start_log().unwrap_err();
     assert!(

@@ -1,4 +1,4 @@
-//! What a run did, for people.
+//! What a run did with a daemon, and how much of it.
 
 use std::fmt;
 use std::time::Duration;
@@ -6,30 +6,10 @@ use std::time::Duration;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use crate::failure::Result;
-use crate::rim::{self, fold};
+use crate::report::Report;
 use crate::session::{Endpoint, Session};
 
-/// Where the values begin.
-const VALUES: usize = 20;
-
-/// The lines of the report so far.
-#[derive(Debug, Default)]
-pub(crate) struct Report {
-    text: String,
-}
-
 impl Report {
-    /// A headline, and a blank line before it.
-    pub(crate) fn section(&mut self, title: impl fmt::Display) {
-        let gap = if self.text.is_empty() { "" } else { "\n" };
-        self.add(&format!("{gap}{title}"), 2);
-    }
-
-    /// A line with a name and a value.
-    pub(crate) fn line(&mut self, name: &str, value: impl fmt::Display) {
-        self.add(&format!("  {name:<18}{value}"), VALUES);
-    }
-
     /// Lines that are indented as they come.
     pub(crate) fn block(&mut self, block: impl fmt::Display) {
         for line in block.to_string().lines() {
@@ -65,16 +45,6 @@ impl Report {
     pub(crate) fn io(&mut self, name: &str, bytes: u64, time: Duration) {
         let rate = bytes as f64 / f64::from(1 << 20) / time.as_secs_f64().max(1e-9);
         self.line(name, format_args!("{}, {rate:.0} MiB/s", size(bytes)));
-    }
-
-    /// Writes the report to standard output.
-    pub(crate) fn print(&self) -> Result<()> {
-        rim::print(&self.text)
-    }
-
-    fn add(&mut self, line: &str, indent: usize) {
-        self.text += &fold(line, indent);
-        self.text.push('\n');
     }
 }
 
