@@ -92,7 +92,7 @@ fn memory(size: usize) -> Result<GuestMemoryShm, Failure> {
 }
 
 fn region() -> Result<GuestRegionShm, Failure> {
-    Ok(GuestRegionShm::new(PLUG, SIZE, &RamOptions::new())?)
+    Ok(GuestRegionShm::new((PLUG, SIZE), &RamOptions::new())?)
 }
 
 fn plug(count: usize, rounds: usize, late: Option<Duration>) -> Result<(), Failure> {
@@ -147,7 +147,7 @@ fn attach(daemons: &[MockDaemon], memory: GuestMemoryShm) -> Result<AddressSpace
 
 /// What the bench measures on our side.
 fn change(space: &AddressSpace) -> Result<(), Failure> {
-    for report in [space.insert(region()?)?, space.remove(PLUG, SIZE)?] {
+    for report in [space.insert(region()?)?, space.remove((PLUG, SIZE))?] {
         assert!(report.stale().is_empty(), "a daemon is away");
     }
     Ok(())

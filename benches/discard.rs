@@ -73,7 +73,7 @@ fn time(memory: &GuestMemoryShm, size: u64, method: fn(&GuestMemoryShm, u64)) ->
 }
 
 fn discard(memory: &GuestMemoryShm, size: u64) {
-    let discarded = memory.discard(GuestAddress(0), size).expect("discarded");
+    let discarded = memory.discard((GuestAddress(0), size)).expect("discarded");
     assert_eq!(discarded.freed, size);
 }
 

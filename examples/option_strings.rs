@@ -41,7 +41,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         .with_sealing(Sealing::Sealed)
         .with_page_size(PageSize::Transparent)
         .with_populate(Populate::Lazy)
-        .with_numa(NumaPolicy::Interleave(NodeSet::from_nodes([0])?));
+        .with_numa(NumaPolicy::Interleave(
+            NodeSet::from_nodes([0]).ok_or("no such node")?,
+        ));
     println!("  {options}");
     assert_eq!(options.to_string().parse::<RamOptions>()?, options);
 

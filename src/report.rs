@@ -42,10 +42,7 @@ pub enum Note {
     /// `merge=on`: the kernel merges private pages only (KSM).
     Merge,
     /// `reserve=on`: only huge pages of a pool are reserved when they are mapped.
-    Reserve {
-        /// What the RAM is.
-        kind: &'static str,
-    },
+    Reserve,
     /// Transparent huge pages were asked for, and will not come.
     NotHuge(NotHuge),
     /// A NUMA policy where there is nothing to choose.
@@ -156,7 +153,7 @@ impl Note {
     pub fn property(&self) -> Option<&'static str> {
         match self {
             Self::Merge => Some("merge"),
-            Self::Reserve { .. } => Some("reserve"),
+            Self::Reserve => Some("reserve"),
             Self::NotHuge(_) => Some("thp"),
             Self::OneNode { .. } => Some("policy"),
             Self::HugetlbSize { .. } => Some("hugetlbsize"),
@@ -188,10 +185,9 @@ impl fmt::Display for Note {
             Self::Merge => f.write_str(
                 "merge=on has no effect: the kernel merges private pages only, never shared ones",
             ),
-            Self::Reserve { kind } => write!(
-                f,
-                "reserve=on reserves nothing for a {kind}: only huge pages of a pool are reserved; \
-                 populate the RAM to be sure of it"
+            Self::Reserve => f.write_str(
+                "reserve=on reserves nothing here: only huge pages of a pool are reserved; populate \
+                 the RAM to be sure of it",
             ),
             Self::NotHuge(why @ NotHuge::Alignment { .. }) => {
                 write!(f, "not all of it can be transparent huge pages: {why}")

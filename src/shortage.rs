@@ -6,9 +6,9 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 
+use crate::host::NodeSet;
 use crate::host::pools::Pool;
 use crate::host::{descriptors, memory};
-use crate::options::NodeSet;
 use crate::units::HumanSize;
 
 /// Something that is short: how much of it is needed, how much is left, and which limit says so.

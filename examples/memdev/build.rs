@@ -70,7 +70,7 @@ pub(crate) fn build(mut backends: Vec<Backend>, populate: bool) -> Result<Built>
         let named = backend.options.clone().with_name(&backend.id);
         let size = named.size().unwrap_or_default();
         if named.access() == Access::ReadOnly {
-            let rom = GuestRom::new(backend.start, size, &named);
+            let rom = GuestRom::new((backend.start, size), &named);
             backend.rom = Some(rom.or_fail(|| backend.id.clone())?);
             continue;
         }

@@ -219,7 +219,7 @@ impl Hotplug<'_> {
             self.guest.take(&region);
             let range = region.range();
             let start = Instant::now();
-            let removed = self.ram.space().remove(range.start_addr(), range.size());
+            let removed = self.ram.space().remove(range);
             drop(removed.or_fail(|| format!("cannot remove {range}"))?);
             self.slowest = self.slowest.max(start.elapsed());
             let holders = daemons.who_holds(range.start_addr());

@@ -52,7 +52,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// # daemon.inject(Fault::never_answer(1));
     /// // The daemon falls silent: RAM is plugged without it.
-    /// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
+    /// let region = GuestRegionShm::new((GuestAddress(4 << 30), 1 << 20), &RamOptions::new())?;
     /// let report = space.insert(region)?;
     /// for listener in report.stale() {
     ///     eprintln!("connect it anew: {listener}");
@@ -65,7 +65,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// // One that has to be there: RAM is not plugged, and the error says why.
     /// space.attach_required("disk0", share)?;
     /// # daemon.inject(Fault::never_answer(1));
-    /// let region = GuestRegionShm::new(GuestAddress(8 << 30), 1 << 20, &RamOptions::new())?;
+    /// let region = GuestRegionShm::new((GuestAddress(8 << 30), 1 << 20), &RamOptions::new())?;
     /// assert!(space.insert(region).is_err());
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```

@@ -1,6 +1,6 @@
 //! Adopting a descriptor that came from elsewhere: everything is checked, nothing is believed.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -9,7 +9,11 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::error::{AdoptError, BackingError, Result};
 use super::file_system::FileSystem;
-use super::{BackingKind, Seals, ShmBacking, base_page_size, seals};
+use super::kind::BackingKind;
+use super::made::Made;
+use super::seals::{self, Seals};
+use super::shm_backing::{Inner, ShmBacking};
+use crate::host::base_page_size;
 use crate::logs;
 use crate::options::{CoreDump, MapOptions};
 use crate::range::RangePart;
@@ -98,15 +102,39 @@ impl AdoptPolicy {
     }
 }
 
-pub(super) fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> Result<ShmBacking, AdoptError> {
-    let file = File::from(fd);
-    match check(&file, policy) {
-        Ok(found) => Ok(found.adopt(Arc::new(file), policy)),
-        Err(error) => Err(AdoptError::new(error, file.into())),
-    }
-}
-
 impl ShmBacking {
+    /// Adopts a descriptor that came from elsewhere, after checking that it can be RAM.
+    ///
+    /// Checked are: a regular file, open for reading and writing, on a tmpfs (that is a memfd or
+    /// POSIX shared memory), a hugetlbfs, or, if the policy allows it, any other file system; a
+    /// length that is not 0, whole pages, and at least what the policy asks for; seals that forbid
+    /// no writing and are what the policy demands.
+    ///
+    /// ```
+    /// use guest_memory_shm::{AdoptPolicy, BackingError, ShmBacking};
+    ///
+    /// let (pipe, _) = std::io::pipe()?;
+    /// let refused = ShmBacking::adopt(pipe.into(), &AdoptPolicy::new()).unwrap_err();
+    /// assert!(matches!(refused.error(), BackingError::NotMemory { .. }));
+    /// let pipe_again = refused.into_fd();
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// An [`AdoptError`] that gives the descriptor back and holds the reason:
+    /// [`BackingError::NotMemory`], [`BackingError::NotWritable`], [`BackingError::OnDisk`],
+    /// [`BackingError::TooShort`], [`BackingError::Range`], [`BackingError::WriteSealed`],
+    /// [`BackingError::NotSealed`], or [`BackingError::Inspect`] if a system call fails.
+    pub fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> Result<Self, AdoptError> {
+        let file = File::from(fd);
+        let found = match check(&file, policy) {
+            Ok(found) => found,
+            Err(error) => return Err(AdoptError::new(error, file.into())),
+        };
+        Ok(found.adopt(file.into(), policy))
+    }
+
     /// Adopts any file that can be mapped shared, as vm-memory does: on a disk too, and of any
     /// length.
     pub(crate) fn of_file(file: Arc<File>) -> Result<Self> {
@@ -120,7 +148,7 @@ impl ShmBacking {
 }
 
 struct Found {
-    metadata: std::fs::Metadata,
+    metadata: Metadata,
     page_size: u64,
     kind: BackingKind,
     seals: Seals,
@@ -128,13 +156,15 @@ struct Found {
 
 impl Found {
     fn adopt(self, file: Arc<File>, policy: &AdoptPolicy) -> ShmBacking {
-        let Self {
-            metadata,
-            page_size,
-            kind,
-            seals,
-        } = self;
-        let backing = ShmBacking::new(file, page_size, kind, seals, &metadata, policy.map_options);
+        let made = Made {
+            file,
+            metadata: self.metadata,
+            kind: self.kind,
+            page_size: self.page_size,
+            seals: self.seals,
+            end: None,
+        };
+        let backing = ShmBacking::new(Inner::new(made, policy.map_options));
         logs::debug!("adopted {backing:?}");
         backing
     }

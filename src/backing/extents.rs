@@ -12,9 +12,10 @@ use std::os::unix::fs::MetadataExt;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 
-use super::{BLOCK, ShmBacking, base_page_size};
+use super::kind::BLOCK;
+use super::shm_backing::ShmBacking;
 use crate::host::descriptors::reopened;
-use crate::mapping::cached;
+use crate::host::{base_page_size, cached};
 use crate::range::RangeSet;
 
 /// Below so many pages of resolution, runs of allocated pages are measured, not stepped through: a

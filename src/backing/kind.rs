@@ -3,6 +3,9 @@
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
 
+/// What st_blocks counts, in bytes, whatever the page size (stat(3type)).
+pub(super) const BLOCK: u64 = 512;
+
 /// What a backing turned out to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

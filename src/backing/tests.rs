@@ -1,7 +1,8 @@
 //! Backings of every kind: what they are, and what is refused.
 
+use super::error::Result;
 use super::*;
-use crate::options::{Backing, OptionsError, PageSize};
+use crate::options::{Backing, OptionsError, PageSize, RamOptions};
 use crate::range::InvalidRange;
 
 fn create(options: &RamOptions, len: u64) -> Result<ShmBacking> {

@@ -12,7 +12,7 @@ use crate::range::inwards;
 ///
 /// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
 /// // Half a page, a page, and half a page.
-/// let discarded = memory.discard(GuestAddress(0x800), 0x2000)?;
+/// let discarded = memory.discard((GuestAddress(0x800), 0x2000))?;
 /// assert_eq!(discarded.freed, 0x1000);
 /// assert_eq!((discarded.kept_head, discarded.kept_tail), (0x800, 0x800));
 /// assert_eq!(discarded.len(), 0x2000);

@@ -58,7 +58,7 @@ use crate::range::GuestRange;
 /// let kvm = space.attach("kvm", KvmSlots::new(vm)?)?;
 ///
 /// // Hotplug: the guest can use it when this returns.
-/// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
+/// let region = GuestRegionShm::new((GuestAddress(4 << 30), 1 << 20), &RamOptions::new())?;
 /// space.insert(region)?;
 ///
 /// space.with_listener(&kvm, |slots| slots.start_dirty_logging())??;

@@ -3,7 +3,8 @@
 use std::io;
 
 use crate::backing::BackingError;
-use crate::options::{NodeSet, NumaPolicy};
+use crate::host::NodeSet;
+use crate::options::NumaPolicy;
 use crate::shortage::Shortage;
 use crate::units::HumanSize;
 

@@ -12,7 +12,7 @@ pub use error::OptionsError;
 pub use kinds::{
     Access, Backing, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate, Reserve, Sealing,
 };
-pub use numa::{NodeSet, NumaPolicy};
+pub use numa::NumaPolicy;
 
 /// The options of one backing of guest RAM.
 ///
@@ -323,6 +323,11 @@ impl RamOptions {
     /// What is set and means nothing here.
     pub(crate) fn unused(&self) -> &Unused {
         &self.unused
+    }
+
+    /// Whether nothing of the RAM is to exist before it is used.
+    pub(crate) fn is_lazy(&self) -> bool {
+        self.populate == Populate::Lazy
     }
 
     /// Whether what the RAM needs must not be set aside or checked.

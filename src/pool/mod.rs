@@ -196,7 +196,7 @@ mod tests {
     use std::sync::{Barrier, Mutex};
 
     use super::*;
-    use crate::options::NodeSet;
+    use crate::host::NodeSet;
 
     /// Pieces are the number of their queue and their own.
     fn queues(sizes: &[u64]) -> Vec<Queue<(usize, u64)>> {

@@ -187,7 +187,7 @@ mod tests {
 
     fn part(pages: u64) -> Part {
         let options = RamOptions::new();
-        let region = GuestRegionShm::<()>::new(GuestAddress(0), pages * PAGE, &options).unwrap();
+        let region = GuestRegionShm::<()>::new((GuestAddress(0), pages * PAGE), &options).unwrap();
         Part::whole(region.ram().clone(), Populate::Prefault)
     }
 

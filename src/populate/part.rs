@@ -8,9 +8,10 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use vm_memory::GuestAddress;
 
 use crate::backing::ShmBacking;
+use crate::host::NodeSet;
 use crate::host::calls::{is_refused, retried};
 use crate::host::memory::Kind;
-use crate::options::{NodeSet, NumaPolicy, OnShortage, Populate};
+use crate::options::{NumaPolicy, OnShortage, Populate};
 use crate::ram::Ram;
 use crate::range::{GuestRange, outwards};
 

@@ -1,5 +1,6 @@
 //! Where RAM lies in the guest, and why a range is none.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::ops::Range;
 
@@ -13,12 +14,17 @@ type Result<T, E = InvalidRange> = std::result::Result<T, E>;
 /// A contiguous range of guest addresses, at least one byte long, whose end fits in 64 bits.
 ///
 /// ```
-/// use guest_memory_shm::GuestRange;
+/// use guest_memory_shm::{GuestMemoryShm, GuestRange};
 /// use vm_memory::GuestAddress;
 ///
 /// let range = GuestRange::new(GuestAddress(0x1000), 0x2000)?;
 /// assert_eq!(range.last_addr(), GuestAddress(0x2fff));
 /// assert!(GuestRange::new(GuestAddress(u64::MAX), 2).is_err());
+///
+/// // Wherever a place is asked for, an address and a size will do.
+/// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+/// memory.discard(range)?;
+/// memory.discard((GuestAddress(0x1000), 0x2000))?;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -45,6 +51,11 @@ impl GuestRange {
             start: start.0,
             size,
         })
+    }
+
+    /// Checks what a caller gave as a place: a range, or an address and a size.
+    pub(crate) fn at(place: impl TryInto<Self, Error: Into<InvalidRange>>) -> Result<Self> {
+        place.try_into().map_err(Into::into)
     }
 
     /// The first address.
@@ -85,6 +96,15 @@ impl GuestRange {
                 range: *self,
                 page_size,
             })
+    }
+}
+
+impl TryFrom<(GuestAddress, u64)> for GuestRange {
+    type Error = InvalidRange;
+
+    /// An address and a size in bytes, as [`new`](Self::new).
+    fn try_from((start, size): (GuestAddress, u64)) -> Result<Self> {
+        Self::new(start, size)
     }
 }
 
@@ -172,6 +192,13 @@ pub enum InvalidRange {
     },
 }
 
+impl From<Infallible> for InvalidRange {
+    /// A [`GuestRange`] is one already.
+    fn from(never: Infallible) -> Self {
+        match never {}
+    }
+}
+
 impl InvalidRange {
     /// That two ranges overlap, in any order.
     pub(crate) fn overlap(one: GuestRange, other: GuestRange) -> Self {
@@ -252,7 +279,8 @@ impl RangePart {
 ///
 /// let hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
 /// let ranges = ram_around_hole(4 << 30, hole)?;
-/// assert_eq!(ranges, [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 1 << 30)]);
+/// assert_eq!(ranges[0], GuestRange::new(GuestAddress(0), 3 << 30)?);
+/// assert_eq!(ranges[1], GuestRange::new(GuestAddress(4 << 30), 1 << 30)?);
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 ///
@@ -260,7 +288,7 @@ impl RangePart {
 ///
 /// [`InvalidRange::Empty`] if `size` is 0; [`InvalidRange::Overflow`] if the RAM after the hole does
 /// not fit in the address space.
-pub fn ram_around_hole(size: u64, hole: GuestRange) -> Result<Vec<(GuestAddress, u64)>> {
+pub fn ram_around_hole(size: u64, hole: GuestRange) -> Result<Vec<GuestRange>> {
     let below = size.min(hole.start);
     let after = GuestAddress(hole.start + hole.size);
     let mut ranges = Vec::with_capacity(2);
@@ -270,10 +298,7 @@ pub fn ram_around_hole(size: u64, hole: GuestRange) -> Result<Vec<(GuestAddress,
     if size > below {
         ranges.push(GuestRange::new(after, size - below)?);
     }
-    Ok(ranges
-        .iter()
-        .map(|range| (range.start_addr(), range.size()))
-        .collect())
+    Ok(ranges)
 }
 
 /// Checks that no two of `ranges` overlap, whatever their order.
@@ -326,18 +351,12 @@ mod tests {
     #[test]
     fn ram_is_laid_around_the_hole() {
         let hole = range(0xc000_0000, 0x4000_0000);
-        let ranges = |size| {
-            ram_around_hole(size, hole).map(|r| {
-                r.iter()
-                    .map(|(addr, size)| (addr.0, *size))
-                    .collect::<Vec<_>>()
-            })
-        };
-        assert_eq!(ranges(1 << 20).unwrap(), [(0, 1 << 20)]);
-        assert_eq!(ranges(0xc000_0000).unwrap(), [(0, 0xc000_0000)]);
+        let ranges = |size| ram_around_hole(size, hole);
+        assert_eq!(ranges(1 << 20).unwrap(), [range(0, 1 << 20)]);
+        assert_eq!(ranges(0xc000_0000).unwrap(), [range(0, 0xc000_0000)]);
         assert_eq!(
             ranges(4 << 30).unwrap(),
-            [(0, 0xc000_0000), (4 << 30, 1 << 30)]
+            [range(0, 0xc000_0000), range(4 << 30, 1 << 30)]
         );
         assert!(matches!(ranges(0), Err(InvalidRange::Empty { .. })));
         assert!(matches!(
@@ -345,7 +364,7 @@ mod tests {
             Err(InvalidRange::Overflow { .. })
         ));
         let from_zero = ram_around_hole(4096, range(0, 4096)).unwrap();
-        assert_eq!(from_zero, [(GuestAddress(4096), 4096)]);
+        assert_eq!(from_zero, [range(4096, 4096)]);
     }
 
     #[test]

@@ -194,7 +194,7 @@ fn a_file_on_disk_is_refused_unless_it_is_meant() {
         let backing = adopt(file.try_clone().unwrap(), &policy).unwrap();
         assert_eq!(backing.kind(), BackingKind::AdoptedFile);
         assert_eq!((backing.seals(), backing.size()), (Seals::empty(), MIB));
-        let region = GuestRegionShm::<()>::from_backing(&backing, PAGE, GuestAddress(0), PAGE);
+        let region = GuestRegionShm::<()>::from_backing(&backing, PAGE, (GuestAddress(0), PAGE));
         region
             .unwrap()
             .write_slice(b"on disk", MemoryRegionAddress(1))

@@ -63,7 +63,7 @@ fn size_0_is_refused() {
             );
         }
         assert_refused!(
-            GuestRegionShm::<()>::new(GuestAddress(PAGE), 0, &RamOptions::new()),
+            GuestRegionShm::<()>::new((GuestAddress(PAGE), 0), &RamOptions::new()),
             Error::Range(InvalidRange::Empty { .. }),
             "the range at guest address 0x1000 has size 0: give it at least one page",
         );
@@ -167,7 +167,7 @@ fn ranges_that_overlap_are_refused_on_one_backing_and_on_two() {
 
         let region = |addr, size| {
             Arc::new(
-                GuestRegionShm::<()>::new(GuestAddress(addr), size, &RamOptions::new()).unwrap(),
+                GuestRegionShm::<()>::new((GuestAddress(addr), size), &RamOptions::new()).unwrap(),
             )
         };
         let memory = GuestMemoryShm::from_arc_regions(vec![region(0, 2 * PAGE)]).unwrap();
@@ -244,7 +244,7 @@ fn regions_that_are_not_sorted_are_refused() {
     in_own_process_leaving_nothing!(|| {
         let region = |addr| {
             let addr = GuestAddress(addr);
-            GuestRegionShm::<()>::new(addr, PAGE, &RamOptions::new()).unwrap()
+            GuestRegionShm::<()>::new((addr, PAGE), &RamOptions::new()).unwrap()
         };
         assert_refused!(
             GuestMemoryShm::from_regions(vec![region(0), region(8 * PAGE), region(PAGE)]),
@@ -286,7 +286,7 @@ fn a_region_that_its_backing_does_not_have_is_refused() {
         let backing = ShmBacking::create(&RamOptions::new(), 4 * PAGE).unwrap();
         let place = |offset, size| {
             let start = GuestAddress(0);
-            GuestRegionShm::<()>::from_backing(&backing, offset, start, size)
+            GuestRegionShm::<()>::from_backing(&backing, offset, (start, size))
         };
         assert!(place(3 * PAGE, PAGE).is_ok());
         assert_refused!(

@@ -80,11 +80,11 @@ fn regions_with_such_bitmaps_are_plugged_like_any_other() {
         .unwrap();
     let space = AddressSpace::new(boot);
     let start = GuestAddress(4 * MIB);
-    let new = GuestRegionShm::new_with_bitmap(start, MIB, &RamOptions::new(), tracked);
+    let new = GuestRegionShm::new_with_bitmap((start, MIB), &RamOptions::new(), tracked);
     space.insert(new.unwrap()).told_all();
     let backing = ShmBacking::create(&RamOptions::new(), 2 * MIB).unwrap();
     let start = GuestAddress(8 * MIB);
-    let part = GuestRegionShm::from_backing_with_bitmap(&backing, MIB, start, MIB, tracked);
+    let part = GuestRegionShm::from_backing_with_bitmap(&backing, MIB, (start, MIB), tracked);
     space.insert(part.unwrap()).told_all();
 
     let memory = space.memory().memory();
@@ -109,7 +109,7 @@ fn the_function_is_not_called_before_all_is_checked() {
         Err(Error::Range(InvalidRange::Overlap { .. }))
     ));
     let unaligned =
-        GuestRegionShm::new_with_bitmap(GuestAddress(1), MIB, &RamOptions::new(), uncalled);
+        GuestRegionShm::new_with_bitmap((GuestAddress(1), MIB), &RamOptions::new(), uncalled);
     assert!(matches!(
         unaligned,
         Err(Error::Range(InvalidRange::Unaligned {
@@ -145,7 +145,7 @@ fn a_function_that_panics_leaves_nothing() {
                 catch_unwind(AssertUnwindSafe(|| builder.build())).unwrap_err();
 
                 let bug = |_| -> Tracked { panic!("a bitmap's bug") };
-                let new = || GuestRegionShm::new_with_bitmap(GuestAddress(0), MIB, &options, bug);
+                let new = || GuestRegionShm::new_with_bitmap((GuestAddress(0), MIB), &options, bug);
                 catch_unwind(AssertUnwindSafe(new)).unwrap_err();
             });
             assert_eq!(names(), before);

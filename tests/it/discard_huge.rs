@@ -54,7 +54,7 @@ fn parts(discarded: Discarded) -> (u64, u64, u64) {
 }
 
 fn discard(memory: &GuestMemoryShm, addr: u64, len: u64) -> (u64, u64, u64) {
-    let discarded = memory.discard(GuestAddress(addr), len).unwrap();
+    let discarded = memory.discard((GuestAddress(addr), len)).unwrap();
     assert_eq!(discarded.len(), len);
     parts(discarded)
 }
@@ -132,24 +132,26 @@ fn the_512th_report_frees_the_huge_page() {
         for n in 0..512 {
             let addr = GuestAddress(HUGE + n * 7 % 512 * PAGE);
             assert_eq!((pool.free(), balloon.pending()), (free, n * PAGE));
-            let discarded = balloon.add(&memory, addr, PAGE).unwrap();
+            let discarded = balloon.add(&memory, (addr, PAGE)).unwrap();
             let expected = if n == 511 { HUGE } else { 0 };
             assert_eq!((discarded.freed, discarded.kept()), (expected, 0));
         }
         assert_eq!((pool.free(), balloon.pending()), (free + 1, 0));
         assert_eq!(byte(&memory, HUGE - 1), byte(&memory, 2 * HUGE + 1));
         // Parts stay noted, also when all that can be is to be given back.
-        balloon.add(&memory, GuestAddress(0), HUGE - PAGE).unwrap();
+        balloon
+            .add(&memory, (GuestAddress(0), HUGE - PAGE))
+            .unwrap();
         let flushed = balloon.flush(&memory).unwrap();
         assert_eq!((flushed.freed, balloon.pending()), (0, HUGE - PAGE));
         assert_eq!(byte(&memory, 0), 0xa5);
         // What the guest took back in between does not count.
-        balloon.remove(GuestAddress(PAGE), 1);
+        balloon.remove((GuestAddress(PAGE), 1)).unwrap();
         balloon
-            .add(&memory, GuestAddress(HUGE - PAGE), PAGE)
+            .add(&memory, (GuestAddress(HUGE - PAGE), PAGE))
             .unwrap();
         assert_eq!((pool.free(), balloon.pending()), (free + 1, HUGE - PAGE));
-        let discarded = balloon.add(&memory, GuestAddress(PAGE), PAGE).unwrap();
+        let discarded = balloon.add(&memory, (GuestAddress(PAGE), PAGE)).unwrap();
         assert_eq!((discarded.freed, pool.free()), (HUGE, free + 2));
         drop(memory);
         drop(pool);
@@ -239,19 +241,19 @@ fn reports_of_a_balloon_do_not_split_transparent_huge_pages() {
         let mut balloon = DiscardAccumulator::new();
         for page in 0..511 {
             balloon
-                .add(&memory, GuestAddress(page * PAGE), PAGE)
+                .add(&memory, (GuestAddress(page * PAGE), PAGE))
                 .unwrap();
         }
         assert_eq!(huge_mapped(&memory), 2 * HUGE);
         assert_eq!(allocated(backing(&memory)), 2 * HUGE);
         balloon
-            .add(&memory, GuestAddress(511 * PAGE), PAGE)
+            .add(&memory, (GuestAddress(511 * PAGE), PAGE))
             .unwrap();
         assert_eq!(huge_mapped(&memory), HUGE);
         assert_eq!(allocated(backing(&memory)), HUGE);
         // Unless that is asked for.
         balloon
-            .add(&memory, GuestAddress(HUGE + PAGE), 3 * PAGE)
+            .add(&memory, (GuestAddress(HUGE + PAGE), 3 * PAGE))
             .unwrap();
         let flushed = balloon.flush(&memory).unwrap();
         assert_eq!((flushed.freed, balloon.pending()), (3 * PAGE, 0));

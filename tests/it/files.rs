@@ -35,7 +35,7 @@ fn dirs() -> [(TempDir, BackingKind); 2] {
 }
 
 fn region(options: &RamOptions, size: u64) -> GuestRegionShm {
-    GuestRegionShm::new(GuestAddress(0), size, options).expect("mapped")
+    GuestRegionShm::new((GuestAddress(0), size), options).expect("mapped")
 }
 
 /// A file with `len` bytes of a pattern.
@@ -227,7 +227,7 @@ fn ram_starts_at_the_offset_for_every_mapper_and_in_the_memory_table() {
             let theirs = ShmBacking::adopt(fd.try_clone_to_owned().unwrap(), &policy).unwrap();
             for ((guest, size), told) in ranges.iter().zip(&told) {
                 memory.write_obj(guest.0 | *told, *guest).unwrap();
-                let view = GuestRegionShm::<()>::from_backing(&theirs, *told, *guest, *size);
+                let view = GuestRegionShm::<()>::from_backing(&theirs, *told, (*guest, *size));
                 let seen: u64 = view.unwrap().read_obj(MemoryRegionAddress(0)).unwrap();
                 assert_eq!(seen, guest.0 | told);
                 let mut bytes = [0; 8];

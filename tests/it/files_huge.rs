@@ -46,7 +46,7 @@ fn with_hugetlbfs(pages: u64, data: &str, test: impl FnOnce(&Path, &HugePool)) {
 }
 
 fn region(options: &RamOptions, size: u64) -> Result<GuestRegionShm, Error> {
-    GuestRegionShm::new(GuestAddress(0), size, options)
+    GuestRegionShm::new((GuestAddress(0), size), options)
 }
 
 fn names(dir: &Path) -> usize {

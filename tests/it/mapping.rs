@@ -30,7 +30,7 @@ fn options(kind: Backing) -> RamOptions {
 }
 
 fn region(options: &RamOptions, size: u64) -> GuestRegionShm {
-    GuestRegionShm::new(GuestAddress(0), size, options).expect("mapped")
+    GuestRegionShm::new((GuestAddress(0), size), options).expect("mapped")
 }
 
 fn host(region: &GuestRegionShm) -> u64 {
@@ -75,7 +75,7 @@ fn core_dumps_leave_guest_ram_out_unless_it_is_to_be_included() {
 #[test]
 fn a_region_on_a_backing_that_existed_is_left_out_of_core_dumps_too() {
     let backing = ShmBacking::create(&RamOptions::new(), MIB).unwrap();
-    let region = GuestRegionShm::<()>::from_backing(&backing, 0, GuestAddress(0), MIB).unwrap();
+    let region = GuestRegionShm::<()>::from_backing(&backing, 0, (GuestAddress(0), MIB)).unwrap();
     assert!(has_vm_flag(&smaps_at(region.as_ptr()), "dd"));
 }
 
@@ -93,7 +93,7 @@ fn transparent_huge_pages_are_asked_for_only_where_they_are_wanted() {
 #[test]
 fn options_hold_for_every_region_on_a_backing_however_it_is_placed() {
     let flags = |backing: &ShmBacking| {
-        let region = GuestRegionShm::<()>::from_backing(backing, 0, GuestAddress(0), 4 * MIB);
+        let region = GuestRegionShm::<()>::from_backing(backing, 0, (GuestAddress(0), 4 * MIB));
         let smaps = smaps_at(region.unwrap().as_ptr());
         (has_vm_flag(&smaps, "hg"), has_vm_flag(&smaps, "dd"))
     };
@@ -192,7 +192,7 @@ fn the_ranges_of_one_backing_lie_behind_each_other_in_one_file() {
 fn two_regions_on_one_part_of_a_backing_are_the_same_ram() {
     let backing = ShmBacking::create(&RamOptions::new(), MIB).unwrap();
     let place = |addr| {
-        let region = GuestRegionShm::<()>::from_backing(&backing, PAGE, GuestAddress(addr), PAGE);
+        let region = GuestRegionShm::<()>::from_backing(&backing, PAGE, (GuestAddress(addr), PAGE));
         Arc::new(region.unwrap())
     };
     let memory = GuestMemoryShm::from_arc_regions(vec![place(0), place(GIB)]).unwrap();
@@ -210,8 +210,8 @@ fn host_addresses_suit_huge_pages() {
         (GuestAddress(MIB), 7 * MIB),
         (GuestAddress(16 * GIB), 2 * GIB + 2 * MIB),
     ];
-    for ranges in [ram.as_slice(), &odd] {
-        let ranges = ranges.iter().copied();
+    let odd = odd.map(|place| place.try_into().unwrap());
+    for ranges in [ram, odd.to_vec()] {
         let memory = GuestMemoryShm::<()>::builder()
             .with_ram(RamOptions::new(), ranges)
             .build()
@@ -283,7 +283,7 @@ fn a_region_outlives_the_memory_it_was_in_and_its_backing_outlives_both() {
             let (backing, start) = (region.backing().clone(), host(&region));
             drop(region);
             assert_eq!(maps_in(start..start + PAGE), []);
-            let again = GuestRegionShm::<()>::from_backing(&backing, 0, GuestAddress(0), PAGE);
+            let again = GuestRegionShm::<()>::from_backing(&backing, 0, (GuestAddress(0), PAGE));
             assert_eq!(again.unwrap().read_obj::<u8>(at).unwrap(), 77);
         });
     });

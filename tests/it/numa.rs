@@ -89,7 +89,7 @@ fn the_policy_belongs_to_the_object_and_holds_for_other_mappings_of_it() {
         .unwrap();
     let theirs = guest_memory_shm::ShmBacking::adopt(fd, &guest_memory_shm::AdoptPolicy::new());
     let region =
-        GuestRegionShm::<()>::from_backing(&theirs.unwrap(), 0, GuestAddress(0), MIB).unwrap();
+        GuestRegionShm::<()>::from_backing(&theirs.unwrap(), 0, (GuestAddress(0), MIB)).unwrap();
     let (policy, _) = numa_maps(region.as_ptr()).unwrap();
     assert_eq!(policy, "bind:0");
 }

@@ -91,13 +91,13 @@ fn typed_options_that_do_not_go_together_are_refused_before_anything_is_created(
 #[test]
 fn a_size_that_is_set_must_be_that_of_the_ranges() {
     let options = RamOptions::new().with_size(MIB);
-    let refused = GuestRegionShm::<()>::new(GuestAddress(0), 2 * MIB, &options).unwrap_err();
+    let refused = GuestRegionShm::<()>::new((GuestAddress(0), 2 * MIB), &options).unwrap_err();
     assert!(matches!(
         refused,
         Error::Options(OptionsError::SizeMismatch { set, ram })
             if (set, ram) == (MIB, 2 * MIB)
     ));
-    let region = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &options).unwrap();
+    let region = GuestRegionShm::<()>::new((GuestAddress(0), MIB), &options).unwrap();
     assert_eq!(region.backing().size(), MIB);
 }
 
@@ -118,7 +118,7 @@ fn options_without_a_size_are_written_and_not_read() {
 /// What a string asks for can be read, and only building finds that this system does not have it.
 fn built(text: &str) -> Result<GuestRegionShm, Error> {
     let options: RamOptions = text.parse()?;
-    GuestRegionShm::new(GuestAddress(0), options.size().unwrap(), &options)
+    GuestRegionShm::new((GuestAddress(0), options.size().unwrap()), &options)
 }
 
 #[test]

@@ -105,9 +105,9 @@ fn building_brings_in_what_the_mode_says_and_no_more() {
 #[test]
 fn a_region_is_populated_as_its_options_say() {
     let options = RamOptions::new().with_populate(Populate::Allocate);
-    let region = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &options).unwrap();
+    let region = GuestRegionShm::<()>::new((GuestAddress(0), MIB), &options).unwrap();
     assert_eq!(region.backing().allocated().unwrap(), MIB);
-    let lazy = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &RamOptions::new()).unwrap();
+    let lazy = GuestRegionShm::<()>::new((GuestAddress(0), MIB), &RamOptions::new()).unwrap();
     assert_eq!(lazy.backing().allocated().unwrap(), 0);
 }
 
@@ -320,7 +320,7 @@ fn more_than_the_machine_has_is_refused_before_the_first_page() {
             .build();
         assert_short(built.map(drop));
         let options = RamOptions::new().with_populate(mode);
-        assert_short(GuestRegionShm::<()>::new(GuestAddress(0), ENDLESS, &options).map(drop));
+        assert_short(GuestRegionShm::<()>::new((GuestAddress(0), ENDLESS), &options).map(drop));
 
         let lazy = memory(RamOptions::new(), ENDLESS);
         let populated = lazy.populate(PopulateOptions::new(mode));

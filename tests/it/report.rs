@@ -41,8 +41,8 @@ fn merging_and_reserving_shared_memory_is_reported_without_effect() {
     assert_eq!(
         found.to_string(),
         "ram0: merge=on has no effect: the kernel merges private pages only, never shared ones\n\
-         ram0: reserve=on reserves nothing for a POSIX shm: only huge pages of a pool are \
-         reserved; populate the RAM to be sure of it"
+         ram0: reserve=on reserves nothing here: only huge pages of a pool are reserved; \
+         populate the RAM to be sure of it"
     );
 }
 
@@ -96,7 +96,7 @@ fn ram_larger_than_the_machine_is_reported_and_built() {
 #[test]
 fn a_region_and_a_backing_report_as_building_does() {
     let options = RamOptions::new().with_merge(Merge::On);
-    let region = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &options).unwrap();
+    let region = GuestRegionShm::<()>::new((GuestAddress(0), MIB), &options).unwrap();
     assert_eq!(properties(&region.report()), ["merge"]);
     let backing = ShmBacking::create(&options, MIB).unwrap();
     assert!(matches!(backing.notes(), [Note::Merge]));

@@ -127,7 +127,7 @@ fn pages_are_given_back_without_advice() {
     for errno in ANSWERS {
         forbidden(&[MADVISE, (SYS_msync, None)], errno, || {
             let memory = memory(RamOptions::new().with_populate(Populate::Allocate), SIZE);
-            let discarded = memory.discard(GuestAddress(MIB), MIB).unwrap();
+            let discarded = memory.discard((GuestAddress(MIB), MIB)).unwrap();
             assert_eq!(discarded.freed, MIB);
             assert_eq!(allocated(&memory), SIZE - MIB);
         });
@@ -149,7 +149,7 @@ fn pages_are_given_back_without_advice() {
         let memory = memory(RamOptions::new(), MIB);
         memory.write_obj(7u8, GuestAddress(0)).unwrap();
         assert!(matches!(
-            memory.discard(GuestAddress(0), PAGE),
+            memory.discard((GuestAddress(0), PAGE)),
             Err(DiscardError::Failed { .. })
         ));
         assert_eq!(allocated(&memory), PAGE);
@@ -246,7 +246,7 @@ fn who_cannot_look_whether_there_is_memory_is_told_so() {
             let anyway = options().with_on_shortage(OnShortage::TryAnyway);
             memory.populate(anyway).unwrap();
             assert_eq!(allocated(&memory), MIB);
-            memory.discard(GuestAddress(0), MIB).unwrap();
+            memory.discard((GuestAddress(0), MIB)).unwrap();
         });
     }
 }

@@ -125,7 +125,7 @@ fn parts_of_a_backing_that_are_no_region_are_not_counted() {
     assert_eq!(allocated(&memory), [2 * PAGE]);
     assert_eq!(backing.allocated().unwrap(), 3 * PAGE);
     // The same part twice, at different guest addresses.
-    let alias = GuestRegionShm::from_backing(&backing, 2 * MIB, GuestAddress(MIB), MIB).unwrap();
+    let alias = GuestRegionShm::from_backing(&backing, 2 * MIB, (GuestAddress(MIB), MIB)).unwrap();
     let memory = memory.insert_region(std::sync::Arc::new(alias)).unwrap();
     assert_eq!(allocated(&memory), [2 * PAGE, 2 * PAGE]);
 }
@@ -180,7 +180,7 @@ fn huge_pages_are_those_of_smaps() {
             _ => return skip("the kernel has no PAGEMAP_SCAN"),
         }
         // One that is split is none any more, though nearly all of it is there.
-        memory.discard(GuestAddress(0), PAGE).unwrap();
+        memory.discard((GuestAddress(0), PAGE)).unwrap();
         let after = from_smaps(regions[0], "ShmemPmdMapped");
         assert_eq!((after, huge()[0]), (expected - HUGE, Some(after)));
     });

@@ -93,7 +93,7 @@ proptest! {
         for part in discarded {
             let part = place(part);
             let len = (part.end - part.start) * PAGE;
-            memory.discard(GuestAddress(part.start * PAGE), len).unwrap();
+            memory.discard((GuestAddress(part.start * PAGE), len)).unwrap();
             pages.retain(|page| !part.contains(page));
         }
         // Full backings are told without a look at them.
@@ -198,7 +198,7 @@ fn a_part_of_a_larger_file_is_told_from_the_rest() {
     memory.write_obj(1u8, GuestAddress(5 * PAGE)).unwrap();
     assert_eq!(extents(&memory, 0), [(5, 1)]);
     assert_eq!(memory.stats().unwrap().allocated(), PAGE);
-    let discarded = memory.discard(GuestAddress(0), MIB).unwrap();
+    let discarded = memory.discard((GuestAddress(0), MIB)).unwrap();
     assert_eq!(discarded.freed, MIB);
     assert_eq!(extents(&memory, 0), []);
     let rest = nix::sys::stat::fstat(&file).unwrap().st_blocks as u64 * 512;

@@ -32,7 +32,7 @@ fn always_there() -> GuestMemoryShm {
 
 /// A region with a backing of its own whose first and last eight bytes are `round`.
 fn region_of(round: u64) -> Arc<GuestRegionShm> {
-    let region = GuestRegionShm::new(PLUGGED, 2 * PAGE, &RamOptions::new()).expect("mapped");
+    let region = GuestRegionShm::new((PLUGGED, 2 * PAGE), &RamOptions::new()).expect("mapped");
     let end = vm_memory::MemoryRegionAddress(2 * PAGE - 8);
     region
         .write_obj(round, vm_memory::MemoryRegionAddress(0))

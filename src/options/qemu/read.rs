@@ -7,10 +7,11 @@ use std::str::FromStr;
 use super::kind::Kind;
 use super::pairs::Pairs;
 use super::values::{self, A_NUMBER, A_SIZE, A_SWITCH, NODES};
+use crate::host::NodeSet;
 use crate::options::error::{OptionsError, Result};
 use crate::options::{
-    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
-    Populate, RamOptions, Reserve, Sealing, Unused,
+    Access, Backing, CoreDump, DiscardData, Merge, NumaPolicy, OnShortage, PageSize, Populate,
+    RamOptions, Reserve, Sealing, Unused,
 };
 
 /// Reads what QEMU's `-object` takes: `memory-backend-memfd,size=64M,prealloc=on`.
@@ -231,7 +232,9 @@ impl Reader<'_> {
             let first = u32::try_from(first).map_err(|_| refused())?;
             // The first that there is not ends it: a range is not walked for ever.
             for node in first..=last {
-                nodes.insert(node)?;
+                if !nodes.insert(node) {
+                    return Err(OptionsError::NodeNumber { node });
+                }
             }
         }
         let policy: fn(NodeSet) -> NumaPolicy = match self.pairs.last("policy") {

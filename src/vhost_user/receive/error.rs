@@ -136,7 +136,7 @@ pub enum ReceiveError {
     /// A region that reaches past the end of its file, where touching it would be SIGBUS.
     #[error(
         "region {index} has {} at mmap offset {offset:#x}, and its file has {}: touching what is \
-         behind the end would be SIGBUS, make the file longer or the region shorter",
+         past the end would be SIGBUS, make the file longer or the region shorter",
         HumanSize(*.size), HumanSize(*.len)
     )]
     FileTooShort {
@@ -218,7 +218,7 @@ impl ReceiveError {
     /// | `EFAULT` (14) | an address that is in no region, a ring that runs out of its region |
     /// | `ENOSPC` (28) | more regions than there are memory slots |
     /// | `EFBIG` (27) | more memory than the policy allows |
-    /// | `ENXIO` (6) | a region behind the end of its file |
+    /// | `ENXIO` (6) | a region past the end of its file |
     /// | `EPERM` (1) | seals that are not as the policy demands |
     /// | `EBADF` (9) | a descriptor that is no memory, or of a kind that the policy does not allow |
     /// | `ENOMEM` (12) | the daemon cannot map it: no address space, no huge pages, no descriptors |

@@ -121,7 +121,7 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
             },
             6,
             "region 0 has 1 MiB at mmap offset 0x1000, and its file has 1 MiB: touching what \
-             is behind the end would be SIGBUS, make the file longer or the region shorter",
+             is past the end would be SIGBUS, make the file longer or the region shorter",
         ),
         (
             ReceiveError::NoSuchRegion {

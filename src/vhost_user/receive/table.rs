@@ -226,10 +226,10 @@ impl<B> ReceivedTable<B> {
 
     /// The region that holds a user address, and the offset in it.
     fn find(&self, user_addr: u64) -> Option<(&UserRange, u64)> {
-        let behind = self
+        let after = self
             .by_user
             .partition_point(|range| range.start <= user_addr);
-        let range = self.by_user.get(behind.checked_sub(1)?)?;
+        let range = self.by_user.get(after.checked_sub(1)?)?;
         let offset = user_addr - range.start;
         (offset < range.size).then_some((range, offset))
     }
@@ -253,8 +253,7 @@ impl<B> ReceivedTable<B> {
             let placed = GuestRegionShm::from_backing_with_bitmap(
                 backing,
                 region.mmap_offset,
-                guest_addr,
-                size,
+                (guest_addr, size),
                 &*self.bitmap,
             );
             memory.push(Arc::new(placed.map_err(|error| at(index, error))?));

@@ -23,7 +23,8 @@ type Cause = Arc<dyn Error + Send + Sync>;
 
 /// Why a daemon does not hold the memory that it should, or does not log what it writes.
 ///
-/// Whether the share goes on, says [`VhostUserShare::broken`](crate::VhostUserShare::broken).
+/// [`VhostUserShare::broken`](crate::VhostUserShare::broken) tells whether the share is still
+/// usable.
 #[non_exhaustive]
 #[derive(Debug)]
 pub enum ShareError {

@@ -15,7 +15,7 @@
 //!
 //! There is one log until logging stops, which grows in place and is never sent with a smaller
 //! size: whichever message a daemon handled last, it sets bits in the same pages, and they are
-//! harvested. That includes a daemon whose connection has ended, and which does not know it yet.
+//! harvested. That includes a daemon that does not know yet that its connection has ended.
 
 use super::error::{DaemonRequest, Result, ShareError};
 use super::logging::Logging;

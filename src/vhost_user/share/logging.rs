@@ -1,4 +1,4 @@
-//! What is known of a daemon that logs what it writes, and of those whose connections have ended.
+//! The state of a daemon's log, and of daemons whose connections ended while they logged.
 
 use super::error::Result;
 use super::log::DaemonLog;
@@ -50,7 +50,7 @@ impl Former {
 }
 
 impl Logging {
-    /// That a daemon is to log which was told of a region before, or was not.
+    /// The state of a daemon that is to log, and that can reach RAM already, or not.
     pub(super) fn new(reaches_ram: bool) -> Self {
         Self {
             reaches_ram,
@@ -158,8 +158,8 @@ impl Logging {
     }
 
     /// Takes what is dirty, together with what former daemons may have written without noting it:
-    /// as it was when their connections ended, and all of it once more when they are dead, or when
-    /// nobody will ask again.
+    /// once when their connections ended, and once more when they are dead, or when this is the
+    /// last harvest.
     pub(super) fn harvest(&mut self, is_last: bool) -> Vec<GuestRange> {
         let mut former = std::mem::take(&mut self.former);
         // Before the log is read: what the dead have noted is there.

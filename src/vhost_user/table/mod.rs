@@ -138,11 +138,6 @@ impl MemoryTable {
         self.regions.iter().try_for_each(whole)
     }
 
-    /// Whether a region starts at this address.
-    pub(crate) fn starts_at(&self, start: GuestAddress) -> bool {
-        place_of(&self.regions, start).is_ok()
-    }
-
     /// Whether this very region is in the table.
     pub(crate) fn contains(&self, region: &TableRegion) -> bool {
         let place = self.place_of(region);
@@ -236,7 +231,7 @@ mod tests {
         let mut new = keep;
         for start in [9, 1, 6] {
             let region =
-                GuestRegionShm::new(GuestAddress(start * MIB), MIB, &RamOptions::new()).unwrap();
+                GuestRegionShm::new((GuestAddress(start * MIB), MIB), &RamOptions::new()).unwrap();
             new = new.insert_region(Arc::new(region)).unwrap();
         }
         let (old, new) = (old.memory_table(), new.memory_table());

@@ -82,7 +82,7 @@ fn ram_that_is_unplugged_while_a_device_is_away_is_free() {
     assert!(descriptors_of(ino) > 0);
     daemon.hang_up();
     daemon.wait_disconnected(PATIENCE).unwrap();
-    let report = space.remove(GuestAddress(4 * MIB), MIB).unwrap();
+    let report = space.remove((GuestAddress(4 * MIB), MIB)).unwrap();
     assert_eq!(report.stale().len(), 1);
     drop(report);
     assert_eq!(descriptors_of(ino), 0);
@@ -120,7 +120,7 @@ fn a_guest_that_grew_past_eight_regions_reconnects() {
     // It is away, as before, and not in the way of all that follows.
     simple.wait_disconnected(PATIENCE).unwrap();
     for at in 8..=20 {
-        let report = space.remove(GuestAddress(2 * at * MIB), MIB).unwrap();
+        let report = space.remove((GuestAddress(2 * at * MIB), MIB)).unwrap();
         assert!(report.stale()[0].is(&id));
     }
     reconnect(&space, &id, &simple).unwrap();
@@ -134,7 +134,7 @@ fn what_is_unplugged_is_taken_from_the_daemon() {
     space.attach("device", share(&daemon, PATIENCE)).unwrap();
     space.insert(region(4)).told_all();
     daemon.clear_requests();
-    space.remove(GuestAddress(4 * MIB), MIB).told_all();
+    space.remove((GuestAddress(4 * MIB), MIB)).told_all();
     assert_eq!(changes(&daemon), ["remove"]);
     assert_eq!(mapped(&daemon), published(&space));
 }
@@ -168,7 +168,7 @@ fn every_region_has_a_descriptor_and_is_in_the_table() {
     space.attach("device", share(&daemon, PATIENCE)).unwrap();
     for (at, backing) in [(4, Backing::Memfd), (6, Backing::PosixShm)] {
         let options = RamOptions::new().with_backing(backing);
-        let region = GuestRegionShm::new(GuestAddress(at * MIB), MIB, &options).unwrap();
+        let region = GuestRegionShm::new((GuestAddress(at * MIB), MIB), &options).unwrap();
         space.insert(region).told_all();
     }
     let memory = space.memory().memory();
@@ -186,8 +186,8 @@ fn what_is_no_ram_is_in_no_table() {
     let options = RamOptions::new()
         .with_backing(Backing::File(path))
         .with_access(Access::ReadOnly);
-    let _rom = GuestRom::new(GuestAddress(8 * MIB), MIB, &options).unwrap();
-    assert!(GuestRegionShm::<()>::new(GuestAddress(8 * MIB), MIB, &options).is_err());
+    let _rom = GuestRom::new((GuestAddress(8 * MIB), MIB), &options).unwrap();
+    assert!(GuestRegionShm::<()>::new((GuestAddress(8 * MIB), MIB), &options).is_err());
     assert_eq!(space().memory().memory().memory_table().regions().len(), 1);
 }
 

@@ -197,7 +197,7 @@ fn starting_the_log_puts_back_a_slot_that_another_removed() {
     machine.reaches(PLUG);
     let dirty = machine.slots(KvmSlots::dirty_log).unwrap();
     assert_eq!(dirty[0].region(), range(PLUG, MIB));
-    machine.space.remove(GuestAddress(PLUG), MIB).told_all();
+    machine.space.remove((GuestAddress(PLUG), MIB)).told_all();
     machine.misses(PLUG);
 }
 

@@ -379,7 +379,7 @@ fn a_daemon_of_an_address_space_logs_what_is_plugged_and_a_change_that_is_undone
     written.insert(touch(&mut driver, 10 * MIB + PAGE));
     space.insert(regions(&[40]).remove(0)).told_all();
     written.insert(touch(&mut driver, 40 * MIB));
-    space.remove(GuestAddress(40 * MIB), MIB).told_all();
+    space.remove((GuestAddress(40 * MIB), MIB)).told_all();
     written.insert(touch(&mut driver, 10 * MIB + 2 * PAGE));
     let stopped = space.with_listener(&blk, Share::stop_log).unwrap();
     let dirty = stopped.dirty();

@@ -143,30 +143,6 @@ fn a_refused_whole_table_breaks_the_share_unless_the_connection_says_it_keeps_th
 }
 
 #[test]
-fn bases_of_a_failed_update_and_of_a_dropped_report_are_kept() {
-    let mut share = share(8, SLOTS | ACK);
-    share.connection_mut().base = Some(7);
-    // The third region is refused, after GET_MAX_MEM_SLOTS and two regions, each acknowledged.
-    share.connection_mut().fail = Some((5, || DaemonFailure::refused("no")));
-    share.update_table(&table(&[1, 2, 3])).unwrap_err();
-    let mib = |start: u64| GuestAddress(start << 20);
-    assert_eq!(share.take_bases(), [(mib(1), 7), (mib(2), 7)]);
-    assert_eq!(share.take_bases(), []);
-
-    let held = share.table().clone();
-    let more = table(&[4, 5]);
-    let mut all = held.clone();
-    more.regions().iter().for_each(|region| all.insert(region));
-    let report = share.update_table(&all).unwrap();
-    share.keep_bases(report);
-    // What is gone has no base.
-    let mut fewer = all.clone();
-    fewer.remove(&more.regions()[0]);
-    share.update_table(&fewer).unwrap();
-    assert_eq!(share.take_bases(), [(mib(5), 7)]);
-}
-
-#[test]
 fn a_refused_log_fails_the_update_and_is_sent_by_the_next() {
     use Said::*;
     // A word is 64 pages, so a region of 1 MiB needs 4 of them.
