@@ -120,12 +120,10 @@ impl ShareError {
     /// The region that it is about, if it is about one.
     pub(crate) fn range(&self) -> Option<GuestRange> {
         match self {
-            Self::Daemon { request, .. } => match request {
-                DaemonRequest::AddRegion(range) | DaemonRequest::RemoveRegion(range) => {
-                    Some(*range)
-                }
-                _ => None,
-            },
+            Self::Daemon {
+                request: DaemonRequest::AddRegion(range) | DaemonRequest::RemoveRegion(range),
+                ..
+            } => Some(*range),
             Self::Table(
                 TableError::NoHostAddress { range } | TableError::OpaqueConstant { range, .. },
             ) => Some(*range),
