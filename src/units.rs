@@ -28,10 +28,23 @@ impl fmt::Display for HumanSize {
                     let tenths = u128::from(self.0) * 10 / u128::from(*unit);
                     format!("{}.{} {name} ({} bytes)", tenths / 10, tenths % 10, self.0)
                 }
-                None => format!("{} bytes", self.0),
+                None => Counted(self.0, "byte").to_string(),
             },
         };
         f.pad(&text)
+    }
+}
+
+/// A number of things, with a noun that agrees with it.
+#[derive(Clone, Copy)]
+pub(crate) struct Counted<N>(pub(crate) N, pub(crate) &'static str);
+
+impl<N: fmt::Display> fmt::Display for Counted<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(number, noun) = self;
+        let number = number.to_string();
+        let plural = if number == "1" { "" } else { "s" };
+        write!(f, "{number} {noun}{plural}")
     }
 }
 
