@@ -96,7 +96,7 @@ mod tests {
     fn sizes_print_exactly() {
         for (bytes, text) in [
             (0, "0 bytes"),
-            (1, "1 bytes"),
+            (1, "1 byte"),
             (1024, "1 KiB"),
             (5000, "4.8 KiB (5000 bytes)"),
             (64 << 20, "64 MiB"),
