@@ -108,7 +108,7 @@ fn plug(count: usize, rounds: usize, late: Option<Duration>) -> Result<(), Failu
         let all = theirs.iter().map(|daemon| (daemon, 4));
         for (daemon, changes) in all.chain(ours.iter().map(|daemon| (daemon, 2))) {
             for change in 1..=changes * rounds as u64 {
-                daemon.inject(Fault::answer_late(change, late));
+                daemon.inject(change, Fault::AnswerLate(late));
             }
         }
     }
@@ -254,7 +254,7 @@ fn reconnect(rounds: usize) -> Result<(), Failure> {
     let mut builder = GuestMemoryShm::<()>::builder();
     for slot in 0..REGIONS {
         // A descriptor for each, as hotplug makes them.
-        builder = builder.with_ram(RamOptions::new(), [(GuestAddress(slot * 2 * SIZE), SIZE)]);
+        builder = builder.add_ram(RamOptions::new(), [(GuestAddress(slot * 2 * SIZE), SIZE)]);
     }
     let memory = builder.build()?;
     let table = memory.memory_table();

@@ -10,7 +10,7 @@
 //!
 //! let pci_hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
 //! let memory = GuestMemoryShm::<()>::builder()
-//!     .with_ram(RamOptions::new(), ram_around_hole(4 << 30, pci_hole)?)
+//!     .add_ram(RamOptions::new(), ram_around_hole(4 << 30, pci_hole)?)
 //!     .build()?;
 //!
 //! memory.write_obj(0xcafe_u16, GuestAddress(4 << 30)).expect("there is RAM");
@@ -204,8 +204,8 @@ pub use kvm::{
 pub use listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{
-    Access, Backing, CoreDump, DiscardData, Merge, NumaPolicy, OnShortage, PageSize, Populate,
-    RamOptions, Reserve, Sealing,
+    Access, BackingSource, CoreDump, DiscardData, Merge, NumaPolicy, OnShortage, PageSize,
+    Populate, RamOptions, Reserve, Sealing,
 };
 pub use pool::{CancelToken, Progress};
 pub use populate::{OnFailure, PopulateHandle, PopulateOptions, Populated};

@@ -9,7 +9,7 @@ use crate::error::{FileError, Result};
 #[cfg(feature = "kvm")]
 use crate::mapping::HostAddr;
 use crate::mapping::Mapping;
-use crate::options::{Access, Backing, RamOptions};
+use crate::options::{Access, BackingSource, RamOptions};
 use crate::range::{GuestRange, InvalidRange};
 
 /// A file mapped for reading only (`PROT_READ`, `MAP_SHARED`), for firmware and the like: QEMU's
@@ -24,14 +24,14 @@ use crate::range::{GuestRange, InvalidRange};
 /// between two guard pages.
 ///
 /// ```
-/// use guest_memory_shm::{Access, Backing, GuestRom, RamOptions};
+/// use guest_memory_shm::{Access, BackingSource, GuestRom, RamOptions};
 /// use vm_memory::GuestAddress;
 ///
 /// # let dir = tempfile::tempdir()?;
 /// # let path = dir.path().join("firmware");
 /// std::fs::write(&path, vec![0xea; 64 << 10])?;
 /// let options = RamOptions::new()
-///     .with_backing(Backing::File(path))
+///     .with_backing(BackingSource::File(path))
 ///     .with_access(Access::ReadOnly);
 /// let rom = GuestRom::new((GuestAddress(0xf_0000), 64 << 10), &options)?;
 ///
@@ -55,7 +55,7 @@ impl GuestRom {
     ///
     /// # Errors
     ///
-    /// [`FileError::WritableRom`] unless the options are those of a [`Backing::File`] with
+    /// [`FileError::WritableRom`] unless the options are those of a [`BackingSource::File`] with
     /// [`Access::ReadOnly`]; [`FileError::NothingToRead`] and [`FileError::TooShort`] for a file
     /// without the contents; [`Error::Range`](crate::Error::Range) for a bad place;
     /// those of
@@ -65,7 +65,7 @@ impl GuestRom {
         range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
         options: &RamOptions,
     ) -> Result<Self> {
-        let is_file = matches!(options.backing(), Backing::File(_));
+        let is_file = matches!(options.backing(), BackingSource::File(_));
         if !is_file || options.access() != Access::ReadOnly {
             return Err(FileError::WritableRom.into());
         }

@@ -20,7 +20,7 @@ use crate::units::HumanSize;
 /// // More than any machine has.
 /// let options = RamOptions::new().with_populate(Populate::Prefault);
 /// let refused = GuestMemoryShm::<()>::builder()
-///     .with_ram(options, [(GuestAddress(0), 1 << 46)])
+///     .add_ram(options, [(GuestAddress(0), 1 << 46)])
 ///     .build()
 ///     .unwrap_err();
 /// let shortage = refused.shortage().expect("memory is short");

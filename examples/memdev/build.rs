@@ -82,7 +82,7 @@ pub(crate) fn build(mut backends: Vec<Backend>, populate: bool) -> Result<Built>
         } else {
             named
         };
-        builder = builder.with_ram(options, [(backend.start, size)]);
+        builder = builder.add_ram(options, [(backend.start, size)]);
         ram = true;
     }
     let (memory, report) = if ram {

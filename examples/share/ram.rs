@@ -75,8 +75,8 @@ impl Ram {
         // POSIX shared memory has a name for a moment.
         let whole = ending::whole();
         let all = GuestMemoryShm::<()>::builder()
-            .with_ram(options.clone(), ranges)
-            .with_ram(options.clone(), [(plug_addr, PLUG_SIZE)])
+            .add_ram(options.clone(), ranges)
+            .add_ram(options.clone(), [(plug_addr, PLUG_SIZE)])
             .build()
             .or_fail(doing)?;
         drop(whole);

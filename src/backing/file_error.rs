@@ -144,7 +144,7 @@ pub enum FileError {
 
     /// A ROM was to be made of something that is not a file opened for reading only.
     #[error(
-        "a ROM is made of a file that is opened for reading only: use Backing::File and \
+        "a ROM is made of a file that is opened for reading only: use BackingSource::File and \
          Access::ReadOnly (mem-path=..., readonly=on, rom=on)"
     )]
     WritableRom,

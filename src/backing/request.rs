@@ -16,7 +16,7 @@ use crate::host::memory::{Demand, Kind, MemoryLimits};
 use crate::host::{NodeSet, base_page_size, nodes};
 use crate::logs;
 use crate::options::{
-    Backing, NumaPolicy, OnShortage, OptionsError, PageSize, RamOptions, Sealing,
+    BackingSource, NumaPolicy, OnShortage, OptionsError, PageSize, RamOptions, Sealing,
 };
 use crate::range::RangePart;
 use crate::report::{Note, log_notes};
@@ -53,14 +53,14 @@ impl ShmBacking {
     ///
     /// The options hold for every region on it: transparent huge pages and core dumps too.
     /// A memfd is sealed against any change of its size before this returns. In a
-    /// [`Backing::File`] the RAM is past [`RamOptions::offset`], from [`start`](Self::start) to
+    /// [`BackingSource::File`] the RAM is past [`RamOptions::offset`], from [`start`](Self::start) to
     /// [`end`](Self::end).
     ///
     /// ```
-    /// use guest_memory_shm::{Backing, BackingKind, RamOptions, ShmBacking};
+    /// use guest_memory_shm::{BackingSource, BackingKind, RamOptions, ShmBacking};
     ///
     /// // A file without a name, for as long as anybody uses it.
-    /// let options = RamOptions::new().with_backing(Backing::File("/dev/shm".into()));
+    /// let options = RamOptions::new().with_backing(BackingSource::File("/dev/shm".into()));
     /// let backing = ShmBacking::create(&options, 1 << 20)?;
     /// assert_eq!(backing.kind(), BackingKind::ShmFile);
     /// # Ok::<(), guest_memory_shm::Error>(())
@@ -86,15 +86,15 @@ impl<'a> Resolved<'a> {
         options.check()?;
         let mut place = None;
         let (kind, page_size) = match (options.backing(), options.page_size()) {
-            (Backing::File(path), _) => {
+            (BackingSource::File(path), _) => {
                 let found = place.insert(Place::look(path)?);
                 (found.kind(), found.page_size())
             }
-            (Backing::Memfd, PageSize::Huge(size)) => {
+            (BackingSource::Memfd, PageSize::Huge(size)) => {
                 (BackingKind::HugetlbMemfd, hugetlb::page_size(size)?)
             }
-            (Backing::Memfd, _) => (BackingKind::Memfd, base_page_size()),
-            (Backing::PosixShm, _) => (BackingKind::PosixShm, base_page_size()),
+            (BackingSource::Memfd, _) => (BackingKind::Memfd, base_page_size()),
+            (BackingSource::PosixShm, _) => (BackingKind::PosixShm, base_page_size()),
         };
         Ok(Self {
             options,

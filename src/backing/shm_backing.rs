@@ -16,7 +16,7 @@ use super::made::Made;
 use super::seals::Seals;
 use crate::options::MapOptions;
 #[cfg(doc)]
-use crate::options::{Backing, RamOptions};
+use crate::options::{BackingSource, RamOptions};
 use crate::range::RangePart;
 use crate::report::Note;
 use crate::units::HumanSize;
@@ -114,7 +114,7 @@ impl ShmBacking {
 
     /// Where RAM ends in it, in bytes from the start of the file: no region reaches further.
     ///
-    /// Of a [`Backing::File`] that is [`RamOptions::offset`] and the size of the RAM, and the file
+    /// Of a [`BackingSource::File`] that is [`RamOptions::offset`] and the size of the RAM, and the file
     /// may be longer; of all others it is the length of the file when the backing was made, which
     /// sealed ones keep.
     pub fn end(&self) -> u64 {
@@ -124,10 +124,10 @@ impl ShmBacking {
     /// How much RAM it can carry, in bytes: from [`start`](Self::start) to [`end`](Self::end).
     ///
     /// ```
-    /// use guest_memory_shm::{Backing, RamOptions, ShmBacking};
+    /// use guest_memory_shm::{BackingSource, RamOptions, ShmBacking};
     ///
     /// let options = RamOptions::new()
-    ///     .with_backing(Backing::File("/dev/shm".into()))
+    ///     .with_backing(BackingSource::File("/dev/shm".into()))
     ///     .with_offset(1 << 20);
     /// let backing = ShmBacking::create(&options, 4 << 20)?;
     /// assert_eq!((backing.start(), backing.end()), (1 << 20, 5 << 20));

@@ -44,7 +44,7 @@ const CHUNK: u64 = 2 << 20;
 /// use vm_memory::GuestAddress;
 ///
 /// let memory = GuestMemoryShm::<()>::builder()
-///     .with_ram(
+///     .add_ram(
 ///         RamOptions::new().with_page_size(PageSize::Transparent),
 ///         [(GuestAddress(0), 64 << 20)],
 ///     )
@@ -116,8 +116,7 @@ impl DiscardAccumulator {
             if pages.is_empty() {
                 continue;
             }
-            let start = piece.ram.range.start_addr().0;
-            let pages = start + pages.start..start + pages.end;
+            let pages = piece.ram.in_guest(pages).addrs();
             let (units, owner) = (units(piece.ram), Owner::of(piece.ram));
             for part in self.collector.add(&units, &owner, pages) {
                 complete.push((units, owner.clone(), part));

@@ -18,7 +18,7 @@ pub(crate) type Result<T, E = MapError> = std::result::Result<T, E>;
 ///
 /// // More than the address space of a process.
 /// let refused = GuestMemoryShm::<()>::builder()
-///     .with_ram(RamOptions::new(), [(GuestAddress(0), 1 << 60)])
+///     .add_ram(RamOptions::new(), [(GuestAddress(0), 1 << 60)])
 ///     .build();
 /// assert!(matches!(refused, Err(Error::Map(MapError::Reserve { .. }))));
 /// ```

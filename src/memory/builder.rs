@@ -22,16 +22,16 @@ const ALL: &str = "all RAM";
 /// Builds a [`GuestMemoryShm`] of several backings, each of which can carry several ranges.
 ///
 /// ```
-/// use guest_memory_shm::{Backing, GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
+/// use guest_memory_shm::{BackingSource, GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
 /// use vm_memory::GuestAddress;
 ///
 /// let hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
 /// let memory = GuestMemoryShm::<()>::builder()
 ///     // One descriptor carries the RAM below and above the hole.
-///     .with_ram(RamOptions::new(), ram_around_hole(4 << 30, hole)?)
+///     .add_ram(RamOptions::new(), ram_around_hole(4 << 30, hole)?)
 ///     // Another one, which can be truncated by whoever holds it, is for a trusted daemon.
-///     .with_ram(
-///         RamOptions::new().with_backing(Backing::PosixShm),
+///     .add_ram(
+///         RamOptions::new().with_backing(BackingSource::PosixShm),
 ///         [(GuestAddress(1 << 40), 16 << 20)],
 ///     )
 ///     .build()?;
@@ -121,7 +121,7 @@ impl<B> GuestMemoryShmBuilder<B> {
     /// let track = true; // as this guest wants it
     /// let bitmap = move |size: u64| track.then(|| AtomicBitmap::new(size as usize, page));
     /// let memory: GuestMemoryShm<Option<AtomicBitmap>> = GuestMemoryShm::<()>::builder()
-    ///     .with_ram(RamOptions::new(), [(GuestAddress(0), 1 << 20)])
+    ///     .add_ram(RamOptions::new(), [(GuestAddress(0), 1 << 20)])
     ///     .with_bitmap(move |range| bitmap(range.size()))
     ///     .build()?;
     /// memory.write_obj(1u8, GuestAddress(0x3000)).expect("there is RAM");
@@ -145,7 +145,7 @@ impl<B> GuestMemoryShmBuilder<B> {
     /// The ranges lie in the backing one behind the other, in the order given, from
     /// [`RamOptions::offset`] on: the second begins where the first ends. Huge pages need a guest
     /// address and an offset that are congruent modulo the size of a huge page.
-    pub fn with_ram(
+    pub fn add_ram(
         mut self,
         options: RamOptions,
         ranges: impl IntoIterator<Item: TryInto<GuestRange, Error: Into<InvalidRange>>>,
@@ -159,7 +159,7 @@ impl<B> GuestMemoryShmBuilder<B> {
 
     /// Adds RAM in these ranges on a backing that exists, for example an adopted one, one behind
     /// the other from `offset` bytes on.
-    pub fn with_backing(
+    pub fn add_backing(
         mut self,
         backing: &ShmBacking,
         offset: u64,

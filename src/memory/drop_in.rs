@@ -83,7 +83,7 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
         check_sorted(checked.into_iter())?;
         let mut builder = Self::builder().of_any_size();
         if !new.is_empty() {
-            builder = builder.with_ram(RamOptions::new(), new);
+            builder = builder.add_ram(RamOptions::new(), new);
         }
         // Ranges of one file share its backing, and so all that is known of it.
         let mut backings: Vec<(Arc<File>, ShmBacking)> = Vec::new();
@@ -95,7 +95,7 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
                 Some((_, backing)) => backing.clone(),
                 None => ShmBacking::of_file(file.arc().clone())?,
             };
-            builder = builder.with_backing(&backing, file.start(), [(addr, size)]);
+            builder = builder.add_backing(&backing, file.start(), [(addr, size)]);
             backings.push((file.arc().clone(), backing));
         }
         builder.build()

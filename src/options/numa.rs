@@ -13,7 +13,7 @@ use crate::host::NodeSet;
 /// let first = NodeSet::from_nodes([0]).expect("0 is below 128");
 /// let local = RamOptions::new().with_numa(NumaPolicy::Bind(first));
 /// let memory = GuestMemoryShm::<()>::builder()
-///     .with_ram(local, [(GuestAddress(0), 16 << 20)])
+///     .add_ram(local, [(GuestAddress(0), 16 << 20)])
 ///     .build()?;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```

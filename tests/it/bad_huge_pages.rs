@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use guest_memory_shm::{
-    Backing, BackingError, Error, GuestMemoryShm, GuestRegionShm, OptionsError, ResourceLimit,
-    ShmBacking,
+    BackingError, BackingSource, Error, GuestMemoryShm, GuestRegionShm, OptionsError,
+    ResourceLimit, ShmBacking,
 };
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, GuestAddress, VolatileMemory};
@@ -22,7 +22,7 @@ const HUGE: u64 = 2 * MIB;
 #[test]
 fn huge_pages_of_posix_shm_are_refused() {
     in_own_process_leaving_nothing!(|| {
-        let options = huge(HUGE).with_backing(Backing::PosixShm);
+        let options = huge(HUGE).with_backing(BackingSource::PosixShm);
         let text = "hugetlb does not go with POSIX shared memory: it has no huge pages of a pool, \
                     use a memfd backing, or page size transparent (thp=on)";
         assert_refused!(
@@ -110,8 +110,8 @@ fn backings_that_only_together_exceed_the_pool_are_refused_before_any_is_created
         let before = (pool.free(), pool.reserved());
         let two = |first, second| {
             GuestMemoryShm::<()>::builder()
-                .with_ram(huge(HUGE), [(GuestAddress(0), first * HUGE)])
-                .with_ram(huge(HUGE), [(GuestAddress(1 << 40), second * HUGE)])
+                .add_ram(huge(HUGE), [(GuestAddress(0), first * HUGE)])
+                .add_ram(huge(HUGE), [(GuestAddress(1 << 40), second * HUGE)])
                 .build()
         };
         leaves_nothing(|| {

@@ -9,8 +9,8 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
 use guest_memory_shm::{
-    AdoptPolicy, Backing, DiscardError, Discarded, GuestMemoryShm, InvalidRange, RamOptions, Seals,
-    ShmBacking,
+    AdoptPolicy, BackingSource, DiscardError, Discarded, GuestMemoryShm, InvalidRange, RamOptions,
+    Seals, ShmBacking,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -28,7 +28,7 @@ const SIZE: u64 = 64 * PAGE;
 /// RAM at 0 of one kind, all of it written.
 fn filled(options: RamOptions, size: u64) -> GuestMemoryShm {
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(options, [(GuestAddress(0), size)])
+        .add_ram(options, [(GuestAddress(0), size)])
         .build()
         .unwrap();
     fill(&memory, 0..size);
@@ -65,7 +65,7 @@ fn discard_frees_pages_and_every_process_reads_zero() {
         for (options, seals) in [
             (RamOptions::new(), Seals::RESIZE | Seals::SEAL),
             (
-                RamOptions::new().with_backing(Backing::PosixShm),
+                RamOptions::new().with_backing(BackingSource::PosixShm),
                 Seals::empty(),
             ),
         ] {
@@ -151,12 +151,12 @@ fn parts_of_pages_are_kept_with_their_contents() {
 /// Three regions without a gap: two on one backing, in reverse order, and one on another.
 fn three_regions() -> GuestMemoryShm {
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(
+        .add_ram(
             RamOptions::new(),
             [(GuestAddress(SIZE), SIZE), (GuestAddress(0), SIZE)],
         )
-        .with_ram(
-            RamOptions::new().with_backing(Backing::PosixShm),
+        .add_ram(
+            RamOptions::new().with_backing(BackingSource::PosixShm),
             [(GuestAddress(2 * SIZE), SIZE)],
         )
         .build()
@@ -273,8 +273,8 @@ fn a_file_system_without_holes_is_refused_before_anything_is_discarded() {
         let policy = AdoptPolicy::new().with_disk_files();
         let ramfs = ShmBacking::adopt(file.into(), &policy).unwrap();
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(RamOptions::new(), [(GuestAddress(0), SIZE)])
-            .with_backing(&ramfs, 0, [(GuestAddress(SIZE), SIZE)])
+            .add_ram(RamOptions::new(), [(GuestAddress(0), SIZE)])
+            .add_backing(&ramfs, 0, [(GuestAddress(SIZE), SIZE)])
             .build()
             .unwrap();
         fill(&memory, 0..2 * SIZE);
@@ -299,7 +299,7 @@ fn a_file_on_a_disk_gets_holes() {
     let policy = AdoptPolicy::new().with_disk_files();
     let disk = ShmBacking::adopt(file.into(), &policy).unwrap();
     let memory = GuestMemoryShm::<()>::builder()
-        .with_backing(&disk, 0, [(GuestAddress(0), SIZE)])
+        .add_backing(&disk, 0, [(GuestAddress(0), SIZE)])
         .build()
         .unwrap();
     fill(&memory, 0..SIZE);

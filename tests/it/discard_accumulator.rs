@@ -23,7 +23,7 @@ fn transparent(ranges: &[(u64, u64)]) -> GuestMemoryShm {
         .map(|(addr, size)| (GuestAddress(*addr), *size))
         .collect();
     GuestMemoryShm::<()>::builder()
-        .with_ram(options, ranges)
+        .add_ram(options, ranges)
         .build()
         .unwrap()
 }

@@ -27,7 +27,7 @@ const HUGE: u64 = 2 << 20;
 fn ram(page_size: PageSize, size: u64) -> GuestMemoryShm {
     let options = RamOptions::new().with_page_size(page_size);
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(options, [(GuestAddress(0), size)])
+        .add_ram(options, [(GuestAddress(0), size)])
         .build()
         .unwrap();
     for addr in (0..size).step_by(PAGE as usize) {
@@ -103,8 +103,8 @@ fn a_range_may_span_huge_and_base_pages() {
         };
         let huge = RamOptions::new().with_page_size(PageSize::Huge(Some(HUGE)));
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(RamOptions::new(), [(GuestAddress(0), 2 * HUGE)])
-            .with_ram(huge, [(GuestAddress(2 * HUGE), 2 * HUGE)])
+            .add_ram(RamOptions::new(), [(GuestAddress(0), 2 * HUGE)])
+            .add_ram(huge, [(GuestAddress(2 * HUGE), 2 * HUGE)])
             .build()
             .unwrap();
         for addr in (0..4 * HUGE).step_by(PAGE as usize) {
@@ -271,7 +271,7 @@ fn an_adopted_hugetlb_file_is_discarded_by_whole_pages() {
         let fd = backing(&memory).as_fd().try_clone_to_owned().unwrap();
         let adopted = ShmBacking::adopt(fd, &AdoptPolicy::new()).unwrap();
         let second = GuestMemoryShm::<()>::builder()
-            .with_backing(&adopted, HUGE, [(GuestAddress(0), HUGE)])
+            .add_backing(&adopted, HUGE, [(GuestAddress(0), HUGE)])
             .build()
             .unwrap();
         assert_eq!(discard(&second, PAGE, HUGE - PAGE), (0, HUGE - PAGE, 0));

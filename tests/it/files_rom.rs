@@ -150,15 +150,15 @@ fn a_rom_is_no_part_of_a_memory() {
                     text
                 );
                 let built = GuestMemoryShm::<()>::builder()
-                    .with_backing(source, 0, [(START, PAGE)])
+                    .add_backing(source, 0, [(START, PAGE)])
                     .build();
                 assert_refused!(built, Error::File(FileError::ReadOnlyRam), text);
             }
             // Refused before the first is created.
             let other = path.with_file_name("other");
             let built = GuestMemoryShm::<()>::builder()
-                .with_ram(file_options(&other), [(GuestAddress(0), MIB)])
-                .with_ram(options.clone(), [(START, PAGE)])
+                .add_ram(file_options(&other), [(GuestAddress(0), MIB)])
+                .add_ram(options.clone(), [(START, PAGE)])
                 .build();
             assert_refused!(built, Error::File(FileError::ReadOnlyRam), text);
             assert!(!other.exists());
@@ -223,7 +223,7 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
             assert_refused!(
                 GuestRom::new((START, PAGE), &options),
                 Error::File(FileError::WritableRom),
-                "a ROM is made of a file that is opened for reading only: use Backing::File and \
+                "a ROM is made of a file that is opened for reading only: use BackingSource::File and \
                  Access::ReadOnly (mem-path=..., readonly=on, rom=on)",
             );
         }

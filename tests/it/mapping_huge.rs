@@ -37,7 +37,7 @@ fn a_region_of_huge_pages_is_mapped_with_them() {
             return;
         };
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(
+            .add_ram(
                 huge(),
                 [(GuestAddress(0), HUGE), (GuestAddress(1 << 30), 3 * HUGE)],
             )

@@ -1,7 +1,7 @@
 //! What has no effect is said: in the report that building returns, on the backing, in the log.
 
 use guest_memory_shm::{
-    Backing, BuildReport, GuestMemoryShm, GuestRegionShm, Merge, NotHuge, Note, PageSize,
+    BackingSource, BuildReport, GuestMemoryShm, GuestRegionShm, Merge, NotHuge, Note, PageSize,
     RamOptions, Reserve, ResourceLimit, ShmBacking,
 };
 use vm_memory::GuestAddress;
@@ -12,7 +12,7 @@ const MIB: u64 = 1 << 20;
 
 fn report(options: RamOptions, size: u64) -> BuildReport {
     let builder = GuestMemoryShm::<()>::builder();
-    let builder = builder.with_ram(options, [(GuestAddress(0), size)]);
+    let builder = builder.add_ram(options, [(GuestAddress(0), size)]);
     builder.build_with_report().unwrap().1
 }
 
@@ -23,7 +23,7 @@ fn properties(report: &BuildReport) -> Vec<&'static str> {
 
 #[test]
 fn ram_as_asked_for_has_nothing_to_report() {
-    for backing in [Backing::Memfd, Backing::PosixShm] {
+    for backing in [BackingSource::Memfd, BackingSource::PosixShm] {
         let found = report(RamOptions::new().with_backing(backing), MIB);
         assert!(found.is_empty(), "{found}");
     }
@@ -33,7 +33,7 @@ fn ram_as_asked_for_has_nothing_to_report() {
 fn merging_and_reserving_shared_memory_is_reported_without_effect() {
     let options = RamOptions::new()
         .with_name("ram0")
-        .with_backing(Backing::PosixShm)
+        .with_backing(BackingSource::PosixShm)
         .with_merge(Merge::On)
         .with_reserve(Reserve::On);
     let found = report(options, MIB);
@@ -87,7 +87,7 @@ fn ram_larger_than_the_machine_is_reported_and_built() {
     // A file on a disk is not in memory as a whole.
     let disk = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let on_disk = RamOptions::new()
-        .with_backing(Backing::File(disk.path().to_owned()))
+        .with_backing(BackingSource::File(disk.path().to_owned()))
         .with_reserve(Reserve::Off);
     let found = report(on_disk, 1 << 43);
     assert!(!found.to_string().contains("this machine"), "{found}");

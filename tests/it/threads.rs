@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering::{self, Relaxed};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use guest_memory_shm::{
-    Backing, GuestMemoryShm, GuestMemoryShmBuilder, GuestRegionShm, PublishedMemory, RamOptions,
-    ShmBacking,
+    BackingSource, GuestMemoryShm, GuestMemoryShmBuilder, GuestRegionShm, PublishedMemory,
+    RamOptions, ShmBacking,
 };
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
@@ -249,7 +249,7 @@ fn everything_that_is_shared_can_be_shared_between_threads() {
         shareable::<PublishedMemory>();
         shareable::<ShmBacking>();
         shareable::<RamOptions>();
-        shareable::<Backing>();
+        shareable::<BackingSource>();
         shareable::<guest_memory_shm::Error>();
         shareable::<guest_memory_shm::AdoptError>();
     };

@@ -10,8 +10,8 @@ use super::values::{self, A_NUMBER, A_SIZE, A_SWITCH, NODES};
 use crate::host::NodeSet;
 use crate::options::error::{OptionsError, Result};
 use crate::options::{
-    Access, Backing, CoreDump, DiscardData, Merge, NumaPolicy, OnShortage, PageSize, Populate,
-    RamOptions, Reserve, Sealing, Unused,
+    Access, BackingSource, CoreDump, DiscardData, Merge, NumaPolicy, OnShortage, PageSize,
+    Populate, RamOptions, Reserve, Sealing, Unused,
 };
 
 /// Reads what QEMU's `-object` takes: `memory-backend-memfd,size=64M,prealloc=on`.
@@ -20,10 +20,10 @@ use crate::options::{
 /// that `dump` is on unless written, other than in typed options.
 ///
 /// ```
-/// use guest_memory_shm::{Backing, CoreDump, Populate, RamOptions};
+/// use guest_memory_shm::{BackingSource, CoreDump, Populate, RamOptions};
 ///
 /// let options: RamOptions = "memory-backend-shm,id=ram0,size=1.5G,prealloc=on".parse()?;
-/// assert_eq!(options.backing(), &Backing::PosixShm);
+/// assert_eq!(options.backing(), &BackingSource::PosixShm);
 /// assert_eq!(options.size(), Some(1536 << 20));
 /// assert_eq!(options.populate(), Populate::Prefault);
 /// assert_eq!(options.core_dump(), CoreDump::Include);
@@ -136,16 +136,16 @@ impl Reader<'_> {
         }
     }
 
-    fn backing(&self) -> Result<Backing> {
+    fn backing(&self) -> Result<BackingSource> {
         Ok(match self.kind {
-            Kind::Memfd => Backing::Memfd,
-            Kind::Shm => Backing::PosixShm,
+            Kind::Memfd => BackingSource::Memfd,
+            Kind::Shm => BackingSource::PosixShm,
             Kind::File => {
                 let path = self.pairs.last("mem-path").ok_or(OptionsError::Missing {
                     property: "mem-path",
                     remedy: "write mem-path=PATH of a file, or of a directory for a nameless file",
                 })?;
-                Backing::File(PathBuf::from(path))
+                BackingSource::File(PathBuf::from(path))
             }
         })
     }

@@ -19,7 +19,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         change: &Difference<TableRegion, TableRegion>,
     ) -> Result<()> {
         self.log_before(table)?;
-        self.mark_what_is_mapped_anew(table);
+        self.mark_what_is_mapped_anew(&change.additions);
         let sent = match self.mem_slots {
             true => self.send_difference(change),
             false if self.held == *table => Ok(()),
@@ -54,7 +54,12 @@ impl<F: DaemonConnection> VhostUserShare<F> {
             self.held.insert(region);
             last = Some(step);
         }
-        last.map_or(Ok(()), |step| self.confirm_lasting(step))
+        // libvhost-user acknowledges a change that it refuses, and hangs up then: only an answer
+        // after the acknowledgement shows that the daemon took it.
+        match last {
+            Some(step) if self.reply_ack => self.call(step, F::barrier),
+            _ => Ok(()),
+        }
     }
 
     fn send_whole(&mut self, table: &MemoryTable) -> Result<()> {
@@ -69,34 +74,20 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         };
         if let Some(bases) = bases {
             // The answer says that it was taken.
-            self.hold_whole(table);
+            self.held = table.clone();
             self.take_up(step, table.regions(), &bases)?;
         }
-        self.confirm(step)?;
-        self.confirm_lasting(step)?;
-        self.hold_whole(table);
-        Ok(())
-    }
-
-    fn hold_whole(&mut self, table: &MemoryTable) {
+        self.call(step, F::barrier)?;
         self.held = table.clone();
+        Ok(())
     }
 
     /// Without REPLY_ACK nothing says whether the daemon took a change: asks whether it is there.
     fn confirm(&mut self, step: DaemonRequest) -> Result<()> {
-        if self.reply_ack {
-            return Ok(());
+        match self.reply_ack {
+            true => Ok(()),
+            false => self.call(step, F::barrier),
         }
-        self.call(step, F::barrier)
-    }
-
-    /// libvhost-user acknowledges a change that it refuses, and hangs up then: only an answer
-    /// after the acknowledgement shows that the daemon took it.
-    fn confirm_lasting(&mut self, step: DaemonRequest) -> Result<()> {
-        if !self.reply_ack {
-            return Ok(());
-        }
-        self.call(step, F::barrier)
     }
 
     /// Makes one call that, refused, leaves the daemon as it was: if it still answers after the

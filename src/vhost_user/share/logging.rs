@@ -143,7 +143,7 @@ impl Logging {
     /// The daemon logs all that it writes.
     pub(super) fn settle(&mut self) {
         if self.overdue {
-            self.mark(&self.unlogged);
+            self.mark(self.unlogged.iter().copied());
         }
         self.unlogged.clear();
         self.overdue = false;
@@ -151,9 +151,9 @@ impl Logging {
     }
 
     /// Counts these ranges as written.
-    pub(super) fn mark(&self, ranges: &[GuestRange]) {
+    pub(super) fn mark(&self, ranges: impl IntoIterator<Item = GuestRange>) {
         if let Some(log) = &self.log {
-            ranges.iter().for_each(|range| log.mark(*range));
+            ranges.into_iter().for_each(|range| log.mark(range));
         }
     }
 
@@ -166,14 +166,14 @@ impl Logging {
         former.retain_mut(|daemon| {
             let is_dead = daemon.is_dead();
             if !daemon.is_counted || is_dead || is_last {
-                self.mark(&daemon.unlogged);
+                self.mark(daemon.unlogged.iter().copied());
                 daemon.is_counted = true;
             }
             !is_dead
         });
         self.former = former;
         if !self.settled {
-            self.mark(&self.unlogged);
+            self.mark(self.unlogged.iter().copied());
         }
         self.log.as_ref().map(DaemonLog::drain).unwrap_or_default()
     }

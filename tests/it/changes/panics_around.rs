@@ -221,7 +221,7 @@ fn a_memory_that_panics_when_it_is_dropped_by_a_publication_does_not_stop_it() {
     fn fragile(at: u64) -> GuestMemoryShm<Fragile> {
         GuestMemoryShm::<()>::builder()
             .with_bitmap(|_| Fragile)
-            .with_ram(RamOptions::new(), [(GuestAddress(at * MIB), MIB)])
+            .add_ram(RamOptions::new(), [(GuestAddress(at * MIB), MIB)])
             .build()
             .unwrap()
     }

@@ -7,9 +7,9 @@ use std::path::Path;
 
 use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable};
 use guest_memory_shm::{
-    Access, AdoptPolicy, Backing, BackingError, CoreDump, Error, GuestMemoryShm, GuestRegionShm,
-    GuestRom, NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions, Populated,
-    RamOptions, SealPolicy, ShmBacking,
+    Access, AdoptPolicy, BackingError, BackingSource, CoreDump, Error, GuestMemoryShm,
+    GuestRegionShm, GuestRom, NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions,
+    Populated, RamOptions, SealPolicy, ShmBacking,
 };
 use nix::errno::Errno;
 use tempfile::TempDir;
@@ -74,7 +74,7 @@ fn all_options() -> RamOptions {
 }
 
 fn posix_shm() -> RamOptions {
-    RamOptions::new().with_backing(Backing::PosixShm)
+    RamOptions::new().with_backing(BackingSource::PosixShm)
 }
 
 fn huge() -> RamOptions {
@@ -83,7 +83,7 @@ fn huge() -> RamOptions {
 
 fn try_new(options: &RamOptions) -> Result<GuestMemoryShm, Error> {
     let builder = GuestMemoryShm::builder();
-    builder.with_ram(options.clone(), REGIONS).build()
+    builder.add_ram(options.clone(), REGIONS).build()
 }
 
 fn new(options: &RamOptions) -> GuestMemoryShm {
@@ -161,7 +161,7 @@ fn build(stage: &Stage, options: &RamOptions) -> Outcome {
 }
 
 fn file_options(path: &Path) -> RamOptions {
-    RamOptions::new().with_backing(Backing::File(path.to_owned()))
+    RamOptions::new().with_backing(BackingSource::File(path.to_owned()))
 }
 
 fn build_new_file(stage: &Stage) -> Outcome {

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use guest_memory_shm::{Access, Backing, GuestRom, InvalidRange, RamOptions};
+use guest_memory_shm::{Access, BackingSource, GuestRom, InvalidRange, RamOptions};
 use tempfile::TempDir;
 
 use super::*;
@@ -16,7 +16,7 @@ fn rom(start: u64) -> (TempDir, GuestRom) {
     contents[0] = 0xea;
     fs::write(&path, contents).unwrap();
     let options = RamOptions::new()
-        .with_backing(Backing::File(path))
+        .with_backing(BackingSource::File(path))
         .with_access(Access::ReadOnly);
     let rom = GuestRom::new((GuestAddress(start), 4 * PAGE), &options).unwrap();
     (dir, rom)

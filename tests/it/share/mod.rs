@@ -9,10 +9,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest_memory_shm::mock::{
-    BlkDevice, BlkDriver, BlkError, Fault, FaultKind, LoggedRequest, MockDaemon, MockDaemonBuilder,
+    BlkDevice, BlkDriver, BlkError, Fault, LoggedRequest, MockDaemon, MockDaemonBuilder,
 };
 use guest_memory_shm::{
-    AddressSpace, Backing, DaemonConnection, DaemonFailure, DaemonLog, Disconnector,
+    AddressSpace, BackingSource, DaemonConnection, DaemonFailure, DaemonLog, Disconnector,
     GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange, KernelVhost, MemoryTable, RamOptions,
     ShareError, SlotLimit, TableError, TableRegion, TableView, VhostUserShare,
 };

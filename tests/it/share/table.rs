@@ -4,9 +4,9 @@ use super::*;
 
 #[test]
 fn the_daemon_maps_our_files_and_bytes_pass_both_ways() {
-    for backing in [Backing::Memfd, Backing::PosixShm] {
+    for backing in [BackingSource::Memfd, BackingSource::PosixShm] {
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(
+            .add_ram(
                 RamOptions::new().with_backing(backing),
                 [(GuestAddress(0), MIB), (GuestAddress(1 << 32), 2 * MIB)],
             )
@@ -68,7 +68,10 @@ fn daemons_descriptor(memory: &GuestMemoryShm) -> File {
 
 #[test]
 fn a_daemon_cannot_truncate_a_memfd() {
-    for (backing, sealed) in [(Backing::Memfd, true), (Backing::PosixShm, false)] {
+    for (backing, sealed) in [
+        (BackingSource::Memfd, true),
+        (BackingSource::PosixShm, false),
+    ] {
         let region = GuestRegionShm::<()>::new(
             (GuestAddress(0), MIB),
             &RamOptions::new().with_backing(backing),

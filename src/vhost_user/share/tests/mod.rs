@@ -151,7 +151,7 @@ fn table(starts: &[u64]) -> MemoryTable {
         .map(|start| (GuestAddress(start << 20), 1 << 20))
         .collect();
     GuestMemoryShm::<()>::builder()
-        .with_ram(RamOptions::new(), ranges)
+        .add_ram(RamOptions::new(), ranges)
         .build()
         .unwrap()
         .memory_table()
