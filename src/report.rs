@@ -24,12 +24,15 @@ use crate::units::HumanSize;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Debug, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(transparent))]
 pub struct BuildReport {
     lines: Vec<ReportLine>,
 }
 
 /// A note, and the backing that it is about.
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct ReportLine {
     backing: String,
     note: Note,
@@ -178,6 +181,9 @@ impl fmt::Display for ReportLine {
         write!(f, "{}: {}", self.backing, self.note)
     }
 }
+
+#[cfg(feature = "serde")]
+crate::units::serialized_as_text!(Note);
 
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -28,6 +28,7 @@ type Result<T, E = InvalidRange> = std::result::Result<T, E>;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct GuestRange {
     start: u64,
     size: u64,

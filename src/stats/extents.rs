@@ -11,6 +11,7 @@ use crate::range::{GuestRange, RangeSet, outwards};
 
 /// Which parts of the RAM are allocated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Extents {
     /// The parts that have an allocated page, sorted, and merged where they touch.
