@@ -108,7 +108,7 @@ fn plug(count: usize, rounds: usize, late: Option<Duration>) -> Result<(), Failu
         let all = theirs.iter().map(|daemon| (daemon, 4));
         for (daemon, changes) in all.chain(ours.iter().map(|daemon| (daemon, 2))) {
             for change in 1..=changes * rounds as u64 {
-                daemon.inject(Fault::answer_late(change, late));
+                daemon.inject(change, Fault::AnswerLate(late));
             }
         }
     }

@@ -25,9 +25,18 @@ use crate::units::HumanSize;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(transparent))]
 pub struct BuildReport {
-    /// Each with the backing that it is about.
-    notes: Vec<(String, BuildNote)>,
+    lines: Vec<Line>,
+}
+
+/// A note, and the backing that it is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+struct Line {
+    backing: String,
+    note: BuildNote,
 }
 
 /// Something about RAM that is not as its options may let expect.
@@ -68,19 +77,21 @@ impl BuildReport {
     /// The notes, in the order of the backings, each with the name of the backing that it is about,
     /// or its kind if it has none. There are none if everything is as asked for.
     pub fn notes(&self) -> impl Iterator<Item = (&str, &BuildNote)> {
-        let notes = self.notes.iter();
-        notes.map(|(backing, note)| (backing.as_str(), note))
+        let lines = self.lines.iter();
+        lines.map(|line| (line.backing.as_str(), &line.note))
     }
 
     /// Whether everything is as asked for.
     pub fn is_empty(&self) -> bool {
-        self.notes.is_empty()
+        self.lines.is_empty()
     }
 
     /// Adds notes about a backing.
     pub(crate) fn add(&mut self, backing: &str, notes: impl IntoIterator<Item = BuildNote>) {
-        let notes = notes.into_iter().map(|note| (backing.to_owned(), note));
-        self.notes.extend(notes);
+        self.lines.extend(notes.into_iter().map(|note| Line {
+            backing: backing.to_owned(),
+            note,
+        }));
     }
 }
 
@@ -109,13 +120,16 @@ impl BuildNote {
 
 impl fmt::Display for BuildReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (at, (backing, note)) in self.notes.iter().enumerate() {
+        for (at, (backing, note)) in self.notes().enumerate() {
             let end = if at == 0 { "" } else { "\n" };
             write!(f, "{end}{backing}: {note}")?;
         }
         Ok(())
     }
 }
+
+#[cfg(feature = "serde")]
+crate::units::serialized_as_text!(BuildNote);
 
 impl fmt::Display for BuildNote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -183,7 +183,7 @@ impl Hotplug<'_> {
         let region = self.ram.another_plug(nth)?;
         let start = region.range().start_addr();
         if let Some(local) = daemons.local(daemon) {
-            local.daemon().inject(Fault::refuse(1));
+            local.daemon().inject(1, Fault::Refuse);
         }
         let Err(refused) = self.ram.space().insert(region) else {
             return Err(Failure::new(format!(

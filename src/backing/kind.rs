@@ -45,6 +45,9 @@ impl BackingKind {
     }
 }
 
+#[cfg(feature = "serde")]
+crate::units::serialized_as_text!(BackingKind);
+
 impl fmt::Display for BackingKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {

@@ -116,8 +116,7 @@ impl DiscardAccumulator {
             if pages.is_empty() {
                 continue;
             }
-            let start = piece.ram.range.start_addr().0;
-            let pages = start + pages.start..start + pages.end;
+            let pages = piece.ram.in_guest(pages).addrs();
             let (units, owner) = (units(piece.ram), Owner::of(piece.ram));
             for part in self.collector.add(&units, &owner, pages) {
                 complete.push((units, owner.clone(), part));

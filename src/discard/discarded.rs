@@ -1,8 +1,10 @@
 //! What became of a range that was discarded.
 
+use std::fmt;
 use std::ops::{AddAssign, Range};
 
 use crate::range::inwards;
+use crate::units::HumanSize;
 
 /// What became of a range that was discarded, in bytes: the three together are the range.
 ///
@@ -19,6 +21,7 @@ use crate::range::inwards;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Discarded {
     /// Whole pages of the backing that are holes now: they take no memory and read as zeroes, in
@@ -49,6 +52,13 @@ impl AddAssign for Discarded {
         self.freed += other.freed;
         self.kept_head += other.kept_head;
         self.kept_tail += other.kept_tail;
+    }
+}
+
+impl fmt::Display for Discarded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (freed, kept) = (HumanSize(self.freed), HumanSize(self.kept()));
+        write!(f, "{freed} given back, {kept} kept")
     }
 }
 

@@ -28,10 +28,11 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// the system refused, where it did.
 ///
 /// ```
-/// use guest_memory_shm::{Error, GuestMemoryShm, InvalidRange};
+/// use guest_memory_shm::{Error, GuestRegionShm, InvalidRange, RamOptions};
 /// use vm_memory::GuestAddress;
 ///
-/// let error = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 5000)]).unwrap_err();
+/// let place = (GuestAddress(0), 5000);
+/// let error = GuestRegionShm::<()>::new(place, &RamOptions::new()).unwrap_err();
 /// assert!(matches!(error, Error::Range(InvalidRange::Unaligned { value: 5000, .. })));
 /// ```
 #[non_exhaustive]

@@ -190,8 +190,8 @@ impl VhostUserBackend for Backend {
 
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
         self.settle();
-        self.shared
-            .set_table(MockRegion::table_of(&*memory.memory())?);
+        let table = MockRegion::table_of(&*memory.memory())?;
+        self.shared.state().table = table;
         Ok(())
     }
 

@@ -15,7 +15,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 
 use super::disk::{RamDisk, SECTOR_SIZE};
 use super::error::{MockError, Result};
-use super::fault::{Fault, FaultPlan};
+use super::fault::{At, Fault, FaultPlan};
 use super::guest::MockRegion;
 use super::request::LoggedRequest;
 use super::server;
@@ -89,12 +89,12 @@ impl MockDaemon {
     /// up had applied; the next connection begins with an empty one.
     /// [`is_connected`](Self::is_connected) tells the two apart.
     pub fn table(&self) -> Vec<MockRegion> {
-        self.shared.table()
+        self.shared.state().table.clone()
     }
 
     /// Whether a front-end is being served. It says no once the threads of the connection are gone.
     pub fn is_connected(&self) -> bool {
-        self.shared.is_connected()
+        self.shared.state().link.is_some()
     }
 
     /// Waits until a front-end is being served.
@@ -136,12 +136,12 @@ impl MockDaemon {
     /// The front-ends' requests in the order of their arrival, of all connections so far, with
     /// those that a fault kept from the daemon.
     pub fn requests(&self) -> Vec<LoggedRequest> {
-        self.shared.requests()
+        self.shared.state().requests.clone()
     }
 
     /// Forgets the requests so far.
     pub fn clear_requests(&self) {
-        self.shared.clear_requests();
+        self.shared.state().requests.clear();
     }
 
     /// The guest's memory as the daemon of the current connection maps it, for writes that it
@@ -155,19 +155,25 @@ impl MockDaemon {
         &self.shared.disk
     }
 
-    /// Adds a misbehaviour; its changes are counted from now on.
-    pub fn inject(&self, fault: Fault) {
-        self.shared.with_faults(|faults| faults.push(fault));
+    /// Misbehaves at a change of the memory table, once: changes are counted from now on, the next
+    /// one is 1, and across reconnects. Change 0 never comes.
+    pub fn inject(&self, change: u64, fault: Fault) {
+        self.shared.state().faults.push(At::Table, change, fault);
+    }
+
+    /// Misbehaves at a SET_LOG_BASE, once, as [`inject`](Self::inject) at a change of the table.
+    pub fn inject_at_log(&self, log: u64, fault: Fault) {
+        self.shared.state().faults.push(At::Log, log, fault);
     }
 
     /// How many faults have not fired yet.
     pub fn pending_faults(&self) -> usize {
-        self.shared.with_faults(|faults| faults.len())
+        self.shared.state().faults.len()
     }
 
     /// Drops the faults that have not fired yet.
     pub fn clear_faults(&self) {
-        self.shared.with_faults(FaultPlan::clear);
+        self.shared.state().faults.clear();
     }
 
     /// Ends the current connection, if there is one, and returns at once.
@@ -212,7 +218,7 @@ impl fmt::Debug for MockDaemon {
 pub struct MockDaemonBuilder {
     disk: Disk,
     options: Options,
-    faults: Vec<Fault>,
+    faults: FaultPlan,
 }
 
 #[derive(Clone, Debug)]
@@ -230,7 +236,7 @@ impl Default for MockDaemonBuilder {
                 max_mem_slots: Some(DEFAULT_MEM_SLOTS),
                 reply_ack: true,
             },
-            faults: Vec::new(),
+            faults: FaultPlan::default(),
         }
     }
 }
@@ -275,9 +281,10 @@ impl MockDaemonBuilder {
         self
     }
 
-    /// Adds a misbehaviour; its changes are counted from the start of the daemon.
-    pub fn with_fault(mut self, fault: Fault) -> Self {
-        self.faults.push(fault);
+    /// Misbehaves at a change of the memory table, as [`MockDaemon::inject`]; changes are counted
+    /// from the start of the daemon.
+    pub fn with_fault(mut self, change: u64, fault: Fault) -> Self {
+        self.faults.push(At::Table, change, fault);
         self
     }
 
@@ -332,13 +339,9 @@ impl MockDaemonBuilder {
             }
             Disk::Contents(contents) => contents,
         };
-        let mut faults = FaultPlan::default();
-        for fault in self.faults {
-            faults.push(fault);
-        }
         let listener = Arc::new(listener);
         let disk = RamDisk::new(contents);
-        let shared = Shared::new(self.options, disk, faults, Arc::clone(&listener));
+        let shared = Shared::new(self.options, disk, self.faults, Arc::clone(&listener));
         let shared = Arc::new(shared);
         let spare = server::Spare::new().map_err(MockError::io(STARTING))?;
         let thread = {

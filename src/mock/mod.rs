@@ -92,7 +92,7 @@ pub use device::BlkDevice;
 pub use disk::RamDisk;
 pub use driver::BlkDriver;
 pub use error::MockError;
-pub use fault::{Fault, FaultKind};
+pub use fault::Fault;
 pub use guest::MockRegion;
 pub use request::{LoggedRegion, LoggedRequest};
 pub use ring::RingLayout;

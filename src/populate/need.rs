@@ -43,7 +43,10 @@ fn demand(parts: &[Part], bytes: &[u64]) -> Demand {
 fn missing_of_all(parts: &[Part]) -> Vec<u64> {
     let mut seen: BTreeMap<FileIdentity, RangeSet> = BTreeMap::new();
     let missing = |part: &Part| {
-        let (identity, range) = (part.backing().identity(), part.in_backing(&part.range));
+        let (identity, range) = (
+            part.backing().identity(),
+            part.ram.in_backing(part.range.clone()),
+        );
         let of_file = seen.entry(identity).or_default();
         let new = of_file.gaps(range.clone());
         let pages = new.map(|range| missing_pages(part, range)).sum();

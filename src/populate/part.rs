@@ -5,7 +5,6 @@ use std::ops::Range;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use vm_memory::GuestAddress;
 
 use crate::backing::ShmBacking;
 use crate::host::NodeSet;
@@ -13,7 +12,7 @@ use crate::host::calls::{is_refused, retried};
 use crate::host::memory::Kind;
 use crate::options::{NumaPolicy, OnShortage, Populate};
 use crate::ram::Ram;
-use crate::range::{GuestRange, outwards};
+use crate::range::outwards;
 
 /// A part of a region that is to be populated.
 #[derive(Debug)]
@@ -69,20 +68,6 @@ impl Part {
         }
     }
 
-    /// Where a range of the region is in the backing.
-    pub(super) fn in_backing(&self, range: &Range<u64>) -> Range<u64> {
-        self.ram.offset + range.start..self.ram.offset + range.end
-    }
-
-    /// The guest addresses of a range of the region.
-    pub(super) fn in_guest(&self, range: &Range<u64>) -> GuestRange {
-        let start = self.ram.range.start_addr().0 + range.start;
-        // It is not empty and lies in the pages of a region, of the last of which there may be less
-        // in the guest.
-        let end = range.end.min(self.ram.range.size());
-        GuestRange::new(GuestAddress(start), end - range.start).unwrap_or(self.ram.range)
-    }
-
     /// Whether its pages are to be allocated through the descriptor.
     ///
     /// Not those of a hugetlb pool, which the kernel would clear under the lock of the inode, one
@@ -106,7 +91,7 @@ impl Part {
         if let Ok(Some(_)) = self.backing().truncated_to() {
             return Err(Errno::EFAULT.into());
         }
-        let at = self.in_backing(range);
+        let at = self.ram.in_backing(range.clone());
         let file_offset = |offset| i64::try_from(offset).map_err(|_| Errno::EFBIG);
         let (start, len) = (file_offset(at.start)?, file_offset(at.end - at.start)?);
         let flags = FallocateFlags::FALLOC_FL_KEEP_SIZE;

@@ -21,13 +21,14 @@ type Result<T, E = InvalidRange> = std::result::Result<T, E>;
 /// assert_eq!(range.last_addr(), GuestAddress(0x2fff));
 /// assert!(GuestRange::new(GuestAddress(u64::MAX), 2).is_err());
 ///
-/// // Wherever a place is asked for, an address and a size will do.
+/// // Where RAM is made, discarded or unplugged, an address and a size will do.
 /// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
 /// memory.discard(range)?;
 /// memory.discard((GuestAddress(0x1000), 0x2000))?;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct GuestRange {
     start: u64,
     size: u64,

@@ -11,6 +11,7 @@ use crate::range::{GuestRange, RangeSet, outwards};
 
 /// Which parts of the RAM are allocated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Extents {
     /// The parts that have an allocated page, sorted, and merged where they touch.
@@ -102,9 +103,8 @@ fn of_one_backing(
             let inside = |part: Range<u64>| part.start - ram.offset..part.end - ram.offset;
             parts.iter().map(inside).collect()
         };
-        let start = ram.range.start_addr().0;
         let parts = parts.within(0..size);
-        found.extend(parts.map(|part| start + part.start..start + part.end));
+        found.extend(parts.map(|part| ram.in_guest(part).addrs()));
     }
     if backing.is_hugetlb() {
         Ok(unlocated(regions, total, located))

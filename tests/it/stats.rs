@@ -12,6 +12,7 @@ use guest_memory_shm::{
 };
 use nix::fcntl::posix_fallocate;
 use nix::sys::mman::mlock;
+use serde_json::json;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::fork::Peer;
@@ -77,6 +78,19 @@ fn regions_are_described_as_they_are() {
     assert_eq!((stats.size(), stats.allocated()), (3 * MIB, 5 * PAGE));
     let on_nodes: u64 = stats.nodes.values().sum();
     assert_eq!(on_nodes, 5 * PAGE);
+    let data = serde_json::to_value(&stats).unwrap();
+    let region = json!({
+        "range": { "start": 4 * MIB, "size": 2 * MIB },
+        "kind": "posix-shm",
+        "name": shm.name,
+        "page_size": PAGE,
+        "allocated": 5 * PAGE,
+        "huge": shm.huge,
+        "seals": shm.seals.to_string(),
+    });
+    assert_eq!(data["regions"][1], region);
+    let note = json!([{ "backing": "memfd", "note": BuildNote::Reserve.to_string() }]);
+    assert_eq!(data["notes"], note);
     let table = stats.to_string();
     assert!(
         table.contains("20 KiB") && table.contains("reserve=on reserves nothing"),

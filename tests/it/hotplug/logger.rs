@@ -52,8 +52,8 @@ fn changes() {
     all_map(&[&daemons[0], &daemons[1], &daemons[2]]);
 
     // A refusal, and one more that only the log tells of.
-    daemons[1].inject(Fault::refuse(1));
-    daemons[2].inject(Fault::refuse(1));
+    daemons[1].inject(1, Fault::Refuse);
+    daemons[2].inject(1, Fault::Refuse);
     let before = LINES.load(Ordering::Relaxed);
     space.insert(region(6)).unwrap_err();
     assert!(LINES.load(Ordering::Relaxed) > before, "nothing was logged");

@@ -33,7 +33,7 @@ fn a_resize_is_undone_when_one_device_refuses_the_region() {
     for daemon in &daemons {
         space.attach("device", share(daemon, PATIENCE)).unwrap();
     }
-    daemons[1].inject(Fault::refuse(1));
+    daemons[1].inject(1, Fault::Refuse);
     space.insert(region(4)).unwrap_err();
     for daemon in &daemons {
         assert_eq!(mapped(daemon), published(&space));
@@ -152,7 +152,7 @@ fn a_table_that_is_refused_is_seen_with_acknowledgements_and_without() {
             let (space, daemon) = (space(), builder.start_unnamed().unwrap());
             let share = share(&daemon, PATIENCE);
             let id = space.attach_required("device", share).unwrap();
-            daemon.inject(Fault::refuse(1));
+            daemon.inject(1, Fault::Refuse);
             space.insert(region(4)).unwrap_err();
             assert_eq!(published(&space).len(), 1);
             if space.listeners().unwrap()[0].stale().is_some() {
@@ -198,7 +198,7 @@ fn what_is_no_ram_is_in_no_table() {
 fn a_refusal_is_an_error_that_names_the_device_the_region_and_the_cause() {
     let (space, daemon) = (space(), daemon());
     space.attach("net0", share(&daemon, PATIENCE)).unwrap();
-    daemon.inject(Fault::refuse(1));
+    daemon.inject(1, Fault::Refuse);
     let plug = region(4);
     let range = plug.range();
     match space.insert(plug).unwrap_err() {
@@ -226,7 +226,7 @@ fn a_silent_device_costs_its_time_limit_and_nobody_else_more() {
     let (space, silent, there) = (space(), daemon(), daemon());
     let id = space.attach("silent", share(&silent, PATIENCE)).unwrap();
     space.attach("there", share(&there, PATIENCE)).unwrap();
-    silent.inject(Fault::never_answer(1));
+    silent.inject(1, Fault::NeverAnswer);
     set_limit(&space, &id, Duration::from_millis(80));
     let report = space.insert(region(4)).unwrap();
     assert!(
@@ -245,7 +245,7 @@ fn devices_are_told_side_by_side() {
     let silent: Vec<_> = (0..3).map(|_| daemon()).collect();
     let last = daemon();
     for daemon in &silent {
-        daemon.inject(Fault::never_answer(2));
+        daemon.inject(2, Fault::NeverAnswer);
         space
             .attach("silent", share(daemon, Duration::from_secs(3600)))
             .unwrap();

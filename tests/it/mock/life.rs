@@ -128,11 +128,11 @@ fn a_drop_ends_every_kind_of_connection() {
 
     // Silent, or about to answer in an hour, with a front-end that waits for it.
     for fault in [
-        Fault::never_answer(1),
-        Fault::answer_late(1, Duration::from_secs(3600)),
+        Fault::NeverAnswer,
+        Fault::AnswerLate(Duration::from_secs(3600)),
     ] {
         let daemon = MockDaemon::builder()
-            .with_fault(fault)
+            .with_fault(1, fault)
             .start_unnamed()
             .unwrap();
         let (mut frontend, _) = negotiated(&daemon);
@@ -253,7 +253,7 @@ fn a_dropped_daemon_leaves_no_descriptor() {
             &[5; 512],
         );
         if round % 2 == 0 {
-            daemon.inject(Fault::hang_up_before(1));
+            daemon.inject(1, Fault::HangUpBefore);
             assert!(frontend.set_mem_table(&infos(&memory)).is_err());
         }
         drop(frontend);

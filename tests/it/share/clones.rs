@@ -14,7 +14,7 @@ const LIMIT: Duration = Duration::from_millis(200);
 /// Has a clone of the frontend wait for an answer, in a thread that ends when it is over.
 fn wait_on_clone(peer: &Peer, frontend: &Frontend, acks: bool) -> JoinHandle<()> {
     peer.daemon.clear_requests();
-    peer.daemon.inject(Fault::never_answer(1));
+    peer.daemon.inject(1, Fault::NeverAnswer);
     let mut clone = frontend.clone();
     let waits = thread::spawn(move || {
         let memory = memory(&[512]);

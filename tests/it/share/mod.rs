@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest_memory_shm::mock::{
-    BlkDevice, BlkDriver, BlkError, Fault, FaultKind, LoggedRequest, MockDaemon, MockDaemonBuilder,
+    BlkDevice, BlkDriver, BlkError, Fault, LoggedRequest, MockDaemon, MockDaemonBuilder,
 };
 use guest_memory_shm::{
     AddressSpace, BackingSource, DaemonConnection, DaemonFailure, DaemonLog, Disconnector,
