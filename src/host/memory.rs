@@ -17,8 +17,8 @@ use crate::host::NodeSet;
 /// besides: stacks, page tables, the chunk that another process is about to take.
 const MARGIN: u64 = 4 << 20;
 
-/// The same of the machine and of a node, one byte in so many: nobody is well off there with
-/// nothing left.
+/// The same of the machine and of a node, one byte in so many: all of its processes suffer when
+/// nothing is left.
 const RESERVE: u64 = 512;
 
 /// The kernel's own need for shared memory, one byte in so many: page tables (1 in 512) and the

@@ -10,7 +10,7 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// What is there already is left as it is, so a guest may run meanwhile (then with
     /// [`OnFailure::Keep`]). When it succeeds, no later touch of that RAM is SIGBUS for want of a
-    /// page, whoever touches it, until pages are given back or somebody truncates an unsealed
+    /// page, whoever touches it, until pages are given back or a process truncates an unsealed
     /// backing. [`Populate::Prefault`] fills the page tables of this process only.
     ///
     /// # Errors

@@ -23,7 +23,7 @@ pub struct Extents {
 
 impl<B> GuestMemoryShm<B> {
     /// Which parts of the RAM are allocated now, in steps of `resolution` bytes from the start of
-    /// each region: a step with any allocated page counts as a whole, except behind the end of its
+    /// each region: a step with any allocated page counts as a whole, except past the end of its
     /// region.
     ///
     /// The resolution is rounded up to a multiple of the page size of each backing, 0 to one page.
