@@ -66,4 +66,5 @@ mod stats_extents;
 mod support;
 mod threads;
 mod transparent;
+mod upstream;
 mod watchdog;
