@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::control_group::{Branch, Controller, Left, MemoryGroup};
+use super::control_group::{Branch, Left, MemoryGroup};
 use super::descriptors::is_none_left;
 use super::fields::bytes;
 use super::kept::Kept;
@@ -219,11 +219,11 @@ impl MemoryLimits {
         proc: &Path,
         nodes: &Path,
     ) -> io::Result<Self> {
-        let memory = Branch::all(Controller::Memory, process, mounts);
+        let memory = Branch::all("memory", process, mounts);
         let this = Self {
             groups: memory.iter().flat_map(Branch::memory).collect(),
             accounts_hugetlb: memory.iter().any(Branch::accounts_hugetlb),
-            hugetlb: Branch::all(Controller::Hugetlb, thread, mounts),
+            hugetlb: Branch::all("hugetlb", thread, mounts),
             meminfo: Kept::new(proc.join("meminfo")),
             swappiness: Kept::new(proc.join("sys/vm/swappiness")),
             nodes: nodes.to_owned(),

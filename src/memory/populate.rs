@@ -46,7 +46,7 @@ impl<B> GuestMemoryShm<B> {
             return Ok(rams.map(|ram| (ram.clone(), 0..ram.range.size())).collect());
         };
         let pieces = self.pieces(range);
-        let pieces = pieces.map_err(|start| PopulateError::NotRam { range, start })?;
+        let pieces = pieces.map_err(|first| PopulateError::NotRam { range, first })?;
         let pieces = pieces.into_iter();
         Ok(pieces.map(|(ram, inside)| (ram.clone(), inside)).collect())
     }

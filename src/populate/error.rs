@@ -29,14 +29,14 @@ pub enum PopulateError {
     /// A part of the range that was given is no RAM. Nothing was populated.
     #[error(
         "cannot populate {range}: there is no RAM at guest address {:#x}, give a range of RAM only",
-        .start.0
+        .first.0
     )]
     #[non_exhaustive]
     NotRam {
         /// The range that was given.
         range: GuestRange,
         /// The first address in it that is no RAM.
-        start: GuestAddress,
+        first: GuestAddress,
     },
 
     /// There is not enough room in the file system, or not enough memory: the pool of huge pages,
@@ -152,7 +152,7 @@ mod tests {
             (
                 PopulateError::NotRam {
                     range,
-                    start: GuestAddress(0x1_0010_0000),
+                    first: GuestAddress(0x1_0010_0000),
                 },
                 "there is no RAM at guest address 0x100100000, give a range of RAM only",
             ),

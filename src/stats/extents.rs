@@ -115,10 +115,8 @@ fn of_one_backing(
 
 /// The resolution in whole pages.
 fn step(resolution: u64, page_size: u64) -> u64 {
-    let pages = resolution.div_ceil(page_size).max(1);
-    pages
-        .checked_mul(page_size)
-        .unwrap_or(u64::MAX - (u64::MAX % page_size))
+    let whole = resolution.max(1).checked_next_multiple_of(page_size);
+    whole.unwrap_or(u64::MAX - u64::MAX % page_size)
 }
 
 #[cfg(test)]
