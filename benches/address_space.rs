@@ -92,7 +92,7 @@ fn memory(size: usize) -> Result<GuestMemoryShm, Failure> {
 }
 
 fn region() -> Result<GuestRegionShm, Failure> {
-    Ok(GuestRegionShm::new(PLUG, SIZE, &RamOptions::new())?)
+    Ok(GuestRegionShm::new((PLUG, SIZE), &RamOptions::new())?)
 }
 
 fn plug(count: usize, rounds: usize, late: Option<Duration>) -> Result<(), Failure> {
@@ -108,7 +108,7 @@ fn plug(count: usize, rounds: usize, late: Option<Duration>) -> Result<(), Failu
         let all = theirs.iter().map(|daemon| (daemon, 4));
         for (daemon, changes) in all.chain(ours.iter().map(|daemon| (daemon, 2))) {
             for change in 1..=changes * rounds as u64 {
-                daemon.inject(Fault::answer_late(change, late));
+                daemon.inject(change, Fault::AnswerLate(late));
             }
         }
     }
@@ -147,7 +147,7 @@ fn attach(daemons: &[MockDaemon], memory: GuestMemoryShm) -> Result<AddressSpace
 
 /// What the bench measures on our side.
 fn change(space: &AddressSpace) -> Result<(), Failure> {
-    for report in [space.insert(region()?)?, space.remove(PLUG, SIZE)?] {
+    for report in [space.insert(region()?)?, space.remove((PLUG, SIZE))?] {
         assert!(report.stale().is_empty(), "a daemon is away");
     }
     Ok(())
@@ -254,7 +254,7 @@ fn reconnect(rounds: usize) -> Result<(), Failure> {
     let mut builder = GuestMemoryShm::<()>::builder();
     for slot in 0..REGIONS {
         // A descriptor for each, as hotplug makes them.
-        builder = builder.with_ram(RamOptions::new(), [(GuestAddress(slot * 2 * SIZE), SIZE)]);
+        builder = builder.add_ram(RamOptions::new(), [(GuestAddress(slot * 2 * SIZE), SIZE)]);
     }
     let memory = builder.build()?;
     let table = memory.memory_table();

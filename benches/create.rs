@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use guest_memory_shm::{Backing, GuestMemoryShm, RamOptions};
+use guest_memory_shm::{BackingSource, GuestMemoryShm, RamOptions};
 use vm_memory::GuestAddress;
 
 const ROUNDS: u32 = 2000;
@@ -20,8 +20,8 @@ fn main() {
     );
     // POSIX shm is refused where it does not fit into /dev/shm, so it grows less here.
     for (name, backing, small, large) in [
-        ("memfd", Backing::Memfd, 1 << 30, 1 << 40),
-        ("POSIX shm", Backing::PosixShm, 1 << 20, 1 << 30),
+        ("memfd", BackingSource::Memfd, 1 << 30, 1 << 40),
+        ("POSIX shm", BackingSource::PosixShm, 1 << 20, 1 << 30),
     ] {
         let (mut of_small, mut of_large) = (Duration::MAX, Duration::MAX);
         for _ in 0..rounds {
@@ -33,11 +33,11 @@ fn main() {
     }
 }
 
-fn create(backing: &Backing, size: u64) -> Duration {
+fn create(backing: &BackingSource, size: u64) -> Duration {
     let options = RamOptions::new().with_backing(backing.clone());
     let start = Instant::now();
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(options, [(GuestAddress(0), size)])
+        .add_ram(options, [(GuestAddress(0), size)])
         .build()
         .expect("lazy RAM needs no memory");
     let elapsed = start.elapsed();

@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use guest_memory_shm::{Backing, GuestMemoryShm, RamOptions};
+use guest_memory_shm::{BackingSource, GuestMemoryShm, RamOptions};
 use nix::fcntl::posix_fallocate;
 use nix::sys::mman::{MmapAdvise, madvise};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -27,10 +27,13 @@ fn main() {
         "{:<12}{:>10}{:>14}{:>14}{:>8}",
         "backing", "size", "bare call", "discard", "ratio"
     );
-    for (name, backing) in [("memfd", Backing::Memfd), ("POSIX shm", Backing::PosixShm)] {
+    for (name, backing) in [
+        ("memfd", BackingSource::Memfd),
+        ("POSIX shm", BackingSource::PosixShm),
+    ] {
         for (size, text, rounds) in [(size, "1 GiB", rounds), (PAGE, "4 KiB", rounds * 1000)] {
             let memory = GuestMemoryShm::<()>::builder()
-                .with_ram(
+                .add_ram(
                     RamOptions::new().with_backing(backing.clone()),
                     [(GuestAddress(0), size)],
                 )
@@ -73,7 +76,7 @@ fn time(memory: &GuestMemoryShm, size: u64, method: fn(&GuestMemoryShm, u64)) ->
 }
 
 fn discard(memory: &GuestMemoryShm, size: u64) {
-    let discarded = memory.discard(GuestAddress(0), size).expect("discarded");
+    let discarded = memory.discard((GuestAddress(0), size)).expect("discarded");
     assert_eq!(discarded.freed, size);
 }
 

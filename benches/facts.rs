@@ -62,7 +62,7 @@ fn main() {
 fn ram(size: u64) -> GuestMemoryShm {
     let hole = GuestRange::new(GuestAddress(3 * GIB), GIB).expect("a range");
     let ranges = ram_around_hole(size, hole).expect("ranges");
-    let builder = GuestMemoryShm::<()>::builder().with_ram(RamOptions::new(), ranges);
+    let builder = GuestMemoryShm::<()>::builder().add_ram(RamOptions::new(), ranges);
     builder.build().expect("lazy RAM needs no memory")
 }
 

@@ -9,7 +9,7 @@ use std::num::NonZeroU32;
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
-use guest_memory_shm::{Backing, GuestMemoryShm, PageSize, Populate, RamOptions};
+use guest_memory_shm::{BackingSource, GuestMemoryShm, PageSize, Populate, RamOptions};
 use vm_memory::GuestAddress;
 
 const MIB: u64 = 1 << 20;
@@ -59,7 +59,7 @@ fn main() -> Result<(), guest_memory_shm::Error> {
     let mut options = match args.backing {
         Kind::Memfd => RamOptions::new(),
         Kind::Thp => RamOptions::new().with_page_size(PageSize::Transparent),
-        Kind::Shm => RamOptions::new().with_backing(Backing::PosixShm),
+        Kind::Shm => RamOptions::new().with_backing(BackingSource::PosixShm),
     };
     options = options.with_populate(match args.mode {
         Mode::Lazy => Populate::Lazy,
@@ -72,7 +72,7 @@ fn main() -> Result<(), guest_memory_shm::Error> {
     let each = args.size / args.backings * MIB;
     let mut builder = GuestMemoryShm::<()>::builder();
     for at in 0..args.backings {
-        builder = builder.with_ram(options.clone(), [(GuestAddress(at * each), each)]);
+        builder = builder.add_ram(options.clone(), [(GuestAddress(at * each), each)]);
     }
     let start = Instant::now();
     let memory = builder.build()?;

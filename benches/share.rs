@@ -28,7 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut memory = GuestMemoryShm::<()>::builder();
     for slot in 0..REGIONS {
         // A descriptor for each, as hotplug makes them.
-        memory = memory.with_ram(RamOptions::new(), [(GuestAddress(slot * 2 * SIZE), SIZE)]);
+        memory = memory.add_ram(RamOptions::new(), [(GuestAddress(slot * 2 * SIZE), SIZE)]);
     }
     let table = memory.build()?.memory_table();
     let daemon = MockDaemon::builder().start_unnamed()?;

@@ -45,7 +45,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut share = VhostUserShare::new(Frontend::from_stream(ours, 1), Features::empty());
     for backend in ["memory-backend-memfd,size=2M", "memory-backend-shm,size=2M"] {
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(backend.parse()?, [(GuestAddress(0), 2 << 20)])
+            .add_ram(backend.parse()?, [(GuestAddress(0), 2 << 20)])
             .build()?;
         memory.write_obj(0xcafe_u16, GuestAddress(0x1000))?;
         println!("{backend}:");

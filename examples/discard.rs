@@ -13,7 +13,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("Populated: {} KiB are allocated", allocated()?);
 
     // Half a page, two pages, and half a page: only whole pages become free.
-    let discarded = memory.discard(GuestAddress(0x1800), 0x3000)?;
+    let discarded = memory.discard((GuestAddress(0x1800), 0x3000))?;
     let (freed, kept) = (discarded.freed, discarded.kept());
     println!("Discarded: {freed} bytes are free and {kept} stay");
     println!("           {} KiB are allocated", allocated()?);
@@ -24,11 +24,11 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // While a device has pages pinned, the guest must not get others in their place.
     let pinned = memory.inhibit_discards();
-    if let Err(error) = memory.discard(GuestAddress(1 << 20), 1 << 20) {
+    if let Err(error) = memory.discard((GuestAddress(1 << 20), 1 << 20)) {
         println!("Inhibited: {error}");
     }
     drop(pinned);
-    let discarded = memory.discard(GuestAddress(1 << 20), 1 << 20)?;
+    let discarded = memory.discard((GuestAddress(1 << 20), 1 << 20))?;
     println!("           and then {} KiB are free", discarded.freed >> 10);
 
     // Balloons report pages of 4 KiB. Huge pages are freed as a whole only: this collects them, and
@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut accumulator = DiscardAccumulator::new();
     let mut freed = 0;
     for page in (8 << 20..12 << 20).step_by(4096) {
-        freed += accumulator.add(&memory, GuestAddress(page), 4096)?.freed;
+        freed += accumulator.add(&memory, (GuestAddress(page), 4096))?.freed;
     }
     let pending = accumulator.pending();
     println!("Collected: {} KiB are free, {pending} wait", freed >> 10);

@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let memory = space.memory();
 
     println!("A region is plugged, and one more");
-    let region = |start| GuestRegionShm::new(GuestAddress(start), 2 << 20, &RamOptions::new());
+    let region = |start| GuestRegionShm::new((GuestAddress(start), 2 << 20), &RamOptions::new());
     let report = space.insert(region(1 << 32)?)?;
     println!("  {} listeners were away", report.stale().len());
     memory.memory().write_obj(7_u64, GuestAddress(1 << 32))?;
@@ -54,7 +54,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 
     println!("The region is unplugged");
-    let report = space.remove(GuestAddress(1 << 32), 2 << 20)?;
+    let report = space.remove((GuestAddress(1 << 32), 2 << 20))?;
     println!("  {} region was given back", report.removed().len());
     Ok(())
 }

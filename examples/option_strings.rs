@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use guest_memory_shm::{
-    Backing, GuestMemoryShm, NodeSet, NumaPolicy, PageSize, Populate, RamOptions, Sealing,
+    BackingSource, GuestMemoryShm, NodeSet, NumaPolicy, PageSize, Populate, RamOptions, Sealing,
 };
 use vm_memory::GuestAddress;
 
@@ -37,17 +37,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     let options = RamOptions::new()
         .with_name("fast")
         .with_size(1 << 30)
-        .with_backing(Backing::Memfd)
+        .with_backing(BackingSource::Memfd)
         .with_sealing(Sealing::Sealed)
         .with_page_size(PageSize::Transparent)
         .with_populate(Populate::Lazy)
-        .with_numa(NumaPolicy::Interleave(NodeSet::from_nodes([0])?));
+        .with_numa(NumaPolicy::Interleave(
+            NodeSet::from_nodes([0]).ok_or("no such node")?,
+        ));
     println!("  {options}");
     assert_eq!(options.to_string().parse::<RamOptions>()?, options);
 
     // What reads well may still have no effect on this machine: building says so.
     let (memory, report) = GuestMemoryShm::<()>::builder()
-        .with_ram(options, [(GuestAddress(0), 1 << 30)])
+        .add_ram(options, [(GuestAddress(0), 1 << 30)])
         .build_with_report()?;
     println!("Built: {memory}\n{report}");
     Ok(())

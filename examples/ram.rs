@@ -10,7 +10,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let pci_hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
     let options = RamOptions::new().with_name("ram").with_merge(Merge::On);
     let (memory, report) = GuestMemoryShm::<()>::builder()
-        .with_ram(options, ram_around_hole(4 << 30, pci_hole)?)
+        .add_ram(options, ram_around_hole(4 << 30, pci_hole)?)
         .build_with_report()?;
     println!("Built: {memory}");
     println!("Without effect here: {report}");

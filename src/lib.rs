@@ -10,7 +10,7 @@
 //!
 //! let pci_hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
 //! let memory = GuestMemoryShm::<()>::builder()
-//!     .with_ram(RamOptions::new(), ram_around_hole(4 << 30, pci_hole)?)
+//!     .add_ram(RamOptions::new(), ram_around_hole(4 << 30, pci_hole)?)
 //!     .build()?;
 //!
 //! memory.write_obj(0xcafe_u16, GuestAddress(4 << 30)).expect("there is RAM");
@@ -44,9 +44,9 @@
 //! | `units` | sizes and tables for people |
 //! | `panics`, `logs` | code of others that panics, the logger included, as an answer |
 //! | `range` | [`GuestRange`]: guest ranges: alignment, overlap, holes, offsets in a backing |
-//! | `options` | [`RamOptions`]: what RAM is asked for, typed or in QEMU's syntax |
 //! | `host` | what this machine offers and forbids: NUMA nodes, huge pages, mounts, memory, control groups, limits, calls |
 //! | `shortage` | [`Shortage`]: what is short, by which limit, and what to do |
+//! | `options` | [`RamOptions`]: what RAM is asked for, typed or in QEMU's syntax |
 //! | `report` | [`BuildReport`]: what building has to say: options without effect, limits that are near |
 //! | `backing` | [`ShmBacking`]: a sized descriptor, its seals, page size, allocation; adoption |
 //! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
@@ -117,8 +117,8 @@
 //! a reference to it: accesses go through vm-memory's volatile and atomic operations. A mapping
 //! inside a sealed file cannot fault. A mapping of an unsealed file (POSIX shm, a file with a
 //! path) faults with SIGBUS when another process truncates the file: hand those descriptors to
-//! trusted processes only. Unsafe code is in `mapping` (mmap and its kin, and the words with a
-//! guard that dirty logs are read into), in `region` (the volatile slice that vm-memory wants made
+//! trusted processes only. Unsafe code is in `host` (cachestat(2), which counts pages of files), in
+//! `mapping` (mmap and its kin, and the words with a guard that dirty logs are read into), in `region` (the volatile slice that vm-memory wants made
 //! from a pointer), in `kvm` (the host addresses that a hypervisor is given, which stay mapped as
 //! long as it has them; the calls that read and clear dirty logs; `HypervisorVm`, whose
 //! implementations promise the same), in `share` (the socket of vhost's `Frontend`, borrowed by its
@@ -195,6 +195,7 @@ pub use error::{
     AdoptError, BackingError, DiscardError, Error, FileError, MapError, MemoryError, OptionsError,
     PopulateError, Result,
 };
+pub use host::NodeSet;
 #[cfg(feature = "kvm")]
 pub use kvm::{
     DirtyPages, HypervisorVm, KvmError, KvmSlot, KvmSlots, LogBuffer, SlotChange, SlotFlags,
@@ -203,7 +204,7 @@ pub use kvm::{
 pub use listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{
-    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
+    Access, BackingSource, CoreDump, DiscardData, Merge, NumaPolicy, OnShortage, PageSize,
     Populate, RamOptions, Reserve, Sealing,
 };
 pub use pool::{CancelToken, Progress};

@@ -18,18 +18,21 @@ use crate::units::HumanSize;
 /// use vm_memory::GuestAddress;
 ///
 /// let (memory, report) = GuestMemoryShm::<()>::builder()
-///     .with_ram(RamOptions::new().with_merge(Merge::On), [(GuestAddress(0), 1 << 20)])
+///     .add_ram(RamOptions::new().with_merge(Merge::On), [(GuestAddress(0), 1 << 20)])
 ///     .build_with_report()?;
 /// assert!(matches!(report.lines()[0].note(), Note::Merge));
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Debug, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", serde(transparent))]
 pub struct BuildReport {
     lines: Vec<ReportLine>,
 }
 
 /// A note, and the backing that it is about.
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct ReportLine {
     backing: String,
     note: Note,
@@ -42,10 +45,7 @@ pub enum Note {
     /// `merge=on`: the kernel merges private pages only (KSM).
     Merge,
     /// `reserve=on`: only huge pages of a pool are reserved when they are mapped.
-    Reserve {
-        /// What the RAM is.
-        kind: &'static str,
-    },
+    Reserve,
     /// Transparent huge pages were asked for, and will not come.
     NotHuge(NotHuge),
     /// A NUMA policy where there is nothing to choose.
@@ -156,7 +156,7 @@ impl Note {
     pub fn property(&self) -> Option<&'static str> {
         match self {
             Self::Merge => Some("merge"),
-            Self::Reserve { .. } => Some("reserve"),
+            Self::Reserve => Some("reserve"),
             Self::NotHuge(_) => Some("thp"),
             Self::OneNode { .. } => Some("policy"),
             Self::HugetlbSize { .. } => Some("hugetlbsize"),
@@ -182,16 +182,18 @@ impl fmt::Display for ReportLine {
     }
 }
 
+#[cfg(feature = "serde")]
+crate::units::serialized_as_text!(Note);
+
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Merge => f.write_str(
                 "merge=on has no effect: the kernel merges private pages only, never shared ones",
             ),
-            Self::Reserve { kind } => write!(
-                f,
-                "reserve=on reserves nothing for a {kind}: only huge pages of a pool are reserved; \
-                 populate the RAM to be sure of it"
+            Self::Reserve => f.write_str(
+                "reserve=on reserves nothing here: only huge pages of a pool are reserved; populate \
+                 the RAM to be sure of it",
             ),
             Self::NotHuge(why @ NotHuge::Alignment { .. }) => {
                 write!(f, "not all of it can be transparent huge pages: {why}")

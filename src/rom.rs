@@ -4,15 +4,13 @@ use std::fmt;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 
-use vm_memory::GuestAddress;
-
-use crate::backing::{ShmBacking, page_size_of};
+use crate::backing::{Resolved, ShmBacking};
 use crate::error::{FileError, Result};
 #[cfg(feature = "kvm")]
 use crate::mapping::HostAddr;
 use crate::mapping::Mapping;
-use crate::options::{Access, Backing, RamOptions};
-use crate::range::GuestRange;
+use crate::options::{Access, BackingSource, RamOptions};
+use crate::range::{GuestRange, InvalidRange};
 
 /// A file mapped for reading only (`PROT_READ`, `MAP_SHARED`), for firmware and the like: QEMU's
 /// `memory-backend-file` with `readonly=on,rom=on`.
@@ -26,16 +24,16 @@ use crate::range::GuestRange;
 /// between two guard pages.
 ///
 /// ```
-/// use guest_memory_shm::{Access, Backing, GuestRom, RamOptions};
+/// use guest_memory_shm::{Access, BackingSource, GuestRom, RamOptions};
 /// use vm_memory::GuestAddress;
 ///
 /// # let dir = tempfile::tempdir()?;
 /// # let path = dir.path().join("firmware");
 /// std::fs::write(&path, vec![0xea; 64 << 10])?;
 /// let options = RamOptions::new()
-///     .with_backing(Backing::File(path))
+///     .with_backing(BackingSource::File(path))
 ///     .with_access(Access::ReadOnly);
-/// let rom = GuestRom::new(GuestAddress(0xf_0000), 64 << 10, &options)?;
+/// let rom = GuestRom::new((GuestAddress(0xf_0000), 64 << 10), &options)?;
 ///
 /// let mut reset_vector = [0];
 /// rom.read(0xfff0, &mut reset_vector)?;
@@ -50,28 +48,32 @@ pub struct GuestRom {
 }
 
 impl GuestRom {
-    /// A ROM of `size` bytes at `start`, in a file that exists.
+    /// A ROM in this range, in a file that exists.
     ///
     /// The size is a multiple of the page size, and the file has at least
     /// [`RamOptions::offset`] + `size` bytes.
     ///
     /// # Errors
     ///
-    /// [`FileError::WritableRom`] unless the options are those of a [`Backing::File`] with
+    /// [`FileError::WritableRom`] unless the options are those of a [`BackingSource::File`] with
     /// [`Access::ReadOnly`]; [`FileError::NothingToRead`] and [`FileError::TooShort`] for a file
     /// without the contents; [`Error::Range`](crate::Error::Range) for a bad place;
     /// those of
     /// [`ShmBacking::create`]; and [`Error::Map`](crate::Error::Map). Nothing is left behind, and
     /// no file is created.
-    pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {
-        let is_file = matches!(options.backing(), Backing::File(_));
+    pub fn new(
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+        options: &RamOptions,
+    ) -> Result<Self> {
+        let is_file = matches!(options.backing(), BackingSource::File(_));
         if !is_file || options.access() != Access::ReadOnly {
             return Err(FileError::WritableRom.into());
         }
-        let range = GuestRange::new(start, size)?;
-        range.check_aligned(page_size_of(options)?)?;
-        let backing = ShmBacking::create(options, size)?;
-        let mapping = Mapping::new(&backing, backing.start(), size)?;
+        let range = GuestRange::at(range)?;
+        let resolved = Resolved::new(options)?;
+        range.check_aligned(resolved.page_size())?;
+        let backing = resolved.with_len(range.size())?.create_alone()?;
+        let mapping = Mapping::new(&backing, backing.start(), range.size())?;
         Ok(Self {
             range,
             mapping,

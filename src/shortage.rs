@@ -6,9 +6,9 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 
+use crate::host::NodeSet;
 use crate::host::pools::Pool;
 use crate::host::{descriptors, memory};
-use crate::options::NodeSet;
 use crate::units::HumanSize;
 
 /// Something that is short: how much of it is needed, how much is left, and which limit says so.
@@ -20,7 +20,7 @@ use crate::units::HumanSize;
 /// // More than any machine has.
 /// let options = RamOptions::new().with_populate(Populate::Prefault);
 /// let refused = GuestMemoryShm::<()>::builder()
-///     .with_ram(options, [(GuestAddress(0), 1 << 46)])
+///     .add_ram(options, [(GuestAddress(0), 1 << 46)])
 ///     .build()
 ///     .unwrap_err();
 /// let shortage = refused.shortage().expect("memory is short");

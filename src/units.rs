@@ -21,17 +21,33 @@ impl fmt::Display for HumanSize {
         let exact = UNITS
             .iter()
             .find(|(unit, _)| self.0 >= *unit && self.0.is_multiple_of(*unit));
-        let text = match exact {
-            Some((unit, name)) if self.0 / unit < 10_000 => format!("{} {name}", self.0 / unit),
-            _ => match UNITS.iter().find(|(unit, _)| self.0 >= *unit) {
-                Some((unit, name)) => {
-                    let tenths = u128::from(self.0) * 10 / u128::from(*unit);
-                    format!("{}.{} {name} ({} bytes)", tenths / 10, tenths % 10, self.0)
-                }
-                None => format!("{} bytes", self.0),
-            },
-        };
-        f.pad(&text)
+        f.pad(&match (exact, rounded(self.0)) {
+            (Some((unit, name)), _) if self.0 / unit < 10_000 => {
+                format!("{} {name}", self.0 / unit)
+            }
+            (_, Some(rounded)) => format!("{rounded} ({} bytes)", self.0),
+            (_, None) => Counted(self.0, "byte").to_string(),
+        })
+    }
+}
+
+/// In the largest binary unit, with one decimal, rounded down; none below the smallest.
+fn rounded(bytes: u64) -> Option<String> {
+    let (unit, name) = UNITS.iter().find(|(unit, _)| bytes >= *unit)?;
+    let tenths = u128::from(bytes) * 10 / u128::from(*unit);
+    Some(format!("{}.{} {name}", tenths / 10, tenths % 10))
+}
+
+/// A number of things, with a noun that agrees with it.
+#[derive(Clone, Copy)]
+pub(crate) struct Counted<N>(pub(crate) N, pub(crate) &'static str);
+
+impl<N: fmt::Display> fmt::Display for Counted<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(number, noun) = self;
+        let number = number.to_string();
+        let plural = if number == "1" { "" } else { "s" };
+        write!(f, "{number} {noun}{plural}")
     }
 }
 
@@ -42,19 +58,29 @@ pub(crate) struct ShortSize(pub(crate) u64);
 
 impl fmt::Display for ShortSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = match UNITS.iter().find(|(unit, _)| self.0 >= *unit) {
+        let unit = UNITS.iter().find(|(unit, _)| self.0 >= *unit);
+        f.pad(&match unit {
             Some((unit, name)) if self.0.is_multiple_of(*unit) => {
                 format!("{} {name}", self.0 / unit)
             }
-            Some((unit, name)) => {
-                let tenths = u128::from(self.0) * 10 / u128::from(*unit);
-                format!("{}.{} {name}", tenths / 10, tenths % 10)
-            }
-            None => format!("{} B", self.0),
-        };
-        f.pad(&text)
+            _ => rounded(self.0).unwrap_or_else(|| format!("{} B", self.0)),
+        })
     }
 }
+
+/// Serializes types as the texts that they are displayed as.
+#[cfg(feature = "serde")]
+macro_rules! serialized_as_text {
+    ($($type:ty),+) => { $(
+        impl serde::Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+    )+ };
+}
+#[cfg(feature = "serde")]
+pub(crate) use serialized_as_text;
 
 /// Rows of a table for people, in columns that are as wide as what is in them; those whose letter
 /// in `sides` is `r` stand to the right. A row may end early. No line ends with blanks.
@@ -83,7 +109,7 @@ mod tests {
     fn sizes_print_exactly() {
         for (bytes, text) in [
             (0, "0 bytes"),
-            (1, "1 bytes"),
+            (1, "1 byte"),
             (1024, "1 KiB"),
             (5000, "4.8 KiB (5000 bytes)"),
             (64 << 20, "64 MiB"),

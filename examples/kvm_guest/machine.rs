@@ -87,7 +87,7 @@ impl Machine {
     /// Plugs a region: when this returns the guest and the daemon can use it.
     pub(crate) fn plug(&self, range: GuestRange) -> Result<()> {
         let doing = || format!("cannot plug {range}");
-        let region = GuestRegionShm::new(range.start_addr(), range.size(), &RamOptions::new());
+        let region = GuestRegionShm::new(range, &RamOptions::new());
         // The daemon may not lag, so there is nothing in the report.
         let plugged = self.space.insert(region.or_fail(doing)?);
         plugged.map(drop).or_fail(doing)
@@ -96,7 +96,7 @@ impl Machine {
     /// Unplugs it, which a guest must have agreed to.
     pub(crate) fn unplug(&self, range: GuestRange) -> Result<()> {
         let doing = || format!("cannot unplug {range}");
-        let removed = self.space.remove(range.start_addr(), range.size());
+        let removed = self.space.remove(range);
         removed.map(drop).or_fail(doing)
     }
 

@@ -70,7 +70,7 @@ pub(crate) fn build(mut backends: Vec<Backend>, populate: bool) -> Result<Built>
         let named = backend.options.clone().with_name(&backend.id);
         let size = named.size().unwrap_or_default();
         if named.access() == Access::ReadOnly {
-            let rom = GuestRom::new(backend.start, size, &named);
+            let rom = GuestRom::new((backend.start, size), &named);
             backend.rom = Some(rom.or_fail(|| backend.id.clone())?);
             continue;
         }
@@ -82,7 +82,7 @@ pub(crate) fn build(mut backends: Vec<Backend>, populate: bool) -> Result<Built>
         } else {
             named
         };
-        builder = builder.with_ram(options, [(backend.start, size)]);
+        builder = builder.add_ram(options, [(backend.start, size)]);
         ram = true;
     }
     let (memory, report) = if ram {

@@ -24,7 +24,7 @@ use rim::fold_lines;
 /// The remedies of the crate's errors, in the words of the options.
 const WORDS: Words = &[
     ("use a memfd backing", "use memory-backend-memfd"),
-    ("use Backing::File", "use memory-backend-file"),
+    ("use BackingSource::File", "use memory-backend-file"),
     (
         "(OnShortage::TryAnyway, on-shortage=try-anyway)",
         "(on-shortage=try-anyway)",

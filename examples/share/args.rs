@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
-use guest_memory_shm::{Backing, PageSize, RamOptions};
+use guest_memory_shm::{BackingSource, PageSize, RamOptions};
 
 use crate::disk::SECTOR;
 use crate::ram::MAX_DAEMONS;
@@ -131,8 +131,8 @@ impl Args {
     pub(crate) fn ram_options(&self) -> RamOptions {
         let options = RamOptions::new();
         match self.backing {
-            BackingArg::Memfd => options.with_backing(Backing::Memfd),
-            BackingArg::Shm => options.with_backing(Backing::PosixShm),
+            BackingArg::Memfd => options.with_backing(BackingSource::Memfd),
+            BackingArg::Shm => options.with_backing(BackingSource::PosixShm),
             BackingArg::Hugetlb => options.with_page_size(PageSize::Huge(Some(2 << 20))),
         }
     }

@@ -183,7 +183,7 @@ impl Hotplug<'_> {
         let region = self.ram.another_plug(nth)?;
         let start = region.range().start_addr();
         if let Some(local) = daemons.local(daemon) {
-            local.daemon().inject(Fault::refuse(1));
+            local.daemon().inject(1, Fault::Refuse);
         }
         let Err(refused) = self.ram.space().insert(region) else {
             return Err(Failure::new(format!(
@@ -219,7 +219,7 @@ impl Hotplug<'_> {
             self.guest.take(&region);
             let range = region.range();
             let start = Instant::now();
-            let removed = self.ram.space().remove(range.start_addr(), range.size());
+            let removed = self.ram.space().remove(range);
             drop(removed.or_fail(|| format!("cannot remove {range}"))?);
             self.slowest = self.slowest.max(start.elapsed());
             let holders = daemons.who_holds(range.start_addr());

@@ -68,15 +68,15 @@ impl Ram {
 
         let doing = || format!("cannot create {} of guest RAM", size(ram_size));
         let ranges = around_hole(ram_size).or_fail(doing)?;
-        let end = ranges.iter().map(|(addr, size)| addr.0 + size).max();
+        let end = ranges.iter().map(|range| range.last_addr().0 + 1).max();
         let plug_addr = end.and_then(|end| end.checked_next_multiple_of(GIB));
         let plug_addr = GuestAddress(plug_addr.unwrap_or(u64::MAX));
 
         // POSIX shared memory has a name for a moment.
         let whole = ending::whole();
         let all = GuestMemoryShm::<()>::builder()
-            .with_ram(options.clone(), ranges)
-            .with_ram(options.clone(), [(plug_addr, PLUG_SIZE)])
+            .add_ram(options.clone(), ranges)
+            .add_ram(options.clone(), [(plug_addr, PLUG_SIZE)])
             .build()
             .or_fail(doing)?;
         drop(whole);
@@ -112,7 +112,7 @@ impl Ram {
     pub(crate) fn another_plug(&self, nth: u64) -> Result<GuestRegionShm> {
         let start = self.plug.range().start_addr().0 + nth * PLUG_SIZE;
         let _whole = ending::whole();
-        GuestRegionShm::new(GuestAddress(start), PLUG_SIZE, &self.options)
+        GuestRegionShm::new((GuestAddress(start), PLUG_SIZE), &self.options)
             .or_fail(|| format!("cannot create {} of guest RAM to hot-add", size(PLUG_SIZE)))
     }
 }
@@ -124,7 +124,7 @@ pub(crate) fn rings(daemon: usize) -> GuestAddress {
 
 /// PC-like RAM: the hole ends at 4 GiB. RAM that would fit below it is split all the same, by a
 /// hole that starts in its middle.
-fn around_hole(size: u64) -> guest_memory_shm::Result<Vec<(GuestAddress, u64)>, InvalidRange> {
+fn around_hole(size: u64) -> guest_memory_shm::Result<Vec<GuestRange>, InvalidRange> {
     let half = size / 2;
     let start = match size > HOLE_START {
         true => HOLE_START,

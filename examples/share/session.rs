@@ -120,7 +120,7 @@ impl Session {
     /// the daemon.
     pub(crate) fn unplug(&mut self) -> Result<()> {
         let plug = self.ram.plug().range();
-        let removed = self.ram.space().remove(plug.start_addr(), plug.size());
+        let removed = self.ram.space().remove(plug);
         removed
             .map(drop)
             .or_fail(|| "cannot remove the hot-added RAM")

@@ -14,18 +14,17 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// Goes on with a new connection to a daemon, and tells it the present memory; gives back the
     /// old connection.
     ///
-    /// That is the memory only. What else the daemon knew, the front-end tells it again: before
+    /// That is the memory only. What else the daemon knew, the VMM tells it again: before
     /// this the virtio features (with `VHOST_F_LOG_ALL` not before the log was sent, that is after
     /// it), after it the rings, and that they are enabled.
     ///
     /// `features` are the protocol features that were acknowledged on the new connection, and the
     /// daemon's limits are asked for anew: it may be another program by now. The daemon gets the
-    /// memory as on the first day, one region after the other where it takes them so, so that it
-    /// does not matter how far the memory has grown. Where it maps the regions while postcopy
-    /// listens, the [handler](VhostUserShare::with_base_handler) is told, and it is kept for
-    /// [`VhostUserShare::take_bases`].
+    /// memory as at first, one region after the other where it takes them so, so that it does not
+    /// matter how far the memory has grown. Where it maps the regions while postcopy listens, the
+    /// [handler](VhostUserShare::with_base_handler) is told.
     ///
-    /// Most daemons serve one front-end at a time: the old connection must have ended before they
+    /// Most daemons serve one frontend at a time: the old connection must have ended before they
     /// answer on the new one. That of a daemon that is away has.
     ///
     /// # Errors

@@ -50,9 +50,9 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// let space = AddressSpace::new(boot);
     /// let disk = space.attach("disk0", share)?;
     ///
-    /// # daemon.inject(Fault::never_answer(1));
+    /// # daemon.inject(1, Fault::NeverAnswer);
     /// // The daemon falls silent: RAM is plugged without it.
-    /// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
+    /// let region = GuestRegionShm::new((GuestAddress(4 << 30), 1 << 20), &RamOptions::new())?;
     /// let report = space.insert(region)?;
     /// for listener in report.stale() {
     ///     eprintln!("connect it anew: {listener}");
@@ -64,8 +64,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// # let share = connect()?;
     /// // One that has to be there: RAM is not plugged, and the error says why.
     /// space.attach_required("disk0", share)?;
-    /// # daemon.inject(Fault::never_answer(1));
-    /// let region = GuestRegionShm::new(GuestAddress(8 << 30), 1 << 20, &RamOptions::new())?;
+    /// # daemon.inject(1, Fault::NeverAnswer);
+    /// let region = GuestRegionShm::new((GuestAddress(8 << 30), 1 << 20), &RamOptions::new())?;
     /// assert!(space.insert(region).is_err());
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```

@@ -63,12 +63,12 @@ use crate::memory::GuestMemoryShm;
 /// memory.memory().write_obj(7u64, GuestAddress(0x1000))?;
 ///
 /// // Hotplug, and unplug.
-/// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
+/// let region = GuestRegionShm::new((GuestAddress(4 << 30), 1 << 20), &RamOptions::new())?;
 /// let report = space.insert(region)?;
 /// assert!(report.stale().is_empty(), "every listener was there");
 /// memory.memory().write_obj(7u64, GuestAddress(4 << 30))?;
 /// # assert_eq!(daemon.table().len(), 2);
-/// let report = space.remove(GuestAddress(4 << 30), 1 << 20)?;
+/// let report = space.remove((GuestAddress(4 << 30), 1 << 20))?;
 /// assert_eq!(report.removed().len(), 1);
 /// # assert_eq!(daemon.table().len(), 1);
 ///
@@ -135,13 +135,13 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// let boot = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
     /// let space = AddressSpace::new(boot);
     /// let device = Device { memory: space.atomic() };
-    /// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
+    /// let region = GuestRegionShm::new((GuestAddress(4 << 30), 1 << 20), &RamOptions::new())?;
     /// assert!(space.insert(region)?.stale().is_empty());
     /// assert_eq!(device.memory.memory().num_regions(), 2);
     ///
     /// // What it must not do.
     /// device.memory.lock().expect("nobody panicked").replace(GuestMemoryShm::new());
-    /// let refused = space.remove(GuestAddress(4 << 30), 1 << 20).unwrap_err();
+    /// let refused = space.remove((GuestAddress(4 << 30), 1 << 20)).unwrap_err();
     /// assert!(matches!(refused, AddressSpaceError::MirrorReplaced));
     /// assert_eq!(device.memory.memory().num_regions(), 2);
     /// # Ok::<(), guest_memory_shm::Error>(())

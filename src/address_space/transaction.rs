@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::attached::{Listeners, Objection};
 use super::error::{AddressSpaceError, Result};
@@ -12,8 +12,8 @@ use super::space::AddressSpace;
 use super::status::ListenerStatus;
 use crate::logs;
 use crate::memory::GuestMemoryShm;
-use crate::range::GuestRange;
-use crate::region::GuestRegionShm;
+use crate::range::{GuestRange, InvalidRange};
+use crate::region::{GuestRegionShm, MemoryError};
 
 /// Changes of the guest's memory that happen together or not at all:
 /// [`AddressSpace::transaction`].
@@ -31,9 +31,9 @@ use crate::region::GuestRegionShm;
 ///
 /// let report = space
 ///     .transaction()
-///     .remove(GuestAddress(0), MIB)
-///     .insert(GuestRegionShm::new(GuestAddress(0), 2 * MIB, &RamOptions::new())?)
-///     .insert(GuestRegionShm::new(GuestAddress(4 << 30), MIB, &RamOptions::new())?)
+///     .remove((GuestAddress(0), MIB))
+///     .insert(GuestRegionShm::new((GuestAddress(0), 2 * MIB), &RamOptions::new())?)
+///     .insert(GuestRegionShm::new((GuestAddress(4 << 30), MIB), &RamOptions::new())?)
 ///     .commit()?;
 /// assert_eq!(report.removed()[0].range().size(), MIB);
 /// assert_eq!(space.memory().memory().num_regions(), 2);
@@ -42,7 +42,7 @@ use crate::region::GuestRegionShm;
 #[must_use = "nothing happens before commit()"]
 pub struct Transaction<'a, B: Bitmap + Send + Sync + 'static = ()> {
     space: &'a AddressSpace<B>,
-    removals: Vec<(GuestAddress, u64)>,
+    removals: Vec<Result<GuestRange, InvalidRange>>,
     additions: Vec<Arc<GuestRegionShm<B>>>,
 }
 
@@ -57,7 +57,7 @@ pub struct Transaction<'a, B: Bitmap + Send + Sync + 'static = ()> {
 ///     (GuestAddress(4 << 30), 1 << 20),
 /// ])?;
 /// let space = AddressSpace::new(boot);
-/// let report = space.remove(GuestAddress(4 << 30), 1 << 20)?;
+/// let report = space.remove((GuestAddress(4 << 30), 1 << 20))?;
 /// for stale in report.stale() {
 ///     eprintln!("connect it anew: {stale}");
 /// }
@@ -104,7 +104,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         self.transaction().insert(region).commit()
     }
 
-    /// Unplugs the region of `size` bytes at `start`: readers see it no more, and then every
+    /// Unplugs the region that has exactly this range: readers see it no more, and then every
     /// listener is told. It is unmapped when the last user lets go of it.
     ///
     /// The guest must have given it back before. A daemon that the report calls
@@ -114,8 +114,11 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// # Errors
     ///
     /// Those of [`Transaction::commit`]: the region is there again, for readers and listeners.
-    pub fn remove(&self, start: GuestAddress, size: u64) -> Result<ChangeReport<B>> {
-        self.transaction().remove(start, size).commit()
+    pub fn remove(
+        &self,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+    ) -> Result<ChangeReport<B>> {
+        self.transaction().remove(range).commit()
     }
 
     /// Begins several changes that happen together or not at all.
@@ -135,9 +138,9 @@ impl<B: Bitmap + Send + Sync + 'static> Transaction<'_, B> {
         self
     }
 
-    /// Unplugs the region of `size` bytes at `start`.
-    pub fn remove(mut self, start: GuestAddress, size: u64) -> Self {
-        self.removals.push((start, size));
+    /// Unplugs the region that has exactly this range.
+    pub fn remove(mut self, range: impl TryInto<GuestRange, Error: Into<InvalidRange>>) -> Self {
+        self.removals.push(GuestRange::at(range));
         self
     }
 
@@ -155,7 +158,7 @@ impl<B: Bitmap + Send + Sync + 'static> Transaction<'_, B> {
         let publisher = &self.space.publisher;
         publisher.check_mirror()?;
         let before = publisher.current();
-        let steps = Steps::new(&before, &self.removals, self.additions)?;
+        let steps = Steps::new(&before, self.removals, self.additions)?;
         if steps.is_empty() {
             return Ok(ChangeReport {
                 removed: Vec::new(),
@@ -198,14 +201,15 @@ struct Steps<B> {
 impl<B> Steps<B> {
     fn new(
         before: &GuestMemoryShm<B>,
-        removals: &[(GuestAddress, u64)],
+        removals: Vec<Result<GuestRange, InvalidRange>>,
         additions: Vec<Arc<GuestRegionShm<B>>>,
     ) -> Result<Self> {
         let mut without = None;
         let mut removed = Vec::new();
-        for (start, size) in removals {
+        for range in removals {
+            let range = range.map_err(MemoryError::from)?;
             let from = without.as_ref().unwrap_or(before);
-            let (smaller, region) = from.remove_region(*start, *size)?;
+            let (smaller, region) = from.remove_region(range.start_addr(), range.size())?;
             without = Some(smaller);
             removed.push(region);
         }
@@ -281,7 +285,7 @@ mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::Mutex;
 
-    use vm_memory::GuestAddressSpace;
+    use vm_memory::{GuestAddress, GuestAddressSpace};
 
     use super::*;
     use crate::listener::{ListenerError, MemoryListener};
@@ -334,7 +338,7 @@ mod tests {
         assert_eq!(*told.lock().unwrap(), [1, 2]);
         assert!(space.memory().memory().is(&before));
         assert!(space.atomic().memory().is(&before));
-        let report = space.remove(GuestAddress(0), 1 << 20).unwrap();
+        let report = space.remove((GuestAddress(0), 1 << 20)).unwrap();
         assert_eq!(report.removed().len(), 1);
     }
 }

@@ -1,14 +1,19 @@
 //! Adopting a descriptor that came from elsewhere: everything is checked, nothing is believed.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::error::{AdoptError, BackingError, Result};
 use super::file_system::FileSystem;
-use super::{BackingKind, Seals, ShmBacking, base_page_size, seals};
+use super::kind::BackingKind;
+use super::made::Made;
+use super::seals::{self, Seals};
+use super::shm_backing::{Inner, ShmBacking};
+use crate::host::base_page_size;
 use crate::logs;
 use crate::options::{CoreDump, MapOptions};
 use crate::range::RangePart;
@@ -35,6 +40,8 @@ pub struct AdoptPolicy {
     disk_files: bool,
     seals: SealPolicy,
     map_options: MapOptions,
+    /// Whether the file may end within a page. What is mapped after its end is not SIGBUS there.
+    partial_page: bool,
 }
 
 /// What is demanded of the seals of a descriptor that is to be adopted.
@@ -95,30 +102,72 @@ impl AdoptPolicy {
     }
 }
 
-pub(super) fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> Result<ShmBacking, AdoptError> {
-    let file = File::from(fd);
-    match check(&file, policy) {
-        Ok(found) => {
-            let Found {
-                metadata,
-                page_size,
-                kind,
-                seals,
-            } = found;
-            let backing =
-                ShmBacking::new(file, page_size, kind, seals, &metadata, policy.map_options);
-            logs::debug!("adopted {backing:?}");
-            Ok(backing)
-        }
-        Err(error) => Err(AdoptError::new(error, file.into())),
+impl ShmBacking {
+    /// Adopts a descriptor that came from elsewhere, after checking that it can be RAM.
+    ///
+    /// Checked are: a regular file, open for reading and writing, on a tmpfs (that is a memfd or
+    /// POSIX shared memory), a hugetlbfs, or, if the policy allows it, any other file system; a
+    /// length that is not 0, whole pages, and at least what the policy asks for; seals that forbid
+    /// no writing and are what the policy demands.
+    ///
+    /// ```
+    /// use guest_memory_shm::{AdoptPolicy, BackingError, ShmBacking};
+    ///
+    /// let (pipe, _) = std::io::pipe()?;
+    /// let refused = ShmBacking::adopt(pipe.into(), &AdoptPolicy::new()).unwrap_err();
+    /// assert!(matches!(refused.error(), BackingError::NotMemory { .. }));
+    /// let pipe_again = refused.into_fd();
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// An [`AdoptError`] that gives the descriptor back and holds the reason:
+    /// [`BackingError::NotMemory`], [`BackingError::NotWritable`], [`BackingError::OnDisk`],
+    /// [`BackingError::TooShort`], [`BackingError::Range`], [`BackingError::WriteSealed`],
+    /// [`BackingError::NotSealed`], or [`BackingError::Inspect`] if a system call fails.
+    pub fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> Result<Self, AdoptError> {
+        let file = File::from(fd);
+        let found = match check(&file, policy) {
+            Ok(found) => found,
+            Err(error) => return Err(AdoptError::new(error, file.into())),
+        };
+        Ok(found.adopt(file.into(), policy))
+    }
+
+    /// Adopts any file that can be mapped shared, as vm-memory does: on a disk too, and of any
+    /// length.
+    pub(crate) fn of_file(file: Arc<File>) -> Result<Self> {
+        let policy = AdoptPolicy {
+            disk_files: true,
+            partial_page: true,
+            ..AdoptPolicy::default()
+        };
+        Ok(check(&file, &policy)?.adopt(file, &policy))
     }
 }
 
 struct Found {
-    metadata: std::fs::Metadata,
+    metadata: Metadata,
     page_size: u64,
     kind: BackingKind,
     seals: Seals,
+}
+
+impl Found {
+    fn adopt(self, file: Arc<File>, policy: &AdoptPolicy) -> ShmBacking {
+        let made = Made {
+            file,
+            metadata: self.metadata,
+            kind: self.kind,
+            page_size: self.page_size,
+            seals: self.seals,
+            end: None,
+        };
+        let backing = ShmBacking::new(Inner::new(made, policy.map_options));
+        logs::debug!("adopted {backing:?}");
+        backing
+    }
 }
 
 fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
@@ -150,7 +199,10 @@ fn check_len(len: u64, page_size: u64, policy: &AdoptPolicy) -> Result<()> {
             needed: policy.min_len.max(page_size),
         });
     }
-    Ok(RangePart::Size.check_aligned(len, page_size)?)
+    match policy.partial_page {
+        true => Ok(()),
+        false => Ok(RangePart::Size.check_aligned(len, page_size)?),
+    }
 }
 
 fn check_read_write(file: &File) -> Result<()> {

@@ -1,21 +1,18 @@
-//! What the system can hold, asked before anything is created: file systems, descriptors.
+//! What the system can hold, asked before anything is created: file systems, descriptors, lengths.
 
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::Path;
 
-use nix::sys::statvfs::{Statvfs, fstatvfs};
+use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
 
 use super::error::Result;
-use super::{file, hugetlb};
 use crate::host::descriptors;
-use crate::host::memory::{Demand, Kind, MemoryLimits};
-use crate::options::{Backing, NodeSet, PageSize, Populate, RamOptions};
 use crate::report::Note;
 use crate::shortage::{ResourceLimit, Shortage};
 
-/// Where POSIX shared memory objects are, on Linux.
-#[cfg(target_os = "linux")]
-const SHM: &str = "/dev/shm";
+/// Where POSIX shared memory objects are.
+pub(super) const SHM: &str = "/dev/shm";
 
 /// The size of a file system and what is free of it, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,8 +22,13 @@ pub(super) struct Capacity {
 }
 
 impl Capacity {
+    /// That of the file system of what is at a path, if it answers.
+    pub(super) fn at(path: &Path) -> Option<Self> {
+        Self::new(&statvfs(path).ok()?)
+    }
+
     /// Nothing is known of a tmpfs without a limit, which says 0 blocks.
-    pub(super) fn new(stat: &Statvfs) -> Option<Self> {
+    fn new(stat: &Statvfs) -> Option<Self> {
         let unit = stat.fragment_size();
         let total = stat.blocks().saturating_mul(unit);
         (total > 0).then(|| Self {
@@ -35,65 +37,24 @@ impl Capacity {
         })
     }
 
+    /// Refuses what is more than it holds of `all`, or more than is free of what is needed `now`.
+    pub(super) fn check(self, all: u64, now: u64, path: &Path) -> Result<()> {
+        if all > self.total {
+            Err(self.shortage(all, Some(path)).into())
+        } else if now > self.free {
+            Err(self.shortage(now, Some(path)).into())
+        } else {
+            Ok(())
+        }
+    }
+
     /// That it has not so many bytes more, of the file system of what is at a path.
-    pub(super) fn shortage(self, needed: u64, path: Option<PathBuf>) -> Shortage {
+    fn shortage(self, needed: u64, path: Option<&Path>) -> Shortage {
         let limit = ResourceLimit::FileSystem {
-            path,
+            path: path.map(Path::to_owned),
             size: self.total,
         };
         Shortage::new(needed, self.free, limit)
-    }
-}
-
-/// Refuses RAM that the file system of `file` can never hold, or, if it is to be populated, cannot
-/// hold now: touching it would be SIGBUS.
-pub(super) fn check_file_system(file: &impl AsFd, options: &RamOptions, size: u64) -> Result<()> {
-    // A system whose shm objects have no file system has no capacity to check either.
-    let stat = fstatvfs(file).ok();
-    check(
-        stat.as_ref().and_then(Capacity::new),
-        size,
-        lazily(options),
-        options,
-    )
-}
-
-/// As [`check_file_system`], for all POSIX shm of `sizes` together, before any of it is created.
-#[cfg(target_os = "linux")]
-pub(crate) fn check_posix_shm(parts: &[(&RamOptions, u64)]) -> Result<()> {
-    let Ok(stat) = nix::sys::statvfs::statvfs(SHM) else {
-        // Creating it says what is wrong.
-        return Ok(());
-    };
-    let capacity = Capacity::new(&stat);
-    let checked = || parts.iter().filter(|(options, _)| !options.is_unreserved());
-    let Some((first, _)) = checked().next() else {
-        return Ok(());
-    };
-    let sum = |populated: bool| {
-        checked()
-            .filter(|(options, _)| !populated || !lazily(options))
-            .fold(0, |sum: u64, (_, size)| sum.saturating_add(*size))
-    };
-    check(capacity, sum(false), true, first)?;
-    check(capacity, sum(true), false, first)
-}
-
-/// Elsewhere nobody knows where the objects are.
-#[cfg(not(target_os = "linux"))]
-pub(crate) fn check_posix_shm(_parts: &[(&RamOptions, u64)]) -> Result<()> {
-    Ok(())
-}
-
-fn check(capacity: Option<Capacity>, size: u64, lazily: bool, options: &RamOptions) -> Result<()> {
-    match capacity {
-        Some(capacity)
-            if !options.is_unreserved()
-                && (size > capacity.total || !lazily && size > capacity.free) =>
-        {
-            Err(capacity.shortage(size, Some(SHM.into())).into())
-        }
-        _ => Ok(()),
     }
 }
 
@@ -103,34 +64,8 @@ pub(super) fn note(file: &impl AsFd, size: u64) -> Option<Note> {
     (size > capacity.free).then(|| Note::Shortage(capacity.shortage(size, None)))
 }
 
-/// The notes about limits on memory that new RAM of these sizes may meet when it is used.
-pub(crate) fn memory_notes(parts: &[(&RamOptions, u64)]) -> Vec<Note> {
-    let mut demand = Demand::default();
-    for (options, size) in parts {
-        if let Some(kind) = kind(options) {
-            demand.add(kind, *size);
-        }
-    }
-    // Without a descriptor for that nothing can be built either.
-    let limits = MemoryLimits::of_this_process().unwrap_or_default();
-    let short = limits.too_small_for(&demand).into_iter();
-    short.map(|short| Note::Shortage(short.into())).collect()
-}
-
-/// What pages the RAM will have; none for files on a disk, whose pages the kernel can drop.
-fn kind(options: &RamOptions) -> Option<Kind> {
-    match (options.backing(), options.page_size()) {
-        (Backing::File(path), _) => file::memory_kind(path),
-        (_, PageSize::Huge(size)) => Some(Kind::Huge {
-            page_size: hugetlb::page_size(size).ok()?,
-            reserving: true,
-        }),
-        _ => Some(Kind::Base(NodeSet::new())),
-    }
-}
-
 /// Refuses more backings than there are descriptors for.
-pub(crate) fn check_descriptors(needed: u64) -> Result<()> {
+pub(super) fn check_descriptors(needed: u64) -> Result<()> {
     match descriptors::left() {
         Some((left, limit)) if needed > left => {
             let limit = ResourceLimit::Descriptors { limit };
@@ -140,34 +75,37 @@ pub(crate) fn check_descriptors(needed: u64) -> Result<()> {
     }
 }
 
-pub(super) fn lazily(options: &RamOptions) -> bool {
-    options.populate() == Populate::Lazy
+/// Refuses what ftruncate(2) would answer with SIGXFSZ, which ends a process that does not
+/// expect it.
+pub(super) fn check_file_size(len: u64) -> Result<()> {
+    match getrlimit(Resource::RLIMIT_FSIZE) {
+        Ok((limit, _)) if len > limit => {
+            Err(Shortage::new(len, limit, ResourceLimit::FileSize).into())
+        }
+        // Without an answer the limit is left to the kernel.
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::backing::BackingError;
-    use crate::options::Reserve;
 
     #[test]
     fn ram_must_fit_at_all_and_populated_ram_now() {
-        let capacity = Some(Capacity {
+        let capacity = Capacity {
             total: 100,
             free: 10,
-        });
-        let on = RamOptions::new();
-        let off = RamOptions::new().with_reserve(Reserve::Off);
-        for (size, lazily, fits) in [
-            (100, true, true),
-            (101, true, false),
-            (10, false, true),
-            (11, false, false),
+        };
+        for (all, now, fits) in [
+            (100, 0, true),
+            (101, 0, false),
+            (100, 10, true),
+            (100, 11, false),
         ] {
-            let checked = check(capacity, size, lazily, &on);
-            assert_eq!(checked.is_ok(), fits, "{size} {lazily}");
-            assert!(check(capacity, size, lazily, &off).is_ok());
-            assert!(check(None, size, lazily, &on).is_ok());
+            let checked = capacity.check(all, now, Path::new(SHM));
+            assert_eq!(checked.is_ok(), fits, "{all} {now}");
         }
     }
 

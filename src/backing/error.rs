@@ -4,10 +4,12 @@ use std::fmt;
 use std::fs::FileType;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
 
-use super::{BackingKind, FileError, Seals};
-use crate::options::{NodeSet, NumaPolicy, OptionsError};
+use super::file_error::{FileError, file_type};
+use super::kind::BackingKind;
+use super::seals::Seals;
+use crate::host::NodeSet;
+use crate::options::{NumaPolicy, OptionsError};
 use crate::range::InvalidRange;
 use crate::shortage::Shortage;
 use crate::units::HumanSize;
@@ -316,26 +318,6 @@ impl From<AdoptError> for BackingError {
     /// Keeps the reason and closes the descriptor.
     fn from(refused: AdoptError) -> Self {
         *refused.error
-    }
-}
-
-/// What a file is, for people.
-pub(super) fn file_type(found: FileType) -> &'static str {
-    if found.is_file() {
-        "file"
-    } else if found.is_fifo() {
-        "pipe"
-    } else if found.is_socket() {
-        "socket"
-    } else if found.is_dir() {
-        "directory"
-    } else if found.is_char_device() {
-        "character device"
-    } else if found.is_block_device() {
-        "block device"
-    } else {
-        // eventfd, epoll and the like: anonymous inodes have no type.
-        "special file"
     }
 }
 

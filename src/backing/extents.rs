@@ -6,15 +6,17 @@
 
 use std::fs::File;
 use std::io;
+use std::iter;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 
-use super::{BLOCK, ShmBacking, base_page_size};
+use super::kind::BLOCK;
+use super::shm_backing::ShmBacking;
 use crate::host::descriptors::reopened;
-use crate::mapping::cached;
+use crate::host::{base_page_size, cached};
 use crate::range::RangeSet;
 
 /// Below so many pages of resolution, runs of allocated pages are measured, not stepped through: a
@@ -62,15 +64,19 @@ impl ShmBacking {
         {
             return Ok(bytes);
         }
-        let seeker = Seeker::new(self.file());
-        let mut bytes = 0;
-        let mut at = range.start;
-        while at < range.end {
-            let data = seeker.data(at, range.end)?;
-            at = seeker.hole(data, range.end)?;
-            bytes += at - data;
+        let data = self.data();
+        let parts = data.parts(range);
+        parts
+            .map(|part| part.map(|part| part.end - part.start))
+            .sum()
+    }
+
+    /// What is data in its file, and what are holes.
+    pub(crate) fn data(&self) -> Data<'_> {
+        Data {
+            own: reopened(self.file()).ok(),
+            shared: self.file(),
         }
-        Ok(bytes)
     }
 
     /// The parts of the range that are allocated, sorted and merged, in steps of `step` bytes from
@@ -170,21 +176,16 @@ impl ShmBacking {
 
     /// Finds the extents by looking for data.
     fn seek(&self, steps: &mut Steps) -> io::Result<()> {
-        let seeker = Seeker::new(self.file());
-        let end = steps.range.end;
-        let mut at = steps.range.start;
-        while at < end {
-            let data = seeker.data(at, end)?;
-            if data == end {
-                break;
-            }
-            let last = if steps.step < FINE * base_page_size() {
-                seeker.hole(data, end)?
+        let data = self.data();
+        let mut rest = steps.range.clone();
+        while let Some(start) = data.start_in(&rest)? {
+            let end = if steps.step < FINE * base_page_size() {
+                data.end_in(start..rest.end)?
             } else {
-                data + 1
+                start + 1
             };
-            at = steps.up(last);
-            steps.add(data..last);
+            rest.start = steps.up(end);
+            steps.add(start..end);
         }
         Ok(())
     }
@@ -216,40 +217,55 @@ impl Steps {
     }
 }
 
-/// Looks for data and holes in a file.
+/// What is data in a file, and what are holes (lseek(2)).
 ///
 /// lseek(2) moves the position of the open file description, which is shared with every process
 /// that was sent the descriptor. This crate never uses the position, but such a process may, so a
 /// description of its own is opened. Where that is not allowed (POSIX shm is created with mode 0,
 /// which stops all but root) the shared one is used.
-struct Seeker<'a> {
+pub(crate) struct Data<'a> {
     own: Option<File>,
     shared: &'a File,
 }
 
-impl<'a> Seeker<'a> {
-    fn new(shared: &'a File) -> Self {
-        let own = reopened(shared).ok();
-        Self { own, shared }
+impl Data<'_> {
+    /// The parts of a range that are data, each looked for when the one before is done with.
+    pub(crate) fn parts(
+        &self,
+        mut rest: Range<u64>,
+    ) -> impl Iterator<Item = io::Result<Range<u64>>> {
+        let mut next = move || {
+            let Some(start) = self.start_in(&rest)? else {
+                return Ok(None);
+            };
+            rest.start = self.end_in(start..rest.end)?;
+            Ok(Some(start..rest.start))
+        };
+        iter::from_fn(move || next().transpose())
     }
 
-    /// The first offset from `at` on that has data, at most `end`.
-    fn data(&self, at: u64, end: u64) -> io::Result<u64> {
-        self.seek(at, end, Whence::SeekData)
+    /// Where data begins in a range, if it has any.
+    fn start_in(&self, range: &Range<u64>) -> io::Result<Option<u64>> {
+        if range.is_empty() {
+            return Ok(None);
+        }
+        let start = self.seek(range.start, Whence::SeekData)?;
+        Ok(start.filter(|start| *start < range.end))
     }
 
-    /// The first offset from `at` on that is a hole, at most `end`.
-    fn hole(&self, at: u64, end: u64) -> io::Result<u64> {
-        self.seek(at, end, Whence::SeekHole)
+    /// Where the data ends with which a range begins.
+    fn end_in(&self, range: Range<u64>) -> io::Result<u64> {
+        let end = self.seek(range.start, Whence::SeekHole)?;
+        Ok(end.map_or(range.end, |end| end.min(range.end)))
     }
 
-    fn seek(&self, at: u64, end: u64, whence: Whence) -> io::Result<u64> {
+    fn seek(&self, from: u64, whence: Whence) -> io::Result<Option<u64>> {
         let file = self.own.as_ref().unwrap_or(self.shared);
-        let offset = i64::try_from(at).map_err(|_| Errno::EOVERFLOW)?;
-        match lseek64(file, offset, whence) {
-            Ok(found) => Ok(found.unsigned_abs().clamp(at, end)),
+        let from = i64::try_from(from).map_err(|_| Errno::EOVERFLOW)?;
+        match lseek64(file, from, whence) {
+            Ok(found) => Ok(Some(found.unsigned_abs())),
             // No data any more up to the end of the file, or the file ends before.
-            Err(Errno::ENXIO) => Ok(end),
+            Err(Errno::ENXIO) => Ok(None),
             Err(errno) => Err(errno.into()),
         }
     }

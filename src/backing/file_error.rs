@@ -2,12 +2,12 @@
 
 use std::fs::FileType;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
 
-use super::Seals;
-use super::error::file_type;
+use super::seals::Seals;
 use crate::units::HumanSize;
 
 /// Why a file cannot be RAM, or a ROM.
@@ -144,7 +144,7 @@ pub enum FileError {
 
     /// A ROM was to be made of something that is not a file opened for reading only.
     #[error(
-        "a ROM is made of a file that is opened for reading only: use Backing::File and \
+        "a ROM is made of a file that is opened for reading only: use BackingSource::File and \
          Access::ReadOnly (mem-path=..., readonly=on, rom=on)"
     )]
     WritableRom,
@@ -173,6 +173,26 @@ pub enum FileError {
         /// The system's answer.
         source: io::Error,
     },
+}
+
+/// What a file is, for people.
+pub(super) fn file_type(found: FileType) -> &'static str {
+    if found.is_file() {
+        "file"
+    } else if found.is_fifo() {
+        "pipe"
+    } else if found.is_socket() {
+        "socket"
+    } else if found.is_dir() {
+        "directory"
+    } else if found.is_char_device() {
+        "character device"
+    } else if found.is_block_device() {
+        "block device"
+    } else {
+        // eventfd, epoll and the like: anonymous inodes have no type.
+        "special file"
+    }
 }
 
 /// What to do about a file that cannot be opened or created.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use nix::fcntl::OFlag;
 
 use super::error::Result;
-use super::file::{check_no_link, open_error};
+use super::place::{check_no_link, open_error};
 use crate::options::Access;
 
 /// Only this user reads guest RAM. Daemons are sent a descriptor, they need no name.

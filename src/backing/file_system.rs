@@ -7,7 +7,7 @@ use std::path::Path;
 #[cfg(any(target_os = "linux", target_os = "android"))]
 use nix::sys::statfs::{Statfs, fstatfs, statfs};
 
-use super::base_page_size;
+use crate::host::base_page_size;
 #[cfg(any(target_os = "linux", target_os = "android"))]
 use crate::host::calls::retried;
 

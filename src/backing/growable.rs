@@ -1,11 +1,12 @@
 //! Memfds that grow in place and never become shorter: mappings from before and after are mappings
 //! of the same pages, and none of them can fault.
 
-use std::sync::Arc;
-
-use super::create::check_file_size_limit;
+use super::capacity::check_file_size;
 use super::error::{BackingError, Result};
-use super::{BackingKind, Inner, Seals, ShmBacking, base_page_size, memfd, seals};
+use super::kind::BackingKind;
+use super::request::Resolved;
+use super::seals::Seals;
+use super::shm_backing::ShmBacking;
 use crate::options::RamOptions;
 
 /// No process can take a page away, or add a seal that would stop the growing.
@@ -18,14 +19,8 @@ impl ShmBacking {
     /// writes there: nothing depends on where it ends but that this is not before `len`.
     pub(crate) fn create_growable(name: &str, len: u64) -> Result<Self> {
         let options = RamOptions::new().with_name(name);
-        check_file_size_limit(len)?;
-        let file = memfd::create_sealed(&options, len, None, GROWABLE)?;
-        let metadata = file.metadata().map_err(BackingError::inspect)?;
-        let seals = seals::read(&file).map_err(BackingError::inspect)?;
-        let kind = BackingKind::Memfd;
-        let map_options = (&options).into();
-        let backing = Self::new(file, base_page_size(), kind, seals, &metadata, map_options);
-        Ok(backing.seen_as(len))
+        let request = Resolved::new(&options)?.with_len(len)?;
+        request.with_seals(GROWABLE).create_alone()
     }
 
     /// The same file with `len` bytes, whole pages, at least as many as there were.
@@ -38,7 +33,7 @@ impl ShmBacking {
             source,
         };
         if !is_there().map_err(failed)? {
-            check_file_size_limit(len)?;
+            check_file_size(len)?;
             if let Err(source) = file.set_len(len) {
                 // Another process may have made it longer than that meanwhile: shrinking is what
                 // is refused then.
@@ -49,27 +44,6 @@ impl ShmBacking {
         }
         Ok(self.seen_as(len))
     }
-
-    /// The first `len` bytes, which are there.
-    fn seen_as(&self, len: u64) -> Self {
-        let inner = &self.inner;
-        Self {
-            inner: Arc::new(Inner {
-                file: Arc::clone(&inner.file),
-                start: inner.start,
-                end: len,
-                page_size: inner.page_size,
-                kind: inner.kind,
-                seals: inner.seals,
-                identity: inner.identity,
-                map_options: inner.map_options,
-                name: inner.name.clone(),
-                notes: inner.notes.clone(),
-                file_end: None,
-                gate: Arc::clone(&inner.gate),
-            }),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -77,6 +51,8 @@ mod tests {
     use nix::errno::Errno;
 
     use super::*;
+    use crate::backing::seals;
+    use crate::host::base_page_size;
 
     #[test]
     fn it_grows_and_nobody_can_shrink_or_seal_it() {

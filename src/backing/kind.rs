@@ -3,7 +3,10 @@
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
 
-/// What a backing turned out to be.
+/// What st_blocks counts, in bytes, whatever the page size (stat(3type)).
+pub(super) const BLOCK: u64 = 512;
+
+/// What a backing turned out to be, whatever it [comes from](crate::BackingSource).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum BackingKind {
@@ -41,6 +44,9 @@ impl BackingKind {
         matches!(self, Self::PosixShm | Self::ShmFile | Self::File)
     }
 }
+
+#[cfg(feature = "serde")]
+crate::units::serialized_as_text!(BackingKind);
 
 impl fmt::Display for BackingKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -6,27 +6,19 @@ use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::error::{BackingError, Result};
-use super::{BackingKind, Seals, hugetlb, seals};
-use crate::options::{RamOptions, Sealing};
+use super::hugetlb;
+use super::kind::BackingKind;
+use super::seals::{self, Seals};
+use crate::options::RamOptions;
 
 /// The name in `/proc/PID/maps` and `/proc/PID/fd`; it need not be unique.
 const NAME: &str = "guest-memory-shm";
 
-/// A memfd of `len` bytes, sealed unless the options say otherwise, with pages from the hugetlb
-/// pool of `huge` bytes if given.
+/// A memfd of `len` bytes with these seals, with pages from the hugetlb pool of `huge` bytes if
+/// given.
 ///
 /// The order is the point: the size is fixed by seals before anybody can map it or be sent it.
-pub(super) fn create(options: &RamOptions, len: u64, huge: Option<u64>) -> Result<File> {
-    let seals = match options.sealing() {
-        Sealing::Sealed => seals::RAM,
-        // No process that gets the descriptor may add a seal either, as one against writing.
-        Sealing::Unsealed => Seals::SEAL,
-    };
-    create_sealed(options, len, huge, seals)
-}
-
-/// A memfd with these seals, whatever the options say of them.
-pub(super) fn create_sealed(
+pub(super) fn create(
     options: &RamOptions,
     len: u64,
     huge: Option<u64>,
@@ -83,13 +75,13 @@ mod tests {
     fn a_name_is_shown_as_far_as_the_kernel_takes_it() {
         for (len, shown) in [(1, 1), (249, 249), (300, 249)] {
             let options = RamOptions::new().with_name("a".repeat(len));
-            let file = create(&options, 4096, None).unwrap();
+            let file = create(&options, 4096, None, seals::RAM).unwrap();
             assert_eq!(name_of(file), Some("a".repeat(shown)));
         }
     }
 
     fn sealed(len: u64) -> File {
-        create(&RamOptions::new(), len, None).unwrap()
+        create(&RamOptions::new(), len, None, seals::RAM).unwrap()
     }
 
     #[test]
@@ -120,8 +112,7 @@ mod tests {
 
     #[test]
     fn an_unsealed_memfd_can_be_resized_but_never_sealed() {
-        let options = RamOptions::new().with_sealing(Sealing::Unsealed);
-        let file = create(&options, 1 << 20, None).unwrap();
+        let file = create(&RamOptions::new(), 1 << 20, None, Seals::SEAL).unwrap();
         file.set_len(4096).unwrap();
         file.set_len(1 << 20).unwrap();
         let refused = seals::add(&file, Seals::WRITE).unwrap_err();

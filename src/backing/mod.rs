@@ -1,27 +1,16 @@
-//! Backings: the objects behind RAM, each a descriptor of known size whose pages can be shared.
+//! Backings: the objects that back RAM, each a descriptor of known size whose pages can be shared.
 //!
-//! A [`ShmBacking`] is created from [`RamOptions`], or adopted from a descriptor that came from
-//! elsewhere. Either way its length, its page size and its seals are known and checked before
-//! anything is mapped, because a mapping that reaches past the end of its file is SIGBUS.
-
-use std::fmt;
-use std::fs::File;
-use std::io;
-use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
-
-#[cfg(doc)]
-use crate::options::Backing;
-use crate::options::{MapOptions, RamOptions};
-use crate::range::RangePart;
-use crate::report::Note;
-use crate::units::HumanSize;
+//! A [`ShmBacking`] is created from [`RamOptions`](crate::RamOptions), or adopted from a descriptor
+//! that came from elsewhere. Either way its length, its page size and its seals are known and
+//! checked before anything is mapped, because a mapping that reaches past the end of its file is
+//! SIGBUS.
+//!
+//! Creating takes three steps. Options are [`Resolved`], once, with what this machine has and what
+//! is at the path; with a length they are a [`Request`], and all requests are checked together;
+//! then each becomes a [provisional](request::Provisional) backing, which leaves nothing unless it is kept.
 
 mod adopt;
 mod capacity;
-mod create;
 mod error;
 mod extents;
 mod file;
@@ -34,354 +23,26 @@ mod gate;
 mod growable;
 mod hugetlb;
 mod kind;
+mod made;
 mod memfd;
 mod notes;
+mod place;
 mod posix_shm;
+mod request;
 mod seals;
+mod shm_backing;
 
 pub(crate) use crate::host::base_page_size;
 pub use adopt::{AdoptPolicy, SealPolicy};
-pub(crate) use capacity::{check_descriptors, check_posix_shm, memory_notes};
-pub(crate) use create::{check_creation, huge_pages, page_size_of, start_of};
-use create::{check_file_size_limit, kind_name};
-use error::Result;
 pub use error::{AdoptError, BackingError};
 pub(crate) use extents::Allocation;
-use file_end::FileEnd;
 pub use file_error::FileError;
 pub(crate) use gate::{Closed, DiscardGate, Passage};
 pub(crate) use hugetlb::{check_groups, check_pool};
 pub use kind::{BackingKind, FileIdentity};
+pub(crate) use request::{Request, Resolved, memory_notes};
 pub use seals::Seals;
-
-/// What st_blocks counts, in bytes, whatever the page size (stat(3type)).
-const BLOCK: u64 = 512;
-
-/// The object behind guest RAM: a descriptor of known length, cheap to clone.
-///
-/// Clones share the descriptor; the pages live as long as any clone, any region on it, or any
-/// other process's copy of it.
-///
-/// ```
-/// use guest_memory_shm::{RamOptions, Seals, ShmBacking};
-///
-/// let backing = ShmBacking::create(&RamOptions::new(), 64 << 20)?;
-/// assert_eq!(backing.size(), 64 << 20);
-/// assert_eq!(backing.allocated()?, 0);
-/// assert!(backing.seals().contains(Seals::SHRINK | Seals::GROW));
-/// # Ok::<(), guest_memory_shm::Error>(())
-/// ```
-#[derive(Clone)]
-pub struct ShmBacking {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
-    file: Arc<File>,
-    /// Where RAM begins in it.
-    start: u64,
-    /// Where RAM ends in it.
-    end: u64,
-    page_size: u64,
-    kind: BackingKind,
-    seals: Seals,
-    identity: FileIdentity,
-    /// For every mapping of it.
-    map_options: MapOptions,
-    name: Option<String>,
-    /// What of its options has no effect, and limits that are near.
-    notes: Vec<Note>,
-    /// Of a file that was opened by its path.
-    file_end: Option<FileEnd>,
-    /// For every discard on it.
-    gate: Arc<DiscardGate>,
-}
-
-impl ShmBacking {
-    /// Creates a backing for `len` bytes of RAM; no page of it is allocated.
-    ///
-    /// The options hold for every region on it: transparent huge pages and core dumps too.
-    /// A memfd is sealed against any change of its size before this returns. In a
-    /// [`Backing::File`] the RAM is past [`RamOptions::offset`], from [`start`](Self::start) to
-    /// [`end`](Self::end).
-    ///
-    /// ```
-    /// use guest_memory_shm::{Backing, BackingKind, RamOptions, ShmBacking};
-    ///
-    /// // A file without a name, for as long as anybody uses it.
-    /// let options = RamOptions::new().with_backing(Backing::File("/dev/shm".into()));
-    /// let backing = ShmBacking::create(&options, 1 << 20)?;
-    /// assert_eq!(backing.kind(), BackingKind::ShmFile);
-    /// # Ok::<(), guest_memory_shm::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// [`BackingError::Options`] for those that [`RamOptions::check`] refuses, and a size that is
-    /// not `len`; [`BackingError::Length`] and [`BackingError::Range`] for a bad `len`;
-    /// [`BackingError::NoSuchHugePageSize`] and [`BackingError::NoSuchNodes`] for what this machine
-    /// does not have; [`BackingError::Shortage`], [`BackingError::ShmUnavailable`] and
-    /// [`BackingError::ShmNamesTaken`] for the limits of the system; [`BackingError::File`] for a
-    /// file that cannot be used; others if a system call fails. Nothing is left behind: a file that
-    /// was created is removed, one that was empty is empty again.
-    pub fn create(options: &RamOptions, len: u64) -> Result<Self> {
-        let backing = Self::create_provisional(options, len)?;
-        backing.keep();
-        Ok(backing)
-    }
-
-    /// Everything that needs the backing is there: it stays, also when it is dropped.
-    pub(crate) fn keep(&self) {
-        if let Some(end) = &self.inner.file_end {
-            end.keep();
-        }
-    }
-
-    /// Adopts a descriptor that came from elsewhere, after checking that it can be RAM.
-    ///
-    /// Checked are: a regular file, open for reading and writing, on a tmpfs (that is a memfd or
-    /// POSIX shared memory), a hugetlbfs, or, if the policy allows it, any other file system; a
-    /// length that is not 0, whole pages, and at least what the policy asks for; seals that forbid
-    /// no writing and are what the policy demands.
-    ///
-    /// ```
-    /// use guest_memory_shm::{AdoptPolicy, BackingError, ShmBacking};
-    ///
-    /// let (pipe, _) = std::io::pipe()?;
-    /// let refused = ShmBacking::adopt(pipe.into(), &AdoptPolicy::new()).unwrap_err();
-    /// assert!(matches!(refused.error(), BackingError::NotMemory { .. }));
-    /// let pipe_again = refused.into_fd();
-    /// # Ok::<(), std::io::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// An [`AdoptError`] that gives the descriptor back and holds the reason:
-    /// [`BackingError::NotMemory`], [`BackingError::NotWritable`], [`BackingError::OnDisk`],
-    /// [`BackingError::TooShort`], [`BackingError::Range`], [`BackingError::WriteSealed`],
-    /// [`BackingError::NotSealed`], or [`BackingError::Inspect`] if a system call fails.
-    pub fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> Result<Self, AdoptError> {
-        adopt::adopt(fd, policy)
-    }
-
-    fn new(
-        file: File,
-        page_size: u64,
-        kind: BackingKind,
-        seals: Seals,
-        metadata: &std::fs::Metadata,
-        map_options: MapOptions,
-    ) -> Self {
-        Self {
-            inner: Arc::new(Inner {
-                file: Arc::new(file),
-                start: 0,
-                end: metadata.len(),
-                page_size,
-                kind,
-                seals,
-                identity: FileIdentity::of(metadata),
-                map_options,
-                name: None,
-                notes: Vec::new(),
-                file_end: None,
-                gate: Arc::default(),
-            }),
-        }
-    }
-
-    /// Where RAM begins in it, in bytes: [`RamOptions::offset`] of a file, else 0.
-    pub fn start(&self) -> u64 {
-        self.inner.start
-    }
-
-    /// Where RAM ends in it, in bytes from the start of the file: no region reaches further.
-    ///
-    /// Of a [`Backing::File`] that is [`RamOptions::offset`] and the size of the RAM, and the file
-    /// may be longer; of all others it is the length of the file when the backing was made, which
-    /// sealed ones keep.
-    pub fn end(&self) -> u64 {
-        self.inner.end
-    }
-
-    /// How much RAM it can carry, in bytes: from [`start`](Self::start) to [`end`](Self::end).
-    ///
-    /// ```
-    /// use guest_memory_shm::{Backing, RamOptions, ShmBacking};
-    ///
-    /// let options = RamOptions::new()
-    ///     .with_backing(Backing::File("/dev/shm".into()))
-    ///     .with_offset(1 << 20);
-    /// let backing = ShmBacking::create(&options, 4 << 20)?;
-    /// assert_eq!((backing.start(), backing.end()), (1 << 20, 5 << 20));
-    /// assert_eq!(backing.size(), 4 << 20);
-    /// # Ok::<(), guest_memory_shm::Error>(())
-    /// ```
-    pub fn size(&self) -> u64 {
-        self.inner.end - self.inner.start
-    }
-
-    /// The size of its pages in bytes: offsets and sizes of regions are multiples of it.
-    pub fn page_size(&self) -> u64 {
-        self.inner.page_size
-    }
-
-    /// The name that it was given ([`RamOptions::with_name`]).
-    pub fn name(&self) -> Option<&str> {
-        self.inner.name.as_deref()
-    }
-
-    /// What of its options has no effect, and limits that are near: known when it was created.
-    pub fn notes(&self) -> &[Note] {
-        &self.inner.notes
-    }
-
-    /// What people know it by: its name, or what it is.
-    pub(crate) fn label(&self) -> String {
-        match self.name() {
-            Some(name) => name.to_owned(),
-            None => self.kind().to_string(),
-        }
-    }
-
-    /// What the backing is.
-    pub fn kind(&self) -> BackingKind {
-        self.inner.kind
-    }
-
-    /// Whether its pages come from a hugetlb pool.
-    pub fn is_hugetlb(&self) -> bool {
-        self.inner.kind.is_hugetlb()
-    }
-
-    /// Whether it goes away, pages and all, with its last user: it has no name, and no other
-    /// process had it when it was created.
-    pub(crate) fn is_nameless(&self) -> bool {
-        matches!(
-            self.inner.kind,
-            BackingKind::Memfd | BackingKind::HugetlbMemfd | BackingKind::PosixShm
-        )
-    }
-
-    /// Whether it is a file on a tmpfs: a memfd of base pages or POSIX shared memory too.
-    pub(crate) fn is_on_tmpfs(&self) -> bool {
-        matches!(
-            self.inner.kind,
-            BackingKind::Memfd
-                | BackingKind::PosixShm
-                | BackingKind::ShmFile
-                | BackingKind::AdoptedShm
-        )
-    }
-
-    /// The seals on it, empty where the file cannot be sealed.
-    pub fn seals(&self) -> Seals {
-        self.inner.seals
-    }
-
-    /// Which file it is, the same in every process that holds a descriptor of it.
-    pub fn identity(&self) -> FileIdentity {
-        self.inner.identity
-    }
-
-    /// The memory that is allocated for it now, in bytes (`st_blocks` of fstat(2)).
-    ///
-    /// # Errors
-    ///
-    /// [`BackingError::Inspect`] if fstat(2) fails.
-    pub fn allocated(&self) -> Result<u64> {
-        let metadata = self.inner.file.metadata();
-        let metadata = metadata.map_err(BackingError::inspect)?;
-        Ok(metadata.blocks() * BLOCK)
-    }
-
-    /// Makes a hole of a part of it, for every process that maps it (fallocate(2)).
-    pub(crate) fn punch(&self, range: Range<u64>) -> io::Result<()> {
-        file_end::punch(self.file(), range)
-    }
-
-    /// The gate that discards on it go through, the same for all clones.
-    pub(crate) fn gate(&self) -> &Arc<DiscardGate> {
-        &self.inner.gate
-    }
-
-    /// What holds for every mapping of it.
-    pub(crate) fn map_options(&self) -> MapOptions {
-        self.inner.map_options
-    }
-
-    /// Looks again whether the file is as long as it was: one that is not sealed may have been
-    /// truncated, and touching what is gone is SIGBUS.
-    pub(crate) fn check_not_truncated(&self) -> Result<()> {
-        let now = self.truncated_to();
-        match now.map_err(BackingError::inspect)? {
-            Some(now) => Err(BackingError::Truncated {
-                end: self.end(),
-                now,
-            }),
-            None => Ok(()),
-        }
-    }
-
-    /// How long the file is, if it is shorter than it was.
-    pub(crate) fn truncated_to(&self) -> io::Result<Option<u64>> {
-        if self.seals().contains(Seals::SHRINK) {
-            return Ok(None);
-        }
-        let now = self.inner.file.metadata()?.len();
-        Ok((now < self.end()).then_some(now))
-    }
-
-    /// The file, for vm-memory's `FileOffset`.
-    pub(crate) fn file(&self) -> &Arc<File> {
-        &self.inner.file
-    }
-
-    /// Checks that `size` bytes at `offset` lie inside it, at page boundaries.
-    pub(crate) fn check_inside(&self, offset: u64, size: u64) -> Result<()> {
-        RangePart::Offset.check_aligned(offset, self.page_size())?;
-        RangePart::Size.check_aligned(size, self.page_size())?;
-        match offset.checked_add(size) {
-            Some(end) if end <= self.end() => Ok(()),
-            _ => Err(BackingError::Outside {
-                offset,
-                size,
-                end: self.end(),
-            }),
-        }
-    }
-}
-
-impl AsFd for ShmBacking {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.inner.file.as_fd()
-    }
-}
-
-impl fmt::Debug for ShmBacking {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ShmBacking")
-            .field("kind", &self.inner.kind)
-            .field("start", &format_args!("{:#x}", self.inner.start))
-            .field("size", &format_args!("{}", HumanSize(self.size())))
-            .field(
-                "page_size",
-                &format_args!("{}", HumanSize(self.inner.page_size)),
-            )
-            .field("seals", &self.inner.seals)
-            .field("fd", &self.inner.file)
-            .finish()
-    }
-}
-
-/// Two backings are equal if they are the same file.
-impl PartialEq for ShmBacking {
-    fn eq(&self, other: &Self) -> bool {
-        self.identity() == other.identity()
-    }
-}
-
-impl Eq for ShmBacking {}
+pub use shm_backing::ShmBacking;
 
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,6 @@
 //! What of the options has no effect on a backing, known before it is mapped.
 
-use super::{BackingKind, kind_name};
+use super::kind::BackingKind;
 use crate::host::nodes;
 use crate::options::{Merge, NumaPolicy, RamOptions, Reserve};
 use crate::report::Note;
@@ -12,9 +12,7 @@ pub(super) fn of_options(options: &RamOptions, kind: BackingKind) -> Vec<Note> {
         notes.push(Note::Merge);
     }
     if options.reserve() == Some(Reserve::On) && !kind.is_hugetlb() {
-        notes.push(Note::Reserve {
-            kind: kind_name(options.backing()),
-        });
+        notes.push(Note::Reserve);
     }
     let one_node = nodes::with_memory().is_some_and(|nodes| nodes.len() == 1);
     if options.numa() != NumaPolicy::Default && one_node {

@@ -14,21 +14,19 @@ use nix::sys::mman::{shm_open, shm_unlink};
 use nix::sys::stat::Mode;
 
 use super::error::{BackingError, Result};
-use super::{BackingKind, capacity};
-use crate::options::RamOptions;
+use super::kind::BackingKind;
 
 /// How many names are tried: a name can be left by a process that was killed between two system
 /// calls and whose pid came round again, or be squatted.
 const NAMES: usize = 128;
 
 /// A nameless POSIX shared memory object of `len` bytes.
-pub(super) fn create(options: &RamOptions, len: u64) -> Result<File> {
+pub(super) fn create(len: u64) -> Result<File> {
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     let names = std::iter::repeat_with(|| {
         name(std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed))
     });
     let file = File::from(open_nameless(len, names.take(NAMES))?);
-    capacity::check_file_system(&file, options, len)?;
     file.set_len(len).map_err(|source| BackingError::Resize {
         kind: BackingKind::PosixShm,
         len,
@@ -83,7 +81,7 @@ mod tests {
 
     #[test]
     fn an_object_has_no_name_and_mode_0() {
-        let file = create(&RamOptions::new(), 1 << 20).unwrap();
+        let file = create(1 << 20).unwrap();
         let metadata = file.metadata().unwrap();
         assert_eq!(metadata.nlink(), 0);
         assert_eq!(metadata.permissions().mode() & 0o777, 0);

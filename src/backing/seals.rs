@@ -48,6 +48,9 @@ bitflags::bitflags! {
 /// `F_SEAL_FUTURE_WRITE` from a daemon would stop discards and later daemons.
 pub(super) const RAM: Seals = Seals::RESIZE.union(Seals::SEAL);
 
+#[cfg(feature = "serde")]
+crate::units::serialized_as_text!(Seals);
+
 impl fmt::Display for Seals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names = [

@@ -1,7 +1,8 @@
 //! Backings of every kind: what they are, and what is refused.
 
+use super::error::Result;
 use super::*;
-use crate::options::{Backing, OptionsError, PageSize};
+use crate::options::{BackingSource, OptionsError, PageSize, RamOptions};
 use crate::range::InvalidRange;
 
 fn create(options: &RamOptions, len: u64) -> Result<ShmBacking> {
@@ -10,7 +11,7 @@ fn create(options: &RamOptions, len: u64) -> Result<ShmBacking> {
 
 #[test]
 fn a_created_backing_has_its_size_and_no_page() {
-    for kind in [Backing::Memfd, Backing::PosixShm] {
+    for kind in [BackingSource::Memfd, BackingSource::PosixShm] {
         let backing = create(&RamOptions::new().with_backing(kind), 1 << 20).unwrap();
         assert_eq!(backing.file().metadata().unwrap().len(), 1 << 20);
         assert_eq!(backing.allocated().unwrap(), 0);
@@ -20,7 +21,7 @@ fn a_created_backing_has_its_size_and_no_page() {
 
 #[test]
 fn a_bad_length_is_refused() {
-    for kind in [Backing::Memfd, Backing::PosixShm] {
+    for kind in [BackingSource::Memfd, BackingSource::PosixShm] {
         let options = RamOptions::new().with_backing(kind);
         assert!(matches!(
             create(&options, 0),
@@ -43,7 +44,7 @@ fn a_bad_length_is_refused() {
 #[test]
 fn huge_pages_of_posix_shm_are_refused() {
     let options = RamOptions::new()
-        .with_backing(Backing::PosixShm)
+        .with_backing(BackingSource::PosixShm)
         .with_page_size(PageSize::Huge(None));
     assert!(matches!(
         create(&options, 2 << 20),

@@ -13,7 +13,7 @@ use crate::backing::base_page_size;
 use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
 use crate::ram::Ram;
-use crate::range::{GuestRange, outwards};
+use crate::range::{GuestRange, InvalidRange, outwards};
 
 /// Refused reports on base pages are noted in bitmaps for so many bytes.
 const CHUNK: u64 = 2 << 20;
@@ -44,18 +44,18 @@ const CHUNK: u64 = 2 << 20;
 /// use vm_memory::GuestAddress;
 ///
 /// let memory = GuestMemoryShm::<()>::builder()
-///     .with_ram(
+///     .add_ram(
 ///         RamOptions::new().with_page_size(PageSize::Transparent),
 ///         [(GuestAddress(0), 64 << 20)],
 ///     )
 ///     .build()?;
 /// let mut balloon = DiscardAccumulator::new();
 /// for page in 0..511 {
-///     let discarded = balloon.add(&memory, GuestAddress(page * 4096), 4096)?;
+///     let discarded = balloon.add(&memory, (GuestAddress(page * 4096), 4096))?;
 ///     assert_eq!(discarded.freed, 0);
 /// }
 /// assert_eq!(balloon.pending(), 511 * 4096);
-/// let last = balloon.add(&memory, GuestAddress(511 * 4096), 4096)?;
+/// let last = balloon.add(&memory, (GuestAddress(511 * 4096), 4096))?;
 /// assert_eq!((last.freed, balloon.pending()), (2 << 20, 0));
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
@@ -89,7 +89,7 @@ impl DiscardAccumulator {
         }
     }
 
-    /// Notes that `len` bytes of `memory` at `addr` are free, and discards what is complete now.
+    /// Notes that a range of `memory` is free, and discards what is complete now.
     ///
     /// What is freed is of this report and of earlier ones. What is kept is of this one, and will
     /// not be given back: less than a base page at its ends, and parts of transparent huge pages
@@ -105,10 +105,9 @@ impl DiscardAccumulator {
     pub fn add<B>(
         &mut self,
         memory: &GuestMemoryShm<B>,
-        addr: GuestAddress,
-        len: u64,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
     ) -> Result<Discarded, DiscardError> {
-        let range = GuestRange::new(addr, len)?;
+        let range = GuestRange::at(range)?;
         let mut discarded = Discarded::default();
         let mut complete = Vec::new();
         for piece in pieces(memory, range)? {
@@ -117,8 +116,7 @@ impl DiscardAccumulator {
             if pages.is_empty() {
                 continue;
             }
-            let start = piece.ram.range.start_addr().0;
-            let pages = start + pages.start..start + pages.end;
+            let pages = piece.ram.in_guest(pages).addrs();
             let (units, owner) = (units(piece.ram), Owner::of(piece.ram));
             for part in self.collector.add(&units, &owner, pages) {
                 complete.push((units, owner.clone(), part));
@@ -140,13 +138,20 @@ impl DiscardAccumulator {
         Ok(discarded)
     }
 
-    /// Forgets that `len` bytes at `addr` are free, because the guest uses them again: all pages
-    /// that have a part in the range. Units that are given back already are not affected.
-    pub fn remove(&mut self, addr: GuestAddress, len: u64) {
-        let range = addr.0..addr.0.saturating_add(len);
-        if !range.is_empty() {
-            self.collector.remove(outwards(range, base_page_size()));
-        }
+    /// Forgets that `range` is free, because the guest uses it again: all pages that have a part in
+    /// it. Units that are given back already are not affected.
+    ///
+    /// # Errors
+    ///
+    /// If it is no range: nothing is forgotten.
+    pub fn remove(
+        &mut self,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+    ) -> Result<(), InvalidRange> {
+        let range = GuestRange::at(range)?;
+        let pages = outwards(range.addrs(), base_page_size());
+        self.collector.remove(pages);
+        Ok(())
     }
 
     /// Discards what is noted, as far as the pages of the backings allow: complete units that were
@@ -203,7 +208,7 @@ impl Default for DiscardAccumulator {
 }
 
 fn discard<B>(memory: &GuestMemoryShm<B>, range: &Range<u64>) -> Result<Discarded, DiscardError> {
-    memory.discard(GuestAddress(range.start), range.end - range.start)
+    memory.discard((GuestAddress(range.start), range.end - range.start))
 }
 
 fn units(ram: &Ram) -> Units {

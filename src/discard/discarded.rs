@@ -1,8 +1,10 @@
 //! What became of a range that was discarded.
 
+use std::fmt;
 use std::ops::{AddAssign, Range};
 
 use crate::range::inwards;
+use crate::units::HumanSize;
 
 /// What became of a range that was discarded, in bytes: the three together are the range.
 ///
@@ -12,13 +14,14 @@ use crate::range::inwards;
 ///
 /// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
 /// // Half a page, a page, and half a page.
-/// let discarded = memory.discard(GuestAddress(0x800), 0x2000)?;
+/// let discarded = memory.discard((GuestAddress(0x800), 0x2000))?;
 /// assert_eq!(discarded.freed, 0x1000);
 /// assert_eq!((discarded.kept_head, discarded.kept_tail), (0x800, 0x800));
 /// assert_eq!(discarded.len(), 0x2000);
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Discarded {
     /// Whole pages of the backing that are holes now: they take no memory and read as zeroes, in
@@ -49,6 +52,13 @@ impl AddAssign for Discarded {
         self.freed += other.freed;
         self.kept_head += other.kept_head;
         self.kept_tail += other.kept_tail;
+    }
+}
+
+impl fmt::Display for Discarded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (freed, kept) = (HumanSize(self.freed), HumanSize(self.kept()));
+        write!(f, "{freed} given back, {kept} kept")
     }
 }
 

@@ -32,10 +32,10 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
     /// let pinned = memory.inhibit_discards();
-    /// let refused = memory.discard(GuestAddress(0), 4096).unwrap_err();
+    /// let refused = memory.discard((GuestAddress(0), 4096)).unwrap_err();
     /// assert!(matches!(refused, DiscardError::Inhibited { by: 1, .. }));
     /// drop(pinned);
-    /// memory.discard(GuestAddress(0), 4096)?;
+    /// memory.discard((GuestAddress(0), 4096))?;
     /// # Ok::<(), Error>(())
     /// ```
     pub fn inhibit_discards(&self) -> DiscardInhibitor {

@@ -2,11 +2,9 @@
 
 use std::sync::Arc;
 
-use vm_memory::GuestAddress;
-
 use crate::backing::{DiscardGate, Passage, ShmBacking};
 use crate::memory::GuestMemoryShm;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, InvalidRange};
 
 mod accumulator;
 mod collector;
@@ -48,7 +46,7 @@ impl<B> GuestMemoryShm<B> {
     /// let backing = memory.iter().next().expect("there is a region").backing();
     /// assert_eq!(backing.allocated()?, 4096);
     ///
-    /// memory.discard(GuestAddress(0x5000), 4096)?;
+    /// memory.discard((GuestAddress(0x5000), 4096))?;
     /// assert_eq!(backing.allocated()?, 0);
     /// # Ok::<(), guest_memory_shm::Error>(())
     /// ```
@@ -63,8 +61,11 @@ impl<B> GuestMemoryShm<B> {
     /// [`DiscardError::Locked`] and [`DiscardError::NoHoles`] for what cannot be given back: all of
     /// these are found before the first page is. [`DiscardError::Failed`] and
     /// [`DiscardError::CannotLook`] if a call fails nevertheless.
-    pub fn discard(&self, addr: GuestAddress, len: u64) -> Result<Discarded, DiscardError> {
-        let range = GuestRange::new(addr, len)?;
+    pub fn discard(
+        &self,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+    ) -> Result<Discarded, DiscardError> {
+        let range = GuestRange::at(range)?;
         let pieces = pieces(self, range)?;
         let gates = gates(pieces.iter().map(|piece| &piece.ram.backing));
         let _open = enter(&gates, range)?;

@@ -7,7 +7,6 @@ use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use vm_memory::GuestAddress;
 
 use super::discarded::{Discarded, split};
 use super::error::DiscardError;
@@ -33,6 +32,7 @@ pub(super) fn pieces<B>(
 ) -> Result<Vec<Piece<'_>>, DiscardError> {
     let pieces = memory.pieces(range);
     let pieces = pieces.map_err(|first| DiscardError::NotRam { range, first })?;
+    pieces.iter().try_for_each(|(ram, _)| ram.check_pages())?;
     let pieces = pieces.into_iter();
     Ok(pieces.map(|(ram, inside)| Piece { ram, inside }).collect())
 }
@@ -40,7 +40,7 @@ pub(super) fn pieces<B>(
 impl Piece<'_> {
     /// Refuses what the kernel would refuse, and changes nothing.
     pub(super) fn check(&self) -> Result<(), DiscardError> {
-        let range = self.range();
+        let range = self.ram.in_guest(self.inside.clone());
         if self.ram.backing.map_options().access != Access::ReadWrite {
             return Err(DiscardError::ReadOnly { range });
         }
@@ -78,7 +78,7 @@ impl Piece<'_> {
         // A huge page of shmem that is not whole in the range was split, or, if it could not be,
         // zeroed: what is still there is at the edges.
         if self.ram.backing.is_on_tmpfs() {
-            let (head, tail) = edges(self.in_backing(whole), transparent_huge_page());
+            let (head, tail) = edges(self.ram.in_backing(whole), transparent_huge_page());
             for (edge, kept) in [
                 (head, &mut discarded.kept_head),
                 (tail, &mut discarded.kept_tail),
@@ -94,18 +94,6 @@ impl Piece<'_> {
             }
         }
         Ok(discarded)
-    }
-
-    /// The guest addresses of it.
-    fn range(&self) -> GuestRange {
-        let start = self.ram.range.start_addr().0 + self.inside.start;
-        let len = self.inside.end - self.inside.start;
-        // A part of a region is a range as good as the region.
-        GuestRange::new(GuestAddress(start), len).unwrap_or(self.ram.range)
-    }
-
-    fn in_backing(&self, part: Range<u64>) -> Range<u64> {
-        self.ram.offset + part.start..self.ram.offset + part.end
     }
 }
 

@@ -1,7 +1,5 @@
 //! The crate's one error type: each variant names the operation, the values and the way out.
 
-use std::io;
-
 use crate::range::InvalidRange;
 use crate::shortage::Shortage;
 
@@ -30,10 +28,11 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// the system refused, where it did.
 ///
 /// ```
-/// use guest_memory_shm::{Error, GuestMemoryShm, InvalidRange};
+/// use guest_memory_shm::{Error, GuestRegionShm, InvalidRange, RamOptions};
 /// use vm_memory::GuestAddress;
 ///
-/// let error = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 5000)]).unwrap_err();
+/// let place = (GuestAddress(0), 5000);
+/// let error = GuestRegionShm::<()>::new(place, &RamOptions::new()).unwrap_err();
 /// assert!(matches!(error, Error::Range(InvalidRange::Unaligned { value: 5000, .. })));
 /// ```
 #[non_exhaustive]
@@ -101,15 +100,6 @@ pub enum Error {
     /// Regions make no memory.
     #[error(transparent)]
     Memory(MemoryError),
-
-    /// The mock daemon, or a driver of the mock with any daemon, could not do its part.
-    #[error("cannot {doing}")]
-    Mock {
-        /// The step that failed.
-        doing: &'static str,
-        /// The system's answer.
-        source: io::Error,
-    },
 }
 
 impl Error {

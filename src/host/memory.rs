@@ -11,7 +11,7 @@ use super::fields::bytes;
 use super::kept::Kept;
 use super::mounts::{self, Mount};
 use super::nodes;
-use crate::options::NodeSet;
+use crate::host::NodeSet;
 
 /// What is kept back of each limit, in bytes, for what this process and others in its group need
 /// besides: stacks, page tables, the chunk that another process is about to take.

@@ -3,14 +3,14 @@
 use std::fs;
 
 use super::fields::field;
-use crate::options::NodeSet;
+use crate::host::NodeSet;
 
 pub(super) const DIR: &str = "/sys/devices/system/node";
 
 /// The nodes that have memory, or `None` if the kernel does not tell, as one without NUMA.
 pub(crate) fn with_memory() -> Option<NodeSet> {
     let text = fs::read_to_string(format!("{DIR}/has_memory")).ok()?;
-    NodeSet::from_nodes(parse_list(&text)?).ok()
+    NodeSet::from_nodes(parse_list(&text)?)
 }
 
 /// The nodes that pages may come from that this thread allocates, if they are not all that have
@@ -25,7 +25,7 @@ pub(crate) fn only_allowed() -> NodeSet {
 fn restriction(status: &str, with_memory: NodeSet) -> Option<NodeSet> {
     let listed = parse_list(field(status, "Mems_allowed_list")?)?.into_iter();
     let there = listed.filter(|node| with_memory.contains(*node));
-    let allowed = NodeSet::from_nodes(there).ok()?;
+    let allowed = NodeSet::from_nodes(there)?;
     (allowed != with_memory).then_some(allowed)
 }
 

@@ -5,7 +5,6 @@ use std::fs;
 
 use super::fields::field;
 use super::mounts::Mount;
-use crate::report::NotHuge;
 
 const SWITCHES: &str = "/sys/kernel/mm/transparent_hugepage";
 
@@ -14,11 +13,24 @@ pub(crate) fn page_size() -> Option<u64> {
     read("hpage_pmd_size")?.parse().ok()
 }
 
-/// Why files on the tmpfs with this `st_dev` get no huge pages even if they are asked for
-/// (`MADV_HUGEPAGE`), or `None` if they can get them.
-pub(crate) fn why_not_on_tmpfs(dev: u64) -> Option<NotHuge> {
+/// What forbids transparent huge pages of shared memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Forbidden {
+    /// The kernel has none.
+    Kernel,
+    /// `PR_SET_THP_DISABLE` of prctl(2).
+    Process,
+    /// `shmem_enabled`, which has this value.
+    Switch { value: String },
+    /// The option `huge=` of what is mounted there.
+    MountOption { mount: String, value: String },
+}
+
+/// What forbids huge pages of files on the tmpfs with this `st_dev`, even if they are asked for
+/// (`MADV_HUGEPAGE`).
+pub(crate) fn forbidden_on_tmpfs(dev: u64) -> Option<Forbidden> {
     let Some(switch) = read("shmem_enabled") else {
-        return Some(NotHuge::Kernel);
+        return Some(Forbidden::Kernel);
     };
     let mount = Mount::of_device(dev);
     forbidden(
@@ -30,11 +42,11 @@ pub(crate) fn why_not_on_tmpfs(dev: u64) -> Option<NotHuge> {
 
 /// The switch is for the kernel's own mount, on which memfds are, but for its values that overrule
 /// everybody; other mounts have an option.
-fn forbidden(switch: &str, mount: Option<&Mount>, process_may_not: bool) -> Option<NotHuge> {
+fn forbidden(switch: &str, mount: Option<&Mount>, process_may_not: bool) -> Option<Forbidden> {
     if process_may_not {
-        return Some(NotHuge::Process);
+        return Some(Forbidden::Process);
     }
-    let by_switch = || NotHuge::Switch {
+    let by_switch = || Forbidden::Switch {
         value: switch.to_owned(),
     };
     match (switch, mount) {
@@ -43,7 +55,7 @@ fn forbidden(switch: &str, mount: Option<&Mount>, process_may_not: bool) -> Opti
         ("never", None) => Some(by_switch()),
         (_, None) => None,
         (_, Some(mount)) => match mount.option("huge").unwrap_or("never") {
-            value @ "never" => Some(NotHuge::MountOption {
+            value @ "never" => Some(Forbidden::MountOption {
                 mount: mount.point.display().to_string(),
                 value: value.to_owned(),
             }),
@@ -87,11 +99,11 @@ mod tests {
             options: options.split(',').map(str::to_owned).collect(),
         };
         let switch = |value: &str| {
-            Some(NotHuge::Switch {
+            Some(Forbidden::Switch {
                 value: value.to_owned(),
             })
         };
-        let option = Some(NotHuge::MountOption {
+        let option = Some(Forbidden::MountOption {
             mount: "/dev/shm".to_owned(),
             value: "never".to_owned(),
         });
@@ -112,7 +124,7 @@ mod tests {
             let allowed = mount("rw,huge=advise");
             assert_eq!(forbidden(value, Some(&allowed), false), advise, "{value}");
             let process = forbidden(value, Some(&allowed), true);
-            assert_eq!(process, Some(NotHuge::Process), "{value}");
+            assert_eq!(process, Some(Forbidden::Process), "{value}");
         }
     }
 

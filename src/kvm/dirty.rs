@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use vm_memory::GuestAddress;
-
 use super::error::{KvmError, Result};
 use super::log_buffer::LogBuffer;
 use super::slot::KvmSlot;
@@ -49,16 +47,13 @@ impl DirtyPages {
 
     /// The pages that were written, neighbours together, in ascending order.
     pub fn ranges(&self) -> impl Iterator<Item = GuestRange> {
+        let page_size = base_page_size();
+        let first = self.region.start_addr().0 / page_size;
         let mut pages = RangeSet::default();
-        for (first, word) in (0..).step_by(64).zip(&self.words) {
-            pages.insert_bits(first, *word);
+        for (page, word) in (first..).step_by(64).zip(&self.words) {
+            pages.insert_bits(page, *word);
         }
-        let (start, page) = (self.region.start_addr().0, base_page_size());
-        pages.into_iter().filter_map(move |run| {
-            let from = GuestAddress(start + run.start * page);
-            // It is a part of the region, and no empty one.
-            GuestRange::new(from, (run.end - run.start) * page).ok()
-        })
+        pages.to_guest(page_size).into_iter()
     }
 }
 
@@ -171,6 +166,8 @@ impl fmt::Debug for DirtyPages {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddress;
+
     use super::*;
 
     fn ranges(pages: u64, words: &[u64]) -> Vec<(u64, u64)> {

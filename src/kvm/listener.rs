@@ -8,6 +8,7 @@ use super::slot::{KvmSlot, Memory};
 use super::slots::{KvmSlots, check_size};
 use crate::listener::{ListenerError, MemoryListener};
 use crate::memory::GuestMemoryShm;
+use crate::ram::Ram;
 use crate::range::{Difference, GuestRange, InvalidRange};
 
 /// The hypervisor is asked first whether it has the slots; what else it may refuse, it says only
@@ -27,9 +28,8 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
             return Err(refused(self.out_of_slots(regions, self.roms, assigned)));
         }
         memory.iter().try_for_each(|region| {
-            let range = region.range();
-            self.check_region(range)
-                .map_err(|error| refused(error).at(range))
+            self.check_region(region.ram())
+                .map_err(|error| refused(error).at(region.range()))
         })
     }
 
@@ -56,7 +56,9 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for KvmSlots {
 
 impl KvmSlots {
     /// Whether this region could have a slot, whatever other regions there are.
-    fn check_region(&self, region: GuestRange) -> Result<()> {
+    fn check_region(&self, ram: &Ram) -> Result<()> {
+        let region = ram.range;
+        ram.check_pages()?;
         check_size(region)?;
         self.is_read_only(region)?;
         self.check_assigned(region)?;

@@ -3,7 +3,8 @@
 use std::io;
 
 use crate::backing::BackingError;
-use crate::options::{NodeSet, NumaPolicy};
+use crate::host::NodeSet;
+use crate::options::NumaPolicy;
 use crate::shortage::Shortage;
 use crate::units::HumanSize;
 
@@ -17,7 +18,7 @@ pub(crate) type Result<T, E = MapError> = std::result::Result<T, E>;
 ///
 /// // More than the address space of a process.
 /// let refused = GuestMemoryShm::<()>::builder()
-///     .with_ram(RamOptions::new(), [(GuestAddress(0), 1 << 60)])
+///     .add_ram(RamOptions::new(), [(GuestAddress(0), 1 << 60)])
 ///     .build();
 /// assert!(matches!(refused, Err(Error::Map(MapError::Reserve { .. }))));
 /// ```

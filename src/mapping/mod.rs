@@ -18,7 +18,7 @@ use std::sync::Arc;
 use nix::sys::mman::{MmapAdvise, madvise, munmap};
 
 use crate::backing::ShmBacking;
-use crate::host::transparent;
+use crate::host::transparent::{self, Forbidden};
 use crate::logs;
 use crate::options::CoreDump;
 use crate::report::{NotHuge, Note, log_notes};
@@ -37,7 +37,6 @@ use error::Result;
 #[cfg(feature = "kvm")]
 pub(crate) use guarded::GuardedWords;
 use reserve::{Reservation, placement, rehearse};
-pub(crate) use scan::cached;
 
 /// A part of a backing, mapped shared for reading and writing, with a guard page at both ends.
 ///
@@ -221,8 +220,13 @@ fn why_not_huge(backing: &ShmBacking, offset: u64, size: u64) -> Option<NotHuge>
     let Some(huge) = transparent::page_size() else {
         return Some(NotHuge::Kernel);
     };
-    if let Some(why) = transparent::why_not_on_tmpfs(backing.identity().dev) {
-        return Some(why);
+    if let Some(forbidden) = transparent::forbidden_on_tmpfs(backing.identity().dev) {
+        return Some(match forbidden {
+            Forbidden::Kernel => NotHuge::Kernel,
+            Forbidden::Process => NotHuge::Process,
+            Forbidden::Switch { value } => NotHuge::Switch { value },
+            Forbidden::MountOption { mount, value } => NotHuge::MountOption { mount, value },
+        });
     }
     if size < huge {
         return Some(NotHuge::Size { size, huge });

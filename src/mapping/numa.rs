@@ -9,7 +9,8 @@ use nix::libc::{
 
 use super::Mapping;
 use super::error::{MapError, Result};
-use crate::options::{NodeSet, NumaPolicy};
+use crate::host::NodeSet;
+use crate::options::NumaPolicy;
 
 // From linux/mempolicy.h; since Linux 5.15.
 const MPOL_PREFERRED_MANY: c_int = 5;

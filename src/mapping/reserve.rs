@@ -72,7 +72,7 @@ impl Reservation {
         // SAFETY: MAP_FIXED replaces pages of this reservation only: PROT_NONE pages that nobody
         // else knows of. The range of the file exists (`check_inside`), so that no access to the
         // mapping is SIGBUS as long as nobody truncates the file, which seals forbid; that
-        // unsealed files can be truncated is documented on `Backing`.
+        // unsealed files can be truncated is documented on `ShmBacking`.
         let answer = unsafe {
             mmap(
                 Some(self.ram.start.addr()),

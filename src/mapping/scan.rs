@@ -1,8 +1,8 @@
-//! What the kernel says about pages: which are mapped here, which by huge pages, how many exist.
+//! What the kernel says about pages: which are mapped here, which by huge pages.
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 use nix::libc;
@@ -46,24 +46,6 @@ struct PageRegion {
     start: u64,
     end: u64,
     categories: u64,
-}
-
-/// `struct cachestat_range` of linux/mman.h.
-#[repr(C)]
-struct CachestatRange {
-    off: u64,
-    len: u64,
-}
-
-/// `struct cachestat`: numbers of base pages.
-#[repr(C)]
-#[derive(Default)]
-struct Cachestat {
-    cache: u64,
-    dirty: u64,
-    writeback: u64,
-    evicted: u64,
-    recently_evicted: u64,
 }
 
 impl Mapping {
@@ -162,38 +144,6 @@ fn mincore(span: Span, answer: &mut [u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// How many bytes of a range of a file on a tmpfs are allocated, swapped out or not; none if the
-/// kernel cannot say (cachestat(2), Linux 6.5).
-///
-/// It sees what lseek(2) and mincore(2) do not: pages that were allocated by fallocate(2) and not
-/// touched since.
-pub(crate) fn cached(file: impl AsFd, range: Range<u64>) -> io::Result<Option<u64>> {
-    // The same on all architectures that this crate builds for.
-    const SYS_CACHESTAT: libc::c_long = 451;
-    if range.is_empty() {
-        return Ok(Some(0));
-    }
-    let range = CachestatRange {
-        off: range.start,
-        len: range.end - range.start,
-    };
-    let mut answer = Cachestat::default();
-    let fd = file.as_fd().as_raw_fd();
-    let flags: libc::c_uint = 0;
-    // SAFETY: the descriptor and both structures live through the call, and have the layout that
-    // it knows; it reads the one and writes the other.
-    let done =
-        unsafe { libc::syscall(SYS_CACHESTAT, fd, &raw const range, &raw mut answer, flags) };
-    match Errno::result(done) {
-        // What is swapped out counts as evicted here.
-        Ok(_) => Ok(Some((answer.cache + answer.evicted) * base_page_size())),
-        // Not there, not allowed (a seccomp filter), or not for this file system.
-        Err(Errno::EOPNOTSUPP) => Ok(None),
-        Err(errno) if is_refused(errno) => Ok(None),
-        Err(errno) => Err(errno.into()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,21 +155,6 @@ mod tests {
     fn the_structures_have_the_kernels_layout() {
         assert_eq!(size_of::<PmScanArg>(), 96);
         assert_eq!(size_of::<PageRegion>(), 24);
-        assert_eq!(size_of::<Cachestat>(), 40);
-    }
-
-    #[test]
-    fn pages_are_counted_that_were_allocated_and_never_touched() {
-        let page = base_page_size();
-        let backing = ShmBacking::create(&RamOptions::new(), 16 * page).unwrap();
-        let Some(0) = cached(&backing, 0..16 * page).unwrap() else {
-            return;
-        };
-        let len = i64::try_from(2 * page).unwrap();
-        nix::fcntl::posix_fallocate(&backing, 0, len).unwrap();
-        assert_eq!(cached(&backing, 0..16 * page).unwrap(), Some(2 * page));
-        assert_eq!(cached(&backing, page..2 * page).unwrap(), Some(page));
-        assert_eq!(cached(&backing, 2 * page..16 * page).unwrap(), Some(0));
     }
 
     #[test]
@@ -252,7 +187,7 @@ mod tests {
     fn base_pages_are_not_huge_and_mapped_ones_are_found() {
         let page = base_page_size();
         let region =
-            crate::GuestRegionShm::<()>::new(GuestAddress(0), 8 * page, &RamOptions::new())
+            crate::GuestRegionShm::<()>::new((GuestAddress(0), 8 * page), &RamOptions::new())
                 .unwrap();
         for at in [0, 1, 5] {
             let at = MemoryRegionAddress(at * page);

@@ -4,19 +4,15 @@ use std::fmt;
 use std::sync::Arc;
 
 use vm_memory::bitmap::{Bitmap, NewBitmap};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::GuestMemoryShm;
-use crate::backing::{
-    BackingError, ShmBacking, check_creation, check_descriptors, check_groups, check_pool,
-    check_posix_shm, huge_pages, memory_notes, page_size_of, start_of,
-};
+use crate::backing::{BackingError, Request, Resolved, ShmBacking, memory_notes};
 #[cfg(any(doc, test))]
 use crate::error::Error;
 use crate::error::{FileError, Result};
-use crate::options::{Access, Backing, OnShortage, RamOptions};
+use crate::options::{Access, RamOptions};
 use crate::populate::populate_new;
-use crate::range::{GuestRange, check_disjoint};
+use crate::range::{GuestRange, InvalidRange, check_disjoint};
 use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
 use crate::report::{BuildReport, log_notes};
 
@@ -26,16 +22,16 @@ const ALL: &str = "all RAM";
 /// Builds a [`GuestMemoryShm`] of several backings, each of which can carry several ranges.
 ///
 /// ```
-/// use guest_memory_shm::{Backing, GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
-/// use vm_memory::{GuestAddress, GuestMemoryBackend};
+/// use guest_memory_shm::{BackingSource, GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
+/// use vm_memory::GuestAddress;
 ///
 /// let hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
 /// let memory = GuestMemoryShm::<()>::builder()
 ///     // One descriptor carries the RAM below and above the hole.
-///     .with_ram(RamOptions::new(), ram_around_hole(4 << 30, hole)?)
+///     .add_ram(RamOptions::new(), ram_around_hole(4 << 30, hole)?)
 ///     // Another one, which can be truncated by whoever holds it, is for a trusted daemon.
-///     .with_ram(
-///         RamOptions::new().with_backing(Backing::PosixShm),
+///     .add_ram(
+///         RamOptions::new().with_backing(BackingSource::PosixShm),
 ///         [(GuestAddress(1 << 40), 16 << 20)],
 ///     )
 ///     .build()?;
@@ -46,6 +42,17 @@ const ALL: &str = "all RAM";
 pub struct GuestMemoryShmBuilder<B = ()> {
     parts: Vec<Part>,
     bitmaps: Bitmaps<B>,
+    sizes: Sizes,
+}
+
+/// Which sizes and addresses regions may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sizes {
+    /// Whole pages: whoever builds RAM with options is told at once what memory slots, daemons and
+    /// discards would refuse later.
+    Pages,
+    /// Any, as code expects that was written for vm-memory's type.
+    Any,
 }
 
 /// What makes the bitmap of a region.
@@ -58,7 +65,7 @@ enum Bitmaps<B> {
 #[derive(Debug)]
 struct Part {
     source: Source,
-    ranges: Vec<(GuestAddress, u64)>,
+    ranges: std::result::Result<Vec<GuestRange>, InvalidRange>,
 }
 
 #[derive(Debug)]
@@ -69,11 +76,14 @@ enum Source {
 
 /// A part whose numbers are checked.
 struct Plan<'a> {
-    source: &'a Source,
+    source: Planned<'a>,
     ranges: Vec<GuestRange>,
     offsets: Vec<u64>,
-    /// The size of all of them together.
-    len: u64,
+}
+
+enum Planned<'a> {
+    Create(Request<'a>),
+    Use(&'a ShmBacking),
 }
 
 impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
@@ -81,7 +91,14 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
         Self {
             parts: Vec::new(),
             bitmaps: Bitmaps::New(new_bitmap),
+            sizes: Sizes::Pages,
         }
+    }
+
+    /// Takes ranges that are not whole pages, as vm-memory does.
+    pub(super) fn of_any_size(mut self) -> Self {
+        self.sizes = Sizes::Any;
+        self
     }
 }
 
@@ -104,7 +121,7 @@ impl<B> GuestMemoryShmBuilder<B> {
     /// let track = true; // as this guest wants it
     /// let bitmap = move |size: u64| track.then(|| AtomicBitmap::new(size as usize, page));
     /// let memory: GuestMemoryShm<Option<AtomicBitmap>> = GuestMemoryShm::<()>::builder()
-    ///     .with_ram(RamOptions::new(), [(GuestAddress(0), 1 << 20)])
+    ///     .add_ram(RamOptions::new(), [(GuestAddress(0), 1 << 20)])
     ///     .with_bitmap(move |range| bitmap(range.size()))
     ///     .build()?;
     /// memory.write_obj(1u8, GuestAddress(0x3000)).expect("there is RAM");
@@ -119,6 +136,7 @@ impl<B> GuestMemoryShmBuilder<B> {
         GuestMemoryShmBuilder {
             parts: self.parts,
             bitmaps: Bitmaps::Given(Box::new(bitmap)),
+            sizes: self.sizes,
         }
     }
 
@@ -127,32 +145,32 @@ impl<B> GuestMemoryShmBuilder<B> {
     /// The ranges lie in the backing one behind the other, in the order given, from
     /// [`RamOptions::offset`] on: the second begins where the first ends. Huge pages need a guest
     /// address and an offset that are congruent modulo the size of a huge page.
-    pub fn with_ram(
+    pub fn add_ram(
         mut self,
         options: RamOptions,
-        ranges: impl IntoIterator<Item = (GuestAddress, u64)>,
+        ranges: impl IntoIterator<Item: TryInto<GuestRange, Error: Into<InvalidRange>>>,
     ) -> Self {
         self.parts.push(Part {
             source: Source::Create(options),
-            ranges: ranges.into_iter().collect(),
+            ranges: ranges.into_iter().map(GuestRange::at).collect(),
         });
         self
     }
 
     /// Adds RAM in these ranges on a backing that exists, for example an adopted one, one behind
     /// the other from `offset` bytes on.
-    pub fn with_backing(
+    pub fn add_backing(
         mut self,
         backing: &ShmBacking,
         offset: u64,
-        ranges: impl IntoIterator<Item = (GuestAddress, u64)>,
+        ranges: impl IntoIterator<Item: TryInto<GuestRange, Error: Into<InvalidRange>>>,
     ) -> Self {
         self.parts.push(Part {
             source: Source::Use {
                 backing: backing.clone(),
                 offset,
             },
-            ranges: ranges.into_iter().collect(),
+            ranges: ranges.into_iter().map(GuestRange::at).collect(),
         });
         self
     }
@@ -192,48 +210,83 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     ///
     /// If the function of [`with_bitmap`](Self::with_bitmap) does.
     pub fn build_with_report(self) -> Result<(GuestMemoryShm<B>, BuildReport)> {
-        let plans: Vec<Plan<'_>> = self.parts.iter().map(Part::plan).collect::<Result<_>>()?;
+        let plans = self.parts.iter().map(|part| part.plan(self.sizes));
+        let plans: Vec<Plan<'_>> = plans.collect::<Result<_>>()?;
         let all: Vec<GuestRange> = plans.iter().flat_map(|plan| plan.ranges.clone()).collect();
         check_disjoint(&all)?;
-        check_creations(&plans)?;
+        Request::check_all(requests(&plans))?;
         // Code of others: whatever it does, nothing is there yet.
-        let bitmaps: Vec<B> = all.iter().map(|range| self.bitmaps.make(*range)).collect();
-
-        let mut bitmaps = bitmaps.into_iter();
-        let mut report = BuildReport::default();
-        let new = plans
-            .iter()
-            .filter_map(|plan| Some((plan.options()?, plan.len)));
-        let notes = memory_notes(&new.collect::<Vec<_>>());
-        log_notes(ALL, &notes);
-        report.add(ALL, notes);
-        let mut regions = Vec::with_capacity(all.len());
-        let mut created = Vec::new();
-        for plan in &plans {
-            let backing = match plan.source {
-                Source::Create(options) => ShmBacking::create_provisional(options, plan.len)?,
-                Source::Use { backing, .. } => backing.clone(),
-            };
-            report.add(&backing.label(), backing.notes().iter().cloned());
-            let places = plan.ranges.iter().zip(&plan.offsets);
-            for ((range, offset), bitmap) in places.zip(bitmaps.by_ref()) {
-                let region = GuestRegionShm::place(&backing, *offset, *range, bitmap)?;
-                let notes = region.ram().mapping.notes();
-                report.add(&backing.label(), notes.iter().cloned());
-                created.extend(
-                    plan.options()
-                        .map(|options| (region.ram().clone(), options)),
-                );
-                regions.push(Arc::new(region));
-            }
-        }
-        let memory = GuestMemoryShm::from_unsorted(regions)?;
-        populate_new(created)?;
-        memory.iter().for_each(|region| region.backing().keep());
-        Ok((memory, report))
+        let bitmaps = all.iter().map(|range| self.bitmaps.make(*range)).collect();
+        let (regions, report) = create(&plans, bitmaps)?;
+        let regions = regions.into_iter().map(Arc::new).collect();
+        Ok((GuestMemoryShm::from_unsorted(regions)?, report))
     }
 }
 
+/// Regions by themselves are built in the same way.
+impl<B: NewBitmap> GuestRegionShm<B> {
+    /// A region with a new backing of its own, populated as the options say.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Range`](crate::Error::Range) for a bad place, and those of
+    /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing), and
+    /// [`Error::Populate`](crate::Error::Populate).
+    pub fn new(
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+        options: &RamOptions,
+    ) -> Result<Self> {
+        Self::new_with_bitmap(range, options, new_bitmap)
+    }
+}
+
+impl<B> GuestRegionShm<B> {
+    /// A region as [`new`](Self::new), with a dirty bitmap that a function makes for it: for
+    /// bitmaps that are no `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up
+    /// otherwise.
+    ///
+    /// ```
+    /// use std::num::NonZeroUsize;
+    ///
+    /// use guest_memory_shm::{GuestRegionShm, RamOptions};
+    /// use vm_memory::bitmap::AtomicBitmap;
+    /// use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
+    ///
+    /// let page = NonZeroUsize::new(4096).expect("a page has a size");
+    /// let track = true;
+    /// let region = GuestRegionShm::<Option<AtomicBitmap>>::new_with_bitmap(
+    ///     (GuestAddress(4 << 30), 1 << 20),
+    ///     &RamOptions::new(),
+    ///     |range| track.then(|| AtomicBitmap::new(range.size() as usize, page)),
+    /// )?;
+    /// region.write_obj(1u8, MemoryRegionAddress(0x3000)).expect("there is RAM");
+    /// assert!(region.dirty_bitmap().as_ref().is_some_and(|dirty| dirty.is_bit_set(3)));
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`new`](Self::new).
+    ///
+    /// # Panics
+    ///
+    /// If `bitmap` does, which is called before anything is created.
+    pub fn new_with_bitmap(
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+        options: &RamOptions,
+        bitmap: impl FnOnce(GuestRange) -> B,
+    ) -> Result<Self> {
+        let part = Part {
+            source: Source::Create(options.clone()),
+            ranges: GuestRange::at(range).map(|range| vec![range]),
+        };
+        let plans = [part.plan(Sizes::Pages)?];
+        Request::check_all(requests(&plans))?;
+        let bitmaps = vec![bitmap(plans[0].ranges[0])];
+        let (mut regions, _) = create(&plans, bitmaps)?;
+        Ok(regions.pop().ok_or(MemoryError::NoRanges)?)
+    }
+}
 impl<B> Bitmaps<B> {
     fn make(&self, range: GuestRange) -> B {
         match self {
@@ -251,18 +304,8 @@ impl<B> fmt::Debug for GuestMemoryShmBuilder<B> {
     }
 }
 
-impl Plan<'_> {
-    /// The options, if the backing is to be created.
-    fn options(&self) -> Option<&RamOptions> {
-        match self.source {
-            Source::Create(options) => Some(options),
-            Source::Use { .. } => None,
-        }
-    }
-}
-
 impl Part {
-    fn plan(&self) -> Result<Plan<'_>> {
+    fn plan(&self, sizes: Sizes) -> Result<Plan<'_>> {
         let access = match &self.source {
             Source::Create(options) => options.access(),
             Source::Use { backing, .. } => backing.map_options().access,
@@ -270,41 +313,99 @@ impl Part {
         if access == Access::ReadOnly {
             return Err(FileError::ReadOnlyRam.into());
         }
-        let (page_size, start) = match &self.source {
-            Source::Create(options) => (page_size_of(options)?, start_of(options)),
-            Source::Use { backing, offset } => (backing.page_size(), *offset),
-        };
-        if self.ranges.is_empty() {
+        match &self.source {
+            Source::Create(options) => {
+                let resolved = Resolved::new(options)?;
+                let ranges = self.ranges(resolved.page_size(), sizes)?;
+                let (offsets, end) = pack(resolved.start(), resolved.page_size(), &ranges)?;
+                let len = end - resolved.start();
+                Ok(Plan {
+                    source: Planned::Create(resolved.with_len(len)?),
+                    ranges,
+                    offsets,
+                })
+            }
+            Source::Use { backing, offset } => {
+                let ranges = self.ranges(backing.page_size(), sizes)?;
+                let (offsets, end) = pack(*offset, backing.page_size(), &ranges)?;
+                backing.check_inside(*offset, end - offset)?;
+                Ok(Plan {
+                    source: Planned::Use(backing),
+                    ranges,
+                    offsets,
+                })
+            }
+        }
+    }
+
+    fn ranges(&self, page_size: u64, sizes: Sizes) -> Result<Vec<GuestRange>> {
+        let ranges = self.ranges.clone()?;
+        if ranges.is_empty() {
             return Err(MemoryError::NoRanges.into());
         }
-        let mut ranges = Vec::with_capacity(self.ranges.len());
-        for (addr, size) in &self.ranges {
-            let range = GuestRange::new(*addr, *size)?;
-            range.check_aligned(page_size)?;
-            ranges.push(range);
+        if sizes == Sizes::Pages {
+            let mut ranges = ranges.iter();
+            ranges.try_for_each(|range| range.check_aligned(page_size))?;
         }
-        let (offsets, end) = pack(start, &ranges)?;
-        let len = end - start;
-        if let Source::Use { backing, offset } = &self.source {
-            backing.check_inside(*offset, len)?;
-        }
-        Ok(Plan {
-            source: &self.source,
-            ranges,
-            offsets,
-            len,
-        })
+        Ok(ranges)
     }
 }
 
-/// The offsets at which `ranges`, in this order, lie one after the other in a backing from
-/// `start` on, and the end of the last.
-fn pack(start: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, u64)> {
+/// The backings that are to be created.
+fn requests<'p>(plans: &'p [Plan<'p>]) -> impl Iterator<Item = &'p Request<'p>> + Clone {
+    plans.iter().filter_map(|plan| match &plan.source {
+        Planned::Create(request) => Some(request),
+        Planned::Use(_) => None,
+    })
+}
+
+/// Creates, maps and populates what was planned and checked, with these bitmaps for the ranges in
+/// their order. Whatever fails leaves nothing.
+fn create<B>(plans: &[Plan<'_>], bitmaps: Vec<B>) -> Result<(Vec<GuestRegionShm<B>>, BuildReport)> {
+    let mut report = BuildReport::default();
+    let notes = memory_notes(requests(plans));
+    log_notes(ALL, &notes);
+    report.add(ALL, notes);
+    let mut bitmaps = bitmaps.into_iter();
+    let mut regions = Vec::with_capacity(bitmaps.len());
+    let mut created = Vec::new();
+    let mut new = Vec::new();
+    for plan in plans {
+        let (backing, options) = match &plan.source {
+            Planned::Create(request) => {
+                let provisional = request.create()?;
+                let backing = provisional.backing().clone();
+                created.push(provisional);
+                (backing, Some(request.options()))
+            }
+            Planned::Use(backing) => ((*backing).clone(), None),
+        };
+        report.add(&backing.label(), backing.notes().iter().cloned());
+        let places = plan.ranges.iter().zip(&plan.offsets);
+        for ((range, offset), bitmap) in places.zip(bitmaps.by_ref()) {
+            let region = GuestRegionShm::place(&backing, *offset, *range, bitmap)?;
+            let notes = region.ram().mapping.notes();
+            report.add(&backing.label(), notes.iter().cloned());
+            new.extend(options.map(|options| (region.ram().clone(), options)));
+            regions.push(region);
+        }
+    }
+    populate_new(new)?;
+    for provisional in created {
+        provisional.keep();
+    }
+    Ok((regions, report))
+}
+
+/// The offsets at which the pages of `ranges`, in this order, lie one after the other in a backing
+/// from `start` on, and the end of the last.
+fn pack(start: u64, page_size: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, u64)> {
     let mut end = start;
     let mut offsets = Vec::with_capacity(ranges.len());
     for range in ranges {
         offsets.push(end);
-        let sum = end.saturating_add(range.size());
+        let pages = range.size().div_ceil(page_size).saturating_mul(page_size);
+        let sum = end.saturating_add(pages);
         // A file is at most i64::MAX bytes long (off_t).
         let limit = i64::MAX.unsigned_abs();
         if sum > limit {
@@ -315,50 +416,10 @@ fn pack(start: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, u64)> {
     Ok((offsets, end))
 }
 
-/// Checks all backings to be created, together where they draw on the same resource.
-fn check_creations(plans: &[Plan<'_>]) -> Result<()> {
-    let mut huge: Vec<(u64, u64)> = Vec::new();
-    // Of these, those that a control group must leave.
-    let mut limited: Vec<(u64, u64)> = Vec::new();
-    let mut shm: Vec<(&RamOptions, u64)> = Vec::new();
-    let mut descriptors = 0;
-    for plan in plans {
-        let Some(options) = plan.options() else {
-            continue;
-        };
-        let page_size = check_creation(options, plan.len)?;
-        descriptors += 1;
-        if options.backing() == &Backing::PosixShm {
-            shm.push((options, plan.len));
-        }
-        let pages = huge_pages(options, plan.len, page_size)?;
-        if pages > 0 {
-            add(&mut huge, page_size, pages);
-            if options.on_shortage() == OnShortage::Refuse {
-                add(&mut limited, page_size, pages);
-            }
-        }
-    }
-    check_descriptors(descriptors)?;
-    check_posix_shm(&shm)?;
-    huge.iter()
-        .try_for_each(|(page_size, needed)| check_pool(*needed, *page_size))?;
-    limited
-        .iter()
-        .try_for_each(|(page_size, needed)| check_groups(*needed, *page_size))?;
-    Ok(())
-}
-
-/// Adds pages to those of the same size.
-fn add(sums: &mut Vec<(u64, u64)>, page_size: u64, pages: u64) {
-    match sums.iter_mut().find(|(size, _)| *size == page_size) {
-        Some((_, sum)) => *sum += pages,
-        None => sums.push((page_size, pages)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddress;
+
     use super::*;
 
     fn ranges(all: [(u64, u64); 2]) -> [GuestRange; 2] {
@@ -367,10 +428,10 @@ mod tests {
 
     #[test]
     fn packed_ranges_follow_each_other() {
-        let (offsets, end) = pack(4096, &ranges([(1 << 32, 8192), (0, 4096)])).unwrap();
+        let (offsets, end) = pack(4096, 4096, &ranges([(1 << 32, 8192), (0, 4096)])).unwrap();
         assert_eq!((offsets, end), (vec![4096, 12288], 16384));
         assert!(matches!(
-            pack(0, &ranges([(0, 1 << 62), (1 << 63, 1 << 62)])),
+            pack(0, 4096, &ranges([(0, 1 << 62), (1 << 63, 1 << 62)])),
             Err(Error::Backing(BackingError::Length { .. }))
         ));
     }

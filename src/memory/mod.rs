@@ -11,14 +11,13 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
-use crate::error::Result;
 use crate::mapping::to_usize;
-use crate::options::RamOptions;
 use crate::range::{GuestRange, InvalidRange, holder, place_of};
 use crate::region::{GuestRegionShm, MemoryError};
 
 mod access;
 mod builder;
+mod drop_in;
 mod index;
 mod pieces;
 mod populate;
@@ -62,8 +61,9 @@ use index::Index;
 ///
 /// | GuestMemoryMmap | GuestMemoryShm |
 /// |---|---|
-/// | `from_ranges` with any sizes and addresses | multiples of the page size |
-/// | `from_ranges_with_files`, `GuestRegionMmap::from_range` | [`builder`](Self::builder), [`GuestRegionShm::new`], [`GuestRegionShm::from_backing`] |
+/// | `from_ranges` with sizes and addresses that are not multiples of the page size | the same, but memory tables, memory slots and discards refuse such a region ([`InvalidRange::PartialPages`]) |
+/// | `from_ranges_with_files` beyond the end of a file | refused |
+/// | `GuestRegionMmap::new` of an `MmapRegion` | [`GuestRegionShm::from_range`], [`GuestRegionShm::new`], [`GuestRegionShm::from_backing`] |
 /// | `FromRangesError`, `GuestRegionCollectionError` | [`Error`](crate::Error), [`MemoryError`] |
 /// | `region.deref().bitmap()` for the whole bitmap | [`GuestRegionShm::dirty_bitmap`] |
 /// | `VhostUserMemoryRegionInfo::from_guest_region(region)` | `VhostUserMemoryRegionInfo::from(&TableRegion::from(region))`, or `VhostUserShare` for all of it |
@@ -76,19 +76,6 @@ pub struct GuestMemoryShm<B = ()> {
 }
 
 impl<B: NewBitmap> GuestMemoryShm<B> {
-    /// RAM in the given ranges (guest address, size in bytes), all on one sealed memfd, in the
-    /// order of their addresses.
-    ///
-    /// # Errors
-    ///
-    /// [`MemoryError::NoRanges`] without any range, and those of [`GuestMemoryShmBuilder::build`].
-    pub fn from_ranges(ranges: &[(GuestAddress, usize)]) -> Result<Self> {
-        let mut sorted = ranges.to_vec();
-        sorted.sort_unstable();
-        let ranges = sorted.into_iter().map(|(addr, size)| (addr, size as u64));
-        Self::builder().with_ram(RamOptions::new(), ranges).build()
-    }
-
     /// A builder, for RAM of several backings, of other kinds than a memfd, or with bitmaps that
     /// are no `NewBitmap` ([`with_bitmap`](GuestMemoryShmBuilder::with_bitmap)).
     pub fn builder() -> GuestMemoryShmBuilder<B> {

@@ -16,13 +16,15 @@ use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
 use super::blk;
 use super::config::BlkConfig;
 use super::disk::SECTOR_SIZE;
-use super::state::{MockRegion, Shared, lock};
+use super::guest::{Memory, MockRegion};
+use super::lock::lock;
+use super::state::Shared;
 use crate::logs;
 
 /// Bits of `vhost_user::message::VhostUserVirtioFeatures`, as shifts like all the others.
@@ -35,8 +37,6 @@ pub(super) const MAX_QUEUE_SIZE: u16 = 1024;
 /// Data buffers per request: what is left of a chain of 128 after header and status.
 const MAX_SEGMENTS: u32 = 126;
 
-/// Guest memory as the daemon maps it, with the bitmap that a shared dirty log needs.
-pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap<BitmapMmapRegion>>;
 type Vring = VringMutex<Memory>;
 
 pub(super) struct Backend {
@@ -190,8 +190,8 @@ impl VhostUserBackend for Backend {
 
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
         self.settle();
-        self.shared
-            .set_table(MockRegion::table_of(&*memory.memory())?);
+        let table = MockRegion::table_of(&*memory.memory())?;
+        self.shared.state().table = table;
         Ok(())
     }
 

@@ -1,17 +1,15 @@
 //! What can go wrong for the guest's driver.
 
-use std::io::{self, ErrorKind};
+use std::io;
 use std::time::Duration;
 
 use vm_memory::{GuestAddress, GuestMemoryError};
 
-use super::driver::RequestId;
-use crate::error::Error;
+/// Names a submitted request until it has been waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub(super) u64);
 
-/// The errors of [`BlkDriver`](super::BlkDriver).
-///
-/// It converts to the crate's [`Error::Mock`], which carries it as its source: `?` works in
-/// functions of either kind.
+/// What [`BlkDriver`](super::BlkDriver) can fail at.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BlkError {
@@ -21,6 +19,7 @@ pub enum BlkError {
         "the device has not completed the request within {limit:?}, {in_flight} are in flight; \
          if the device is gone, restart the queue after BlkDriver::reset"
     )]
+    #[non_exhaustive]
     TimedOut {
         /// The limit that was set.
         limit: Duration,
@@ -30,6 +29,7 @@ pub enum BlkError {
     /// The device completed the request with a status other than OK: 1 is an I/O error, 2 an
     /// unsupported request, 255 means that it wrote no status.
     #[error("the device completed request {} with status {status}, which is not OK", .request.0)]
+    #[non_exhaustive]
     Status {
         /// The request.
         request: RequestId,
@@ -38,6 +38,7 @@ pub enum BlkError {
     },
     /// The queue has no room for the request before others are waited for.
     #[error("the request needs {needed} descriptors, {free} are free: wait for others first")]
+    #[non_exhaustive]
     QueueFull {
         /// Descriptors that the request needs: its buffers and two.
         needed: usize,
@@ -55,6 +56,7 @@ pub enum BlkError {
     QueueSize(u16),
     /// The ring's place is not aligned to 16 bytes, or not wholly in guest memory.
     #[error("no queue of {size:#x} bytes fits at {:#x}: it must be aligned to 16 and in guest memory", .addr.0)]
+    #[non_exhaustive]
     RingAddress {
         /// Where the descriptor table was to be.
         addr: GuestAddress,
@@ -66,53 +68,14 @@ pub enum BlkError {
     BrokenRing(String),
     /// Guest memory cannot be reached.
     #[error("cannot access guest memory at {:#x}", .addr.0)]
+    #[non_exhaustive]
     Memory {
         /// The first byte of the access.
         addr: GuestAddress,
         /// Why not.
         source: GuestMemoryError,
     },
-    /// An eventfd or its epoll failed.
-    #[error("cannot {doing}")]
-    Event {
-        /// What was attempted.
-        doing: &'static str,
-        /// Why it failed.
-        source: io::Error,
-    },
-}
-
-impl From<BlkError> for Error {
-    fn from(error: BlkError) -> Error {
-        let kind = match error {
-            BlkError::TimedOut { .. } => ErrorKind::TimedOut,
-            _ => ErrorKind::Other,
-        };
-        Error::Mock {
-            doing: "use the block device as its driver",
-            source: io::Error::new(kind, error),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::error::Error as _;
-
-    #[test]
-    fn an_error_converts_to_the_crates_with_its_kind() {
-        let error = BlkError::TimedOut {
-            limit: Duration::from_secs(2),
-            in_flight: 3,
-        };
-        let error = crate::error::Error::from(error);
-        let source = error.source().unwrap().downcast_ref::<io::Error>().unwrap();
-        assert_eq!(source.kind(), ErrorKind::TimedOut);
-        let text = source.to_string();
-        assert!(
-            text.contains("2s") && text.contains("3 are in flight"),
-            "{text}"
-        );
-    }
+    /// An eventfd of the queue, or its epoll, failed.
+    #[error("cannot make or use the eventfds of the queue")]
+    Event(#[source] io::Error),
 }

@@ -14,18 +14,21 @@ use std::time::Duration;
 use nix::sys::socket::{Shutdown, shutdown};
 
 use super::disk::{RamDisk, SECTOR_SIZE};
-use super::fault::{Fault, FaultPlan};
+use super::error::{MockError, Result};
+use super::fault::{At, Fault, FaultPlan};
+use super::guest::MockRegion;
 use super::request::LoggedRequest;
 use super::server;
-use super::state::{Listening, MockRegion, Options, Shared};
+use super::state::{Listening, Options, Shared};
 use super::writer::MockWriter;
-use crate::error::{Error, Result};
 use crate::logs;
 
 /// What vhost-user-backend and libvhost-user offer.
 const DEFAULT_MEM_SLOTS: u64 = 509;
 /// One worker thread serves all queues, and the crate's mask of its queues has 32 bits set.
 const MAX_QUEUES: u16 = 32;
+
+const STARTING: &str = "start the mock daemon";
 
 /// A vhost-user-blk daemon inside this process, with a RAM disk.
 ///
@@ -42,7 +45,7 @@ const MAX_QUEUES: u16 = 32;
 /// use vhost::VhostBackend;
 /// use vhost::vhost_user::Frontend;
 ///
-/// # fn main() -> guest_memory_shm::Result<()> {
+/// # fn main() -> Result<(), guest_memory_shm::mock::MockError> {
 /// let daemon = MockDaemon::builder().with_disk_size(1 << 20).start_unnamed()?;
 /// let frontend = Frontend::from_stream(daemon.connect()?, 1);
 /// assert!(frontend.get_features().is_ok());
@@ -67,12 +70,12 @@ impl MockDaemon {
     /// A new connection to the daemon, also to one without a path.
     ///
     /// # Errors
-    /// [`Error::Mock`] with the cause of `connect(2)`; with [`ErrorKind::ConnectionRefused`] and
+    /// [`MockError`] with the cause of `connect(2)`; with [`ErrorKind::ConnectionRefused`] and
     /// the reason, if the daemon could not accept connections any more and has stopped listening.
     pub fn connect(&self) -> Result<UnixStream> {
         let listener = self.shared.listener();
         let connected = listener.and_then(|listener| server::connect_to(&listener));
-        connected.map_err(failed("connect to the mock daemon"))
+        connected.map_err(MockError::io("connect to the mock daemon"))
     }
 
     /// The path of the socket, if it has one.
@@ -86,18 +89,18 @@ impl MockDaemon {
     /// up had applied; the next connection begins with an empty one.
     /// [`is_connected`](Self::is_connected) tells the two apart.
     pub fn table(&self) -> Vec<MockRegion> {
-        self.shared.table()
+        self.shared.state().table.clone()
     }
 
     /// Whether a front-end is being served. It says no once the threads of the connection are gone.
     pub fn is_connected(&self) -> bool {
-        self.shared.is_connected()
+        self.shared.state().link.is_some()
     }
 
     /// Waits until a front-end is being served.
     ///
     /// # Errors
-    /// [`Error::Mock`] with [`ErrorKind::TimedOut`] after `limit`.
+    /// [`MockError`] with [`ErrorKind::TimedOut`] after `limit`.
     pub fn wait_connected(&self, limit: Duration) -> Result<()> {
         in_time(
             self.shared.wait_connected(true, limit),
@@ -109,7 +112,7 @@ impl MockDaemon {
     /// Waits until no front-end is being served.
     ///
     /// # Errors
-    /// [`Error::Mock`] with [`ErrorKind::TimedOut`] after `limit`.
+    /// [`MockError`] with [`ErrorKind::TimedOut`] after `limit`.
     pub fn wait_disconnected(&self, limit: Duration) -> Result<()> {
         in_time(
             self.shared.wait_connected(false, limit),
@@ -121,7 +124,7 @@ impl MockDaemon {
     /// Waits until the log holds `count` requests, answered or not.
     ///
     /// # Errors
-    /// [`Error::Mock`] with [`ErrorKind::TimedOut`] after `limit`.
+    /// [`MockError`] with [`ErrorKind::TimedOut`] after `limit`.
     pub fn wait_requests(&self, count: usize, limit: Duration) -> Result<()> {
         in_time(
             self.shared.wait_requests(count, limit),
@@ -133,12 +136,12 @@ impl MockDaemon {
     /// The front-ends' requests in the order of their arrival, of all connections so far, with
     /// those that a fault kept from the daemon.
     pub fn requests(&self) -> Vec<LoggedRequest> {
-        self.shared.requests()
+        self.shared.state().requests.clone()
     }
 
     /// Forgets the requests so far.
     pub fn clear_requests(&self) {
-        self.shared.clear_requests();
+        self.shared.state().requests.clear();
     }
 
     /// The guest's memory as the daemon of the current connection maps it, for writes that it
@@ -152,19 +155,25 @@ impl MockDaemon {
         &self.shared.disk
     }
 
-    /// Adds a misbehaviour; its changes are counted from now on.
-    pub fn inject(&self, fault: Fault) {
-        self.shared.with_faults(|faults| faults.push(fault));
+    /// Misbehaves at a change of the memory table, once: changes are counted from now on, the next
+    /// one is 1, and across reconnects. Change 0 never comes.
+    pub fn inject(&self, change: u64, fault: Fault) {
+        self.shared.state().faults.push(At::Table, change, fault);
+    }
+
+    /// Misbehaves at a SET_LOG_BASE, once, as [`inject`](Self::inject) at a change of the table.
+    pub fn inject_at_log(&self, log: u64, fault: Fault) {
+        self.shared.state().faults.push(At::Log, log, fault);
     }
 
     /// How many faults have not fired yet.
     pub fn pending_faults(&self) -> usize {
-        self.shared.with_faults(|faults| faults.len())
+        self.shared.state().faults.len()
     }
 
     /// Drops the faults that have not fired yet.
     pub fn clear_faults(&self) {
-        self.shared.with_faults(FaultPlan::clear);
+        self.shared.state().faults.clear();
     }
 
     /// Ends the current connection, if there is one, and returns at once.
@@ -209,7 +218,7 @@ impl fmt::Debug for MockDaemon {
 pub struct MockDaemonBuilder {
     disk: Disk,
     options: Options,
-    faults: Vec<Fault>,
+    faults: FaultPlan,
 }
 
 #[derive(Clone, Debug)]
@@ -227,7 +236,7 @@ impl Default for MockDaemonBuilder {
                 max_mem_slots: Some(DEFAULT_MEM_SLOTS),
                 reply_ack: true,
             },
-            faults: Vec::new(),
+            faults: FaultPlan::default(),
         }
     }
 }
@@ -272,43 +281,41 @@ impl MockDaemonBuilder {
         self
     }
 
-    /// Adds a misbehaviour; its changes are counted from the start of the daemon.
-    pub fn with_fault(mut self, fault: Fault) -> Self {
-        self.faults.push(fault);
+    /// Misbehaves at a change of the memory table, as [`MockDaemon::inject`]; changes are counted
+    /// from the start of the daemon.
+    pub fn with_fault(mut self, change: u64, fault: Fault) -> Self {
+        self.faults.push(At::Table, change, fault);
         self
     }
 
     /// Starts the daemon on a new socket at `path`. A file that is there already is left alone.
     ///
     /// # Errors
-    /// [`Error::Mock`] with the cause: options out of range (see the setters), `bind(2)` on
+    /// [`MockError`] with the cause: options out of range (see the setters), `bind(2)` on
     /// `path`, above all [`ErrorKind::AddrInUse`], or no thread or descriptor to be had.
     pub fn start(self, path: impl AsRef<Path>) -> Result<MockDaemon> {
         let path = path.as_ref();
         self.check()?;
-        let listener = UnixListener::bind(path).map_err(failed("listen on the mock's socket"))?;
-        let file = SocketFile::at(path).map_err(failed("find the mock's socket"))?;
+        let listener =
+            UnixListener::bind(path).map_err(MockError::io("listen on the mock's socket"))?;
+        let file = SocketFile::at(path).map_err(MockError::io("find the mock's socket"))?;
         self.run(listener, Some(file))
     }
 
     /// Starts the daemon without a path; [`MockDaemon::connect`] leads to it.
     ///
     /// # Errors
-    /// [`Error::Mock`] with the cause: options out of range (see the setters), or no thread,
+    /// [`MockError`] with the cause: options out of range (see the setters), or no thread,
     /// socket or descriptor to be had.
     pub fn start_unnamed(self) -> Result<MockDaemon> {
         self.check()?;
-        let listener = server::listen_unnamed().map_err(failed("listen on an abstract socket"))?;
+        let listener =
+            server::listen_unnamed().map_err(MockError::io("listen on an abstract socket"))?;
         self.run(listener, None)
     }
 
     fn check(&self) -> Result<()> {
-        let refuse = |reason: String| {
-            Err(failed("start the mock daemon")(io::Error::new(
-                ErrorKind::InvalidInput,
-                reason,
-            )))
-        };
+        let refuse = |reason| Err(MockError::new(STARTING, ErrorKind::InvalidInput, reason));
         let size = match &self.disk {
             Disk::Zeros(size) => *size,
             Disk::Contents(contents) => contents.len() as u64,
@@ -326,28 +333,23 @@ impl MockDaemonBuilder {
     }
 
     fn run(self, listener: UnixListener, file: Option<SocketFile>) -> Result<MockDaemon> {
-        let doing = "start the mock daemon";
         let contents = match self.disk {
             Disk::Zeros(size) => {
-                vec![0; usize::try_from(size).map_err(|e| failed(doing)(io::Error::other(e)))?]
+                vec![0; usize::try_from(size).map_err(MockError::at(STARTING))?]
             }
             Disk::Contents(contents) => contents,
         };
-        let mut faults = FaultPlan::default();
-        for fault in self.faults {
-            faults.push(fault);
-        }
         let listener = Arc::new(listener);
         let disk = RamDisk::new(contents);
-        let shared = Shared::new(self.options, disk, faults, Arc::clone(&listener));
+        let shared = Shared::new(self.options, disk, self.faults, Arc::clone(&listener));
         let shared = Arc::new(shared);
-        let spare = server::Spare::new().map_err(failed(doing))?;
+        let spare = server::Spare::new().map_err(MockError::io(STARTING))?;
         let thread = {
             let shared = Arc::clone(&shared);
             thread::Builder::new()
                 .name("mock-gate".into())
                 .spawn(move || server::run(&listener, spare, &shared))
-                .map_err(failed(doing))?
+                .map_err(MockError::io(STARTING))?
         };
         Ok(MockDaemon {
             pid: std::process::id(),
@@ -395,13 +397,9 @@ impl Drop for SocketFile {
 fn in_time(came: bool, limit: Duration, doing: &'static str) -> Result<()> {
     match came {
         true => Ok(()),
-        false => Err(failed(doing)(io::Error::new(
-            ErrorKind::TimedOut,
-            format!("nothing came within {limit:?}"),
-        ))),
+        false => {
+            let reason = format!("nothing came within {limit:?}");
+            Err(MockError::new(doing, ErrorKind::TimedOut, reason))
+        }
     }
-}
-
-fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Mock { doing, source }
 }

@@ -1,6 +1,6 @@
 //! The front-end's steps around the memory table: negotiation before it, the queue after it.
 
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
@@ -17,7 +17,7 @@ use super::backend::PROTOCOL_FEATURES;
 use super::config::{BlkConfig, CONFIG_SIZE};
 use super::disk::SECTOR_SIZE;
 use super::driver::BlkDriver;
-use crate::error::{Error, Result};
+use super::error::{MockError, Result};
 
 /// A vhost-user-blk daemon whose features have been negotiated.
 ///
@@ -41,16 +41,18 @@ impl BlkDevice {
     /// BLK_SIZE and MQ as offered.
     ///
     /// # Errors
-    /// [`Error::Mock`] with the failed request, or where the daemon lacks VIRTIO_F_VERSION_1 or
+    /// [`MockError`] with the failed request, or where the daemon lacks VIRTIO_F_VERSION_1 or
     /// VHOST_USER_F_PROTOCOL_FEATURES.
     pub fn negotiate(
         frontend: &mut Frontend,
         wanted: VhostUserProtocolFeatures,
     ) -> Result<BlkDevice> {
-        frontend.set_owner().map_err(failed("take the daemon"))?;
+        frontend
+            .set_owner()
+            .map_err(MockError::at("take the daemon"))?;
         let offered = frontend
             .get_features()
-            .map_err(failed("ask for the daemon's features"))?;
+            .map_err(MockError::at("ask for the daemon's features"))?;
         let required = 1 << VIRTIO_F_VERSION_1 | 1 << PROTOCOL_FEATURES;
         if offered & required != required {
             return Err(unsupported(format!(
@@ -59,10 +61,13 @@ impl BlkDevice {
         }
 
         let doing = "negotiate protocol features";
-        let protocol_features = frontend.get_protocol_features().map_err(failed(doing))? & wanted;
+        let protocol_features = frontend
+            .get_protocol_features()
+            .map_err(MockError::at(doing))?
+            & wanted;
         frontend
             .set_protocol_features(protocol_features)
-            .map_err(failed(doing))?;
+            .map_err(MockError::at(doing))?;
         // Not before: SET_PROTOCOL_FEATURES itself decides whether it is acknowledged.
         if protocol_features.contains(VhostUserProtocolFeatures::REPLY_ACK) {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -78,12 +83,12 @@ impl BlkDevice {
         let features = offered & usable;
         frontend
             .set_features(features)
-            .map_err(failed("acknowledge virtio features"))?;
+            .map_err(MockError::at("acknowledge virtio features"))?;
 
         let queues = match protocol_features.contains(VhostUserProtocolFeatures::MQ) {
             true => frontend
                 .get_queue_num()
-                .map_err(failed("ask for the number of queues"))?,
+                .map_err(MockError::at("ask for the number of queues"))?,
             false => 1,
         };
         let config = match protocol_features.contains(VhostUserProtocolFeatures::CONFIG) {
@@ -132,7 +137,7 @@ impl BlkDevice {
     /// that was sent names it.
     ///
     /// # Errors
-    /// [`Error::Mock`] with the failed request, or where `user_address` knows no address for a
+    /// [`MockError`] with the failed request, or where `user_address` knows no address for a
     /// ring.
     pub fn start_queue<S: GuestAddressSpace>(
         &self,
@@ -142,12 +147,9 @@ impl BlkDevice {
         user_address: impl Fn(GuestAddress) -> Option<u64>,
     ) -> Result<()> {
         let translate = |what: &str, addr: GuestAddress| {
-            user_address(addr).ok_or_else(|| Error::Mock {
-                doing: "start the queue",
-                source: io::Error::new(
-                    ErrorKind::InvalidInput,
-                    format!("its {what} at {:#x} is not in the memory table", addr.0),
-                ),
+            user_address(addr).ok_or_else(|| {
+                let reason = format!("its {what} at {:#x} is not in the memory table", addr.0);
+                MockError::new("start the queue", ErrorKind::InvalidInput, reason)
             })
         };
         let layout = driver.ring_layout();
@@ -162,22 +164,22 @@ impl BlkDevice {
         };
         frontend
             .set_vring_num(index, driver.queue_size())
-            .map_err(failed("set the size of the queue"))?;
+            .map_err(MockError::at("set the size of the queue"))?;
         frontend
             .set_vring_base(index, driver.used_index())
-            .map_err(failed("set the first index of the queue"))?;
+            .map_err(MockError::at("set the first index of the queue"))?;
         frontend
             .set_vring_addr(index, &rings)
-            .map_err(failed("set the addresses of the queue"))?;
+            .map_err(MockError::at("set the addresses of the queue"))?;
         frontend
             .set_vring_call(index, driver.call())
-            .map_err(failed("set the call eventfd of the queue"))?;
+            .map_err(MockError::at("set the call eventfd of the queue"))?;
         frontend
             .set_vring_kick(index, driver.kick())
-            .map_err(failed("set the kick eventfd of the queue"))?;
+            .map_err(MockError::at("set the kick eventfd of the queue"))?;
         frontend
             .set_vring_enable(index, true)
-            .map_err(failed("enable the queue"))?;
+            .map_err(MockError::at("enable the queue"))?;
         // A daemon may drop a kick that comes before it has enabled the queue. Messages are
         // handled in order: without acknowledgements, the answer to a question says that it has.
         if !self
@@ -186,49 +188,37 @@ impl BlkDevice {
         {
             frontend
                 .get_features()
-                .map_err(failed("wait until the queue is enabled"))?;
+                .map_err(MockError::at("wait until the queue is enabled"))?;
         }
-        driver.kick().write(1).map_err(|source| Error::Mock {
-            doing: "kick the queue",
-            source,
-        })
+        driver
+            .kick()
+            .write(1)
+            .map_err(MockError::io("kick the queue"))
     }
 
     /// Stops queue `index`: the daemon has let go of its rings and buffers when this returns. The
     /// result is the index of the avail ring at which it would go on.
     ///
     /// # Errors
-    /// [`Error::Mock`] with the failed request.
+    /// [`MockError`] with the failed request.
     pub fn stop_queue(&self, frontend: &mut Frontend, index: usize) -> Result<u32> {
         frontend
             .get_vring_base(index)
-            .map_err(failed("stop the queue"))
+            .map_err(MockError::at("stop the queue"))
     }
 }
 
 fn read_config(frontend: &mut Frontend) -> Result<BlkConfig> {
     let doing = "read the device's configuration";
-    let size = u32::try_from(CONFIG_SIZE).map_err(|error| Error::Mock {
-        doing,
-        source: io::Error::other(error),
-    })?;
+    let size = u32::try_from(CONFIG_SIZE).map_err(MockError::at(doing))?;
     let (_, bytes) = frontend
         .get_config(0, size, VhostUserConfigFlags::empty(), &[0; CONFIG_SIZE])
-        .map_err(failed(doing))?;
+        .map_err(MockError::at(doing))?;
     BlkConfig::from_bytes(&bytes)
         .ok_or_else(|| unsupported(format!("its configuration has only {} bytes", bytes.len())))
 }
 
-fn unsupported(reason: String) -> Error {
-    Error::Mock {
-        doing: "use the daemon as a block device",
-        source: io::Error::new(ErrorKind::Unsupported, reason),
-    }
-}
-
-fn failed(doing: &'static str) -> impl FnOnce(vhost::Error) -> Error {
-    move |error| Error::Mock {
-        doing,
-        source: io::Error::other(error),
-    }
+fn unsupported(reason: String) -> MockError {
+    let doing = "use the daemon as a block device";
+    MockError::new(doing, ErrorKind::Unsupported, reason)
 }

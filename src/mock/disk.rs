@@ -1,11 +1,11 @@
 //! The RAM disk behind the mock.
 
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use super::state::lock;
-use crate::error::{Error, Result};
+use super::error::{MockError, Result};
+use super::lock::lock;
 
 /// Bytes of a sector, the unit of virtio-blk's addresses.
 pub(super) const SECTOR_SIZE: u64 = 512;
@@ -40,7 +40,7 @@ impl RamDisk {
     /// Copies the disk's bytes from `offset` on into `buffer`.
     ///
     /// # Errors
-    /// [`Error::Mock`] where the range is not wholly on the disk; nothing is copied then.
+    /// [`MockError`] where the range is not wholly on the disk; nothing is copied then.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
         let mut bytes = self.bytes();
         let range = range_of(&mut bytes, offset, buffer.len(), "read the mock's disk")?;
@@ -51,7 +51,7 @@ impl RamDisk {
     /// Copies `data` to the disk at `offset`.
     ///
     /// # Errors
-    /// [`Error::Mock`] where the range is not wholly on the disk; nothing is copied then.
+    /// [`MockError`] where the range is not wholly on the disk; nothing is copied then.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
         let mut bytes = self.bytes();
         let range = range_of(&mut bytes, offset, data.len(), "write the mock's disk")?;
@@ -78,12 +78,9 @@ fn range_of<'a>(
     usize::try_from(offset)
         .ok()
         .and_then(|start| bytes.get_mut(start..start.checked_add(length)?))
-        .ok_or_else(|| Error::Mock {
-            doing,
-            source: io::Error::new(
-                ErrorKind::InvalidInput,
-                format!("{length} bytes at offset {offset} are beyond its {size} bytes"),
-            ),
+        .ok_or_else(|| {
+            let reason = format!("{length} bytes at offset {offset} are past its {size} bytes");
+            MockError::new(doing, ErrorKind::InvalidInput, reason)
         })
 }
 

@@ -14,7 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::blk::REQUEST_HEADER_SIZE;
-use super::blk_error::BlkError;
+use super::blk_error::{BlkError, RequestId};
 use super::queue::{DriverQueue, WRITE, place};
 use super::ring::{ALIGNMENT, RingLayout};
 
@@ -27,10 +27,6 @@ const DEFAULT_TIME_LIMIT: Duration = Duration::from_secs(10);
 const NO_STATUS: u8 = 0xff;
 
 type Result<T> = std::result::Result<T, BlkError>;
-
-/// Names a submitted request until it has been waited for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RequestId(pub(super) u64);
 
 /// A virtio-blk driver over one split virtqueue in guest memory, in the place of a guest.
 ///
@@ -94,13 +90,12 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
         {
             return Err(misplaced);
         }
-        let event = |doing| move |source| BlkError::Event { doing, source };
         let flags = EFD_NONBLOCK | EFD_CLOEXEC;
         let mut driver = BlkDriver {
             queue: DriverQueue::new(memory, layout, queue_size),
-            kick: EventFd::new(flags).map_err(event("create the kick eventfd"))?,
-            call: EventFd::new(flags).map_err(event("create the call eventfd"))?,
-            epoll: Epoll::new().map_err(event("create an epoll"))?,
+            kick: EventFd::new(flags).map_err(BlkError::Event)?,
+            call: EventFd::new(flags).map_err(BlkError::Event)?,
+            epoll: Epoll::new().map_err(BlkError::Event)?,
             time_limit: DEFAULT_TIME_LIMIT,
             requests: BTreeMap::new(),
             finished: BTreeMap::new(),
@@ -110,7 +105,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
         driver
             .epoll
             .ctl(ControlOperation::Add, driver.call.as_raw_fd(), readable)
-            .map_err(event("watch the call eventfd"))?;
+            .map_err(BlkError::Event)?;
         driver.reset().map_err(|_| misplaced)?;
         Ok(driver)
     }
@@ -296,10 +291,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
         self.next_id += 1;
         self.requests.insert(head, id);
         if self.queue.wants_kick()? {
-            self.kick.write(1).map_err(|source| BlkError::Event {
-                doing: "kick the device",
-                source,
-            })?;
+            self.kick.write(1).map_err(BlkError::Event)?;
         }
         Ok(id)
     }
@@ -337,10 +329,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
         let mut events = [EpollEvent::default()];
         let waited = self.epoll.wait(timeout, &mut events);
         match waited.and_then(|_| self.call.read()) {
-            Err(error) if !retry(&error) => Err(BlkError::Event {
-                doing: "wait for the call eventfd",
-                source: error,
-            }),
+            Err(error) if !retry(&error) => Err(BlkError::Event(error)),
             _ => Ok(()),
         }
     }

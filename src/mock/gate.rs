@@ -22,9 +22,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::fstat;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
-use super::fault::FaultKind;
+use super::fault::{At, Fault};
+use super::lock::lock;
 use super::request::{LoggedRegion, LoggedRequest};
-use super::state::{Link, Shared, lock};
+use super::state::{Link, Shared};
 use super::wire::{Message, Receiver};
 use crate::logs;
 
@@ -124,9 +125,10 @@ impl Gate<'_> {
     /// A change of the table; `Break` ends the connection.
     fn change(&mut self, message: Message) -> io::Result<ControlFlow<()>> {
         let wants_answer = self.reply_ack && message.wants_answer();
-        let fault = match self.shared.next_change() {
+        let fault = self.shared.state().faults.next(At::Table);
+        let fault = match fault {
             Some(fault) => fault,
-            None if !has_room(&message) || self.exceeds_limits(&message)? => FaultKind::Refuse,
+            None if !has_room(&message) || self.exceeds_limits(&message)? => Fault::Refuse,
             None => {
                 message.send(&self.link.inner)?;
                 return Ok(ControlFlow::Continue(()));
@@ -138,7 +140,8 @@ impl Gate<'_> {
 
     /// A new dirty log, which is always answered; `Break` ends the connection.
     fn set_log(&mut self, message: Message) -> io::Result<ControlFlow<()>> {
-        match self.shared.next_log() {
+        let fault = self.shared.state().faults.next(At::Log);
+        match fault {
             Some(fault) => self.misbehave(message, fault, true, None),
             None => {
                 self.barrier.expect_log(Asker::FrontEnd);
@@ -152,7 +155,7 @@ impl Gate<'_> {
     fn misbehave(
         &mut self,
         message: Message,
-        fault: FaultKind,
+        fault: Fault,
         wants_answer: bool,
         refuses_by: Option<u64>,
     ) -> io::Result<ControlFlow<()>> {
@@ -169,38 +172,38 @@ impl Gate<'_> {
             false => Ok(()),
         };
         match (fault, refuses_by) {
-            (FaultKind::Refuse, Some(refused)) => answer(refused)?,
-            (FaultKind::Refuse, None) | (FaultKind::HangUpBefore, _) => {
+            (Fault::Refuse, Some(refused)) => answer(refused)?,
+            (Fault::Refuse, None) | (Fault::HangUpBefore, _) => {
                 return Ok(ControlFlow::Break(()));
             }
-            (FaultKind::AnswerLate(delay), _) => {
+            (Fault::AnswerLate(delay), _) => {
                 self.apply(message)?;
                 if wait_for_hang_up(self.link, delay)? {
                     return Ok(ControlFlow::Break(()));
                 }
                 answer(DONE)?;
             }
-            (FaultKind::AnswerNonsense, _) => {
+            (Fault::AnswerNonsense, _) => {
                 self.apply(message)?;
                 // No request has this number. It is as long as any answer that is waited for.
                 let mut nonsense = Message::answer(u32::MAX, u64::MAX);
                 nonsense.body.resize(16, 0x5a);
                 nonsense.send(&self.link.front)?;
             }
-            (FaultKind::NeverAnswerAfter, _) => {
+            (Fault::NeverAnswerAfter, _) => {
                 self.apply(message)?;
                 while self.receive()?.is_some() {}
                 return Ok(ControlFlow::Break(()));
             }
-            (FaultKind::NeverAnswer, _) => {
+            (Fault::NeverAnswer, _) => {
                 while self.receive()?.is_some() {}
                 return Ok(ControlFlow::Break(()));
             }
-            (FaultKind::HangUpAfter, _) => {
+            (Fault::HangUpAfter, _) => {
                 self.apply(message)?;
                 return Ok(ControlFlow::Break(()));
             }
-            (FaultKind::AnswerThenHangUp, _) => {
+            (Fault::AnswerThenHangUp, _) => {
                 answer(DONE)?;
                 return Ok(ControlFlow::Break(()));
             }
@@ -219,7 +222,7 @@ impl Gate<'_> {
                     if !self.reply_ack || !message.wants_answer() {
                         self.pass_barrier()?;
                     }
-                    self.shared.table().len() as u64 >= limit
+                    self.shared.state().table.len() as u64 >= limit
                 }
                 None => false,
             },

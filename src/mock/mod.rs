@@ -73,8 +73,11 @@ mod daemon;
 mod device;
 mod disk;
 mod driver;
+mod error;
 mod fault;
 mod gate;
+mod guest;
+mod lock;
 mod queue;
 mod request;
 mod ring;
@@ -83,16 +86,14 @@ mod state;
 mod wire;
 mod writer;
 
-#[cfg(test)]
-mod tests;
-
-pub use blk_error::BlkError;
+pub use blk_error::{BlkError, RequestId};
 pub use daemon::{MockDaemon, MockDaemonBuilder};
 pub use device::BlkDevice;
 pub use disk::RamDisk;
-pub use driver::{BlkDriver, RequestId};
-pub use fault::{Fault, FaultKind};
+pub use driver::BlkDriver;
+pub use error::MockError;
+pub use fault::Fault;
+pub use guest::MockRegion;
 pub use request::{LoggedRegion, LoggedRequest};
 pub use ring::RingLayout;
-pub use state::MockRegion;
 pub use writer::MockWriter;

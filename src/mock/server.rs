@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::backend::Backend;
 use super::gate;
-use super::state::{Link, Shared};
+use super::state::{Link, Listening, Mapped, Shared};
 use crate::logs;
 
 /// A listening socket without a file: the kernel chooses a free abstract name.
@@ -47,7 +47,7 @@ const SHORTAGE: Duration = Duration::from_millis(20);
 /// `listener` down to wake this thread. Where connections cannot be accepted any more, the
 /// listening ends as well: no client shall wait for an answer that never comes.
 pub(super) fn run(listener: &UnixListener, mut spare: Spare, shared: &Arc<Shared>) {
-    while !shared.is_stopping() {
+    while !shared.state().stopping {
         match spare.accept(listener) {
             Ok(Some(front)) => {
                 if let Err(error) = serve(front, shared) {
@@ -56,11 +56,11 @@ pub(super) fn run(listener: &UnixListener, mut spare: Spare, shared: &Arc<Shared
                 shared.disconnect();
             }
             Ok(None) => {}
-            Err(_) if shared.is_stopping() => {}
+            Err(_) if shared.state().stopping => {}
             Err(error) if is_shortage(&error) => shared.wait_stopping(SHORTAGE),
             Err(error) => {
                 logs::error!("mock daemon: stops listening, it cannot accept: {error}");
-                shared.stop_listening(error);
+                shared.state().listener = Listening::Failed(error);
                 return;
             }
         }
@@ -152,7 +152,7 @@ impl InnerDaemon {
         let inner = connect_to(&listener)?;
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let backend = Arc::new(Backend::new(Arc::clone(shared), memory.clone()));
-        shared.set_memory(memory.clone());
+        shared.state().memory = Mapped(Some(memory.clone()));
         let daemon = VhostUserDaemon::new("mock-daemon".into(), Arc::clone(&backend), memory)
             .map_err(to_io)?;
 
@@ -196,4 +196,38 @@ impl Drop for InnerDaemon {
 fn to_io(error: vhost_user_backend::Error) -> io::Error {
     // The type has no std::error::Error: its text is all there is.
     io::Error::other(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::socket::{Shutdown, shutdown};
+
+    use super::super::disk::RamDisk;
+    use super::super::fault::FaultPlan;
+    use super::super::state::Options;
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_can_never_accept_again_stops_listening_and_says_why() {
+        let listener = Arc::new(listen_unnamed().unwrap());
+        let options = Options {
+            queues: 1,
+            max_mem_slots: None,
+            reply_ack: true,
+        };
+        let disk = RamDisk::new(Vec::new());
+        let shared = Shared::new(options, disk, FaultPlan::default(), Arc::clone(&listener));
+        let shared = Arc::new(shared);
+        let address = listener.local_addr().unwrap();
+        // As good as any error that does not pass.
+        shutdown(listener.as_raw_fd(), Shutdown::Both).unwrap();
+        run(&listener, Spare::new().unwrap(), &shared);
+        drop(listener);
+
+        let refused = UnixStream::connect_addr(&address).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+        let reason = shared.listener().unwrap_err();
+        assert_eq!(reason.kind(), ErrorKind::ConnectionRefused);
+        assert!(reason.to_string().contains("Invalid argument"), "{reason}");
+    }
 }

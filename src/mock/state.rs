@@ -3,59 +3,15 @@
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::Shutdown;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
-
-use super::backend::Memory;
 use super::disk::RamDisk;
-use super::fault::{FaultKind, FaultPlan};
+use super::fault::FaultPlan;
+use super::guest::{Memory, MockRegion};
+use super::lock::lock;
 use super::request::LoggedRequest;
-use crate::backing::FileIdentity;
-
-/// One region of the table that the daemon's backend holds.
-///
-/// These are the facts of its mapping, not what the front-end said: two regions with the same
-/// `identity` are mappings of one file, the front-end's if its backing has that
-/// [`identity`](crate::ShmBacking::identity) too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MockRegion {
-    /// Where the region starts in guest memory.
-    pub guest_addr: GuestAddress,
-    /// Its length in bytes.
-    pub size: u64,
-    /// Where it starts in the file, in bytes.
-    pub mmap_offset: u64,
-    /// Which file it is.
-    pub identity: FileIdentity,
-}
-
-impl MockRegion {
-    /// The regions of `memory` in ascending order.
-    pub(super) fn table_of<M: GuestMemoryBackend>(memory: &M) -> io::Result<Vec<MockRegion>> {
-        memory
-            .iter()
-            .map(|region| {
-                let file = region
-                    .file_offset()
-                    .ok_or_else(|| io::Error::other("a region of the table has no file"))?;
-                let metadata = file.file().metadata()?;
-                Ok(MockRegion {
-                    guest_addr: region.start_addr(),
-                    size: region.len(),
-                    mmap_offset: file.start(),
-                    identity: FileIdentity {
-                        dev: metadata.dev(),
-                        ino: metadata.ino(),
-                    },
-                })
-            })
-            .collect()
-    }
-}
 
 /// How the device looks to a front-end; fixed at the start.
 #[derive(Clone, Copy, Debug)]
@@ -93,15 +49,16 @@ pub(super) struct Shared {
 }
 
 #[derive(Debug, Default)]
-struct State {
-    table: Vec<MockRegion>,
-    requests: Vec<LoggedRequest>,
-    faults: FaultPlan,
+pub(super) struct State {
+    pub(super) table: Vec<MockRegion>,
+    pub(super) requests: Vec<LoggedRequest>,
+    pub(super) faults: FaultPlan,
     /// What the daemon of the current connection maps.
-    memory: Mapped,
-    link: Option<Arc<Link>>,
-    listener: Listening,
-    stopping: bool,
+    pub(super) memory: Mapped,
+    pub(super) link: Option<Arc<Link>>,
+    /// Where it failed, the socket is closed as soon as its last user is done.
+    pub(super) listener: Listening,
+    pub(super) stopping: bool,
 }
 
 /// The socket that clients connect to. The one that takes it out of here closes it, and with it all
@@ -118,7 +75,7 @@ pub(super) enum Listening {
 
 /// What a daemon maps, if there is one.
 #[derive(Default)]
-struct Mapped(Option<Memory>);
+pub(super) struct Mapped(pub(super) Option<Memory>);
 
 impl fmt::Debug for Mapped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -145,10 +102,15 @@ impl Shared {
         }
     }
 
+    /// What changes without a word to those that wait is changed here.
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
     /// Makes `link` the current connection, with an empty table. False: the daemon is being
     /// dropped, and nothing may start any more.
     pub(super) fn connect(&self, link: &Arc<Link>) -> bool {
-        let mut state = lock(&self.state);
+        let mut state = self.state();
         if state.stopping {
             return false;
         }
@@ -160,25 +122,16 @@ impl Shared {
 
     /// Notes that the current connection is over and its threads are gone.
     pub(super) fn disconnect(&self) {
-        let mut state = lock(&self.state);
+        let mut state = self.state();
         state.link = None;
         state.memory = Mapped(None);
         drop(state);
         self.changed.notify_all();
     }
 
-    /// The daemon of the connection that begins maps this.
-    pub(super) fn set_memory(&self, memory: Memory) {
-        lock(&self.state).memory = Mapped(Some(memory));
-    }
-
     pub(super) fn memory(&self) -> Option<Memory> {
-        let state = lock(&self.state);
+        let state = self.state();
         state.link.as_ref().and(state.memory.0.clone())
-    }
-
-    pub(super) fn is_connected(&self) -> bool {
-        lock(&self.state).link.is_some()
     }
 
     /// Waits until `is_connected` says `wanted`; false after `limit`.
@@ -194,13 +147,13 @@ impl Shared {
     fn wait(&self, limit: Duration, holds: impl Fn(&State) -> bool) -> bool {
         let (_state, wait) = self
             .changed
-            .wait_timeout_while(lock(&self.state), limit, |state| !holds(state))
+            .wait_timeout_while(self.state(), limit, |state| !holds(state))
             .unwrap_or_else(PoisonError::into_inner);
         !wait.timed_out()
     }
 
     pub(super) fn hang_up(&self) {
-        if let Some(link) = &lock(&self.state).link {
+        if let Some(link) = &self.state().link {
             link.hang_up();
         }
     }
@@ -208,7 +161,7 @@ impl Shared {
     /// Forbids new connections, ends the current one, and takes the listening socket.
     pub(super) fn stop(&self) -> Listening {
         let listener = {
-            let mut state = lock(&self.state);
+            let mut state = self.state();
             state.stopping = true;
             std::mem::take(&mut state.listener)
         };
@@ -227,7 +180,7 @@ impl Shared {
     /// # Errors
     /// Why there is none any more.
     pub(super) fn listener(&self) -> io::Result<Arc<UnixListener>> {
-        match &lock(&self.state).listener {
+        match &self.state().listener {
             Listening::Yes(listener) => Ok(Arc::clone(listener)),
             Listening::No => Err(ErrorKind::NotConnected.into()),
             Listening::Failed(reason) => Err(io::Error::new(
@@ -237,50 +190,8 @@ impl Shared {
         }
     }
 
-    /// Closes the listening socket as soon as its last user is done.
-    pub(super) fn stop_listening(&self, reason: io::Error) {
-        lock(&self.state).listener = Listening::Failed(reason);
-    }
-
-    pub(super) fn is_stopping(&self) -> bool {
-        lock(&self.state).stopping
-    }
-
     pub(super) fn log(&self, request: LoggedRequest) {
-        lock(&self.state).requests.push(request);
+        self.state().requests.push(request);
         self.changed.notify_all();
     }
-
-    pub(super) fn requests(&self) -> Vec<LoggedRequest> {
-        lock(&self.state).requests.clone()
-    }
-
-    pub(super) fn clear_requests(&self) {
-        lock(&self.state).requests.clear();
-    }
-
-    pub(super) fn table(&self) -> Vec<MockRegion> {
-        lock(&self.state).table.clone()
-    }
-
-    pub(super) fn set_table(&self, table: Vec<MockRegion>) {
-        lock(&self.state).table = table;
-    }
-
-    pub(super) fn next_change(&self) -> Option<FaultKind> {
-        lock(&self.state).faults.next_change()
-    }
-
-    pub(super) fn next_log(&self) -> Option<FaultKind> {
-        lock(&self.state).faults.next_log()
-    }
-
-    pub(super) fn with_faults<T>(&self, use_them: impl FnOnce(&mut FaultPlan) -> T) -> T {
-        use_them(&mut lock(&self.state).faults)
-    }
-}
-
-/// Locks, also after a panic elsewhere: no holder of these locks leaves anything half done.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

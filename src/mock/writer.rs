@@ -4,7 +4,7 @@ use std::fmt;
 
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend};
 
-use super::backend::Memory;
+use super::guest::Memory;
 
 /// The guest's memory as the daemon of one connection maps it, with the log that it notes its
 /// writes in.
@@ -16,7 +16,7 @@ use super::backend::Memory;
 /// use guest_memory_shm::mock::MockDaemon;
 /// use vm_memory::GuestAddress;
 ///
-/// # fn main() -> guest_memory_shm::Result<()> {
+/// # fn main() -> Result<(), guest_memory_shm::mock::MockError> {
 /// let daemon = MockDaemon::builder().start_unnamed()?;
 /// let stream = daemon.connect()?;
 /// # daemon.wait_connected(std::time::Duration::from_secs(20))?;

@@ -4,7 +4,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::error::{OptionsError, Result};
-use super::{Access, Backing, DiscardData, PageSize, Populate, RamOptions, Sealing};
+use super::{Access, BackingSource, DiscardData, PageSize, Populate, RamOptions, Sealing};
 use crate::host::base_page_size;
 use crate::range::RangePart;
 
@@ -67,16 +67,16 @@ impl RamOptions {
         ];
         let only_for_memfds = [("seal=off", self.sealing == Sealing::Unsealed)];
         match &self.backing {
-            Backing::File(path) => check_path(path)?,
+            BackingSource::File(path) => check_path(path)?,
             _ => {
                 if let Some(property) = misplaced(&only_for_files) {
-                    let remedy = "only a file has it, use Backing::File";
+                    let remedy = "only a file has it, use BackingSource::File";
                     return Err(self.not_of_backing(property, remedy));
                 }
             }
         }
         match misplaced(&only_for_memfds) {
-            Some(property) if self.backing != Backing::Memfd => {
+            Some(property) if self.backing != BackingSource::Memfd => {
                 let remedy = "it cannot be sealed at all, leave seal out or use a memfd";
                 Err(self.not_of_backing(property, remedy))
             }
@@ -88,9 +88,9 @@ impl RamOptions {
         OptionsError::NotOfBacking {
             property,
             backing: match self.backing {
-                Backing::Memfd => "a memfd",
-                Backing::PosixShm => "POSIX shared memory",
-                Backing::File(_) => "a file",
+                BackingSource::Memfd => "a memfd",
+                BackingSource::PosixShm => "POSIX shared memory",
+                BackingSource::File(_) => "a file",
             },
             remedy,
         }
@@ -105,16 +105,16 @@ impl RamOptions {
             }
         }
         match (self.page_size, &self.backing) {
-            (PageSize::Huge(_), Backing::PosixShm) => {
+            (PageSize::Huge(_), BackingSource::PosixShm) => {
                 let remedy = "it has no huge pages of a pool, use a memfd backing, or page size \
                               transparent (thp=on)";
                 Err(self.not_of_backing("hugetlb", remedy))
             }
-            (PageSize::Huge(_), Backing::File(_)) => {
+            (PageSize::Huge(_), BackingSource::File(_)) => {
                 let remedy = "its pages are those of its file system, name a path on a hugetlbfs";
                 Err(self.not_of_backing("hugetlb", remedy))
             }
-            (PageSize::Huge(Some(size)), Backing::Memfd) => Ok(size),
+            (PageSize::Huge(Some(size)), BackingSource::Memfd) => Ok(size),
             _ => Ok(base_page_size()),
         }
     }

@@ -1,6 +1,6 @@
 //! What is wrong with options: each names the property, the value, and what to write instead.
 
-use crate::options::NodeSet;
+use crate::host::NodeSet;
 use crate::range::InvalidRange;
 use crate::units::HumanSize;
 

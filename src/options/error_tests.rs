@@ -69,9 +69,9 @@ fn texts_name_the_property_the_value_and_the_way_out() {
             OptionsError::NotOfBacking {
                 property: "align",
                 backing: "a memfd",
-                remedy: "use Backing::File",
+                remedy: "use BackingSource::File",
             },
-            "align does not go with a memfd: use Backing::File",
+            "align does not go with a memfd: use BackingSource::File",
         ),
         (
             OptionsError::Size {

@@ -2,17 +2,18 @@
 
 use std::path::PathBuf;
 
-/// The kind of object behind RAM.
+/// Where the object that backs RAM comes from; what it turns out to be is its
+/// [`BackingKind`](crate::BackingKind).
 ///
 /// ```
-/// use guest_memory_shm::{Backing, RamOptions};
+/// use guest_memory_shm::{BackingSource, RamOptions};
 ///
-/// let file = RamOptions::new().with_backing(Backing::File("/dev/shm/guest".into()));
-/// assert_eq!(file.backing(), &Backing::File("/dev/shm/guest".into()));
+/// let file = RamOptions::new().with_backing(BackingSource::File("/dev/shm/guest".into()));
+/// assert_eq!(file.backing(), &BackingSource::File("/dev/shm/guest".into()));
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Backing {
+pub enum BackingSource {
     /// A memfd, sealed against any change of its size (`memory-backend-memfd`).
     ///
     /// Not capped by the size of `/dev/shm`, and no daemon that holds the descriptor can truncate
@@ -58,7 +59,7 @@ pub enum PageSize {
     Transparent,
     /// Pages from a hugetlb pool, of this size in bytes, or of the default size if `None`.
     ///
-    /// Only with [`Backing::Memfd`] (a [`Backing::File`] has the pages of its file system). The
+    /// Only with [`BackingSource::Memfd`] (a [`BackingSource::File`] has the pages of its file system). The
     /// pool is filled by the administrator (`/proc/sys/vm/nr_hugepages`); the pages are reserved
     /// when the RAM is mapped, so that touching it never fails, unless [`Reserve::Off`] is set.
     #[doc(alias = "MFD_HUGETLB")]
@@ -92,11 +93,11 @@ pub enum Sealing {
 /// decides about the check of the capacity: see each variant.
 ///
 /// ```
-/// use guest_memory_shm::{Backing, RamOptions, Reserve};
+/// use guest_memory_shm::{BackingSource, RamOptions, Reserve};
 ///
 /// // More than /dev/shm can ever hold, on purpose: the guest is known to touch little of it.
 /// let sparse = RamOptions::new()
-///     .with_backing(Backing::PosixShm)
+///     .with_backing(BackingSource::PosixShm)
 ///     .with_reserve(Reserve::Off);
 /// assert_eq!(sparse.reserve(), Some(Reserve::Off));
 /// ```
@@ -118,7 +119,7 @@ pub enum Reserve {
 /// use vm_memory::{GuestAddress, GuestMemoryBackend};
 ///
 /// let memory = GuestMemoryShm::<()>::builder()
-///     .with_ram(
+///     .add_ram(
 ///         RamOptions::new().with_populate(Populate::Allocate),
 ///         [(GuestAddress(0), 16 << 20)],
 ///     )
@@ -213,10 +214,10 @@ pub enum Merge {
 /// Whether a file is RAM, or a ROM that nobody writes.
 ///
 /// ```
-/// use guest_memory_shm::{Access, Backing, RamOptions};
+/// use guest_memory_shm::{Access, BackingSource, RamOptions};
 ///
 /// let firmware = RamOptions::new()
-///     .with_backing(Backing::File("/usr/share/firmware.bin".into()))
+///     .with_backing(BackingSource::File("/usr/share/firmware.bin".into()))
 ///     .with_access(Access::ReadOnly);
 /// assert_eq!(firmware.access(), Access::ReadOnly);
 /// ```
@@ -233,10 +234,10 @@ pub enum Access {
 /// What becomes of the contents of a file when its last user in this process lets go of it.
 ///
 /// ```
-/// use guest_memory_shm::{Backing, DiscardData, RamOptions};
+/// use guest_memory_shm::{BackingSource, DiscardData, RamOptions};
 ///
 /// let scratch = RamOptions::new()
-///     .with_backing(Backing::File("/var/tmp/guest-ram".into()))
+///     .with_backing(BackingSource::File("/var/tmp/guest-ram".into()))
 ///     .with_discard_data(DiscardData::OnDrop);
 /// assert_eq!(scratch.discard_data(), DiscardData::OnDrop);
 /// ```

@@ -10,9 +10,10 @@ mod qemu;
 
 pub use error::OptionsError;
 pub use kinds::{
-    Access, Backing, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate, Reserve, Sealing,
+    Access, BackingSource, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate, Reserve,
+    Sealing,
 };
-pub use numa::{NodeSet, NumaPolicy};
+pub use numa::NumaPolicy;
 
 /// The options of one backing of guest RAM.
 ///
@@ -20,16 +21,16 @@ pub use numa::{NodeSet, NumaPolicy};
 /// same options can be read from and written in the syntax of QEMU's `-object`:
 ///
 /// ```
-/// use guest_memory_shm::{Backing, CoreDump, GuestMemoryShm, PageSize, Populate, RamOptions};
+/// use guest_memory_shm::{BackingSource, CoreDump, GuestMemoryShm, PageSize, Populate, RamOptions};
 /// use vm_memory::GuestAddress;
 ///
 /// let options = RamOptions::new()
-///     .with_backing(Backing::PosixShm)
+///     .with_backing(BackingSource::PosixShm)
 ///     .with_page_size(PageSize::Transparent)
 ///     .with_populate(Populate::Prefault)
 ///     .with_core_dump(CoreDump::Include);
 /// let memory = GuestMemoryShm::<()>::builder()
-///     .with_ram(options, [(GuestAddress(0), 64 << 20)])
+///     .add_ram(options, [(GuestAddress(0), 64 << 20)])
 ///     .build()?;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
@@ -58,7 +59,7 @@ pub use numa::{NodeSet, NumaPolicy};
 /// | `hugetlb` | a switch | [`PageSize::Huge`] | memfd |
 /// | `hugetlbsize` | a size, a power of two | [`PageSize::Huge`] | memfd |
 /// | `seal` | a switch, on by default | [`with_sealing`](Self::with_sealing) | memfd |
-/// | `mem-path` | a path, required | [`Backing::File`] | file |
+/// | `mem-path` | a path, required | [`BackingSource::File`] | file |
 /// | `align`, `offset` | sizes, multiples of the page size | [`with_align`](Self::with_align), [`with_offset`](Self::with_offset) | file |
 /// | `discard-data` | a switch | [`with_discard_data`](Self::with_discard_data) | file |
 /// | `readonly` | a switch | [`with_access`](Self::with_access) | file |
@@ -77,7 +78,7 @@ pub use numa::{NodeSet, NumaPolicy};
 pub struct RamOptions {
     name: Option<String>,
     size: Option<u64>,
-    backing: Backing,
+    backing: BackingSource,
     page_size: PageSize,
     sealing: Sealing,
     reserve: Option<Reserve>,
@@ -130,16 +131,16 @@ impl RamOptions {
         self
     }
 
-    /// Sets the kind of object behind the RAM; a memfd unless set.
+    /// Sets where the object that backs the RAM comes from; a memfd unless set.
     #[must_use]
-    pub fn with_backing(mut self, backing: Backing) -> Self {
+    pub fn with_backing(mut self, backing: BackingSource) -> Self {
         self.backing = backing;
         self
     }
 
     /// Sets the pages of the RAM; base pages unless set.
     ///
-    /// [`PageSize::Huge`] goes with [`Backing::Memfd`] only.
+    /// [`PageSize::Huge`] goes with [`BackingSource::Memfd`] only.
     #[must_use]
     pub fn with_page_size(mut self, page_size: PageSize) -> Self {
         self.page_size = page_size;
@@ -208,7 +209,7 @@ impl RamOptions {
         self
     }
 
-    /// Sets a power of two, in bytes, that the host address of a [`Backing::File`] is a multiple of
+    /// Sets a power of two, in bytes, that the host address of a [`BackingSource::File`] is a multiple of
     /// (QEMU's `align`); what suits huge pages unless set.
     #[must_use]
     pub fn with_align(mut self, align: u64) -> Self {
@@ -216,7 +217,7 @@ impl RamOptions {
         self
     }
 
-    /// Sets where in a [`Backing::File`] the RAM starts, in bytes (QEMU's `offset`); at its start
+    /// Sets where in a [`BackingSource::File`] the RAM starts, in bytes (QEMU's `offset`); at its start
     /// unless set.
     #[must_use]
     pub fn with_offset(mut self, offset: u64) -> Self {
@@ -224,7 +225,7 @@ impl RamOptions {
         self
     }
 
-    /// Sets whether a [`Backing::File`] is RAM or a ROM (QEMU's `readonly` and `rom`); RAM unless
+    /// Sets whether a [`BackingSource::File`] is RAM or a ROM (QEMU's `readonly` and `rom`); RAM unless
     /// set.
     #[must_use]
     pub fn with_access(mut self, access: Access) -> Self {
@@ -232,7 +233,7 @@ impl RamOptions {
         self
     }
 
-    /// Sets what becomes of the contents of a [`Backing::File`] at the end (QEMU's
+    /// Sets what becomes of the contents of a [`BackingSource::File`] at the end (QEMU's
     /// `discard-data`); they are kept unless set.
     #[must_use]
     pub fn with_discard_data(mut self, discard_data: DiscardData) -> Self {
@@ -250,8 +251,8 @@ impl RamOptions {
         self.size
     }
 
-    /// The kind of object behind the RAM.
-    pub fn backing(&self) -> &Backing {
+    /// Where the object that backs the RAM comes from.
+    pub fn backing(&self) -> &BackingSource {
         &self.backing
     }
 
@@ -323,6 +324,11 @@ impl RamOptions {
     /// What is set and means nothing here.
     pub(crate) fn unused(&self) -> &Unused {
         &self.unused
+    }
+
+    /// Whether nothing of the RAM is to exist before it is used.
+    pub(crate) fn is_lazy(&self) -> bool {
+        self.populate == Populate::Lazy
     }
 
     /// Whether what the RAM needs must not be set aside or checked.

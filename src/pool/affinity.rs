@@ -7,8 +7,8 @@ use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
+use crate::host::NodeSet;
 use crate::host::nodes;
-use crate::options::NodeSet;
 
 /// Where the current thread may run.
 pub(super) struct Affinity {

@@ -3,6 +3,7 @@
 //!
 //! Its threads live as long as one run: work in the background has a thread that runs a pool.
 
+use std::fmt;
 use std::sync::RwLock;
 use std::sync::mpsc;
 use std::thread;
@@ -10,6 +11,7 @@ use std::thread;
 use nix::sys::signal::SigSet;
 
 use crate::logs;
+use crate::units::HumanSize;
 
 mod affinity;
 mod queue;
@@ -29,12 +31,19 @@ const AHEAD: usize = 2;
 
 /// How far work has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Progress {
     /// What is done, in bytes; it never goes down.
     pub done: u64,
     /// What is to be done, in bytes.
     pub total: u64,
+}
+
+impl fmt::Display for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", HumanSize(self.done), HumanSize(self.total))
+    }
 }
 
 /// Queues, and the threads that are to work through them.
@@ -196,7 +205,7 @@ mod tests {
     use std::sync::{Barrier, Mutex};
 
     use super::*;
-    use crate::options::NodeSet;
+    use crate::host::NodeSet;
 
     /// Pieces are the number of their queue and their own.
     fn queues(sizes: &[u64]) -> Vec<Queue<(usize, u64)>> {

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::options::NodeSet;
+use crate::host::NodeSet;
 
 /// Pieces of work in the order in which they are taken.
 #[derive(Debug)]

@@ -5,17 +5,13 @@
 //! allocated, but were never written nor read, and then the number of allocated pages tells that
 //! this is no list of what is missing. A hugetlbfs does not tell of its holes at all.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek};
-
 use super::part::Part;
 use super::plan::Chunk;
-use crate::backing::Allocation;
+use crate::backing::{Allocation, ShmBacking};
 use crate::logs;
 use crate::mapping::to_usize;
 use crate::range::RangeSet;
@@ -46,10 +42,10 @@ impl Holes {
     /// Gives back the pages of the chunk that were holes and are zero now.
     pub(super) fn give_back(&self, parts: &[Part], chunk: &Chunk) -> io::Result<()> {
         let part = &parts[chunk.part];
-        let chunk_range = part.in_backing(&chunk.range);
+        let chunk_range = part.ram.in_backing(chunk.range.clone());
         for range in self.of[chunk.part].within(chunk_range) {
             let backing = part.backing();
-            zeros(backing.file(), range, backing.page_size(), |zeros| {
+            zeros(backing, range, backing.page_size(), |zeros| {
                 let start = zeros.start - part.ram.offset;
                 let end = zeros.end - part.ram.offset;
                 part.ram.remove(start..end)
@@ -60,7 +56,7 @@ impl Holes {
 }
 
 fn holes(part: &Part) -> io::Result<RangeSet> {
-    let range = part.in_backing(&part.range);
+    let range = part.ram.in_backing(part.range.clone());
     let backing = part.backing();
     let none = RangeSet::default();
     let there = match backing.allocation()? {
@@ -69,8 +65,9 @@ fn holes(part: &Part) -> io::Result<RangeSet> {
         _ if backing.is_hugetlb() => return Ok(none),
         _ if backing.counts_pages()? => backing.extents_in(range.clone(), backing.page_size())?,
         Allocation::Some(bytes) => {
-            let data = Data::of(backing.file(), backing.start()..backing.end());
-            let data = data.collect::<io::Result<RangeSet>>()?;
+            let data = backing.data();
+            let parts = data.parts(backing.start()..backing.end());
+            let data = parts.collect::<io::Result<RangeSet>>()?;
             // Or else there are pages that look like holes.
             if data.len() != bytes {
                 return Ok(none);
@@ -84,7 +81,7 @@ fn holes(part: &Part) -> io::Result<RangeSet> {
 
 /// Calls `found` with each run of pages in `range` that are all zero; holes among them are.
 fn zeros(
-    file: &File,
+    backing: &ShmBacking,
     range: Range<u64>,
     page_size: u64,
     mut found: impl FnMut(Range<u64>) -> io::Result<()>,
@@ -93,11 +90,11 @@ fn zeros(
     let unit = to_usize(page_size.min(BLOCK));
     // Where the run begins that is being followed.
     let mut start = range.start;
-    for data in Data::of(file, range.clone()) {
+    for data in backing.data().parts(range.clone()) {
         let data = data?;
         for block in data.clone().step_by(to_usize(BLOCK)) {
             let bytes = &mut buffer[..to_usize(BLOCK.min(data.end - block))];
-            file.read_exact_at(bytes, block)?;
+            backing.file().read_exact_at(bytes, block)?;
             for (at, bytes) in (block..).step_by(unit).zip(bytes.chunks(unit)) {
                 if is_zero(bytes) {
                     continue;
@@ -121,59 +118,6 @@ fn is_zero(bytes: &[u8]) -> bool {
     bytes.iter().fold(0, |all, byte| all | byte) == 0
 }
 
-/// The ranges of a file that are data, in order.
-struct Data<'a> {
-    file: &'a File,
-    rest: Range<u64>,
-}
-
-impl<'a> Data<'a> {
-    fn of(file: &'a File, range: Range<u64>) -> Self {
-        Self { file, rest: range }
-    }
-
-    /// Where data, or a hole, begins at or after the start of the rest; `None` if nowhere.
-    ///
-    /// Nothing of this crate, nor of vm-memory or vhost, uses the position that it moves.
-    fn seek(&self, from: u64, whence: Whence) -> io::Result<Option<u64>> {
-        let from = i64::try_from(from).map_err(|_| Errno::EOVERFLOW)?;
-        match lseek(self.file, from, whence) {
-            Ok(at) => Ok(Some(at.unsigned_abs())),
-            Err(Errno::ENXIO) => Ok(None),
-            Err(errno) => Err(errno.into()),
-        }
-    }
-
-    fn advance(&mut self) -> io::Result<Option<Range<u64>>> {
-        if self.rest.is_empty() {
-            return Ok(None);
-        }
-        let Some(start) = self.seek(self.rest.start, Whence::SeekData)? else {
-            return Ok(None);
-        };
-        if start >= self.rest.end {
-            return Ok(None);
-        }
-        // The end of the file is a hole, too.
-        let end = self.seek(start, Whence::SeekHole)?;
-        let end = end.unwrap_or(self.rest.end).min(self.rest.end);
-        self.rest.start = end;
-        Ok((start < end).then_some(start..end))
-    }
-}
-
-impl Iterator for Data<'_> {
-    type Item = io::Result<Range<u64>>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let next = self.advance();
-        if !matches!(next, Ok(Some(_))) {
-            self.rest.start = self.rest.end;
-        }
-        next.transpose()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use nix::fcntl::{FallocateFlags, fallocate};
@@ -187,7 +131,7 @@ mod tests {
 
     fn part(pages: u64) -> Part {
         let options = RamOptions::new();
-        let region = GuestRegionShm::<()>::new(GuestAddress(0), pages * PAGE, &options).unwrap();
+        let region = GuestRegionShm::<()>::new((GuestAddress(0), pages * PAGE), &options).unwrap();
         Part::whole(region.ram().clone(), Populate::Prefault)
     }
 
@@ -202,6 +146,11 @@ mod tests {
     fn pages(ranges: &RangeSet) -> Vec<Range<u64>> {
         let pages = |range: Range<u64>| range.start / PAGE..range.end / PAGE;
         ranges.iter().map(pages).collect()
+    }
+
+    fn data(part: &Part) -> Vec<Range<u64>> {
+        let data = part.backing().data();
+        pages(&data.parts(part.range.clone()).map(Result::unwrap).collect())
     }
 
     #[test]
@@ -223,10 +172,7 @@ mod tests {
         let (start, len) = (4 * PAGE as i64, PAGE as i64);
         fallocate(part.backing(), FallocateFlags::empty(), start, len).unwrap();
         // The control: the kernel does call them holes.
-        let data: RangeSet = Data::of(part.backing().file(), 0..16 * PAGE)
-            .map(Result::unwrap)
-            .collect();
-        assert_eq!(pages(&data), vec![0..1]);
+        assert_eq!(data(&part), vec![0..1]);
         let found = pages(&holes(&part).unwrap());
         assert!(found == [1..4, 5..16] || found.is_empty(), "{found:?}");
     }
@@ -246,10 +192,7 @@ mod tests {
         holes
             .give_back(std::slice::from_ref(&part), &chunk)
             .unwrap();
-        let left: RangeSet = Data::of(part.backing().file(), 0..64 * PAGE)
-            .map(Result::unwrap)
-            .collect();
-        assert_eq!(pages(&left), [3..4, 7..8, 40..41, 50..64]);
+        assert_eq!(data(&part), [3..4, 7..8, 40..41, 50..64]);
         assert_eq!(part.backing().allocated().unwrap(), 17 * PAGE);
     }
 
@@ -264,7 +207,7 @@ mod tests {
             write(&part, page, 0);
         }
         let mut found = Vec::new();
-        zeros(part.backing().file(), 0..4 * huge, huge, |run| {
+        zeros(part.backing(), 0..4 * huge, huge, |run| {
             found.push(run);
             Ok(())
         })

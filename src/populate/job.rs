@@ -1,6 +1,7 @@
 //! A job of populating, from its plan to its result.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::num::NonZeroU32;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::thread::available_parallelism;
@@ -16,18 +17,28 @@ use super::{cause, need};
 use crate::logs;
 use crate::pool::{CancelToken, Outcome, Pool, Progress, Queue, Stop};
 use crate::shortage::Shortage;
+use crate::units::HumanSize;
 
 /// A thread more for each of these, in bytes: below that it takes longer to start one.
 const PER_THREAD: u64 = 64 << 20;
 
 /// What populating did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Populated {
     /// The RAM that is populated now, in bytes, including what was there before.
     pub bytes: u64,
     /// How many threads worked on it.
     pub threads: u32,
+}
+
+impl fmt::Display for Populated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let end = if self.threads == 1 { "" } else { "s" };
+        let (bytes, threads) = (HumanSize(self.bytes), self.threads);
+        write!(f, "{bytes} populated by {threads} thread{end}")
+    }
 }
 
 /// What is to be populated, and how.
@@ -59,7 +70,7 @@ impl Job {
             })?
         };
         if let Some((at, short)) = need::shortage(&parts, &watch) {
-            let range = parts[at].in_guest(&parts[at].range);
+            let range = parts[at].ram.in_guest(parts[at].range.clone());
             return Err(PopulateError::short(range, short));
         }
         let total = parts.iter().map(Part::len).sum();
@@ -129,7 +140,7 @@ impl Job {
             return Some(PopulateError::Cancelled { done, total });
         }
         // Pages of a file are no use past its end.
-        let truncated = |part: &Part| cause::truncated(part, part.in_guest(&part.range));
+        let truncated = |part: &Part| cause::truncated(part, part.ram.in_guest(part.range.clone()));
         parts.iter().find_map(truncated)
     }
 
@@ -139,7 +150,7 @@ impl Job {
         let taken: Vec<Queue<Chunk>> = self.plan.queues.iter().map(Queue::taken).collect();
         let work = |chunk: &Chunk| {
             if let Err(error) = holes.give_back(parts, chunk) {
-                let range = parts[chunk.part].in_guest(&chunk.range);
+                let range = parts[chunk.part].ram.in_guest(chunk.range.clone());
                 logs::warn!("cannot give back what was populated of {range}: {error}");
             }
             Ok::<_, Infallible>(0)

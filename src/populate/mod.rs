@@ -116,6 +116,6 @@ pub(crate) fn populate_new<'a>(
     };
     let job = Job::new(parts, threads, on_failure, CancelToken::new())?;
     let populated = job.run(|_| {})?;
-    logs::debug!("{populated:?}");
+    logs::debug!("{populated}");
     Ok(())
 }

@@ -43,7 +43,10 @@ fn demand(parts: &[Part], bytes: &[u64]) -> Demand {
 fn missing_of_all(parts: &[Part]) -> Vec<u64> {
     let mut seen: BTreeMap<FileIdentity, RangeSet> = BTreeMap::new();
     let missing = |part: &Part| {
-        let (identity, range) = (part.backing().identity(), part.in_backing(&part.range));
+        let (identity, range) = (
+            part.backing().identity(),
+            part.ram.in_backing(part.range.clone()),
+        );
         let of_file = seen.entry(identity).or_default();
         let new = of_file.gaps(range.clone());
         let pages = new.map(|range| missing_pages(part, range)).sum();
@@ -114,7 +117,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn part(backing: &ShmBacking, offset: u64, size: u64) -> Part {
-        let region = GuestRegionShm::<()>::from_backing(backing, offset, GuestAddress(0), size);
+        let region = GuestRegionShm::<()>::from_backing(backing, offset, (GuestAddress(0), size));
         Part::whole(region.unwrap().ram().clone(), Populate::Allocate)
     }
 
@@ -122,7 +125,7 @@ mod tests {
     fn only_pages_that_are_not_there_count_and_each_only_once() {
         let backing = ShmBacking::create(&RamOptions::new(), 16 * MIB).unwrap();
         let other = ShmBacking::create(&RamOptions::new(), MIB).unwrap();
-        let region = GuestRegionShm::<()>::from_backing(&backing, 0, GuestAddress(0), 16 * MIB);
+        let region = GuestRegionShm::<()>::from_backing(&backing, 0, (GuestAddress(0), 16 * MIB));
         let region = region.unwrap();
         for at in [0, 4096, 9 * MIB] {
             region.write_obj(1u8, MemoryRegionAddress(at)).unwrap();

@@ -5,14 +5,14 @@ use std::ops::Range;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use vm_memory::GuestAddress;
 
 use crate::backing::ShmBacking;
+use crate::host::NodeSet;
 use crate::host::calls::{is_refused, retried};
 use crate::host::memory::Kind;
-use crate::options::{NodeSet, NumaPolicy, OnShortage, Populate};
+use crate::options::{NumaPolicy, OnShortage, Populate};
 use crate::ram::Ram;
-use crate::range::{GuestRange, outwards};
+use crate::range::outwards;
 
 /// A part of a region that is to be populated.
 #[derive(Debug)]
@@ -68,18 +68,6 @@ impl Part {
         }
     }
 
-    /// Where a range of the region is in the backing.
-    pub(super) fn in_backing(&self, range: &Range<u64>) -> Range<u64> {
-        self.ram.offset + range.start..self.ram.offset + range.end
-    }
-
-    /// The guest addresses of a range of the region.
-    pub(super) fn in_guest(&self, range: &Range<u64>) -> GuestRange {
-        let start = self.ram.range.start_addr().0 + range.start;
-        // It is not empty and lies in a region.
-        GuestRange::new(GuestAddress(start), range.end - range.start).unwrap_or(self.ram.range)
-    }
-
     /// Whether its pages are to be allocated through the descriptor.
     ///
     /// Not those of a hugetlb pool, which the kernel would clear under the lock of the inode, one
@@ -103,7 +91,7 @@ impl Part {
         if let Ok(Some(_)) = self.backing().truncated_to() {
             return Err(Errno::EFAULT.into());
         }
-        let at = self.in_backing(range);
+        let at = self.ram.in_backing(range.clone());
         let file_offset = |offset| i64::try_from(offset).map_err(|_| Errno::EFBIG);
         let (start, len) = (file_offset(at.start)?, file_offset(at.end - at.start)?);
         let flags = FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -142,7 +130,7 @@ fn kind(backing: &ShmBacking, allowed: NodeSet) -> Option<Kind> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::options::{Backing, PageSize, RamOptions};
+    use crate::options::{BackingSource, PageSize, RamOptions};
 
     #[test]
     fn pages_that_the_kernel_can_drop_are_no_need() {
@@ -161,7 +149,7 @@ mod tests {
         assert_eq!(of(&bound, set(&[0, 1])), Some(Kind::Base(set(&[0]))));
         let spread = plain.clone().with_numa(NumaPolicy::Interleave(set(&[0])));
         assert_eq!(of(&spread, anywhere), Some(Kind::Base(anywhere)));
-        let file = |dir: &str| plain.clone().with_backing(Backing::File(dir.into()));
+        let file = |dir: &str| plain.clone().with_backing(BackingSource::File(dir.into()));
         assert_eq!(of(&file("/dev/shm"), anywhere), Some(Kind::Base(anywhere)));
         let disk = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         assert_eq!(of(&file(disk.path().to_str().unwrap()), anywhere), None);

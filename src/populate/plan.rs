@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use super::part::Part;
 use crate::backing::FileIdentity;
-use crate::options::NodeSet;
+use crate::host::NodeSet;
 use crate::pool::Queue;
 
 /// The size of a chunk, in bytes: some milliseconds of work, which is how soon progress is seen
@@ -120,7 +120,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn whole(options: &RamOptions, size: u64) -> Part {
-        let region = GuestRegionShm::<()>::new(GuestAddress(0), size, options).unwrap();
+        let region = GuestRegionShm::<()>::new((GuestAddress(0), size), options).unwrap();
         Part::whole(region.ram().clone(), Populate::Prefault)
     }
 

@@ -173,7 +173,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
-    use crate::options::NodeSet;
+    use crate::host::NodeSet;
 
     const MIB: u64 = 1 << 20;
     const KIND: Kind = Kind::Base(NodeSet::new());

@@ -45,9 +45,9 @@ impl Plan {
                 len: end - at,
                 grain,
             };
-            let missing = |len| need::missing(part, part.in_backing(&(at..at + len)));
+            let missing = |len| need::missing(part, part.ram.in_backing(at..at + len));
             let begun = watch.begin(&wish, stop, missing);
-            let short = |short| failed(PopulateError::short(part.in_guest(&(at..end)), short));
+            let short = |short| failed(PopulateError::short(part.ram.in_guest(at..end), short));
             let Some(pass) = begun.map_err(short)? else {
                 break;
             };
@@ -65,7 +65,7 @@ impl Plan {
     }
 
     fn populate_piece(&self, part: &Part, piece: Range<u64>) -> Result<(), PopulateError> {
-        let range = part.in_guest(&piece);
+        let range = part.ram.in_guest(piece.clone());
         let not_allocated = |source| PopulateError::Allocate { range, source };
         match part.mode {
             Populate::Lazy => return Ok(()),

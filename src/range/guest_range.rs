@@ -1,5 +1,6 @@
 //! Where RAM lies in the guest, and why a range is none.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::ops::Range;
 
@@ -13,15 +14,21 @@ type Result<T, E = InvalidRange> = std::result::Result<T, E>;
 /// A contiguous range of guest addresses, at least one byte long, whose end fits in 64 bits.
 ///
 /// ```
-/// use guest_memory_shm::GuestRange;
+/// use guest_memory_shm::{GuestMemoryShm, GuestRange};
 /// use vm_memory::GuestAddress;
 ///
 /// let range = GuestRange::new(GuestAddress(0x1000), 0x2000)?;
 /// assert_eq!(range.last_addr(), GuestAddress(0x2fff));
 /// assert!(GuestRange::new(GuestAddress(u64::MAX), 2).is_err());
+///
+/// // Where RAM is made, discarded or unplugged, an address and a size will do.
+/// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+/// memory.discard(range)?;
+/// memory.discard((GuestAddress(0x1000), 0x2000))?;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct GuestRange {
     start: u64,
     size: u64,
@@ -45,6 +52,11 @@ impl GuestRange {
             start: start.0,
             size,
         })
+    }
+
+    /// Checks what a caller gave as a place: a range, or an address and a size.
+    pub(crate) fn at(place: impl TryInto<Self, Error: Into<InvalidRange>>) -> Result<Self> {
+        place.try_into().map_err(Into::into)
     }
 
     /// The first address.
@@ -76,6 +88,24 @@ impl GuestRange {
     pub(crate) fn check_aligned(&self, align: u64) -> Result<()> {
         RangePart::Address.check_aligned(self.start, align)?;
         RangePart::Size.check_aligned(self.size, align)
+    }
+
+    /// Checks that a region of this range consists of whole pages.
+    pub(crate) fn check_pages(&self, page_size: u64) -> Result<()> {
+        self.check_aligned(page_size)
+            .map_err(|_| InvalidRange::PartialPages {
+                range: *self,
+                page_size,
+            })
+    }
+}
+
+impl TryFrom<(GuestAddress, u64)> for GuestRange {
+    type Error = InvalidRange;
+
+    /// An address and a size in bytes, as [`new`](Self::new).
+    fn try_from((start, size): (GuestAddress, u64)) -> Result<Self> {
+        Self::new(start, size)
     }
 }
 
@@ -147,6 +177,27 @@ pub enum InvalidRange {
         /// The page size of the backing in bytes.
         page_size: u64,
     },
+
+    /// A region that is there does not consist of whole pages: vm-memory's constructors allow that.
+    #[error(
+        "the region {range} is not whole pages of {}, which memory tables, memory slots and \
+         discards need: make it of an address and a size that are multiples of that",
+        HumanSize(*.page_size)
+    )]
+    #[non_exhaustive]
+    PartialPages {
+        /// The range of the region.
+        range: GuestRange,
+        /// The page size of its backing in bytes.
+        page_size: u64,
+    },
+}
+
+impl From<Infallible> for InvalidRange {
+    /// A [`GuestRange`] is one already.
+    fn from(never: Infallible) -> Self {
+        match never {}
+    }
 }
 
 impl InvalidRange {
@@ -221,7 +272,7 @@ impl RangePart {
 /// below the hole, and the rest right after it.
 ///
 /// That is how PC-like machines leave room for PCI below 4 GiB. All ranges can come from one
-/// backing (see [`GuestMemoryShmBuilder::with_ram`](crate::GuestMemoryShmBuilder::with_ram)).
+/// backing (see [`GuestMemoryShmBuilder::add_ram`](crate::GuestMemoryShmBuilder::add_ram)).
 ///
 /// ```
 /// use guest_memory_shm::{GuestRange, ram_around_hole};
@@ -229,7 +280,8 @@ impl RangePart {
 ///
 /// let hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
 /// let ranges = ram_around_hole(4 << 30, hole)?;
-/// assert_eq!(ranges, [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 1 << 30)]);
+/// assert_eq!(ranges[0], GuestRange::new(GuestAddress(0), 3 << 30)?);
+/// assert_eq!(ranges[1], GuestRange::new(GuestAddress(4 << 30), 1 << 30)?);
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 ///
@@ -237,7 +289,7 @@ impl RangePart {
 ///
 /// [`InvalidRange::Empty`] if `size` is 0; [`InvalidRange::Overflow`] if the RAM after the hole does
 /// not fit in the address space.
-pub fn ram_around_hole(size: u64, hole: GuestRange) -> Result<Vec<(GuestAddress, u64)>> {
+pub fn ram_around_hole(size: u64, hole: GuestRange) -> Result<Vec<GuestRange>> {
     let below = size.min(hole.start);
     let after = GuestAddress(hole.start + hole.size);
     let mut ranges = Vec::with_capacity(2);
@@ -247,10 +299,7 @@ pub fn ram_around_hole(size: u64, hole: GuestRange) -> Result<Vec<(GuestAddress,
     if size > below {
         ranges.push(GuestRange::new(after, size - below)?);
     }
-    Ok(ranges
-        .iter()
-        .map(|range| (range.start_addr(), range.size()))
-        .collect())
+    Ok(ranges)
 }
 
 /// Checks that no two of `ranges` overlap, whatever their order.
@@ -303,18 +352,12 @@ mod tests {
     #[test]
     fn ram_is_laid_around_the_hole() {
         let hole = range(0xc000_0000, 0x4000_0000);
-        let ranges = |size| {
-            ram_around_hole(size, hole).map(|r| {
-                r.iter()
-                    .map(|(addr, size)| (addr.0, *size))
-                    .collect::<Vec<_>>()
-            })
-        };
-        assert_eq!(ranges(1 << 20).unwrap(), [(0, 1 << 20)]);
-        assert_eq!(ranges(0xc000_0000).unwrap(), [(0, 0xc000_0000)]);
+        let ranges = |size| ram_around_hole(size, hole);
+        assert_eq!(ranges(1 << 20).unwrap(), [range(0, 1 << 20)]);
+        assert_eq!(ranges(0xc000_0000).unwrap(), [range(0, 0xc000_0000)]);
         assert_eq!(
             ranges(4 << 30).unwrap(),
-            [(0, 0xc000_0000), (4 << 30, 1 << 30)]
+            [range(0, 0xc000_0000), range(4 << 30, 1 << 30)]
         );
         assert!(matches!(ranges(0), Err(InvalidRange::Empty { .. })));
         assert!(matches!(
@@ -322,7 +365,7 @@ mod tests {
             Err(InvalidRange::Overflow { .. })
         ));
         let from_zero = ram_around_hole(4096, range(0, 4096)).unwrap();
-        assert_eq!(from_zero, [(GuestAddress(4096), 4096)]);
+        assert_eq!(from_zero, [range(4096, 4096)]);
     }
 
     #[test]
@@ -359,6 +402,12 @@ mod tests {
                 GuestRange::new(GuestAddress(u64::MAX - 4095), 8192).map(drop),
                 "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address \
                  after it: lower its address or its size",
+            ),
+            (
+                range(0x1000, 300).check_pages(4096),
+                "the region 0x1000..=0x112b (300 bytes) is not whole pages of 4 KiB, which memory \
+                 tables, memory slots and discards need: make it of an address and a size that are \
+                 multiples of that",
             ),
             (
                 check_disjoint(&[range(4096, 4096), range(0, 8192)]),

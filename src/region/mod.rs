@@ -14,14 +14,13 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
-use crate::backing::{ShmBacking, memory_notes, page_size_of};
+use crate::backing::ShmBacking;
 use crate::error::{FileError, Result};
 use crate::mapping::{HostAddr, Mapping, to_usize};
-use crate::options::{Access, RamOptions};
-use crate::populate::populate_new;
+use crate::options::Access;
 use crate::ram::Ram;
-use crate::range::{GuestRange, Placed};
-use crate::report::{BuildReport, log_notes};
+use crate::range::{GuestRange, InvalidRange, Placed};
+use crate::report::BuildReport;
 
 mod error;
 
@@ -44,7 +43,7 @@ pub use error::MemoryError;
 ///
 /// // Hotplug: immutable memory plus a region is a new memory.
 /// let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-/// let region = GuestRegionShm::new(GuestAddress(4 << 30), 1 << 20, &RamOptions::new())?;
+/// let region = GuestRegionShm::new((GuestAddress(4 << 30), 1 << 20), &RamOptions::new())?;
 /// let larger = memory.insert_region(Arc::new(region))?;
 /// larger.write_obj(42u32, GuestAddress(4 << 30)).expect("there is RAM now");
 /// assert!(memory.write_obj(42u32, GuestAddress(4 << 30)).is_err());
@@ -68,19 +67,7 @@ struct Shared<B> {
 }
 
 impl<B: NewBitmap> GuestRegionShm<B> {
-    /// A region of `size` bytes at `start`, with a new backing of its own, populated as the
-    /// options say.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Range`](crate::Error::Range) for a bad place, and those of
-    /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing), and
-    /// [`Error::Populate`](crate::Error::Populate).
-    pub fn new(start: GuestAddress, size: u64, options: &RamOptions) -> Result<Self> {
-        Self::new_with_bitmap(start, size, options, new_bitmap)
-    }
-
-    /// A region of `size` bytes at `start`, on the part of `backing` at `offset`.
+    /// A region on the part of `backing` at `offset`.
     ///
     /// # Errors
     ///
@@ -94,10 +81,9 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     pub fn from_backing(
         backing: &ShmBacking,
         offset: u64,
-        start: GuestAddress,
-        size: u64,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
     ) -> Result<Self> {
-        Self::from_backing_with_bitmap(backing, offset, start, size, new_bitmap)
+        Self::from_backing_with_bitmap(backing, offset, range, new_bitmap)
     }
 }
 
@@ -107,57 +93,6 @@ pub(crate) fn new_bitmap<B: NewBitmap>(range: GuestRange) -> B {
 }
 
 impl<B> GuestRegionShm<B> {
-    /// A region as [`new`](Self::new), with a dirty bitmap that a function makes for it: for
-    /// bitmaps that are no `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up
-    /// otherwise.
-    ///
-    /// ```
-    /// use std::num::NonZeroUsize;
-    ///
-    /// use guest_memory_shm::{GuestRegionShm, RamOptions};
-    /// use vm_memory::bitmap::AtomicBitmap;
-    /// use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
-    ///
-    /// let page = NonZeroUsize::new(4096).expect("a page has a size");
-    /// let track = true;
-    /// let region = GuestRegionShm::<Option<AtomicBitmap>>::new_with_bitmap(
-    ///     GuestAddress(4 << 30),
-    ///     1 << 20,
-    ///     &RamOptions::new(),
-    ///     |range| track.then(|| AtomicBitmap::new(range.size() as usize, page)),
-    /// )?;
-    /// region.write_obj(1u8, MemoryRegionAddress(0x3000)).expect("there is RAM");
-    /// assert!(region.dirty_bitmap().as_ref().is_some_and(|dirty| dirty.is_bit_set(3)));
-    /// # Ok::<(), guest_memory_shm::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// Those of [`new`](Self::new).
-    ///
-    /// # Panics
-    ///
-    /// If `bitmap` does, which is called before anything is created.
-    pub fn new_with_bitmap(
-        start: GuestAddress,
-        size: u64,
-        options: &RamOptions,
-        bitmap: impl FnOnce(GuestRange) -> B,
-    ) -> Result<Self> {
-        let range = GuestRange::new(start, size)?;
-        range.check_aligned(page_size_of(options)?)?;
-        if options.access() == Access::ReadOnly {
-            return Err(FileError::ReadOnlyRam.into());
-        }
-        let bitmap = bitmap(range);
-        log_notes("RAM", &memory_notes(&[(options, size)]));
-        let backing = ShmBacking::create_provisional(options, size)?;
-        let region = Self::place(&backing, backing.start(), range, bitmap)?;
-        populate_new([(region.ram().clone(), options)])?;
-        backing.keep();
-        Ok(region)
-    }
-
     /// A region as [`from_backing`](Self::from_backing), with a dirty bitmap that a function makes
     /// for it.
     ///
@@ -170,8 +105,7 @@ impl<B> GuestRegionShm<B> {
     /// let untracked = GuestRegionShm::<Option<AtomicBitmap>>::from_backing_with_bitmap(
     ///     &backing,
     ///     0,
-    ///     GuestAddress(0),
-    ///     1 << 20,
+    ///     (GuestAddress(0), 1 << 20),
     ///     |_| None,
     /// )?;
     /// assert!(untracked.dirty_bitmap().is_none());
@@ -188,16 +122,15 @@ impl<B> GuestRegionShm<B> {
     pub fn from_backing_with_bitmap(
         backing: &ShmBacking,
         offset: u64,
-        start: GuestAddress,
-        size: u64,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
         bitmap: impl FnOnce(GuestRange) -> B,
     ) -> Result<Self> {
-        let range = GuestRange::new(start, size)?;
+        let range = GuestRange::at(range)?;
         range.check_aligned(backing.page_size())?;
         Self::place(backing, offset, range, bitmap(range))
     }
 
-    /// The range must be aligned to the pages of the backing.
+    /// Maps the pages of the range, which begin at `offset`; it need not end with the last of them.
     pub(crate) fn place(
         backing: &ShmBacking,
         offset: u64,
@@ -207,7 +140,8 @@ impl<B> GuestRegionShm<B> {
         if backing.map_options().access == Access::ReadOnly {
             return Err(FileError::ReadOnlyRam.into());
         }
-        let mapping = Mapping::new(backing, offset, range.size())?;
+        let pages = range.size().checked_next_multiple_of(backing.page_size());
+        let mapping = Mapping::new(backing, offset, pages.unwrap_or(range.size()))?;
         Ok(Self {
             range,
             host: mapping.host_addr(),
@@ -320,8 +254,8 @@ impl<B: Bitmap> GuestRegionShm<B> {
         let at = to_usize(offset);
         let start = self.as_ptr().wrapping_add(at);
         let bitmap = self.shared.bitmap.slice_at(at);
-        // SAFETY: `start..start + count` lies in the mapping, which has the length of the range,
-        // as just checked. The mapping lives as long as `self.shared`, and so as `self`, which the
+        // SAFETY: `start..start + count` lies in the mapping, which is as long as the range or
+        // longer, as just checked. The mapping lives as long as `self.shared`, and so as `self`, which the
         // slice borrows. The RAM is only ever accessed by volatile or atomic operations: this
         // crate makes no reference to it.
         Some(unsafe { VolatileSlice::with_bitmap(start, count, bitmap, None) })

@@ -29,7 +29,7 @@ pub(super) fn per_region(rams: &[&Ram]) -> Result<(Vec<u64>, u64)> {
 /// The same for regions on one backing.
 fn of_one_backing(regions: &[&Ram]) -> Result<(Vec<u64>, u64)> {
     let backing = &regions[0].backing;
-    let size = |ram: &&Ram| ram.range.size();
+    let size = |ram: &&Ram| ram.mapping.len() as u64;
     let (total, covered) = match backing.allocation().map_err(failed(ALLOCATED))? {
         Allocation::Nothing => return Ok((vec![0; regions.len()], 0)),
         Allocation::Everything => return Ok((regions.iter().map(size).collect(), 0)),
@@ -50,8 +50,7 @@ fn of_one_backing(regions: &[&Ram]) -> Result<(Vec<u64>, u64)> {
     let mut allocated = vec![0; regions.len()];
     for (at, ram) in regions.iter().enumerate() {
         if Some(at) != spared {
-            let part = ram.offset..ram.offset + ram.range.size();
-            let bytes = backing.allocated_in(part);
+            let bytes = backing.allocated_in(ram.pages());
             allocated[at] = bytes.map_err(failed(ALLOCATED))?;
         }
     }
@@ -64,7 +63,7 @@ fn of_one_backing(regions: &[&Ram]) -> Result<(Vec<u64>, u64)> {
 
 /// What of a hugetlb backing is allocated, and may be in these regions, besides what is known to be.
 pub(super) fn unlocated(regions: &[&Ram], total: u64, located: u64) -> u64 {
-    let size: u64 = regions.iter().map(|ram| ram.range.size()).sum();
+    let size: u64 = regions.iter().map(|ram| ram.mapping.len() as u64).sum();
     total.min(size).saturating_sub(located)
 }
 
@@ -81,12 +80,9 @@ pub(super) fn mapped_parts(ram: &Ram) -> Result<RangeSet> {
 
 /// Whether the regions have all of their backing, and no part of it twice.
 fn covers_once(regions: &[&Ram]) -> bool {
-    let parts = regions.iter();
-    let covered: RangeSet = parts
-        .map(|ram| ram.offset..ram.offset + ram.range.size())
-        .collect();
+    let covered: RangeSet = regions.iter().map(|ram| ram.pages()).collect();
     let end = regions[0].backing.end();
-    let sizes = regions.iter().map(|ram| ram.range.size());
+    let sizes = regions.iter().map(|ram| ram.mapping.len() as u64);
     covered.contains(0..end) && sizes.sum::<u64>() == end
 }
 

@@ -11,6 +11,7 @@ use crate::range::{GuestRange, RangeSet, outwards};
 
 /// Which parts of the RAM are allocated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Extents {
     /// The parts that have an allocated page, sorted, and merged where they touch.
@@ -86,9 +87,10 @@ fn of_one_backing(
     };
     let mut located = 0;
     for ram in regions {
+        // Of the last page there may be less in the guest.
         let size = ram.range.size();
         let parts = if allocation == Allocation::Everything {
-            located += size;
+            located += ram.mapping.len() as u64;
             RangeSet::from(0..size)
         } else if backing.is_hugetlb() {
             let mapped = mapped_parts(ram)?;
@@ -96,15 +98,13 @@ fn of_one_backing(
             let step = step(resolution, backing.page_size());
             mapped.iter().map(|part| outwards(part, step)).collect()
         } else {
-            let part = ram.offset..ram.offset + size;
-            let parts = backing.extents_in(part, step(resolution, backing.page_size()));
+            let parts = backing.extents_in(ram.pages(), step(resolution, backing.page_size()));
             let parts = parts.map_err(failed("look for the allocated parts of a backing"))?;
             let inside = |part: Range<u64>| part.start - ram.offset..part.end - ram.offset;
             parts.iter().map(inside).collect()
         };
-        let start = ram.range.start_addr().0;
         let parts = parts.within(0..size);
-        found.extend(parts.map(|part| start + part.start..start + part.end));
+        found.extend(parts.map(|part| ram.in_guest(part).addrs()));
     }
     if backing.is_hugetlb() {
         Ok(unlocated(regions, total, located))

@@ -38,6 +38,7 @@ pub use extents::Extents;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct MemoryStats {
     /// The regions, by address.
@@ -61,6 +62,7 @@ pub struct MemoryStats {
 
 /// What the kernel says about a region. All sizes are in bytes.
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct RegionStats {
     /// The guest addresses.

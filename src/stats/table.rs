@@ -2,8 +2,9 @@
 
 use std::fmt;
 
-use super::MemoryStats;
+use super::{Extents, MemoryStats};
 use crate::backing::Seals;
+use crate::range::GuestRange;
 use crate::units::{ShortSize, columns};
 
 fn known(bytes: Option<u64>) -> String {
@@ -48,8 +49,7 @@ impl fmt::Display for MemoryStats {
         ]);
         f.write_str(&columns("lrrrrlll", &rows))?;
         if self.unlocated > 0 {
-            let unlocated = ShortSize(self.unlocated);
-            write!(f, "\nin a region that cannot be told: {unlocated}")?;
+            write!(f, "\n{}", unlocated(self.unlocated))?;
         }
         for (node, allocated) in &self.nodes {
             write!(f, "\nallocated on node {node}: {}", ShortSize(*allocated))?;
@@ -62,6 +62,19 @@ impl fmt::Display for MemoryStats {
     }
 }
 
+/// A line per range, and what cannot be told.
+impl fmt::Display for Extents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ranges = self.ranges.iter().map(GuestRange::to_string);
+        let unlocated = (self.unlocated > 0).then(|| unlocated(self.unlocated));
+        f.write_str(&ranges.chain(unlocated).collect::<Vec<_>>().join("\n"))
+    }
+}
+
+fn unlocated(bytes: u64) -> String {
+    format!("in a region that cannot be told: {}", ShortSize(bytes))
+}
+
 #[cfg(test)]
 mod tests {
     use vm_memory::GuestAddress;
@@ -71,7 +84,6 @@ mod tests {
     use super::super::RegionStats;
     use super::*;
     use crate::backing::BackingKind;
-    use crate::range::GuestRange;
     use crate::report::{BuildReport, Note};
 
     #[test]
@@ -112,5 +124,18 @@ mod tests {
                  pages only, never shared ones",
             ]
         );
+    }
+    #[test]
+    fn extents_are_a_line_each() {
+        let range = |start| GuestRange::new(GuestAddress(start), 4096).unwrap();
+        let mut extents = Extents {
+            ranges: vec![range(0), range(8192)],
+            unlocated: 0,
+        };
+        let lines = "0x0..=0xfff (4 KiB)\n0x2000..=0x2fff (4 KiB)";
+        assert_eq!(extents.to_string(), lines);
+        extents.unlocated = 2 << 20;
+        let rest = "in a region that cannot be told: 2 MiB";
+        assert_eq!(extents.to_string(), format!("{lines}\n{rest}"));
     }
 }

@@ -24,7 +24,7 @@ fn memory(ranges: &[(u64, u64)]) -> Tracked {
     let ranges = ranges.iter().map(|(at, size)| (GuestAddress(*at), *size));
     GuestMemoryShm::<()>::builder()
         .with_bitmap(bit_per_byte)
-        .with_ram(RamOptions::new(), ranges)
+        .add_ram(RamOptions::new(), ranges)
         .build()
         .unwrap()
 }

@@ -194,7 +194,7 @@ fn a_file_on_disk_is_refused_unless_it_is_meant() {
         let backing = adopt(file.try_clone().unwrap(), &policy).unwrap();
         assert_eq!(backing.kind(), BackingKind::AdoptedFile);
         assert_eq!((backing.seals(), backing.size()), (Seals::empty(), MIB));
-        let region = GuestRegionShm::<()>::from_backing(&backing, PAGE, GuestAddress(0), PAGE);
+        let region = GuestRegionShm::<()>::from_backing(&backing, PAGE, (GuestAddress(0), PAGE));
         region
             .unwrap()
             .write_slice(b"on disk", MemoryRegionAddress(1))
@@ -294,7 +294,7 @@ fn half_a_seal_is_not_enough_where_the_size_must_be_sealed() {
 #[test]
 fn posix_shm_can_be_adopted_but_not_sealed() {
     in_own_process_leaving_nothing!(|| {
-        let options = RamOptions::new().with_backing(guest_memory_shm::Backing::PosixShm);
+        let options = RamOptions::new().with_backing(guest_memory_shm::BackingSource::PosixShm);
         let theirs = ShmBacking::create(&options, MIB).unwrap();
         let fd = || dup(theirs.as_fd()).unwrap();
         for seals in [SealPolicy::Require, SealPolicy::Add] {
@@ -355,7 +355,7 @@ fn a_file_that_was_truncated_after_its_adoption_is_not_mapped() {
         let backing = adopt(file.try_clone().unwrap(), &AdoptPolicy::new()).unwrap();
         let build = || {
             GuestMemoryShm::<()>::builder()
-                .with_backing(&backing, 0, [(GuestAddress(0), MIB)])
+                .add_backing(&backing, 0, [(GuestAddress(0), MIB)])
                 .build()
         };
         ftruncate(&file, PAGE as i64).unwrap();

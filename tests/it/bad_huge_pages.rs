@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use guest_memory_shm::{
-    Backing, BackingError, Error, GuestMemoryShm, GuestRegionShm, OptionsError, ResourceLimit,
-    ShmBacking,
+    BackingError, BackingSource, Error, GuestMemoryShm, GuestRegionShm, OptionsError,
+    ResourceLimit, ShmBacking,
 };
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, GuestAddress, VolatileMemory};
@@ -22,7 +22,7 @@ const HUGE: u64 = 2 * MIB;
 #[test]
 fn huge_pages_of_posix_shm_are_refused() {
     in_own_process_leaving_nothing!(|| {
-        let options = huge(HUGE).with_backing(Backing::PosixShm);
+        let options = huge(HUGE).with_backing(BackingSource::PosixShm);
         let text = "hugetlb does not go with POSIX shared memory: it has no huge pages of a pool, \
                     use a memfd backing, or page size transparent (thp=on)";
         assert_refused!(
@@ -94,7 +94,7 @@ fn an_empty_pool_of_huge_pages_is_an_error_that_says_how_to_fill_it() {
                      hugetlb=on (PageSize::Base)"
                 ),
             );
-            let region = GuestRegionShm::<()>::new(GuestAddress(0), HUGE, &huge(HUGE));
+            let region = GuestRegionShm::<()>::new((GuestAddress(0), HUGE), &huge(HUGE));
             assert_eq!(huge_pages_short(&region.unwrap_err()), Some((1, 0)));
         });
         assert_eq!(pool.free(), free);
@@ -110,8 +110,8 @@ fn backings_that_only_together_exceed_the_pool_are_refused_before_any_is_created
         let before = (pool.free(), pool.reserved());
         let two = |first, second| {
             GuestMemoryShm::<()>::builder()
-                .with_ram(huge(HUGE), [(GuestAddress(0), first * HUGE)])
-                .with_ram(huge(HUGE), [(GuestAddress(1 << 40), second * HUGE)])
+                .add_ram(huge(HUGE), [(GuestAddress(0), first * HUGE)])
+                .add_ram(huge(HUGE), [(GuestAddress(1 << 40), second * HUGE)])
                 .build()
         };
         leaves_nothing(|| {
@@ -146,9 +146,9 @@ fn a_pool_that_is_found_short_only_when_mapping_gives_the_same_error() {
             return;
         };
         let backing = ShmBacking::create(&huge(HUGE), 2 * HUGE).unwrap();
-        let rival = GuestRegionShm::<()>::new(GuestAddress(0), 2 * HUGE, &huge(HUGE)).unwrap();
+        let rival = GuestRegionShm::<()>::new((GuestAddress(0), 2 * HUGE), &huge(HUGE)).unwrap();
         leaves_nothing(|| {
-            let refused = GuestRegionShm::<()>::from_backing(&backing, 0, GuestAddress(0), HUGE);
+            let refused = GuestRegionShm::<()>::from_backing(&backing, 0, (GuestAddress(0), HUGE));
             let refused = refused.unwrap_err();
             assert_eq!(huge_pages_short(&refused), Some((1, 0)), "{refused:?}");
             let reserved = match refused.shortage().unwrap().limit {
@@ -158,7 +158,7 @@ fn a_pool_that_is_found_short_only_when_mapping_gives_the_same_error() {
             assert_eq!(reserved, 2);
         });
         drop(rival);
-        let place = GuestRegionShm::<()>::from_backing(&backing, 0, GuestAddress(0), HUGE);
+        let place = GuestRegionShm::<()>::from_backing(&backing, 0, (GuestAddress(0), HUGE));
         assert!(place.is_ok());
         drop((place, backing));
         assert_eq!(pool.reserved(), 0);
@@ -172,7 +172,7 @@ fn a_mapping_that_fails_takes_no_memory_of_other_threads_with_it() {
             return;
         };
         let backing = ShmBacking::create(&huge(HUGE), HUGE).unwrap();
-        let _rival = GuestRegionShm::<()>::new(GuestAddress(0), HUGE, &huge(HUGE)).unwrap();
+        let _rival = GuestRegionShm::<()>::new((GuestAddress(0), HUGE), &huge(HUGE)).unwrap();
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             // Maps the first free place, which is not aligned for a size below that of a huge
@@ -190,7 +190,8 @@ fn a_mapping_that_fails_takes_no_memory_of_other_threads_with_it() {
                 }
             });
             for _ in 0..2_000 {
-                let place = GuestRegionShm::<()>::from_backing(&backing, 0, GuestAddress(0), HUGE);
+                let place =
+                    GuestRegionShm::<()>::from_backing(&backing, 0, (GuestAddress(0), HUGE));
                 assert!(huge_pages_short(&place.unwrap_err()).is_some());
             }
             done.store(true, Ordering::Release);

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use guest_memory_shm::{
-    Backing, BackingError, Error, GuestMemoryShm, MapError, PageSize, RamOptions, ShmBacking,
+    BackingError, BackingSource, Error, GuestMemoryShm, MapError, PageSize, RamOptions, ShmBacking,
 };
 use nix::mount::{MsFlags, umount};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -22,16 +22,16 @@ use crate::support::chain;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-const KINDS: [Backing; 2] = [Backing::Memfd, Backing::PosixShm];
+const KINDS: [BackingSource; 2] = [BackingSource::Memfd, BackingSource::PosixShm];
 
-fn create(kind: &Backing, size: u64) -> Result<ShmBacking, Error> {
+fn create(kind: &BackingSource, size: u64) -> Result<ShmBacking, Error> {
     let options = RamOptions::new().with_backing(kind.clone());
     Ok(ShmBacking::create(&options, size)?)
 }
 
-fn memory(kind: &Backing, size: u64) -> Result<GuestMemoryShm, Error> {
+fn memory(kind: &BackingSource, size: u64) -> Result<GuestMemoryShm, Error> {
     GuestMemoryShm::builder()
-        .with_ram(
+        .add_ram(
             RamOptions::new().with_backing(kind.clone()),
             [(GuestAddress(0), size)],
         )
@@ -141,8 +141,8 @@ fn a_memory_of_which_only_the_last_region_cannot_be_mapped_leaves_nothing() {
         leaves_nothing(|| {
             // x86-64 has 128 TiB of address space for a process.
             let result = GuestMemoryShm::<()>::builder()
-                .with_ram(RamOptions::new(), [(GuestAddress(0), MIB)])
-                .with_ram(
+                .add_ram(RamOptions::new(), [(GuestAddress(0), MIB)])
+                .add_ram(
                     RamOptions::new(),
                     [
                         (GuestAddress(1 << 40), MIB),
@@ -167,21 +167,23 @@ fn posix_shm_that_its_file_system_can_never_hold_is_refused() {
         let names = || fs::read_dir("/dev/shm").unwrap().count();
         leaves_nothing(|| {
             assert_refused!(
-                memory(&Backing::PosixShm, 64 * MIB),
+                memory(&BackingSource::PosixShm, 64 * MIB),
                 Error::Shortage(_),
                 "64 MiB more are needed, and the file system of /dev/shm holds 8 MiB and has 8 MiB \
                  free: remove files from it, remount it with a larger size, or use a memfd \
                  backing; RAM that stays sparse is allowed by reserve=off",
             );
             fs::write("/dev/shm/ballast", vec![1; 3 * MIB as usize]).unwrap();
-            let text = create(&Backing::PosixShm, 9 * MIB).unwrap_err().to_string();
+            let text = create(&BackingSource::PosixShm, 9 * MIB)
+                .unwrap_err()
+                .to_string();
             assert!(text.contains("holds 8 MiB and has 5 MiB free"), "{text}");
             fs::remove_file("/dev/shm/ballast").unwrap();
 
             // What fits is accepted and works, and a memfd is not concerned.
-            let fits = memory(&Backing::PosixShm, 8 * MIB).unwrap();
+            let fits = memory(&BackingSource::PosixShm, 8 * MIB).unwrap();
             fits.write_obj(1u8, GuestAddress(8 * MIB - 1)).unwrap();
-            memory(&Backing::Memfd, 64 * MIB).unwrap();
+            memory(&BackingSource::Memfd, 64 * MIB).unwrap();
         });
         assert_eq!(names(), 0);
         umount("/dev/shm").unwrap();
@@ -199,15 +201,15 @@ fn without_dev_shm_posix_shm_is_refused_and_a_memfd_is_not() {
         assert!(!Path::new("/dev/shm").exists());
         leaves_nothing(|| {
             assert_refused!(
-                memory(&Backing::PosixShm, MIB),
+                memory(&BackingSource::PosixShm, MIB),
                 Error::Backing(BackingError::ShmUnavailable { .. }),
                 "cannot create POSIX shared memory: /dev/shm does not exist, mount a tmpfs \
                  there; or use a memfd backing",
             );
-            assert!(memory(&Backing::Memfd, MIB).is_ok());
+            assert!(memory(&BackingSource::Memfd, MIB).is_ok());
         });
         umount("/dev").unwrap();
-        assert!(memory(&Backing::PosixShm, MIB).is_ok());
+        assert!(memory(&BackingSource::PosixShm, MIB).is_ok());
     });
 }
 
@@ -219,7 +221,7 @@ fn a_read_only_dev_shm_is_named() {
         }
         mount_tmpfs("/dev/shm", MsFlags::MS_RDONLY, "size=8m");
         leaves_nothing(|| {
-            let error = memory(&Backing::PosixShm, MIB).unwrap_err();
+            let error = memory(&BackingSource::PosixShm, MIB).unwrap_err();
             assert!(chain(&error).contains("os error 30"), "{}", chain(&error));
             assert_refused!(
                 Err::<(), _>(error),
@@ -243,14 +245,14 @@ fn a_dev_shm_without_room_for_one_more_file_is_named() {
         File::create("/dev/shm/ballast").unwrap();
         leaves_nothing(|| {
             assert_refused!(
-                memory(&Backing::PosixShm, MIB),
+                memory(&BackingSource::PosixShm, MIB),
                 Error::Backing(BackingError::ShmUnavailable { .. }),
                 "cannot create POSIX shared memory: /dev/shm is full, remove files from it or \
                  remount it larger; or use a memfd backing",
             );
         });
         fs::remove_file("/dev/shm/ballast").unwrap();
-        assert!(memory(&Backing::PosixShm, MIB).is_ok());
+        assert!(memory(&BackingSource::PosixShm, MIB).is_ok());
         umount("/dev/shm").unwrap();
     });
 }
@@ -279,7 +281,7 @@ fn a_name_that_a_dead_process_left_is_passed_over_and_left_alone() {
         // the ones is shown by the next test.
         let names = [0, 1, 2].map(|count| format!("/dev/shm/gms-{}-{count}", std::process::id()));
         let names = names.map(|name| Named::create(name, "left"));
-        let made = leaves_nothing(|| create(&Backing::PosixShm, MIB).map(drop));
+        let made = leaves_nothing(|| create(&BackingSource::PosixShm, MIB).map(drop));
         let texts = names
             .each_ref()
             .map(|name| fs::read_to_string(&name.0).unwrap_or_default());
@@ -294,7 +296,7 @@ fn when_every_name_is_taken_the_last_is_told() {
         let name = |count| format!("gms-{}-{count}", std::process::id());
         let path = |count| format!("/dev/shm/{}", name(count));
         let names: Vec<_> = (0..128).map(|n| Named::create(path(n), "")).collect();
-        let result = leaves_nothing(|| create(&Backing::PosixShm, MIB));
+        let result = leaves_nothing(|| create(&BackingSource::PosixShm, MIB));
         drop(names);
         assert_refused!(
             result,
@@ -305,6 +307,6 @@ fn when_every_name_is_taken_the_last_is_told() {
             ),
         );
         // The next try takes other names.
-        assert!(create(&Backing::PosixShm, MIB).is_ok());
+        assert!(create(&BackingSource::PosixShm, MIB).is_ok());
     });
 }

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use guest_memory_shm::{
-    AddressSpace, Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange,
+    AddressSpace, BackingSource, Error, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange,
     RamOptions, RangePart, ShmBacking,
 };
 use vm_memory::bitmap::AtomicBitmap;
@@ -40,7 +40,7 @@ fn each_region_has_the_bitmap_that_the_function_made_for_it() {
     let asked = Arc::new(Mutex::new(Vec::new()));
     let told = Arc::clone(&asked);
     let memory: GuestMemoryShm<Tracked> = GuestMemoryShm::<()>::builder()
-        .with_ram(
+        .add_ram(
             RamOptions::new(),
             [(GuestAddress(8 * MIB), MIB), (GuestAddress(0), 2 * MIB)],
         )
@@ -51,7 +51,7 @@ fn each_region_has_the_bitmap_that_the_function_made_for_it() {
                 .then(|| tracked(range))
                 .flatten()
         })
-        .with_ram(RamOptions::new(), [(GuestAddress(4 * MIB), MIB)])
+        .add_ram(RamOptions::new(), [(GuestAddress(4 * MIB), MIB)])
         .build()
         .unwrap();
     let starts: Vec<_> = asked
@@ -75,16 +75,16 @@ fn each_region_has_the_bitmap_that_the_function_made_for_it() {
 fn regions_with_such_bitmaps_are_plugged_like_any_other() {
     let boot = GuestMemoryShm::<()>::builder()
         .with_bitmap(tracked)
-        .with_ram(RamOptions::new(), [(GuestAddress(0), MIB)])
+        .add_ram(RamOptions::new(), [(GuestAddress(0), MIB)])
         .build()
         .unwrap();
     let space = AddressSpace::new(boot);
     let start = GuestAddress(4 * MIB);
-    let new = GuestRegionShm::new_with_bitmap(start, MIB, &RamOptions::new(), tracked);
+    let new = GuestRegionShm::new_with_bitmap((start, MIB), &RamOptions::new(), tracked);
     space.insert(new.unwrap()).told_all();
     let backing = ShmBacking::create(&RamOptions::new(), 2 * MIB).unwrap();
     let start = GuestAddress(8 * MIB);
-    let part = GuestRegionShm::from_backing_with_bitmap(&backing, MIB, start, MIB, tracked);
+    let part = GuestRegionShm::from_backing_with_bitmap(&backing, MIB, (start, MIB), tracked);
     space.insert(part.unwrap()).told_all();
 
     let memory = space.memory().memory();
@@ -101,15 +101,15 @@ fn the_function_is_not_called_before_all_is_checked() {
     let uncalled = |_: GuestRange| -> Tracked { panic!("called") };
     let overlapping = GuestMemoryShm::<()>::builder()
         .with_bitmap(uncalled)
-        .with_ram(RamOptions::new(), [(GuestAddress(0), 2 * MIB)])
-        .with_ram(RamOptions::new(), [(GuestAddress(MIB), MIB)])
+        .add_ram(RamOptions::new(), [(GuestAddress(0), 2 * MIB)])
+        .add_ram(RamOptions::new(), [(GuestAddress(MIB), MIB)])
         .build();
     assert!(matches!(
         overlapping,
         Err(Error::Range(InvalidRange::Overlap { .. }))
     ));
     let unaligned =
-        GuestRegionShm::new_with_bitmap(GuestAddress(1), MIB, &RamOptions::new(), uncalled);
+        GuestRegionShm::new_with_bitmap((GuestAddress(1), MIB), &RamOptions::new(), uncalled);
     assert!(matches!(
         unaligned,
         Err(Error::Range(InvalidRange::Unaligned {
@@ -128,9 +128,9 @@ fn a_function_that_panics_leaves_nothing() {
         catch_unwind(|| panic!("the first")).unwrap_err();
         let names = || std::fs::read_dir("/dev/shm").unwrap().count();
         for backing in [
-            Backing::Memfd,
-            Backing::PosixShm,
-            Backing::File(file.clone()),
+            BackingSource::Memfd,
+            BackingSource::PosixShm,
+            BackingSource::File(file.clone()),
         ] {
             let options = RamOptions::new().with_backing(backing);
             let before = names();
@@ -141,11 +141,11 @@ fn a_function_that_panics_leaves_nothing() {
                 };
                 let ranges = [(GuestAddress(0), MIB), (GuestAddress(4 * MIB), MIB)];
                 let builder = GuestMemoryShm::<()>::builder().with_bitmap(second);
-                let builder = builder.with_ram(options.clone(), ranges);
+                let builder = builder.add_ram(options.clone(), ranges);
                 catch_unwind(AssertUnwindSafe(|| builder.build())).unwrap_err();
 
                 let bug = |_| -> Tracked { panic!("a bitmap's bug") };
-                let new = || GuestRegionShm::new_with_bitmap(GuestAddress(0), MIB, &options, bug);
+                let new = || GuestRegionShm::new_with_bitmap((GuestAddress(0), MIB), &options, bug);
                 catch_unwind(AssertUnwindSafe(new)).unwrap_err();
             });
             assert_eq!(names(), before);

@@ -9,8 +9,8 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
 use guest_memory_shm::{
-    AdoptPolicy, Backing, DiscardError, Discarded, GuestMemoryShm, InvalidRange, RamOptions, Seals,
-    ShmBacking,
+    AdoptPolicy, BackingSource, DiscardError, Discarded, GuestMemoryShm, InvalidRange, RamOptions,
+    Seals, ShmBacking,
 };
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -28,7 +28,7 @@ const SIZE: u64 = 64 * PAGE;
 /// RAM at 0 of one kind, all of it written.
 fn filled(options: RamOptions, size: u64) -> GuestMemoryShm {
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(options, [(GuestAddress(0), size)])
+        .add_ram(options, [(GuestAddress(0), size)])
         .build()
         .unwrap();
     fill(&memory, 0..size);
@@ -65,7 +65,7 @@ fn discard_frees_pages_and_every_process_reads_zero() {
         for (options, seals) in [
             (RamOptions::new(), Seals::RESIZE | Seals::SEAL),
             (
-                RamOptions::new().with_backing(Backing::PosixShm),
+                RamOptions::new().with_backing(BackingSource::PosixShm),
                 Seals::empty(),
             ),
         ] {
@@ -78,7 +78,7 @@ fn discard_frees_pages_and_every_process_reads_zero() {
             assert_eq!(byte(&memory, 6 * PAGE), 0x77);
             assert_eq!(pages(backing), 64);
 
-            let discarded = memory.discard(GuestAddress(5 * PAGE), 2 * PAGE).unwrap();
+            let discarded = memory.discard((GuestAddress(5 * PAGE), 2 * PAGE)).unwrap();
             assert_eq!(parts(discarded), (2 * PAGE, 0, 0));
             assert_eq!(pages(backing), 62);
             assert_eq!((peer.read(5 * PAGE), peer.read(6 * PAGE)), (0, 0));
@@ -96,7 +96,7 @@ fn a_peers_mere_read_allocates_a_page_again() {
     in_own_process(|| {
         let memory = filled(RamOptions::new(), SIZE);
         let mut peer = Peer::mapping(backing(&memory, 0), SIZE as usize);
-        let discarded = memory.discard(GuestAddress(0), SIZE).unwrap();
+        let discarded = memory.discard((GuestAddress(0), SIZE)).unwrap();
         assert_eq!(parts(discarded), (SIZE, 0, 0));
         assert_eq!(pages(backing(&memory, 0)), 0);
         assert_eq!(peer.read(3 * PAGE), 0);
@@ -120,7 +120,7 @@ fn dontneed_frees_nothing() {
     assert_eq!(advice, Ok(()));
     assert_eq!(pages(backing(&memory, 0)), 64);
     assert_eq!(byte(&memory, 0), 0xa5);
-    memory.discard(GuestAddress(0), SIZE).unwrap();
+    memory.discard((GuestAddress(0), SIZE)).unwrap();
     assert_eq!(pages(backing(&memory, 0)), 0);
 }
 
@@ -137,7 +137,7 @@ fn parts_of_pages_are_kept_with_their_contents() {
         (SIZE - PAGE, PAGE, (PAGE, 0, 0)),
     ] {
         let before = pages(backing(&memory, 0));
-        let discarded = memory.discard(GuestAddress(addr), len).unwrap();
+        let discarded = memory.discard((GuestAddress(addr), len)).unwrap();
         assert_eq!(parts(discarded), expected, "{addr:#x} {len:#x}");
         assert_eq!(discarded.len(), len);
         let freed = before - pages(backing(&memory, 0));
@@ -151,12 +151,12 @@ fn parts_of_pages_are_kept_with_their_contents() {
 /// Three regions without a gap: two on one backing, in reverse order, and one on another.
 fn three_regions() -> GuestMemoryShm {
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(
+        .add_ram(
             RamOptions::new(),
             [(GuestAddress(SIZE), SIZE), (GuestAddress(0), SIZE)],
         )
-        .with_ram(
-            RamOptions::new().with_backing(Backing::PosixShm),
+        .add_ram(
+            RamOptions::new().with_backing(BackingSource::PosixShm),
             [(GuestAddress(2 * SIZE), SIZE)],
         )
         .build()
@@ -170,7 +170,7 @@ fn a_range_may_span_regions_and_backings() {
     let memory = three_regions();
     let (one, other) = (backing(&memory, 0), backing(&memory, 2 * SIZE));
     let (addr, len) = (SIZE - 2 * PAGE - 5, SIZE + 5 * PAGE);
-    let discarded = memory.discard(GuestAddress(addr), len).unwrap();
+    let discarded = memory.discard((GuestAddress(addr), len)).unwrap();
     assert_eq!(parts(discarded), (SIZE + 4 * PAGE, 5, PAGE - 5));
     assert_eq!((pages(one), pages(other)), (62, 62));
     let freed = SIZE - 2 * PAGE..2 * SIZE + 2 * PAGE;
@@ -196,23 +196,23 @@ fn what_is_not_all_ram_is_refused_as_a_whole() {
         (3 * SIZE, SIZE + 1, 4 * SIZE),
         (u64::MAX - 1, 1, u64::MAX - 1),
     ] {
-        match memory.discard(GuestAddress(addr), len) {
+        match memory.discard((GuestAddress(addr), len)) {
             Err(DiscardError::NotRam { first, .. }) => assert_eq!(first.0, hole),
             other => panic!("{other:?}"),
         }
     }
     assert_refused!(
-        memory.discard(GuestAddress(SIZE), 2 * SIZE),
+        memory.discard((GuestAddress(SIZE), 2 * SIZE)),
         DiscardError::NotRam { .. },
         "cannot discard 0x40000..=0xbffff (512 KiB): there is no RAM at guest address 0x80000, \
          discard what is before and behind the gap apart"
     );
-    let empty = memory.discard(GuestAddress(SIZE), 0);
+    let empty = memory.discard((GuestAddress(SIZE), 0));
     assert!(matches!(
         empty,
         Err(DiscardError::Range(InvalidRange::Empty { .. }))
     ));
-    let endless = memory.discard(GuestAddress(SIZE), u64::MAX);
+    let endless = memory.discard((GuestAddress(SIZE), u64::MAX));
     assert!(matches!(
         endless,
         Err(DiscardError::Range(InvalidRange::Overflow { .. }))
@@ -233,7 +233,7 @@ fn locked_memory_is_refused_before_anything_is_discarded() {
         return skip("this process may lock no memory");
     }
     assert_refused!(
-        memory.discard(GuestAddress(0), 3 * SIZE),
+        memory.discard((GuestAddress(0), 3 * SIZE)),
         DiscardError::Locked { .. },
         "cannot discard 0x80000..=0xbffff (256 KiB): pages of it are locked (mlock or mlockall), \
          which the kernel does not give back: munlock them first"
@@ -241,7 +241,7 @@ fn locked_memory_is_refused_before_anything_is_discarded() {
     let of_each = |memory| (pages(backing(memory, 0)), pages(backing(memory, 2 * SIZE)));
     assert_eq!(of_each(&memory), (128, 64));
     // The pages beside the locked one can be given back.
-    memory.discard(GuestAddress(0), 3 * SIZE - PAGE).unwrap();
+    memory.discard((GuestAddress(0), 3 * SIZE - PAGE)).unwrap();
     assert_eq!(of_each(&memory), (0, 1));
 }
 
@@ -273,20 +273,20 @@ fn a_file_system_without_holes_is_refused_before_anything_is_discarded() {
         let policy = AdoptPolicy::new().with_disk_files();
         let ramfs = ShmBacking::adopt(file.into(), &policy).unwrap();
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(RamOptions::new(), [(GuestAddress(0), SIZE)])
-            .with_backing(&ramfs, 0, [(GuestAddress(SIZE), SIZE)])
+            .add_ram(RamOptions::new(), [(GuestAddress(0), SIZE)])
+            .add_backing(&ramfs, 0, [(GuestAddress(SIZE), SIZE)])
             .build()
             .unwrap();
         fill(&memory, 0..2 * SIZE);
         assert_refused!(
-            memory.discard(GuestAddress(0), 2 * SIZE),
+            memory.discard((GuestAddress(0), 2 * SIZE)),
             DiscardError::NoHoles { .. },
             "cannot discard 0x40000..=0x7ffff (256 KiB): the file system of its adopted file \
              cannot punch holes into files, use a memfd, or a file on a tmpfs, ext4, xfs or btrfs"
         );
         assert_eq!(pages(backing(&memory, 0)), 64);
         assert_eq!(byte(&memory, SIZE), 0xa5);
-        memory.discard(GuestAddress(0), SIZE).unwrap();
+        memory.discard((GuestAddress(0), SIZE)).unwrap();
         drop((memory, ramfs));
         nix::mount::umount(dir.path()).unwrap();
     });
@@ -299,11 +299,11 @@ fn a_file_on_a_disk_gets_holes() {
     let policy = AdoptPolicy::new().with_disk_files();
     let disk = ShmBacking::adopt(file.into(), &policy).unwrap();
     let memory = GuestMemoryShm::<()>::builder()
-        .with_backing(&disk, 0, [(GuestAddress(0), SIZE)])
+        .add_backing(&disk, 0, [(GuestAddress(0), SIZE)])
         .build()
         .unwrap();
     fill(&memory, 0..SIZE);
-    match memory.discard(GuestAddress(PAGE), SIZE - 2 * PAGE) {
+    match memory.discard((GuestAddress(PAGE), SIZE - 2 * PAGE)) {
         Ok(discarded) => assert_eq!(discarded.freed, SIZE - 2 * PAGE),
         Err(DiscardError::NoHoles { .. }) => {
             return skip("the file system for temporary files has no holes");

@@ -23,7 +23,7 @@ fn transparent(ranges: &[(u64, u64)]) -> GuestMemoryShm {
         .map(|(addr, size)| (GuestAddress(*addr), *size))
         .collect();
     GuestMemoryShm::<()>::builder()
-        .with_ram(options, ranges)
+        .add_ram(options, ranges)
         .build()
         .unwrap()
 }
@@ -38,7 +38,7 @@ fn base_pages_are_discarded_at_once() {
     memory.write_slice(&[7; 3 * 4096], GuestAddress(0)).unwrap();
     let mut balloon = DiscardAccumulator::new();
     let discarded = balloon
-        .add(&memory, GuestAddress(PAGE - 8), PAGE + 16)
+        .add(&memory, (GuestAddress(PAGE - 8), PAGE + 16))
         .unwrap();
     assert_eq!(
         (discarded.freed, discarded.kept(), balloon.pending()),
@@ -56,13 +56,13 @@ fn refused_reports_are_kept_until_they_can_be_discarded() {
             .unwrap();
         let mut balloon = DiscardAccumulator::new();
         let inhibitor = memory.inhibit_discards();
-        let refused = balloon.add(&memory, GuestAddress(0), HUGE);
+        let refused = balloon.add(&memory, (GuestAddress(0), HUGE));
         let inhibited = |result| matches!(result, Err(DiscardError::Inhibited { .. }));
         assert!(inhibited(refused));
         assert!(inhibited(balloon.flush(&memory)));
         assert_eq!((balloon.pending(), allocated(&memory)), (HUGE, HUGE));
         // What the guest takes back meanwhile is not discarded later.
-        balloon.remove(GuestAddress(3 * PAGE + 1), PAGE);
+        balloon.remove((GuestAddress(3 * PAGE + 1), PAGE)).unwrap();
         drop(inhibitor);
         let flushed = balloon.flush(&memory).unwrap();
         assert_eq!((flushed.freed, balloon.pending()), (HUGE - 2 * PAGE, 0));
@@ -76,16 +76,18 @@ fn refused_reports_are_kept_until_they_can_be_discarded() {
 fn what_is_no_ram_is_refused_and_not_noted() {
     let memory = transparent(&[(0, HUGE)]);
     let mut balloon = DiscardAccumulator::new();
-    let refused = balloon.add(&memory, GuestAddress(PAGE), HUGE);
+    let refused = balloon.add(&memory, (GuestAddress(PAGE), HUGE));
     assert!(matches!(refused, Err(DiscardError::NotRam { .. })));
-    let refused = balloon.add(&memory, GuestAddress(PAGE), 0);
+    let refused = balloon.add(&memory, (GuestAddress(PAGE), 0));
     assert!(matches!(
         refused,
         Err(DiscardError::Range(InvalidRange::Empty { .. }))
     ));
     assert_eq!(balloon.pending(), 0);
-    balloon.remove(GuestAddress(u64::MAX), u64::MAX);
-    balloon.remove(GuestAddress(0), 0);
+    balloon
+        .remove((GuestAddress(u64::MAX), u64::MAX))
+        .unwrap_err();
+    balloon.remove((GuestAddress(0), 0)).unwrap_err();
 }
 
 #[test]
@@ -93,17 +95,17 @@ fn a_region_in_place_of_another_starts_anew() {
     let memory = transparent(&[(0, HUGE), (HUGE, HUGE)]);
     let mut balloon = DiscardAccumulator::new();
     balloon
-        .add(&memory, GuestAddress(HUGE), HUGE - PAGE)
+        .add(&memory, (GuestAddress(HUGE), HUGE - PAGE))
         .unwrap();
-    balloon.add(&memory, GuestAddress(0), PAGE).unwrap();
+    balloon.add(&memory, (GuestAddress(0), PAGE)).unwrap();
 
     let (rest, _) = memory.remove_region(GuestAddress(HUGE), HUGE).unwrap();
     let options = RamOptions::new().with_page_size(PageSize::Transparent);
-    let new = GuestRegionShm::new(GuestAddress(HUGE), HUGE, &options).unwrap();
+    let new = GuestRegionShm::new((GuestAddress(HUGE), HUGE), &options).unwrap();
     let memory = rest.insert_region(Arc::new(new)).unwrap();
     memory.write_obj(7u8, GuestAddress(HUGE)).unwrap();
     let discarded = balloon
-        .add(&memory, GuestAddress(2 * HUGE - PAGE), PAGE)
+        .add(&memory, (GuestAddress(2 * HUGE - PAGE), PAGE))
         .unwrap();
     assert_eq!((discarded.freed, balloon.pending()), (0, 2 * PAGE));
     let byte: u8 = memory.read_obj(GuestAddress(HUGE)).unwrap();
@@ -112,7 +114,7 @@ fn a_region_in_place_of_another_starts_anew() {
     let (rest, _) = memory.remove_region(GuestAddress(HUGE), HUGE).unwrap();
     let flushed = balloon.flush(&rest).unwrap();
     assert_eq!((flushed.freed, balloon.pending()), (PAGE, 0));
-    balloon.add(&rest, GuestAddress(0), PAGE).unwrap();
+    balloon.add(&rest, (GuestAddress(0), PAGE)).unwrap();
     balloon.clear();
     assert_eq!(balloon.pending(), 0);
 }
@@ -142,7 +144,7 @@ proptest! {
             let to = (from + len).min(PAGES);
             let (addr, len) = (GuestAddress(from * PAGE), (to - from) * PAGE);
             if !add {
-                balloon.remove(addr, len);
+                balloon.remove((addr, len)).unwrap();
                 reported.retain(|page| !(from..to).contains(page));
             } else {
                 reported.extend(from..to);
@@ -156,7 +158,7 @@ proptest! {
                         existing.retain(|page| !of.contains(page));
                     }
                 }
-                let discarded = balloon.add(&memory, addr, len).unwrap();
+                let discarded = balloon.add(&memory, (addr, len)).unwrap();
                 prop_assert_eq!((discarded.freed, discarded.kept()), (freed * PAGE, 0));
             }
             prop_assert_eq!(balloon.pending(), reported.len() as u64 * PAGE);

@@ -27,7 +27,7 @@ const HUGE: u64 = 2 << 20;
 fn ram(page_size: PageSize, size: u64) -> GuestMemoryShm {
     let options = RamOptions::new().with_page_size(page_size);
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(options, [(GuestAddress(0), size)])
+        .add_ram(options, [(GuestAddress(0), size)])
         .build()
         .unwrap();
     for addr in (0..size).step_by(PAGE as usize) {
@@ -54,7 +54,7 @@ fn parts(discarded: Discarded) -> (u64, u64, u64) {
 }
 
 fn discard(memory: &GuestMemoryShm, addr: u64, len: u64) -> (u64, u64, u64) {
-    let discarded = memory.discard(GuestAddress(addr), len).unwrap();
+    let discarded = memory.discard((GuestAddress(addr), len)).unwrap();
     assert_eq!(discarded.len(), len);
     parts(discarded)
 }
@@ -103,8 +103,8 @@ fn a_range_may_span_huge_and_base_pages() {
         };
         let huge = RamOptions::new().with_page_size(PageSize::Huge(Some(HUGE)));
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(RamOptions::new(), [(GuestAddress(0), 2 * HUGE)])
-            .with_ram(huge, [(GuestAddress(2 * HUGE), 2 * HUGE)])
+            .add_ram(RamOptions::new(), [(GuestAddress(0), 2 * HUGE)])
+            .add_ram(huge, [(GuestAddress(2 * HUGE), 2 * HUGE)])
             .build()
             .unwrap();
         for addr in (0..4 * HUGE).step_by(PAGE as usize) {
@@ -132,24 +132,26 @@ fn the_512th_report_frees_the_huge_page() {
         for n in 0..512 {
             let addr = GuestAddress(HUGE + n * 7 % 512 * PAGE);
             assert_eq!((pool.free(), balloon.pending()), (free, n * PAGE));
-            let discarded = balloon.add(&memory, addr, PAGE).unwrap();
+            let discarded = balloon.add(&memory, (addr, PAGE)).unwrap();
             let expected = if n == 511 { HUGE } else { 0 };
             assert_eq!((discarded.freed, discarded.kept()), (expected, 0));
         }
         assert_eq!((pool.free(), balloon.pending()), (free + 1, 0));
         assert_eq!(byte(&memory, HUGE - 1), byte(&memory, 2 * HUGE + 1));
         // Parts stay noted, also when all that can be is to be given back.
-        balloon.add(&memory, GuestAddress(0), HUGE - PAGE).unwrap();
+        balloon
+            .add(&memory, (GuestAddress(0), HUGE - PAGE))
+            .unwrap();
         let flushed = balloon.flush(&memory).unwrap();
         assert_eq!((flushed.freed, balloon.pending()), (0, HUGE - PAGE));
         assert_eq!(byte(&memory, 0), 0xa5);
         // What the guest took back in between does not count.
-        balloon.remove(GuestAddress(PAGE), 1);
+        balloon.remove((GuestAddress(PAGE), 1)).unwrap();
         balloon
-            .add(&memory, GuestAddress(HUGE - PAGE), PAGE)
+            .add(&memory, (GuestAddress(HUGE - PAGE), PAGE))
             .unwrap();
         assert_eq!((pool.free(), balloon.pending()), (free + 1, HUGE - PAGE));
-        let discarded = balloon.add(&memory, GuestAddress(PAGE), PAGE).unwrap();
+        let discarded = balloon.add(&memory, (GuestAddress(PAGE), PAGE)).unwrap();
         assert_eq!((discarded.freed, pool.free()), (HUGE, free + 2));
         drop(memory);
         drop(pool);
@@ -239,19 +241,19 @@ fn reports_of_a_balloon_do_not_split_transparent_huge_pages() {
         let mut balloon = DiscardAccumulator::new();
         for page in 0..511 {
             balloon
-                .add(&memory, GuestAddress(page * PAGE), PAGE)
+                .add(&memory, (GuestAddress(page * PAGE), PAGE))
                 .unwrap();
         }
         assert_eq!(huge_mapped(&memory), 2 * HUGE);
         assert_eq!(allocated(backing(&memory)), 2 * HUGE);
         balloon
-            .add(&memory, GuestAddress(511 * PAGE), PAGE)
+            .add(&memory, (GuestAddress(511 * PAGE), PAGE))
             .unwrap();
         assert_eq!(huge_mapped(&memory), HUGE);
         assert_eq!(allocated(backing(&memory)), HUGE);
         // Unless that is asked for.
         balloon
-            .add(&memory, GuestAddress(HUGE + PAGE), 3 * PAGE)
+            .add(&memory, (GuestAddress(HUGE + PAGE), 3 * PAGE))
             .unwrap();
         let flushed = balloon.flush(&memory).unwrap();
         assert_eq!((flushed.freed, balloon.pending()), (3 * PAGE, 0));
@@ -269,7 +271,7 @@ fn an_adopted_hugetlb_file_is_discarded_by_whole_pages() {
         let fd = backing(&memory).as_fd().try_clone_to_owned().unwrap();
         let adopted = ShmBacking::adopt(fd, &AdoptPolicy::new()).unwrap();
         let second = GuestMemoryShm::<()>::builder()
-            .with_backing(&adopted, HUGE, [(GuestAddress(0), HUGE)])
+            .add_backing(&adopted, HUGE, [(GuestAddress(0), HUGE)])
             .build()
             .unwrap();
         assert_eq!(discard(&second, PAGE, HUGE - PAGE), (0, HUGE - PAGE, 0));

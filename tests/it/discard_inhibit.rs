@@ -11,7 +11,7 @@ use crate::isolation::{PAGE, assert_refused};
 const SIZE: u64 = 16 * PAGE;
 
 fn region(start: u64, backing: &ShmBacking, offset: u64) -> Arc<GuestRegionShm> {
-    let region = GuestRegionShm::from_backing(backing, offset, GuestAddress(start), SIZE);
+    let region = GuestRegionShm::from_backing(backing, offset, (GuestAddress(start), SIZE));
     Arc::new(region.unwrap())
 }
 
@@ -20,7 +20,7 @@ fn new_backing() -> ShmBacking {
 }
 
 fn inhibited_by(memory: &GuestMemoryShm, addr: u64) -> usize {
-    match memory.discard(GuestAddress(addr), PAGE) {
+    match memory.discard((GuestAddress(addr), PAGE)) {
         Ok(_) => 0,
         Err(DiscardError::Inhibited { by, .. }) => by,
         Err(error) => panic!("{error}"),
@@ -34,7 +34,7 @@ fn inhibited_discards_free_nothing_until_the_last_holder_lets_go() {
     memory.write_obj(7u8, GuestAddress(0)).unwrap();
     let (one, other) = (memory.inhibit_discards(), memory.inhibit_discards());
     assert_refused!(
-        memory.discard(GuestAddress(0), SIZE),
+        memory.discard((GuestAddress(0), SIZE)),
         DiscardError::Inhibited { .. },
         "cannot discard 0x0..=0xffff (64 KiB): discards are inhibited by 2 (DiscardInhibitor), \
          whose devices have the pages pinned; try again when they have let go"
@@ -44,7 +44,7 @@ fn inhibited_discards_free_nothing_until_the_last_holder_lets_go() {
     assert_eq!(backing.allocated().unwrap(), PAGE);
     assert_eq!(memory.read_obj::<u8>(GuestAddress(0)).unwrap(), 7);
     drop(other);
-    memory.discard(GuestAddress(0), SIZE).unwrap();
+    memory.discard((GuestAddress(0), SIZE)).unwrap();
     assert_eq!(backing.allocated().unwrap(), 0);
 }
 
@@ -64,7 +64,7 @@ fn hotplugged_memory_on_the_same_backings_obeys() {
     // discarded at all.
     assert_eq!(inhibited_by(&after, SIZE), 0);
     after.write_obj(7u8, GuestAddress(SIZE)).unwrap();
-    assert!(after.discard(GuestAddress(0), 2 * SIZE).is_err());
+    assert!(after.discard((GuestAddress(0), 2 * SIZE)).is_err());
     assert_eq!(new.allocated().unwrap(), PAGE);
     // It holds for the backings, whatever becomes of the memory.
     drop(memory);
@@ -93,7 +93,7 @@ fn no_discard_is_running_once_discards_are_inhibited() {
             let (done, discards) = (&done, &discards);
             scope.spawn(move || {
                 while !done.load(Ordering::Relaxed) {
-                    match memory.discard(GuestAddress(0), 2 * SIZE) {
+                    match memory.discard((GuestAddress(0), 2 * SIZE)) {
                         Ok(discarded) => assert_eq!(discarded.freed, 2 * SIZE),
                         Err(DiscardError::Inhibited { .. }) => continue,
                         Err(error) => panic!("{error}"),

@@ -6,8 +6,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use guest_memory_shm::{
-    AdoptPolicy, Backing, BackingKind, DiscardData, GuestMemoryShm, GuestRegionShm, RamOptions,
-    Reserve, Seals, ShmBacking,
+    AdoptPolicy, BackingKind, BackingSource, DiscardData, GuestMemoryShm, GuestRegionShm,
+    RamOptions, Reserve, Seals, ShmBacking,
 };
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
@@ -19,7 +19,7 @@ const MIB: u64 = 1 << 20;
 
 /// Options for a file, or a nameless one in a directory.
 pub(crate) fn file_options(path: impl AsRef<Path>) -> RamOptions {
-    RamOptions::new().with_backing(Backing::File(path.as_ref().to_owned()))
+    RamOptions::new().with_backing(BackingSource::File(path.as_ref().to_owned()))
 }
 
 /// A directory in memory, and one that is not.
@@ -35,7 +35,7 @@ fn dirs() -> [(TempDir, BackingKind); 2] {
 }
 
 fn region(options: &RamOptions, size: u64) -> GuestRegionShm {
-    GuestRegionShm::new(GuestAddress(0), size, options).expect("mapped")
+    GuestRegionShm::new((GuestAddress(0), size), options).expect("mapped")
 }
 
 /// A file with `len` bytes of a pattern.
@@ -196,7 +196,7 @@ fn ram_starts_at_the_offset_for_every_mapper_and_in_the_memory_table() {
                 .zip(sizes.iter().copied())
                 .collect();
             let memory = GuestMemoryShm::<()>::builder()
-                .with_ram(file_options(&path).with_offset(offset), ranges.clone())
+                .add_ram(file_options(&path).with_offset(offset), ranges.clone())
                 .build()
                 .unwrap();
             let total: u64 = sizes.iter().sum();
@@ -227,7 +227,7 @@ fn ram_starts_at_the_offset_for_every_mapper_and_in_the_memory_table() {
             let theirs = ShmBacking::adopt(fd.try_clone_to_owned().unwrap(), &policy).unwrap();
             for ((guest, size), told) in ranges.iter().zip(&told) {
                 memory.write_obj(guest.0 | *told, *guest).unwrap();
-                let view = GuestRegionShm::<()>::from_backing(&theirs, *told, *guest, *size);
+                let view = GuestRegionShm::<()>::from_backing(&theirs, *told, (*guest, *size));
                 let seen: u64 = view.unwrap().read_obj(MemoryRegionAddress(0)).unwrap();
                 assert_eq!(seen, guest.0 | told);
                 let mut bytes = [0; 8];

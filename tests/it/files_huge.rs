@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use guest_memory_shm::{
-    Backing, BackingKind, Error, FileError, GuestMemoryShm, GuestRegionShm, InvalidRange,
+    BackingKind, BackingSource, Error, FileError, GuestMemoryShm, GuestRegionShm, InvalidRange,
     RamOptions, RangePart, Reserve, ShmBacking,
 };
 use nix::mount::{MsFlags, mount, umount};
@@ -46,7 +46,7 @@ fn with_hugetlbfs(pages: u64, data: &str, test: impl FnOnce(&Path, &HugePool)) {
 }
 
 fn region(options: &RamOptions, size: u64) -> Result<GuestRegionShm, Error> {
-    GuestRegionShm::new(GuestAddress(0), size, options)
+    GuestRegionShm::new((GuestAddress(0), size), options)
 }
 
 fn names(dir: &Path) -> usize {
@@ -113,8 +113,8 @@ fn a_short_pool_is_told_before_a_file_is_created() {
                     RamOptions::new().with_page_size(guest_memory_shm::PageSize::Huge(Some(HUGE)));
                 let both = |pages| {
                     GuestMemoryShm::<()>::builder()
-                        .with_ram(file_options(dir), [(GuestAddress(0), 2 * HUGE)])
-                        .with_ram(memfd.clone(), [(GuestAddress(1 << 40), pages * HUGE)])
+                        .add_ram(file_options(dir), [(GuestAddress(0), 2 * HUGE)])
+                        .add_ram(memfd.clone(), [(GuestAddress(1 << 40), pages * HUGE)])
                         .build()
                 };
                 assert_eq!(huge_pages_short(&both(2).unwrap_err()), Some((4, 3)));
@@ -256,7 +256,7 @@ fn without_a_reservation_no_pool_is_asked_before_the_file_is_created() {
             let options = file_options(dir).with_reserve(Reserve::Off);
             let backing = ShmBacking::create(&options, 8 * HUGE).unwrap();
             assert_eq!(backing.size(), 8 * HUGE);
-            assert!(matches!(options.backing(), Backing::File(_)));
+            assert!(matches!(options.backing(), BackingSource::File(_)));
         });
     });
 }

@@ -152,11 +152,11 @@ fn when_a_later_step_fails_a_new_file_is_removed_and_an_empty_one_is_empty_again
                     memory(&options, UNMAPPABLE).map(drop),
                     // The file is mapped, what comes behind it is not.
                     GuestMemoryShm::<()>::builder()
-                        .with_ram(
+                        .add_ram(
                             options.clone().with_discard_data(DiscardData::OnDrop),
                             [(GuestAddress(0), MIB)],
                         )
-                        .with_ram(RamOptions::new(), [(GuestAddress(1 << 50), UNMAPPABLE)])
+                        .add_ram(RamOptions::new(), [(GuestAddress(1 << 50), UNMAPPABLE)])
                         .build()
                         .map(drop),
                 ] {
@@ -185,8 +185,8 @@ fn contents_that_were_there_survive_a_failure_although_they_were_to_be_discarded
         fs::write(&path, pattern(MIB)).unwrap();
         let options = file_options(&path).with_discard_data(DiscardData::OnDrop);
         let failed = GuestMemoryShm::<()>::builder()
-            .with_ram(options.clone(), [(GuestAddress(0), MIB)])
-            .with_ram(RamOptions::new(), [(GuestAddress(1 << 50), UNMAPPABLE)])
+            .add_ram(options.clone(), [(GuestAddress(0), MIB)])
+            .add_ram(RamOptions::new(), [(GuestAddress(1 << 50), UNMAPPABLE)])
             .build();
         assert!(matches!(failed, Err(Error::Map(_))));
         assert!(fs::read(&path).unwrap() == pattern(MIB));

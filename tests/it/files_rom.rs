@@ -44,7 +44,7 @@ fn rom_options(path: impl AsRef<Path>) -> RamOptions {
 fn a_rom_has_the_contents_of_the_file_from_the_offset_on() {
     let (_dir, path) = firmware();
     let options = rom_options(&path).with_offset(2 * PAGE);
-    let rom = GuestRom::new(START, 8 * PAGE, &options).unwrap();
+    let rom = GuestRom::new((START, 8 * PAGE), &options).unwrap();
     assert_eq!(rom.range().start_addr(), START);
     assert_eq!(rom.range().size(), 8 * PAGE);
     assert_eq!(rom.offset(), 2 * PAGE);
@@ -76,7 +76,7 @@ fn a_rom_has_the_contents_of_the_file_from_the_offset_on() {
 #[test]
 fn a_rom_is_mapped_shared_for_reading_only_and_a_write_is_sigsegv() {
     let (_dir, path) = firmware();
-    let rom = GuestRom::new(START, 64 * PAGE, &rom_options(&path)).unwrap();
+    let rom = GuestRom::new((START, 64 * PAGE), &rom_options(&path)).unwrap();
     let start = rom.as_ptr().addr() as u64;
     let lines = maps_in(start..start + 64 * PAGE);
     assert_eq!(lines.len(), 1);
@@ -105,7 +105,7 @@ fn what_another_process_writes_to_the_file_is_seen() {
     #[allow(clippy::permissions_set_readonly_false, reason = "of a temporary file")]
     permissions.set_readonly(false);
     fs::set_permissions(&path, permissions).unwrap();
-    let rom = GuestRom::new(START, 64 * PAGE, &rom_options(&path)).unwrap();
+    let rom = GuestRom::new((START, 64 * PAGE), &rom_options(&path)).unwrap();
     let read = || {
         let mut bytes = [0; 4];
         rom.read(PAGE, &mut bytes).unwrap();
@@ -135,30 +135,30 @@ fn a_rom_is_no_part_of_a_memory() {
         let options = rom_options(&path);
         let text = "what is opened for reading only (readonly=on) is no RAM, which guests and \
                     daemons write: map it with GuestRom, or open it for writing";
-        let rom = GuestRom::new(START, 64 * PAGE, &options).unwrap();
+        let rom = GuestRom::new((START, 64 * PAGE), &options).unwrap();
         let backing = ShmBacking::create(&options, MIB / 4).unwrap();
         leaves_nothing(|| {
             assert_refused!(
-                GuestRegionShm::<()>::new(START, 64 * PAGE, &options),
+                GuestRegionShm::<()>::new((START, 64 * PAGE), &options),
                 Error::File(FileError::ReadOnlyRam),
                 text
             );
             for source in [rom.backing(), &backing] {
                 assert_refused!(
-                    GuestRegionShm::<()>::from_backing(source, 0, START, 64 * PAGE),
+                    GuestRegionShm::<()>::from_backing(source, 0, (START, 64 * PAGE)),
                     Error::File(FileError::ReadOnlyRam),
                     text
                 );
                 let built = GuestMemoryShm::<()>::builder()
-                    .with_backing(source, 0, [(START, PAGE)])
+                    .add_backing(source, 0, [(START, PAGE)])
                     .build();
                 assert_refused!(built, Error::File(FileError::ReadOnlyRam), text);
             }
             // Refused before the first is created.
             let other = path.with_file_name("other");
             let built = GuestMemoryShm::<()>::builder()
-                .with_ram(file_options(&other), [(GuestAddress(0), MIB)])
-                .with_ram(options.clone(), [(START, PAGE)])
+                .add_ram(file_options(&other), [(GuestAddress(0), MIB)])
+                .add_ram(options.clone(), [(START, PAGE)])
                 .build();
             assert_refused!(built, Error::File(FileError::ReadOnlyRam), text);
             assert!(!other.exists());
@@ -178,7 +178,7 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
             ("", "is a directory"),
         ] {
             assert_refused!(
-                GuestRom::new(START, PAGE, &rom_options(path(name))),
+                GuestRom::new((START, PAGE), &rom_options(path(name))),
                 Error::File(FileError::NothingToRead { .. }),
                 format!(
                     "{} {found}: a ROM needs a file that has contents",
@@ -191,13 +191,13 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
 
         fs::write(path("short"), pattern(PAGE + 1000)).unwrap();
         let short = rom_options(path("short"));
-        assert!(GuestRom::new(START, PAGE, &short).is_ok());
+        assert!(GuestRom::new((START, PAGE), &short).is_ok());
         assert!(matches!(
-            GuestRom::new(START, 2 * PAGE, &short),
+            GuestRom::new((START, 2 * PAGE), &short),
             Err(Error::File(FileError::TooShort { len: 5096, .. }))
         ));
         assert!(matches!(
-            GuestRom::new(START, 1000, &short),
+            GuestRom::new((START, 1000), &short),
             Err(Error::Range(InvalidRange::Unaligned {
                 part: RangePart::Size,
                 value: 1000,
@@ -205,14 +205,14 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
             }))
         ));
         assert!(matches!(
-            GuestRom::new(GuestAddress(1), PAGE, &short),
+            GuestRom::new((GuestAddress(1), PAGE), &short),
             Err(Error::Range(InvalidRange::Unaligned {
                 part: RangePart::Address,
                 ..
             }))
         ));
         assert!(matches!(
-            GuestRom::new(START, PAGE, &short.with_discard_data(DiscardData::OnDrop)),
+            GuestRom::new((START, PAGE), &short.with_discard_data(DiscardData::OnDrop)),
             Err(Error::Options(OptionsError::Conflict { .. }))
         ));
         assert!(fs::read(path("short")).unwrap() == pattern(PAGE + 1000));
@@ -221,9 +221,9 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
             RamOptions::new().with_access(Access::ReadOnly),
         ] {
             assert_refused!(
-                GuestRom::new(START, PAGE, &options),
+                GuestRom::new((START, PAGE), &options),
                 Error::File(FileError::WritableRom),
-                "a ROM is made of a file that is opened for reading only: use Backing::File and \
+                "a ROM is made of a file that is opened for reading only: use BackingSource::File and \
                  Access::ReadOnly (mem-path=..., readonly=on, rom=on)",
             );
         }
@@ -235,7 +235,7 @@ fn a_rom_that_somebody_truncated_is_an_error_to_read_and_no_signal() {
     let dir = shm_dir();
     let path = dir.path().join("rom");
     fs::write(&path, pattern(4 * PAGE)).unwrap();
-    let rom = GuestRom::new(START, 4 * PAGE, &rom_options(&path)).unwrap();
+    let rom = GuestRom::new((START, 4 * PAGE), &rom_options(&path)).unwrap();
     let file = File::options().write(true).open(&path).unwrap();
     file.set_len(PAGE).unwrap();
     let mut bytes = [0; 8];

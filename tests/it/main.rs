@@ -11,6 +11,7 @@
 mod access;
 mod address_space;
 mod answers;
+mod any_size;
 mod bad_descriptor;
 mod bad_huge_pages;
 mod bad_input;
@@ -65,4 +66,5 @@ mod stats_extents;
 mod support;
 mod threads;
 mod transparent;
+mod upstream;
 mod watchdog;

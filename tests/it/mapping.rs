@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use guest_memory_shm::{
-    AdoptPolicy, Backing, CoreDump, GuestMemoryShm, GuestRange, GuestRegionShm, PageSize,
+    AdoptPolicy, BackingSource, CoreDump, GuestMemoryShm, GuestRange, GuestRegionShm, PageSize,
     RamOptions, ShmBacking, ram_around_hole,
 };
 use nix::errno::Errno;
@@ -23,14 +23,14 @@ use crate::proc::{has_vm_flag, leaves_nothing, maps_in, smaps_at};
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-const KINDS: [Backing; 2] = [Backing::Memfd, Backing::PosixShm];
+const KINDS: [BackingSource; 2] = [BackingSource::Memfd, BackingSource::PosixShm];
 
-fn options(kind: Backing) -> RamOptions {
+fn options(kind: BackingSource) -> RamOptions {
     RamOptions::new().with_backing(kind)
 }
 
 fn region(options: &RamOptions, size: u64) -> GuestRegionShm {
-    GuestRegionShm::new(GuestAddress(0), size, options).expect("mapped")
+    GuestRegionShm::new((GuestAddress(0), size), options).expect("mapped")
 }
 
 fn host(region: &GuestRegionShm) -> u64 {
@@ -44,8 +44,8 @@ fn file_of(backing: &ShmBacking) -> std::fs::File {
 #[test]
 fn a_region_is_mapped_shared_for_reading_and_writing() {
     for (kind, path) in [
-        (Backing::Memfd, "/memfd:guest-memory-shm (deleted)"),
-        (Backing::PosixShm, "/dev/shm/gms-"),
+        (BackingSource::Memfd, "/memfd:guest-memory-shm (deleted)"),
+        (BackingSource::PosixShm, "/dev/shm/gms-"),
     ] {
         let region = region(&options(kind), 4 * MIB);
         let start = host(&region);
@@ -75,7 +75,7 @@ fn core_dumps_leave_guest_ram_out_unless_it_is_to_be_included() {
 #[test]
 fn a_region_on_a_backing_that_existed_is_left_out_of_core_dumps_too() {
     let backing = ShmBacking::create(&RamOptions::new(), MIB).unwrap();
-    let region = GuestRegionShm::<()>::from_backing(&backing, 0, GuestAddress(0), MIB).unwrap();
+    let region = GuestRegionShm::<()>::from_backing(&backing, 0, (GuestAddress(0), MIB)).unwrap();
     assert!(has_vm_flag(&smaps_at(region.as_ptr()), "dd"));
 }
 
@@ -93,7 +93,7 @@ fn transparent_huge_pages_are_asked_for_only_where_they_are_wanted() {
 #[test]
 fn options_hold_for_every_region_on_a_backing_however_it_is_placed() {
     let flags = |backing: &ShmBacking| {
-        let region = GuestRegionShm::<()>::from_backing(backing, 0, GuestAddress(0), 4 * MIB);
+        let region = GuestRegionShm::<()>::from_backing(backing, 0, (GuestAddress(0), 4 * MIB));
         let smaps = smaps_at(region.unwrap().as_ptr());
         (has_vm_flag(&smaps, "hg"), has_vm_flag(&smaps, "dd"))
     };
@@ -161,7 +161,7 @@ fn the_ranges_of_one_backing_lie_behind_each_other_in_one_file() {
     ];
     for kind in KINDS {
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(options(kind), ranges)
+            .add_ram(options(kind), ranges)
             .build()
             .unwrap();
         let at = |addr| memory.find_region(GuestAddress(addr)).unwrap();
@@ -192,7 +192,7 @@ fn the_ranges_of_one_backing_lie_behind_each_other_in_one_file() {
 fn two_regions_on_one_part_of_a_backing_are_the_same_ram() {
     let backing = ShmBacking::create(&RamOptions::new(), MIB).unwrap();
     let place = |addr| {
-        let region = GuestRegionShm::<()>::from_backing(&backing, PAGE, GuestAddress(addr), PAGE);
+        let region = GuestRegionShm::<()>::from_backing(&backing, PAGE, (GuestAddress(addr), PAGE));
         Arc::new(region.unwrap())
     };
     let memory = GuestMemoryShm::from_arc_regions(vec![place(0), place(GIB)]).unwrap();
@@ -210,10 +210,10 @@ fn host_addresses_suit_huge_pages() {
         (GuestAddress(MIB), 7 * MIB),
         (GuestAddress(16 * GIB), 2 * GIB + 2 * MIB),
     ];
-    for ranges in [ram.as_slice(), &odd] {
-        let ranges = ranges.iter().copied();
+    let odd = odd.map(|place| place.try_into().unwrap());
+    for ranges in [ram, odd.to_vec()] {
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(RamOptions::new(), ranges)
+            .add_ram(RamOptions::new(), ranges)
             .build()
             .unwrap();
         for region in memory.iter() {
@@ -233,7 +233,7 @@ fn ram_around_a_hole_on_a_large_boundary_is_congruent_with_the_guest() {
     // The premise of the test above is met where it matters.
     let hole = GuestRange::new(GuestAddress(3 * GIB), GIB).unwrap();
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(RamOptions::new(), ram_around_hole(8 * GIB, hole).unwrap())
+        .add_ram(RamOptions::new(), ram_around_hole(8 * GIB, hole).unwrap())
         .build()
         .unwrap();
     let congruent = |region: &&GuestRegionShm| region.start_addr().0 % GIB == host(region) % GIB;
@@ -246,11 +246,11 @@ fn dropping_a_memory_unmaps_and_closes_all_of_it() {
         for kind in KINDS {
             let spans = leaves_nothing(|| {
                 let memory = GuestMemoryShm::<()>::builder()
-                    .with_ram(
+                    .add_ram(
                         options(kind.clone()),
                         [(GuestAddress(0), MIB), (GuestAddress(GIB), PAGE)],
                     )
-                    .with_ram(options(kind), [(GuestAddress(2 * GIB), 4 * MIB)])
+                    .add_ram(options(kind), [(GuestAddress(2 * GIB), 4 * MIB)])
                     .build()
                     .unwrap();
                 memory.write_obj(1u8, GuestAddress(GIB)).unwrap();
@@ -283,7 +283,7 @@ fn a_region_outlives_the_memory_it_was_in_and_its_backing_outlives_both() {
             let (backing, start) = (region.backing().clone(), host(&region));
             drop(region);
             assert_eq!(maps_in(start..start + PAGE), []);
-            let again = GuestRegionShm::<()>::from_backing(&backing, 0, GuestAddress(0), PAGE);
+            let again = GuestRegionShm::<()>::from_backing(&backing, 0, (GuestAddress(0), PAGE));
             assert_eq!(again.unwrap().read_obj::<u8>(at).unwrap(), 77);
         });
     });
@@ -317,7 +317,7 @@ fn a_memory_of_1_tib_costs_nothing_until_it_is_touched() {
 fn posix_shm_has_no_name_and_mode_0() {
     in_own_process(|| {
         leaves_nothing(|| {
-            let backing = ShmBacking::create(&options(Backing::PosixShm), MIB).unwrap();
+            let backing = ShmBacking::create(&options(BackingSource::PosixShm), MIB).unwrap();
             let metadata = file_of(&backing).metadata().unwrap();
             assert_eq!((metadata.nlink(), metadata.mode() & 0o7777), (0, 0));
             let own = format!("gms-{}-", std::process::id());
@@ -330,14 +330,14 @@ fn posix_shm_has_no_name_and_mode_0() {
 
 #[test]
 fn another_holder_can_truncate_posix_shm_but_not_a_memfd() {
-    let memfd = ShmBacking::create(&options(Backing::Memfd), MIB).unwrap();
+    let memfd = ShmBacking::create(&options(BackingSource::Memfd), MIB).unwrap();
     let daemons = dup(memfd.as_fd()).unwrap();
     for len in [0, PAGE, 2 * MIB] {
         assert_eq!(ftruncate(&daemons, len as i64), Err(Errno::EPERM), "{len}");
     }
     assert_eq!(file_of(&memfd).metadata().unwrap().len(), MIB);
 
-    let shm = region(&options(Backing::PosixShm), MIB);
+    let shm = region(&options(BackingSource::PosixShm), MIB);
     let daemons = dup(shm.backing().as_fd()).unwrap();
     assert_eq!(dies_of_reading(shm.as_ptr()), None);
     ftruncate(&daemons, 0).unwrap();

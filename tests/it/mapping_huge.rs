@@ -4,14 +4,16 @@
 //! as long as it lives.
 
 use guest_memory_shm::{
-    AdoptPolicy, BackingKind, GuestMemoryShm, GuestRegionShm, PageSize, RamOptions, Seals,
-    ShmBacking,
+    AdoptPolicy, BackingKind, DiscardError, GuestMemoryShm, GuestRange, GuestRegionShm,
+    InvalidRange, PageSize, RamOptions, Seals, ShmBacking,
 };
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::unistd::{dup, ftruncate};
 use std::os::fd::AsFd;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
+};
 
 use crate::fork::dies_of_reading;
 use crate::isolation::{HugePool, PAGE, in_own_process};
@@ -35,7 +37,7 @@ fn a_region_of_huge_pages_is_mapped_with_them() {
             return;
         };
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(
+            .add_ram(
                 huge(),
                 [(GuestAddress(0), HUGE), (GuestAddress(1 << 30), 3 * HUGE)],
             )
@@ -55,7 +57,7 @@ fn a_region_of_huge_pages_is_mapped_with_them() {
             assert!(has_vm_flag(&smaps, "ht") && has_vm_flag(&smaps, "dd"));
         }
         // The control: other memory has base pages.
-        let base = GuestRegionShm::<()>::new(GuestAddress(0), HUGE, &RamOptions::new()).unwrap();
+        let base = GuestRegionShm::<()>::new((GuestAddress(0), HUGE), &RamOptions::new()).unwrap();
         assert_eq!(
             smaps_value(&smaps_at(base.as_ptr()), "KernelPageSize"),
             "4 kB"
@@ -74,7 +76,7 @@ fn huge_pages_are_promised_at_mapping_taken_at_touch_and_given_back_at_drop() {
         let (free, reserved) = (pool.free(), pool.reserved());
         let state = |pool: &HugePool| (free - pool.free(), pool.reserved() - reserved);
         leaves_nothing(|| {
-            let region = GuestRegionShm::<()>::new(GuestAddress(0), 4 * HUGE, &huge()).unwrap();
+            let region = GuestRegionShm::<()>::new((GuestAddress(0), 4 * HUGE), &huge()).unwrap();
             assert_eq!(state(&pool), (0, 4));
             assert_eq!(region.backing().allocated().unwrap(), 0);
             region.write_obj(1u8, MemoryRegionAddress(HUGE)).unwrap();
@@ -95,7 +97,7 @@ fn an_access_that_runs_off_huge_pages_faults() {
         let Some(pool) = HugePool::with_available(HUGE, 1) else {
             return;
         };
-        let region = GuestRegionShm::<()>::new(GuestAddress(0), HUGE, &huge()).unwrap();
+        let region = GuestRegionShm::<()>::new((GuestAddress(0), HUGE), &huge()).unwrap();
         let (first, last) = (
             region.as_ptr(),
             region.as_ptr().wrapping_add(HUGE as usize - 1),
@@ -127,7 +129,7 @@ fn a_memfd_of_huge_pages_is_sealed_and_can_be_adopted() {
         assert_eq!(ours.kind(), BackingKind::AdoptedHugetlb);
         assert_eq!((ours.size(), ours.page_size()), (2 * HUGE, HUGE));
         let place =
-            |backing| GuestRegionShm::<()>::from_backing(backing, HUGE, GuestAddress(0), HUGE);
+            |backing| GuestRegionShm::<()>::from_backing(backing, HUGE, (GuestAddress(0), HUGE));
         let (one, other) = (place(&theirs).unwrap(), place(&ours).unwrap());
         one.write_obj(0xabcd_u16, MemoryRegionAddress(7)).unwrap();
         assert_eq!(
@@ -152,7 +154,7 @@ fn the_default_huge_page_size_is_that_of_the_system() {
             return;
         };
         let options = RamOptions::new().with_page_size(PageSize::Huge(None));
-        let region = GuestRegionShm::<()>::new(GuestAddress(0), size, &options).unwrap();
+        let region = GuestRegionShm::<()>::new((GuestAddress(0), size), &options).unwrap();
         assert_eq!(region.backing().page_size(), size);
         drop(region);
         drop(pool);
@@ -172,7 +174,7 @@ fn a_region_of_a_1_gib_page_is_mapped_with_it() {
             return;
         };
         let options = RamOptions::new().with_page_size(PageSize::Huge(Some(GIANT)));
-        let region = GuestRegionShm::<()>::new(GuestAddress(GIANT), GIANT, &options).unwrap();
+        let region = GuestRegionShm::<()>::new((GuestAddress(GIANT), GIANT), &options).unwrap();
         let smaps = smaps_at(region.as_ptr());
         assert_eq!(smaps_value(&smaps, "KernelPageSize"), "1048576 kB");
         assert_eq!(addr(&region) % GIANT, 0);
@@ -183,5 +185,42 @@ fn a_region_of_a_1_gib_page_is_mapped_with_it() {
         assert_eq!(pool.free(), 0);
         drop(region);
         assert_eq!((pool.free(), pool.reserved()), (1, 0));
+    });
+}
+
+#[test]
+fn a_part_of_a_huge_page_is_a_region_as_vm_memory_makes_them() {
+    in_own_process(|| {
+        let Some(_pool) = HugePool::with_available(HUGE, 2) else {
+            return;
+        };
+        let backing = ShmBacking::create(&huge(), 2 * HUGE).unwrap();
+        let file = |at| {
+            let fd = backing.as_fd().try_clone_to_owned().unwrap();
+            Some(FileOffset::new(fd.into(), at))
+        };
+        let range = (GuestAddress(MIB), (HUGE + 300) as usize, file(0));
+        let memory = GuestMemoryShm::<()>::from_ranges_with_files([range]).unwrap();
+        let region = memory.find_region(GuestAddress(MIB)).unwrap();
+        assert_eq!((region.len(), addr(region) % HUGE), (HUGE + 300, 0));
+        let mapped = maps_in(addr(region)..addr(region) + 2 * HUGE);
+        assert_eq!(mapped.len(), 1);
+        assert_eq!(mapped[0].range, addr(region)..addr(region) + 2 * HUGE);
+
+        let last = GuestAddress(MIB + HUGE + 299);
+        memory.write_obj(7u8, last).unwrap();
+        assert!(memory.write_obj(7u8, GuestAddress(last.0 + 1)).is_err());
+        assert_eq!(memory.stats().unwrap().allocated(), HUGE);
+        let extents = memory.extents(1).unwrap().ranges;
+        let part = GuestRange::new(GuestAddress(MIB + HUGE), 300).unwrap();
+        assert_eq!(extents, [part]);
+        // Whole base pages are no whole huge pages.
+        let refused = memory.discard((GuestAddress(MIB), HUGE)).unwrap_err();
+        let DiscardError::Range(InvalidRange::PartialPages { page_size, .. }) = refused else {
+            panic!("{refused:?}");
+        };
+        assert_eq!(page_size, HUGE);
+        let odd = GuestRegionShm::<()>::from_range(GuestAddress(0), 4096, file(4096));
+        assert!(odd.unwrap_err().to_string().contains("page size 2 MiB"));
     });
 }

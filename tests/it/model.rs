@@ -35,6 +35,8 @@ pub(crate) fn runner(cases: u32) -> TestRunner {
 /// that many share a bucket of the index.
 fn layout() -> impl Strategy<Value = Vec<(GuestAddress, usize)>> {
     const LAST_PAGE: u64 = u64::MAX / PAGE;
+    // Pages, or fewer bytes, from an address that is not a multiple of them.
+    let unit = prop_oneof![3 => Just((PAGE, 0)), 1 => (1..300u64, 0..PAGE)];
     let base = prop_oneof![Just(0), 0..16u64, 0..1u64 << 51, Just(LAST_PAGE - 70)];
     let gap = prop_oneof![
         8 => Just(0),
@@ -47,7 +49,7 @@ fn layout() -> impl Strategy<Value = Vec<(GuestAddress, usize)>> {
     let count = prop_oneof![1..4usize, 4..40usize];
     let parts =
         count.prop_flat_map(move |count| prop::collection::vec((gap.clone(), size.clone()), count));
-    (base, parts).prop_map(|(mut at, parts)| {
+    (base, parts, unit).prop_map(|(mut at, parts, (unit, shift))| {
         let mut ranges = Vec::new();
         for (number, (gap, size)) in parts.into_iter().enumerate() {
             let start = if number == 0 { at } else { at + gap };
@@ -55,7 +57,8 @@ fn layout() -> impl Strategy<Value = Vec<(GuestAddress, usize)>> {
                 break;
             }
             at = start + size;
-            ranges.push((GuestAddress(start * PAGE), (size * PAGE) as usize));
+            let start = GuestAddress(start * unit + shift);
+            ranges.push((start, (size * unit) as usize));
         }
         ranges
     })

@@ -34,7 +34,7 @@ impl Maker {
     /// A region of whole pages.
     fn region(&self, (start, size): (u64, u64)) -> Region {
         let start = GuestAddress(start * PAGE);
-        let region = GuestRegionShm::from_backing(&self.0, 0, start, size * PAGE);
+        let region = GuestRegionShm::from_backing(&self.0, 0, (start, size * PAGE));
         Arc::new(region.expect("mapped"))
     }
 }

@@ -2,7 +2,9 @@
 
 use std::fs;
 
-use guest_memory_shm::{Backing, Error, GuestMemoryShm, PageSize, Populate, RamOptions, Reserve};
+use guest_memory_shm::{
+    BackingSource, Error, GuestMemoryShm, PageSize, Populate, RamOptions, Reserve,
+};
 use nix::mount::{MsFlags, umount};
 use nix::sys::signal::Signal;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -18,13 +20,13 @@ const HUGE: u64 = 2 * MIB;
 fn build(options: &RamOptions, size: u64) -> Result<GuestMemoryShm, Error> {
     let ranges = [(GuestAddress(0), size)];
     GuestMemoryShm::builder()
-        .with_ram(options.clone(), ranges)
+        .add_ram(options.clone(), ranges)
         .build()
 }
 
 fn shm(populate: Populate) -> RamOptions {
     RamOptions::new()
-        .with_backing(Backing::PosixShm)
+        .with_backing(BackingSource::PosixShm)
         .with_populate(populate)
 }
 
@@ -84,14 +86,14 @@ fn posix_shm_that_does_not_fit_now_is_refused_if_it_is_to_be_populated() {
             }
             // Two that fit only one by one are refused together.
             let two = GuestMemoryShm::<()>::builder()
-                .with_ram(shm(Populate::Allocate), [(GuestAddress(0), 2 * MIB)])
-                .with_ram(shm(Populate::Allocate), [(GuestAddress(1 << 30), 2 * MIB)])
+                .add_ram(shm(Populate::Allocate), [(GuestAddress(0), 2 * MIB)])
+                .add_ram(shm(Populate::Allocate), [(GuestAddress(1 << 30), 2 * MIB)])
                 .build();
             assert_eq!(room_short(&two.unwrap_err()), Some((4 * MIB, 3 * MIB)));
         });
         // What is populated later is reported, not refused.
         let lazy = GuestMemoryShm::<()>::builder()
-            .with_ram(shm(Populate::Lazy), [(GuestAddress(0), 4 * MIB)])
+            .add_ram(shm(Populate::Lazy), [(GuestAddress(0), 4 * MIB)])
             .build_with_report();
         let report = lazy.unwrap().1.to_string();
         assert_eq!(

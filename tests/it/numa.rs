@@ -3,7 +3,7 @@
 use std::fs;
 
 use guest_memory_shm::{
-    Backing, BackingError, Error, GuestMemoryShm, GuestRegionShm, NodeSet, Note, NumaPolicy,
+    BackingError, BackingSource, Error, GuestMemoryShm, GuestRegionShm, NodeSet, Note, NumaPolicy,
     RamOptions,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -20,7 +20,7 @@ fn nodes(nodes: &[u32]) -> NodeSet {
 
 fn memory(options: RamOptions) -> Result<GuestMemoryShm, Error> {
     GuestMemoryShm::builder()
-        .with_ram(options, [(GuestAddress(0), 4 * MIB)])
+        .add_ram(options, [(GuestAddress(0), 4 * MIB)])
         .build()
 }
 
@@ -58,7 +58,7 @@ fn the_kernel_knows_the_policy_of_each_mapping() {
             &["prefer (many):0", "prefer:0"],
         ),
     ] {
-        for backing in [Backing::Memfd, Backing::PosixShm] {
+        for backing in [BackingSource::Memfd, BackingSource::PosixShm] {
             let options = RamOptions::new().with_backing(backing).with_numa(policy);
             let memory = memory(options).unwrap();
             memory.write_obj(1u8, GuestAddress(0)).unwrap();
@@ -89,7 +89,7 @@ fn the_policy_belongs_to_the_object_and_holds_for_other_mappings_of_it() {
         .unwrap();
     let theirs = guest_memory_shm::ShmBacking::adopt(fd, &guest_memory_shm::AdoptPolicy::new());
     let region =
-        GuestRegionShm::<()>::from_backing(&theirs.unwrap(), 0, GuestAddress(0), MIB).unwrap();
+        GuestRegionShm::<()>::from_backing(&theirs.unwrap(), 0, (GuestAddress(0), MIB)).unwrap();
     let (policy, _) = numa_maps(region.as_ptr()).unwrap();
     assert_eq!(policy, "bind:0");
 }
@@ -130,7 +130,7 @@ fn a_policy_where_there_is_one_node_is_reported_to_have_no_effect() {
     let one = fs::read_to_string("/sys/devices/system/node/has_memory").unwrap();
     let policy = NumaPolicy::Bind(nodes(&[0]));
     let (_, report) = GuestMemoryShm::<()>::builder()
-        .with_ram(
+        .add_ram(
             RamOptions::new().with_name("low").with_numa(policy),
             [(GuestAddress(0), MIB)],
         )

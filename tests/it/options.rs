@@ -3,14 +3,14 @@
 use std::num::NonZeroU32;
 
 use guest_memory_shm::{
-    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
+    Access, BackingSource, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
     Populate, RamOptions, Reserve, Sealing,
 };
 
 const MIB: u64 = 1 << 20;
 
 /// Options of this backing as a string has them that says nothing but the size.
-fn plain(backing: Backing) -> RamOptions {
+fn plain(backing: BackingSource) -> RamOptions {
     RamOptions::new()
         .with_backing(backing)
         .with_size(MIB)
@@ -18,11 +18,11 @@ fn plain(backing: Backing) -> RamOptions {
 }
 
 fn memfd() -> RamOptions {
-    plain(Backing::Memfd)
+    plain(BackingSource::Memfd)
 }
 
 fn file() -> RamOptions {
-    plain(Backing::File("/x".into()))
+    plain(BackingSource::File("/x".into()))
 }
 
 fn nodes(nodes: impl IntoIterator<Item = u32>) -> NodeSet {
@@ -30,12 +30,12 @@ fn nodes(nodes: impl IntoIterator<Item = u32>) -> NodeSet {
 }
 
 /// What follows `memory-backend-memfd,size=1M,`, or the same of a file with its path and share=on.
-fn with(backing: &Backing, properties: &str) -> String {
+fn with(backing: &BackingSource, properties: &str) -> String {
     match backing {
-        Backing::File(_) => {
+        BackingSource::File(_) => {
             format!("memory-backend-file,size=1M,mem-path=/x,share=on,{properties}")
         }
-        Backing::PosixShm => format!("memory-backend-shm,size=1M,{properties}"),
+        BackingSource::PosixShm => format!("memory-backend-shm,size=1M,{properties}"),
         _ => format!("memory-backend-memfd,size=1M,{properties}"),
     }
 }
@@ -114,7 +114,7 @@ fn every_property_of_every_backend_is_read() {
     };
     let mut cases: Vec<_> = common(memfd())
         .into_iter()
-        .chain(common(plain(Backing::PosixShm)))
+        .chain(common(plain(BackingSource::PosixShm)))
         .chain(common(file()))
         .collect();
     let huge = |size| {
@@ -130,7 +130,7 @@ fn every_property_of_every_backend_is_read() {
         ("seal=off", memfd().with_sealing(Sealing::Unsealed)),
         (
             "mem-path=/a,,b=c,share=on",
-            plain(Backing::File("/a,b=c".into())),
+            plain(BackingSource::File("/a,b=c".into())),
         ),
         ("align=0", file().with_align(0)),
         ("align=2M", file().with_align(2 * MIB)),
@@ -154,7 +154,7 @@ fn every_property_of_every_backend_is_read() {
     let typed: RamOptions = "size=1M,qom-type=memory-backend-ram,qom-type=memory-backend-shm"
         .parse()
         .unwrap();
-    assert_eq!(typed, plain(Backing::PosixShm));
+    assert_eq!(typed, plain(BackingSource::PosixShm));
 }
 
 /// The rows of QEMU's answers that are refusals: ours, in our words.
@@ -251,9 +251,9 @@ fn what_qemu_refuses_is_refused_with_a_remedy() {
 #[test]
 fn every_property_that_is_wrong_is_named() {
     let (memfd, shm, file) = (
-        Backing::Memfd,
-        Backing::PosixShm,
-        Backing::File("/x".into()),
+        BackingSource::Memfd,
+        BackingSource::PosixShm,
+        BackingSource::File("/x".into()),
     );
     for (backing, properties, start) in [
         (

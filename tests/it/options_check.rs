@@ -1,7 +1,7 @@
 //! Options that do not go together, or that the system cannot do: when and how they are refused.
 
 use guest_memory_shm::{
-    Access, Backing, DiscardData, Error, GuestRegionShm, NodeSet, NumaPolicy, OptionsError,
+    Access, BackingSource, DiscardData, Error, GuestRegionShm, NodeSet, NumaPolicy, OptionsError,
     PageSize, Populate, RamOptions, Reserve, Sealing, ShmBacking,
 };
 use vm_memory::GuestAddress;
@@ -14,8 +14,8 @@ const MIB: u64 = 1 << 20;
 #[test]
 fn typed_options_that_do_not_go_together_are_refused_before_anything_is_created() {
     let memfd = RamOptions::new();
-    let shm = RamOptions::new().with_backing(Backing::PosixShm);
-    let file = RamOptions::new().with_backing(Backing::File("/nowhere/x".into()));
+    let shm = RamOptions::new().with_backing(BackingSource::PosixShm);
+    let file = RamOptions::new().with_backing(BackingSource::File("/nowhere/x".into()));
     for (options, start) in [
         (memfd.clone().with_name("a b"), "id=a b: expected a letter"),
         (
@@ -56,7 +56,7 @@ fn typed_options_that_do_not_go_together_are_refused_before_anything_is_created(
             "discard-data=on and readonly=on contradict each other: discarding writes",
         ),
         (
-            RamOptions::new().with_backing(Backing::File("".into())),
+            RamOptions::new().with_backing(BackingSource::File("".into())),
             "mem-path=: expected the path of a file",
         ),
         (
@@ -91,13 +91,13 @@ fn typed_options_that_do_not_go_together_are_refused_before_anything_is_created(
 #[test]
 fn a_size_that_is_set_must_be_that_of_the_ranges() {
     let options = RamOptions::new().with_size(MIB);
-    let refused = GuestRegionShm::<()>::new(GuestAddress(0), 2 * MIB, &options).unwrap_err();
+    let refused = GuestRegionShm::<()>::new((GuestAddress(0), 2 * MIB), &options).unwrap_err();
     assert!(matches!(
         refused,
         Error::Options(OptionsError::SizeMismatch { set, ram })
             if (set, ram) == (MIB, 2 * MIB)
     ));
-    let region = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &options).unwrap();
+    let region = GuestRegionShm::<()>::new((GuestAddress(0), MIB), &options).unwrap();
     assert_eq!(region.backing().size(), MIB);
 }
 
@@ -118,7 +118,7 @@ fn options_without_a_size_are_written_and_not_read() {
 /// What a string asks for can be read, and only building finds that this system does not have it.
 fn built(text: &str) -> Result<GuestRegionShm, Error> {
     let options: RamOptions = text.parse()?;
-    GuestRegionShm::new(GuestAddress(0), options.size().unwrap(), &options)
+    GuestRegionShm::new((GuestAddress(0), options.size().unwrap()), &options)
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use guest_memory_shm::{
-    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
+    Access, BackingSource, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
     Populate, RamOptions, Reserve, Sealing,
 };
 use proptest::collection::btree_set;
@@ -31,7 +31,7 @@ fn backings() -> impl Strategy<Value = RamOptions> {
     let small_pages = || select(vec![PageSize::Base, PageSize::Transparent]);
     let shm = small_pages().prop_map(|pages| {
         RamOptions::new()
-            .with_backing(Backing::PosixShm)
+            .with_backing(BackingSource::PosixShm)
             .with_page_size(pages)
     });
     let file = (
@@ -49,7 +49,7 @@ fn backings() -> impl Strategy<Value = RamOptions> {
     )
         .prop_map(|(path, pages, align, offset, (access, discard))| {
             let options = RamOptions::new()
-                .with_backing(Backing::File(path.into()))
+                .with_backing(BackingSource::File(path.into()))
                 .with_page_size(pages)
                 .with_offset(offset << 12)
                 .with_access(access)

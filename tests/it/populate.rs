@@ -4,8 +4,8 @@ use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
 use guest_memory_shm::{
-    Backing, Error, GuestMemoryShm, GuestRange, GuestRegionShm, NodeSet, NumaPolicy, PageSize,
-    Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit, ShmBacking,
+    BackingSource, Error, GuestMemoryShm, GuestRange, GuestRegionShm, NodeSet, NumaPolicy,
+    PageSize, Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit, ShmBacking,
 };
 use nix::sys::resource::{UsageWho, getrusage};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -15,11 +15,11 @@ use crate::proc::leaves_nothing_but_heaps;
 
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const HUGE: u64 = 2 * MIB;
-const KINDS: [Backing; 2] = [Backing::Memfd, Backing::PosixShm];
+const KINDS: [BackingSource; 2] = [BackingSource::Memfd, BackingSource::PosixShm];
 
 pub(crate) fn memory(options: RamOptions, size: u64) -> GuestMemoryShm {
     GuestMemoryShm::builder()
-        .with_ram(options, [(GuestAddress(0), size)])
+        .add_ram(options, [(GuestAddress(0), size)])
         .build()
         .unwrap()
 }
@@ -105,9 +105,9 @@ fn building_brings_in_what_the_mode_says_and_no_more() {
 #[test]
 fn a_region_is_populated_as_its_options_say() {
     let options = RamOptions::new().with_populate(Populate::Allocate);
-    let region = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &options).unwrap();
+    let region = GuestRegionShm::<()>::new((GuestAddress(0), MIB), &options).unwrap();
     assert_eq!(region.backing().allocated().unwrap(), MIB);
-    let lazy = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &RamOptions::new()).unwrap();
+    let lazy = GuestRegionShm::<()>::new((GuestAddress(0), MIB), &RamOptions::new()).unwrap();
     assert_eq!(lazy.backing().allocated().unwrap(), 0);
 }
 
@@ -156,8 +156,8 @@ fn lazily_populating_does_nothing() {
 #[test]
 fn a_part_is_populated_across_regions_and_only_that() {
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(RamOptions::new(), [(GuestAddress(0), 4 * MIB)])
-        .with_ram(RamOptions::new(), [(GuestAddress(4 * MIB), 4 * MIB)])
+        .add_ram(RamOptions::new(), [(GuestAddress(0), 4 * MIB)])
+        .add_ram(RamOptions::new(), [(GuestAddress(4 * MIB), 4 * MIB)])
         .build()
         .unwrap();
     let of = |at: usize| {
@@ -183,7 +183,7 @@ fn a_part_is_populated_across_regions_and_only_that() {
 #[test]
 fn a_range_that_is_not_all_ram_is_refused_before_anything_is_populated() {
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(
+        .add_ram(
             RamOptions::new(),
             [(GuestAddress(0), MIB), (GuestAddress(4 * MIB), MIB)],
         )
@@ -263,16 +263,16 @@ fn backings_are_populated_each_as_its_own_options_say() {
     let adopted = ShmBacking::create(&RamOptions::new(), MIB).unwrap();
     let ram = |mode| RamOptions::new().with_populate(mode);
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(ram(Populate::Prefault), [(GuestAddress(0), 8 * MIB)])
-        .with_ram(
+        .add_ram(ram(Populate::Prefault), [(GuestAddress(0), 8 * MIB)])
+        .add_ram(
             ram(Populate::Allocate).with_populate_threads(threads(3)),
             [
                 (GuestAddress(1 << 32), 2 * MIB),
                 (GuestAddress(2 << 32), 2 * MIB),
             ],
         )
-        .with_ram(ram(Populate::Lazy), [(GuestAddress(3 << 32), MIB)])
-        .with_backing(&adopted, 0, [(GuestAddress(4 << 32), MIB)])
+        .add_ram(ram(Populate::Lazy), [(GuestAddress(3 << 32), MIB)])
+        .add_backing(&adopted, 0, [(GuestAddress(4 << 32), MIB)])
         .build()
         .unwrap();
     let sizes: Vec<u64> = memory
@@ -312,15 +312,15 @@ fn more_than_the_machine_has_is_refused_before_the_first_page() {
     };
     for mode in [Populate::Allocate, Populate::Prefault] {
         let built = GuestMemoryShm::<()>::builder()
-            .with_ram(RamOptions::new(), [(GuestAddress(0), MIB)])
-            .with_ram(
+            .add_ram(RamOptions::new(), [(GuestAddress(0), MIB)])
+            .add_ram(
                 RamOptions::new().with_populate(mode),
                 [(GuestAddress(1 << 47), ENDLESS)],
             )
             .build();
         assert_short(built.map(drop));
         let options = RamOptions::new().with_populate(mode);
-        assert_short(GuestRegionShm::<()>::new(GuestAddress(0), ENDLESS, &options).map(drop));
+        assert_short(GuestRegionShm::<()>::new((GuestAddress(0), ENDLESS), &options).map(drop));
 
         let lazy = memory(RamOptions::new(), ENDLESS);
         let populated = lazy.populate(PopulateOptions::new(mode));
@@ -342,13 +342,13 @@ fn the_file_of_populated_ram_that_is_refused_is_removed_again() {
     // A file system is asked first how much it holds, so the RAM is small: what is too much is
     // what is beside it.
     let built = GuestMemoryShm::<()>::builder()
-        .with_ram(
+        .add_ram(
             RamOptions::new()
-                .with_backing(Backing::File(path.clone()))
+                .with_backing(BackingSource::File(path.clone()))
                 .with_populate(Populate::Prefault),
             [(GuestAddress(0), MIB)],
         )
-        .with_ram(
+        .add_ram(
             RamOptions::new().with_populate(Populate::Prefault),
             [(GuestAddress(1 << 47), ENDLESS)],
         )

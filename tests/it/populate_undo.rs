@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 
 use guest_memory_shm::{
-    AdoptPolicy, Backing, CancelToken, Error, GuestMemoryShm, OnFailure, PageSize, Populate,
+    AdoptPolicy, BackingSource, CancelToken, Error, GuestMemoryShm, OnFailure, PageSize, Populate,
     PopulateError, PopulateOptions, RamOptions, Reserve, ShmBacking,
 };
 use nix::mount::MsFlags;
@@ -215,7 +215,7 @@ fn a_panic_of_the_callback_gives_the_pages_back_as_an_error_does() {
 /// Lazy RAM on POSIX shm, however small /dev/shm is.
 fn unreserved(size: u64) -> GuestMemoryShm {
     let options = RamOptions::new()
-        .with_backing(Backing::PosixShm)
+        .with_backing(BackingSource::PosixShm)
         .with_reserve(Reserve::Off);
     memory(options, size)
 }
@@ -328,7 +328,7 @@ fn a_backing_that_was_truncated_is_named_and_not_made_longer_again() {
         let fd = file.try_clone().unwrap().into();
         let backing = ShmBacking::adopt(fd, &AdoptPolicy::new()).unwrap();
         let memory = GuestMemoryShm::<()>::builder()
-            .with_backing(&backing, 0, [(GuestAddress(0), 16 * MIB)])
+            .add_backing(&backing, 0, [(GuestAddress(0), 16 * MIB)])
             .build()
             .unwrap();
         file.set_len(MIB).unwrap();

@@ -230,8 +230,9 @@ fn holdings_see_a_descriptor_a_mapping_and_a_reservation() {
         let one = Holdings::now();
         assert_eq!(one.descriptors.len(), nothing.descriptors.len() + 1);
         let start = vm_memory::GuestAddress(0);
-        let region = guest_memory_shm::GuestRegionShm::<()>::from_backing(&backing, 0, start, 4096)
-            .expect("mapped");
+        let region =
+            guest_memory_shm::GuestRegionShm::<()>::from_backing(&backing, 0, (start, 4096))
+                .expect("mapped");
         let two = Holdings::now();
         assert_eq!(two.mappings.len(), nothing.mappings.len() + 1);
         assert_eq!(two.reserved, nothing.reserved + 8192);

@@ -1,7 +1,7 @@
 //! What has no effect is said: in the report that building returns, on the backing, in the log.
 
 use guest_memory_shm::{
-    Backing, BuildReport, GuestMemoryShm, GuestRegionShm, Merge, NotHuge, Note, PageSize,
+    BackingSource, BuildReport, GuestMemoryShm, GuestRegionShm, Merge, NotHuge, Note, PageSize,
     RamOptions, Reserve, ResourceLimit, ShmBacking,
 };
 use vm_memory::GuestAddress;
@@ -12,7 +12,7 @@ const MIB: u64 = 1 << 20;
 
 fn report(options: RamOptions, size: u64) -> BuildReport {
     let builder = GuestMemoryShm::<()>::builder();
-    let builder = builder.with_ram(options, [(GuestAddress(0), size)]);
+    let builder = builder.add_ram(options, [(GuestAddress(0), size)]);
     builder.build_with_report().unwrap().1
 }
 
@@ -23,7 +23,7 @@ fn properties(report: &BuildReport) -> Vec<&'static str> {
 
 #[test]
 fn ram_as_asked_for_has_nothing_to_report() {
-    for backing in [Backing::Memfd, Backing::PosixShm] {
+    for backing in [BackingSource::Memfd, BackingSource::PosixShm] {
         let found = report(RamOptions::new().with_backing(backing), MIB);
         assert!(found.is_empty(), "{found}");
     }
@@ -33,7 +33,7 @@ fn ram_as_asked_for_has_nothing_to_report() {
 fn merging_and_reserving_shared_memory_is_reported_without_effect() {
     let options = RamOptions::new()
         .with_name("ram0")
-        .with_backing(Backing::PosixShm)
+        .with_backing(BackingSource::PosixShm)
         .with_merge(Merge::On)
         .with_reserve(Reserve::On);
     let found = report(options, MIB);
@@ -41,8 +41,8 @@ fn merging_and_reserving_shared_memory_is_reported_without_effect() {
     assert_eq!(
         found.to_string(),
         "ram0: merge=on has no effect: the kernel merges private pages only, never shared ones\n\
-         ram0: reserve=on reserves nothing for a POSIX shm: only huge pages of a pool are \
-         reserved; populate the RAM to be sure of it"
+         ram0: reserve=on reserves nothing here: only huge pages of a pool are reserved; \
+         populate the RAM to be sure of it"
     );
 }
 
@@ -87,7 +87,7 @@ fn ram_larger_than_the_machine_is_reported_and_built() {
     // A file on a disk is not in memory as a whole.
     let disk = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let on_disk = RamOptions::new()
-        .with_backing(Backing::File(disk.path().to_owned()))
+        .with_backing(BackingSource::File(disk.path().to_owned()))
         .with_reserve(Reserve::Off);
     let found = report(on_disk, 1 << 43);
     assert!(!found.to_string().contains("this machine"), "{found}");
@@ -96,7 +96,7 @@ fn ram_larger_than_the_machine_is_reported_and_built() {
 #[test]
 fn a_region_and_a_backing_report_as_building_does() {
     let options = RamOptions::new().with_merge(Merge::On);
-    let region = GuestRegionShm::<()>::new(GuestAddress(0), MIB, &options).unwrap();
+    let region = GuestRegionShm::<()>::new((GuestAddress(0), MIB), &options).unwrap();
     assert_eq!(properties(&region.report()), ["merge"]);
     let backing = ShmBacking::create(&options, MIB).unwrap();
     assert!(matches!(backing.notes(), [Note::Merge]));

@@ -12,8 +12,8 @@ use seccompiler::{
 use vm_memory::GuestAddress;
 
 use guest_memory_shm::{
-    Backing, CancelToken, CoreDump, DiscardError, GuestMemoryShm, Note, OnFailure, OnShortage,
-    PageSize, Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit,
+    BackingSource, CancelToken, CoreDump, DiscardError, GuestMemoryShm, Note, OnFailure,
+    OnShortage, PageSize, Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit,
 };
 
 use crate::isolation::PAGE;
@@ -82,7 +82,7 @@ fn ram_is_allocated_without_fallocate() {
 #[test]
 fn ram_is_allocated_without_any_advice_and_what_is_not_advised_is_reported() {
     for errno in ANSWERS {
-        for backing in [Backing::Memfd, Backing::PosixShm] {
+        for backing in [BackingSource::Memfd, BackingSource::PosixShm] {
             let options = RamOptions::new()
                 .with_backing(backing)
                 .with_page_size(PageSize::Transparent)
@@ -90,7 +90,7 @@ fn ram_is_allocated_without_any_advice_and_what_is_not_advised_is_reported() {
                 .with_populate(Populate::Allocate);
             let built = forbidden(&[MADVISE], errno, || {
                 GuestMemoryShm::<()>::builder()
-                    .with_ram(options, [(GuestAddress(0), SIZE)])
+                    .add_ram(options, [(GuestAddress(0), SIZE)])
                     .build_with_report()
             });
             let (memory, report) = built.unwrap();
@@ -127,7 +127,7 @@ fn pages_are_given_back_without_advice() {
     for errno in ANSWERS {
         forbidden(&[MADVISE, (SYS_msync, None)], errno, || {
             let memory = memory(RamOptions::new().with_populate(Populate::Allocate), SIZE);
-            let discarded = memory.discard(GuestAddress(MIB), MIB).unwrap();
+            let discarded = memory.discard((GuestAddress(MIB), MIB)).unwrap();
             assert_eq!(discarded.freed, MIB);
             assert_eq!(allocated(&memory), SIZE - MIB);
         });
@@ -149,7 +149,7 @@ fn pages_are_given_back_without_advice() {
         let memory = memory(RamOptions::new(), MIB);
         memory.write_obj(7u8, GuestAddress(0)).unwrap();
         assert!(matches!(
-            memory.discard(GuestAddress(0), PAGE),
+            memory.discard((GuestAddress(0), PAGE)),
             Err(DiscardError::Failed { .. })
         ));
         assert_eq!(allocated(&memory), PAGE);
@@ -196,8 +196,8 @@ fn a_call_that_is_to_be_made_again_without_end_ends() {
 #[test]
 fn a_system_that_is_out_of_files_is_not_told_to_raise_the_limit_of_the_process() {
     let memfd = RamOptions::new();
-    let shm = RamOptions::new().with_backing(Backing::PosixShm);
-    let file = RamOptions::new().with_backing(Backing::File("/dev/shm".into()));
+    let shm = RamOptions::new().with_backing(BackingSource::PosixShm);
+    let file = RamOptions::new().with_backing(BackingSource::File("/dev/shm".into()));
     let huge = RamOptions::new().with_page_size(PageSize::Huge(None));
     for (options, call) in [
         (memfd, SYS_memfd_create),
@@ -207,7 +207,7 @@ fn a_system_that_is_out_of_files_is_not_told_to_raise_the_limit_of_the_process()
     ] {
         let build = || {
             GuestMemoryShm::<()>::builder()
-                .with_ram(options.clone(), [(GuestAddress(0), 1 << 30)])
+                .add_ram(options.clone(), [(GuestAddress(0), 1 << 30)])
                 .build()
                 .unwrap_err()
         };
@@ -246,7 +246,7 @@ fn who_cannot_look_whether_there_is_memory_is_told_so() {
             let anyway = options().with_on_shortage(OnShortage::TryAnyway);
             memory.populate(anyway).unwrap();
             assert_eq!(allocated(&memory), MIB);
-            memory.discard(GuestAddress(0), MIB).unwrap();
+            memory.discard((GuestAddress(0), MIB)).unwrap();
         });
     }
 }

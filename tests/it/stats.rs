@@ -7,11 +7,12 @@
 use std::ptr::NonNull;
 
 use guest_memory_shm::{
-    Backing, BackingKind, GuestMemoryShm, GuestRegionShm, Merge, Note, PageSize, RamOptions, Seals,
-    ShmBacking,
+    BackingKind, BackingSource, GuestMemoryShm, GuestRegionShm, Merge, Note, PageSize, RamOptions,
+    Seals, ShmBacking,
 };
 use nix::fcntl::posix_fallocate;
 use nix::sys::mman::mlock;
+use serde_json::json;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::fork::Peer;
@@ -47,12 +48,12 @@ fn from_smaps(region: &GuestRegionShm, name: &str) -> u64 {
 #[test]
 fn regions_are_described_as_they_are() {
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(
+        .add_ram(
             RamOptions::new().with_merge(Merge::On),
             [(GuestAddress(0), MIB)],
         )
-        .with_ram(
-            RamOptions::new().with_backing(Backing::PosixShm),
+        .add_ram(
+            RamOptions::new().with_backing(BackingSource::PosixShm),
             [(GuestAddress(4 * MIB), 2 * MIB)],
         )
         .build()
@@ -79,6 +80,19 @@ fn regions_are_described_as_they_are() {
     assert_eq!((stats.size(), stats.allocated()), (3 * MIB, 5 * PAGE));
     let on_nodes: u64 = stats.nodes.values().sum();
     assert_eq!(on_nodes, 5 * PAGE);
+    let data = serde_json::to_value(&stats).unwrap();
+    let region = json!({
+        "range": { "start": 4 * MIB, "size": 2 * MIB },
+        "kind": "posix-shm",
+        "name": shm.name,
+        "page_size": PAGE,
+        "allocated": 5 * PAGE,
+        "huge": shm.huge,
+        "seals": shm.seals.to_string(),
+    });
+    assert_eq!(data["regions"][1], region);
+    let note = json!([{ "backing": "memfd", "note": merge.note().to_string() }]);
+    assert_eq!(data["notes"], note);
     let table = stats.to_string();
     assert!(
         table.contains("20 KiB") && table.contains("merge=on has no effect"),
@@ -91,7 +105,7 @@ fn regions_are_described_as_they_are() {
 fn regions_that_share_a_backing_are_counted_apart() {
     let place = |addr: u64, size: u64| (GuestAddress(addr), size);
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(
+        .add_ram(
             RamOptions::new().with_merge(Merge::On),
             [place(0, 4 * MIB), place(8 * MIB, MIB), place(16 * MIB, MIB)],
         )
@@ -117,7 +131,7 @@ fn regions_that_share_a_backing_are_counted_apart() {
 fn parts_of_a_backing_that_are_no_region_are_not_counted() {
     let backing = ShmBacking::create(&RamOptions::new(), 8 * MIB).unwrap();
     let memory = GuestMemoryShm::<()>::builder()
-        .with_backing(&backing, 2 * MIB, [(GuestAddress(0), MIB)])
+        .add_backing(&backing, 2 * MIB, [(GuestAddress(0), MIB)])
         .build()
         .unwrap();
     posix_fallocate(&backing, MIB as i64, PAGE as i64).unwrap();
@@ -125,7 +139,7 @@ fn parts_of_a_backing_that_are_no_region_are_not_counted() {
     assert_eq!(allocated(&memory), [2 * PAGE]);
     assert_eq!(backing.allocated().unwrap(), 3 * PAGE);
     // The same part twice, at different guest addresses.
-    let alias = GuestRegionShm::from_backing(&backing, 2 * MIB, GuestAddress(MIB), MIB).unwrap();
+    let alias = GuestRegionShm::from_backing(&backing, 2 * MIB, (GuestAddress(MIB), MIB)).unwrap();
     let memory = memory.insert_region(std::sync::Arc::new(alias)).unwrap();
     assert_eq!(allocated(&memory), [2 * PAGE, 2 * PAGE]);
 }
@@ -154,11 +168,11 @@ fn huge_pages_are_those_of_smaps() {
             return;
         };
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(
+            .add_ram(
                 RamOptions::new().with_page_size(PageSize::Transparent),
                 [(GuestAddress(0), 3 * HUGE)],
             )
-            .with_ram(RamOptions::new(), [(GuestAddress(4 * HUGE), 2 * HUGE)])
+            .add_ram(RamOptions::new(), [(GuestAddress(4 * HUGE), 2 * HUGE)])
             .build()
             .unwrap();
         let regions: Vec<_> = memory.iter().collect();
@@ -180,7 +194,7 @@ fn huge_pages_are_those_of_smaps() {
             _ => return skip("the kernel has no PAGEMAP_SCAN"),
         }
         // One that is split is none any more, though nearly all of it is there.
-        memory.discard(GuestAddress(0), PAGE).unwrap();
+        memory.discard((GuestAddress(0), PAGE)).unwrap();
         let after = from_smaps(regions[0], "ShmemPmdMapped");
         assert_eq!((after, huge()[0]), (expected - HUGE, Some(after)));
     });
@@ -194,14 +208,14 @@ fn hugetlb_is_counted_and_what_only_a_peer_touched_is_not_made_up() {
         };
         let huge = RamOptions::new().with_page_size(PageSize::Huge(Some(HUGE)));
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(
+            .add_ram(
                 huge.clone(),
                 [
                     (GuestAddress(0), 2 * HUGE),
                     (GuestAddress(8 * HUGE), 2 * HUGE),
                 ],
             )
-            .with_ram(huge, [(GuestAddress(16 * HUGE), 2 * HUGE)])
+            .add_ram(huge, [(GuestAddress(16 * HUGE), 2 * HUGE)])
             .build()
             .unwrap();
         let alone = memory.find_region(GuestAddress(16 * HUGE)).unwrap();

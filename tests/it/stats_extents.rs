@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{Seek, SeekFrom};
 
-use guest_memory_shm::{AdoptPolicy, Backing, GuestMemoryShm, RamOptions, ShmBacking};
+use guest_memory_shm::{AdoptPolicy, BackingSource, GuestMemoryShm, RamOptions, ShmBacking};
 use nix::fcntl::{FallocateFlags, fallocate, posix_fallocate};
 use proptest::prelude::*;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -18,9 +18,9 @@ const REGIONS: [(u64, u64); 3] = [(0, 300), (300, 500), (2000, 450)];
 fn memory() -> GuestMemoryShm {
     let ranges = REGIONS.map(|(start, pages)| (GuestAddress(start * PAGE), pages * PAGE));
     GuestMemoryShm::<()>::builder()
-        .with_ram(RamOptions::new(), ranges[..2].to_vec())
-        .with_ram(
-            RamOptions::new().with_backing(Backing::PosixShm),
+        .add_ram(RamOptions::new(), ranges[..2].to_vec())
+        .add_ram(
+            RamOptions::new().with_backing(BackingSource::PosixShm),
             ranges[2..].to_vec(),
         )
         .build()
@@ -93,7 +93,7 @@ proptest! {
         for part in discarded {
             let part = place(part);
             let len = (part.end - part.start) * PAGE;
-            memory.discard(GuestAddress(part.start * PAGE), len).unwrap();
+            memory.discard((GuestAddress(part.start * PAGE), len)).unwrap();
             pages.retain(|page| !part.contains(page));
         }
         // Full backings are told without a look at them.
@@ -125,7 +125,7 @@ fn extents_of_a_disk_file_are_found_and_its_position_is_left_alone() {
     let policy = AdoptPolicy::new().with_disk_files();
     let disk = ShmBacking::adopt(file.into(), &policy).unwrap();
     let memory = GuestMemoryShm::<()>::builder()
-        .with_backing(&disk, 0, [(GuestAddress(0), MIB)])
+        .add_backing(&disk, 0, [(GuestAddress(0), MIB)])
         .build()
         .unwrap();
     for page in [9, 10, 200] {
@@ -187,10 +187,10 @@ fn a_part_of_a_larger_file_is_told_from_the_rest() {
     posix_fallocate(&file, 0, MIB as i64).unwrap();
     posix_fallocate(&file, 2 * MIB as i64, 2 * MIB as i64).unwrap();
     let options = RamOptions::new()
-        .with_backing(Backing::File(path))
+        .with_backing(BackingSource::File(path))
         .with_offset(MIB);
     let memory = GuestMemoryShm::<()>::builder()
-        .with_ram(options, [(GuestAddress(0), MIB)])
+        .add_ram(options, [(GuestAddress(0), MIB)])
         .build()
         .unwrap();
     assert_eq!(extents(&memory, 0), []);
@@ -198,7 +198,7 @@ fn a_part_of_a_larger_file_is_told_from_the_rest() {
     memory.write_obj(1u8, GuestAddress(5 * PAGE)).unwrap();
     assert_eq!(extents(&memory, 0), [(5, 1)]);
     assert_eq!(memory.stats().unwrap().allocated(), PAGE);
-    let discarded = memory.discard(GuestAddress(0), MIB).unwrap();
+    let discarded = memory.discard((GuestAddress(0), MIB)).unwrap();
     assert_eq!(discarded.freed, MIB);
     assert_eq!(extents(&memory, 0), []);
     let rest = nix::sys::stat::fstat(&file).unwrap().st_blocks as u64 * 512;

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering::{self, Relaxed};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use guest_memory_shm::{
-    Backing, GuestMemoryShm, GuestMemoryShmBuilder, GuestRegionShm, PublishedMemory, RamOptions,
-    ShmBacking,
+    BackingSource, GuestMemoryShm, GuestMemoryShmBuilder, GuestRegionShm, PublishedMemory,
+    RamOptions, ShmBacking,
 };
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{
@@ -32,7 +32,7 @@ fn always_there() -> GuestMemoryShm {
 
 /// A region with a backing of its own whose first and last eight bytes are `round`.
 fn region_of(round: u64) -> Arc<GuestRegionShm> {
-    let region = GuestRegionShm::new(PLUGGED, 2 * PAGE, &RamOptions::new()).expect("mapped");
+    let region = GuestRegionShm::new((PLUGGED, 2 * PAGE), &RamOptions::new()).expect("mapped");
     let end = vm_memory::MemoryRegionAddress(2 * PAGE - 8);
     region
         .write_obj(round, vm_memory::MemoryRegionAddress(0))
@@ -249,7 +249,7 @@ fn everything_that_is_shared_can_be_shared_between_threads() {
         shareable::<PublishedMemory>();
         shareable::<ShmBacking>();
         shareable::<RamOptions>();
-        shareable::<Backing>();
+        shareable::<BackingSource>();
         shareable::<guest_memory_shm::Error>();
         shareable::<guest_memory_shm::AdoptError>();
     };

@@ -2,7 +2,7 @@
 //! who forbids it where it is not.
 
 use guest_memory_shm::{
-    Backing, BuildReport, GuestMemoryShm, GuestRegionShm, NotHuge, Note, PageSize, Populate,
+    BackingSource, BuildReport, GuestMemoryShm, GuestRegionShm, NotHuge, Note, PageSize, Populate,
     RamOptions,
 };
 use nix::mount::{MsFlags, umount};
@@ -19,14 +19,14 @@ const RANGES: [(GuestAddress, u64); 2] = [
     (GuestAddress(4 << 30), 10 * MIB),
 ];
 
-fn options(backing: Backing) -> RamOptions {
+fn options(backing: BackingSource) -> RamOptions {
     RamOptions::new()
         .with_backing(backing)
         .with_page_size(PageSize::Transparent)
 }
 
 fn build(options: RamOptions) -> (GuestMemoryShm, BuildReport) {
-    let builder = GuestMemoryShm::builder().with_ram(options, RANGES);
+    let builder = GuestMemoryShm::builder().add_ram(options, RANGES);
     builder.build_with_report().unwrap()
 }
 
@@ -68,12 +68,12 @@ fn posix_shm_on_a_mount_that_allows_huge_pages_is_mapped_by_them() {
             return;
         }
         mount_tmpfs("/dev/shm", MsFlags::empty(), "size=64m,huge=advise");
-        let (memory, report) = build(options(Backing::PosixShm));
+        let (memory, report) = build(options(BackingSource::PosixShm));
         assert!(report.is_empty(), "{report}");
         touch(&memory);
         assert!(all_huge(&memory));
         // Not because the mount makes all of its files so.
-        let (plain, _) = build(RamOptions::new().with_backing(Backing::PosixShm));
+        let (plain, _) = build(RamOptions::new().with_backing(BackingSource::PosixShm));
         touch(&plain);
         assert!(none_huge(&plain));
         drop((memory, plain));
@@ -88,7 +88,7 @@ fn memfds_are_mapped_by_huge_pages_where_the_switch_allows_it() {
             return;
         };
         for populate in [Populate::Lazy, Populate::Allocate, Populate::Prefault] {
-            let (memory, report) = build(options(Backing::Memfd).with_populate(populate));
+            let (memory, report) = build(options(BackingSource::Memfd).with_populate(populate));
             assert!(report.is_empty(), "{report}");
             // The first touch maps what was only allocated.
             touch(&memory);
@@ -107,7 +107,8 @@ fn the_switch_that_forbids_huge_pages_is_named() {
             let Some(_switch) = ShmemHuge::set(value) else {
                 return;
             };
-            let (memory, report) = build(options(Backing::Memfd).with_populate(Populate::Prefault));
+            let (memory, report) =
+                build(options(BackingSource::Memfd).with_populate(Populate::Prefault));
             assert!(none_huge(&memory));
             assert_eq!(
                 report.lines()[0].to_string(),
@@ -131,7 +132,7 @@ fn a_mount_that_forbids_huge_pages_is_named() {
             return;
         }
         mount_tmpfs("/dev/shm", MsFlags::empty(), "size=64m");
-        let (memory, report) = build(options(Backing::PosixShm));
+        let (memory, report) = build(options(BackingSource::PosixShm));
         touch(&memory);
         assert!(none_huge(&memory));
         // Once for each region.
@@ -154,7 +155,7 @@ fn a_mount_that_forbids_huge_pages_is_named() {
 fn a_process_that_switched_them_off_is_told() {
     in_own_process(|| {
         nix::sys::prctl::set_thp_disable(true).unwrap();
-        let (_, report) = build(options(Backing::Memfd));
+        let (_, report) = build(options(BackingSource::Memfd));
         assert!(matches!(
             report.lines()[0].note(),
             Note::NotHuge(NotHuge::Process)
@@ -174,7 +175,7 @@ fn an_uneven_part_is_reported_and_the_rest_is_huge() {
         }
         mount_tmpfs("/dev/shm", MsFlags::empty(), "size=64m,huge=advise");
         let ranges = [(GuestAddress(0), 5 * MIB)];
-        let builder = GuestMemoryShm::builder().with_ram(options(Backing::PosixShm), ranges);
+        let builder = GuestMemoryShm::builder().add_ram(options(BackingSource::PosixShm), ranges);
         let (memory, report) = builder.build_with_report().unwrap();
         touch(&memory);
         let region = memory.iter().next().unwrap();

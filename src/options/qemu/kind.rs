@@ -1,6 +1,6 @@
 //! QEMU's types of memory backend, and which properties each has.
 
-use crate::options::Backing;
+use crate::options::BackingSource;
 use crate::options::error::{OptionsError, Result};
 
 /// A type of memory backend.
@@ -32,11 +32,11 @@ impl Kind {
         kind.ok_or_else(|| OptionsError::UnknownType { found: name.into() })
     }
 
-    pub(super) fn of(backing: &Backing) -> Self {
+    pub(super) fn of(backing: &BackingSource) -> Self {
         match backing {
-            Backing::Memfd => Self::Memfd,
-            Backing::PosixShm => Self::Shm,
-            Backing::File(_) => Self::File,
+            BackingSource::Memfd => Self::Memfd,
+            BackingSource::PosixShm => Self::Shm,
+            BackingSource::File(_) => Self::File,
         }
     }
 

@@ -7,9 +7,10 @@ use std::str::FromStr;
 use super::kind::Kind;
 use super::pairs::Pairs;
 use super::values::{self, A_NUMBER, A_SIZE, A_SWITCH, NODES};
+use crate::host::NodeSet;
 use crate::options::error::{OptionsError, Result};
 use crate::options::{
-    Access, Backing, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
+    Access, BackingSource, CoreDump, DiscardData, Merge, NumaPolicy, OnShortage, PageSize,
     Populate, RamOptions, Reserve, Sealing, Unused,
 };
 
@@ -19,10 +20,10 @@ use crate::options::{
 /// that `dump` is on unless written, other than in typed options.
 ///
 /// ```
-/// use guest_memory_shm::{Backing, CoreDump, Populate, RamOptions};
+/// use guest_memory_shm::{BackingSource, CoreDump, Populate, RamOptions};
 ///
 /// let options: RamOptions = "memory-backend-shm,id=ram0,size=1.5G,prealloc=on".parse()?;
-/// assert_eq!(options.backing(), &Backing::PosixShm);
+/// assert_eq!(options.backing(), &BackingSource::PosixShm);
 /// assert_eq!(options.size(), Some(1536 << 20));
 /// assert_eq!(options.populate(), Populate::Prefault);
 /// assert_eq!(options.core_dump(), CoreDump::Include);
@@ -135,16 +136,16 @@ impl Reader<'_> {
         }
     }
 
-    fn backing(&self) -> Result<Backing> {
+    fn backing(&self) -> Result<BackingSource> {
         Ok(match self.kind {
-            Kind::Memfd => Backing::Memfd,
-            Kind::Shm => Backing::PosixShm,
+            Kind::Memfd => BackingSource::Memfd,
+            Kind::Shm => BackingSource::PosixShm,
             Kind::File => {
                 let path = self.pairs.last("mem-path").ok_or(OptionsError::Missing {
                     property: "mem-path",
                     remedy: "write mem-path=PATH of a file, or of a directory for a nameless file",
                 })?;
-                Backing::File(PathBuf::from(path))
+                BackingSource::File(PathBuf::from(path))
             }
         })
     }
@@ -231,7 +232,9 @@ impl Reader<'_> {
             let first = u32::try_from(first).map_err(|_| refused())?;
             // The first that there is not ends it: a range is not walked for ever.
             for node in first..=last {
-                nodes.insert(node)?;
+                if !nodes.insert(node) {
+                    return Err(OptionsError::NodeNumber { node });
+                }
             }
         }
         let policy: fn(NodeSet) -> NumaPolicy = match self.pairs.last("policy") {

@@ -6,8 +6,8 @@ use super::kind::Kind;
 use super::pairs::write_value;
 use super::values::write_size;
 use crate::options::{
-    Access, Backing, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate, RamOptions,
-    Reserve, Sealing,
+    Access, BackingSource, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate,
+    RamOptions, Reserve, Sealing,
 };
 
 /// As QEMU's `-object` takes them, or nearly: `memory-backend-memfd,size=64M,dump=off`.
@@ -18,10 +18,10 @@ use crate::options::{
 /// UTF-8 is written with replacement characters: reading gives another path then.
 ///
 /// ```
-/// use guest_memory_shm::{Backing, Populate, RamOptions};
+/// use guest_memory_shm::{BackingSource, Populate, RamOptions};
 ///
 /// let options = RamOptions::new()
-///     .with_backing(Backing::PosixShm)
+///     .with_backing(BackingSource::PosixShm)
 ///     .with_size(64 << 20)
 ///     .with_populate(Populate::Prefault);
 /// assert_eq!(
@@ -38,7 +38,7 @@ impl fmt::Display for RamOptions {
             write!(f, ",id={}", write_value(name))?;
         }
         write_bytes(f, "size", self.size)?;
-        if let Backing::File(path) = &self.backing {
+        if let BackingSource::File(path) = &self.backing {
             let path = write_value(&path.to_string_lossy());
             // QEMU's own default for a file is RAM that is not shared.
             write!(f, ",mem-path={path},share=on")?;

@@ -8,7 +8,7 @@ use crate::backing::BackingError;
 use crate::error::Error;
 use crate::mapping::MapError;
 use crate::range::{InvalidRange, RangePart};
-use crate::units::HumanSize;
+use crate::units::{Counted, HumanSize};
 
 /// Why a daemon does not take a memory table, a change of it, or an address.
 ///
@@ -37,8 +37,9 @@ use crate::units::HumanSize;
 pub enum ReceiveError {
     /// The payload of a message is not as long as its contents say.
     #[error(
-        "the payload of {message} has {len} bytes and must have {expected}: the frontend and this \
-         daemon do not speak the same protocol"
+        "the payload of {message} has {} and must have {expected}: the frontend and this daemon do \
+         not speak the same protocol",
+        Counted(len, "byte")
     )]
     Payload {
         /// The message.
@@ -54,7 +55,11 @@ pub enum ReceiveError {
     NoRegions,
 
     /// The number of descriptors is not that of the regions.
-    #[error("{regions} regions came with {descriptors} file descriptors: send one for each region")]
+    #[error(
+        "{} came with {}: send one for each region",
+        Counted(regions, "region"),
+        Counted(descriptors, "file descriptor")
+    )]
     Descriptors {
         /// The number of regions.
         regions: usize,
@@ -136,7 +141,7 @@ pub enum ReceiveError {
     /// A region that reaches past the end of its file, where touching it would be SIGBUS.
     #[error(
         "region {index} has {} at mmap offset {offset:#x}, and its file has {}: touching what is \
-         behind the end would be SIGBUS, make the file longer or the region shorter",
+         past the end would be SIGBUS, make the file longer or the region shorter",
         HumanSize(*.size), HumanSize(*.len)
     )]
     FileTooShort {
@@ -218,7 +223,7 @@ impl ReceiveError {
     /// | `EFAULT` (14) | an address that is in no region, a ring that runs out of its region |
     /// | `ENOSPC` (28) | more regions than there are memory slots |
     /// | `EFBIG` (27) | more memory than the policy allows |
-    /// | `ENXIO` (6) | a region behind the end of its file |
+    /// | `ENXIO` (6) | a region past the end of its file |
     /// | `EPERM` (1) | seals that are not as the policy demands |
     /// | `EBADF` (9) | a descriptor that is no memory, or of a kind that the policy does not allow |
     /// | `ENOMEM` (12) | the daemon cannot map it: no address space, no huge pages, no descriptors |

@@ -30,10 +30,10 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
         (
             ReceiveError::Descriptors {
                 regions: 3,
-                descriptors: 2,
+                descriptors: 1,
             },
             22,
-            "3 regions came with 2 file descriptors: send one for each region",
+            "3 regions came with 1 file descriptor: send one for each region",
         ),
         (
             ReceiveError::TooManyRegions {
@@ -121,7 +121,7 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
             },
             6,
             "region 0 has 1 MiB at mmap offset 0x1000, and its file has 1 MiB: touching what \
-             is behind the end would be SIGBUS, make the file longer or the region shorter",
+             is past the end would be SIGBUS, make the file longer or the region shorter",
         ),
         (
             ReceiveError::NoSuchRegion {

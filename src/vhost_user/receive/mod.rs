@@ -2,8 +2,8 @@
 //!
 //! A frontend may be broken, or hostile. What it says about its memory is checked before anything
 //! is mapped: counts, wraps, overlaps of guest *and* user addresses, alignment, the length of each
-//! file, its kind and its seals. A message that is refused changes nothing: the daemon goes on
-//! with the table that it has, the descriptors of the message are closed, and the error has a
+//! file, its kind and its seals. A message that is refused changes nothing: the daemon keeps
+//! the table that it has, the descriptors of the message are closed, and the error has a
 //! [code](ReceiveError::reply_code) for the reply.
 //!
 //! [`ReceivedTable::set`] is for SET_MEM_TABLE, [`ReceivedTable::add`] for ADD_MEM_REG and

@@ -49,7 +49,7 @@ impl ReceivePolicy {
 
     /// Sets how many bytes all regions together may have; any number unless set.
     ///
-    /// Pages that nobody writes cost a frontend nothing, but address space and the dirty bitmaps
+    /// Untouched pages cost a frontend nothing, but address space and the dirty bitmaps
     /// of regions cost the daemon: a bitmap of 64 TiB is 2 GiB of its own memory.
     #[must_use]
     pub fn with_max_size(mut self, max_size: u64) -> Self {

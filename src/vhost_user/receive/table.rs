@@ -56,21 +56,14 @@ pub struct ReceivedTable<B = ()> {
     memory: GuestMemoryShm<B>,
     /// Sorted by guest address, as those of the memory.
     regions: Arc<[ReceivedRegion]>,
-    by_user: Arc<[UserRange]>,
+    /// The same, sorted by user address.
+    by_user: Arc<[ReceivedRegion]>,
     policy: ReceivePolicy,
     bitmap: Arc<MakeBitmap<B>>,
 }
 
 /// What makes the bitmap of a region.
 type MakeBitmap<B> = dyn Fn(GuestRange) -> B + Send + Sync;
-
-/// A region by its user addresses.
-#[derive(Clone, Copy, Debug)]
-struct UserRange {
-    start: u64,
-    size: u64,
-    guest: u64,
-}
 
 impl<B: NewBitmap + 'static> ReceivedTable<B> {
     /// A table without any region, which the daemon has before the first message.
@@ -196,8 +189,8 @@ impl<B> ReceivedTable<B> {
 
     /// The guest address of what the frontend calls `user_addr`, if that is in a region.
     pub fn guest_addr(&self, user_addr: u64) -> Option<GuestAddress> {
-        let (range, offset) = self.find(user_addr)?;
-        Some(GuestAddress(range.guest + offset))
+        let (region, offset) = self.find(user_addr)?;
+        Some(GuestAddress(region.guest_addr.0 + offset))
     }
 
     /// The guest address of a ring of `len` bytes that the frontend calls `user_addr`
@@ -212,8 +205,8 @@ impl<B> ReceivedTable<B> {
     /// the ring runs past the end of its region, whether or not another follows.
     pub fn ring(&self, user_addr: u64, len: u64) -> Result<GuestAddress, ReceiveError> {
         let found = self.find(user_addr);
-        let (range, offset) = found.ok_or(ReceiveError::NotMapped { user_addr })?;
-        let left = range.size - offset;
+        let (region, offset) = found.ok_or(ReceiveError::NotMapped { user_addr })?;
+        let left = region.size - offset;
         if len > left {
             return Err(ReceiveError::RingEnds {
                 user_addr,
@@ -221,17 +214,17 @@ impl<B> ReceivedTable<B> {
                 left,
             });
         }
-        Ok(GuestAddress(range.guest + offset))
+        Ok(GuestAddress(region.guest_addr.0 + offset))
     }
 
     /// The region that holds a user address, and the offset in it.
-    fn find(&self, user_addr: u64) -> Option<(&UserRange, u64)> {
-        let behind = self
+    fn find(&self, user_addr: u64) -> Option<(&ReceivedRegion, u64)> {
+        let after = self
             .by_user
-            .partition_point(|range| range.start <= user_addr);
-        let range = self.by_user.get(behind.checked_sub(1)?)?;
-        let offset = user_addr - range.start;
-        (offset < range.size).then_some((range, offset))
+            .partition_point(|region| region.user_addr <= user_addr);
+        let region = self.by_user.get(after.checked_sub(1)?)?;
+        let offset = user_addr - region.user_addr;
+        (offset < region.size).then_some((region, offset))
     }
 
     /// Checks and maps `new` beside what is there.
@@ -253,8 +246,7 @@ impl<B> ReceivedTable<B> {
             let placed = GuestRegionShm::from_backing_with_bitmap(
                 backing,
                 region.mmap_offset,
-                guest_addr,
-                size,
+                (guest_addr, size),
                 &*self.bitmap,
             );
             memory.push(Arc::new(placed.map_err(|error| at(index, error))?));
@@ -304,15 +296,8 @@ impl<B> ReceivedTable<B> {
         bitmap: Arc<MakeBitmap<B>>,
     ) -> Self {
         regions.sort_unstable_by_key(|region| region.guest_addr);
-        let mut by_user: Vec<_> = regions
-            .iter()
-            .map(|region| UserRange {
-                start: region.user_addr,
-                size: region.size,
-                guest: region.guest_addr.0,
-            })
-            .collect();
-        by_user.sort_unstable_by_key(|range| range.start);
+        let mut by_user = regions.clone();
+        by_user.sort_unstable_by_key(|region| region.user_addr);
         Self {
             memory,
             regions: regions.into(),

@@ -15,9 +15,9 @@ use super::socket::socket_of;
 use super::wire;
 use crate::vhost_user::table::{MemoryTable, TableError, TableRegion};
 
-/// The front-end's side of a connection to a daemon, as far as memory tables need it.
+/// The frontend's side of a connection to a daemon, as far as memory tables need it.
 ///
-/// vhost's `Frontend` implements it; another front-end, or a test without a socket, can.
+/// vhost's `Frontend` implements it; another frontend, or a test without a socket, can.
 pub trait DaemonConnection {
     /// Has every later change acknowledged by the daemon before it returns. Called before the
     /// first message, before the deadline, and only if REPLY_ACK was negotiated.

@@ -17,7 +17,7 @@ use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
 use crate::logs;
 use crate::panics::caught;
 
-/// Hangs up on a daemon that does not answer in time, so that no call waits for ever.
+/// Hangs up on a daemon that does not answer in time, so that no call waits indefinitely.
 ///
 /// It is one thread, which sleeps. [`VhostUserShare`](crate::VhostUserShare) has one of its own. A
 /// VMM that makes other calls on its `Frontend` (negotiation, rings) needs one for them too.
@@ -125,10 +125,10 @@ impl CallDeadline {
     /// # Errors
     ///
     /// [`ShareError::Daemon`] with [`DaemonFailure::Silent`] if it took longer than the limit: the
-    /// connection is closed then. [`ShareError::NoDeadline`] if nobody watches the time, because
-    /// no thread could be had, or because this process is a child of the one that made the limit:
-    /// the call was not made. The next call tries to have a thread again. What the call itself
-    /// answers is inside `Ok`.
+    /// connection is closed then. [`ShareError::NoDeadline`] if the time cannot be watched,
+    /// because no thread could be had, or because this process is a child of the one that made the
+    /// limit: the call was not made. The next call tries to have a thread again. What the call
+    /// itself answers is inside `Ok`.
     pub fn run<T>(&mut self, call: impl FnOnce() -> T) -> Result<T> {
         let late = ShareError::Daemon {
             request: DaemonRequest::Other,
@@ -362,7 +362,7 @@ mod tests {
         let calls = [libc::SYS_clone3, libc::SYS_clone];
         let (mut unwatched, hung_up) = forbidden(&calls, Errno::EPERM, || {
             let (mut unwatched, hung_up) = limit(Duration::from_secs(3600));
-            let refused = unwatched.run(|| panic!("it could wait for ever"));
+            let refused = unwatched.run(|| panic!("it could wait indefinitely"));
             assert!(matches!(refused, Err(ShareError::NoDeadline { .. })));
             assert!(!unwatched.is_gone());
             unwatched.end_connection();
@@ -377,7 +377,7 @@ mod tests {
     fn in_a_child_of_the_process_no_call_is_made() {
         let (mut unwatched, _hung_up) = limit(Duration::from_secs(3600));
         let pid = std::mem::replace(&mut unwatched.pid, 1);
-        let refused = unwatched.run(|| panic!("it could wait for ever"));
+        let refused = unwatched.run(|| panic!("it could wait indefinitely"));
         assert!(matches!(refused, Err(ShareError::NoDeadline { .. })));
         unwatched.pid = pid;
         assert!(unwatched.run(|| ()).is_ok());

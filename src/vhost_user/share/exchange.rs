@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::connection::{Answer, DaemonConnection};
 use super::deadline::Clock;
 use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
-use super::{CallDeadline, ShareReport, VhostUserShare};
+use super::{CallDeadline, VhostUserShare};
 use crate::logs;
 use crate::range::Difference;
 use crate::vhost_user::table::{MemoryTable, TableRegion};
@@ -17,14 +17,13 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         &mut self,
         table: &MemoryTable,
         change: &Difference<TableRegion, TableRegion>,
-        report: &mut ShareReport,
     ) -> Result<()> {
         self.log_before(table)?;
-        self.mark_what_is_mapped_anew(table);
+        self.mark_what_is_mapped_anew(&change.additions);
         let sent = match self.mem_slots {
-            true => self.send_difference(change, report),
+            true => self.send_difference(change),
             false if self.held == *table => Ok(()),
-            false => self.send_whole(table, report),
+            false => self.send_whole(table),
         };
         if sent.is_err() && self.broken.is_some() {
             return sent;
@@ -34,19 +33,13 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         sent.and(logs)
     }
 
-    fn send_difference(
-        &mut self,
-        change: &Difference<TableRegion, TableRegion>,
-        report: &mut ShareReport,
-    ) -> Result<()> {
+    fn send_difference(&mut self, change: &Difference<TableRegion, TableRegion>) -> Result<()> {
         let mut last = None;
         for region in &change.removals {
             let step = DaemonRequest::RemoveRegion(region.range());
             self.change(step, |connection| connection.remove_mem_region(region))?;
             self.confirm(step)?;
             self.held.remove(region);
-            let start = region.range().start_addr();
-            self.bases.retain(|(known, _)| *known != start);
             last = Some(step);
         }
         for region in &change.additions {
@@ -55,16 +48,21 @@ impl<F: DaemonConnection> VhostUserShare<F> {
             if let Some(base) = self.change(step, |connection| connection.add_mem_region(region))? {
                 // The answer says that it was taken.
                 self.held.insert(region);
-                self.take_up(step, std::slice::from_ref(region), &[base], report)?;
+                self.take_up(step, std::slice::from_ref(region), &[base])?;
             }
             self.confirm(step)?;
             self.held.insert(region);
             last = Some(step);
         }
-        last.map_or(Ok(()), |step| self.confirm_lasting(step))
+        // libvhost-user acknowledges a change that it refuses, and hangs up then: only an answer
+        // after the acknowledgement shows that the daemon took it.
+        match last {
+            Some(step) if self.reply_ack => self.call(step, F::barrier),
+            _ => Ok(()),
+        }
     }
 
-    fn send_whole(&mut self, table: &MemoryTable, report: &mut ShareReport) -> Result<()> {
+    fn send_whole(&mut self, table: &MemoryTable) -> Result<()> {
         // Before, so that they count also if the answer never comes.
         self.mark_what_stays(table);
         self.expect_unlogged(table.regions());
@@ -76,40 +74,24 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         };
         if let Some(bases) = bases {
             // The answer says that it was taken.
-            self.hold_whole(table);
-            self.take_up(step, table.regions(), &bases, report)?;
+            self.held = table.clone();
+            self.take_up(step, table.regions(), &bases)?;
         }
-        self.confirm(step)?;
-        self.confirm_lasting(step)?;
-        self.hold_whole(table);
-        Ok(())
-    }
-
-    fn hold_whole(&mut self, table: &MemoryTable) {
+        self.call(step, F::barrier)?;
         self.held = table.clone();
-        // All regions were mapped anew.
-        self.bases.clear();
+        Ok(())
     }
 
     /// Without REPLY_ACK nothing says whether the daemon took a change: asks whether it is there.
     fn confirm(&mut self, step: DaemonRequest) -> Result<()> {
-        if self.reply_ack {
-            return Ok(());
+        match self.reply_ack {
+            true => Ok(()),
+            false => self.call(step, F::barrier),
         }
-        self.call(step, F::barrier)
-    }
-
-    /// libvhost-user acknowledges a change that it refuses, and hangs up then: only an answer
-    /// after the acknowledgement shows that the daemon took it.
-    fn confirm_lasting(&mut self, step: DaemonRequest) -> Result<()> {
-        if !self.reply_ack {
-            return Ok(());
-        }
-        self.call(step, F::barrier)
     }
 
     /// Makes one call that, refused, leaves the daemon as it was: if it still answers after the
-    /// refusal, the share goes on.
+    /// refusal, the share stays usable.
     pub(super) fn change<T>(
         &mut self,
         request: DaemonRequest,

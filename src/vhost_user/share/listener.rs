@@ -30,10 +30,9 @@ where
 
     fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
         self.update_memory(memory)
-            .map(|report| self.keep_bases(report))
             // Whoever attaches or connects waits for the daemon here; later no question is left
             // for `check`, which asks one daemon after the other.
-            .and_then(|()| self.learn_limits())
+            .and_then(|_| self.learn_limits())
             .map_err(|error| self.failed(error))
     }
 

@@ -153,7 +153,7 @@ fn file_len(size: u64) -> u64 {
 }
 
 fn map(backing: &ShmBacking) -> Result<GuestRegionShm> {
-    GuestRegionShm::from_backing(backing, 0, GuestAddress(0), backing.end()).map_err(no_memfd)
+    GuestRegionShm::from_backing(backing, 0, (GuestAddress(0), backing.end())).map_err(no_memfd)
 }
 
 fn no_memfd(error: impl Into<crate::error::Error>) -> ShareError {

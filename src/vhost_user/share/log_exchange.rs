@@ -15,7 +15,7 @@
 //!
 //! There is one log until logging stops, which grows in place and is never sent with a smaller
 //! size: whichever message a daemon handled last, it sets bits in the same pages, and they are
-//! harvested. That includes a daemon whose connection has ended, and which does not know it yet.
+//! harvested. That includes a daemon that does not know yet that its connection has ended.
 
 use super::error::{DaemonRequest, Result, ShareError};
 use super::logging::Logging;
@@ -187,15 +187,12 @@ impl<F: DaemonConnection> VhostUserShare<F> {
 
     /// Guest addresses that the daemon holds and is to hold by another region: it may be using
     /// them already when it gets that one, and logs there only once the log has followed.
-    pub(super) fn mark_what_is_mapped_anew(&self, next: &MemoryTable) {
-        let Some(logging) = &self.logging else {
-            return;
-        };
-        let held: Vec<_> = self.held.regions().iter().map(TableRegion::range).collect();
-        let new = next.regions().iter().filter(|new| !self.held.contains(new));
-        let known = |new: &GuestRange| held.iter().any(|held| held.overlaps(new));
-        let again: Vec<_> = new.map(TableRegion::range).filter(known).collect();
-        logging.mark(&again);
+    pub(super) fn mark_what_is_mapped_anew(&self, additions: &[TableRegion]) {
+        if let Some(logging) = &self.logging {
+            let held = self.held.regions();
+            let known = |new: &GuestRange| held.iter().any(|held| held.range().overlaps(new));
+            logging.mark(additions.iter().map(TableRegion::range).filter(known));
+        }
     }
 
     /// The daemon is to replace all of its regions, those that stay included.
@@ -203,8 +200,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         if let Some(logging) = &self.logging {
             let held = self.held.regions().iter();
             let stay = held.filter(|region| next.contains(region));
-            let ranges: Vec<_> = stay.map(TableRegion::range).collect();
-            logging.mark(&ranges);
+            logging.mark(stay.map(TableRegion::range));
         }
     }
 
@@ -223,10 +219,9 @@ impl<F: DaemonConnection> VhostUserShare<F> {
             return Ok(());
         };
         let size = log.size();
-        let sent = self.change(DaemonRequest::SetLog(size), |connection| {
+        let process = self.change(DaemonRequest::SetLog(size), |connection| {
             connection.set_log_base(&log)
-        });
-        let process = sent?;
+        })?;
         if let Some(logging) = &mut self.logging {
             logging.take(size, process);
         }

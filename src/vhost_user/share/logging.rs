@@ -1,9 +1,9 @@
-//! What is known of a daemon that logs what it writes, and of those whose connections have ended.
+//! The state of a daemon's log, and of daemons whose connections ended while they logged.
 
 use super::error::Result;
 use super::log::DaemonLog;
-use super::process::DaemonProcess;
 use super::stopped::{FormerDaemon, StoppedLog};
+use crate::host::process::Process;
 use crate::range::GuestRange;
 use crate::vhost_user::table::MemoryTable;
 
@@ -23,7 +23,7 @@ pub(super) struct Logging {
     /// The daemon was told of a region, on this connection.
     reaches_ram: bool,
     /// The daemon's process, as far as it is known.
-    process: Option<DaemonProcess>,
+    process: Option<Process>,
     /// Those whose connections have ended, and that are not known to be dead.
     former: Vec<Former>,
 }
@@ -32,7 +32,7 @@ pub(super) struct Logging {
 #[derive(Debug)]
 struct Former {
     reason: String,
-    process: Option<DaemonProcess>,
+    process: Option<Process>,
     /// What it may have written without logging it, when the connection ended and later.
     unlogged: Vec<GuestRange>,
     /// That was harvested, as it was when the connection ended.
@@ -41,16 +41,16 @@ struct Former {
 
 impl Former {
     fn id(&self) -> Option<u32> {
-        self.process.as_ref().map(DaemonProcess::id)
+        self.process.as_ref().map(Process::id)
     }
 
     fn is_dead(&self) -> bool {
-        self.process.as_ref().is_some_and(DaemonProcess::is_dead)
+        self.process.as_ref().is_some_and(Process::is_dead)
     }
 }
 
 impl Logging {
-    /// That a daemon is to log which was told of a region before, or was not.
+    /// The state of a daemon that is to log, and that can reach RAM already, or not.
     pub(super) fn new(reaches_ram: bool) -> Self {
         Self {
             reaches_ram,
@@ -89,7 +89,7 @@ impl Logging {
     pub(super) fn take(&mut self, size: u64, process: Option<u32>) {
         self.taken = size;
         // Now, while the connection is there: later the number may be another's.
-        let process = process.map(DaemonProcess::new);
+        let process = process.map(Process::new);
         self.process = process.or(self.process.take());
     }
 
@@ -143,7 +143,7 @@ impl Logging {
     /// The daemon logs all that it writes.
     pub(super) fn settle(&mut self) {
         if self.overdue {
-            self.mark(&self.unlogged);
+            self.mark(self.unlogged.iter().copied());
         }
         self.unlogged.clear();
         self.overdue = false;
@@ -151,29 +151,29 @@ impl Logging {
     }
 
     /// Counts these ranges as written.
-    pub(super) fn mark(&self, ranges: &[GuestRange]) {
+    pub(super) fn mark(&self, ranges: impl IntoIterator<Item = GuestRange>) {
         if let Some(log) = &self.log {
-            ranges.iter().for_each(|range| log.mark(*range));
+            ranges.into_iter().for_each(|range| log.mark(range));
         }
     }
 
     /// Takes what is dirty, together with what former daemons may have written without noting it:
-    /// as it was when their connections ended, and all of it once more when they are dead, or when
-    /// nobody will ask again.
+    /// once when their connections ended, and once more when they are dead, or when this is the
+    /// last harvest.
     pub(super) fn harvest(&mut self, is_last: bool) -> Vec<GuestRange> {
         let mut former = std::mem::take(&mut self.former);
         // Before the log is read: what the dead have noted is there.
         former.retain_mut(|daemon| {
             let is_dead = daemon.is_dead();
             if !daemon.is_counted || is_dead || is_last {
-                self.mark(&daemon.unlogged);
+                self.mark(daemon.unlogged.iter().copied());
                 daemon.is_counted = true;
             }
             !is_dead
         });
         self.former = former;
         if !self.settled {
-            self.mark(&self.unlogged);
+            self.mark(self.unlogged.iter().copied());
         }
         self.log.as_ref().map(DaemonLog::drain).unwrap_or_default()
     }

@@ -1,15 +1,14 @@
 //! Sharing guest RAM with one vhost-user daemon: its memory table is kept equal to ours.
 //!
-//! A [`VhostUserShare`] knows what the daemon was told and has acknowledged, and sends only the
-//! difference. Limits are checked before a byte is sent. A refusal leaves the share usable where
-//! the daemon survives it and is known to hold what it held. Any other failure on the wire breaks
-//! the share: what the daemon holds is not known any more, so it has to be connected to anew.
+//! A [`VhostUserShare`] knows what the daemon has acknowledged, and sends only the difference.
+//! Limits are checked before a byte is sent. After a refusal the share stays usable if the daemon
+//! survives it and is known to hold what it held. Any other failure on the wire breaks the share:
+//! what the daemon holds is no longer known, so it needs a new connection.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
-use vm_memory::GuestAddress;
 use vm_memory::bitmap::Bitmap;
 
 use crate::logs;
@@ -28,7 +27,6 @@ mod log;
 mod log_exchange;
 mod logging;
 mod postcopy;
-mod process;
 mod socket;
 mod stopped;
 mod wire;
@@ -50,10 +48,10 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 
 /// One daemon's memory table, kept equal to a [`MemoryTable`].
 ///
-/// The front-end negotiates features with the daemon and hands the acknowledged protocol features
-/// over. With CONFIGURE_MEM_SLOTS regions are added and removed one by one (ADD_MEM_REG,
-/// REM_MEM_REG), up to the daemon's GET_MAX_MEM_SLOTS; without it the whole table is sent
-/// (SET_MEM_TABLE), at most 8 regions. Every change is acknowledged by the daemon before
+/// The VMM negotiates features with the daemon and passes the acknowledged protocol features in.
+/// With CONFIGURE_MEM_SLOTS regions are added and removed one by one (ADD_MEM_REG, REM_MEM_REG),
+/// up to the daemon's GET_MAX_MEM_SLOTS; without it the whole table is sent (SET_MEM_TABLE), at
+/// most 8 regions. Every change is acknowledged by the daemon before
 /// [`update_table`](Self::update_table) returns: by REPLY_ACK where it was negotiated, otherwise
 /// by a round trip. No call waits longer than the [deadline](Self::with_deadline) for an answer; a
 /// change of many regions is as many calls.
@@ -65,8 +63,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// use vhost::VhostBackend;
 /// use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
 /// # use guest_memory_shm::mock::MockDaemon;
-/// # use vm_memory::GuestAddress;
-///
+/// # ///
 /// # let daemon = MockDaemon::builder().start_unnamed()?;
 /// # let stream = daemon.connect()?;
 /// # let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
@@ -103,8 +100,6 @@ pub struct VhostUserShare<F> {
     view: TableView,
     /// What the daemon has acknowledged.
     held: MemoryTable,
-    /// Bases that the daemon returned and no report handed out.
-    bases: Vec<(GuestAddress, u64)>,
     base_handler: BaseHandler,
     /// Present while the daemon is to log what it writes.
     logging: Option<Logging>,
@@ -116,7 +111,6 @@ pub struct VhostUserShare<F> {
 pub struct ShareReport {
     removed: usize,
     added: usize,
-    bases: Vec<(GuestAddress, u64)>,
 }
 
 impl ShareReport {
@@ -128,13 +122,6 @@ impl ShareReport {
     /// The number of regions that the daemon was told of newly.
     pub fn added(&self) -> usize {
         self.added
-    }
-
-    /// Where the daemon mapped the new regions: guest address and address in the daemon. Only
-    /// while postcopy listens. They are acknowledged already, so faults may have come:
-    /// [`VhostUserShare::with_base_handler`] tells them in time, and what they mean.
-    pub fn bases(&self) -> &[(GuestAddress, u64)] {
-        &self.bases
     }
 }
 
@@ -155,7 +142,6 @@ impl<F: DaemonConnection> VhostUserShare<F> {
             slots: None,
             view: TableView::default(),
             held: MemoryTable::default(),
-            bases: Vec::new(),
             base_handler: BaseHandler::default(),
             logging: None,
             broken: None,
@@ -167,8 +153,9 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// Sets how long the daemon may take for each answer; 10 seconds unless set. Without any time
     /// every update fails.
     ///
-    /// A call that another thread makes on a clone of the frontend takes from this time while it
-    /// waits, because it has the frontend's lock; at its end the connection is closed for both.
+    /// A call that another thread makes on a clone of the frontend uses up this time while it
+    /// waits, because it holds the frontend's lock; when the time is over, the connection is
+    /// closed for both.
     #[must_use]
     pub fn with_deadline(mut self, limit: Duration) -> Self {
         self.limit = limit;
@@ -191,10 +178,10 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         &self.view
     }
 
-    /// Goes on with a new connection to the daemon, which holds no region yet; gives back the old
-    /// one. The next [`update_table`](Self::update_table) sends the whole table.
+    /// Takes a new connection to the daemon, which holds no region yet; gives back the old one.
+    /// The next [`update_table`](Self::update_table) sends the whole table.
     ///
-    /// Most daemons serve one front-end at a time: the old connection must have ended before they
+    /// Most daemons serve one frontend at a time: the old connection must have ended before they
     /// answer on the new one. That of a broken share has.
     pub fn reconnect(&mut self, connection: F, features: Features) -> F {
         // First, and not between: if it panics, the share is what it was.
@@ -210,7 +197,6 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         self.log_shmfd = features.contains(Features::LOG_SHMFD);
         self.slots = None;
         self.held = MemoryTable::default();
-        self.bases = Vec::new();
         if let Some(logging) = &mut self.logging {
             // Unless it was broken off.
             logging.end("another connection took its place");
@@ -228,17 +214,19 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// # Errors
     ///
-    /// [`ShareError::Table`]: [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty
-    /// table that only SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
+    /// [`ShareError::Table`]: [`TableError::Range`] for a region that is not whole pages;
+    /// [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty table that only
+    /// SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
     /// for the kernel. [`ShareError::LogNotShared`]; [`ShareError::Broken`]; and what a failed
-    /// question leads to: [`ShareError::NoDeadline`], after which the share goes on as before, and
-    /// [`ShareError::Daemon`], after which it is broken.
+    /// question leads to: [`ShareError::NoDeadline`], after which the share is usable as before,
+    /// and [`ShareError::Daemon`], after which it is broken.
     pub fn check_table(&mut self, table: &MemoryTable) -> Result<()> {
         self.check_not_broken()?;
         self.check_log()?;
         if *table == self.held {
             return Ok(());
         }
+        table.check_pages().map_err(TableError::from)?;
         self.connection.check_table(table)?;
         match self.mem_slots {
             true => self.check_slots(table),
@@ -252,7 +240,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// # Errors
     ///
     /// [`ShareError::Table`], as for [`check_table`](Self::check_table): nothing was sent, the
-    /// share goes on as before. So it does after [`ShareError::NoDeadline`], if no thread could be
+    /// share is usable as before. So it is after [`ShareError::NoDeadline`], if no thread could be
     /// had to watch the time.
     ///
     /// [`ShareError::LogNotShared`] if the daemon is to log ([`start_log`](Self::start_log)) and a
@@ -262,9 +250,9 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// [`ShareError::Daemon`] with [`DaemonFailure::Refused`]: the daemon answered that it does
     /// not take a change. If that was a single region and the daemon still answers after it, the
-    /// share goes on: [`table`](Self::table) is what was acknowledged until then, and the next
-    /// update goes on from there. Otherwise it is broken: most daemons hang up when they refuse,
-    /// and some have let go of the old table when they refuse a whole one.
+    /// share stays usable: [`table`](Self::table) is what was acknowledged until then, and the
+    /// next update continues from there. Otherwise it is broken: most daemons hang up when they
+    /// refuse, and some have let go of the old table when they refuse a whole one.
     /// [`broken`](Self::broken) tells the two apart.
     ///
     /// [`ShareError::Daemon`] with any other failure: the connection is closed, the share is
@@ -278,15 +266,11 @@ impl<F: DaemonConnection> VhostUserShare<F> {
             return Ok(ShareReport::default());
         }
         let change = self.held.change_to(table);
-        let mut report = ShareReport {
+        self.send(table, &change)?;
+        let report = ShareReport {
             removed: change.removals.len(),
             added: change.additions.len(),
-            bases: Vec::new(),
         };
-        if let Err(error) = self.send(table, &change, &mut report) {
-            self.keep_bases(report);
-            return Err(error);
-        }
         logs::debug!(
             "daemon took {} regions less, {} more",
             report.removed,

@@ -2,22 +2,21 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use vm_memory::GuestAddress;
-
+use super::VhostUserShare;
 use super::bases::BaseHandler;
 use super::connection::DaemonConnection;
 use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
-use super::{ShareReport, VhostUserShare};
 use crate::range::GuestRange;
+use crate::units::Counted;
 use crate::vhost_user::table::TableRegion;
 
 impl<F: DaemonConnection> VhostUserShare<F> {
     /// Has `handler` told where the daemon maps each region while postcopy listens, before that is
-    /// acknowledged; nobody unless set.
+    /// acknowledged.
     ///
     /// While postcopy listens (VHOST_USER_POSTCOPY_LISTEN), a daemon answers SET_MEM_TABLE and
     /// ADD_MEM_REG with the address in its own process of each region's first byte: the base. It
-    /// is the *daemon* that registers these addresses with userfaultfd(2), and the front-end has
+    /// is the *daemon* that registers these addresses with userfaultfd(2), and the frontend has
     /// the descriptor, from VHOST_USER_POSTCOPY_ADVISE. Faults that are read from it name
     /// addresses of the daemon: one at `address` is at
     /// `range.start_addr() + (address - base)` in the guest, and is resolved at `address`. Whoever
@@ -32,10 +31,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// The handler is called during an update, on the thread that makes it, and stays for all
     /// connections. A later base of a region replaces the one before: a whole table has all
-    /// regions mapped anew. It should be quick: the daemon waits, and takes no other message. The
-    /// bases are in the [report](ShareReport::bases) as well, or kept for
-    /// [`take_bases`](Self::take_bases). If it panics, the share is broken: the daemon goes
-    /// without its acknowledgement.
+    /// regions mapped anew. It should be quick: the daemon waits, and takes no other message. If
+    /// it panics, the share is broken: the daemon goes without its acknowledgement.
     ///
     /// See `VHOST_USER_SET_MEM_TABLE`, `VHOST_USER_ADD_MEM_REG` and `VHOST_USER_POSTCOPY_LISTEN`
     /// in the vhost-user specification ("Front-end message types").
@@ -71,15 +68,14 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         step: DaemonRequest,
         regions: &[TableRegion],
         bases: &[u64],
-        report: &mut ShareReport,
     ) -> Result<()> {
         if bases.len() != regions.len() {
             let (bases, regions) = (bases.len(), regions.len());
-            let what = format!("{bases} bases came for {regions} regions");
+            let regions = Counted(regions, "region");
+            let what = format!("{} came for {regions}", Counted(bases, "base"));
             return self.call(step, |_| Err(DaemonFailure::protocol(what)));
         }
         for (region, base) in regions.iter().zip(bases) {
-            report.bases.push((region.range().start_addr(), *base));
             let told = AssertUnwindSafe(|| self.base_handler.tell(region.range(), *base));
             if let Err(panic) = catch_unwind(told) {
                 self.break_off(ShareError::GivenUp {
@@ -89,25 +85,5 @@ impl<F: DaemonConnection> VhostUserShare<F> {
             }
         }
         self.call(step, |connection| connection.acknowledge_bases(step))
-    }
-
-    /// Takes the bases that the daemon returned and that no report handed out: those of an update
-    /// that failed later, and those given to [`keep_bases`](Self::keep_bases). Guest address and
-    /// address in the daemon; see [`with_base_handler`](Self::with_base_handler), which learns
-    /// them in time.
-    pub fn take_bases(&mut self) -> Vec<(GuestAddress, u64)> {
-        std::mem::take(&mut self.bases)
-    }
-
-    /// Keeps the bases of a report that is not looked at now, for
-    /// [`take_bases`](Self::take_bases). Those of regions that the daemon does not hold any more
-    /// mean nothing, and are dropped.
-    pub fn keep_bases(&mut self, report: ShareReport) {
-        for (start, base) in report.bases {
-            if self.held.starts_at(start) {
-                self.bases.retain(|(known, _)| *known != start);
-                self.bases.push((start, base));
-            }
-        }
     }
 }

@@ -1,10 +1,10 @@
-//! What there is to say when a daemon's log is stopped.
+//! What a daemon's log reports when it is stopped.
 
 use std::fmt;
 
 use crate::range::GuestRange;
 
-/// What a log had to say when it was [stopped](crate::VhostUserShare::stop_log): the last dirty
+/// What a log reports when it is [stopped](crate::VhostUserShare::stop_log): the last dirty
 /// pages, and which daemons may write others that are in no harvest.
 ///
 /// ```

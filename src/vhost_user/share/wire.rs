@@ -1,6 +1,6 @@
 //! SET_LOG_BASE on the wire.
 //!
-//! The answer has no body by QEMU's front-end, 8 bytes by libvhost-user and 16 by rust-vmm's
+//! The answer has no body by QEMU's frontend, 8 bytes by libvhost-user and 16 by rust-vmm's
 //! daemons (the specification names none). vhost's `Frontend` waits for 16, from libvhost-user for
 //! ever. So this one message is exchanged here.
 
@@ -28,7 +28,7 @@ const MAX_BODY: usize = 16;
 /// Sends the log and waits for the answer, which says only that it was handled, and by which
 /// process, if the kernel says it.
 ///
-/// Nobody else may use the connection meanwhile.
+/// No other call may use the connection meanwhile.
 pub(super) fn set_log_base(
     socket: BorrowedFd<'_>,
     log: &DaemonLog,
@@ -55,8 +55,8 @@ pub(super) fn set_log_base(
     Ok(process)
 }
 
-/// While it lives, messages come with the credentials of those who send them. Where that cannot be
-/// had nothing is known of the process.
+/// While it lives, messages come with the credentials of their senders. Where that cannot be
+/// had, the process is unknown.
 struct Credentials<'a>(BorrowedFd<'a>);
 
 impl<'a> Credentials<'a> {

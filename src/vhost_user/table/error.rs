@@ -1,7 +1,7 @@
 //! Why a daemon cannot be told of a memory.
 
-use crate::range::GuestRange;
-use crate::units::HumanSize;
+use crate::range::{GuestRange, InvalidRange};
+use crate::units::{Counted, HumanSize};
 
 /// Why a memory table cannot be made, or a daemon cannot be sent it. Nothing was sent.
 ///
@@ -18,6 +18,10 @@ use crate::units::HumanSize;
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TableError {
+    /// A region is not whole pages, as daemons map them.
+    #[error(transparent)]
+    Range(#[from] InvalidRange),
+
     /// A constant that cannot be added to guest addresses to make user addresses.
     #[non_exhaustive]
     #[error(
@@ -59,8 +63,8 @@ pub enum TableError {
     /// A memory table has more regions than the daemon takes.
     #[non_exhaustive]
     #[error(
-        "the memory table has {regions} regions, {}; nothing was sent",
-        .slots.remedy(*.limit)
+        "the memory table has {}, {}; nothing was sent",
+        Counted(regions, "region"), .slots.remedy(*.limit)
     )]
     TooManyRegions {
         /// The number of regions.
@@ -93,7 +97,8 @@ impl SlotLimit {
                  use fewer regions"
             ),
             Self::Daemon => {
-                format!("the daemon has {limit} memory slots: use fewer regions or another daemon")
+                let slots = Counted(limit, "memory slot");
+                format!("the daemon has {slots}: use fewer regions or another daemon")
             }
             Self::Kernel => format!(
                 "in-kernel vhost takes {limit}: load the module vhost with a larger \

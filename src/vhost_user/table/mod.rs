@@ -13,7 +13,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use crate::backing::ShmBacking;
 use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
-use crate::range::{Difference, GuestRange, Placed, holder, place_of};
+use crate::range::{Difference, GuestRange, InvalidRange, Placed, holder, place_of};
 use crate::region::GuestRegionShm;
 
 mod error;
@@ -132,9 +132,10 @@ impl MemoryTable {
         })
     }
 
-    /// Whether a region starts at this address.
-    pub(crate) fn starts_at(&self, start: GuestAddress) -> bool {
-        place_of(&self.regions, start).is_ok()
+    /// Refuses regions that are not whole pages: daemons map pages.
+    pub(crate) fn check_pages(&self) -> Result<(), InvalidRange> {
+        let whole = |region: &TableRegion| region.range.check_pages(region.backing.page_size());
+        self.regions.iter().try_for_each(whole)
     }
 
     /// Whether this very region is in the table.
@@ -230,7 +231,7 @@ mod tests {
         let mut new = keep;
         for start in [9, 1, 6] {
             let region =
-                GuestRegionShm::new(GuestAddress(start * MIB), MIB, &RamOptions::new()).unwrap();
+                GuestRegionShm::new((GuestAddress(start * MIB), MIB), &RamOptions::new()).unwrap();
             new = new.insert_region(Arc::new(region)).unwrap();
         }
         let (old, new) = (old.memory_table(), new.memory_table());

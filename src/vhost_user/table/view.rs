@@ -25,8 +25,8 @@ use crate::range::{GuestRange, RangeSet};
 /// use vm_memory::GuestAddress;
 ///
 /// let memory = GuestMemoryShm::<()>::builder()
-///     .with_ram(RamOptions::new(), [(GuestAddress(0), 1 << 20)])
-///     .with_ram(RamOptions::new(), [(GuestAddress(1 << 32), 1 << 20)])
+///     .add_ram(RamOptions::new(), [(GuestAddress(0), 1 << 20)])
+///     .add_ram(RamOptions::new(), [(GuestAddress(1 << 32), 1 << 20)])
 ///     .build()?;
 /// let bounce = GuestRange::new(GuestAddress(1 << 32), 1 << 20)?;
 /// let view = TableView::default()
@@ -104,7 +104,7 @@ impl<B: Bitmap> GuestMemoryShm<B> {
             Ok(region)
         });
         Ok(MemoryTable {
-            regions: regions.collect::<Result<_, _>>()?,
+            regions: regions.collect::<Result<_, TableError>>()?,
         })
     }
 }

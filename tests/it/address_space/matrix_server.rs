@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use guest_memory_shm::mock::{BlkDevice, Fault as MockFault, FaultKind, MockDaemon};
+use guest_memory_shm::mock::{BlkDevice, Fault as MockFault, MockDaemon};
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 
 use super::matrix_case::{About, Case, Fault, Kind};
@@ -74,11 +74,11 @@ impl Server {
                         });
                     }
                     fault => {
-                        let fault = MockFault::new(message as u64, mock_fault(fault));
-                        daemon.inject(match planned.about {
-                            About::Table => fault,
-                            About::Log => fault.at_log(),
-                        });
+                        let fault = mock_fault(fault);
+                        match planned.about {
+                            About::Table => daemon.inject(message as u64, fault),
+                            About::Log => daemon.inject_at_log(message as u64, fault),
+                        }
                     }
                 },
                 Self::Process(daemon) => {
@@ -101,16 +101,16 @@ impl Server {
     }
 }
 
-fn mock_fault(fault: Fault) -> FaultKind {
+fn mock_fault(fault: Fault) -> MockFault {
     match fault {
-        Fault::Refuse => FaultKind::Refuse,
-        Fault::Late => FaultKind::AnswerLate(LATE),
-        Fault::Silent => FaultKind::NeverAnswer,
-        Fault::SilentAfter => FaultKind::NeverAnswerAfter,
-        Fault::Nonsense => FaultKind::AnswerNonsense,
-        Fault::HangUpBefore => FaultKind::HangUpBefore,
-        Fault::HangUpAfter => FaultKind::HangUpAfter,
-        Fault::DoneThenHangUp => FaultKind::AnswerThenHangUp,
+        Fault::Refuse => MockFault::Refuse,
+        Fault::Late => MockFault::AnswerLate(LATE),
+        Fault::Silent => MockFault::NeverAnswer,
+        Fault::SilentAfter => MockFault::NeverAnswerAfter,
+        Fault::Nonsense => MockFault::AnswerNonsense,
+        Fault::HangUpBefore => MockFault::HangUpBefore,
+        Fault::HangUpAfter => MockFault::HangUpAfter,
+        Fault::DoneThenHangUp => MockFault::AnswerThenHangUp,
         fault => unreachable!("{fault:?} is not the mock's"),
     }
 }

@@ -73,7 +73,7 @@ pub(super) fn play(case: &Case, expected: &Outcome, test: &str) {
     let more = new_region(&(96, 2));
     world.space.insert(Arc::clone(&more)).told_all();
     world.all_hold(&with(&after, &[], &[Arc::clone(&more)]));
-    let removed = world.space.remove(GuestAddress(96 * MIB), 2 * MIB);
+    let removed = world.space.remove((GuestAddress(96 * MIB), 2 * MIB));
     assert!(removed.expect("nothing is in the way").removed()[0].is(&more));
     world.all_hold(&after);
     world.write();
@@ -124,7 +124,7 @@ impl<'a> World<'a> {
     ) -> Result<Vec<ListenerStatus>, AddressSpaceError> {
         let mut transaction = self.space.transaction();
         for (start, size) in self.case.operation.changes().0 {
-            transaction = transaction.remove(GuestAddress(start * MIB), size * MIB);
+            transaction = transaction.remove((GuestAddress(start * MIB), size * MIB));
         }
         for region in added {
             transaction = transaction.insert(Arc::clone(region));
@@ -410,7 +410,7 @@ fn comes_to(counts: (usize, usize)) -> bool {
 }
 
 fn new_region((start, size): &Region) -> Arc<GuestRegionShm> {
-    let region = GuestRegionShm::new(GuestAddress(start * MIB), size * MIB, &RamOptions::new());
+    let region = GuestRegionShm::new((GuestAddress(start * MIB), size * MIB), &RamOptions::new());
     Arc::new(region.unwrap())
 }
 

@@ -403,7 +403,7 @@ fn a_region_that_comes_after_the_log_is_logged() {
     // A bit for each page up to 2 GiB.
     let log = DirtyLog::new(MFdFlags::MFD_ALLOW_SEALING, 1 << 16, 1 << 16, 0);
     log.send(&mut guest).unwrap();
-    let region = GuestRegionShm::new(plug, 1 << 20, &RamOptions::new()).unwrap();
+    let region = GuestRegionShm::new((plug, 1 << 20), &RamOptions::new()).unwrap();
     let memory = guest.memory.insert_region(region.into()).unwrap();
     guest.share.update_table(&memory.memory_table()).unwrap();
     guest.drivers[0].read(0, &[(plug, 4096)]).unwrap();

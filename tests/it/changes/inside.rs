@@ -14,7 +14,7 @@ fn all_refuse(space: &AddressSpace, id: Option<&ListenerId<Script>>) {
         other => panic!("{other:?}"),
     };
     reentrant(space.insert(region(32)).err());
-    reentrant(space.remove(GuestAddress(0), MIB).err());
+    reentrant(space.remove((GuestAddress(0), MIB)).err());
     reentrant(space.transaction().commit().err());
     reentrant(space.listeners().err());
     let error = space
@@ -84,7 +84,7 @@ fn a_listener_that_calls_the_address_space_is_told_so() {
         }
         *calls.lock().unwrap() = 0;
         space.insert(region(4)).told_all();
-        space.remove(GuestAddress(4 * MIB), MIB).told_all();
+        space.remove((GuestAddress(4 * MIB), MIB)).told_all();
         // Asked and told.
         assert_eq!(*calls.lock().unwrap(), 3 * 2 * 2);
         assert_eq!(present(&space), [0]);
@@ -151,7 +151,7 @@ fn what_is_dropped_or_displayed_in_a_change_cannot_call_it_either() {
     assert_eq!(*calls.lock().unwrap(), 1);
     drop(report);
     // Dropped, when it is told the next memory.
-    space.remove(GuestAddress(4 * MIB), MIB).told_all();
+    space.remove((GuestAddress(4 * MIB), MIB)).told_all();
     assert_eq!(*calls.lock().unwrap(), 2);
 }
 

@@ -34,7 +34,7 @@ fn neighbours_that_wait_are_told_side_by_side() {
         .collect();
     for _ in 0..50 {
         space.insert(region(4)).told_all();
-        space.remove(GuestAddress(4 * MIB), MIB).told_all();
+        space.remove((GuestAddress(4 * MIB), MIB)).told_all();
     }
     for id in ids {
         assert_eq!(space.detach(id).unwrap().1, 50);
@@ -130,8 +130,8 @@ fn regions_go_from_above_and_come_from_below_and_the_one_that_failed_is_named() 
         .told_all();
     let change = space
         .transaction()
-        .remove(GuestAddress(4 * MIB), MIB)
-        .remove(GuestAddress(6 * MIB), MIB)
+        .remove((GuestAddress(4 * MIB), MIB))
+        .remove((GuestAddress(6 * MIB), MIB))
         .insert(region(8))
         .insert(region(2));
     let error = change.commit().unwrap_err();
@@ -194,7 +194,7 @@ fn a_removed_region_stays_mapped_while_somebody_reads_it() {
     let address = GuestAddress(4 * MIB);
     let held = space.memory().memory();
     held.write_obj(42_u64, address).unwrap();
-    drop(space.remove(address, MIB).unwrap());
+    drop(space.remove((address, MIB)).unwrap());
 
     assert_eq!(held.read_obj::<u64>(address).unwrap(), 42);
     assert!(space.memory().memory().read_obj::<u64>(address).is_err());

@@ -94,7 +94,7 @@ fn space() -> AddressSpace {
 }
 
 fn region(at: u64) -> GuestRegionShm {
-    GuestRegionShm::new(GuestAddress(at * MIB), MIB, &RamOptions::new()).unwrap()
+    GuestRegionShm::new((GuestAddress(at * MIB), MIB), &RamOptions::new()).unwrap()
 }
 
 fn present(space: &AddressSpace) -> Vec<u64> {

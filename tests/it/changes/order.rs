@@ -71,11 +71,11 @@ fn readers_lose_memory_before_listeners_and_get_it_after_them() {
     };
     space.attach("a", watching).unwrap();
     space.insert(region(4)).told_all();
-    space.remove(GuestAddress(4 * MIB), MIB).told_all();
+    space.remove((GuestAddress(4 * MIB), MIB)).told_all();
     // Refused, and undone.
     space.insert(region(4)).unwrap_err();
     space.insert(region(4)).told_all();
-    space.remove(GuestAddress(4 * MIB), MIB).unwrap_err();
+    space.remove((GuestAddress(4 * MIB), MIB)).unwrap_err();
     let told: Vec<_> = said(&log).into_iter().map(|(_, what)| what).collect();
     assert_eq!(
         told,
@@ -107,7 +107,7 @@ fn a_region_that_is_replaced_is_never_seen_in_both_shapes() {
         .transaction()
         .insert(region(0))
         .insert(region(2))
-        .remove(GuestAddress(0), MIB)
+        .remove((GuestAddress(0), MIB))
         .commit()
         .unwrap();
     assert_eq!(report.removed().len(), 1);
@@ -131,7 +131,7 @@ fn a_region_that_is_replaced_is_never_seen_in_both_shapes() {
     let gone = space
         .transaction()
         .insert(region(9))
-        .remove(GuestAddress(5 * MIB), MIB);
+        .remove((GuestAddress(5 * MIB), MIB));
     assert!(matches!(
         gone.commit(),
         Err(AddressSpaceError::Memory(MemoryError::NoSuchRegion { .. }))

@@ -239,7 +239,7 @@ fn a_payload_that_panics_when_it_is_dropped_spoils_no_later_change() {
             assert!(refused.contains(text), "{refused}");
             for _ in 0..3 {
                 space.insert(region(4)).told_all();
-                space.remove(GuestAddress(4 * MIB), MIB).told_all();
+                space.remove((GuestAddress(4 * MIB), MIB)).told_all();
             }
             assert_eq!(held(&space, &a, all), [0]);
             assert_eq!(held(&space, &c, all), [0]);

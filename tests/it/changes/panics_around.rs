@@ -152,7 +152,7 @@ fn a_listener_of_regions_that_panics_holds_what_readers_see_all_the_same() {
             space.with_listener(&dma, arm).unwrap();
             // One comes and one goes.
             let change = space.transaction().insert(region(8));
-            let change = change.remove(GuestAddress(4 * MIB), MIB);
+            let change = change.remove((GuestAddress(4 * MIB), MIB));
             let error = change.commit().unwrap_err().to_string();
             assert!(error.contains("\"dma\" refuses"), "{error}");
             let held = |dma: &mut RegionAdapter<Dma>| {
@@ -221,7 +221,7 @@ fn a_memory_that_panics_when_it_is_dropped_by_a_publication_does_not_stop_it() {
     fn fragile(at: u64) -> GuestMemoryShm<Fragile> {
         GuestMemoryShm::<()>::builder()
             .with_bitmap(|_| Fragile)
-            .with_ram(RamOptions::new(), [(GuestAddress(at * MIB), MIB)])
+            .add_ram(RamOptions::new(), [(GuestAddress(at * MIB), MIB)])
             .build()
             .unwrap()
     }
@@ -230,7 +230,7 @@ fn a_memory_that_panics_when_it_is_dropped_by_a_publication_does_not_stop_it() {
     let id = space.attach("a", saboteur).unwrap();
     let place = (GuestAddress(4 * MIB), MIB);
     let new = |_| Fragile;
-    let region = GuestRegionShm::new_with_bitmap(place.0, place.1, &RamOptions::new(), new);
+    let region = GuestRegionShm::new_with_bitmap((place.0, place.1), &RamOptions::new(), new);
     space.insert(region.unwrap()).told_all();
     assert!(!ARMED.get(), "nothing was dropped");
     assert_eq!(space.memory().memory().num_regions(), 2);
@@ -238,12 +238,12 @@ fn a_memory_that_panics_when_it_is_dropped_by_a_publication_does_not_stop_it() {
     let told = space.with_listener(&id, |saboteur| saboteur.1.clone());
     assert_eq!(told.unwrap(), [1, 2]);
     // What it did is an error, at the next change.
-    let error = space.remove(place.0, place.1).unwrap_err();
+    let error = space.remove((place.0, place.1)).unwrap_err();
     assert!(
         error.to_string().contains("AddressSpace::atomic()"),
         "{error}"
     );
-    space.remove(place.0, place.1).told_all();
+    space.remove((place.0, place.1)).told_all();
 }
 
 #[test]

@@ -39,12 +39,12 @@ fn readers_and_the_mirror_see_the_same_memory_at_every_step() {
     assert_eq!(mib(&mirror.memory()), [0, 4]);
     same();
     space.insert(region(8)).unwrap_err();
-    let change = space.transaction().remove(GuestAddress(0), MIB);
+    let change = space.transaction().remove((GuestAddress(0), MIB));
     let change = change.insert(region(8)).insert(region(10));
     change.commit().unwrap_err();
     assert_eq!(mib(&mirror.memory()), [0, 4]);
     same();
-    space.remove(GuestAddress(4 * MIB), MIB).told_all();
+    space.remove((GuestAddress(4 * MIB), MIB)).told_all();
     assert_eq!(mib(&mirror.memory()), [0]);
     same();
     // Both outlive the address space.
@@ -68,7 +68,7 @@ fn a_foreign_memory_in_the_mirror_is_an_error_once_and_is_put_back() {
         assert_eq!(mib(&space.atomic().memory()), [0]);
         space.insert(region(8)).told_all();
         assert_eq!(mib(&space.atomic().memory()), [0, 8]);
-        space.remove(GuestAddress(8 * MIB), MIB).told_all();
+        space.remove((GuestAddress(8 * MIB), MIB)).told_all();
         said(&log);
     }
     assert_eq!(held(&space, &a, all), [0]);
@@ -101,9 +101,9 @@ fn a_foreign_memory_that_a_change_meets_is_an_error_at_the_next() {
     space.attach("a", Replaces(space.atomic())).unwrap();
     space.insert(region(4)).told_all();
     assert_eq!(mib(&space.atomic().memory()), [0, 4]);
-    assert!(says_replaced(space.remove(GuestAddress(4 * MIB), MIB)));
+    assert!(says_replaced(space.remove((GuestAddress(4 * MIB), MIB))));
     assert_eq!(present(&space), [0, 4]);
-    space.remove(GuestAddress(4 * MIB), MIB).told_all();
+    space.remove((GuestAddress(4 * MIB), MIB)).told_all();
 }
 
 /// A thread that panicked while it had the lock of the mirror is no reason not to publish.

@@ -79,8 +79,8 @@ fn build() {
     for mode in MODES {
         let options = RamOptions::new().with_populate(mode);
         let built = GuestMemoryShm::<()>::builder()
-            .with_ram(options.clone(), [(GuestAddress(0), TOO_MUCH / 2)])
-            .with_ram(options, [(GuestAddress(1 << 32), TOO_MUCH / 2)])
+            .add_ram(options.clone(), [(GuestAddress(0), TOO_MUCH / 2)])
+            .add_ram(options, [(GuestAddress(1 << 32), TOO_MUCH / 2)])
             .build();
         assert_short(built, TOO_MUCH);
     }
@@ -94,7 +94,7 @@ fn build_from_a_string() {
     ] {
         let options: RamOptions = text.parse().unwrap();
         let built = GuestMemoryShm::<()>::builder()
-            .with_ram(options, [(GuestAddress(0), TOO_MUCH)])
+            .add_ram(options, [(GuestAddress(0), TOO_MUCH)])
             .build();
         assert_short(built, TOO_MUCH);
     }
@@ -256,7 +256,7 @@ fn huge_pages() {
     let options = RamOptions::new().with_page_size(PageSize::Huge(Some(HUGE)));
     let build = |options: &RamOptions, pages: u64| {
         GuestMemoryShm::<()>::builder()
-            .with_ram(options.clone(), [(GuestAddress(0), pages * HUGE)])
+            .add_ram(options.clone(), [(GuestAddress(0), pages * HUGE)])
             .build()
     };
     // Promised pages can be had for sure, so they are refused at once; also when the kernel is
@@ -310,7 +310,7 @@ fn huge_pages() {
 fn lazy() {
     let builder = GuestMemoryShm::<()>::builder();
     let (_, report) = builder
-        .with_ram(RamOptions::new(), [(GuestAddress(0), TOO_MUCH)])
+        .add_ram(RamOptions::new(), [(GuestAddress(0), TOO_MUCH)])
         .build_with_report()
         .unwrap();
     let text = report.to_string();

@@ -172,6 +172,18 @@ impl Call {
     }
 }
 
+/// Whether a call asks what is at a path.
+pub(super) fn looks_at_a_path(call: &seccomp_notif) -> bool {
+    const EMPTY: u64 = libc::AT_EMPTY_PATH as u64;
+    let flags = match i64::from(call.data.nr) {
+        libc::SYS_stat | libc::SYS_lstat => 0,
+        libc::SYS_statx => call.data.args[2],
+        libc::SYS_newfstatat => call.data.args[3],
+        _ => EMPTY,
+    };
+    flags & EMPTY == 0
+}
+
 fn kind_of_mapping(arguments: &[u64; 6]) -> u64 {
     let [_, _, protection, flags, fd, _] = *arguments;
     let has = |flag: i32| flags & u64::from(flag.unsigned_abs()) != 0;

@@ -92,7 +92,7 @@ pub(super) fn new_share(daemon: &MockDaemon) -> Share {
 }
 
 pub(super) fn region(start: u64) -> Arc<GuestRegionShm> {
-    let region = GuestRegionShm::new(GuestAddress(start * MIB), MIB, &RamOptions::new());
+    let region = GuestRegionShm::new((GuestAddress(start * MIB), MIB), &RamOptions::new());
     Arc::new(region.unwrap())
 }
 

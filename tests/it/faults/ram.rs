@@ -1,14 +1,15 @@
 //! Operations on RAM alone.
 
+use crate::isolation::shm_dir;
 use std::fs::{self, File};
 use std::num::NonZeroU32;
 use std::path::Path;
 
 use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable};
 use guest_memory_shm::{
-    Access, AdoptPolicy, Backing, BackingError, CoreDump, Error, GuestMemoryShm, GuestRegionShm,
-    GuestRom, NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions, Populated,
-    RamOptions, SealPolicy, ShmBacking,
+    Access, AdoptPolicy, BackingError, BackingSource, CoreDump, Error, GuestMemoryShm,
+    GuestRegionShm, GuestRom, NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions,
+    Populated, RamOptions, SealPolicy, ShmBacking,
 };
 use nix::errno::Errno;
 use tempfile::TempDir;
@@ -73,7 +74,7 @@ fn all_options() -> RamOptions {
 }
 
 fn posix_shm() -> RamOptions {
-    RamOptions::new().with_backing(Backing::PosixShm)
+    RamOptions::new().with_backing(BackingSource::PosixShm)
 }
 
 fn huge() -> RamOptions {
@@ -82,11 +83,43 @@ fn huge() -> RamOptions {
 
 fn try_new(options: &RamOptions) -> Result<GuestMemoryShm, Error> {
     let builder = GuestMemoryShm::builder();
-    builder.with_ram(options.clone(), REGIONS).build()
+    builder.add_ram(options.clone(), REGIONS).build()
 }
 
 fn new(options: &RamOptions) -> GuestMemoryShm {
     try_new(options).expect("nothing fails yet")
+}
+
+/// Asserts how often the path of a file is looked at, whatever it is created for.
+pub(super) fn looks() {
+    let dir = shm_dir();
+    let (new, old) = (dir.path().join("new"), dir.path().join("old"));
+    let made = File::create(&old).unwrap();
+    made.set_len(2 * SIZE).unwrap();
+    let ways: [fn(&RamOptions); 3] = [
+        |options| drop(try_new(options).unwrap()),
+        |options| drop(ShmBacking::create(options, 2 * SIZE).unwrap()),
+        |options| {
+            let region = GuestRegionShm::<()>::new((GuestAddress(0), 2 * SIZE), options);
+            drop(region.unwrap());
+        },
+    ];
+    // Nothing is at a path only if no link is there either, which takes another look.
+    for (path, expected) in [(&old, 1), (&dir.path().to_owned(), 1), (&new, 2)] {
+        for way in ways {
+            let looks = |options: &RamOptions| {
+                let stage = Stage::counting(&[]);
+                stage.attacked(|| way(options));
+                stage.looks()
+            };
+            // Control groups are looked for in any case.
+            let looks = looks(&file_options(path)) - looks(&RamOptions::new());
+            assert_eq!(looks, expected, "{}", path.display());
+            if path == &new {
+                fs::remove_file(path).unwrap();
+            }
+        }
+    }
 }
 
 /// Asserts that the ends of each region can be written and read, through other mappings, too.
@@ -128,7 +161,7 @@ fn build(stage: &Stage, options: &RamOptions) -> Outcome {
 }
 
 fn file_options(path: &Path) -> RamOptions {
-    RamOptions::new().with_backing(Backing::File(path.to_owned()))
+    RamOptions::new().with_backing(BackingSource::File(path.to_owned()))
 }
 
 fn build_new_file(stage: &Stage) -> Outcome {
@@ -165,7 +198,7 @@ fn map_rom(stage: &Stage) -> Outcome {
     let path = folder.path().join("rom");
     fs::write(&path, [7; 2 * PAGE as usize]).unwrap();
     let options = file_options(&path).with_access(Access::ReadOnly);
-    match stage.attacked(|| GuestRom::new(GuestAddress(0), 2 * PAGE, &options)) {
+    match stage.attacked(|| GuestRom::new((GuestAddress(0), 2 * PAGE), &options)) {
         Ok(rom) => {
             let mut byte = [0];
             rom.read(PAGE, &mut byte).unwrap();
@@ -205,7 +238,7 @@ fn adopt(stage: &Stage) -> Outcome {
 fn map_adopted(stage: &Stage) -> Outcome {
     let backing = ShmBacking::create(&RamOptions::new(), SIZE).unwrap();
     let start = GuestAddress(0);
-    let region = stage.attacked(|| GuestRegionShm::<()>::from_backing(&backing, 0, start, SIZE));
+    let region = stage.attacked(|| GuestRegionShm::<()>::from_backing(&backing, 0, (start, SIZE)));
     match region {
         Ok(region) => {
             works(&GuestMemoryShm::from_regions(vec![region]).unwrap());
@@ -261,7 +294,7 @@ fn discard(stage: &Stage, options: &RamOptions) -> Outcome {
     works(&memory);
     let (start, len) = (GuestAddress(4 * SIZE), SIZE);
     memory.write_obj(1_u64, start).unwrap();
-    let done = stage.attacked(|| memory.discard(start, len));
+    let done = stage.attacked(|| memory.discard((start, len)));
     let rest = 2 * SIZE - len;
     let outcome = match done {
         Ok(discarded) if discarded.kept() == 0 => {

@@ -122,7 +122,7 @@ impl World {
             match changed {
                 Ok(_) if !is_stale => return,
                 // A daemon was lost to the fault, which shows only now.
-                Ok(_) => drop(self.space.remove(GuestAddress(40 * MIB), MIB).unwrap()),
+                Ok(_) => drop(self.space.remove((GuestAddress(40 * MIB), MIB)).unwrap()),
                 Err(error) => assert!(is_stale, "{error}"),
             }
         }
@@ -183,7 +183,7 @@ fn plug(stage: &Stage, who: Who) -> Outcome {
 
 fn unplug(stage: &Stage, who: Who) -> Outcome {
     let world = World::new(stage, who, 2);
-    let unplugged = who.attack(stage, || world.space.remove(GuestAddress(2 * MIB), MIB));
+    let unplugged = who.attack(stage, || world.space.remove((GuestAddress(2 * MIB), MIB)));
     let gone = world.published().memory_table().regions().len() == 1;
     assert_eq!(unplugged.is_ok(), gone);
     after(world, unplugged.map(|report| !report.stale().is_empty()))
@@ -193,7 +193,10 @@ fn replace(stage: &Stage, who: Who) -> Outcome {
     let world = World::new(stage, who, 2);
     let (old, new) = (world.published().memory_table(), region(2));
     let replaced = who.attack(stage, || {
-        let removed = world.space.transaction().remove(GuestAddress(2 * MIB), MIB);
+        let removed = world
+            .space
+            .transaction()
+            .remove((GuestAddress(2 * MIB), MIB));
         removed.insert(new).commit()
     });
     assert_eq!(replaced.is_err(), world.published().memory_table() == old);

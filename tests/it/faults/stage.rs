@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use nix::errno::Errno;
 use nix::libc;
 
-use super::call::Call;
+use super::call::{Call, looks_at_a_path};
 use super::filter;
 
 /// As many calls as an operation may make.
@@ -51,6 +51,8 @@ struct Shared {
     failed: AtomicUsize,
     /// All calls, if none is to fail.
     calls: Mutex<Vec<Call>>,
+    /// How many of them ask what is at a path.
+    looks: AtomicUsize,
 }
 
 impl Stage {
@@ -79,6 +81,7 @@ impl Stage {
                 None if !calm => MOST_CALLS,
                 _ => 0,
             })),
+            looks: AtomicUsize::new(0),
         };
         Self {
             shared: Arc::new(shared),
@@ -90,6 +93,11 @@ impl Stage {
     /// Whether a call failed.
     pub(super) fn has_fired(&self) -> bool {
         self.shared.failed.load(Ordering::SeqCst) > 0
+    }
+
+    /// How many calls asked what is at a path.
+    pub(super) fn looks(&self) -> usize {
+        self.shared.looks.load(Ordering::SeqCst)
     }
 
     /// The error by which a call fails, if one does.
@@ -162,7 +170,11 @@ impl Shared {
     fn supervise(&self, listener: &OwnedFd) {
         while let Some(notice) = filter::receive(listener) {
             let call = Call::of(&notice);
-            let error = self.armed.load(Ordering::SeqCst).then(|| self.meet(call));
+            let armed = self.armed.load(Ordering::SeqCst);
+            if armed && looks_at_a_path(&notice) {
+                self.looks.fetch_add(1, Ordering::SeqCst);
+            }
+            let error = armed.then(|| self.meet(call));
             let error = error.flatten();
             if error.is_some() && call.number == libc::SYS_close {
                 // As the kernel does: whatever the answer, the descriptor is closed.

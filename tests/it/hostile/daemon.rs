@@ -284,11 +284,11 @@ pub(super) fn converse(mut random: Random) {
         let start = GuestAddress(at * MIB);
         let changed: Result<(), Error> = match random.below(4) {
             0 => in_time(|| Ok(space.insert(region(at)).map(drop)?)),
-            1 => in_time(|| Ok(space.remove(start, MIB).map(drop)?)),
+            1 => in_time(|| Ok(space.remove((start, MIB)).map(drop)?)),
             2 => {
                 let change = space.transaction().insert(region(at + 1));
                 let change = change.insert(region(at + 30));
-                in_time(|| Ok(change.remove(GuestAddress(0), MIB).commit().map(drop)?))
+                in_time(|| Ok(change.remove((GuestAddress(0), MIB)).commit().map(drop)?))
             }
             _ => match daemons.get(random.below(2) as usize) {
                 None => Ok(()),
@@ -338,8 +338,11 @@ fn negotiate(
     let device = in_time(|| limit.run(|| BlkDevice::negotiate(&mut frontend, Features::all())));
     match device {
         Ok(Ok(device)) => Some((frontend, device.protocol_features())),
-        failed => {
-            let error = failed.map_or_else(Error::from, |answer| answer.unwrap_err());
+        Ok(Err(error)) => {
+            says_something(&error);
+            None
+        }
+        Err(error) => {
             says_something(&error);
             None
         }
@@ -376,6 +379,6 @@ fn says_something(error: &dyn std::error::Error) {
 }
 
 fn region(start: u64) -> Arc<GuestRegionShm> {
-    let region = GuestRegionShm::new(GuestAddress(start * MIB), MIB, &RamOptions::new());
+    let region = GuestRegionShm::new((GuestAddress(start * MIB), MIB), &RamOptions::new());
     Arc::new(region.unwrap())
 }

@@ -52,8 +52,8 @@ fn changes() {
     all_map(&[&daemons[0], &daemons[1], &daemons[2]]);
 
     // A refusal, and one more that only the log tells of.
-    daemons[1].inject(Fault::refuse(1));
-    daemons[2].inject(Fault::refuse(1));
+    daemons[1].inject(1, Fault::Refuse);
+    daemons[2].inject(1, Fault::Refuse);
     let before = LINES.load(Ordering::Relaxed);
     space.insert(region(6)).unwrap_err();
     assert!(LINES.load(Ordering::Relaxed) > before, "nothing was logged");
@@ -74,12 +74,12 @@ fn changes() {
     // One that must not be away stops the change.
     daemons[0].hang_up();
     daemons[0].wait_disconnected(PATIENCE).unwrap();
-    space.remove(GuestAddress(8 * MIB), MIB).unwrap_err();
+    space.remove((GuestAddress(8 * MIB), MIB)).unwrap_err();
     assert_eq!(published(&space).len(), 3);
     all_map(&[&daemons[1], &daemons[2]]);
     drop(reconnect(&space, &first, &daemons[0]).unwrap());
     drop(space.detach(first).unwrap());
-    space.remove(GuestAddress(8 * MIB), MIB).told_all();
+    space.remove((GuestAddress(8 * MIB), MIB)).told_all();
     all_map(&[&daemons[1], &daemons[2]]);
     let statuses = space.listeners().unwrap();
     assert!(statuses.iter().all(|status| status.stale().is_none()));

@@ -27,7 +27,7 @@ type Share = VhostUserShare<Frontend>;
 
 /// A region of 1 MiB.
 fn region(at_mib: u64) -> GuestRegionShm {
-    GuestRegionShm::new(GuestAddress(at_mib * MIB), MIB, &RamOptions::new()).unwrap()
+    GuestRegionShm::new((GuestAddress(at_mib * MIB), MIB), &RamOptions::new()).unwrap()
 }
 
 fn space() -> AddressSpace {

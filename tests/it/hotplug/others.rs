@@ -3,7 +3,9 @@
 use std::error::Error as _;
 
 use guest_memory_shm::mock::{Fault, LoggedRequest};
-use guest_memory_shm::{Access, AddressSpaceError, Backing, DaemonFailure, GuestRom, ShareError};
+use guest_memory_shm::{
+    Access, AddressSpaceError, BackingSource, DaemonFailure, GuestRom, ShareError,
+};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
@@ -31,7 +33,7 @@ fn a_resize_is_undone_when_one_device_refuses_the_region() {
     for daemon in &daemons {
         space.attach("device", share(daemon, PATIENCE)).unwrap();
     }
-    daemons[1].inject(Fault::refuse(1));
+    daemons[1].inject(1, Fault::Refuse);
     space.insert(region(4)).unwrap_err();
     for daemon in &daemons {
         assert_eq!(mapped(daemon), published(&space));
@@ -82,7 +84,7 @@ fn ram_that_is_unplugged_while_a_device_is_away_is_free() {
     assert!(descriptors_of(ino) > 0);
     daemon.hang_up();
     daemon.wait_disconnected(PATIENCE).unwrap();
-    let report = space.remove(GuestAddress(4 * MIB), MIB).unwrap();
+    let report = space.remove((GuestAddress(4 * MIB), MIB)).unwrap();
     assert_eq!(report.stale().len(), 1);
     drop(report);
     assert_eq!(descriptors_of(ino), 0);
@@ -120,7 +122,7 @@ fn a_guest_that_grew_past_eight_regions_reconnects() {
     // It is away, as before, and not in the way of all that follows.
     simple.wait_disconnected(PATIENCE).unwrap();
     for at in 8..=20 {
-        let report = space.remove(GuestAddress(2 * at * MIB), MIB).unwrap();
+        let report = space.remove((GuestAddress(2 * at * MIB), MIB)).unwrap();
         assert!(report.stale()[0].is(&id));
     }
     reconnect(&space, &id, &simple).unwrap();
@@ -134,7 +136,7 @@ fn what_is_unplugged_is_taken_from_the_daemon() {
     space.attach("device", share(&daemon, PATIENCE)).unwrap();
     space.insert(region(4)).told_all();
     daemon.clear_requests();
-    space.remove(GuestAddress(4 * MIB), MIB).told_all();
+    space.remove((GuestAddress(4 * MIB), MIB)).told_all();
     assert_eq!(changes(&daemon), ["remove"]);
     assert_eq!(mapped(&daemon), published(&space));
 }
@@ -150,7 +152,7 @@ fn a_table_that_is_refused_is_seen_with_acknowledgements_and_without() {
             let (space, daemon) = (space(), builder.start_unnamed().unwrap());
             let share = share(&daemon, PATIENCE);
             let id = space.attach_required("device", share).unwrap();
-            daemon.inject(Fault::refuse(1));
+            daemon.inject(1, Fault::Refuse);
             space.insert(region(4)).unwrap_err();
             assert_eq!(published(&space).len(), 1);
             if space.listeners().unwrap()[0].stale().is_some() {
@@ -166,9 +168,9 @@ fn a_table_that_is_refused_is_seen_with_acknowledgements_and_without() {
 fn every_region_has_a_descriptor_and_is_in_the_table() {
     let (space, daemon) = (space(), daemon());
     space.attach("device", share(&daemon, PATIENCE)).unwrap();
-    for (at, backing) in [(4, Backing::Memfd), (6, Backing::PosixShm)] {
+    for (at, backing) in [(4, BackingSource::Memfd), (6, BackingSource::PosixShm)] {
         let options = RamOptions::new().with_backing(backing);
-        let region = GuestRegionShm::new(GuestAddress(at * MIB), MIB, &options).unwrap();
+        let region = GuestRegionShm::new((GuestAddress(at * MIB), MIB), &options).unwrap();
         space.insert(region).told_all();
     }
     let memory = space.memory().memory();
@@ -184,10 +186,10 @@ fn what_is_no_ram_is_in_no_table() {
     let path = directory.path().join("firmware");
     std::fs::write(&path, vec![1; 1 << 20]).unwrap();
     let options = RamOptions::new()
-        .with_backing(Backing::File(path))
+        .with_backing(BackingSource::File(path))
         .with_access(Access::ReadOnly);
-    let _rom = GuestRom::new(GuestAddress(8 * MIB), MIB, &options).unwrap();
-    assert!(GuestRegionShm::<()>::new(GuestAddress(8 * MIB), MIB, &options).is_err());
+    let _rom = GuestRom::new((GuestAddress(8 * MIB), MIB), &options).unwrap();
+    assert!(GuestRegionShm::<()>::new((GuestAddress(8 * MIB), MIB), &options).is_err());
     assert_eq!(space().memory().memory().memory_table().regions().len(), 1);
 }
 
@@ -196,7 +198,7 @@ fn what_is_no_ram_is_in_no_table() {
 fn a_refusal_is_an_error_that_names_the_device_the_region_and_the_cause() {
     let (space, daemon) = (space(), daemon());
     space.attach("net0", share(&daemon, PATIENCE)).unwrap();
-    daemon.inject(Fault::refuse(1));
+    daemon.inject(1, Fault::Refuse);
     let plug = region(4);
     let range = plug.range();
     match space.insert(plug).unwrap_err() {
@@ -224,7 +226,7 @@ fn a_silent_device_costs_its_time_limit_and_nobody_else_more() {
     let (space, silent, there) = (space(), daemon(), daemon());
     let id = space.attach("silent", share(&silent, PATIENCE)).unwrap();
     space.attach("there", share(&there, PATIENCE)).unwrap();
-    silent.inject(Fault::never_answer(1));
+    silent.inject(1, Fault::NeverAnswer);
     set_limit(&space, &id, Duration::from_millis(80));
     let report = space.insert(region(4)).unwrap();
     assert!(
@@ -243,7 +245,7 @@ fn devices_are_told_side_by_side() {
     let silent: Vec<_> = (0..3).map(|_| daemon()).collect();
     let last = daemon();
     for daemon in &silent {
-        daemon.inject(Fault::never_answer(2));
+        daemon.inject(2, Fault::NeverAnswer);
         space
             .attach("silent", share(daemon, Duration::from_secs(3600)))
             .unwrap();

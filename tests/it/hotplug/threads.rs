@@ -157,7 +157,7 @@ fn scenario() {
             if round % 3 == 2 {
                 for place in PLACES {
                     usable.write().unwrap().retain(|other| *other != place);
-                    space.remove(GuestAddress(place * MIB), MIB).told_all();
+                    space.remove((GuestAddress(place * MIB), MIB)).told_all();
                 }
                 assert_eq!(published(space).len(), 1);
             }

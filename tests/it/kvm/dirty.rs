@@ -85,7 +85,7 @@ fn logging_stays_on_for_regions_that_come_later() {
     // Another in its place, of another size.
     machine.write(PLUG + 2 * PAGE);
     let change = machine.space.transaction();
-    let change = change.remove(GuestAddress(PLUG), MIB);
+    let change = change.remove((GuestAddress(PLUG), MIB));
     change.insert(region(PLUG, 2 * MIB)).commit().told_all();
     assert_eq!(machine.dirty(), []);
     machine.write(PLUG + 2 * MIB - 1);
@@ -97,7 +97,7 @@ fn logging_stays_on_for_regions_that_come_later() {
     let foreign = region(2 * PLUG, MIB);
     set_by_hand(&machine.vm, 100, &foreign, 0).unwrap();
     let change = machine.space.transaction();
-    let change = change.remove(GuestAddress(PLUG), 2 * MIB);
+    let change = change.remove((GuestAddress(PLUG), 2 * MIB));
     change.insert(region(2 * PLUG, MIB)).commit().unwrap_err();
     machine.write(PLUG + 3 * PAGE);
     assert_eq!(machine.dirty(), [(PLUG_PAGE, 512)]);

@@ -85,7 +85,7 @@ fn stays_for_ever() {
     // KVM says no to the removal of a slot that somebody has removed.
     remove_by_hand(&machine.vm, 1, &plugged).unwrap();
     drop(plugged);
-    let error = machine.space.remove(GuestAddress(PLUG), MIB).unwrap_err();
+    let error = machine.space.remove((GuestAddress(PLUG), MIB)).unwrap_err();
     assert!(chain(&error).contains("remove memory slot 1"), "{error}");
     let (_, at, _) = refusal(error);
     assert_eq!(at, Some(range(PLUG, MIB)));

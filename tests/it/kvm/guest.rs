@@ -50,7 +50,7 @@ pub(crate) fn new_vm() -> Option<Arc<VmFd>> {
 
 /// RAM of `size` bytes at `start`.
 pub(crate) fn region(start: u64, size: u64) -> GuestRegionShm {
-    GuestRegionShm::new(GuestAddress(start), size, &RamOptions::new()).unwrap()
+    GuestRegionShm::new((GuestAddress(start), size), &RamOptions::new()).unwrap()
 }
 
 /// The region that the guest's code is in.

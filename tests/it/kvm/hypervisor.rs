@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use guest_memory_shm::SlotNumbers;
+use guest_memory_shm::InvalidRange;
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -10,6 +10,7 @@ use super::fake::Call::{Log, Remove, Set};
 use super::fake::{Fake, Fault};
 use super::*;
 use crate::isolation::in_own_process;
+use crate::support::chain;
 
 fn memory(starts: &[u64]) -> GuestMemoryShm {
     let regions = starts.iter().map(|start| region(*start, MIB)).collect();
@@ -52,7 +53,7 @@ fn each_change_is_a_call_of_the_hypervisor() {
     assert_eq!(dirty, [(PLUG / PAGE + 1, 2)]);
     assert_eq!(fake.calls(), [(Log, 0), (Log, 1)]);
 
-    space.remove(GuestAddress(PLUG), MIB).told_all();
+    space.remove((GuestAddress(PLUG), MIB)).told_all();
     assert_eq!(fake.calls(), [(Remove, 1)]);
     drop(space);
     assert_eq!(fake.calls(), [(Remove, 0)]);
@@ -63,7 +64,7 @@ fn each_change_is_a_call_of_the_hypervisor() {
 fn what_a_hypervisor_has_not_is_refused_by_its_limits() {
     let fake = Fake::new(2);
     let mut slots = KvmSlots::new(fake.clone()).unwrap();
-    assert_eq!(slots.max_slots(), 2);
+    assert_eq!(slots.numbers().range().len(), 2);
     // It says nothing of read-only slots.
     let error = slots.add_read_only(range(0, MIB)).unwrap_err();
     assert!(matches!(error, KvmError::NoReadOnly { .. }), "{error}");
@@ -257,4 +258,29 @@ fn bits_past_the_last_page_are_no_pages() {
     fake.guest_writes(0, 0xff01);
     let dirty = slots.dirty_log().unwrap();
     assert_eq!((dirty[0].count(), dirty[0].words()), (1, &[1][..]));
+}
+
+#[test]
+fn a_region_that_is_not_whole_pages_has_no_slot() {
+    let fake = Fake::new(8);
+    let mut slots = KvmSlots::new(fake.clone()).unwrap();
+    for odd in [(GuestAddress(PLUG), 300), (GuestAddress(PLUG + 1), 4096)] {
+        let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 4096), odd]).unwrap();
+        let size = odd.1 as u64;
+        let partly = |error: &ListenerError| {
+            assert_eq!(error.range(), Some(range(odd.0.0, size)));
+            let cause = cause(error);
+            let partial = matches!(cause, KvmError::Range(InvalidRange::PartialPages { .. }));
+            assert!(partial, "{cause:?}");
+        };
+        partly(&slots.check(&memory).unwrap_err());
+        let space = AddressSpace::new(memory.clone());
+        let refused = space.attach("slots", KvmSlots::new(Fake::new(8)).unwrap());
+        let refused = chain(&refused.unwrap_err());
+        assert!(refused.contains("is not whole pages of 4 KiB"), "{refused}");
+
+        // Told without having been asked, too: what is whole is there then.
+        partly(&slots.update(&memory).unwrap_err());
+        assert_eq!(fake.slots(), [(0, 0)]);
+    }
 }

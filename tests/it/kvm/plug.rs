@@ -23,11 +23,11 @@ fn the_guest_reaches_a_region_from_plug_to_unplug() {
 
         // The other stays, with its contents.
         assert!(machine.guest.writes(PLUG + 4 * MIB, round));
-        let change = machine.space.remove(GuestAddress(PLUG), 2 * MIB);
+        let change = machine.space.remove((GuestAddress(PLUG), 2 * MIB));
         change.told_all();
         machine.misses(PLUG);
         assert_eq!(machine.guest.reads(PLUG + 4 * MIB), Some(round));
-        let change = machine.space.remove(GuestAddress(PLUG + 4 * MIB), MIB);
+        let change = machine.space.remove((GuestAddress(PLUG + 4 * MIB), MIB));
         change.told_all();
         machine.misses(PLUG + 4 * MIB);
     }
@@ -43,7 +43,7 @@ fn a_region_is_replaced_by_another_in_its_place() {
     assert!(machine.guest.writes(PLUG, 1));
     // The new one is larger, so that both could not be there at once.
     let change = machine.space.transaction();
-    let change = change.remove(GuestAddress(PLUG), 2 * MIB);
+    let change = change.remove((GuestAddress(PLUG), 2 * MIB));
     let change = change.insert(region(PLUG - MIB, 4 * MIB));
     change.insert(region(2 * PLUG, MIB)).commit().told_all();
     assert_eq!(machine.guest.reads(PLUG), Some(0));
@@ -57,7 +57,7 @@ fn a_region_is_replaced_by_another_in_its_place() {
     assert_eq!(machine.numbers()[3], (1, 3 * PLUG));
     // What is replaced by one of its size keeps its number.
     let change = machine.space.transaction();
-    let change = change.remove(GuestAddress(2 * PLUG), MIB);
+    let change = change.remove((GuestAddress(2 * PLUG), MIB));
     change.insert(region(2 * PLUG, MIB)).commit().told_all();
     assert_eq!(machine.numbers()[2], (3, 2 * PLUG));
 }
@@ -72,7 +72,7 @@ fn a_part_of_a_backing_is_what_the_guest_sees_of_it() {
     for (start, offset) in [(PLUG, MIB), (PLUG + 8 * MIB, 0)] {
         let start = GuestAddress(start);
         let part = guest_memory_shm::GuestRegionShm::from_backing;
-        let part = part(whole.backing(), offset, start, MIB).unwrap();
+        let part = part(whole.backing(), offset, (start, MIB)).unwrap();
         machine.space.insert(part).told_all();
     }
     assert!(machine.guest.writes(PLUG + 5, 0x11));
@@ -97,7 +97,7 @@ fn slot_numbers_are_used_again_over_thousands_of_plugs() {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
         let place = PLUG + (state >> 60) * MIB;
         if plugged.remove(&place) {
-            machine.space.remove(GuestAddress(place), MIB).told_all();
+            machine.space.remove((GuestAddress(place), MIB)).told_all();
             unplugs += 1;
         } else if plugged.len() < 8 {
             machine.space.insert(region(place, MIB)).told_all();
@@ -125,8 +125,8 @@ fn only_the_numbers_that_it_was_given_are_used() {
     let Some(vm) = new_vm() else { return };
     let foreign = region(PLUG, MIB);
     set_by_hand(&vm, 0, &foreign, 0).unwrap();
-    let slots = KvmSlots::with_slots(vm.clone(), 7..9).unwrap();
-    assert_eq!(slots.max_slots(), 2);
+    let slots = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), 7..9).unwrap());
+    assert_eq!(slots.numbers().range().len(), 2);
     let mut machine = Machine::with(vm.clone(), slots);
     machine.space.insert(region(2 * PLUG, MIB)).told_all();
     assert_eq!(machine.numbers(), [(7, 0), (8, 2 * PLUG)]);
@@ -140,7 +140,7 @@ fn only_the_numbers_that_it_was_given_are_used() {
     #[expect(clippy::reversed_empty_ranges, reason = "it is what is refused")]
     let bad = [3..3, 5..4, 0..limit + 1, limit..limit + 1];
     for numbers in bad {
-        let error = KvmSlots::with_slots(vm.clone(), numbers.clone()).unwrap_err();
+        let error = SlotNumbers::new(vm.clone(), numbers.clone()).unwrap_err();
         let text = error.to_string();
         assert!(
             matches!(error, KvmError::NoSuchSlots { numbers: asked, limit: has, .. }
@@ -150,7 +150,7 @@ fn only_the_numbers_that_it_was_given_are_used() {
         assert!(text.contains(&format!("KVM has 0..{limit}")), "{text}");
     }
     let Some(vm) = new_vm() else { return };
-    let last = KvmSlots::with_slots(vm.clone(), limit - 1..limit).unwrap();
+    let last = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), limit - 1..limit).unwrap());
     let machine = Machine::with(vm, last);
     assert_eq!(machine.numbers(), [(limit - 1, 0)]);
 }
@@ -168,7 +168,7 @@ fn a_guest_that_runs_does_not_notice_what_happens_elsewhere() {
         let runs = threads.spawn(|| machine.guest.counts(PLUG, TIMES));
         while !runs.is_finished() || changes < 100 {
             space.insert(region(2 * PLUG, MIB)).told_all();
-            space.remove(GuestAddress(2 * PLUG), MIB).told_all();
+            space.remove((GuestAddress(2 * PLUG), MIB)).told_all();
             changes += 2;
         }
         runs.join().unwrap();

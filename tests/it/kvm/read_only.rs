@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use guest_memory_shm::{Access, Backing, GuestRom, InvalidRange, RamOptions};
+use guest_memory_shm::{Access, BackingSource, GuestRom, InvalidRange, RamOptions};
 use tempfile::TempDir;
 
 use super::*;
@@ -16,9 +16,9 @@ fn rom(start: u64) -> (TempDir, GuestRom) {
     contents[0] = 0xea;
     fs::write(&path, contents).unwrap();
     let options = RamOptions::new()
-        .with_backing(Backing::File(path))
+        .with_backing(BackingSource::File(path))
         .with_access(Access::ReadOnly);
-    let rom = GuestRom::new(GuestAddress(start), 4 * PAGE, &options).unwrap();
+    let rom = GuestRom::new((GuestAddress(start), 4 * PAGE), &options).unwrap();
     (dir, rom)
 }
 
@@ -109,7 +109,10 @@ fn a_rom_is_a_slot_that_the_guest_only_reads() {
 
     // Changes of the memory leave it alone, and it is not in their way.
     machine.space.insert(region(2 * PLUG, MIB)).told_all();
-    machine.space.remove(GuestAddress(2 * PLUG), MIB).told_all();
+    machine
+        .space
+        .remove((GuestAddress(2 * PLUG), MIB))
+        .told_all();
     assert_eq!(machine.guest.reads(PLUG + 1), Some(0x90));
     machine.slots(KvmSlots::start_dirty_logging).unwrap();
     assert!(!machine.guest.writes(PLUG, 7));
@@ -136,7 +139,7 @@ fn a_rom_is_a_slot_that_the_guest_only_reads() {
 #[test]
 fn roms_and_regions_do_not_overlap_and_share_the_slots() {
     let Some(vm) = new_vm() else { return };
-    let slots = KvmSlots::with_slots(vm.clone(), 0..3).unwrap();
+    let slots = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), 0..3).unwrap());
     let mut machine = Machine::with(vm, slots);
     machine.space.insert(region(PLUG, MIB)).told_all();
     for start in [PLUG, PLUG + MIB - PAGE, PLUG - 3 * PAGE] {
@@ -162,7 +165,7 @@ fn roms_and_regions_do_not_overlap_and_share_the_slots() {
 
     // A region where the ROM is.
     let change = machine.space.transaction();
-    let change = change.remove(GuestAddress(PLUG), MIB);
+    let change = change.remove((GuestAddress(PLUG), MIB));
     let error = change.insert(region(PLUG, 2 * MIB)).commit().unwrap_err();
     let (listener, at, refused) = refusal(error);
     assert_eq!((listener.as_str(), at), ("kvm", Some(range(PLUG, 2 * MIB))));

@@ -1,6 +1,6 @@
 //! Slot numbers that the slots share with the VMM, and numbers that must be what they were.
 
-use guest_memory_shm::{SlotNumber, SlotNumbers};
+use guest_memory_shm::SlotNumber;
 
 use super::fake::{Call, Fake, Fault};
 use super::*;
@@ -63,7 +63,7 @@ fn devices_of_the_vmm_and_the_slots_take_numbers_from_one_place() {
     drop(first);
     machine.space.insert(region(2 * PLUG, MIB)).told_all();
     assert_eq!(machine.numbers()[2], (0, 2 * PLUG));
-    machine.space.remove(GuestAddress(PLUG), MIB).told_all();
+    machine.space.remove((GuestAddress(PLUG), MIB)).told_all();
     let third = Window::new(&vm, &numbers, 4 * PLUG);
     assert_eq!(third.number.number(), 3);
     machine.reaches(2 * PLUG);
@@ -100,7 +100,10 @@ fn regions_get_the_numbers_that_they_had_before_a_restore() {
     machine.reaches(2 * PLUG);
 
     // It was what it was; what comes there after an unplug is like all others.
-    machine.space.remove(GuestAddress(PLUG), 2 * MIB).told_all();
+    machine
+        .space
+        .remove((GuestAddress(PLUG), 2 * MIB))
+        .told_all();
     machine.space.insert(region(PLUG + MIB, 2 * MIB)).told_all();
     assert_eq!(machine.numbers()[1], (4, PLUG + MIB));
 }
@@ -210,8 +213,8 @@ fn a_change_that_is_undone_gives_each_region_its_number_back() {
 
     // Both that are there go, and three come, one to the number that is kept for it.
     let anew = || {
-        let change = space.transaction().remove(GuestAddress(0), MIB);
-        let change = change.remove(GuestAddress(PLUG), MIB);
+        let change = space.transaction().remove((GuestAddress(0), MIB));
+        let change = change.remove((GuestAddress(PLUG), MIB));
         let change = change.insert(region(PLUG, 2 * MIB));
         let change = change.insert(region(2 * PLUG, MIB));
         change.insert(region(3 * PLUG, MIB)).commit()

@@ -96,7 +96,7 @@ impl Others {
 #[test]
 fn out_of_slots_is_said_before_anybody_is_told() {
     let Some(vm) = new_vm() else { return };
-    let slots = KvmSlots::with_slots(vm.clone(), 4..6).unwrap();
+    let slots = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), 4..6).unwrap());
     let (mut machine, others) = machine_behind_others(vm, slots);
     machine.space.insert(region(PLUG, MIB)).told_all();
     assert_eq!(others.recorder.take(), ["add 1024"]);
@@ -127,7 +127,7 @@ fn out_of_slots_is_said_before_anybody_is_told() {
 
     // As many as there are slots: one goes and one comes.
     let change = machine.space.transaction();
-    let change = change.remove(GuestAddress(PLUG), MIB);
+    let change = change.remove((GuestAddress(PLUG), MIB));
     change.insert(region(2 * PLUG, MIB)).commit().told_all();
     assert_eq!(others.table(), [0, 2048]);
     machine.misses(PLUG);
@@ -138,7 +138,7 @@ fn out_of_slots_is_said_before_anybody_is_told() {
 #[test]
 fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     let Some(vm) = new_vm() else { return };
-    let slots = KvmSlots::with_slots(vm.clone(), 0..8).unwrap();
+    let slots = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), 0..8).unwrap());
     let (mut machine, others) = machine_behind_others(vm.clone(), slots);
     machine.space.insert(region(PLUG, MIB)).told_all();
     assert!(machine.guest.writes(PLUG, 0x77));
@@ -149,7 +149,7 @@ fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
 
     // The region of 1 GiB goes, one comes, and the next is refused.
     let change = machine.space.transaction();
-    let change = change.remove(GuestAddress(PLUG), MIB);
+    let change = change.remove((GuestAddress(PLUG), MIB));
     let change = change.insert(region(PLUG, 2 * MIB));
     let change = change.insert(region(2 * PLUG, 2 * MIB));
     let error = change.commit().unwrap_err();
@@ -194,7 +194,7 @@ fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     // When it is gone, the same change works.
     remove_by_hand(&vm, 100, &foreign).unwrap();
     let change = machine.space.transaction();
-    let change = change.remove(GuestAddress(PLUG), MIB);
+    let change = change.remove((GuestAddress(PLUG), MIB));
     let change = change.insert(region(PLUG, 2 * MIB));
     let change = change.insert(region(2 * PLUG, 2 * MIB));
     change.commit().told_all();
@@ -217,7 +217,7 @@ fn what_another_listener_refuses_is_undone_in_kvm() {
     assert!(machine.guest.writes(PLUG, 0x77));
 
     let change = machine.space.transaction();
-    let change = change.remove(GuestAddress(PLUG), MIB);
+    let change = change.remove((GuestAddress(PLUG), MIB));
     let change = change.insert(region(PLUG, 2 * MIB));
     let change = change.insert(region(2 * PLUG, MIB));
     let error = change.commit().unwrap_err();

@@ -23,9 +23,9 @@ fn accepted_by_us(text: &str) -> Result<(), String> {
         let size = options.size().expect("a string has a size");
         match options.access() {
             Access::ReadWrite => {
-                GuestRegionShm::<()>::new(GuestAddress(0), size, &options).map(drop)
+                GuestRegionShm::<()>::new((GuestAddress(0), size), &options).map(drop)
             }
-            Access::ReadOnly => GuestRom::new(GuestAddress(0), size, &options).map(drop),
+            Access::ReadOnly => GuestRom::new((GuestAddress(0), size), &options).map(drop),
         }
     };
     text.parse()

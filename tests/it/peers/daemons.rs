@@ -166,19 +166,16 @@ fn a_daemon_that_will_not_have_the_hot_added_region_is_named() {
     // The RAM around the hole is the first two changes.
     let add = "add the region 0x140000000..=0x1401fffff (2 MiB)";
     for (fault, text) in [
-        (Fault::refuse(3), "the daemon refused to"),
+        (Fault::Refuse, "the daemon refused to"),
+        (Fault::AnswerThenHangUp, "the daemon hung up when told to"),
+        (Fault::HangUpBefore, "the daemon hung up when told to"),
         (
-            Fault::answer_then_hang_up(3),
-            "the daemon hung up when told to",
-        ),
-        (Fault::hang_up_before(3), "the daemon hung up when told to"),
-        (
-            Fault::never_answer(3),
+            Fault::NeverAnswer,
             "the daemon did not answer within 5s when told to",
         ),
     ] {
         // What it is told before, it answers: within the time that it has on a busy machine, too.
-        let builder = MockDaemon::builder().with_fault(fault);
+        let builder = MockDaemon::builder().with_fault(3, fault);
         let (run, _daemon, place) = with_mock(builder, &["--time-limit", "5", "--read-to", "out"]);
         run.fails_with(&["cannot hot-add RAM", text, add]);
         assert_eq!(place.names(), ["mock.sock"]);

@@ -126,7 +126,7 @@ fn info(region: ReceivedRegion, file: &File) -> VhostUserMemoryRegionInfo {
 }
 
 fn plugged(memory: &GuestMemoryShm, start: u64) -> GuestMemoryShm {
-    let region = GuestRegionShm::new(GuestAddress(start), MIB, &RamOptions::new()).unwrap();
+    let region = GuestRegionShm::new((GuestAddress(start), MIB), &RamOptions::new()).unwrap();
     memory.insert_region(Arc::new(region)).unwrap()
 }
 

@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 
-use guest_memory_shm::{Backing, BackingError, Error, InvalidRange, PageSize, RangePart};
+use guest_memory_shm::{BackingError, BackingSource, Error, InvalidRange, PageSize, RangePart};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 
@@ -49,7 +49,7 @@ fn an_unsealed_file_is_refused_when_the_policy_demands_seals() {
         fcntl(&half, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).unwrap();
         assert!(take(&seals(SealPolicy::Require), half).is_err());
 
-        let options = RamOptions::new().with_backing(Backing::PosixShm);
+        let options = RamOptions::new().with_backing(BackingSource::PosixShm);
         let shm = ShmBacking::create(&options, MIB).unwrap();
         let fd = shm.as_fd().try_clone_to_owned().unwrap();
         let error = take(&seals(SealPolicy::Require), fd).unwrap_err();

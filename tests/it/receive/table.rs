@@ -332,7 +332,7 @@ fn the_same_part_of_a_file_may_be_at_two_guest_addresses() {
 #[test]
 fn a_daemon_takes_a_table_that_this_crate_made() {
     let theirs = GuestMemoryShm::<()>::builder()
-        .with_ram(
+        .add_ram(
             RamOptions::new(),
             [(GuestAddress(0), MIB), (GuestAddress(1 << 32), 2 * MIB)],
         )

@@ -14,7 +14,7 @@ const LIMIT: Duration = Duration::from_millis(200);
 /// Has a clone of the frontend wait for an answer, in a thread that ends when it is over.
 fn wait_on_clone(peer: &Peer, frontend: &Frontend, acks: bool) -> JoinHandle<()> {
     peer.daemon.clear_requests();
-    peer.daemon.inject(Fault::never_answer(1));
+    peer.daemon.inject(1, Fault::NeverAnswer);
     let mut clone = frontend.clone();
     let waits = thread::spawn(move || {
         let memory = memory(&[512]);
@@ -104,7 +104,7 @@ fn a_reconnection_to_a_frontend_that_a_clone_waits_on_fails_in_time_and_leaves_t
         let again = space.reconnect(&id, frontend, device.protocol_features());
         (again.map(drop), id, space)
     });
-    let failed = again.unwrap_err().to_string();
+    let failed = support::chain(&again.unwrap_err());
     assert!(failed.contains("within 200ms"), "{failed}");
     assert!(space.listeners().unwrap()[0].stale().is_some());
     waits.join().unwrap();

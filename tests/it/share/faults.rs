@@ -2,17 +2,17 @@
 
 use super::*;
 
-const FAULTS: [FaultKind; 5] = [
-    FaultKind::Refuse,
-    FaultKind::NeverAnswer,
-    FaultKind::HangUpBefore,
-    FaultKind::HangUpAfter,
-    FaultKind::AnswerThenHangUp,
+const FAULTS: [Fault; 5] = [
+    Fault::Refuse,
+    Fault::NeverAnswer,
+    Fault::HangUpBefore,
+    Fault::HangUpAfter,
+    Fault::AnswerThenHangUp,
 ];
 
 /// Lets a daemon that offers all, one or none of the two features play `fault` at the first change
 /// and at later ones, and checks everything about it.
-fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) {
+fn play(fault: Fault, builder: &MockDaemonBuilder, acks: bool, slots: bool) {
     let first = memory(&[0]);
     let more = with(&first, &[1]);
     // Each is one change, so that it is known which change meets the fault.
@@ -30,12 +30,12 @@ fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) 
     };
     for failing in 0..updates.len() {
         let change = failing as u64 + 1;
-        let peer = Peer::start(builder.clone().with_fault(Fault::new(change, fault)));
+        let peer = Peer::start(builder.clone().with_fault(change, fault));
         let (mut share, _) = peer.share();
         for (memory, _) in &updates[..failing] {
             share.update_table(&memory.memory_table()).unwrap();
         }
-        if fault == FaultKind::NeverAnswer {
+        if fault == Fault::NeverAnswer {
             share = share.with_deadline(Duration::from_millis(100));
         }
         let before = share.table().clone();
@@ -43,13 +43,13 @@ fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) 
         let error = share.update_table(&memory.memory_table()).unwrap_err();
         let case = format!("{fault:?} at {change}, acks {acks}, slots {slots}: {error:?}");
         match fault {
-            FaultKind::Refuse if acks => {
+            Fault::Refuse if acks => {
                 assert!(
                     matches!(error.failure(), Some(DaemonFailure::Refused(_))),
                     "{case}"
                 );
             }
-            FaultKind::NeverAnswer => {
+            Fault::NeverAnswer => {
                 assert!(
                     matches!(error.failure(), Some(DaemonFailure::Silent(_))),
                     "{case}"
@@ -61,12 +61,12 @@ fn play(fault: FaultKind, builder: &MockDaemonBuilder, acks: bool, slots: bool) 
             ),
         }
         assert!(error.to_string().contains(text), "{error}");
-        if fault == FaultKind::NeverAnswer {
+        if fault == Fault::NeverAnswer {
             // On a busy machine the limit can be over before the daemon has read the change.
             peer.daemon.wait_disconnected(PATIENCE).unwrap();
         }
         assert_eq!(peer.daemon.pending_faults(), 0, "{case}");
-        if fault == FaultKind::Refuse && acks && slots {
+        if fault == Fault::Refuse && acks && slots {
             assert!(!error.to_string().contains("closed"), "{error}");
             survives(&peer, share, &before, &updates.map(|(memory, _)| memory));
             continue;
@@ -183,18 +183,18 @@ fn a_child_may_drop_what_its_parent_goes_on_using() {
 #[test]
 fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
     for fault in FAULTS {
-        let peer = Peer::start(MockDaemon::builder().with_fault(Fault::new(2, fault)));
+        let peer = Peer::start(MockDaemon::builder().with_fault(2, fault));
         let (mut share, _) = peer.share();
         let memory = memory(&[0, 1, 2]);
         // Not under the limit: it answers this.
         share
             .update_table(&without(&memory, &[1, 2]).memory_table())
             .unwrap();
-        if fault == FaultKind::NeverAnswer {
+        if fault == Fault::NeverAnswer {
             share = share.with_deadline(Duration::from_millis(100));
         }
         assert!(share.update_table(&memory.memory_table()).is_err());
-        if fault == FaultKind::Refuse {
+        if fault == Fault::Refuse {
             // It is there, and holds the first region.
             assert!(share.broken().is_none());
             assert_eq!(
@@ -226,7 +226,7 @@ fn a_late_answer_within_the_limit_is_waited_for() {
         MockDaemon::builder(),
         MockDaemon::builder().without_reply_ack(),
     ] {
-        let peer = Peer::start(builder.with_fault(Fault::answer_late(1, delay)));
+        let peer = Peer::start(builder.with_fault(1, Fault::AnswerLate(delay)));
         let (mut share, _) = peer.share();
         let memory = memory(&[0, 1]);
         let start = Instant::now();
@@ -240,7 +240,7 @@ fn a_late_answer_within_the_limit_is_waited_for() {
 #[test]
 fn an_answer_after_the_limit_is_too_late() {
     let hour = Duration::from_secs(3600);
-    let peer = Peer::start(MockDaemon::builder().with_fault(Fault::answer_late(1, hour)));
+    let peer = Peer::start(MockDaemon::builder().with_fault(1, Fault::AnswerLate(hour)));
     let (share, _) = peer.share();
     let mut share = share.with_deadline(Duration::from_millis(100));
     let late = share
@@ -288,7 +288,7 @@ fn a_refusal_amid_many_changes_leaves_what_was_acknowledged_and_the_way_back() {
         let peer = Peer::start(MockDaemon::builder());
         let (mut share, _) = peer.share();
         share.update_table(&first.memory_table()).unwrap();
-        peer.daemon.inject(Fault::refuse(refused));
+        peer.daemon.inject(refused, Fault::Refuse);
         share.update_table(&second.memory_table()).unwrap_err();
         peer.holds(share.table());
         // Back, as an owner does who wants all of a change or nothing, and then forth.

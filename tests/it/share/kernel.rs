@@ -151,10 +151,10 @@ fn the_kernel_follows_an_address_space_and_its_refusal_undoes_a_change() {
     backend.refuse(true);
     space.insert(regions(&[30]).remove(0)).unwrap_err();
     assert_eq!(both_hold(&space), 3);
-    space.remove(GuestAddress(20 * MIB), MIB).unwrap_err();
+    space.remove((GuestAddress(20 * MIB), MIB)).unwrap_err();
     assert_eq!(both_hold(&space), 3);
     backend.refuse(false);
-    space.remove(GuestAddress(20 * MIB), MIB).told_all();
+    space.remove((GuestAddress(20 * MIB), MIB)).told_all();
     assert_eq!(both_hold(&space), 2);
     assert!(
         space

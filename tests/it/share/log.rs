@@ -344,7 +344,7 @@ fn a_refused_region_leaves_the_log_working_for_those_that_are_held() {
         share.update_memory(&first).unwrap();
         let mut driver = driver(&first, &mut share, &device);
         share.start_log().unwrap();
-        peer.daemon.inject(Fault::refuse(refused));
+        peer.daemon.inject(refused, Fault::Refuse);
         share.update_memory(&with(&first, &[10, 20])).unwrap_err();
         assert!(share.broken().is_none());
         let held = share.table().regions().len() as u64;
@@ -374,12 +374,12 @@ fn a_daemon_of_an_address_space_logs_what_is_plugged_and_a_change_that_is_undone
         .unwrap();
     let mut written = BTreeSet::new();
     written.insert(touch(&mut driver, 10 * MIB));
-    other.daemon.inject(Fault::refuse(1));
+    other.daemon.inject(1, Fault::Refuse);
     space.insert(regions(&[40]).remove(0)).unwrap_err();
     written.insert(touch(&mut driver, 10 * MIB + PAGE));
     space.insert(regions(&[40]).remove(0)).told_all();
     written.insert(touch(&mut driver, 40 * MIB));
-    space.remove(GuestAddress(40 * MIB), MIB).told_all();
+    space.remove((GuestAddress(40 * MIB), MIB)).told_all();
     written.insert(touch(&mut driver, 10 * MIB + 2 * PAGE));
     let stopped = space.with_listener(&blk, Share::stop_log).unwrap();
     let dirty = stopped.dirty();

@@ -40,9 +40,9 @@ fn what_a_daemon_notes_in_a_log_that_it_never_answers_is_harvested_before_and_af
         MockDaemon::builder().without_mem_slots(),
     ] {
         for kind in [
-            FaultKind::HangUpAfter,
-            FaultKind::NeverAnswerAfter,
-            FaultKind::AnswerNonsense,
+            Fault::HangUpAfter,
+            Fault::NeverAnswerAfter,
+            Fault::AnswerNonsense,
         ] {
             let (small, large) = (memory(&[0, 10]), memory(&[0, 10, 300]));
             // The log that goes before a table that grows, and the one after a table that shrinks.
@@ -52,7 +52,7 @@ fn what_a_daemon_notes_in_a_log_that_it_never_answers_is_harvested_before_and_af
                 share.update_memory(from).unwrap();
                 share.start_log().unwrap();
                 let before = write(&writer, 10 * MIB);
-                peer.daemon.inject(Fault::new(1, kind).at_log());
+                peer.daemon.inject_at_log(1, kind);
                 share.update_memory(to).unwrap_err();
                 assert_eq!(peer.daemon.pending_faults(), 0);
 
@@ -85,7 +85,7 @@ fn nothing_is_dirty_that_was_not_written_when_the_log_before_a_table_fails() {
     share.update_memory(&first).unwrap();
     share.start_log().unwrap();
     let noted = write(&writer, 10 * MIB);
-    peer.daemon.inject(Fault::hang_up_after(1).at_log());
+    peer.daemon.inject_at_log(1, Fault::HangUpAfter);
     share.update_memory(&with(&first, &[300])).unwrap_err();
     assert_eq!(drain(&mut share), BTreeSet::from([noted]));
     assert_eq!(drain(&mut share), BTreeSet::new());
@@ -99,7 +99,7 @@ fn what_a_daemon_holds_without_logging_counts_when_it_ends_and_again_when_the_lo
     share.update_memory(&first).unwrap();
     share.start_log().unwrap();
     // The log after the table: it has all regions anew, and none of them is logged.
-    peer.daemon.inject(Fault::hang_up_before(2).at_log());
+    peer.daemon.inject_at_log(2, Fault::HangUpBefore);
     share.update_memory(&with(&first, &[20])).unwrap_err();
     let unlogged = [0, 10, 20].map(|start| write(&writer, start * MIB + 7 * PAGE));
     let dirty = drain(&mut share);
@@ -123,12 +123,8 @@ fn a_daemon_that_was_hung_up_on_is_named_once_with_its_process_and_the_reason() 
     let first = memory(&[0]);
     share.update_memory(&first).unwrap();
     share.start_log().unwrap();
-    for change in [
-        Fault::never_answer(1),
-        Fault::hang_up_before(1),
-        Fault::never_answer(1),
-    ] {
-        peer.daemon.inject(change);
+    for fault in [Fault::NeverAnswer, Fault::HangUpBefore, Fault::NeverAnswer] {
+        peer.daemon.inject(1, fault);
         share.update_memory(&with(&first, &[10])).unwrap_err();
         reconnect(&peer, &mut share, &first);
     }
@@ -150,7 +146,7 @@ fn one_that_could_reach_no_ram_and_one_that_goes_on_are_not_named() {
     let peer = Peer::start(MockDaemon::builder());
     let (mut share, _) = logging_writer(&peer);
     share.start_log().unwrap();
-    peer.daemon.inject(Fault::hang_up_before(1).at_log());
+    peer.daemon.inject_at_log(1, Fault::HangUpBefore);
     share.update_memory(&memory(&[0])).unwrap_err();
     reconnect(&peer, &mut share, &memory(&[0]));
     assert_eq!(share.stop_log().former_daemons(), []);
@@ -280,7 +276,7 @@ fn a_daemon_that_hangs_up_right_after_its_answer_did_not_take_the_log() {
     let (mut share, _) = logging_writer(&peer);
     let first = memory(&[0]);
     share.update_memory(&first).unwrap();
-    peer.daemon.inject(Fault::answer_then_hang_up(1).at_log());
+    peer.daemon.inject_at_log(1, Fault::AnswerThenHangUp);
     let gone = share.start_log().unwrap_err();
     assert!(
         matches!(gone.failure(), Some(DaemonFailure::HungUp(_))),
@@ -291,7 +287,7 @@ fn a_daemon_that_hangs_up_right_after_its_answer_did_not_take_the_log() {
     reconnect(&peer, &mut share, &first);
     share.start_log().unwrap();
     // The one after the table.
-    peer.daemon.inject(Fault::answer_then_hang_up(2).at_log());
+    peer.daemon.inject_at_log(2, Fault::AnswerThenHangUp);
     let gone = share.update_memory(&with(&first, &[10])).unwrap_err();
     assert!(
         matches!(gone.failure(), Some(DaemonFailure::HungUp(_))),

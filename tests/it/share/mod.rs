@@ -9,12 +9,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest_memory_shm::mock::{
-    BlkDevice, BlkDriver, BlkError, Fault, FaultKind, LoggedRequest, MockDaemon, MockDaemonBuilder,
+    BlkDevice, BlkDriver, BlkError, Fault, LoggedRequest, MockDaemon, MockDaemonBuilder,
 };
 use guest_memory_shm::{
-    AddressSpace, Backing, DaemonConnection, DaemonFailure, DaemonLog, Disconnector,
-    GuestMemoryShm, GuestRange, GuestRegionShm, KernelVhost, MemoryTable, RamOptions, ShareError,
-    SlotLimit, TableError, TableRegion, TableView, VhostUserShare,
+    AddressSpace, BackingSource, DaemonConnection, DaemonFailure, DaemonLog, Disconnector,
+    GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange, KernelVhost, MemoryTable, RamOptions,
+    ShareError, SlotLimit, TableError, TableRegion, TableView, VhostUserShare,
 };
 use tempfile::TempDir;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
@@ -120,7 +120,7 @@ fn negotiate_also(stream: UnixStream, more: Features) -> (Frontend, BlkDevice) {
 fn regions(starts: &[u64]) -> Vec<Arc<GuestRegionShm>> {
     starts
         .iter()
-        .map(|start| GuestRegionShm::new(GuestAddress(start * MIB), MIB, &RamOptions::new()))
+        .map(|start| GuestRegionShm::new((GuestAddress(start * MIB), MIB), &RamOptions::new()))
         .map(|region| Arc::new(region.unwrap()))
         .collect()
 }

@@ -34,7 +34,7 @@ fn regions_that_are_plugged_while_postcopy_listens_are_acknowledged_at_once() {
         for start in [10, 20] {
             space.insert(regions(&[start]).remove(0)).told_all();
         }
-        space.remove(GuestAddress(2 * MIB), MIB).told_all();
+        space.remove((GuestAddress(2 * MIB), MIB)).told_all();
         let base = |start| (start, BASE + start * MIB);
         assert_eq!(told(&bases), [0, 2, 10, 20].map(base));
 
@@ -44,14 +44,7 @@ fn regions_that_are_plugged_while_postcopy_listens_are_acknowledged_at_once() {
         space.insert(regions(&[30]).remove(0)).told_all();
         assert_eq!(told(&bases).len(), 4);
 
-        let mut share = space.detach(id).unwrap();
-        let kept: Vec<_> = share
-            .take_bases()
-            .iter()
-            .map(|(at, b)| (at.0 / MIB, *b))
-            .collect();
-        assert_eq!(kept, [0, 10, 20].map(base), "what is gone has no base");
-        drop(share);
+        drop(space.detach(id).unwrap());
         assert_eq!(peer.join().unwrap(), [0, 10, 20, 30]);
     }
 }
@@ -63,11 +56,7 @@ fn a_whole_table_is_acknowledged_at_once_while_postcopy_listens() {
         share.connection_mut().postcopy_advise().unwrap();
         share.connection_mut().postcopy_listen().unwrap();
         for start in [0, 2] {
-            let report = share.update_memory(&memory(&[start])).unwrap();
-            assert_eq!(
-                report.bases(),
-                [(GuestAddress(start * MIB), BASE + start * MIB)]
-            );
+            share.update_memory(&memory(&[start])).unwrap();
         }
         assert_eq!(told(&bases), [(0, BASE), (2, BASE + 2 * MIB)]);
         drop(share);
@@ -86,9 +75,8 @@ fn a_daemon_that_goes_instead_of_returning_a_base_is_not_acknowledged() {
     space.insert(regions(&[10]).remove(0)).unwrap_err();
     assert_eq!(peer.join().unwrap(), [0, 10]);
     assert_eq!(told(&bases), [(0, BASE)]);
-    let mut share = space.detach(id).unwrap();
+    let share = space.detach(id).unwrap();
     assert!(share.broken().unwrap().to_string().contains("hung up"));
-    assert_eq!(share.take_bases(), [(GuestAddress(0), BASE)]);
 }
 
 #[test]

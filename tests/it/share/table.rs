@@ -4,9 +4,9 @@ use super::*;
 
 #[test]
 fn the_daemon_maps_our_files_and_bytes_pass_both_ways() {
-    for backing in [Backing::Memfd, Backing::PosixShm] {
+    for backing in [BackingSource::Memfd, BackingSource::PosixShm] {
         let memory = GuestMemoryShm::<()>::builder()
-            .with_ram(
+            .add_ram(
                 RamOptions::new().with_backing(backing),
                 [(GuestAddress(0), MIB), (GuestAddress(1 << 32), 2 * MIB)],
             )
@@ -68,10 +68,12 @@ fn daemons_descriptor(memory: &GuestMemoryShm) -> File {
 
 #[test]
 fn a_daemon_cannot_truncate_a_memfd() {
-    for (backing, sealed) in [(Backing::Memfd, true), (Backing::PosixShm, false)] {
+    for (backing, sealed) in [
+        (BackingSource::Memfd, true),
+        (BackingSource::PosixShm, false),
+    ] {
         let region = GuestRegionShm::<()>::new(
-            GuestAddress(0),
-            MIB,
+            (GuestAddress(0), MIB),
             &RamOptions::new().with_backing(backing),
         );
         let memory = GuestMemoryShm::from_regions(vec![region.unwrap()]).unwrap();
@@ -287,4 +289,29 @@ fn the_descriptors_of_a_table_outlive_the_memory() {
             .try_clone_to_owned()
             .is_ok()
     );
+}
+
+#[test]
+fn a_region_that_is_not_whole_pages_is_refused_before_anything_is_sent() {
+    let peer = Peer::start(MockDaemon::builder());
+    let (mut share, _device) = peer.share();
+    for odd in [(GuestAddress(MIB), 300), (GuestAddress(MIB + 1), 4096)] {
+        let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 4096), odd]).unwrap();
+        let partial = |error: ShareError| match error {
+            ShareError::Table(TableError::Range(InvalidRange::PartialPages { range, .. })) => {
+                assert_eq!((range.start_addr(), range.size()), (odd.0, odd.1 as u64));
+            }
+            error => panic!("{error:?}"),
+        };
+        partial(share.check_memory(&memory).unwrap_err());
+        partial(share.update_memory(&memory).unwrap_err());
+        partial(share.update_table(&memory.memory_table()).unwrap_err());
+        assert!(share.broken().is_none());
+    }
+    assert_eq!(peer.changes(), []);
+    peer.holds(&MemoryTable::default());
+    // The share goes on.
+    let whole = memory(&[0]);
+    share.update_memory(&whole).unwrap();
+    peer.holds(&whole.memory_table());
 }

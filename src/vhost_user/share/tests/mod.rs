@@ -37,6 +37,8 @@ struct Script {
     keeps_table: bool,
     /// The n-th message after `Acks`, counted from 0, is answered like this.
     fail: Option<(usize, fn() -> DaemonFailure)>,
+    /// Nothing that is said after that is answered.
+    leaves: bool,
     base: Option<u64>,
     /// What answers the log.
     process: Option<u32>,
@@ -56,6 +58,7 @@ impl Script {
         let at = self.said.iter().filter(|said| **said != Said::Acks).count() - 1;
         match self.fail {
             Some((fail, error)) if fail == at => Err(error()),
+            Some((fail, _)) if self.leaves && at > fail => Err(DaemonFailure::hung_up("gone")),
             _ => Ok(()),
         }
     }
@@ -109,6 +112,35 @@ impl DaemonConnection for Script {
     }
 }
 
+/// A connection with nothing but what it must have, which takes all, and returns these bases.
+struct Plain(Option<u64>);
+
+impl DaemonConnection for Plain {
+    fn request_acks(&mut self) {}
+    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
+        Ok(self.0.map(|base| vec![base; regions.len()]))
+    }
+    fn add_mem_region(&mut self, _: &TableRegion) -> Answer<Option<u64>> {
+        Ok(self.0)
+    }
+    fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
+        Ok(())
+    }
+    fn max_mem_slots(&mut self) -> Answer<u64> {
+        Ok(8)
+    }
+    fn barrier(&mut self) -> Answer<()> {
+        assert_eq!(
+            self.0, None,
+            "nothing is said to a daemon that waits for an acknowledgement"
+        );
+        Ok(())
+    }
+    fn disconnector(&self) -> Option<Disconnector> {
+        None
+    }
+}
+
 fn starts(table: &MemoryTable) -> Vec<u64> {
     table.regions().iter().map(mib).collect()
 }
@@ -119,7 +151,7 @@ fn table(starts: &[u64]) -> MemoryTable {
         .map(|start| (GuestAddress(start << 20), 1 << 20))
         .collect();
     GuestMemoryShm::<()>::builder()
-        .with_ram(RamOptions::new(), ranges)
+        .add_ram(RamOptions::new(), ranges)
         .build()
         .unwrap()
         .memory_table()

@@ -111,38 +111,10 @@ fn what_was_acknowledged_before_a_failure_is_known() {
 
 #[test]
 fn a_refusal_followed_by_silence_breaks_the_share() {
-    /// Refuses the region at 2 MiB, and does not answer after that.
-    #[derive(Default)]
-    struct Leaves(Script, bool);
-    impl DaemonConnection for Leaves {
-        fn request_acks(&mut self) {}
-        fn set_mem_table(&mut self, _: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
-            unreachable!()
-        }
-        fn add_mem_region(&mut self, region: &TableRegion) -> Answer<Option<u64>> {
-            self.1 = mib(region) == 2;
-            match self.1 {
-                true => Err(DaemonFailure::refused("no")),
-                false => self.0.add_mem_region(region),
-            }
-        }
-        fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
-            unreachable!()
-        }
-        fn max_mem_slots(&mut self) -> Answer<u64> {
-            Ok(8)
-        }
-        fn barrier(&mut self) -> Answer<()> {
-            match self.1 {
-                true => Err(DaemonFailure::hung_up("gone")),
-                false => Ok(()),
-            }
-        }
-        fn disconnector(&self) -> Option<Disconnector> {
-            None
-        }
-    }
-    let mut share = VhostUserShare::new(Leaves::default(), SLOTS | ACK);
+    let mut share = share(8, SLOTS | ACK);
+    share.connection_mut().leaves = true;
+    // The second region, after GET_MAX_MEM_SLOTS and the first.
+    share.connection_mut().fail = Some((2, || DaemonFailure::refused("no")));
     let refused = share.update_table(&table(&[0, 2])).unwrap_err();
     assert!(
         matches!(refused.failure(), Some(DaemonFailure::Refused(_))),
@@ -168,30 +140,6 @@ fn a_refused_whole_table_breaks_the_share_unless_the_connection_says_it_keeps_th
         assert_eq!(starts(share.table()), [0, 2]);
         assert_eq!(share.update_table(&table(&[4])).is_ok(), keeps_table);
     }
-}
-
-#[test]
-fn bases_of_a_failed_update_and_of_a_dropped_report_are_kept() {
-    let mut share = share(8, SLOTS | ACK);
-    share.connection_mut().base = Some(7);
-    // The third region is refused, after GET_MAX_MEM_SLOTS and two regions, each acknowledged.
-    share.connection_mut().fail = Some((5, || DaemonFailure::refused("no")));
-    share.update_table(&table(&[1, 2, 3])).unwrap_err();
-    let mib = |start: u64| GuestAddress(start << 20);
-    assert_eq!(share.take_bases(), [(mib(1), 7), (mib(2), 7)]);
-    assert_eq!(share.take_bases(), []);
-
-    let held = share.table().clone();
-    let more = table(&[4, 5]);
-    let mut all = held.clone();
-    more.regions().iter().for_each(|region| all.insert(region));
-    let report = share.update_table(&all).unwrap();
-    share.keep_bases(report);
-    // What is gone has no base.
-    let mut fewer = all.clone();
-    fewer.remove(&more.regions()[0]);
-    share.update_table(&fewer).unwrap();
-    assert_eq!(share.take_bases(), [(mib(5), 7)]);
 }
 
 #[test]
@@ -281,30 +229,7 @@ fn a_log_that_does_not_start_leaves_nothing_behind() {
 
 #[test]
 fn a_connection_without_logs_refuses_them() {
-    #[derive(Default)]
-    struct Plain;
-    impl DaemonConnection for Plain {
-        fn request_acks(&mut self) {}
-        fn set_mem_table(&mut self, _: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
-            Ok(None)
-        }
-        fn add_mem_region(&mut self, _: &TableRegion) -> Answer<Option<u64>> {
-            Ok(None)
-        }
-        fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
-            Ok(())
-        }
-        fn max_mem_slots(&mut self) -> Answer<u64> {
-            Ok(8)
-        }
-        fn barrier(&mut self) -> Answer<()> {
-            Ok(())
-        }
-        fn disconnector(&self) -> Option<Disconnector> {
-            None
-        }
-    }
-    let mut share = VhostUserShare::new(Plain, ACK | Features::LOG_SHMFD);
+    let mut share = VhostUserShare::new(Plain(None), ACK | Features::LOG_SHMFD);
     share.update_table(&table(&[0])).unwrap();
     let refused = share.start_log().unwrap_err();
     assert!(

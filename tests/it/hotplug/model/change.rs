@@ -25,7 +25,7 @@ impl World {
                 if !next.remove(&place) {
                     continue;
                 }
-                transaction = transaction.remove(GuestAddress(place * MIB), MIB);
+                transaction = transaction.remove((GuestAddress(place * MIB), MIB));
             } else if next.insert(place) {
                 let new = region(place);
                 new.write_obj(place, vm_memory::MemoryRegionAddress(0))

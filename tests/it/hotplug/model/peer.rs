@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use guest_memory_shm::mock::FaultKind;
+use guest_memory_shm::mock::Fault;
 
 use super::*;
 
@@ -23,7 +23,7 @@ pub(super) struct Peer {
     pub(super) required: bool,
     pub(super) state: State,
     /// What it does at the next change that it is told of.
-    pub(super) fault: Option<FaultKind>,
+    pub(super) fault: Option<Fault>,
 }
 
 /// What one daemon makes of a change.
@@ -46,12 +46,12 @@ impl Peer {
             return Answer::Takes;
         }
         match self.fault.take() {
-            None | Some(FaultKind::AnswerLate(_)) => {
+            None | Some(Fault::AnswerLate(_)) => {
                 self.state = State::Holds(next.clone());
                 Answer::Takes
             }
-            Some(FaultKind::Refuse) => Answer::Refuses,
-            Some(FaultKind::NeverAnswer) => {
+            Some(Fault::Refuse) => Answer::Refuses,
+            Some(Fault::NeverAnswer) => {
                 self.state = State::Away;
                 Answer::Leaves
             }

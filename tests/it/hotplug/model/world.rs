@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
-use guest_memory_shm::mock::{Fault, FaultKind};
+use guest_memory_shm::mock::Fault;
 use guest_memory_shm::{ListenerError, RegionAdapter, RegionListener};
 
 use super::moods::{Mood, Moody, Plan};
@@ -196,7 +196,7 @@ impl World {
         if refuse {
             // At some message or other.
             let change = 1 + self.random.below(self.present.len() as u64);
-            daemon.inject(Fault::refuse(change));
+            daemon.inject(change, Fault::Refuse);
         }
         let attached = attach_as(&self.space, name.clone(), required, share);
         if refuse {
@@ -231,7 +231,7 @@ impl World {
         let Some(peer) = self.peers.iter_mut().find(|peer| peer.state == State::Away) else {
             return String::from("nobody to reconnect");
         };
-        if peer.fault != Some(FaultKind::NeverAnswer) {
+        if peer.fault != Some(Fault::NeverAnswer) {
             set_limit(&self.space, &peer.id, PATIENCE);
         }
         let done = reconnect(&self.space, &peer.id, &peer.daemon);
@@ -261,19 +261,19 @@ impl World {
 
     fn inject(&mut self) -> String {
         let kind = match self.random.below(12) {
-            0..=2 => FaultKind::Refuse,
-            3 | 4 => FaultKind::HangUpBefore,
-            5 | 6 => FaultKind::HangUpAfter,
-            7 | 8 => FaultKind::AnswerThenHangUp,
-            9 | 10 => FaultKind::AnswerLate(Duration::from_millis(5)),
-            _ if self.silence => FaultKind::NeverAnswer,
-            _ => FaultKind::Refuse,
+            0..=2 => Fault::Refuse,
+            3 | 4 => Fault::HangUpBefore,
+            5 | 6 => Fault::HangUpAfter,
+            7 | 8 => Fault::AnswerThenHangUp,
+            9 | 10 => Fault::AnswerLate(Duration::from_millis(5)),
+            _ if self.silence => Fault::NeverAnswer,
+            _ => Fault::Refuse,
         };
         let at = self.some_peer();
         let peer = &mut self.peers[at];
         if peer.fault.is_none() {
-            peer.daemon.inject(Fault::new(1, kind));
-            if kind == FaultKind::NeverAnswer {
+            peer.daemon.inject(1, kind);
+            if kind == Fault::NeverAnswer {
                 set_limit(&self.space, &peer.id, LIMIT);
             }
             peer.fault = Some(kind);

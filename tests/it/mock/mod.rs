@@ -1,7 +1,8 @@
 //! The daemon, the driver and the negotiation against each other and against a real daemon.
 
+mod data;
+mod descriptors;
 mod faults;
-mod io;
 mod life;
 mod peer;
 mod table;
@@ -18,7 +19,8 @@ use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
 
-use super::*;
+use guest_memory_shm::FileIdentity;
+use guest_memory_shm::mock::*;
 
 /// Long enough for a busy machine; no test that passes waits for it.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -59,7 +61,7 @@ fn expected_table(memory: &GuestMemoryMmap) -> Vec<MockRegion> {
                 guest_addr: region.start_addr(),
                 size: region.len(),
                 mmap_offset: file.start(),
-                identity: crate::FileIdentity {
+                identity: FileIdentity {
                     dev: metadata.dev(),
                     ino: metadata.ino(),
                 },

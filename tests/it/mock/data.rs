@@ -83,12 +83,26 @@ fn a_small_queue_is_reused_many_times_and_refuses_more_than_it_holds() {
     let first = driver.submit_write(0, &[(buffer, 512)]).unwrap();
     let error = driver.submit_write(0, &[(buffer, 512)]).unwrap_err();
     assert!(
-        matches!(error, BlkError::QueueFull { needed: 3, free: 1 }),
+        matches!(
+            error,
+            BlkError::QueueFull {
+                needed: 3,
+                free: 1,
+                ..
+            }
+        ),
         "{error}"
     );
     let error = driver.submit_read(0, &[(buffer, 512); 3]).unwrap_err();
     assert!(
-        matches!(error, BlkError::QueueFull { needed: 5, free: 1 }),
+        matches!(
+            error,
+            BlkError::QueueFull {
+                needed: 5,
+                free: 1,
+                ..
+            }
+        ),
         "{error}"
     );
 

@@ -43,7 +43,7 @@ impl Setup {
 
 #[test]
 fn a_refused_change_is_not_applied_and_the_connection_stays() {
-    let mut setup = Setup::new(MockDaemon::builder().with_fault(Fault::refuse(2)));
+    let mut setup = Setup::new(MockDaemon::builder().with_fault(2, Fault::Refuse));
     let error = setup.add().unwrap_err();
     assert!(
         error.to_string().contains("backend internal error"),
@@ -54,12 +54,12 @@ fn a_refused_change_is_not_applied_and_the_connection_stays() {
     setup.add().unwrap();
     assert_eq!(setup.held(), 2);
     // Removals and whole tables are changes too.
-    setup.daemon.inject(Fault::refuse(2));
+    setup.daemon.inject(2, Fault::Refuse);
     let regions = infos(&setup.memory);
     setup.frontend.set_mem_table(&regions).unwrap();
     assert!(setup.frontend.remove_mem_region(&regions[1]).is_err());
     assert_eq!(setup.held(), 2);
-    setup.daemon.inject(Fault::refuse(1));
+    setup.daemon.inject(1, Fault::Refuse);
     assert!(setup.frontend.set_mem_table(&regions[..1]).is_err());
     assert_eq!(setup.held(), 2);
     assert!(setup.daemon.is_connected());
@@ -68,7 +68,7 @@ fn a_refused_change_is_not_applied_and_the_connection_stays() {
 #[test]
 fn without_acknowledgements_a_refusal_is_a_hang_up() {
     let mut setup = Setup::new(MockDaemon::builder().without_reply_ack());
-    setup.daemon.inject(Fault::refuse(1));
+    setup.daemon.inject(1, Fault::Refuse);
     setup.add().unwrap();
     assert!(setup.frontend.get_features().is_err());
     setup.daemon.wait_disconnected(LIMIT).unwrap();
@@ -83,7 +83,7 @@ fn a_late_answer_comes_after_the_change_was_applied() {
         MockDaemon::builder().without_reply_ack(),
     ] {
         let mut setup = Setup::new(builder);
-        setup.daemon.inject(Fault::answer_late(1, delay));
+        setup.daemon.inject(1, Fault::AnswerLate(delay));
         let start = Instant::now();
         setup.add().unwrap();
         setup.frontend.get_features().unwrap();
@@ -97,7 +97,7 @@ fn a_front_end_that_leaves_ends_the_wait_for_a_late_answer() {
     let mut setup = Setup::new(MockDaemon::builder().without_reply_ack());
     setup
         .daemon
-        .inject(Fault::answer_late(1, Duration::from_secs(3600)));
+        .inject(1, Fault::AnswerLate(Duration::from_secs(3600)));
     setup.add().unwrap();
     let Setup {
         daemon, frontend, ..
@@ -110,7 +110,7 @@ fn a_front_end_that_leaves_ends_the_wait_for_a_late_answer() {
 #[test]
 fn a_silent_daemon_answers_nothing_until_it_hangs_up() {
     let mut setup = Setup::new(MockDaemon::builder());
-    setup.daemon.inject(Fault::never_answer(1));
+    setup.daemon.inject(1, Fault::NeverAnswer);
     setup.daemon.clear_requests();
     let (sender, answer) = mpsc::channel();
     let mut frontend = setup.frontend.clone();
@@ -133,7 +133,7 @@ fn a_silent_daemon_answers_nothing_until_it_hangs_up() {
 #[test]
 fn a_daemon_that_hangs_up_before_applied_nothing() {
     let mut setup = Setup::new(MockDaemon::builder());
-    setup.daemon.inject(Fault::hang_up_before(1));
+    setup.daemon.inject(1, Fault::HangUpBefore);
     assert!(setup.add().is_err());
     setup.daemon.wait_disconnected(LIMIT).unwrap();
     assert_eq!(setup.held(), 1);
@@ -146,7 +146,7 @@ fn a_daemon_that_hangs_up_after_applied_the_change() {
         MockDaemon::builder().without_reply_ack(),
     ] {
         let mut setup = Setup::new(builder);
-        setup.daemon.inject(Fault::hang_up_after(1));
+        setup.daemon.inject(1, Fault::HangUpAfter);
         let added = setup.add();
         assert!(added.is_err() || setup.frontend.get_features().is_err());
         setup.daemon.wait_disconnected(LIMIT).unwrap();
@@ -157,7 +157,7 @@ fn a_daemon_that_hangs_up_after_applied_the_change() {
 #[test]
 fn a_daemon_may_say_done_apply_nothing_and_hang_up() {
     let mut setup = Setup::new(MockDaemon::builder());
-    setup.daemon.inject(Fault::answer_then_hang_up(1));
+    setup.daemon.inject(1, Fault::AnswerThenHangUp);
     setup.add().unwrap();
     assert!(setup.frontend.get_features().is_err());
     setup.daemon.wait_disconnected(LIMIT).unwrap();
@@ -194,13 +194,13 @@ fn log_region(log: &std::fs::File) -> vhost::VhostUserDirtyLogRegion {
 fn a_fault_at_a_log_leaves_changes_alone_and_may_show_after_the_log_was_taken() {
     use std::os::unix::fs::FileExt;
     for (kind, taken) in [
-        (FaultKind::Refuse, false),
-        (FaultKind::HangUpBefore, false),
-        (FaultKind::HangUpAfter, true),
-        (FaultKind::AnswerNonsense, true),
+        (Fault::Refuse, false),
+        (Fault::HangUpBefore, false),
+        (Fault::HangUpAfter, true),
+        (Fault::AnswerNonsense, true),
     ] {
         let mut setup = Setup::new(MockDaemon::builder());
-        setup.daemon.inject(Fault::new(1, kind).at_log());
+        setup.daemon.inject_at_log(1, kind);
         setup.add().unwrap();
         let writer = setup.daemon.writer().unwrap();
         let log = memfd(LOG);
@@ -222,11 +222,11 @@ fn a_fault_at_a_log_leaves_changes_alone_and_may_show_after_the_log_was_taken() 
 
 #[test]
 fn a_daemon_may_apply_a_change_and_say_nothing_or_nonsense() {
-    for kind in [FaultKind::NeverAnswerAfter, FaultKind::AnswerNonsense] {
+    for kind in [Fault::NeverAnswerAfter, Fault::AnswerNonsense] {
         let setup = Setup::new(MockDaemon::builder());
         let frozen = setup.daemon.writer().unwrap().frozen();
         let writer = setup.daemon.writer().unwrap();
-        setup.daemon.inject(Fault::new(1, kind));
+        setup.daemon.inject(1, kind);
         let frontend = setup.frontend.clone();
         let region = infos(&setup.memory)[1];
         let adds = thread::spawn(move || {

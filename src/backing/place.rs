@@ -1,0 +1,184 @@
+//! What is at the path of a file that is to be RAM, or will be.
+
+use std::fs::{self, FileType, Metadata};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::capacity::Capacity;
+use super::error::{BackingError, Result};
+use super::file_error::FileError;
+use super::file_system::FileSystem;
+use super::kind::{BLOCK, BackingKind};
+use crate::options::{Access, RamOptions};
+use crate::range::RangePart;
+use crate::shortage::Shortage;
+
+/// What was found at a path, when it was looked at.
+#[derive(Debug)]
+pub(super) struct Place<'a> {
+    pub(super) path: &'a Path,
+    /// A file, a directory, or nothing.
+    found: Option<FileType>,
+    file_system: FileSystem,
+    /// The length of the file in bytes.
+    len: u64,
+    /// In bytes.
+    allocated: u64,
+}
+
+impl<'a> Place<'a> {
+    /// Looks without opening: that may have effects, or wait, where it is a device or a FIFO.
+    pub(super) fn look(path: &'a Path) -> Result<Self> {
+        let failed = |source| open_error(path, source);
+        match fs::metadata(path) {
+            Ok(metadata) => {
+                let file_system = FileSystem::at(path).map_err(failed)?;
+                Self::of(path, &metadata, file_system)
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                check_no_link(path)?;
+                Ok(Self {
+                    path,
+                    found: None,
+                    file_system: FileSystem::at(parent(path)).map_err(failed)?,
+                    len: 0,
+                    allocated: 0,
+                })
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    pub(super) fn of(path: &'a Path, metadata: &Metadata, file_system: FileSystem) -> Result<Self> {
+        let found = metadata.file_type();
+        if !found.is_file() && !found.is_dir() {
+            let path = path.to_owned();
+            return Err(FileError::NotAFile { path, found }.into());
+        }
+        Ok(Self {
+            path,
+            found: Some(found),
+            file_system,
+            len: if found.is_file() { metadata.len() } else { 0 },
+            allocated: metadata.blocks() * BLOCK,
+        })
+    }
+
+    pub(super) fn page_size(&self) -> u64 {
+        self.file_system.page_size()
+    }
+
+    pub(super) fn kind(&self) -> BackingKind {
+        match self.file_system {
+            FileSystem::Tmpfs => BackingKind::ShmFile,
+            FileSystem::Hugetlbfs { .. } => BackingKind::HugetlbFile,
+            FileSystem::Other { .. } => BackingKind::File,
+        }
+    }
+
+    /// Whether the file is to be made as long as the RAM needs.
+    pub(super) fn is_new(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Checks the numbers, and that there is something for a ROM.
+    pub(super) fn check(&self, options: &RamOptions, size: u64) -> Result<()> {
+        let page_size = self.page_size();
+        RangePart::Offset.check_aligned(options.offset(), page_size)?;
+        RangePart::Size.check_aligned(size, page_size)?;
+        match options.align() {
+            // As in QEMU, 0 is no wish.
+            None | Some(0) => {}
+            Some(align) if align.is_power_of_two() && align.is_multiple_of(page_size) => {}
+            Some(align) => {
+                let path = self.path.to_owned();
+                let error = FileError::Align {
+                    path,
+                    align,
+                    page_size,
+                };
+                return Err(error.into());
+            }
+        }
+        if !self.is_new() {
+            return check_len(self.path, self.len, options.offset(), size);
+        }
+        if options.access() == Access::ReadOnly {
+            let (path, found) = (self.path.to_owned(), self.found);
+            return Err(FileError::NothingToRead { path, found }.into());
+        }
+        Ok(())
+    }
+
+    /// Refuses RAM that the file system can never hold, or, if it is to be populated, cannot hold
+    /// now: touching it would be SIGBUS.
+    pub(super) fn check_capacity(&self, options: &RamOptions, size: u64) -> Result<()> {
+        let missing = size.saturating_sub(self.allocated);
+        if options.is_unreserved() || missing == 0 {
+            return Ok(());
+        }
+        let there = match self.found {
+            Some(_) => self.path,
+            None => parent(self.path),
+        };
+        let now = if options.is_lazy() { 0 } else { missing };
+        // Nothing is known of a file system that does not answer.
+        Capacity::at(there).map_or(Ok(()), |capacity| capacity.check(size, now, self.path))
+    }
+}
+
+pub(super) fn check_len(path: &Path, len: u64, offset: u64, size: u64) -> Result<()> {
+    if offset.checked_add(size).is_some_and(|end| end <= len) {
+        return Ok(());
+    }
+    let path = path.to_owned();
+    let error = FileError::TooShort {
+        path,
+        len,
+        offset,
+        size,
+    };
+    Err(error.into())
+}
+
+/// A link to nothing cannot be created exclusively, and following it is not for us to decide.
+pub(super) fn check_no_link(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_symlink() => {
+            let path = path.to_owned();
+            Err(FileError::DanglingLink { path }.into())
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn open_error(path: &Path, source: io::Error) -> BackingError {
+    match Shortage::of_descriptors(&source) {
+        Some(shortage) => shortage.into(),
+        None => {
+            let path = path.to_owned();
+            FileError::Open { path, source }.into()
+        }
+    }
+}
+
+/// The directory that a path is in.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_without_a_directory_is_in_the_current_one() {
+        for (path, dir) in [("ram", "."), ("", "."), ("a/ram", "a"), ("/ram", "/")] {
+            assert_eq!(parent(Path::new(path)), Path::new(dir));
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! Backings that are to be created: options, length and path are resolved once, all backings are
+//! checked together, and only then is anything made.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+
+use super::capacity::{self, Capacity, check_descriptors, check_file_size};
+use super::error::{BackingError, Result};
+use super::kind::{BLOCK, BackingKind};
+use super::made::Made;
+use super::place::Place;
+use super::seals::{self, Seals};
+use super::shm_backing::{Inner, ShmBacking};
+use super::{file, hugetlb, memfd, notes, posix_shm};
+use crate::host::memory::{Demand, Kind, MemoryLimits};
+use crate::host::{NodeSet, base_page_size, nodes};
+use crate::logs;
+use crate::options::{
+    BackingSource, NumaPolicy, OnShortage, OptionsError, PageSize, RamOptions, Sealing,
+};
+use crate::range::RangePart;
+use crate::report::{Note, log_notes};
+
+/// Options that are right by themselves, and what this machine makes of them.
+///
+/// The path of a file is looked at here, and not again until it is opened.
+#[derive(Debug)]
+pub(crate) struct Resolved<'a> {
+    options: &'a RamOptions,
+    kind: BackingKind,
+    page_size: u64,
+    /// What is at the path of a file.
+    place: Option<Place<'a>>,
+}
+
+/// A backing that can be created, as far as can be known by itself.
+#[derive(Debug)]
+pub(crate) struct Request<'a> {
+    of: Resolved<'a>,
+    len: u64,
+    /// Of a memfd.
+    seals: Seals,
+}
+
+/// A backing that was just created; dropping it, and all clones of it, leaves nothing of that.
+#[derive(Debug)]
+pub(crate) struct Provisional {
+    backing: ShmBacking,
+}
+
+impl ShmBacking {
+    /// Creates a backing for `len` bytes of RAM; no page of it is allocated.
+    ///
+    /// The options hold for every region on it: transparent huge pages and core dumps too.
+    /// A memfd is sealed against any change of its size before this returns. In a
+    /// [`BackingSource::File`] the RAM is past [`RamOptions::offset`], from [`start`](Self::start) to
+    /// [`end`](Self::end).
+    ///
+    /// ```
+    /// use guest_memory_shm::{BackingSource, BackingKind, RamOptions, ShmBacking};
+    ///
+    /// // A file without a name, for as long as anybody uses it.
+    /// let options = RamOptions::new().with_backing(BackingSource::File("/dev/shm".into()));
+    /// let backing = ShmBacking::create(&options, 1 << 20)?;
+    /// assert_eq!(backing.kind(), BackingKind::ShmFile);
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`BackingError::Options`] for those that [`RamOptions::check`] refuses, and a size that is
+    /// not `len`; [`BackingError::Length`] and [`BackingError::Range`] for a bad `len`;
+    /// [`BackingError::NoSuchHugePageSize`] and [`BackingError::NoSuchNodes`] for what this machine
+    /// does not have; [`BackingError::Shortage`], [`BackingError::ShmUnavailable`] and
+    /// [`BackingError::ShmNamesTaken`] for the limits of the system; [`BackingError::File`] for a
+    /// file that cannot be used; others if a system call fails. Nothing is left behind: a file that
+    /// was created is removed, one that was empty is empty again.
+    pub fn create(options: &RamOptions, len: u64) -> Result<Self> {
+        Resolved::new(options)?.with_len(len)?.create_alone()
+    }
+}
+
+impl<'a> Resolved<'a> {
+    /// Everything that creates begins here.
+    pub(crate) fn new(options: &'a RamOptions) -> Result<Self> {
+        options.check()?;
+        let mut place = None;
+        let (kind, page_size) = match (options.backing(), options.page_size()) {
+            (BackingSource::File(path), _) => {
+                let found = place.insert(Place::look(path)?);
+                (found.kind(), found.page_size())
+            }
+            (BackingSource::Memfd, PageSize::Huge(size)) => {
+                (BackingKind::HugetlbMemfd, hugetlb::page_size(size)?)
+            }
+            (BackingSource::Memfd, _) => (BackingKind::Memfd, base_page_size()),
+            (BackingSource::PosixShm, _) => (BackingKind::PosixShm, base_page_size()),
+        };
+        Ok(Self {
+            options,
+            kind,
+            page_size,
+            place,
+        })
+    }
+
+    /// The size of its pages in bytes.
+    pub(crate) fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// Where RAM begins in it, in bytes.
+    pub(crate) fn start(&self) -> u64 {
+        // Only files have one.
+        self.options.offset()
+    }
+
+    /// Everything about a backing for `len` bytes of RAM that can be checked without creating it,
+    /// but what several backings may share.
+    pub(crate) fn with_len(self, len: u64) -> Result<Request<'a>> {
+        let options = self.options;
+        if let Some(set) = options.size().filter(|set| *set != len) {
+            return Err(OptionsError::SizeMismatch { set, ram: len }.into());
+        }
+        let end = self.start().saturating_add(len);
+        if len == 0 || i64::try_from(end).is_err() {
+            return Err(BackingError::Length {
+                len: if len == 0 { 0 } else { end },
+                limit: i64::MAX.unsigned_abs(),
+            });
+        }
+        RangePart::Size.check_aligned(len, self.page_size)?;
+        check_nodes(options.numa())?;
+        if let Some(place) = &self.place {
+            place.check(options, len)?;
+        }
+        // An existing file is not made longer, so that the limit does not concern it.
+        if self.place.as_ref().is_none_or(Place::is_new) {
+            check_file_size(end)?;
+        }
+        if let Some(place) = &self.place {
+            place.check_capacity(options, len)?;
+        }
+        let seals = match options.sealing() {
+            Sealing::Sealed => seals::RAM,
+            // No process that gets the descriptor may add a seal either, as one against writing.
+            Sealing::Unsealed => Seals::SEAL,
+        };
+        Ok(Request {
+            of: self,
+            len,
+            seals,
+        })
+    }
+}
+
+impl<'a> Request<'a> {
+    /// The same with other seals, whatever the options say of them.
+    #[cfg(feature = "vhost-user")]
+    pub(super) fn with_seals(self, seals: Seals) -> Self {
+        Self { seals, ..self }
+    }
+
+    pub(crate) fn options(&self) -> &'a RamOptions {
+        self.of.options
+    }
+
+    /// Checks backings together where they draw on the same resource.
+    pub(crate) fn check_all<'r>(
+        requests: impl Iterator<Item = &'r Request<'r>> + Clone,
+    ) -> Result<()> {
+        check_descriptors(requests.clone().count() as u64)?;
+        check_posix_shm(requests.clone())?;
+        // Pages of each size that the pool must have, and of these those that a control group must
+        // leave.
+        let mut pages: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
+        for request in requests {
+            let (all, limited) = pages.entry(request.of.page_size).or_default();
+            *all += request.huge_pages();
+            if request.options().on_shortage() == OnShortage::Refuse {
+                *limited += request.huge_pages();
+            }
+        }
+        pages.retain(|_, (all, _)| *all > 0);
+        for (page_size, (all, _)) in &pages {
+            hugetlb::check_pool(*all, *page_size)?;
+        }
+        for (page_size, (_, limited)) in pages.iter().filter(|(_, (_, limited))| *limited > 0) {
+            hugetlb::check_groups(*limited, *page_size)?;
+        }
+        Ok(())
+    }
+
+    /// Creates it, if that is all that is to be created.
+    pub(crate) fn create_alone(&self) -> Result<ShmBacking> {
+        Request::check_all(std::iter::once(self))?;
+        Ok(self.create()?.keep())
+    }
+
+    /// Creates it, after all that are to be created were checked.
+    pub(crate) fn create(&self) -> Result<Provisional> {
+        let Resolved {
+            options,
+            kind,
+            page_size,
+            ref place,
+        } = self.of;
+        let made = match place {
+            Some(place) => file::open(options, place.path, self.len)?,
+            None if kind == BackingKind::PosixShm => {
+                Made::nameless(posix_shm::create(self.len)?, kind, page_size)?
+            }
+            None => {
+                let huge = kind.is_hugetlb().then_some(page_size);
+                let file = memfd::create(options, self.len, huge, self.seals)?;
+                Made::nameless(file, kind, page_size)?
+            }
+        };
+        let mut notes = notes::of_options(options, made.kind);
+        if made.kind.is_on_file_system() && options.is_lazy() {
+            let missing = self.len.saturating_sub(made.metadata.blocks() * BLOCK);
+            notes.extend(capacity::note(&made.file, missing));
+        }
+        let mut inner = Inner::new(made, options.into());
+        inner.start = self.of.start();
+        inner.end = self.of.start() + self.len;
+        inner.name = options.name().map(str::to_owned);
+        inner.notes = notes;
+        let backing = ShmBacking::new(inner);
+        log_notes(&backing.label(), backing.notes());
+        logs::debug!("created {backing:?}");
+        Ok(Provisional { backing })
+    }
+
+    /// How many pages it takes from the pool of its page size, at most.
+    ///
+    /// None if it is a file that has contents: it may have its pages already, or their promise by
+    /// another mapping, and only mapping it tells how many are missing.
+    fn huge_pages(&self) -> u64 {
+        let is_new = self.of.place.as_ref().is_none_or(Place::is_new);
+        if self.of.kind.is_hugetlb() && is_new && !self.options().is_unreserved() {
+            self.len / self.of.page_size
+        } else {
+            0
+        }
+    }
+
+    /// What its pages will be made of; nothing that the kernel could not drop, if it is on a disk.
+    fn memory(&self) -> Option<Kind> {
+        match self.of.kind {
+            BackingKind::File => None,
+            kind if kind.is_hugetlb() => Some(Kind::Huge {
+                page_size: self.of.page_size,
+                reserving: true,
+            }),
+            _ => Some(Kind::Base(NodeSet::new())),
+        }
+    }
+}
+
+impl Provisional {
+    pub(crate) fn backing(&self) -> &ShmBacking {
+        &self.backing
+    }
+
+    /// Everything that needs it is there: it stays.
+    pub(crate) fn keep(self) -> ShmBacking {
+        self.backing.keep();
+        self.backing
+    }
+}
+
+/// The notes about limits on memory that new RAM may meet when it is used.
+pub(crate) fn memory_notes<'r>(requests: impl Iterator<Item = &'r Request<'r>>) -> Vec<Note> {
+    let mut demand = Demand::default();
+    for request in requests {
+        if let Some(kind) = request.memory() {
+            demand.add(kind, request.len);
+        }
+    }
+    // Without a descriptor for that nothing can be built either.
+    let limits = MemoryLimits::of_this_process().unwrap_or_default();
+    let short = limits.too_small_for(&demand).into_iter();
+    short.map(|short| Note::Shortage(short.into())).collect()
+}
+
+/// Refuses POSIX shm that the file system can never hold, or, of what is to be populated, cannot
+/// hold now: touching it would be SIGBUS.
+fn check_posix_shm<'r>(requests: impl Iterator<Item = &'r Request<'r>> + Clone) -> Result<()> {
+    let checked = requests.filter(|request| {
+        request.of.kind == BackingKind::PosixShm && !request.options().is_unreserved()
+    });
+    if checked.clone().next().is_none() {
+        return Ok(());
+    }
+    let Some(capacity) = Capacity::at(capacity::SHM.as_ref()) else {
+        // Creating it says what is wrong.
+        return Ok(());
+    };
+    let sum = |sum: u64, request: &Request<'_>| sum.saturating_add(request.len);
+    let all = checked.clone().fold(0, sum);
+    let now = checked
+        .filter(|request| !request.options().is_lazy())
+        .fold(0, sum);
+    capacity.check(all, now, capacity::SHM.as_ref())
+}
+
+/// Refuses a policy of which no node has memory, as mbind(2) would.
+fn check_nodes(policy: NumaPolicy) -> Result<()> {
+    match nodes::with_memory() {
+        Some(present) if policy != NumaPolicy::Default && !present.intersects(policy.nodes()) => {
+            Err(BackingError::NoSuchNodes { policy, present })
+        }
+        _ => Ok(()),
+    }
+}
