@@ -1,5 +1,5 @@
-//! The small examples, which the documentation names: each runs by itself, quickly, and says what it
-//! shows.
+//! The small examples, which the documentation names: each runs by itself, quickly, and says what
+//! it shows.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
