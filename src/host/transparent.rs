@@ -1,4 +1,4 @@
-//! Transparent huge pages of shared memory: who allows and who forbids them
+//! Transparent huge pages of shared memory: what allows and what forbids them
 //! (Documentation/admin-guide/mm/transhuge.rst).
 
 use std::fs;
@@ -64,7 +64,7 @@ fn forbidden(switch: &str, mount: Option<&Mount>, process_may_not: bool) -> Opti
     }
 }
 
-/// Whether somebody switched them off for this process (`PR_SET_THP_DISABLE`).
+/// Whether they are switched off for this process (`PR_SET_THP_DISABLE`).
 fn process_may_not(status: &str) -> bool {
     field(status, "THP_enabled") == Some("0")
 }
