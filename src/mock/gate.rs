@@ -24,10 +24,11 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
 use super::fault::{At, Fault};
 use super::lock::lock;
-use super::request::{LoggedRegion, LoggedRequest};
+use super::request::LoggedRequest;
 use super::state::{Link, Shared};
 use super::wire::{Message, Receiver};
 use crate::logs;
+use crate::vhost_user::receive::ReceivedRegion;
 
 /// The specification's limit of regions in one SET_MEM_TABLE.
 const MAX_TABLE_REGIONS: usize = 8;
@@ -283,9 +284,10 @@ fn relay_answers(link: &Link, shared: &Shared, barrier: &Barrier) -> io::Result<
 /// missing would end this process with SIGBUS. A message that is not whole is the daemon's to
 /// refuse.
 fn has_room(message: &Message) -> bool {
+    let end = |region: &ReceivedRegion| region.mmap_offset.checked_add(region.size);
     let ends: Vec<_> = match LoggedRequest::of(message) {
-        LoggedRequest::SetMemTable(regions) => regions.iter().map(LoggedRegion::end).collect(),
-        LoggedRequest::AddMemRegion(region) => vec![region.end()],
+        LoggedRequest::SetMemTable(regions) => regions.iter().map(end).collect(),
+        LoggedRequest::AddMemRegion(region) => vec![end(&region)],
         LoggedRequest::SetLogBase { size, mmap_offset } => vec![mmap_offset.checked_add(size)],
         _ => Vec::new(),
     };

@@ -94,6 +94,6 @@ pub use driver::BlkDriver;
 pub use error::MockError;
 pub use fault::Fault;
 pub use guest::MockRegion;
-pub use request::{LoggedRegion, LoggedRequest};
+pub use request::LoggedRequest;
 pub use ring::RingLayout;
 pub use writer::MockWriter;
