@@ -1,4 +1,4 @@
-//! The log of what the front-end asked for.
+//! The log of what the frontend asked for.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use super::wire::Message;
 use crate::vhost_user::receive::ReceivedRegion;
 use vhost::vhost_user::message::FrontendReq;
 
-/// One request of the front-end, as it arrived.
+/// One request of the frontend, as it arrived.
 ///
 /// Requests that matter for guest memory are taken apart; the others keep their number. A message
 /// that is too short for its request is logged as [`LoggedRequest::Other`]. `Display` gives one
