@@ -9,7 +9,7 @@ use crate::range::RangeSet;
 /// The units that a region is cut into, in guest addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Units {
-    /// The first address of the region and the one behind it.
+    /// The first address of the region and the one after it.
     pub(super) start: u64,
     pub(super) end: u64,
     /// Where the region starts in its backing: units are aligned there.
@@ -42,7 +42,7 @@ pub(super) struct Unit<T> {
 }
 
 impl Units {
-    /// The unit that has the address: its first address, and the one behind it.
+    /// The unit that has the address: its first address, and the one after it.
     fn at(&self, addr: u64) -> Range<u64> {
         let offset = addr - self.start + self.offset;
         let before = offset % self.size;

@@ -23,7 +23,7 @@ const ALL: &str = "all RAM";
 ///
 /// ```
 /// use guest_memory_shm::{BackingSource, GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
-/// use vm_memory::GuestAddress;
+/// use vm_memory::{GuestAddress, GuestMemoryBackend};
 ///
 /// let hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
 /// let memory = GuestMemoryShm::<()>::builder()
