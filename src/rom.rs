@@ -115,7 +115,7 @@ impl GuestRom {
     /// # Errors
     ///
     /// [`FileError::OutsideRom`] if it has not that much;
-    /// [`Error::BackingTruncated`](crate::Error::BackingTruncated) if the file has it no more;
+    /// [`BackingError::Truncated`](crate::BackingError::Truncated) if the file has it no more;
     /// [`FileError::ReadRom`] if reading fails.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let (len, size) = (buf.len() as u64, self.range.size());

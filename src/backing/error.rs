@@ -217,7 +217,7 @@ pub enum BackingError {
     #[error(
         "cannot adopt a file whose seals are: {seals}; its size must be sealed, ask its owner for a \
          memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), or trust the \
-         owner with SealPolicy::Any"
+         owner and adopt it without AdoptPolicy::with_required_seals"
     )]
     #[non_exhaustive]
     NotSealed {

@@ -73,8 +73,8 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     ///
     /// Those of a bad place, as [`new`](Self::new);
     /// [`InvalidRange::Unaligned`](crate::InvalidRange::Unaligned) and
-    /// [`Error::OutsideBacking`](crate::Error::OutsideBacking) for a part that the backing does not
-    /// have; [`Error::BackingTruncated`](crate::Error::BackingTruncated) for one that it has no
+    /// [`BackingError::Outside`](crate::BackingError::Outside) for a part that the backing does not
+    /// have; [`BackingError::Truncated`](crate::BackingError::Truncated) for one that it has no
     /// more; [`FileError::ReadOnlyRam`] for a file that is opened for reading only;
     /// [`Error::Shortage`](crate::Error::Shortage) and
     /// [`Error::Map`](crate::Error::Map) if it cannot be mapped.
