@@ -4,8 +4,8 @@
 //! concrete type, as a VMM's own code calls them, where `GuestMemoryShm` has methods of its own.
 //!
 //! `cargo bench --bench access` ends with two tables of the ratios of the two in this run; a filter
-//! (`-- write_obj`, `-- concrete`) leaves out what it does not name. Addresses are spread over all regions, so
-//! that a look-up cannot profit from the one before it.
+//! (`-- write_obj`, `-- concrete`) leaves out what it does not name. Addresses are spread over all
+//! regions, so that a look-up cannot profit from the one before it.
 
 use std::hint::black_box;
 use std::marker::PhantomData;
@@ -151,7 +151,8 @@ fn addresses(regions: u64) -> Vec<GuestAddress> {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
-            // One page of each region, with room for a slice: the caches of the memory itself are not what is measured.
+            // One page of each region, with room for a slice: the caches of the memory itself are
+            // not what is measured.
             GuestAddress((state % regions) * STRIDE + (state >> 32) % (4032 / 8) * 8)
         })
         .inspect(|addr| assert!(addr.0 % STRIDE < REGION_SIZE))

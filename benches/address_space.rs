@@ -7,8 +7,8 @@
 //! Both sides make a region (memfd, mmap) and drop it. The bare side sends ADD_MEM_REG and
 //! REM_MEM_REG, each acknowledged. `AddressSpace` also asks each daemon after each change whether
 //! it is still there, because some acknowledge what they refuse and hang up then: "with the
-//! question" is the bare exchange with that round trip (GET_FEATURES). All daemons share the CPUs with
-//! the bench: many of them at once are limited by these, unless they wait for something.
+//! question" is the bare exchange with that round trip (GET_FEATURES). All daemons share the CPUs
+//! with the bench: many of them at once are limited by these, unless they wait for something.
 
 use std::error::Error;
 use std::sync::mpsc::{Receiver, Sender, channel};

@@ -189,13 +189,14 @@ pub use address_space::{
     AddressSpace, AddressSpaceError, AttachError, ChangeReport, ListenerId, ListenerStatus,
     PublishedMemory, Transaction,
 };
-pub use backing::{AdoptPolicy, BackingKind, FileIdentity, SealPolicy, Seals, ShmBacking};
+pub use backing::{AdoptPolicy, BackingKind, FileIdentity, Seals, ShmBacking};
 pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 pub use error::{
     AdoptError, BackingError, DiscardError, Error, FileError, MapError, MemoryError, OptionsError,
     PopulateError, Result,
 };
 pub use host::NodeSet;
+pub use host::transparent::ThpObstacle;
 #[cfg(feature = "kvm")]
 pub use kvm::{
     DirtyPages, HypervisorVm, KvmError, KvmSlot, KvmSlots, LogBuffer, SlotChange, SlotFlags,
@@ -204,14 +205,14 @@ pub use kvm::{
 pub use listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{
-    Access, BackingSource, CoreDump, DiscardData, Merge, NumaPolicy, OnShortage, PageSize,
-    Populate, RamOptions, Reserve, Sealing,
+    Access, BackingSource, CoreDump, DiscardData, NumaPolicy, OnShortage, PageSize, Populate,
+    RamOptions, Reserve, Sealing,
 };
 pub use pool::{CancelToken, Progress};
 pub use populate::{OnFailure, PopulateHandle, PopulateOptions, Populated};
 pub use range::{GuestRange, InvalidRange, RangePart, ram_around_hole};
 pub use region::GuestRegionShm;
-pub use report::{BuildReport, NotHuge, Note, ReportLine};
+pub use report::{BuildNote, BuildReport};
 pub use rom::GuestRom;
 pub use shortage::{ResourceLimit, Shortage};
 pub use stats::{Extents, MemoryStats, RegionStats, StatsError};

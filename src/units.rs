@@ -26,8 +26,7 @@ impl fmt::Display for HumanSize {
                 format!("{} {name}", self.0 / unit)
             }
             (_, Some(rounded)) => format!("{rounded} ({} bytes)", self.0),
-            (_, None) if self.0 == 1 => "1 byte".to_owned(),
-            (_, None) => format!("{} bytes", self.0),
+            (_, None) => Counted(self.0, "byte").to_string(),
         })
     }
 }
@@ -37,6 +36,19 @@ fn rounded(bytes: u64) -> Option<String> {
     let (unit, name) = UNITS.iter().find(|(unit, _)| bytes >= *unit)?;
     let tenths = u128::from(bytes) * 10 / u128::from(*unit);
     Some(format!("{}.{} {name}", tenths / 10, tenths % 10))
+}
+
+/// A number of things, with a noun that agrees with it.
+#[derive(Clone, Copy)]
+pub(crate) struct Counted<N>(pub(crate) N, pub(crate) &'static str);
+
+impl<N: fmt::Display> fmt::Display for Counted<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(number, noun) = self;
+        let number = number.to_string();
+        let plural = if number == "1" { "" } else { "s" };
+        write!(f, "{number} {noun}{plural}")
+    }
 }
 
 /// A number of bytes for a column: in the largest binary unit, with one decimal, rounded down, where

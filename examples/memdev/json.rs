@@ -31,13 +31,12 @@ pub(crate) fn report(built: &Built, stats: &MemoryStats) -> Value {
         .collect();
     let notes: Vec<Value> = built
         .report
-        .lines()
-        .iter()
-        .map(|line| {
+        .notes()
+        .map(|(backing, note)| {
             json!({
-                "backend": line.backing(),
-                "property": line.note().property(),
-                "text": line.note().to_string(),
+                "backend": backing,
+                "property": note.property(),
+                "text": note.to_string(),
             })
         })
         .collect();

@@ -86,8 +86,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", value_parser = parse_disk, conflicts_with = "socket")]
     pub(crate) disk: Option<u64>,
 
-    /// Hot-add N regions of 2 MiB one after the other, use each for I/O, and remove them again, while
-    /// I/O runs
+    /// Hot-add N regions of 2 MiB one after the other, use each for I/O, and remove them again,
+    /// while I/O runs
     ///
     /// Every byte that is read is compared. A daemon that takes whole memory tables only, or few
     /// memory slots, makes the region that exceeds them fail.

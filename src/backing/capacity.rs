@@ -8,7 +8,7 @@ use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
 
 use super::error::Result;
 use crate::host::descriptors;
-use crate::report::Note;
+use crate::report::BuildNote;
 use crate::shortage::{ResourceLimit, Shortage};
 
 /// Where POSIX shared memory objects are.
@@ -59,9 +59,9 @@ impl Capacity {
 }
 
 /// The note about a file system that holds the RAM, but not now.
-pub(super) fn note(file: &impl AsFd, size: u64) -> Option<Note> {
+pub(super) fn note(file: &impl AsFd, size: u64) -> Option<BuildNote> {
     let capacity = Capacity::new(&fstatvfs(file).ok()?)?;
-    (size > capacity.free).then(|| Note::Shortage(capacity.shortage(size, None)))
+    (size > capacity.free).then(|| BuildNote::Shortage(capacity.shortage(size, None)))
 }
 
 /// Refuses more backings than there are descriptors for.

@@ -217,7 +217,7 @@ pub enum BackingError {
     #[error(
         "cannot adopt a file whose seals are: {seals}; its size must be sealed, ask its owner for a \
          memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), or trust the \
-         owner with SealPolicy::Any"
+         owner and adopt it without AdoptPolicy::with_required_seals"
     )]
     #[non_exhaustive]
     NotSealed {
@@ -294,6 +294,11 @@ impl AdoptError {
     /// Why the descriptor was not adopted.
     pub fn error(&self) -> &BackingError {
         &self.error
+    }
+
+    /// Takes both apart.
+    pub fn into_parts(self) -> (BackingError, OwnedFd) {
+        (*self.error, self.fd)
     }
 
     /// Takes the descriptor back, as it was given.

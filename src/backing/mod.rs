@@ -33,7 +33,7 @@ mod seals;
 mod shm_backing;
 
 pub(crate) use crate::host::base_page_size;
-pub use adopt::{AdoptPolicy, SealPolicy};
+pub use adopt::AdoptPolicy;
 pub use error::{AdoptError, BackingError};
 pub(crate) use extents::Allocation;
 pub use file_error::FileError;

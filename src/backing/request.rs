@@ -19,7 +19,7 @@ use crate::options::{
     BackingSource, NumaPolicy, OnShortage, OptionsError, PageSize, RamOptions, Sealing,
 };
 use crate::range::RangePart;
-use crate::report::{Note, log_notes};
+use crate::report::{BuildNote, log_notes};
 
 /// Options that are right by themselves, and what this machine makes of them.
 ///
@@ -271,7 +271,7 @@ impl Provisional {
 }
 
 /// The notes about limits on memory that new RAM may meet when it is used.
-pub(crate) fn memory_notes<'r>(requests: impl Iterator<Item = &'r Request<'r>>) -> Vec<Note> {
+pub(crate) fn memory_notes<'r>(requests: impl Iterator<Item = &'r Request<'r>>) -> Vec<BuildNote> {
     let mut demand = Demand::default();
     for request in requests {
         if let Some(kind) = request.memory() {
@@ -281,7 +281,9 @@ pub(crate) fn memory_notes<'r>(requests: impl Iterator<Item = &'r Request<'r>>) 
     // Without a descriptor for that nothing can be built either.
     let limits = MemoryLimits::of_this_process().unwrap_or_default();
     let short = limits.too_small_for(&demand).into_iter();
-    short.map(|short| Note::Shortage(short.into())).collect()
+    short
+        .map(|short| BuildNote::Shortage(short.into()))
+        .collect()
 }
 
 /// Refuses POSIX shm that the file system can never hold, or, of what is to be populated, cannot

@@ -18,7 +18,7 @@ use crate::options::MapOptions;
 #[cfg(doc)]
 use crate::options::{BackingSource, RamOptions};
 use crate::range::RangePart;
-use crate::report::Note;
+use crate::report::BuildNote;
 use crate::units::HumanSize;
 
 /// The object behind guest RAM: a descriptor of known length, cheap to clone.
@@ -56,7 +56,7 @@ pub(super) struct Inner {
     map_options: MapOptions,
     pub(super) name: Option<String>,
     /// What of its options has no effect, and limits that are near.
-    pub(super) notes: Vec<Note>,
+    pub(super) notes: Vec<BuildNote>,
     /// Of a file that was opened by its path.
     file_end: Option<Arc<FileEnd>>,
     /// For every discard on it.
@@ -149,7 +149,7 @@ impl ShmBacking {
     }
 
     /// What of its options has no effect, and limits that are near: known when it was created.
-    pub fn notes(&self) -> &[Note] {
+    pub fn notes(&self) -> &[BuildNote] {
         &self.inner.notes
     }
 

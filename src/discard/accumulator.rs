@@ -64,7 +64,7 @@ pub struct DiscardAccumulator {
     collector: Collector<Owner>,
 }
 
-/// The region that a unit is of. It is kept from being unmapped by nobody, but no other region is
+/// The region that a unit is of. This does not keep it mapped, but no other region is
 /// ever taken for it.
 #[derive(Clone, Debug)]
 struct Owner(Weak<Mapping>);
@@ -101,7 +101,7 @@ impl DiscardAccumulator {
     /// noted. If what is complete cannot be discarded, as while discards are inhibited, all of the
     /// report is noted, and [`flush`](Self::flush) tries again. A balloon device goes on after
     /// [`DiscardError::Inhibited`](crate::DiscardError::Inhibited), and flushes when the
-    /// [`DiscardInhibitor`](crate::DiscardInhibitor) is dropped, which nobody tells it.
+    /// [`DiscardInhibitor`](crate::DiscardInhibitor) is dropped: no call tells it of that.
     pub fn add<B>(
         &mut self,
         memory: &GuestMemoryShm<B>,

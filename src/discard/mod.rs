@@ -24,14 +24,14 @@ impl<B> GuestMemoryShm<B> {
     /// virtio-mem ask for.
     ///
     /// The bytes become 0 in every process that maps them, daemons included, and the pages take no
-    /// memory until somebody touches them again. It suffices that a daemon *reads* one: shared
+    /// memory until they are touched again. It suffices that a daemon *reads* one: shared
     /// memory has no common page of zeroes, so the read allocates it. The range may span adjacent
     /// regions, of different backings too. Sealed RAM is discarded like any other.
     ///
     /// Only whole pages of the backing are given back: base pages, or the huge pages of hugetlb.
     /// The kernel would accept less of a huge page, and do nothing; here it is reported as kept.
-    /// A *transparent* huge page that is discarded in part is split by the kernel, or, if somebody
-    /// has it pinned, only zeroed: then what is left of it in the range is reported as kept. (So is
+    /// A *transparent* huge page that is discarded in part is split by the kernel, or, if a
+    /// device has it pinned, only zeroed: then what is left of it in the range is reported as kept. (So is
     /// what the guest touches again before this returns, next to such an edge.)
     ///
     /// The dirty bitmaps are not marked. The call made is madvise(2) with `MADV_REMOVE`;
@@ -105,7 +105,7 @@ mod tests {
     use crate::options::RamOptions;
 
     /// Two discards that entered the gates in different orders would wait for each other, as soon
-    /// as somebody waits to close both.
+    /// as an inhibitor waits to close both.
     #[test]
     fn gates_are_entered_once_and_in_the_same_order_by_all() {
         let create = |_| ShmBacking::create(&RamOptions::new(), 4096).unwrap();

@@ -1,6 +1,6 @@
 //! Which slot numbers are taken.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::claims;
 use super::error::{KvmError, Result};
 use super::hypervisor::HypervisorVm;
+use crate::range::RangeSet;
 
 /// Slot numbers of a VM, for all that make slots of it: [`KvmSlots`](crate::KvmSlots), and the
 /// VMM's own devices. Clones share them.
@@ -68,8 +69,7 @@ struct Shared {
 /// limit that is worth mentioning.
 #[derive(Debug)]
 struct Untaken {
-    /// Those that are free, as ranges, first number and first after them. Apart from each other.
-    free: BTreeMap<u32, u32>,
+    free: RangeSet,
     /// Those that may be wanted back, and are given to others last.
     resting: BTreeSet<u32>,
 }
@@ -214,51 +214,40 @@ impl Drop for SlotNumber {
 impl Untaken {
     fn new(all: &Range<u32>) -> Self {
         Self {
-            free: BTreeMap::from([(all.start, all.end)]),
+            free: RangeSet::from(u64::from(all.start)..u64::from(all.end)),
             resting: BTreeSet::new(),
         }
     }
 
     fn count(&self) -> u32 {
-        let free: u32 = self.free.iter().map(|(first, end)| end - first).sum();
+        let count = self.free.len() + self.resting.len() as u64;
         // Each is one of the numbers, which are fewer than 2^32.
-        free + u32::try_from(self.resting.len()).unwrap_or(u32::MAX)
+        u32::try_from(count).unwrap_or(u32::MAX)
     }
 
     fn take(&mut self) -> Option<u32> {
-        match self.free.first_key_value() {
-            Some((lowest, _)) => {
-                let lowest = *lowest;
-                self.take_this(lowest).then_some(lowest)
-            }
+        let lowest = self.free.iter().next().map(|range| range.start);
+        match lowest.and_then(|lowest| u32::try_from(lowest).ok()) {
+            Some(lowest) => self.take_this(lowest).then_some(lowest),
             None => self.resting.pop_first(),
         }
     }
 
     /// Whether it was there to be taken.
     fn take_this(&mut self, number: u32) -> bool {
-        let near = self.free.range(..=number).next_back();
-        match near.map(|(first, end)| (*first, *end)) {
-            Some((first, end)) if number < end => {
-                self.free.remove(&first);
-                let parts = [(first, number), (number + 1, end)];
-                self.free
-                    .extend(parts.into_iter().filter(|(first, end)| first < end));
-                true
-            }
-            _ => self.resting.remove(&number),
-        }
+        let is_free = self.free.contains(only(number));
+        self.free.remove(only(number));
+        is_free || self.resting.remove(&number)
     }
 
     /// It is free again.
     fn insert(&mut self, number: u32) {
-        let before = self.free.range(..number).next_back();
-        let before = before.filter(|(_, end)| **end == number);
-        let first = before.map_or(number, |(first, _)| *first);
-        // It is below the end of all, and so has a successor.
-        let end = self.free.remove(&(number + 1)).unwrap_or(number + 1);
-        self.free.insert(first, end);
+        self.free.insert(only(number));
     }
+}
+
+fn only(number: u32) -> Range<u64> {
+    u64::from(number)..u64::from(number) + 1
 }
 
 impl Drop for Shared {
@@ -337,11 +326,11 @@ mod tests {
         assert!(untaken.take_this(u32::MAX - 1));
         assert!(untaken.take_this(1 << 31));
         assert_eq!(untaken.count(), u32::MAX - 2);
-        let ranges = [(0, 1 << 31), ((1 << 31) + 1, u32::MAX - 1)];
-        assert_eq!(untaken.free, BTreeMap::from(ranges));
+        let ranges = [0..1 << 31, (1 << 31) + 1..u64::from(u32::MAX) - 1];
+        assert_eq!(untaken.free, ranges.into_iter().collect());
         untaken.insert(1 << 31);
         untaken.insert(u32::MAX - 1);
-        assert_eq!(untaken.free, BTreeMap::from([(0, u32::MAX)]));
+        assert_eq!(untaken.free, RangeSet::from(0..u64::from(u32::MAX)));
     }
 
     #[test]
@@ -362,10 +351,8 @@ mod tests {
             }
             assert!(!taken.contains(&number) || !untaken.take_this(number));
             assert_eq!(untaken.count() as usize + taken.len(), 64);
-            let free = untaken.free.iter().flat_map(|(first, end)| *first..*end);
-            assert!(free.eq((7..71).filter(|number| !taken.contains(number))));
-            let ranges = untaken.free.iter().zip(untaken.free.iter().skip(1));
-            assert!(ranges.into_iter().all(|((_, end), (next, _))| end < next));
+            let free = untaken.free.iter().flatten();
+            assert!(free.eq((7..71).filter(|number| !taken.contains(&(*number as u32)))));
         }
     }
 }

@@ -13,15 +13,14 @@ use std::ffi::c_void;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
-use std::sync::Arc;
 
 use nix::sys::mman::{MmapAdvise, madvise, munmap};
 
 use crate::backing::ShmBacking;
-use crate::host::transparent::{self, Forbidden};
+use crate::host::transparent::{self, ThpObstacle};
 use crate::logs;
 use crate::options::CoreDump;
-use crate::report::{NotHuge, Note, log_notes};
+use crate::report::{BuildNote, log_notes};
 
 mod error;
 #[cfg(feature = "kvm")]
@@ -49,7 +48,7 @@ pub(crate) struct Mapping {
     /// Whether it is mapped by transparent huge pages, but for parts of it.
     is_huge: bool,
     /// What the kernel does not do that was asked for.
-    notes: Vec<Note>,
+    notes: Vec<BuildNote>,
 }
 
 /// Where a mapping is. Safe to have and to pass on; what is there is accessed through raw pointers.
@@ -129,7 +128,7 @@ impl Mapping {
     }
 
     /// What the kernel does not do that was asked for.
-    pub(crate) fn notes(&self) -> &[Note] {
+    pub(crate) fn notes(&self) -> &[BuildNote] {
         &self.notes
     }
 
@@ -140,35 +139,31 @@ impl Mapping {
 
     fn advise(&mut self, backing: &ShmBacking, offset: u64) {
         let options = backing.map_options();
-        if options.core_dump == CoreDump::Exclude {
-            self.advise_one(
-                MmapAdvise::MADV_DONTDUMP,
-                "leave guest RAM out of core dumps",
-            );
+        // Advice that the kernel does not know (it may be built without the feature) is no reason
+        // to do without RAM.
+        if options.core_dump == CoreDump::Exclude
+            && let Err(errno) = self.advise_one(MmapAdvise::MADV_DONTDUMP)
+        {
+            let errno = errno as i32;
+            self.notes.push(BuildNote::InCoreDumps { errno });
         }
         if options.transparent_huge {
-            let advised = self.advise_one(MmapAdvise::MADV_HUGEPAGE, "use transparent huge pages");
-            let why_not = why_not_huge(backing, offset, self.len() as u64);
+            let obstacle = match self.advise_one(MmapAdvise::MADV_HUGEPAGE) {
+                Ok(()) => thp_obstacle(backing, offset, self.len() as u64),
+                Err(errno) => Some(ThpObstacle::Refused {
+                    errno: errno as i32,
+                }),
+            };
             // A few parts that are not aligned do not keep the others from being huge.
-            let most = matches!(why_not, None | Some(NotHuge::Alignment { .. }));
-            self.is_huge = advised && most;
-            self.notes.extend(why_not.map(Note::NotHuge));
+            self.is_huge = matches!(obstacle, None | Some(ThpObstacle::Alignment { .. }));
+            self.notes.extend(obstacle.map(BuildNote::NotHuge));
         }
     }
 
-    /// Advice that the kernel does not know (it may be built without the feature) is no reason
-    /// to do without RAM.
-    fn advise_one(&mut self, what: MmapAdvise, meaning: &'static str) -> bool {
+    fn advise_one(&self, what: MmapAdvise) -> nix::Result<()> {
         // SAFETY: the range is a mapping of ours, whole pages, and neither MADV_DONTDUMP nor
         // MADV_HUGEPAGE changes what is in it.
-        let answer = unsafe { madvise(self.ram.start, self.ram.len.get(), what) };
-        if let Err(errno) = answer {
-            self.notes.push(Note::Advice {
-                meaning,
-                source: Arc::new(errno.into()),
-            });
-        }
-        answer.is_ok()
+        unsafe { madvise(self.ram.start, self.ram.len.get(), what) }
     }
 }
 
@@ -213,26 +208,22 @@ impl Span {
 
 /// Why the kernel will not map this part of a backing by transparent huge pages, as far as it can
 /// be known: the host address is never the reason, see [`Mapping::new`].
-fn why_not_huge(backing: &ShmBacking, offset: u64, size: u64) -> Option<NotHuge> {
+fn thp_obstacle(backing: &ShmBacking, offset: u64, size: u64) -> Option<ThpObstacle> {
     if !backing.is_on_tmpfs() {
-        return Some(NotHuge::FileSystem);
+        return Some(ThpObstacle::FileSystem);
     }
     let Some(huge) = transparent::page_size() else {
-        return Some(NotHuge::Kernel);
+        return Some(ThpObstacle::Kernel);
     };
-    if let Some(forbidden) = transparent::forbidden_on_tmpfs(backing.identity().dev) {
-        return Some(match forbidden {
-            Forbidden::Kernel => NotHuge::Kernel,
-            Forbidden::Process => NotHuge::Process,
-            Forbidden::Switch { value } => NotHuge::Switch { value },
-            Forbidden::MountOption { mount, value } => NotHuge::MountOption { mount, value },
-        });
+    let forbidden = transparent::forbidden_on_tmpfs(backing.identity().dev);
+    if forbidden.is_some() {
+        return forbidden;
     }
     if size < huge {
-        return Some(NotHuge::Size { size, huge });
+        return Some(ThpObstacle::Size { size, huge });
     }
     let whole = offset.is_multiple_of(huge) && size.is_multiple_of(huge);
-    (!whole).then_some(NotHuge::Alignment { offset, size, huge })
+    (!whole).then_some(ThpObstacle::Alignment { offset, size, huge })
 }
 
 /// The one conversion of sizes in guest or file space to sizes in this process.

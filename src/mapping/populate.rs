@@ -90,7 +90,7 @@ mod tests {
 
     #[test]
     fn a_page_that_cannot_be_had_is_an_error_and_no_signal() {
-        // Behind the end of a file that somebody truncated, a touch is SIGBUS.
+        // Past the end of a file that was truncated, a touch is SIGBUS.
         let page = base_page_size();
         let file = tempfile::tempfile_in("/dev/shm").unwrap();
         file.set_len(PAGES * page).unwrap();

@@ -10,7 +10,7 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// What is there already is left as it is, so a guest may run meanwhile (then with
     /// [`OnFailure::Keep`]). When it succeeds, no later touch of that RAM is SIGBUS for want of a
-    /// page, whoever touches it, until pages are given back or somebody truncates an unsealed
+    /// page, whoever touches it, until pages are given back or a process truncates an unsealed
     /// backing. [`Populate::Prefault`] fills the page tables of this process only.
     ///
     /// # Errors
@@ -46,7 +46,7 @@ impl<B> GuestMemoryShm<B> {
             return Ok(rams.map(|ram| (ram.clone(), 0..ram.range.size())).collect());
         };
         let pieces = self.pieces(range);
-        let pieces = pieces.map_err(|start| PopulateError::NotRam { range, start })?;
+        let pieces = pieces.map_err(|first| PopulateError::NotRam { range, first })?;
         let pieces = pieces.into_iter();
         Ok(pieces.map(|(ram, inside)| (ram.clone(), inside)).collect())
     }

@@ -191,26 +191,6 @@ pub enum CoreDump {
     Include,
 }
 
-/// Whether the kernel is asked to merge equal pages (KSM), which it never does with shared memory.
-///
-/// It exists because QEMU has it, and [`On`](Self::On) is [reported](crate::BuildReport) to have
-/// no effect.
-///
-/// ```
-/// use guest_memory_shm::{Merge, RamOptions};
-///
-/// let options: RamOptions = "memory-backend-memfd,size=1M,merge=on".parse()?;
-/// assert_eq!(options.merge(), Some(Merge::On));
-/// # Ok::<(), guest_memory_shm::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Merge {
-    /// Not asked for.
-    Off,
-    /// Asked for, without effect.
-    On,
-}
-
 /// Whether a file is RAM, or a ROM that nobody writes.
 ///
 /// ```

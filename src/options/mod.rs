@@ -10,8 +10,7 @@ mod qemu;
 
 pub use error::OptionsError;
 pub use kinds::{
-    Access, BackingSource, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate, Reserve,
-    Sealing,
+    Access, BackingSource, CoreDump, DiscardData, OnShortage, PageSize, Populate, Reserve, Sealing,
 };
 pub use numa::NumaPolicy;
 
@@ -53,7 +52,7 @@ pub use numa::NumaPolicy;
 /// | `prealloc-context` | refused, unless empty: there are no objects to name | | |
 /// | `policy` | `default`, `preferred`, `bind`, `interleave` | [`with_numa`](Self::with_numa) | |
 /// | `host-nodes` | a node or a range, `0-3`, below 128 | [`with_numa`](Self::with_numa) | |
-/// | `merge` | a switch | [`with_merge`](Self::with_merge) | |
+/// | `merge` | a switch without effect | | |
 /// | `dump` | a switch, **on** by default | [`with_core_dump`](Self::with_core_dump) | |
 /// | `x-use-canonical-path-for-ramblock-id` | a switch without effect | | |
 /// | `hugetlb` | a switch | [`PageSize::Huge`] | memfd |
@@ -87,7 +86,6 @@ pub struct RamOptions {
     on_shortage: OnShortage,
     numa: NumaPolicy,
     core_dump: CoreDump,
-    merge: Option<Merge>,
     align: Option<u64>,
     offset: u64,
     access: Access,
@@ -99,6 +97,8 @@ pub struct RamOptions {
 /// back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Unused {
+    /// `merge`.
+    pub(crate) merge: Option<bool>,
     /// `hugetlbsize` without `hugetlb=on`, in bytes.
     pub(crate) hugetlb_size: Option<u64>,
     /// `x-use-canonical-path-for-ramblock-id`.
@@ -201,14 +201,6 @@ impl RamOptions {
         self
     }
 
-    /// Sets whether equal pages are to be merged (QEMU's `merge`), which has no effect on shared
-    /// memory.
-    #[must_use]
-    pub fn with_merge(mut self, merge: Merge) -> Self {
-        self.merge = Some(merge);
-        self
-    }
-
     /// Sets a power of two, in bytes, that the host address of a [`BackingSource::File`] is a multiple of
     /// (QEMU's `align`); what suits huge pages unless set.
     #[must_use]
@@ -296,9 +288,10 @@ impl RamOptions {
         self.core_dump
     }
 
-    /// Whether equal pages are to be merged, if that is set.
-    pub fn merge(&self) -> Option<Merge> {
-        self.merge
+    /// Whether equal pages are to be merged, if a string says so. The kernel does that with private
+    /// pages only (KSM), so that it has no effect.
+    pub fn merge(&self) -> Option<bool> {
+        self.unused.merge
     }
 
     /// The alignment of the host address in bytes, if one is set.

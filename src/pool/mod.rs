@@ -1,5 +1,5 @@
 //! A pool of threads that works through queues of pieces, tells how far it is, and can be
-//! cancelled: for all that is done to much RAM.
+//! cancelled: for all work that takes long because there is much RAM.
 //!
 //! Its threads live as long as one run: work in the background has a thread that runs a pool.
 

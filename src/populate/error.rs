@@ -29,13 +29,14 @@ pub enum PopulateError {
     /// A part of the range that was given is no RAM. Nothing was populated.
     #[error(
         "cannot populate {range}: there is no RAM at guest address {:#x}, give a range of RAM only",
-        .start.0
+        .first.0
     )]
+    #[non_exhaustive]
     NotRam {
         /// The range that was given.
         range: GuestRange,
         /// The first address in it that is no RAM.
-        start: GuestAddress,
+        first: GuestAddress,
     },
 
     /// There is not enough room in the file system, or not enough memory: the pool of huge pages,
@@ -43,6 +44,7 @@ pub enum PopulateError {
     /// populated, or others took it meanwhile. Where only this crate refuses, there is
     /// [`OnShortage::TryAnyway`](crate::OnShortage::TryAnyway).
     #[error("cannot populate {range}: {shortage}")]
+    #[non_exhaustive]
     Shortage {
         /// The part of the RAM at which it would end, or that was being worked on.
         range: GuestRange,
@@ -56,17 +58,19 @@ pub enum PopulateError {
         "cannot see whether there is memory to populate: {shortage}; or try anyway \
          (OnShortage::TryAnyway, on-shortage=try-anyway)"
     )]
+    #[non_exhaustive]
     CannotLook {
         /// The descriptors that are short.
         shortage: Box<Shortage>,
     },
 
-    /// Somebody truncated the backing, which was not sealed.
+    /// Another process truncated the backing, which was not sealed.
     #[error(
         "cannot populate {range}: its backing had at least {} and has {} now, another process truncated it; \
          use a sealed memfd or a trusted peer",
         HumanSize(*.end), HumanSize(*.now)
     )]
+    #[non_exhaustive]
     Truncated {
         /// The part of the RAM.
         range: GuestRange,
@@ -78,6 +82,7 @@ pub enum PopulateError {
 
     /// It was cancelled by its token.
     #[error("populating was cancelled after {} of {}", HumanSize(*.done), HumanSize(*.total))]
+    #[non_exhaustive]
     Cancelled {
         /// What was populated, in bytes.
         done: u64,
@@ -90,6 +95,7 @@ pub enum PopulateError {
         "cannot start a thread to populate RAM in the background: raise RLIMIT_NPROC or pids.max, \
          or populate in this thread"
     )]
+    #[non_exhaustive]
     NoThread {
         /// The system's answer.
         source: io::Error,
@@ -146,7 +152,7 @@ mod tests {
             (
                 PopulateError::NotRam {
                     range,
-                    start: GuestAddress(0x1_0010_0000),
+                    first: GuestAddress(0x1_0010_0000),
                 },
                 "there is no RAM at guest address 0x100100000, give a range of RAM only",
             ),

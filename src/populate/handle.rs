@@ -120,7 +120,7 @@ impl Drop for PopulateHandle {
         }
         self.cancel.cancel();
         if let Err(panic) = thread.join() {
-            // It was printed where it happened, and nobody is there to be told. Dropping it may
+            // It was printed where it happened, and there is no caller to be told. Dropping it may
             // panic in turn, which would end the process if this is dropped by a panic.
             std::mem::forget(panic);
         }

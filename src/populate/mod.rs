@@ -58,7 +58,7 @@ pub(crate) fn populate(
     job.run(told)
 }
 
-/// As [`populate`], while the caller goes on. One who asks for too much is told at once.
+/// As [`populate`], while the caller goes on. Asking for too much is an error at once.
 pub(crate) fn populate_in_background(
     parts: Parts,
     options: PopulateOptions<'static>,
@@ -86,7 +86,7 @@ fn job(
 
 /// Populates RAM on backings that were just made, as their options say, all of it together.
 ///
-/// Nobody else has it yet, and when this fails it is dropped.
+/// It is not in use yet, and when this fails it is dropped.
 pub(crate) fn populate_new<'a>(
     made: impl IntoIterator<Item = (Ram, &'a RamOptions)>,
 ) -> Result<(), PopulateError> {

@@ -48,7 +48,7 @@ pub(super) type ProgressFn<'a> = Box<dyn FnMut(Progress) + Send + 'a>;
 pub enum OnFailure {
     /// They are given back, if they were not there before and hold nothing but zeros.
     ///
-    /// For RAM that nobody uses yet. What a guest or a daemon wrote meanwhile is kept, but a write
+    /// For RAM that is not in use yet. What a guest or a daemon wrote meanwhile is kept, but a write
     /// that falls between the look and the giving back, some microseconds, is lost, and a device that
     /// has the pages pinned is left with them: for RAM in use there is [`Keep`](Self::Keep). Nothing
     /// is given back where pages cannot be told from holes: on a hugetlb backing that had any

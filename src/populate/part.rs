@@ -87,7 +87,7 @@ impl Part {
 
     /// Allocates without mapping; `false` if the file system cannot do that, or a filter forbids it.
     pub(super) fn allocate(&self, range: &Range<u64>) -> io::Result<bool> {
-        // Never makes a file longer that somebody truncated: that would hide it.
+        // A file that another process truncated is not made longer: that would hide it.
         if let Ok(Some(_)) = self.backing().truncated_to() {
             return Err(Errno::EFAULT.into());
         }

@@ -71,7 +71,7 @@ pub(super) struct Wish {
 }
 
 impl Watch {
-    /// That looks at all that limits this process, and minds its other jobs.
+    /// A watch that looks at all limits of this process, and minds its other jobs.
     ///
     /// # Errors
     ///
@@ -82,7 +82,7 @@ impl Watch {
         Ok(Self::among(UnderWay::of_this_process(), look))
     }
 
-    /// That finds no limits.
+    /// A watch that finds no limits.
     pub(super) fn of_nothing() -> Self {
         Self::among(Arc::default(), |_, _| Vec::new())
     }
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_has_too_little_waits_for_the_others_and_sees_what_they_left() {
+    fn work_that_has_too_little_waits_for_the_others_and_sees_what_they_left() {
         let (left, watch) = machine(3 * MIB);
         let first = begin(&watch, 16 * MIB).unwrap();
         assert_eq!(first.len, 2 * MIB);
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_waits_hears_that_the_work_is_to_stop() {
+    fn work_that_waits_hears_that_it_is_to_stop() {
         let (_, watch) = machine(3 * MIB);
         let stop = Stop::default();
         let pass = begin(&watch, 16 * MIB).unwrap();

@@ -41,6 +41,21 @@ impl RangeSet {
         self.ranges.splice(touching, [merged]);
     }
 
+    /// Takes all of `range` out.
+    #[cfg(any(feature = "kvm", test))]
+    pub(crate) fn remove(&mut self, range: Range<u64>) {
+        let first = self
+            .ranges
+            .partition_point(|there| there.end <= range.start);
+        let cut = self.ranges[first..].partition_point(|there| there.start < range.end);
+        let cut = &self.ranges[first..first + cut];
+        if let (false, Some(low), Some(high)) = (range.is_empty(), cut.first(), cut.last()) {
+            let left = [low.start..range.start, range.end..high.end];
+            let left = left.into_iter().filter(|left| !left.is_empty());
+            self.ranges.splice(first..first + cut.len(), left);
+        }
+    }
+
     /// Adds `first` and what comes after it, as far as the bits are set, the lowest one first.
     pub(crate) fn insert_bits(&mut self, first: u64, mut bits: u64) {
         while bits != 0 {
@@ -172,6 +187,7 @@ mod tests {
             ranges in prop::collection::vec(some_range(), 0..20),
             words in prop::collection::vec((0..130_u64, any::<u64>()), 0..3),
             asked in some_range(),
+            removed in some_range(),
         ) {
             let at = |range: Range<u64>| base + range.start..base + range.end;
             let mut set = RangeSet::default();
@@ -200,6 +216,10 @@ mod tests {
             prop_assert_eq!(members(set.gaps(asked.clone())), not);
             prop_assert!(set.within(asked.clone()).all(|range| !range.is_empty()));
             prop_assert!(set.gaps(asked).all(|range| !range.is_empty()));
+
+            set.remove(at(removed.clone()));
+            model.retain(|number| !at(removed.clone()).contains(number));
+            prop_assert_eq!(&set, &model.into_iter().map(|one| one..one + 1).collect());
         }
     }
 

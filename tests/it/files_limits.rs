@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
 use guest_memory_shm::{
-    DiscardData, Error, FileError, GuestMemoryShm, MemoryError, Note, Populate, RamOptions,
+    BuildNote, DiscardData, Error, FileError, GuestMemoryShm, MemoryError, Populate, RamOptions,
     Reserve, ShmBacking,
 };
 use nix::mount::{MsFlags, umount};
@@ -59,7 +59,7 @@ fn ram_that_its_file_system_can_never_hold_is_refused_unless_that_is_meant() {
         let backing = ShmBacking::create(&file_options(&path), 8 * MIB).unwrap();
         assert!(matches!(
             backing.notes(),
-            [Note::Shortage(short)] if (short.needed, short.left) == (8 * MIB, 6 * MIB)
+            [BuildNote::Shortage(short)] if (short.needed, short.left) == (8 * MIB, 6 * MIB)
         ));
         drop(backing);
         fs::remove_file(&path).unwrap();

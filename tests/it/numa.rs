@@ -3,8 +3,8 @@
 use std::fs;
 
 use guest_memory_shm::{
-    BackingError, BackingSource, Error, GuestMemoryShm, GuestRegionShm, NodeSet, Note, NumaPolicy,
-    RamOptions,
+    BackingError, BackingSource, BuildNote, Error, GuestMemoryShm, GuestRegionShm, NodeSet,
+    NumaPolicy, RamOptions,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -138,7 +138,8 @@ fn a_policy_where_there_is_one_node_is_reported_to_have_no_effect() {
         .build_with_report()
         .unwrap();
     if one.trim() == "0" {
-        assert!(matches!(report.lines()[0].note(), Note::OneNode { .. }));
+        let (_, note) = report.notes().next().unwrap();
+        assert!(matches!(note, BuildNote::OneNode { .. }));
         assert_eq!(
             report.to_string(),
             "low: policy=bind with host-nodes=0 has no effect: this machine has one node"

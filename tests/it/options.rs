@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use guest_memory_shm::{
-    Access, BackingSource, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
+    Access, BackingSource, CoreDump, DiscardData, NodeSet, NumaPolicy, OnShortage, PageSize,
     Populate, RamOptions, Reserve, Sealing,
 };
 
@@ -101,8 +101,6 @@ fn every_property_of_every_backend_is_read() {
                     .clone()
                     .with_numa(NumaPolicy::Interleave(nodes(0..128))),
             ),
-            ("merge=yes", options.clone().with_merge(Merge::On)),
-            ("merge=false", options.clone().with_merge(Merge::Off)),
             ("dump=true", options.clone()),
             ("dump=n", options.clone().with_core_dump(CoreDump::Exclude)),
             (
@@ -440,5 +438,19 @@ fn every_property_that_is_wrong_is_named() {
     ] {
         let refused = text.parse::<RamOptions>().unwrap_err().to_string();
         assert!(refused.starts_with(start), "{text}: {refused}");
+    }
+}
+
+#[test]
+fn merging_is_read_and_has_no_setter() {
+    for (property, merge) in [
+        ("", None),
+        (",merge=yes", Some(true)),
+        (",merge=false", Some(false)),
+    ] {
+        let text = format!("memory-backend-memfd,size=1M{property}");
+        let options: RamOptions = text.parse().unwrap();
+        assert_eq!(options.merge(), merge, "{text}");
+        assert_eq!(options.to_string().contains("merge="), merge.is_some());
     }
 }

@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use guest_memory_shm::{
-    Access, BackingSource, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
+    Access, BackingSource, CoreDump, DiscardData, NodeSet, NumaPolicy, OnShortage, PageSize,
     Populate, RamOptions, Reserve, Sealing,
 };
 use proptest::collection::btree_set;
@@ -86,7 +86,7 @@ fn valid_options() -> impl Strategy<Value = RamOptions> {
         option::of(1..u32::MAX),
         policies(),
         select(vec![CoreDump::Include, CoreDump::Exclude]),
-        option::of(select(vec![Merge::On, Merge::Off])),
+        option::of(select(vec!["on", "off"])),
     );
     any.prop_map(
         |(options, name, size, reserve, populate, threads, numa, dump, merge)| {
@@ -100,9 +100,6 @@ fn valid_options() -> impl Strategy<Value = RamOptions> {
                 .with_core_dump(dump);
             if let Some(name) = name {
                 options = options.with_name(name);
-            }
-            if let Some(merge) = merge {
-                options = options.with_merge(merge);
             }
             if let Some(threads) = threads.and_then(NonZeroU32::new) {
                 options = options.with_populate_threads(threads);
@@ -118,7 +115,10 @@ fn valid_options() -> impl Strategy<Value = RamOptions> {
             if reserve != Some(Reserve::Off) && options.access() == Access::ReadWrite {
                 options = options.with_populate(populate);
             }
-            options
+            match merge {
+                Some(merge) => format!("{options},merge={merge}").parse().unwrap(),
+                None => options,
+            }
         },
     )
 }

@@ -304,7 +304,9 @@ const ENDLESS: u64 = 1 << 46;
 #[test]
 fn more_than_the_machine_has_is_refused_before_the_first_page() {
     let assert_short = |result: Result<(), Error>| match result {
-        Err(Error::Populate(PopulateError::Shortage { range, shortage })) => {
+        Err(Error::Populate(PopulateError::Shortage {
+            range, shortage, ..
+        })) => {
             assert!(matches!(shortage.limit, ResourceLimit::Machine { .. }));
             assert!(shortage.needed >= ENDLESS && shortage.left < ENDLESS);
             assert_eq!(range.size(), ENDLESS);

@@ -40,7 +40,7 @@ fn cancelled_half_way(
             token.cancel();
         });
     match memory.populate(options) {
-        Err(PopulateError::Cancelled { done, total }) => {
+        Err(PopulateError::Cancelled { done, total, .. }) => {
             assert_eq!(total, SIZE);
             assert!(done > 0 && done < total, "{done}");
             done

@@ -10,8 +10,8 @@ use super::values::{self, A_NUMBER, A_SIZE, A_SWITCH, NODES};
 use crate::host::NodeSet;
 use crate::options::error::{OptionsError, Result};
 use crate::options::{
-    Access, BackingSource, CoreDump, DiscardData, Merge, NumaPolicy, OnShortage, PageSize,
-    Populate, RamOptions, Reserve, Sealing, Unused,
+    Access, BackingSource, CoreDump, DiscardData, NumaPolicy, OnShortage, PageSize, Populate,
+    RamOptions, Reserve, Sealing, Unused,
 };
 
 /// Reads what QEMU's `-object` takes: `memory-backend-memfd,size=64M,prealloc=on`.
@@ -99,10 +99,6 @@ impl Reader<'_> {
                 Some(false) => CoreDump::Exclude,
                 _ => CoreDump::Include,
             },
-            merge: self.switch("merge")?.map(|on| match on {
-                true => Merge::On,
-                false => Merge::Off,
-            }),
             align: self.size("align")?,
             offset: self.size("offset")?.unwrap_or(0),
             access: self.access()?,
@@ -111,6 +107,7 @@ impl Reader<'_> {
                 _ => DiscardData::Keep,
             },
             unused: Unused {
+                merge: self.switch("merge")?,
                 hugetlb_size: unused_hugetlb_size,
                 canonical_path: self.switch("x-use-canonical-path-for-ramblock-id")?,
             },
@@ -328,6 +325,7 @@ mod tests {
             Unused {
                 hugetlb_size: Some(2 << 20),
                 canonical_path: Some(false),
+                merge: None,
             }
         );
         assert_eq!(options.to_string(), text);

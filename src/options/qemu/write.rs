@@ -6,8 +6,8 @@ use super::kind::Kind;
 use super::pairs::write_value;
 use super::values::write_size;
 use crate::options::{
-    Access, BackingSource, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate,
-    RamOptions, Reserve, Sealing,
+    Access, BackingSource, CoreDump, DiscardData, OnShortage, PageSize, Populate, RamOptions,
+    Reserve, Sealing,
 };
 
 /// As QEMU's `-object` takes them, or nearly: `memory-backend-memfd,size=64M,dump=off`.
@@ -47,10 +47,10 @@ impl fmt::Display for RamOptions {
         self.write_pages(f)?;
         self.write_populate(f)?;
         self.write_numa(f)?;
-        match self.merge {
+        match self.unused.merge {
             None => {}
-            Some(Merge::On) => f.write_str(",merge=on")?,
-            Some(Merge::Off) => f.write_str(",merge=off")?,
+            Some(true) => f.write_str(",merge=on")?,
+            Some(false) => f.write_str(",merge=off")?,
         }
         if self.core_dump == CoreDump::Exclude {
             f.write_str(",dump=off")?;

@@ -8,7 +8,7 @@ use crate::backing::BackingError;
 use crate::mapping::MapError;
 use crate::range::{InvalidRange, RangePart};
 use crate::region::MemoryError;
-use crate::units::HumanSize;
+use crate::units::{Counted, HumanSize};
 
 /// Why a daemon does not take a memory table, a change of it, or an address.
 ///
@@ -37,8 +37,9 @@ use crate::units::HumanSize;
 pub enum ReceiveError {
     /// The payload of a message is not as long as its contents say.
     #[error(
-        "the payload of {message} has {len} bytes and must have {expected}: the frontend and this \
-         daemon do not speak the same protocol"
+        "the payload of {message} has {} and must have {expected}: the frontend and this daemon do \
+         not speak the same protocol",
+        Counted(len, "byte")
     )]
     Payload {
         /// The message.
@@ -54,7 +55,11 @@ pub enum ReceiveError {
     NoRegions,
 
     /// The number of descriptors is not that of the regions.
-    #[error("{regions} regions came with {descriptors} file descriptors: send one for each region")]
+    #[error(
+        "{} came with {}: send one for each region",
+        Counted(regions, "region"),
+        Counted(descriptors, "file descriptor")
+    )]
     Descriptors {
         /// The number of regions.
         regions: usize,

@@ -31,10 +31,10 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
         (
             ReceiveError::Descriptors {
                 regions: 3,
-                descriptors: 2,
+                descriptors: 1,
             },
             22,
-            "3 regions came with 2 file descriptors: send one for each region",
+            "3 regions came with 1 file descriptor: send one for each region",
         ),
         (
             ReceiveError::TooManyRegions {

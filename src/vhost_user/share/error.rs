@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::range::GuestRange;
-use crate::units::HumanSize;
+use crate::units::{Counted, HumanSize};
 use crate::vhost_user::table::TableError;
 
 /// What a share's calls return.
@@ -120,12 +120,10 @@ impl ShareError {
     /// The region that it is about, if it is about one.
     pub(crate) fn range(&self) -> Option<GuestRange> {
         match self {
-            Self::Daemon { request, .. } => match request {
-                DaemonRequest::AddRegion(range) | DaemonRequest::RemoveRegion(range) => {
-                    Some(*range)
-                }
-                _ => None,
-            },
+            Self::Daemon {
+                request: DaemonRequest::AddRegion(range) | DaemonRequest::RemoveRegion(range),
+                ..
+            } => Some(*range),
             Self::Table(
                 TableError::NoHostAddress { range } | TableError::OpaqueConstant { range, .. },
             ) => Some(*range),
@@ -198,7 +196,9 @@ impl fmt::Display for DaemonRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::GetMaxSlots => f.write_str("say how many memory slots it has"),
-            Self::SetTable(regions) => write!(f, "take a memory table of {regions} regions"),
+            Self::SetTable(regions) => {
+                write!(f, "take a memory table of {}", Counted(regions, "region"))
+            }
             Self::AddRegion(range) => write!(f, "add the region {range}"),
             Self::RemoveRegion(range) => write!(f, "remove the region {range}"),
             Self::SetLog(size) => write!(f, "take a dirty log of {}", HumanSize(*size)),

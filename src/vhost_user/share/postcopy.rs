@@ -7,6 +7,7 @@ use super::bases::BaseHandler;
 use super::connection::DaemonConnection;
 use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
 use crate::range::GuestRange;
+use crate::units::Counted;
 use crate::vhost_user::table::TableRegion;
 
 impl<F: DaemonConnection> VhostUserShare<F> {
@@ -70,7 +71,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ) -> Result<()> {
         if bases.len() != regions.len() {
             let (bases, regions) = (bases.len(), regions.len());
-            let what = format!("{bases} bases came for {regions} regions");
+            let regions = Counted(regions, "region");
+            let what = format!("{} came for {regions}", Counted(bases, "base"));
             return self.call(step, |_| Err(DaemonFailure::protocol(what)));
         }
         for (region, base) in regions.iter().zip(bases) {

@@ -1,7 +1,7 @@
 //! Why a daemon cannot be told of a memory.
 
 use crate::range::{GuestRange, InvalidRange};
-use crate::units::HumanSize;
+use crate::units::{Counted, HumanSize};
 
 /// Why a memory table cannot be made, or a daemon cannot be sent it. Nothing was sent.
 ///
@@ -63,8 +63,8 @@ pub enum TableError {
     /// A memory table has more regions than the daemon takes.
     #[non_exhaustive]
     #[error(
-        "the memory table has {regions} regions, {}; nothing was sent",
-        .slots.remedy(*.limit)
+        "the memory table has {}, {}; nothing was sent",
+        Counted(regions, "region"), .slots.remedy(*.limit)
     )]
     TooManyRegions {
         /// The number of regions.
@@ -97,7 +97,8 @@ impl SlotLimit {
                  use fewer regions"
             ),
             Self::Daemon => {
-                format!("the daemon has {limit} memory slots: use fewer regions or another daemon")
+                let slots = Counted(limit, "memory slot");
+                format!("the daemon has {slots}: use fewer regions or another daemon")
             }
             Self::Kernel => format!(
                 "in-kernel vhost takes {limit}: load the module vhost with a larger \

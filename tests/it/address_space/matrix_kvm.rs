@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use guest_memory_shm::SlotNumbers;
 use guest_memory_shm::{GuestMemoryShm, KvmSlots, MemoryListener};
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::GuestAddress;
@@ -31,14 +32,15 @@ pub(super) fn has_kvm() -> bool {
 impl Machine {
     pub(super) fn new() -> Self {
         let vm = Arc::new(Kvm::new().unwrap().create_vm().unwrap());
-        let others = KvmSlots::with_slots(vm.clone(), ENOUGH..ENOUGH + 1).unwrap();
+        let others =
+            KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), ENOUGH..ENOUGH + 1).unwrap());
         Self { vm, others }
     }
 
     /// The listener: with as few slots as the case says, or enough.
     pub(super) fn slots(&self, few: Option<usize>) -> KvmSlots {
         let end = few.map_or(ENOUGH, |few| few.try_into().unwrap());
-        KvmSlots::with_slots(self.vm.clone(), 0..end).unwrap()
+        KvmSlots::with_numbers(SlotNumbers::new(self.vm.clone(), 0..end).unwrap())
     }
 
     /// Has KVM refuse the region of a message.

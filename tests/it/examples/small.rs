@@ -1,5 +1,5 @@
-//! The small examples, which the documentation names: each runs by itself, quickly, and says what it
-//! shows.
+//! The small examples, which the documentation names: each runs by itself, quickly, and says what
+//! it shows.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ const SMALL: [(&str, &[&str]); 5] = [
     (
         "ram",
         &[
-            "merge=on has no effect",
+            "reserve=on reserves nothing",
             "Read back: 0xcafe, hello",
             "In the hole: ",
             "After the device: 0xbeef",

@@ -9,7 +9,7 @@ use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable};
 use guest_memory_shm::{
     Access, AdoptPolicy, BackingError, BackingSource, CoreDump, Error, GuestMemoryShm,
     GuestRegionShm, GuestRom, NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions,
-    Populated, RamOptions, SealPolicy, ShmBacking,
+    Populated, RamOptions, ShmBacking,
 };
 use nix::errno::Errno;
 use tempfile::TempDir;
@@ -216,9 +216,7 @@ fn adopt(stage: &Stage) -> Outcome {
             .try_clone_to_owned()
             .unwrap(),
     );
-    let policy = AdoptPolicy::new()
-        .with_min_len(SIZE)
-        .with_seals(SealPolicy::Add);
+    let policy = AdoptPolicy::new().with_min_len(SIZE).with_added_seals();
     let adopted = stage.attacked(|| ShmBacking::adopt(fd.into(), &policy));
     match adopted {
         Ok(backing) => {
@@ -356,7 +354,7 @@ fn receive(stage: &Stage) -> Outcome {
     };
     let files = [file(&one), file(&two)];
     let third = file(&three);
-    let seals = AdoptPolicy::new().with_seals(SealPolicy::Require);
+    let seals = AdoptPolicy::new().with_required_seals();
     let policy = ReceivePolicy::new().with_descriptors(seals);
     let received = stage.attacked(|| {
         let table = ReceivedTable::<()>::new(policy).set([region(0), region(1)], files)?;

@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
 
-use guest_memory_shm::{GuestRegionShm, SlotNumbers};
+use guest_memory_shm::GuestRegionShm;
 use kvm_bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use kvm_ioctls::Kvm;
 
@@ -42,7 +42,7 @@ fn numbers_that_living_slots_of_the_vm_have_are_refused() {
     first.start_dirty_logging().unwrap();
     // The others would take slot 0 away from it, and put 64 GiB into it.
     for numbers in [0..limit, 0..1, limit - 1..limit] {
-        let error = KvmSlots::with_slots(vm.clone(), numbers.clone()).unwrap_err();
+        let error = SlotNumbers::new(vm.clone(), numbers.clone()).unwrap_err();
         let text = error.to_string();
         assert!(text.contains("KvmSlots::with_numbers"), "{text}");
         assert!(text.contains(&format!("0..{limit} belong to")), "{text}");
@@ -66,17 +66,20 @@ fn numbers_that_living_slots_of_the_vm_have_are_refused() {
     // Another VM has numbers of its own.
     let other = new_vm().unwrap();
     let slots = (KvmSlots::new(vm).unwrap(), KvmSlots::new(other).unwrap());
-    assert_eq!((slots.0.max_slots(), slots.1.max_slots()), (limit, limit));
+    assert_eq!(
+        (slots.0.numbers().range(), slots.1.numbers().range()),
+        (0..limit, 0..limit)
+    );
 }
 
 #[test]
 fn slots_of_other_numbers_serve_the_same_guest() {
     let Some(vm) = new_vm() else { return };
-    let mut others = KvmSlots::with_slots(vm.clone(), 8..16).unwrap();
+    let mut others = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), 8..16).unwrap());
     let memory = GuestMemoryShm::from_regions(vec![region(2 * PLUG, MIB)]).unwrap();
     others.update(&memory).unwrap();
-    let slots = KvmSlots::with_slots(vm.clone(), 0..8).unwrap();
-    let error = KvmSlots::with_slots(vm.clone(), 7..9).unwrap_err();
+    let slots = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), 0..8).unwrap());
+    let error = SlotNumbers::new(vm.clone(), 7..9).unwrap_err();
     assert!(matches!(error, KvmError::SlotsInUse { .. }), "{error}");
     let mut machine = Machine::with(vm, slots);
     machine.space.insert(region(PLUG, MIB)).told_all();

@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use guest_memory_shm::{InvalidRange, SlotNumbers};
+use guest_memory_shm::InvalidRange;
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -64,7 +64,7 @@ fn each_change_is_a_call_of_the_hypervisor() {
 fn what_a_hypervisor_has_not_is_refused_by_its_limits() {
     let fake = Fake::new(2);
     let mut slots = KvmSlots::new(fake.clone()).unwrap();
-    assert_eq!(slots.max_slots(), 2);
+    assert_eq!(slots.numbers().range().len(), 2);
     // It says nothing of read-only slots.
     let error = slots.add_read_only(range(0, MIB)).unwrap_err();
     assert!(matches!(error, KvmError::NoReadOnly { .. }), "{error}");

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use guest_memory_shm::{
     AddressSpace, AddressSpaceError, GuestMemoryShm, GuestRange, HypervisorVm, KvmError, KvmSlot,
     KvmSlots, ListenerError, ListenerId, MemoryListener, RegionAdapter, RegionListener,
+    SlotNumbers,
 };
 use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};

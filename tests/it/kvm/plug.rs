@@ -125,8 +125,8 @@ fn only_the_numbers_that_it_was_given_are_used() {
     let Some(vm) = new_vm() else { return };
     let foreign = region(PLUG, MIB);
     set_by_hand(&vm, 0, &foreign, 0).unwrap();
-    let slots = KvmSlots::with_slots(vm.clone(), 7..9).unwrap();
-    assert_eq!(slots.max_slots(), 2);
+    let slots = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), 7..9).unwrap());
+    assert_eq!(slots.numbers().range().len(), 2);
     let mut machine = Machine::with(vm.clone(), slots);
     machine.space.insert(region(2 * PLUG, MIB)).told_all();
     assert_eq!(machine.numbers(), [(7, 0), (8, 2 * PLUG)]);
@@ -140,7 +140,7 @@ fn only_the_numbers_that_it_was_given_are_used() {
     #[expect(clippy::reversed_empty_ranges, reason = "it is what is refused")]
     let bad = [3..3, 5..4, 0..limit + 1, limit..limit + 1];
     for numbers in bad {
-        let error = KvmSlots::with_slots(vm.clone(), numbers.clone()).unwrap_err();
+        let error = SlotNumbers::new(vm.clone(), numbers.clone()).unwrap_err();
         let text = error.to_string();
         assert!(
             matches!(error, KvmError::NoSuchSlots { numbers: asked, limit: has, .. }
@@ -150,7 +150,7 @@ fn only_the_numbers_that_it_was_given_are_used() {
         assert!(text.contains(&format!("KVM has 0..{limit}")), "{text}");
     }
     let Some(vm) = new_vm() else { return };
-    let last = KvmSlots::with_slots(vm.clone(), limit - 1..limit).unwrap();
+    let last = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), limit - 1..limit).unwrap());
     let machine = Machine::with(vm, last);
     assert_eq!(machine.numbers(), [(limit - 1, 0)]);
 }

@@ -139,7 +139,7 @@ fn a_rom_is_a_slot_that_the_guest_only_reads() {
 #[test]
 fn roms_and_regions_do_not_overlap_and_share_the_slots() {
     let Some(vm) = new_vm() else { return };
-    let slots = KvmSlots::with_slots(vm.clone(), 0..3).unwrap();
+    let slots = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), 0..3).unwrap());
     let mut machine = Machine::with(vm, slots);
     machine.space.insert(region(PLUG, MIB)).told_all();
     for start in [PLUG, PLUG + MIB - PAGE, PLUG - 3 * PAGE] {

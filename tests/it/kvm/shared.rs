@@ -1,6 +1,6 @@
 //! Slot numbers that the slots share with the VMM, and numbers that must be what they were.
 
-use guest_memory_shm::{SlotNumber, SlotNumbers};
+use guest_memory_shm::SlotNumber;
 
 use super::fake::{Call, Fake, Fault};
 use super::*;

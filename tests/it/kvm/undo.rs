@@ -96,7 +96,7 @@ impl Others {
 #[test]
 fn out_of_slots_is_said_before_anybody_is_told() {
     let Some(vm) = new_vm() else { return };
-    let slots = KvmSlots::with_slots(vm.clone(), 4..6).unwrap();
+    let slots = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), 4..6).unwrap());
     let (mut machine, others) = machine_behind_others(vm, slots);
     machine.space.insert(region(PLUG, MIB)).told_all();
     assert_eq!(others.recorder.take(), ["add 1024"]);
@@ -138,7 +138,7 @@ fn out_of_slots_is_said_before_anybody_is_told() {
 #[test]
 fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     let Some(vm) = new_vm() else { return };
-    let slots = KvmSlots::with_slots(vm.clone(), 0..8).unwrap();
+    let slots = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), 0..8).unwrap());
     let (mut machine, others) = machine_behind_others(vm.clone(), slots);
     machine.space.insert(region(PLUG, MIB)).told_all();
     assert!(machine.guest.writes(PLUG, 0x77));

@@ -19,8 +19,16 @@ fn take(policy: &ReceivePolicy, file: impl Into<OwnedFd>) -> Result<ReceivedTabl
     map_table([good(0)], [file.into()], policy)
 }
 
-fn seals(seals: SealPolicy) -> ReceivePolicy {
-    ReceivePolicy::new().with_descriptors(AdoptPolicy::new().with_seals(seals))
+fn of(policy: AdoptPolicy) -> ReceivePolicy {
+    ReceivePolicy::new().with_descriptors(policy)
+}
+
+fn required() -> AdoptPolicy {
+    AdoptPolicy::new().with_required_seals()
+}
+
+fn added() -> AdoptPolicy {
+    AdoptPolicy::new().with_added_seals()
 }
 
 /// The error of the region's descriptor or mapping.
@@ -37,8 +45,7 @@ fn cause(error: &ReceiveError) -> &MemoryError {
 #[test]
 fn an_unsealed_file_is_refused_when_the_policy_demands_seals() {
     in_own_process(|| {
-        let error =
-            leaves_nothing(|| take(&seals(SealPolicy::Require), unsealed(MIB)).unwrap_err());
+        let error = leaves_nothing(|| take(&of(required()), unsealed(MIB)).unwrap_err());
         assert!(matches!(
             cause(&error),
             MemoryError::Backing(BackingError::NotSealed { .. })
@@ -48,12 +55,12 @@ fn an_unsealed_file_is_refused_when_the_policy_demands_seals() {
 
         let half = unsealed(MIB);
         fcntl(&half, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).unwrap();
-        assert!(take(&seals(SealPolicy::Require), half).is_err());
+        assert!(take(&of(required()), half).is_err());
 
         let options = RamOptions::new().with_backing(BackingSource::PosixShm);
         let shm = ShmBacking::create(&options, MIB).unwrap();
         let fd = shm.as_fd().try_clone_to_owned().unwrap();
-        let error = take(&seals(SealPolicy::Require), fd).unwrap_err();
+        let error = take(&of(required()), fd).unwrap_err();
         assert!(matches!(
             cause(&error),
             MemoryError::Backing(BackingError::NotSealed { .. })
@@ -65,11 +72,11 @@ fn an_unsealed_file_is_refused_when_the_policy_demands_seals() {
 fn a_frontend_cannot_truncate_a_file_that_the_policy_wants_sealed() {
     in_own_process(|| {
         for (policy, file, dies) in [
-            (SealPolicy::Any, unsealed(MIB), Some(Signal::SIGBUS)),
-            (SealPolicy::Add, unsealed(MIB), None),
-            (SealPolicy::Require, sealed(MIB), None),
+            (AdoptPolicy::new(), unsealed(MIB), Some(Signal::SIGBUS)),
+            (added(), unsealed(MIB), None),
+            (required(), sealed(MIB), None),
         ] {
-            let table = take(&seals(policy), file.try_clone().unwrap()).unwrap();
+            let table = take(&of(policy.clone()), file.try_clone().unwrap()).unwrap();
             let truncated = ftruncate(&file, 0);
             assert_eq!(truncated.is_ok(), dies.is_some(), "{policy:?}");
             let host = table.memory().get_host_address(GuestAddress(PAGE)).unwrap();
@@ -92,10 +99,10 @@ fn a_file_that_is_truncated_before_it_is_mapped_is_refused() {
 #[test]
 fn a_file_that_is_sealed_against_writing_is_refused_whatever_the_policy() {
     for flag in [SealFlag::F_SEAL_WRITE, SealFlag::F_SEAL_FUTURE_WRITE] {
-        for policy in [SealPolicy::Any, SealPolicy::Add, SealPolicy::Require] {
+        for policy in [AdoptPolicy::new(), added(), required()] {
             let file = unsealed(MIB);
             fcntl(&file, FcntlArg::F_ADD_SEALS(flag)).unwrap();
-            let error = take(&seals(policy), file).unwrap_err();
+            let error = take(&of(policy.clone()), file).unwrap_err();
             assert!(matches!(
                 cause(&error),
                 MemoryError::Backing(BackingError::WriteSealed { .. })

@@ -344,8 +344,8 @@ fn a_region_that_is_longer_than_its_file_is_refused() {
 
 #[test]
 fn no_descriptor_is_looked_at_before_the_numbers_are_right() {
-    // With SealPolicy::Add the look would be seen.
-    let policy = AdoptPolicy::new().with_seals(SealPolicy::Add);
+    // With added seals the look would be seen.
+    let policy = AdoptPolicy::new().with_added_seals();
     let policy = ReceivePolicy::new().with_descriptors(policy);
     let file = unsealed(MIB);
     let overlapping = [

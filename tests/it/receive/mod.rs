@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use guest_memory_shm::receive::{ReceiveError, ReceivePolicy, ReceivedRegion, ReceivedTable};
-use guest_memory_shm::{AdoptPolicy, GuestMemoryShm, RamOptions, SealPolicy, ShmBacking};
+use guest_memory_shm::{AdoptPolicy, GuestMemoryShm, RamOptions, ShmBacking};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
@@ -57,7 +57,7 @@ fn good(number: u64) -> ReceivedRegion {
 }
 
 fn require_seals() -> ReceivePolicy {
-    let seals = AdoptPolicy::new().with_seals(SealPolicy::Require);
+    let seals = AdoptPolicy::new().with_required_seals();
     ReceivePolicy::new().with_descriptors(seals)
 }
 
