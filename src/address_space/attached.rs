@@ -1,4 +1,4 @@
-//! The listeners of an address space: who they are, what they hold, and how all are told.
+//! The listeners of an address space: what is known of them, and how all are told.
 
 use std::any::Any;
 

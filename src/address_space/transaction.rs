@@ -98,8 +98,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// # Errors
     ///
-    /// Those of [`Transaction::commit`]: the memory and the listeners are what they were, and the region is
-    /// dropped. To try again, keep a clone of it: that is a handle, nothing is copied.
+    /// Those of [`Transaction::commit`]: the memory and the listeners are what they were, and the
+    /// region is dropped. To try again, keep a clone of it: that is a handle, nothing is copied.
     pub fn insert(&self, region: impl Into<Arc<GuestRegionShm<B>>>) -> Result<ChangeReport<B>> {
         self.transaction().insert(region).commit()
     }
@@ -189,6 +189,10 @@ impl<B: Bitmap + Send + Sync + 'static> Transaction<'_, B> {
 }
 
 /// The memories on the way.
+///
+/// Readers go through the one without the removed regions: they must have lost those before the
+/// first listener lets go of them, and must not see those that come before the last listener has
+/// them. Where a region is replaced by another in its place, they see neither meanwhile.
 struct Steps<B> {
     removed: Vec<Arc<GuestRegionShm<B>>>,
     /// Without the removed regions; absent if there are none.
@@ -237,8 +241,8 @@ impl<B> Steps<B> {
     }
 }
 
-/// A change under way. Dropped before it is complete, by an objection or a panic, it is undone: all
-/// that were told are put back or stale, and readers see the memory from before.
+/// A change under way. Dropped before it is complete, by an objection or a panic, it is undone:
+/// all that were told are put back or stale, and readers see the memory from before.
 struct Change<'a, B: Bitmap + Send + Sync + 'static> {
     publisher: &'a Publisher<B>,
     listeners: &'a mut Listeners<B>,

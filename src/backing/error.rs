@@ -296,6 +296,11 @@ impl AdoptError {
         &self.error
     }
 
+    /// Takes both apart.
+    pub fn into_parts(self) -> (BackingError, OwnedFd) {
+        (*self.error, self.fd)
+    }
+
     /// Takes the descriptor back, as it was given.
     pub fn into_fd(self) -> OwnedFd {
         self.fd

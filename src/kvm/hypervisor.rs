@@ -49,7 +49,7 @@ use crate::range::GuestRange;
 /// };
 /// use vm_memory::GuestAddress;
 ///
-/// /// The VMM's own trait, behind which it has several hypervisors.
+/// /// The VMM's own trait, which several hypervisors implement.
 /// trait Vm: Send + Sync {
 ///     /// # Safety
 ///     ///

@@ -18,13 +18,13 @@ use crate::range::GuestRange;
 /// The memory slots of a KVM virtual machine: a [`MemoryListener`](crate::MemoryListener) that
 /// gives each region of the guest's memory one (KVM_SET_USER_MEMORY_REGION).
 ///
-/// Attach it before the daemons, so that the hypervisor learns of memory before those who put
-/// data there.
+/// Attach it before the daemons, so that the hypervisor learns of memory before they put data
+/// there.
 ///
 /// - It takes the lowest free slot numbers, and uses them again. A VMM that makes slots of its own
-///   takes their numbers from the same [`SlotNumbers`], or gives it ([`with_numbers`](Self::with_numbers)) a part of
-///   the numbers only. Regions whose numbers must be what they were are
-///   [named](Self::assign_number).
+///   takes their numbers from the same [`SlotNumbers`], or gives it
+///   ([`with_numbers`](Self::with_numbers)) a part of the numbers only. Regions whose numbers must
+///   be what they were are [named](Self::assign_number).
 /// - The VM is kvm-ioctls' [`VmFd`](kvm_ioctls::VmFd), or any other [`HypervisorVm`].
 /// - Slots that go are removed before new ones are made: slots cannot overlap. What KVM refuses is
 ///   undone with the change, for all listeners.
@@ -91,8 +91,8 @@ impl KvmSlots {
         Ok(Self::with_numbers(SlotNumbers::all(vm)?))
     }
 
-    /// Slots with numbers from here, which the VMM and other `KvmSlots` may share. Numbers that are
-    /// not here belong to the VMM, which sees to it that their slots overlap no region.
+    /// Slots with numbers from here, which the VMM and other `KvmSlots` may share. Numbers that
+    /// are not here belong to the VMM, which sees to it that their slots overlap no region.
     ///
     /// The numbers of what is unplugged are free at once, but are taken last until the next
     /// change: undoing this one needs them.
@@ -189,8 +189,8 @@ impl KvmSlots {
         self.numbers.vm()
     }
 
-    /// The numbers that its slots have and may have: whoever makes slots of the same VM takes
-    /// numbers from here.
+    /// The numbers that its slots have and may have: other slots of the same VM take numbers from
+    /// here.
     pub fn numbers(&self) -> &SlotNumbers {
         &self.numbers
     }

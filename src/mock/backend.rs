@@ -1,4 +1,4 @@
-//! The device behind the gate: a correct vhost-user-blk backend.
+//! The device: a correct vhost-user-blk backend.
 
 use std::io;
 use std::ops::DerefMut;
@@ -177,7 +177,7 @@ impl VhostUserBackend for Backend {
             block_size: SECTOR_SIZE.try_into().unwrap_or(u32::MAX),
             queues: self.shared.options.queues,
         };
-        // A front-end may ask for the fields of features that this device lacks: they read zero.
+        // A frontend may ask for the fields of features that this device lacks: they read zero.
         let mut bytes = config.to_bytes().to_vec();
         bytes.resize(VHOST_USER_CONFIG_SIZE as usize, 0);
         let start = offset as usize;

@@ -1,8 +1,8 @@
-//! The relay between the front-end and the daemon, where faults are played.
+//! The relay between the frontend and the daemon, where faults are played.
 //!
 //! Two threads per connection, one for each direction, read blocking and pass every message on.
-//! The daemon behind stays a correct one: what it must not see is not passed on, what the
-//! front-end must not see is held back or rewritten, and the gate answers in the daemon's place.
+//! The daemon at the other end is a correct one: what it must not see is not passed on, what the
+//! frontend must not see is held back or rewritten, and the gate answers in the daemon's place.
 //!
 //! A fault needs to know when a change is applied, or that every earlier request has been
 //! answered. REPLY_ACK says so only where it was negotiated. The gate asks with a GET_FEATURES of
@@ -24,10 +24,11 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
 use super::fault::{At, Fault};
 use super::lock::lock;
-use super::request::{LoggedRegion, LoggedRequest};
+use super::request::LoggedRequest;
 use super::state::{Link, Shared};
 use super::wire::{Message, Receiver};
 use crate::logs;
+use crate::vhost_user::receive::ReceivedRegion;
 
 /// The specification's limit of regions in one SET_MEM_TABLE.
 const MAX_TABLE_REGIONS: usize = 8;
@@ -65,7 +66,7 @@ pub(super) fn relay(link: &Arc<Link>, shared: &Arc<Shared>) -> io::Result<()> {
     requests.and(answers)
 }
 
-/// The direction from the front-end to the daemon.
+/// The direction from the frontend to the daemon.
 struct Gate<'a> {
     link: &'a Link,
     shared: &'a Shared,
@@ -109,7 +110,7 @@ impl Gate<'_> {
         Ok(message)
     }
 
-    /// The daemon behind must not think that REPLY_ACK is in use where it is not offered.
+    /// The daemon must not think that REPLY_ACK is in use where it is not offered.
     fn note_features(&mut self, message: &mut Message) {
         let Some(mut bits) = message.u64_at(0) else {
             return;
@@ -218,7 +219,7 @@ impl Gate<'_> {
             LoggedRequest::SetMemTable(regions) => regions.len() > MAX_TABLE_REGIONS,
             LoggedRequest::AddMemRegion(_) => match self.shared.options.max_mem_slots {
                 Some(limit) => {
-                    // Earlier changes may still be under way where nobody waits for answers.
+                    // Earlier changes may still be under way where no answers are waited for.
                     if !self.reply_ack || !message.wants_answer() {
                         self.pass_barrier()?;
                     }
@@ -230,7 +231,7 @@ impl Gate<'_> {
         })
     }
 
-    /// Has the daemon apply the change and returns once it has, without an answer to anybody.
+    /// Has the daemon apply the change and returns once it has, without an answer.
     fn apply(&self, message: Message) -> io::Result<()> {
         if message.code() == Some(FrontendReq::SET_LOG_BASE) {
             self.barrier.expect_log(Asker::Gate);
@@ -246,7 +247,7 @@ impl Gate<'_> {
     }
 }
 
-/// The direction from the daemon to the front-end.
+/// The direction from the daemon to the frontend.
 fn relay_answers(link: &Link, shared: &Shared, barrier: &Barrier) -> io::Result<()> {
     let mut receiver = Receiver::new();
     while let Some(mut message) = receiver.receive(&link.inner)? {
@@ -283,9 +284,10 @@ fn relay_answers(link: &Link, shared: &Shared, barrier: &Barrier) -> io::Result<
 /// missing would end this process with SIGBUS. A message that is not whole is the daemon's to
 /// refuse.
 fn has_room(message: &Message) -> bool {
+    let end = |region: &ReceivedRegion| region.mmap_offset.checked_add(region.size);
     let ends: Vec<_> = match LoggedRequest::of(message) {
-        LoggedRequest::SetMemTable(regions) => regions.iter().map(LoggedRegion::end).collect(),
-        LoggedRequest::AddMemRegion(region) => vec![region.end()],
+        LoggedRequest::SetMemTable(regions) => regions.iter().map(end).collect(),
+        LoggedRequest::AddMemRegion(region) => vec![end(&region)],
         LoggedRequest::SetLogBase { size, mmap_offset } => vec![mmap_offset.checked_add(size)],
         _ => Vec::new(),
     };
@@ -321,14 +323,14 @@ fn wait_for_hang_up(link: &Link, delay: Duration) -> io::Result<bool> {
     }
 }
 
-/// Who sent a GET_FEATURES, or answers a SET_LOG_BASE.
+/// Which end sent a GET_FEATURES, or a SET_LOG_BASE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asker {
     FrontEnd,
     Gate,
 }
 
-/// Tells the gate's own GET_FEATURES from the front-end's, and says when its answer came.
+/// Tells the gate's own GET_FEATURES from the frontend's, and says when its answer came.
 #[derive(Debug, Default)]
 struct Barrier {
     state: Mutex<BarrierState>,

@@ -336,7 +336,6 @@ impl<B: Bitmap> GuestMemoryRegion for GuestRegionShm<B> {
             .ok_or(AccessError::InvalidBackendAddress)
     }
 
-    #[cfg(target_os = "linux")]
     fn is_hugetlbfs(&self) -> Option<bool> {
         Some(self.shared.ram.backing.is_hugetlb())
     }
