@@ -19,6 +19,7 @@ pub enum FileError {
         "{} is a {}: RAM needs a regular file, or a directory for a nameless one",
         .path.display(), file_type(*.found)
     )]
+    #[non_exhaustive]
     NotAFile {
         /// The path that was given.
         path: PathBuf,
@@ -31,6 +32,7 @@ pub enum FileError {
         "{} is a symbolic link to something that does not exist: create that, or remove the link",
         .path.display()
     )]
+    #[non_exhaustive]
     DanglingLink {
         /// The path that was given.
         path: PathBuf,
@@ -38,6 +40,7 @@ pub enum FileError {
 
     /// The file could not be opened or created.
     #[error("cannot open {}: {}", .path.display(), remedy(.source))]
+    #[non_exhaustive]
     Open {
         /// The path that was given.
         path: PathBuf,
@@ -73,6 +76,7 @@ pub enum FileError {
          longer, so make it longer first (truncate -s {}) or ask for less",
         .path.display(), HumanSize(*.len), HumanSize(*.size), .offset.saturating_add(*.size)
     )]
+    #[non_exhaustive]
     TooShort {
         /// The path that was given.
         path: PathBuf,
@@ -89,6 +93,7 @@ pub enum FileError {
         "align={align:#x} is not a power of two that is a multiple of the page size {} of {}",
         HumanSize(*.page_size), .path.display()
     )]
+    #[non_exhaustive]
     Align {
         /// The path that was given.
         path: PathBuf,
@@ -104,6 +109,7 @@ pub enum FileError {
          ROM",
         .path.display()
     )]
+    #[non_exhaustive]
     WriteSealed {
         /// The path that was given.
         path: PathBuf,
@@ -116,6 +122,7 @@ pub enum FileError {
         "discard-data=on cannot be kept for {}: {}, so leave it off",
         .path.display(), why_not_discarded(.source)
     )]
+    #[non_exhaustive]
     NoDiscard {
         /// The path that was given.
         path: PathBuf,
@@ -128,6 +135,7 @@ pub enum FileError {
         "{} {}: a ROM needs a file that has contents",
         .path.display(), why_nothing_to_read(*.found)
     )]
+    #[non_exhaustive]
     NothingToRead {
         /// The path that was given.
         path: PathBuf,
@@ -154,6 +162,7 @@ pub enum FileError {
         "{len} bytes at offset {offset:#x} are not all in the ROM of {}: read less",
         HumanSize(*.size)
     )]
+    #[non_exhaustive]
     OutsideRom {
         /// Where in the ROM reading was to start, in bytes.
         offset: u64,
@@ -165,6 +174,7 @@ pub enum FileError {
 
     /// A ROM could not be read.
     #[error("cannot read {len} bytes at offset {offset:#x} of the ROM")]
+    #[non_exhaustive]
     ReadRom {
         /// Where in the ROM reading was to start, in bytes.
         offset: u64,

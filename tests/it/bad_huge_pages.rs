@@ -43,7 +43,7 @@ fn a_huge_page_size_that_the_kernel_does_not_have_is_refused() {
     in_own_process_leaving_nothing!(|| {
         for size in [0, 3 * MIB, u64::MAX] {
             let refused = build(huge(size), &[(0, HUGE)]).unwrap_err();
-            let Error::Options(OptionsError::HugePageSize { size: named }) = refused else {
+            let Error::Options(OptionsError::HugePageSize { size: named, .. }) = refused else {
                 panic!("{refused:?}");
             };
             assert_eq!(named, size);

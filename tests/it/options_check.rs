@@ -94,7 +94,7 @@ fn a_size_that_is_set_must_be_that_of_the_ranges() {
     let refused = GuestRegionShm::<()>::new((GuestAddress(0), 2 * MIB), &options).unwrap_err();
     assert!(matches!(
         refused,
-        Error::Options(OptionsError::SizeMismatch { set, ram })
+        Error::Options(OptionsError::SizeMismatch { set, ram, .. })
             if (set, ram) == (MIB, 2 * MIB)
     ));
     let region = GuestRegionShm::<()>::new((GuestAddress(0), MIB), &options).unwrap();
