@@ -23,9 +23,9 @@ fn play(fault: Fault, builder: &MockDaemonBuilder, acks: bool, slots: bool) {
             (&first, "remove the region 0x100000..=0x1fffff (1 MiB)"),
         ],
         false => [
-            (&first, "take a memory table of 1 regions"),
+            (&first, "take a memory table of 1 region"),
             (&more, "take a memory table of 2 regions"),
-            (&first, "take a memory table of 1 regions"),
+            (&first, "take a memory table of 1 region"),
         ],
     };
     for failing in 0..updates.len() {
