@@ -19,6 +19,7 @@ pub enum FileError {
         "{} is a {}: RAM needs a regular file, or a directory for a nameless one",
         .path.display(), file_type(*.found)
     )]
+    #[non_exhaustive]
     NotAFile {
         /// The path that was given.
         path: PathBuf,
@@ -31,6 +32,7 @@ pub enum FileError {
         "{} is a symbolic link to something that does not exist: create that, or remove the link",
         .path.display()
     )]
+    #[non_exhaustive]
     DanglingLink {
         /// The path that was given.
         path: PathBuf,
@@ -38,6 +40,7 @@ pub enum FileError {
 
     /// The file could not be opened or created.
     #[error("cannot open {}: {}", .path.display(), remedy(.source))]
+    #[non_exhaustive]
     Open {
         /// The path that was given.
         path: PathBuf,
@@ -73,6 +76,7 @@ pub enum FileError {
          longer, so make it longer first (truncate -s {}) or ask for less",
         .path.display(), HumanSize(*.len), HumanSize(*.size), .offset.saturating_add(*.size)
     )]
+    #[non_exhaustive]
     TooShort {
         /// The path that was given.
         path: PathBuf,
@@ -89,6 +93,7 @@ pub enum FileError {
         "align={align:#x} is not a power of two that is a multiple of the page size {} of {}",
         HumanSize(*.page_size), .path.display()
     )]
+    #[non_exhaustive]
     Align {
         /// The path that was given.
         path: PathBuf,
@@ -104,6 +109,7 @@ pub enum FileError {
          ROM",
         .path.display()
     )]
+    #[non_exhaustive]
     WriteSealed {
         /// The path that was given.
         path: PathBuf,
@@ -116,6 +122,7 @@ pub enum FileError {
         "discard-data=on cannot be kept for {}: {}, so leave it off",
         .path.display(), why_not_discarded(.source)
     )]
+    #[non_exhaustive]
     NoDiscard {
         /// The path that was given.
         path: PathBuf,
@@ -128,50 +135,12 @@ pub enum FileError {
         "{} {}: a ROM needs a file that has contents",
         .path.display(), why_nothing_to_read(*.found)
     )]
+    #[non_exhaustive]
     NothingToRead {
         /// The path that was given.
         path: PathBuf,
         /// What is there: a directory, an empty file, or nothing.
         found: Option<FileType>,
-    },
-
-    /// A file that is open for reading only was to be guest RAM.
-    #[error(
-        "what is opened for reading only (readonly=on) is no RAM, which guests and daemons write: \
-         map it with GuestRom, or open it for writing"
-    )]
-    ReadOnlyRam,
-
-    /// A ROM was to be made of something that is not a file opened for reading only.
-    #[error(
-        "a ROM is made of a file that is opened for reading only: use BackingSource::File and \
-         Access::ReadOnly (mem-path=..., readonly=on, rom=on)"
-    )]
-    WritableRom,
-
-    /// More was to be read of a ROM than it has.
-    #[error(
-        "{len} bytes at offset {offset:#x} are not all in the ROM of {}: read less",
-        HumanSize(*.size)
-    )]
-    OutsideRom {
-        /// Where in the ROM reading was to start, in bytes.
-        offset: u64,
-        /// How much was to be read, in bytes.
-        len: u64,
-        /// The size of the ROM in bytes.
-        size: u64,
-    },
-
-    /// A ROM could not be read.
-    #[error("cannot read {len} bytes at offset {offset:#x} of the ROM")]
-    ReadRom {
-        /// Where in the ROM reading was to start, in bytes.
-        offset: u64,
-        /// How much was to be read, in bytes.
-        len: u64,
-        /// The system's answer.
-        source: io::Error,
     },
 }
 
@@ -320,14 +289,6 @@ mod tests {
                 no_discard(Errno::EOPNOTSUPP),
                 "discard-data=on cannot be kept for /dev/shm/ram: its file system cannot free \
                  parts of a file, so leave it off",
-            ),
-            (
-                FileError::ReadRom {
-                    offset: 16,
-                    len: 4,
-                    source: source(Errno::EIO),
-                },
-                "cannot read 4 bytes at offset 0x10 of the ROM",
             ),
         ];
         for (error, text) in cases {

@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 
 use super::error::Result;
@@ -69,10 +70,7 @@ pub(super) fn open_or_create(path: &Path, access: Access) -> Result<(File, Creat
 }
 
 /// A file without a name on the file system of a directory.
-#[cfg(any(target_os = "linux", target_os = "android"))]
 fn nameless(dir: &Path) -> io::Result<File> {
-    use nix::errno::Errno;
-
     // O_EXCL: nobody can give it a name either.
     let flags = OFlag::O_TMPFILE | OFlag::O_EXCL;
     let answer = OpenOptions::new()
@@ -92,11 +90,6 @@ fn nameless(dir: &Path) -> io::Result<File> {
         }
         answer => answer,
     }
-}
-
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-fn nameless(dir: &Path) -> io::Result<File> {
-    unlinked(dir)
 }
 
 /// A file that had a name in a directory for one system call, where there are no nameless ones.

@@ -4,9 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 
-#[cfg(any(target_os = "linux", target_os = "android"))]
 use nix::errno::Errno;
-#[cfg(any(target_os = "linux", target_os = "android"))]
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 
 bitflags::bitflags! {
@@ -75,7 +73,6 @@ impl fmt::Display for Seals {
 }
 
 /// The seals on a file; none where the file system has no seals.
-#[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn read(file: &impl AsFd) -> io::Result<Seals> {
     match fcntl(file, FcntlArg::F_GET_SEALS) {
         Ok(bits) => Ok(Seals::from_bits_retain(bits.unsigned_abs())),
@@ -85,7 +82,6 @@ pub(super) fn read(file: &impl AsFd) -> io::Result<Seals> {
 }
 
 /// Adds seals to a file.
-#[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn add(file: &impl AsFd, seals: Seals) -> io::Result<()> {
     let bits = seals.bits().cast_signed();
     fcntl(
@@ -93,18 +89,6 @@ pub(super) fn add(file: &impl AsFd, seals: Seals) -> io::Result<()> {
         FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(bits)),
     )?;
     Ok(())
-}
-
-/// Seals exist on Linux only.
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-pub(super) fn read(_file: &impl AsFd) -> io::Result<Seals> {
-    Ok(Seals::empty())
-}
-
-/// Seals exist on Linux only.
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-pub(super) fn add(_file: &impl AsFd, _seals: Seals) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
 }
 
 #[cfg(test)]

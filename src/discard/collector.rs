@@ -1,6 +1,10 @@
 //! Bitmaps of reported pages, for each unit that is to be discarded as a whole. No I/O.
+//!
+//! Bitmaps and not sets of ranges: a guest that reports every second page would need 64 times as
+//! much for those, and decides itself how much memory of the host that is.
 
 use std::collections::BTreeMap;
+use std::iter;
 use std::ops::Range;
 
 use crate::mapping::to_usize;
@@ -50,6 +54,18 @@ impl Units {
         let end = addr.saturating_add(self.size - before).min(self.end);
         start..end
     }
+
+    /// The units that have an address in the range, and the part of it that each has.
+    fn parts(self, mut range: Range<u64>) -> impl Iterator<Item = (Range<u64>, Range<u64>)> {
+        iter::from_fn(move || {
+            (!range.is_empty()).then(|| {
+                let unit = self.at(range.start);
+                let part = range.start..unit.end.min(range.end);
+                range.start = part.end;
+                (unit, part)
+            })
+        })
+    }
 }
 
 impl<T: PartialEq + Clone> Collector<T> {
@@ -72,11 +88,7 @@ impl<T: PartialEq + Clone> Collector<T> {
         }
         self.evict(units, region, &range);
         let mut complete = RangeSet::default();
-        let mut at = range.start;
-        while at < range.end {
-            let whole = units.at(at);
-            let part = at..whole.end.min(range.end);
-            at = part.end;
+        for (whole, part) in units.parts(range) {
             if part == whole || self.set(&whole, units.whole, region, part) {
                 self.remove(whole.clone());
                 complete.insert(whole);
@@ -88,11 +100,7 @@ impl<T: PartialEq + Clone> Collector<T> {
     /// Notes again what was to be discarded, and could not be.
     pub(super) fn put_back(&mut self, units: &Units, region: &T, range: Range<u64>) {
         self.evict(units, region, &range);
-        let mut at = range.start;
-        while at < range.end {
-            let whole = units.at(at);
-            let part = at..whole.end.min(range.end);
-            at = part.end;
+        for (whole, part) in units.parts(range) {
             self.set(&whole, units.whole, region, part);
         }
     }

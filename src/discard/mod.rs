@@ -29,10 +29,10 @@ impl<B> GuestMemoryShm<B> {
     /// regions, of different backings too. Sealed RAM is discarded like any other.
     ///
     /// Only whole pages of the backing are given back: base pages, or the huge pages of hugetlb.
-    /// The kernel would accept less of a huge page, and do nothing; here it is reported as kept.
-    /// A *transparent* huge page that is discarded in part is split by the kernel, or, if a
-    /// device has it pinned, only zeroed: then what is left of it in the range is reported as kept. (So is
-    /// what the guest touches again before this returns, next to such an edge.)
+    /// The kernel would accept less of a huge page, and do nothing; here it is reported as kept. A
+    /// *transparent* huge page that is discarded in part is split by the kernel, or, if a device
+    /// has it pinned, only zeroed: then what is left of it in the range is reported as kept. (So
+    /// is what the guest touches again before this returns, next to such an edge.)
     ///
     /// The dirty bitmaps are not marked. The call made is madvise(2) with `MADV_REMOVE`;
     /// `MADV_DONTNEED` would succeed and free nothing, because the RAM is shared.
@@ -56,11 +56,11 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Range`](crate::Error::Range) for what is no range;
-    /// [`DiscardError::NotRam`], [`DiscardError::Inhibited`], [`DiscardError::ReadOnly`],
-    /// [`DiscardError::Locked`] and [`DiscardError::NoHoles`] for what cannot be given back: all of
-    /// these are found before the first page is. [`DiscardError::Failed`] and
-    /// [`DiscardError::CannotLook`] if a call fails nevertheless.
+    /// [`Error::Range`](crate::Error::Range) for what is no range; [`DiscardError::NotRam`],
+    /// [`DiscardError::Inhibited`], [`DiscardError::ReadOnly`], [`DiscardError::Locked`] and
+    /// [`DiscardError::NoHoles`] for what cannot be given back: all of these are found before the
+    /// first page is. [`DiscardError::Failed`] and [`DiscardError::CannotLook`] if a call fails
+    /// nevertheless.
     pub fn discard(
         &self,
         range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,

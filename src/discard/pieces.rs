@@ -1,12 +1,10 @@
 //! The parts of a range that are each in one region, and what is done to each.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::discarded::{Discarded, split};
 use super::error::DiscardError;
@@ -120,13 +118,10 @@ fn can_punch_holes(backing: &ShmBacking) -> io::Result<bool> {
     if backing.is_on_tmpfs() || backing.is_hugetlb() {
         return Ok(true);
     }
-    let file: &File = backing.file();
     let page = backing.page_size();
-    let past = file.metadata()?.len().next_multiple_of(page) + FAR;
-    let signed = |size: u64| i64::try_from(size).map_err(|_| Errno::EOVERFLOW);
-    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    match fallocate(file, flags, signed(past)?, signed(page)?) {
-        Err(Errno::EOPNOTSUPP) => Ok(false),
+    let past = backing.file().metadata()?.len().next_multiple_of(page) + FAR;
+    match backing.punch(past..past + page) {
+        Err(error) if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => Ok(false),
         // What else stands in the way (a largest file size) says nothing about holes.
         _ => Ok(true),
     }

@@ -40,9 +40,8 @@ pub(super) struct Left {
 }
 
 impl Branch {
-    /// Those of a controller (`memory`, `hugetlb`), of a process with this `/proc/PID/cgroup` among
-    /// these mounts: none, one, or, where both
-    /// versions are mounted, two.
+    /// Those of a controller (`memory`, `hugetlb`), of a process with this `/proc/PID/cgroup`
+    /// among these mounts: none, one, or, where both versions are mounted, two.
     pub(super) fn all(controller: &str, groups: &str, mounts: &[Mount]) -> Vec<Self> {
         let found = groups.lines().filter_map(|line| {
             let mut words = line.splitn(3, ':').skip(1);

@@ -16,7 +16,8 @@ use crate::range::RangeSet;
 /// ```
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct NodeSet {
-    /// Two words and not one of 128 bits, which would align all errors that name nodes to 16 bytes.
+    /// Two words and not one of 128 bits, which would align all errors that name nodes to 16
+    /// bytes.
     words: [u64; 2],
 }
 

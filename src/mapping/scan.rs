@@ -76,8 +76,8 @@ impl Mapping {
         Ok(found)
     }
 
-    /// How many bytes of it this process has mapped by huge pages; none if the kernel cannot say, or
-    /// must not (`PAGEMAP_SCAN` of /proc/PID/pagemap, Linux 6.7).
+    /// How many bytes of it this process has mapped by huge pages; none if the kernel cannot say,
+    /// or must not (`PAGEMAP_SCAN` of /proc/PID/pagemap, Linux 6.7).
     pub(crate) fn mapped_huge(&self) -> io::Result<Option<u64>> {
         self.bytes_that_are(PAGE_IS_HUGE, 0..self.len() as u64)
     }
@@ -106,8 +106,8 @@ impl Mapping {
                 ..PmScanArg::default()
             };
             // SAFETY: the descriptor and the structures live through the call; the kernel writes
-            // to `arg` and to at most `vec_len` elements at `vec`, which are plain numbers. Without
-            // flags it only looks at the mapping.
+            // to `arg` and to at most `vec_len` elements at `vec`, which are plain numbers.
+            // Without flags it only looks at the mapping.
             let found = unsafe { pagemap_scan(pagemap.as_raw_fd(), &raw mut arg) };
             let found = match found {
                 Ok(found) => usize::try_from(found).unwrap_or(0),

@@ -16,8 +16,8 @@ impl<B> GuestMemoryShm<B> {
     /// # Errors
     ///
     /// A [`PopulateError`] that names the cause, the range and the way out. If there is not enough
-    /// memory, that is [`PopulateError::Shortage`] before the first page, or later, if others
-    /// take it meanwhile (unless [`OnShortage::TryAnyway`] is set). All that was done is undone then,
+    /// memory, that is [`PopulateError::Shortage`] before the first page, or later, if others take
+    /// it meanwhile (unless [`OnShortage::TryAnyway`] is set). All that was done is undone then,
     /// as [`OnFailure`] says, also if the progress callback panics.
     pub fn populate(&self, options: PopulateOptions<'_>) -> Result<Populated, PopulateError> {
         populate::populate(self.parts(&options)?, options)
@@ -31,7 +31,8 @@ impl<B> GuestMemoryShm<B> {
     /// # Errors
     ///
     /// [`PopulateError::NotRam`] for a bad range, [`PopulateError::Shortage`] if there is not
-    /// enough now, [`PopulateError::NoThread`] if no thread can be had. Others come from [`PopulateHandle::wait`].
+    /// enough now, [`PopulateError::NoThread`] if no thread can be had. Others come from
+    /// [`PopulateHandle::wait`].
     pub fn populate_in_background(
         &self,
         options: PopulateOptions<'static>,

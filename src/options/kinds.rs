@@ -77,6 +77,7 @@ pub enum PageSize {
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Sealing {
     /// Sealed before it is first mapped: nobody can change its size any more (QEMU's `seal=on`).
     #[default]
@@ -102,6 +103,7 @@ pub enum Sealing {
 /// assert_eq!(sparse.reserve(), Some(Reserve::Off));
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Reserve {
     /// Huge pages are reserved; POSIX shm and files that their file system can never hold are
     /// refused. What is done unless set otherwise.
@@ -129,6 +131,7 @@ pub enum Reserve {
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Populate {
     /// Nothing: pages come when they are touched. If there are none then, that is SIGBUS.
     #[default]
@@ -182,6 +185,7 @@ pub enum OnShortage {
 /// assert_eq!(RamOptions::new().core_dump(), CoreDump::Exclude);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum CoreDump {
     /// Left out (`MADV_DONTDUMP`): a dump of the VMM stays small and does not leak the guest.
     #[default]
@@ -202,6 +206,7 @@ pub enum CoreDump {
 /// assert_eq!(firmware.access(), Access::ReadOnly);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Access {
     /// Read and written: RAM.
     #[default]
@@ -222,6 +227,7 @@ pub enum Access {
 /// assert_eq!(scratch.discard_data(), DiscardData::OnDrop);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum DiscardData {
     /// They stay in the file.
     #[default]

@@ -26,8 +26,8 @@ impl Affinity {
         }
     }
 
-    /// Keeps the thread to the CPUs of `nodes` that it may use at all, or, if there are none, or no
-    /// nodes are given, to where it was at first.
+    /// Keeps the thread to the CPUs of `nodes` that it may use at all, or, if there are none, or
+    /// no nodes are given, to where it was at first.
     pub(super) fn keep_to(&mut self, nodes: NodeSet) -> Result<(), Errno> {
         if nodes == self.nodes {
             return Ok(());

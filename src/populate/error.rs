@@ -66,8 +66,8 @@ pub enum PopulateError {
 
     /// Another process truncated the backing, which was not sealed.
     #[error(
-        "cannot populate {range}: its backing had at least {} and has {} now, another process truncated it; \
-         use a sealed memfd or a trusted peer",
+        "cannot populate {range}: its backing had at least {} and has {} now, another process \
+         truncated it; use a sealed memfd or a trusted peer",
         HumanSize(*.end), HumanSize(*.now)
     )]
     #[non_exhaustive]
@@ -171,8 +171,8 @@ mod tests {
                     end: 1 << 30,
                     now: 0,
                 },
-                "its backing had at least 1 GiB and has 0 bytes now, another process truncated it; use a \
-                 sealed memfd or a trusted peer",
+                "its backing had at least 1 GiB and has 0 bytes now, another process truncated it; \
+                 use a sealed memfd or a trusted peer",
             ),
             (
                 PopulateError::Allocate {

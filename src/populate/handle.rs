@@ -13,8 +13,8 @@ use crate::pool::{CancelToken, Progress};
 
 /// Populating that goes on in the background: to ask how far it is, and to wait for.
 ///
-/// A [`CancelToken`] cancels it, and so does dropping the handle, which waits until the threads are
-/// gone. In a child of fork(2), which has the handle and none of the threads, dropping it does
+/// A [`CancelToken`] cancels it, and so does dropping the handle, which waits until the threads
+/// are gone. In a child of fork(2), which has the handle and none of the threads, dropping it does
 /// nothing.
 ///
 /// ```

@@ -48,8 +48,8 @@ impl UnderWay {
     }
 }
 
-/// What the limits leave that are about something in the demand, exactly if it is less than so many
-/// bytes.
+/// What the limits leave that are about something in the demand, exactly if it is less than so
+/// many bytes.
 type Look = dyn Fn(&Demand, u64) -> Vec<Bound> + Send + Sync;
 
 /// A piece of work that has begun; when it is dropped, its pages are there, or will not come.
@@ -109,8 +109,8 @@ impl Watch {
     ///
     /// # Errors
     ///
-    /// What is short of the least piece, when nothing else is under way there that might turn out to
-    /// need less than was thought.
+    /// What is short of the least piece, when nothing else is under way there that might turn out
+    /// to need less than was thought.
     pub(super) fn begin(
         &self,
         wish: &Wish,

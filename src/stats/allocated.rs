@@ -11,7 +11,8 @@ type Result<T> = std::result::Result<T, StatsError>;
 
 const ALLOCATED: &str = "ask for the allocated pages of a backing";
 
-/// For each region what of it is allocated, in bytes; and what cannot be told to be in one of them.
+/// For each region what of it is allocated, in bytes; and what cannot be told to be in one of
+/// them.
 pub(super) fn per_region(rams: &[&Ram]) -> Result<(Vec<u64>, u64)> {
     let mut allocated = vec![0; rams.len()];
     let mut unlocated = 0;
@@ -61,7 +62,8 @@ fn of_one_backing(regions: &[&Ram]) -> Result<(Vec<u64>, u64)> {
     Ok((allocated, 0))
 }
 
-/// What of a hugetlb backing is allocated, and may be in these regions, besides what is known to be.
+/// What of a hugetlb backing is allocated, and may be in these regions, besides what is known to
+/// be.
 pub(super) fn unlocated(regions: &[&Ram], total: u64, located: u64) -> u64 {
     let size: u64 = regions.iter().map(|ram| ram.mapping.len() as u64).sum();
     total.min(size).saturating_sub(located)

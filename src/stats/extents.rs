@@ -32,10 +32,10 @@ impl<B> GuestMemoryShm<B> {
     /// comes or goes may be seen or not.
     ///
     /// Costs less than a microsecond for each step that is allocated in part of a backing, and for
-    /// each hole; full and empty backings cost nothing. The calls are cachestat(2) for shared memory
-    /// (lseek(2) on kernels before 6.5, which takes pages that were never touched for holes) and
-    /// lseek(2) with `SEEK_DATA` for files on disks. hugetlb has neither, and there mincore(2) tells
-    /// the pages that this process has mapped.
+    /// each hole; full and empty backings cost nothing. The calls are cachestat(2) for shared
+    /// memory (lseek(2) on kernels before 6.5, which takes pages that were never touched for
+    /// holes) and lseek(2) with `SEEK_DATA` for files on disks. hugetlb has neither, and there
+    /// mincore(2) tells the pages that this process has mapped.
     ///
     /// ```
     /// use guest_memory_shm::{GuestMemoryShm, GuestRange};

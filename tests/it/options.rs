@@ -158,7 +158,7 @@ fn every_property_of_every_backend_is_read() {
 /// The rows of QEMU's answers that are refusals: ours, in our words.
 #[test]
 fn what_qemu_refuses_is_refused_with_a_remedy() {
-    let size = "a number of bytes, or one with K, M, G, T, P or E behind it (64M, 1.5G), or 0x \
+    let size = "a number of bytes, or one with K, M, G, T, P or E after it (64M, 1.5G), or 0x \
                 and digits";
     for (text, refusal) in [
         (

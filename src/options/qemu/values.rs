@@ -1,19 +1,5 @@
 //! The values of properties: sizes, numbers, switches and node numbers, in all of QEMU's spellings.
 
-/// What a size is expected to be, for errors.
-pub(super) const A_SIZE: &str =
-    "a number of bytes, or one with K, M, G, T, P or E behind it (64M, 1.5G), or 0x and digits";
-
-/// What a number is expected to be, for errors.
-pub(super) const A_NUMBER: &str = "a number from 1 to 4294967295";
-
-/// What a switch is expected to be, for errors.
-pub(super) const A_SWITCH: &str = "on or off";
-
-/// What host-nodes is expected to be, for errors.
-pub(super) const NODES: &str =
-    "a node or a range of nodes (0 or 0-3); for others write host-nodes again";
-
 /// A number of bytes: `4096`, `64M`, `1.5G`, `0x1000`.
 ///
 /// Suffixes are powers of 1024, in either case; `B` is one byte. A fraction needs a suffix larger

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::kind::Kind;
+use super::backend_type::BackendType;
 use super::pairs::write_value;
 use super::values::write_size;
 use crate::options::{
@@ -33,7 +33,7 @@ use crate::options::{
 /// ```
 impl fmt::Display for RamOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(Kind::of(&self.backing).name())?;
+        f.write_str(BackendType::of(&self.backing).name())?;
         if let Some(name) = &self.name {
             write!(f, ",id={}", write_value(name))?;
         }

@@ -22,11 +22,10 @@ fn accepted_by_us(text: &str) -> Result<(), String> {
     let build = |options: RamOptions| {
         let size = options.size().expect("a string has a size");
         match options.access() {
-            Access::ReadWrite => {
-                GuestRegionShm::<()>::new((GuestAddress(0), size), &options).map(drop)
-            }
             Access::ReadOnly => GuestRom::new((GuestAddress(0), size), &options).map(drop),
+            _ => GuestRegionShm::<()>::new((GuestAddress(0), size), &options).map(drop),
         }
+        .map_err(Error::from)
     };
     text.parse()
         .map_err(Error::from)
