@@ -37,18 +37,19 @@
 //!
 //! # Map of modules
 //!
-//! In reading order; each uses only those above it.
+//! In reading order; each uses only those above it, and has its error beside the code that raises
+//! it. A test holds the `use` lines of all files against this table.
 //!
 //! | module | owns |
 //! |---|---|
 //! | `units` | sizes and tables for people |
 //! | `panics`, `logs` | code of others that panics, the logger included, as an answer |
-//! | `range` | [`GuestRange`]: guest ranges: alignment, overlap, holes, offsets in a backing |
-//! | `host` | what this machine offers and forbids: NUMA nodes, huge pages, mounts, memory, control groups, limits, calls |
-//! | `shortage` | [`Shortage`]: what is short, by which limit, and what to do |
+//! | `range` | [`GuestRange`], sets of ranges, and the walk over regions held and wanted |
+//! | `host` | what this machine offers and forbids; the only reader of /proc and /sys |
+//! | `shortage` | [`Shortage`]: what is short, by which limit, and what to do; an error and a note |
 //! | `options` | [`RamOptions`]: what RAM is asked for, typed or in QEMU's syntax |
 //! | `report` | [`BuildReport`]: what building has to say: options without effect, limits that are near |
-//! | `backing` | [`ShmBacking`]: a sized descriptor, its seals, page size, allocation; adoption |
+//! | `backing` | [`ShmBacking`]: a sized descriptor; requested, created, adopted |
 //! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
 //! | `ram` | the RAM of a region: mapping, backing, and the place in both |
 //! | `pool` | one pool of threads that tells how far it is, and can be cancelled |
@@ -59,7 +60,7 @@
 //! | `listener` | [`MemoryListener`]: what must know the memory, told as a whole or by [region](RegionListener) |
 //! | `discard` | giving pages back to the host, forbidding it, and collecting balloon reports |
 //! | `stats` | [`MemoryStats`], [`Extents`]: what of the RAM exists, where, and by which pages |
-//! | `vhost_user::table` | `MemoryTable`: what a daemon is told, as plain data, and differences of it; `TableView`: how much of it |
+//! | `vhost_user::table` | `MemoryTable`: what a daemon is told, as plain data; `TableView`: how much of it |
 //! | [`vhost_user::receive`](receive) | the daemon's end: a memory table that was sent is checked and mapped |
 //! | `vhost_user::share` | `VhostUserShare`: one daemon's view kept equal to a table, its dirty log, and in-kernel vhost |
 //! | `address_space` | [`AddressSpace`]: memory that changes, published to readers and told to listeners |
@@ -184,6 +185,8 @@ mod kvm;
 
 #[cfg(feature = "mock")]
 pub mod mock;
+
+pub use vm_memory;
 
 pub use address_space::{
     AddressSpace, AddressSpaceError, AttachError, ChangeReport, ListenerId, ListenerStatus,

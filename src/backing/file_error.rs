@@ -142,47 +142,6 @@ pub enum FileError {
         /// What is there: a directory, an empty file, or nothing.
         found: Option<FileType>,
     },
-
-    /// A file that is open for reading only was to be guest RAM.
-    #[error(
-        "what is opened for reading only (readonly=on) is no RAM, which guests and daemons write: \
-         map it with GuestRom, or open it for writing"
-    )]
-    ReadOnlyRam,
-
-    /// A ROM was to be made of something that is not a file opened for reading only.
-    #[error(
-        "a ROM is made of a file that is opened for reading only: use BackingSource::File and \
-         Access::ReadOnly (mem-path=..., readonly=on, rom=on)"
-    )]
-    WritableRom,
-
-    /// More was to be read of a ROM than it has.
-    #[error(
-        "{len} bytes at offset {offset:#x} are not all in the ROM of {}: read less",
-        HumanSize(*.size)
-    )]
-    #[non_exhaustive]
-    OutsideRom {
-        /// Where in the ROM reading was to start, in bytes.
-        offset: u64,
-        /// How much was to be read, in bytes.
-        len: u64,
-        /// The size of the ROM in bytes.
-        size: u64,
-    },
-
-    /// A ROM could not be read.
-    #[error("cannot read {len} bytes at offset {offset:#x} of the ROM")]
-    #[non_exhaustive]
-    ReadRom {
-        /// Where in the ROM reading was to start, in bytes.
-        offset: u64,
-        /// How much was to be read, in bytes.
-        len: u64,
-        /// The system's answer.
-        source: io::Error,
-    },
 }
 
 /// What a file is, for people.
@@ -330,14 +289,6 @@ mod tests {
                 no_discard(Errno::EOPNOTSUPP),
                 "discard-data=on cannot be kept for /dev/shm/ram: its file system cannot free \
                  parts of a file, so leave it off",
-            ),
-            (
-                FileError::ReadRom {
-                    offset: 16,
-                    len: 4,
-                    source: source(Errno::EIO),
-                },
-                "cannot read 4 bytes at offset 0x10 of the ROM",
             ),
         ];
         for (error, text) in cases {

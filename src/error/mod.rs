@@ -33,6 +33,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 ///
 /// let place = (GuestAddress(0), 5000);
 /// let error = GuestRegionShm::<()>::new(place, &RamOptions::new()).unwrap_err();
+/// // One type for all that fails, where that is enough.
+/// let error = Error::from(error);
 /// assert!(matches!(error, Error::Range(InvalidRange::Unaligned { value: 5000, .. })));
 /// ```
 #[non_exhaustive]
@@ -99,7 +101,7 @@ pub enum Error {
 
     /// Regions make no memory.
     #[error(transparent)]
-    Memory(MemoryError),
+    Memory(Box<MemoryError>),
 }
 
 impl Error {
@@ -160,7 +162,10 @@ impl From<MemoryError> for Error {
     fn from(error: MemoryError) -> Self {
         match error {
             MemoryError::Range(error) => error.into(),
-            error => Self::Memory(error),
+            MemoryError::Backing(error) => error.into(),
+            MemoryError::Map(error) => error.into(),
+            MemoryError::Populate(error) => error.into(),
+            error => Self::Memory(Box::new(error)),
         }
     }
 }

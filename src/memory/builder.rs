@@ -7,13 +7,10 @@ use vm_memory::bitmap::{Bitmap, NewBitmap};
 
 use super::GuestMemoryShm;
 use crate::backing::{BackingError, Request, Resolved, ShmBacking, memory_notes};
-#[cfg(any(doc, test))]
-use crate::error::Error;
-use crate::error::{FileError, Result};
 use crate::options::{Access, RamOptions};
 use crate::populate::populate_new;
 use crate::range::{GuestRange, InvalidRange, check_disjoint};
-use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
+use crate::region::{GuestRegionShm, MemoryError, Result, new_bitmap};
 use crate::report::{BuildReport, log_notes};
 
 /// What the report calls all RAM that is built.
@@ -186,11 +183,12 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     /// # Errors
     ///
     /// [`MemoryError::NoRanges`] without any range (or with a backing that has none);
-    /// [`Error::Range`], [`BackingError::Outside`], [`BackingError::Truncated`] for bad places;
-    /// those of [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for
-    /// reading only; [`Error::Map`]; and [`Error::Populate`], if there is not enough memory before
-    /// the first page. All numbers, and the pools of huge pages, are checked before anything is created, and a
-    /// failure leaves nothing behind.
+    /// [`MemoryError::Range`], and [`MemoryError::Backing`] with [`BackingError::Outside`] or
+    /// [`BackingError::Truncated`], for bad places; those of [`ShmBacking::create`];
+    /// [`MemoryError::ReadOnlyRam`] for a file that is opened for reading only;
+    /// [`MemoryError::Map`]; and [`MemoryError::Populate`], before the first page if there is not
+    /// enough memory. All numbers, and the pools of huge pages, are checked before anything is
+    /// created, and a failure leaves nothing behind.
     ///
     /// # Panics
     ///
@@ -229,9 +227,8 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Range`](crate::Error::Range) for a bad place, and those of
-    /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing), and
-    /// [`Error::Populate`](crate::Error::Populate).
+    /// [`MemoryError::Range`] for a bad place; those of [`ShmBacking::create`] and
+    /// [`from_backing`](Self::from_backing); and [`MemoryError::Populate`].
     pub fn new(
         range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
         options: &RamOptions,
@@ -284,7 +281,7 @@ impl<B> GuestRegionShm<B> {
         Request::check_all(requests(&plans))?;
         let bitmaps = vec![bitmap(plans[0].ranges[0])];
         let (mut regions, _) = create(&plans, bitmaps)?;
-        Ok(regions.pop().ok_or(MemoryError::NoRanges)?)
+        regions.pop().ok_or(MemoryError::NoRanges)
     }
 }
 impl<B> Bitmaps<B> {
@@ -311,7 +308,7 @@ impl Part {
             Source::Use { backing, .. } => backing.map_options().access,
         };
         if access == Access::ReadOnly {
-            return Err(FileError::ReadOnlyRam.into());
+            return Err(MemoryError::ReadOnlyRam);
         }
         match &self.source {
             Source::Create(options) => {
@@ -341,7 +338,7 @@ impl Part {
     fn ranges(&self, page_size: u64, sizes: Sizes) -> Result<Vec<GuestRange>> {
         let ranges = self.ranges.clone()?;
         if ranges.is_empty() {
-            return Err(MemoryError::NoRanges.into());
+            return Err(MemoryError::NoRanges);
         }
         if sizes == Sizes::Pages {
             let mut ranges = ranges.iter();
@@ -432,7 +429,7 @@ mod tests {
         assert_eq!((offsets, end), (vec![4096, 12288], 16384));
         assert!(matches!(
             pack(0, 4096, &ranges([(0, 1 << 62), (1 << 63, 1 << 62)])),
-            Err(Error::Backing(BackingError::Length { .. }))
+            Err(MemoryError::Backing(BackingError::Length { .. }))
         ));
     }
 }

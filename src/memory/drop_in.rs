@@ -16,10 +16,9 @@ use vm_memory::{FileOffset, GuestAddress};
 
 use super::{GuestMemoryShm, check_sorted};
 use crate::backing::ShmBacking;
-use crate::error::Result;
 use crate::options::RamOptions;
 use crate::range::GuestRange;
-use crate::region::GuestRegionShm;
+use crate::region::{GuestRegionShm, Result};
 #[cfg(doc)]
 use crate::{GuestMemoryShmBuilder, InvalidRange, MemoryError};
 

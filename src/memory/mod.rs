@@ -13,7 +13,7 @@ use vm_memory::{
 
 use crate::mapping::to_usize;
 use crate::range::{GuestRange, InvalidRange, holder, place_of};
-use crate::region::{GuestRegionShm, MemoryError};
+use crate::region::{GuestRegionShm, MemoryError, Result};
 
 mod access;
 mod builder;
@@ -64,7 +64,7 @@ use index::Index;
 /// | `from_ranges` with sizes and addresses that are not multiples of the page size | the same, but memory tables, memory slots and discards refuse such a region ([`InvalidRange::PartialPages`]) |
 /// | `from_ranges_with_files` beyond the end of a file | refused |
 /// | `GuestRegionMmap::new` of an `MmapRegion` | [`GuestRegionShm::from_range`], [`GuestRegionShm::new`], [`GuestRegionShm::from_backing`] |
-/// | `FromRangesError`, `GuestRegionCollectionError` | [`Error`](crate::Error), [`MemoryError`] |
+/// | `FromRangesError`, `GuestRegionCollectionError` | [`MemoryError`] |
 /// | `region.deref().bitmap()` for the whole bitmap | [`GuestRegionShm::dirty_bitmap`] |
 /// | `VhostUserMemoryRegionInfo::from_guest_region(region)` | `VhostUserMemoryRegionInfo::from(&TableRegion::from(region))`, or `VhostUserShare` for all of it |
 /// | `use vm_memory::Bytes` for `read_obj`, `write_obj`, `read_slice`, `write_slice` | methods of this type, several times as fast: rustc may call the import unused |
@@ -96,7 +96,7 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// [`MemoryError::NoRanges`] without any region; [`MemoryError::Unsorted`], and
     /// [`MemoryError::Range`] if two of them overlap.
-    pub fn from_regions(regions: Vec<GuestRegionShm<B>>) -> Result<Self, MemoryError> {
+    pub fn from_regions(regions: Vec<GuestRegionShm<B>>) -> Result<Self> {
         Self::from_arc_regions(regions.into_iter().map(Arc::new).collect())
     }
 
@@ -106,7 +106,7 @@ impl<B> GuestMemoryShm<B> {
     /// # Errors
     ///
     /// Those of [`from_regions`](Self::from_regions).
-    pub fn from_arc_regions(regions: Vec<Arc<GuestRegionShm<B>>>) -> Result<Self, MemoryError> {
+    pub fn from_arc_regions(regions: Vec<Arc<GuestRegionShm<B>>>) -> Result<Self> {
         if regions.is_empty() {
             return Err(MemoryError::NoRanges);
         }
@@ -119,16 +119,14 @@ impl<B> GuestMemoryShm<B> {
     /// # Errors
     ///
     /// [`MemoryError::Range`] if a region is there already.
-    pub fn insert_region(&self, region: Arc<GuestRegionShm<B>>) -> Result<Self, MemoryError> {
+    pub fn insert_region(&self, region: Arc<GuestRegionShm<B>>) -> Result<Self> {
         let mut regions = self.arc_regions();
         regions.push(region);
         Self::from_unsorted(regions)
     }
 
     /// Memory of these regions in any order.
-    pub(crate) fn from_unsorted(
-        mut regions: Vec<Arc<GuestRegionShm<B>>>,
-    ) -> Result<Self, MemoryError> {
+    pub(crate) fn from_unsorted(mut regions: Vec<Arc<GuestRegionShm<B>>>) -> Result<Self> {
         regions.sort_unstable_by_key(|region| region.range());
         Self::from_arc_regions(regions)
     }
@@ -144,7 +142,7 @@ impl<B> GuestMemoryShm<B> {
         &self,
         start: GuestAddress,
         size: GuestUsize,
-    ) -> Result<(Self, Arc<GuestRegionShm<B>>), MemoryError> {
+    ) -> Result<(Self, Arc<GuestRegionShm<B>>)> {
         let found = place_of(&self.regions, start).ok();
         let found = found.map(|at| (at, self.regions[at].range().size()));
         let at = match found {
@@ -214,7 +212,7 @@ impl<B: Bitmap> GuestMemoryShm<B> {
     /// # Errors
     ///
     /// [`MemoryError::Remap`] if a region cannot be mapped.
-    pub fn to_guest_memory_mmap<C: NewBitmap>(&self) -> Result<GuestMemoryMmap<C>, MemoryError> {
+    pub fn to_guest_memory_mmap<C: NewBitmap>(&self) -> Result<GuestMemoryMmap<C>> {
         let regions: Vec<_> = self.iter().map(remap).collect::<Result<_, _>>()?;
         let (Some(first), Some(last)) = (self.regions.first(), self.regions.last()) else {
             return Ok(GuestMemoryMmap::new());
@@ -230,7 +228,7 @@ impl<B: Bitmap> GuestMemoryShm<B> {
 }
 
 /// Checks that ranges are sorted and have no address in common, in vm-memory's order.
-fn check_sorted(mut ranges: impl Iterator<Item = GuestRange>) -> Result<(), MemoryError> {
+fn check_sorted(mut ranges: impl Iterator<Item = GuestRange>) -> Result<()> {
     let Some(mut first) = ranges.next() else {
         return Ok(());
     };
@@ -246,9 +244,7 @@ fn check_sorted(mut ranges: impl Iterator<Item = GuestRange>) -> Result<(), Memo
     Ok(())
 }
 
-fn remap<B: Bitmap, C: NewBitmap>(
-    region: &GuestRegionShm<B>,
-) -> Result<GuestRegionMmap<C>, MemoryError> {
+fn remap<B: Bitmap, C: NewBitmap>(region: &GuestRegionShm<B>) -> Result<GuestRegionMmap<C>> {
     let range = region.range();
     let file_offset = GuestMemoryRegion::file_offset(region).cloned();
     // `MmapRegion::from_file` is not there with vm-memory's feature `xen`.

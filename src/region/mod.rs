@@ -14,8 +14,9 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
+#[cfg(doc)]
+use crate::backing::BackingError;
 use crate::backing::ShmBacking;
-use crate::error::{FileError, Result};
 use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::options::Access;
 use crate::ram::Ram;
@@ -25,6 +26,7 @@ use crate::report::BuildReport;
 mod error;
 
 pub use error::MemoryError;
+pub(crate) use error::Result;
 
 /// A contiguous range of guest RAM: one shared mapping of a part of a [`ShmBacking`].
 ///
@@ -71,13 +73,11 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     ///
     /// # Errors
     ///
-    /// Those of a bad place, as [`new`](Self::new);
-    /// [`InvalidRange::Unaligned`](crate::InvalidRange::Unaligned) and
-    /// [`BackingError::Outside`](crate::BackingError::Outside) for a part that the backing does not
-    /// have; [`BackingError::Truncated`](crate::BackingError::Truncated) for one that it has no
-    /// more; [`FileError::ReadOnlyRam`] for a file that is opened for reading only;
-    /// [`Error::Shortage`](crate::Error::Shortage) and
-    /// [`Error::Map`](crate::Error::Map) if it cannot be mapped.
+    /// [`MemoryError::Range`] for a bad place; [`MemoryError::Backing`] with
+    /// [`BackingError::Outside`] for a part that the backing does not have, and
+    /// [`BackingError::Truncated`] for one that it no longer has; [`MemoryError::ReadOnlyRam`] for a
+    /// file that is opened for reading only; [`MemoryError::Backing`] with
+    /// [`BackingError::Shortage`], and [`MemoryError::Map`], if it cannot be mapped.
     pub fn from_backing(
         backing: &ShmBacking,
         offset: u64,
@@ -138,7 +138,7 @@ impl<B> GuestRegionShm<B> {
         bitmap: B,
     ) -> Result<Self> {
         if backing.map_options().access == Access::ReadOnly {
-            return Err(FileError::ReadOnlyRam.into());
+            return Err(MemoryError::ReadOnlyRam);
         }
         let pages = range.size().checked_next_multiple_of(backing.page_size());
         let mapping = Mapping::new(backing, offset, pages.unwrap_or(range.size()))?;

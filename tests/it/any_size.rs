@@ -6,9 +6,8 @@ use std::io::{Read, Seek};
 use std::os::unix::fs::FileExt;
 
 use guest_memory_shm::{
-    BackingError, DiscardAccumulator, DiscardError, Error, GuestMemoryShm, GuestRange,
-    GuestRegionShm, InvalidRange, MemoryError, Populate, PopulateOptions, Populated, RamOptions,
-    RangePart,
+    BackingError, DiscardAccumulator, DiscardError, GuestMemoryShm, GuestRange, GuestRegionShm,
+    InvalidRange, MemoryError, Populate, PopulateOptions, Populated, RamOptions, RangePart,
 };
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{
@@ -216,7 +215,7 @@ fn the_builder_and_regions_with_options_take_whole_pages_only() {
                     4 KiB";
         assert_refused!(
             builder().build(),
-            Error::Range(InvalidRange::Unaligned {
+            MemoryError::Range(InvalidRange::Unaligned {
                 part: RangePart::Size,
                 value: 300,
                 ..
@@ -224,7 +223,11 @@ fn the_builder_and_regions_with_options_take_whole_pages_only() {
             text,
         );
         let region = GuestRegionShm::<()>::new((GuestAddress(0), 300), &RamOptions::new());
-        assert_refused!(region, Error::Range(InvalidRange::Unaligned { .. }), text);
+        assert_refused!(
+            region,
+            MemoryError::Range(InvalidRange::Unaligned { .. }),
+            text
+        );
     });
 }
 
@@ -310,14 +313,17 @@ fn files_that_cannot_be_ram_are_refused() {
         for (len, start, size) in [(0x1400, 0, 0x2001), (0x1000, 0x1000, 1), (0x400, 0x1000, 1)] {
             let refused = with(file(len), start, size);
             assert!(
-                matches!(refused, Err(Error::Backing(BackingError::Outside { .. }))),
+                matches!(
+                    refused,
+                    Err(MemoryError::Backing(BackingError::Outside { .. }))
+                ),
                 "{len:#x} {start:#x} {size:#x}: {refused:?}"
             );
         }
         let unaligned = with(file(0x2000), 0x800, 0x400);
         assert!(matches!(
             unaligned,
-            Err(Error::Range(InvalidRange::Unaligned {
+            Err(MemoryError::Range(InvalidRange::Unaligned {
                 part: RangePart::Offset,
                 value: 0x800,
                 ..
@@ -329,13 +335,13 @@ fn files_that_cannot_be_ram_are_refused() {
         let read_only = with(File::open(&path).unwrap(), 0, 4096);
         assert!(matches!(
             read_only,
-            Err(Error::Backing(BackingError::NotWritable))
+            Err(MemoryError::Backing(BackingError::NotWritable))
         ));
         let (pipe, _) = std::io::pipe().unwrap();
         let pipe = with(std::os::fd::OwnedFd::from(pipe).into(), 0, 4096);
         assert!(matches!(
             pipe,
-            Err(Error::Backing(BackingError::NotMemory { .. }))
+            Err(MemoryError::Backing(BackingError::NotMemory { .. }))
         ));
     });
 }

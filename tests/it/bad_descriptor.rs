@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use guest_memory_shm::{
     AdoptPolicy, BackingError, BackingKind, Error, GuestMemoryShm, GuestRegionShm, InvalidRange,
-    RamOptions, RangePart, Seals, ShmBacking,
+    MemoryError, RamOptions, RangePart, Seals, ShmBacking,
 };
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -372,7 +372,7 @@ fn a_file_that_was_truncated_after_its_adoption_is_not_mapped() {
         ftruncate(&file, PAGE as i64).unwrap();
         assert_refused!(
             build(),
-            Error::Backing(BackingError::Truncated { now: PAGE, .. }),
+            MemoryError::Backing(BackingError::Truncated { now: PAGE, .. }),
             "the backing had at least 1 MiB and has 4 KiB now: another process truncated it, touching what is \
              gone would be SIGBUS; use a sealed memfd or a trusted peer",
         );

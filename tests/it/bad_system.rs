@@ -7,7 +7,8 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use guest_memory_shm::{
-    BackingError, BackingSource, Error, GuestMemoryShm, MapError, PageSize, RamOptions, ShmBacking,
+    BackingError, BackingSource, Error, GuestMemoryShm, MapError, MemoryError, PageSize,
+    RamOptions, ShmBacking,
 };
 use nix::mount::{MsFlags, umount};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -36,6 +37,7 @@ fn memory(kind: &BackingSource, size: u64) -> Result<GuestMemoryShm, Error> {
             [(GuestAddress(0), size)],
         )
         .build()
+        .map_err(Error::from)
 }
 
 /// Runs `scenario` with the soft limit at `soft`, and asserts that it leaves nothing.
@@ -151,7 +153,7 @@ fn a_memory_of_which_only_the_last_region_cannot_be_mapped_leaves_nothing() {
                 )
                 .build();
             assert!(
-                matches!(result, Err(Error::Map(MapError::Reserve { size, .. })) if size == 1 << 49)
+                matches!(result, Err(MemoryError::Map(MapError::Reserve { size, .. })) if size == 1 << 49)
             );
         });
     });

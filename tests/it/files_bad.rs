@@ -8,7 +8,7 @@ use std::path::Path;
 
 use guest_memory_shm::{
     BackingError, BackingKind, DiscardData, Error, FileError, GuestMemoryShm, GuestRegionShm,
-    MapError, OptionsError, RamOptions, Reserve, ShmBacking,
+    MapError, MemoryError, OptionsError, RamOptions, Reserve, ShmBacking,
 };
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::mount::{MsFlags, mount, umount};
@@ -27,7 +27,7 @@ use crate::support::skip;
 
 const MIB: u64 = 1 << 20;
 pub(crate) fn region(options: &RamOptions, size: u64) -> Result<GuestRegionShm, Error> {
-    GuestRegionShm::new((GuestAddress(0), size), options)
+    Ok(GuestRegionShm::new((GuestAddress(0), size), options)?)
 }
 
 pub(crate) fn memory(options: &RamOptions, size: u64) -> Result<GuestMemoryShm, Error> {
@@ -35,6 +35,7 @@ pub(crate) fn memory(options: &RamOptions, size: u64) -> Result<GuestMemoryShm, 
         .add_ram(RamOptions::new(), [(GuestAddress(1 << 60), PAGE)])
         .add_ram(options.clone(), [(GuestAddress(0), size)])
         .build()
+        .map_err(Error::from)
 }
 
 /// Asserts that RAM of `size` bytes is refused in each way to ask for it, with the same text.
@@ -339,6 +340,6 @@ fn a_file_that_is_truncated_between_creation_and_mapping_is_refused() {
     file.set_len(2 * MIB - PAGE).unwrap();
     assert!(matches!(
         map(),
-        Err(Error::Backing(BackingError::Truncated { end, now, .. })) if (end, now) == (2 * MIB, 2 * MIB - PAGE)
+        Err(MemoryError::Backing(BackingError::Truncated { end, now, .. })) if (end, now) == (2 * MIB, 2 * MIB - PAGE)
     ));
 }

@@ -46,7 +46,7 @@ fn with_hugetlbfs(pages: u64, data: &str, test: impl FnOnce(&Path, &HugePool)) {
 }
 
 fn region(options: &RamOptions, size: u64) -> Result<GuestRegionShm, Error> {
-    GuestRegionShm::new((GuestAddress(0), size), options)
+    Ok(GuestRegionShm::new((GuestAddress(0), size), options)?)
 }
 
 fn names(dir: &Path) -> usize {
@@ -117,7 +117,7 @@ fn a_short_pool_is_told_before_a_file_is_created() {
                         .add_ram(memfd.clone(), [(GuestAddress(1 << 40), pages * HUGE)])
                         .build()
                 };
-                assert_eq!(huge_pages_short(&both(2).unwrap_err()), Some((4, 3)));
+                assert_eq!(huge_pages_short(&both(2).unwrap_err().into()), Some((4, 3)));
                 assert!(both(1).is_ok());
             });
             assert_eq!(names(dir), 1);

@@ -5,8 +5,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
 use guest_memory_shm::{
-    BuildNote, DiscardData, Error, FileError, GuestMemoryShm, Populate, RamOptions, Reserve,
-    ShmBacking,
+    BuildNote, DiscardData, Error, FileError, GuestMemoryShm, MemoryError, Populate, RamOptions,
+    Reserve, ShmBacking,
 };
 use nix::mount::{MsFlags, umount};
 use nix::sys::resource::Resource;
@@ -159,6 +159,7 @@ fn when_a_later_step_fails_a_new_file_is_removed_and_an_empty_one_is_empty_again
                         )
                         .add_ram(RamOptions::new(), [(GuestAddress(1 << 50), UNMAPPABLE)])
                         .build()
+                        .map_err(Error::from)
                         .map(drop),
                 ] {
                     assert!(matches!(result, Err(Error::Map(_))), "{result:?}");
@@ -189,7 +190,7 @@ fn contents_that_were_there_survive_a_failure_although_they_were_to_be_discarded
             .add_ram(options.clone(), [(GuestAddress(0), MIB)])
             .add_ram(RamOptions::new(), [(GuestAddress(1 << 50), UNMAPPABLE)])
             .build();
-        assert!(matches!(failed, Err(Error::Map(_))));
+        assert!(matches!(failed, Err(MemoryError::Map(_))));
         assert!(fs::read(&path).unwrap() == pattern(MIB));
         drop(region(&options, MIB).unwrap());
         assert!(fs::read(&path).unwrap() == vec![0; MIB as usize]);

@@ -22,6 +22,7 @@ fn memory(options: RamOptions) -> Result<GuestMemoryShm, Error> {
     GuestMemoryShm::builder()
         .add_ram(options, [(GuestAddress(0), 4 * MIB)])
         .build()
+        .map_err(Error::from)
 }
 
 /// The policy of the mapping at `start` in /proc/self/numa_maps, as `bind:0`, and the words behind.

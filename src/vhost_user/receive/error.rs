@@ -5,9 +5,9 @@ use std::fmt;
 use nix::errno::Errno;
 
 use crate::backing::BackingError;
-use crate::error::Error;
 use crate::mapping::MapError;
 use crate::range::{InvalidRange, RangePart};
+use crate::region::MemoryError;
 use crate::units::{Counted, HumanSize};
 
 /// Why a daemon does not take a memory table, a change of it, or an address.
@@ -205,7 +205,7 @@ pub enum ReceiveError {
 #[derive(Debug)]
 pub struct RegionError {
     pub(crate) index: usize,
-    pub(crate) error: Box<Error>,
+    pub(crate) error: Box<MemoryError>,
 }
 
 impl ReceiveError {
@@ -253,24 +253,24 @@ impl RegionError {
     }
 
     /// Why it was not mapped.
-    pub fn error(&self) -> &Error {
+    pub fn error(&self) -> &MemoryError {
         &self.error
     }
 
     fn errno(&self) -> Errno {
         match &*self.error {
-            Error::Backing(BackingError::WriteSealed { .. } | BackingError::NotSealed { .. }) => {
-                Errno::EPERM
-            }
-            Error::Backing(
+            MemoryError::Backing(
+                BackingError::WriteSealed { .. } | BackingError::NotSealed { .. },
+            ) => Errno::EPERM,
+            MemoryError::Backing(
                 BackingError::NotMemory { .. }
                 | BackingError::NotWritable
                 | BackingError::OnDisk { .. }
                 | BackingError::Inspect { .. },
             )
-            | Error::Map(MapError::NotShareable { .. }) => Errno::EBADF,
-            Error::Range(_) => Errno::EINVAL,
-            Error::Backing(BackingError::Truncated { .. } | BackingError::Outside { .. }) => {
+            | MemoryError::Map(MapError::NotShareable { .. }) => Errno::EBADF,
+            MemoryError::Range(_) => Errno::EINVAL,
+            MemoryError::Backing(BackingError::Truncated { .. } | BackingError::Outside { .. }) => {
                 Errno::ENXIO
             }
             _ => Errno::ENOMEM,

@@ -7,6 +7,7 @@ use vm_memory::GuestAddress;
 use super::*;
 use crate::backing::BackingError;
 use crate::range::RangePart;
+use crate::region::MemoryError;
 
 #[test]
 fn texts_name_the_region_the_limit_and_the_way_out() {
@@ -164,7 +165,7 @@ fn a_region_that_is_not_mapped_says_why_and_what_the_system_said() {
             error: Box::new(error),
         })
     };
-    let refused = region(Error::Backing(BackingError::Inspect {
+    let refused = region(MemoryError::Backing(BackingError::Inspect {
         source: std::io::Error::from_raw_os_error(9),
     }));
     assert_eq!(
@@ -175,11 +176,8 @@ fn a_region_that_is_not_mapped_says_why_and_what_the_system_said() {
     assert!(cause.contains("os error 9"), "{cause}");
     assert_eq!(refused.reply_code(), 9);
     assert_eq!(
-        region(Error::Backing(BackingError::NotWritable)).reply_code(),
+        region(MemoryError::Backing(BackingError::NotWritable)).reply_code(),
         9
     );
-    assert_eq!(
-        region(crate::region::MemoryError::NoRanges.into()).reply_code(),
-        12
-    );
+    assert_eq!(region(MemoryError::NoRanges).reply_code(), 12);
 }

@@ -12,10 +12,9 @@ use super::error::{ReceiveError, RegionError};
 use super::policy::ReceivePolicy;
 use super::wire::ReceivedRegion;
 use crate::backing::{BackingError, ShmBacking, base_page_size};
-use crate::error::Error;
 use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
-use crate::region::{GuestRegionShm, new_bitmap};
+use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
 
 /// The memory table of a frontend as its daemon has it: guest RAM, and the frontend's addresses of
 /// it. `B` is the dirty bitmap of each region, `()` for none.
@@ -252,7 +251,7 @@ impl<B> ReceivedTable<B> {
             memory.push(Arc::new(placed.map_err(|error| at(index, error))?));
         }
         // The numbers are checked: they are disjoint, and there is at least one.
-        let memory = GuestMemoryShm::from_unsorted(memory).map_err(|error| at(0, error.into()))?;
+        let memory = GuestMemoryShm::from_unsorted(memory).map_err(|error| at(0, error))?;
         let mut regions = self.regions.to_vec();
         regions.extend(new);
         Ok(self.rebuilt(memory, regions))
@@ -279,7 +278,7 @@ impl<B> ReceivedTable<B> {
                 size,
                 len,
             }),
-            Err(error) => Err(at(index, error.into())),
+            Err(error) => Err(at(index, error)),
         }
     }
 
@@ -308,8 +307,8 @@ impl<B> ReceivedTable<B> {
     }
 }
 
-fn at(index: usize, error: Error) -> ReceiveError {
-    let error = Box::new(error);
+fn at(index: usize, error: impl Into<MemoryError>) -> ReceiveError {
+    let error = Box::new(error.into());
     RegionError { index, error }.into()
 }
 

@@ -64,7 +64,6 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
 /// # use guest_memory_shm::mock::MockDaemon;
 /// # use vm_memory::GuestAddress;
-///
 /// # let daemon = MockDaemon::builder().start_unnamed()?;
 /// # let stream = daemon.connect()?;
 /// # let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;

@@ -83,7 +83,7 @@ fn huge() -> RamOptions {
 
 fn try_new(options: &RamOptions) -> Result<GuestMemoryShm, Error> {
     let builder = GuestMemoryShm::builder();
-    builder.add_ram(options.clone(), REGIONS).build()
+    Ok(builder.add_ram(options.clone(), REGIONS).build()?)
 }
 
 fn new(options: &RamOptions) -> GuestMemoryShm {

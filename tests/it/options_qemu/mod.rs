@@ -25,6 +25,7 @@ fn accepted_by_us(text: &str) -> Result<(), String> {
             Access::ReadOnly => GuestRom::new((GuestAddress(0), size), &options).map(drop),
             _ => GuestRegionShm::<()>::new((GuestAddress(0), size), &options).map(drop),
         }
+        .map_err(Error::from)
     };
     text.parse()
         .map_err(Error::from)

@@ -2,7 +2,9 @@
 
 use std::os::unix::net::UnixStream;
 
-use guest_memory_shm::{BackingError, BackingSource, Error, InvalidRange, PageSize, RangePart};
+use guest_memory_shm::{
+    BackingError, BackingSource, InvalidRange, MemoryError, PageSize, RangePart,
+};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 
@@ -10,7 +12,6 @@ use super::*;
 use crate::fork::dies_of_reading;
 use crate::isolation::{HugePool, in_own_process};
 use crate::proc::leaves_nothing;
-use crate::support::huge_pages_short;
 
 const HUGE: u64 = 2 << 20;
 
@@ -32,7 +33,7 @@ fn added() -> AdoptPolicy {
 
 /// The error of the region's descriptor or mapping.
 #[track_caller]
-fn cause(error: &ReceiveError) -> &Error {
+fn cause(error: &ReceiveError) -> &MemoryError {
     let ReceiveError::Region(refused) = error else {
         panic!("{error:?}");
     };
@@ -47,7 +48,7 @@ fn an_unsealed_file_is_refused_when_the_policy_demands_seals() {
         let error = leaves_nothing(|| take(&of(required()), unsealed(MIB)).unwrap_err());
         assert!(matches!(
             cause(&error),
-            Error::Backing(BackingError::NotSealed { .. })
+            MemoryError::Backing(BackingError::NotSealed { .. })
         ));
         assert_eq!(error.reply_code(), 1);
         assert!(error.to_string().contains("MFD_ALLOW_SEALING"), "{error}");
@@ -62,7 +63,7 @@ fn an_unsealed_file_is_refused_when_the_policy_demands_seals() {
         let error = take(&of(required()), fd).unwrap_err();
         assert!(matches!(
             cause(&error),
-            Error::Backing(BackingError::NotSealed { .. })
+            MemoryError::Backing(BackingError::NotSealed { .. })
         ));
     });
 }
@@ -104,7 +105,7 @@ fn a_file_that_is_sealed_against_writing_is_refused_whatever_the_policy() {
             let error = take(&of(policy.clone()), file).unwrap_err();
             assert!(matches!(
                 cause(&error),
-                Error::Backing(BackingError::WriteSealed { .. })
+                MemoryError::Backing(BackingError::WriteSealed { .. })
             ));
         }
     }
@@ -148,7 +149,7 @@ fn a_file_on_disk_is_refused_unless_the_policy_allows_it() {
     let error = take(&ReceivePolicy::new(), file.try_clone().unwrap()).unwrap_err();
     assert!(matches!(
         cause(&error),
-        Error::Backing(BackingError::OnDisk { .. })
+        MemoryError::Backing(BackingError::OnDisk { .. })
     ));
     assert_eq!(error.reply_code(), 9);
     let policy = ReceivePolicy::new().with_descriptors(AdoptPolicy::new().with_disk_files());
@@ -231,7 +232,8 @@ fn a_pool_that_is_short_is_an_error_and_not_a_sigbus() {
             let file = file.try_clone().unwrap();
             map_table([region], [file], &ReceivePolicy::new()).unwrap_err()
         });
-        assert_eq!(huge_pages_short(cause(&error)), Some((1, 0)));
+        let short = cause(&error).shortage().unwrap();
+        assert_eq!((short.needed, short.left), (HUGE, 0));
         assert_eq!(error.reply_code(), 12);
     });
 }
@@ -244,7 +246,7 @@ fn a_daemon_without_address_space_refuses_and_keeps_its_table() {
         setrlimit(Resource::RLIMIT_AS, 4 << 30, hard).unwrap();
         let giant = region(8 * MIB, 1 << 40, 0, 0);
         let error = leaves_nothing(|| old.add(giant, sealed(1 << 40)).unwrap_err());
-        assert!(matches!(cause(&error), Error::Map(_)));
+        assert!(matches!(cause(&error), MemoryError::Map(_)));
         assert_eq!(error.reply_code(), 12);
         // The second of a table, when the first is mapped already.
         let error = leaves_nothing(|| {
