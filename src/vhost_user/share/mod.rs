@@ -44,7 +44,7 @@ pub use stopped::{FormerDaemon, StoppedLog};
 
 /// How long a daemon may take to answer, unless set otherwise: mapping a region takes it
 /// microseconds, but it may be busy with I/O.
-const TIME_LIMIT: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(10);
 
 /// One daemon's memory table, kept equal to a [`MemoryTable`].
 ///
@@ -108,21 +108,12 @@ pub struct VhostUserShare<F> {
 
 /// What an update did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ShareReport {
-    removed: usize,
-    added: usize,
-}
-
-impl ShareReport {
     /// The number of regions that the daemon was told to forget.
-    pub fn removed(&self) -> usize {
-        self.removed
-    }
-
+    pub removed: usize,
     /// The number of regions that the daemon was told of newly.
-    pub fn added(&self) -> usize {
-        self.added
-    }
+    pub added: usize,
 }
 
 impl<F: DaemonConnection> VhostUserShare<F> {
@@ -134,7 +125,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         let mut share = Self {
             connection,
             deadline: None,
-            limit: TIME_LIMIT,
+            limit: DEADLINE,
             mem_slots: false,
             reply_ack: false,
             acks_due: false,
