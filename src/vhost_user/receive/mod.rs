@@ -54,8 +54,8 @@
 //!         Ok(())
 //!     }
 //!
-//!     fn add_mem_reg(&mut self, payload: &[u8], fd: OwnedFd) -> Result<(), ReceiveError> {
-//!         let table = self.table.add(ReceivedRegion::decode(payload)?, fd)?;
+//!     fn add_mem_reg(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<(), ReceiveError> {
+//!         let table = self.table.add(ReceivedRegion::decode(payload)?, fds)?;
 //!         self.publish(table);
 //!         Ok(())
 //!     }
@@ -102,7 +102,7 @@ mod table;
 mod vhost;
 mod wire;
 
-pub use error::{ReceiveError, RegionError};
+pub use error::ReceiveError;
 pub use policy::ReceivePolicy;
 pub use table::ReceivedTable;
 pub use wire::ReceivedRegion;
