@@ -83,6 +83,14 @@ enum Planned<'a> {
     Use(&'a ShmBacking),
 }
 
+impl<B: NewBitmap> GuestMemoryShm<B> {
+    /// A builder, for RAM of several backings, of other kinds than a memfd, or with bitmaps that
+    /// are no `NewBitmap` ([`with_bitmap`](GuestMemoryShmBuilder::with_bitmap)).
+    pub fn builder() -> GuestMemoryShmBuilder<B> {
+        GuestMemoryShmBuilder::new()
+    }
+}
+
 impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
     pub(super) fn new() -> Self {
         Self {

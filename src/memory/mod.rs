@@ -75,14 +75,6 @@ pub struct GuestMemoryShm<B = ()> {
     index: Index<GuestRegionShm<B>>,
 }
 
-impl<B: NewBitmap> GuestMemoryShm<B> {
-    /// A builder, for RAM of several backings, of other kinds than a memfd, or with bitmaps that
-    /// are no `NewBitmap` ([`with_bitmap`](GuestMemoryShmBuilder::with_bitmap)).
-    pub fn builder() -> GuestMemoryShmBuilder<B> {
-        GuestMemoryShmBuilder::new()
-    }
-}
-
 impl<B> GuestMemoryShm<B> {
     /// Memory without any region.
     pub fn new() -> Self {
