@@ -88,21 +88,6 @@ pub enum FileError {
         size: u64,
     },
 
-    /// The alignment of the host address cannot be had.
-    #[error(
-        "align={align:#x} is not a power of two that is a multiple of the page size {} of {}",
-        HumanSize(*.page_size), .path.display()
-    )]
-    #[non_exhaustive]
-    Align {
-        /// The path that was given.
-        path: PathBuf,
-        /// The alignment in bytes.
-        align: u64,
-        /// The size of the file's pages in bytes.
-        page_size: u64,
-    },
-
     /// The file is sealed against writing.
     #[error(
         "{} cannot be RAM, its seals are: {seals}; use a file without write seals, or map it as a \

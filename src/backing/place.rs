@@ -10,7 +10,7 @@ use super::error::{BackingError, Result};
 use super::file_error::FileError;
 use super::file_system::FileSystem;
 use super::kind::{BLOCK, BackingKind};
-use crate::options::{Access, RamOptions};
+use crate::options::{Access, OptionsError, RamOptions};
 use crate::range::RangePart;
 use crate::shortage::Shortage;
 
@@ -91,15 +91,7 @@ impl<'a> Place<'a> {
             // As in QEMU, 0 is no wish.
             None | Some(0) => {}
             Some(align) if align.is_power_of_two() && align.is_multiple_of(page_size) => {}
-            Some(align) => {
-                let path = self.path.to_owned();
-                let error = FileError::Align {
-                    path,
-                    align,
-                    page_size,
-                };
-                return Err(error.into());
-            }
+            Some(align) => return Err(OptionsError::Align { align, page_size }.into()),
         }
         if !self.is_new() {
             return check_len(self.path, self.len, options.offset(), size);

@@ -8,14 +8,14 @@ use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
 use super::error::{MapError, Result};
-use super::{Mapping, Span, to_usize};
+use super::span::{Span, to_usize};
 use crate::backing::{BackingError, ShmBacking, base_page_size, check_groups, check_pool};
 use crate::options::Access;
 
 /// Sizes for which the kernel and the hypervisor can use one large mapping, largest first.
 const LARGE: [u64; 2] = [1 << 30, 2 << 20];
 
-/// Address space that is set aside for a mapping, and given back if it comes to nothing.
+/// Address space that is set aside for a mapping, and given back with all that is mapped there.
 pub(super) struct Reservation {
     span: Span,
     /// Where the RAM goes in it.
@@ -65,7 +65,7 @@ impl Reservation {
     /// Maps the backing over the middle of the reservation.
     ///
     /// A file's own mmap must not fail here, see [`rehearse`].
-    pub(super) fn map(&self, backing: &ShmBacking, offset: u64) -> Result<Span> {
+    pub(super) fn map(&self, backing: &ShmBacking, offset: u64) -> Result<()> {
         let size = self.ram.len.get() as u64;
         let at = file_offset(backing, offset, size)?;
         let flags = shared_flags(backing) | MapFlags::MAP_FIXED;
@@ -84,20 +84,20 @@ impl Reservation {
             )
         };
         match answer {
-            Ok(_) => Ok(self.ram),
+            Ok(_) => Ok(()),
             Err(errno) => Err(map_error(backing, size, errno)),
         }
     }
 
-    pub(super) fn into_mapping(self, ram: Span) -> Mapping {
-        let reserved = self.span;
-        std::mem::forget(self);
-        Mapping {
-            reserved,
-            ram,
-            is_huge: false,
-            notes: Vec::new(),
-        }
+    /// All of it.
+    #[cfg(test)]
+    pub(super) fn span(&self) -> Span {
+        self.span
+    }
+
+    /// Where the RAM goes.
+    pub(super) fn ram(&self) -> Span {
+        self.ram
     }
 }
 
