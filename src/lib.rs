@@ -99,9 +99,9 @@
 //!    between shm_open(3) and shm_unlink(3), or the kernel refuses the latter; what the kernel or
 //!    the hypervisor refuses to unmap.
 //! 8. A change of an [`AddressSpace`] reaches all listeners that are there, or none, also when a
-//!    listener, a callback or the logger panics. One that is away, and was not
-//!    attached as [required](AddressSpace::attach_required), is left out and named
-//!    ([`ChangeReport::stale`]); so is one that could not be put back. They are told everything when they are back.
+//!   listener, a callback or the logger panics. One that is away, and was not attached as
+//!   [required](AddressSpace::attach_required), is left out and named ([`ChangeReport::stale`]);
+//!   so is one that could not be put back. They are told everything when they are back.
 //! 9. No wait for another process without a time limit. It is one for each message; and what a
 //!    listener of the VMM's own does, or [`AddressSpace::with_listener`] is given to do, is not
 //!    covered.
@@ -118,12 +118,13 @@
 //! a reference to it: accesses go through vm-memory's volatile and atomic operations. A mapping
 //! inside a sealed file cannot fault. A mapping of an unsealed file (POSIX shm, a file with a
 //! path) faults with SIGBUS when another process truncates the file: hand those descriptors to
-//! trusted processes only. Unsafe code is in `host` (cachestat(2), which counts pages of files), in
-//! `mapping` (mmap and its kin, and the words with a guard that dirty logs are read into), in `region` (the volatile slice that vm-memory wants made
-//! from a pointer), in `kvm` (the host addresses that a hypervisor is given, which stay mapped as
-//! long as it has them; the calls that read and clear dirty logs; `HypervisorVm`, whose
-//! implementations promise the same), in `share` (the socket of vhost's `Frontend`, borrowed by its
-//! number), and in the mock (descriptors received from a socket).
+//! trusted processes only. Unsafe code is in `host` (cachestat(2), which counts pages of files),
+//! in `mapping` (mmap and its kin, and the words with a guard that dirty logs are read into), in
+//! `region` (the volatile slice that vm-memory wants made from a pointer), in `kvm` (the host
+//! addresses that a hypervisor is given, which stay mapped as long as it has them; the calls that
+//! read and clear dirty logs; `HypervisorVm`, whose implementations promise the same), in `share`
+//! (the socket of vhost's `Frontend`, borrowed by its number), and in the mock (descriptors
+//! received from a socket).
 //!
 //! # What it does not do
 //!

@@ -331,10 +331,12 @@ mod tests {
         let of = |errno: Errno| Shortage::of_descriptors(&errno.into());
         assert!(of(Errno::EMFILE).is_some_and(|short| {
             let text = short.to_string();
-            text.starts_with("no file descriptor is left of the ") && text.contains("RLIMIT_NOFILE")
+            text.starts_with("no file descriptor is left of the ")
+                && text.contains("RLIMIT_NOFILE")
         }));
         assert!(
-            of(Errno::ENFILE).is_some_and(|short| short.to_string().contains("sysctl fs.file-max"))
+            of(Errno::ENFILE)
+                .is_some_and(|short| short.to_string().contains("sysctl fs.file-max"))
         );
         assert_eq!(of(Errno::ENOENT), None);
     }

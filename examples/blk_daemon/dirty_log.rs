@@ -27,7 +27,8 @@ impl Log {
             let text = format!("the dirty log of {size} bytes at offset {offset:#x} {reason}");
             io::Error::new(ErrorKind::InvalidInput, text)
         };
-        seal(&file).map_err(|error| refuse(format!("is not sealed against shrinking: {error}")))?;
+        seal(&file)
+            .map_err(|error| refuse(format!("is not sealed against shrinking: {error}")))?;
         let len = file.metadata()?.len();
         let end = offset.checked_add(size);
         if size == 0 || end.is_none_or(|end| end > len) {

@@ -69,8 +69,9 @@ pub(crate) struct Args {
 
     /// Guest RAM, in bytes or with K, M, G or T (powers of 1024)
     ///
-    /// A multiple of 2M, at least 4M. It is split in two around a PCI hole: RAM up to 3 GiB at half
-    /// its size, larger RAM at 3 GiB. The region of 2 MiB that is hot-added comes on top of it.
+    /// A multiple of 2M, at least 4M. It is split in two around a PCI hole: RAM up to 3 GiB at
+    /// half its size, larger RAM at 3 GiB. The region of 2 MiB that is hot-added comes on top of
+    /// it.
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size,
         allow_negative_numbers = true)]
     pub(crate) ram: u64,

@@ -109,7 +109,9 @@ pub enum BackingError {
     },
 
     /// Every name that was tried for a POSIX shared memory object exists already.
-    #[error("{tried} names for POSIX shared memory exist already, the last is {last}: remove them")]
+    #[error(
+        "{tried} names for POSIX shared memory exist already, the last is {last}: remove them"
+    )]
     #[non_exhaustive]
     ShmNamesTaken {
         /// How many names were tried.
@@ -339,7 +341,9 @@ fn shm_remedy(source: &io::Error) -> &'static str {
         io::ErrorKind::NotFound => "/dev/shm does not exist, mount a tmpfs there",
         io::ErrorKind::ReadOnlyFilesystem => "/dev/shm is read-only, remount it read-write",
         io::ErrorKind::PermissionDenied => "/dev/shm may not be written, check its mode",
-        io::ErrorKind::StorageFull => "/dev/shm is full, remove files from it or remount it larger",
+        io::ErrorKind::StorageFull => {
+            "/dev/shm is full, remove files from it or remount it larger"
+        }
         _ => "check /dev/shm",
     }
 }

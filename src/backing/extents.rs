@@ -1,7 +1,7 @@
 //! Which parts of a backing are allocated.
 //!
-//! On a tmpfs cachestat(2) counts the pages of a range. lseek(2), which other files are asked with,
-//! would take those for holes that were allocated by fallocate(2) and not touched yet
+//! On a tmpfs cachestat(2) counts the pages of a range. lseek(2), which other files are asked
+//! with, would take those for holes that were allocated by fallocate(2) and not touched yet
 //! ([`Populate::Allocate`](crate::Populate::Allocate)), and would walk over all of them each time.
 
 use std::fs::File;

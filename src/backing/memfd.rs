@@ -40,8 +40,8 @@ pub(super) fn create(
     Ok(file)
 }
 
-/// The name of the options, or a general one, as much of it as memfd_create(2) takes: it is there to
-/// be shown, and no reason to refuse RAM that QEMU makes too.
+/// The name of the options, or a general one, as much of it as memfd_create(2) takes: it is there
+/// to be shown, and no reason to refuse RAM that QEMU makes too.
 fn shown_name(options: &RamOptions) -> &str {
     const LONGEST: usize = 249;
     let name = options.name().unwrap_or(NAME);

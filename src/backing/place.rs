@@ -50,7 +50,11 @@ impl<'a> Place<'a> {
         }
     }
 
-    pub(super) fn of(path: &'a Path, metadata: &Metadata, file_system: FileSystem) -> Result<Self> {
+    pub(super) fn of(
+        path: &'a Path,
+        metadata: &Metadata,
+        file_system: FileSystem,
+    ) -> Result<Self> {
         let found = metadata.file_type();
         if !found.is_file() && !found.is_dir() {
             let path = path.to_owned();

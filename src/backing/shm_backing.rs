@@ -114,9 +114,9 @@ impl ShmBacking {
 
     /// Where RAM ends in it, in bytes from the start of the file: no region reaches further.
     ///
-    /// Of a [`BackingSource::File`] that is [`RamOptions::offset`] and the size of the RAM, and the file
-    /// may be longer; of all others it is the length of the file when the backing was made, which
-    /// sealed ones keep.
+    /// Of a [`BackingSource::File`] that is [`RamOptions::offset`] and the size of the RAM, and
+    /// the file may be longer; of all others it is the length of the file when the backing was
+    /// made, which sealed ones keep.
     pub fn end(&self) -> u64 {
         self.inner.end
     }

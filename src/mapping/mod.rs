@@ -51,7 +51,8 @@ pub(crate) struct Mapping {
     notes: Vec<BuildNote>,
 }
 
-/// Where a mapping is. Safe to have and to pass on; what is there is accessed through raw pointers.
+/// Where a mapping is. Safe to have and to pass on; what is there is accessed through raw
+/// pointers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct HostAddr(NonNull<u8>);
 

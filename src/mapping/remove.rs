@@ -30,8 +30,8 @@ impl Mapping {
         Ok(())
     }
 
-    /// Whether a page at these offsets is locked (mlock(2)): the kernel does not remove such pages.
-    /// The offsets must be multiples of the page size.
+    /// Whether a page at these offsets is locked (mlock(2)): the kernel does not remove such
+    /// pages. The offsets must be multiples of the page size.
     ///
     /// msync(2) with `MS_INVALIDATE` says so, and does nothing else on Linux.
     pub(crate) fn is_locked(&self, range: Range<u64>) -> io::Result<bool> {

@@ -23,8 +23,8 @@ pub(super) struct Reservation {
 }
 
 impl Reservation {
-    /// Reserves room for `size` bytes at a host address congruent with `offset` modulo `modulus`, a
-    /// power of two, and for a guard page on either side.
+    /// Reserves room for `size` bytes at a host address congruent with `offset` modulo `modulus`,
+    /// a power of two, and for a guard page on either side.
     pub(super) fn new(size: u64, offset: u64, modulus: u64) -> Result<Self> {
         let failed = |errno: Errno| MapError::Reserve {
             size,
@@ -149,8 +149,8 @@ fn shared_flags(backing: &ShmBacking) -> MapFlags {
 pub(super) fn placement(backing: &ShmBacking, offset: u64, size: u64) -> (u64, u64) {
     let large = large_page(size, backing);
     match backing.map_options().align {
-        // Both are powers of two. Where the offset is no multiple of `align`, the address cannot be
-        // congruent with it.
+        // Both are powers of two. Where the offset is no multiple of `align`, the address cannot
+        // be congruent with it.
         Some(align) if align > 0 && !offset.is_multiple_of(align) => (large.max(align), 0),
         Some(align) => (large.max(align), offset),
         None => (large, offset),

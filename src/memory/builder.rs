@@ -358,7 +358,10 @@ fn requests<'p>(plans: &'p [Plan<'p>]) -> impl Iterator<Item = &'p Request<'p>> 
 
 /// Creates, maps and populates what was planned and checked, with these bitmaps for the ranges in
 /// their order. Whatever fails leaves nothing.
-fn create<B>(plans: &[Plan<'_>], bitmaps: Vec<B>) -> Result<(Vec<GuestRegionShm<B>>, BuildReport)> {
+fn create<B>(
+    plans: &[Plan<'_>],
+    bitmaps: Vec<B>,
+) -> Result<(Vec<GuestRegionShm<B>>, BuildReport)> {
     let mut report = BuildReport::default();
     let notes = memory_notes(requests(plans));
     log_notes(ALL, &notes);

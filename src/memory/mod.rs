@@ -32,7 +32,8 @@ use index::Index;
 /// code behind it (see [below](#porting-from-guestmemorymmap)). `B` is the dirty bitmap of each
 /// region, `()` for none. It never changes: hotplug makes a new memory
 /// ([`insert_region`](Self::insert_region)), which shares the regions. An
-/// [`AddressSpace`](crate::AddressSpace) publishes it to readers. Cloning it clones references to the regions.
+/// [`AddressSpace`](crate::AddressSpace) publishes it to readers. Cloning it clones references to
+/// the regions.
 ///
 /// `Display` prints the regions as a table.
 ///

@@ -247,7 +247,9 @@ fn why_not_both(first: &str, second: &str) -> &'static str {
         ("prealloc=on" | "populate=allocate", "readonly=on") => {
             "populating writes, leave one of them out"
         }
-        ("hugetlb=on", _) => "pages are of a pool or gathered by the kernel, leave one of them out",
+        ("hugetlb=on", _) => {
+            "pages are of a pool or gathered by the kernel, leave one of them out"
+        }
         ("readonly=on", _) => "what is shared and read-only is a ROM, leave rom=off out",
         ("rom=on", _) => "a ROM that is shared must be read-only, write readonly=on",
         _ => "prealloc=on is populate=prefault, leave one of them out",

@@ -59,9 +59,10 @@ pub enum PageSize {
     Transparent,
     /// Pages from a hugetlb pool, of this size in bytes, or of the default size if `None`.
     ///
-    /// Only with [`BackingSource::Memfd`] (a [`BackingSource::File`] has the pages of its file system). The
-    /// pool is filled by the administrator (`/proc/sys/vm/nr_hugepages`); the pages are reserved
-    /// when the RAM is mapped, so that touching it never fails, unless [`Reserve::Off`] is set.
+    /// Only with [`BackingSource::Memfd`] (a [`BackingSource::File`] has the pages of its file
+    /// system). The pool is filled by the administrator (`/proc/sys/vm/nr_hugepages`); the pages
+    /// are reserved when the RAM is mapped, so that touching it never fails, unless
+    /// [`Reserve::Off`] is set.
     #[doc(alias = "MFD_HUGETLB")]
     Huge(Option<u64>),
 }
@@ -152,9 +153,9 @@ pub enum Populate {
 /// What becomes of populating RAM for which there is not enough memory.
 ///
 /// The kernel refuses nothing by itself: it ends a process (the OOM killer's SIGKILL), this one or
-/// another. So this crate looks at what limits memory before it populates, and again and again while
-/// it does: the control groups of this process (cgroups(7)), the machine (proc_meminfo(5)), and the
-/// NUMA nodes that the pages must come from.
+/// another. So this crate looks at what limits memory before it populates, and again and again
+/// while it does: the control groups of this process (cgroups(7)), the machine (proc_meminfo(5)),
+/// and the NUMA nodes that the pages must come from.
 ///
 /// ```
 /// use guest_memory_shm::{OnShortage, Populate, PopulateOptions, RamOptions};

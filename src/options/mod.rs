@@ -69,8 +69,8 @@ pub use numa::NumaPolicy;
 /// | `on-shortage` | `refuse`, `try-anyway`, which QEMU does not have | [`with_on_shortage`](Self::with_on_shortage) | |
 ///
 /// Switches are `on`, `true`, `yes`, `y` and `off`, `false`, `no`, `n`. Sizes are numbers of bytes
-/// with the suffixes `K`, `M`, `G`, `T`, `P`, `E` for powers of 1024, with a fraction if they have a
-/// suffix (`1.5G`), or hexadecimal without one.
+/// with the suffixes `K`, `M`, `G`, `T`, `P`, `E` for powers of 1024, with a fraction if they have
+/// a suffix (`1.5G`), or hexadecimal without one.
 ///
 /// A whole program that reads and writes such strings: `examples/option_strings.rs`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -178,8 +178,8 @@ impl RamOptions {
         self
     }
 
-    /// Sets what becomes of populating it if there is not enough memory (`on-shortage` in strings);
-    /// it is refused unless set.
+    /// Sets what becomes of populating it if there is not enough memory (`on-shortage` in
+    /// strings); it is refused unless set.
     #[must_use]
     pub fn with_on_shortage(mut self, on_shortage: OnShortage) -> Self {
         self.on_shortage = on_shortage;
@@ -201,24 +201,24 @@ impl RamOptions {
         self
     }
 
-    /// Sets a power of two, in bytes, that the host address of a [`BackingSource::File`] is a multiple of
-    /// (QEMU's `align`); what suits huge pages unless set.
+    /// Sets a power of two, in bytes, that the host address of a [`BackingSource::File`] is a
+    /// multiple of (QEMU's `align`); what suits huge pages unless set.
     #[must_use]
     pub fn with_align(mut self, align: u64) -> Self {
         self.align = Some(align);
         self
     }
 
-    /// Sets where in a [`BackingSource::File`] the RAM starts, in bytes (QEMU's `offset`); at its start
-    /// unless set.
+    /// Sets where in a [`BackingSource::File`] the RAM starts, in bytes (QEMU's `offset`); at its
+    /// start unless set.
     #[must_use]
     pub fn with_offset(mut self, offset: u64) -> Self {
         self.offset = offset;
         self
     }
 
-    /// Sets whether a [`BackingSource::File`] is RAM or a ROM (QEMU's `readonly` and `rom`); RAM unless
-    /// set.
+    /// Sets whether a [`BackingSource::File`] is RAM or a ROM (QEMU's `readonly` and `rom`); RAM
+    /// unless set.
     #[must_use]
     pub fn with_access(mut self, access: Access) -> Self {
         self.access = access;
@@ -288,8 +288,8 @@ impl RamOptions {
         self.core_dump
     }
 
-    /// Whether equal pages are to be merged, if a string says so. The kernel does that with private
-    /// pages only (KSM), so that it has no effect.
+    /// Whether equal pages are to be merged, if a string says so. The kernel does that with
+    /// private pages only (KSM), so that it has no effect.
     pub fn merge(&self) -> Option<bool> {
         self.unused.merge
     }

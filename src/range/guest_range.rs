@@ -39,8 +39,8 @@ impl GuestRange {
     ///
     /// # Errors
     ///
-    /// [`InvalidRange::Empty`] if `size` is 0, and [`InvalidRange::Overflow`] if the byte after the
-    /// range has no 64-bit address (vhost-user and KVM cannot express such a range either).
+    /// [`InvalidRange::Empty`] if `size` is 0, and [`InvalidRange::Overflow`] if the byte after
+    /// the range has no 64-bit address (vhost-user and KVM cannot express such a range either).
     pub fn new(start: GuestAddress, size: u64) -> Result<Self> {
         if size == 0 {
             return Err(InvalidRange::Empty { start });
@@ -178,7 +178,8 @@ pub enum InvalidRange {
         page_size: u64,
     },
 
-    /// A region that is there does not consist of whole pages: vm-memory's constructors allow that.
+    /// A region that is there does not consist of whole pages: vm-memory's constructors allow
+    /// that.
     #[error(
         "the region {range} is not whole pages of {}, which memory tables, memory slots and \
          discards need: make it of an address and a size that are multiples of that",
@@ -287,8 +288,8 @@ impl RangePart {
 ///
 /// # Errors
 ///
-/// [`InvalidRange::Empty`] if `size` is 0; [`InvalidRange::Overflow`] if the RAM after the hole does
-/// not fit in the address space.
+/// [`InvalidRange::Empty`] if `size` is 0; [`InvalidRange::Overflow`] if the RAM after the hole
+/// does not fit in the address space.
 pub fn ram_around_hole(size: u64, hole: GuestRange) -> Result<Vec<GuestRange>> {
     let below = size.min(hole.start);
     let after = GuestAddress(hole.start + hole.size);

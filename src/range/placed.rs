@@ -49,8 +49,8 @@ pub(crate) struct Difference<H, W> {
 }
 
 impl<H: Placed, W: Placed> Difference<H, W> {
-    /// Walks over both lists at once. `is` says whether what is held at the place of what is wanted
-    /// is that already.
+    /// Walks over both lists at once. `is` says whether what is held at the place of what is
+    /// wanted is that already.
     pub(crate) fn between(
         held: impl IntoIterator<Item = H>,
         wanted: impl IntoIterator<Item = W>,

@@ -75,8 +75,8 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     ///
     /// [`MemoryError::Range`] for a bad place; [`MemoryError::Backing`] with
     /// [`BackingError::Outside`] for a part that the backing does not have, and
-    /// [`BackingError::Truncated`] for one that it no longer has; [`MemoryError::ReadOnlyRam`] for a
-    /// file that is opened for reading only; [`MemoryError::Backing`] with
+    /// [`BackingError::Truncated`] for one that it no longer has; [`MemoryError::ReadOnlyRam`] for
+    /// a file that is opened for reading only; [`MemoryError::Backing`] with
     /// [`BackingError::Shortage`], and [`MemoryError::Map`], if it cannot be mapped.
     pub fn from_backing(
         backing: &ShmBacking,
@@ -130,7 +130,8 @@ impl<B> GuestRegionShm<B> {
         Self::place(backing, offset, range, bitmap(range))
     }
 
-    /// Maps the pages of the range, which begin at `offset`; it need not end with the last of them.
+    /// Maps the pages of the range, which begin at `offset`; it need not end with the last of
+    /// them.
     pub(crate) fn place(
         backing: &ShmBacking,
         offset: u64,
@@ -255,9 +256,9 @@ impl<B: Bitmap> GuestRegionShm<B> {
         let start = self.as_ptr().wrapping_add(at);
         let bitmap = self.shared.bitmap.slice_at(at);
         // SAFETY: `start..start + count` lies in the mapping, which is as long as the range or
-        // longer, as just checked. The mapping lives as long as `self.shared`, and so as `self`, which the
-        // slice borrows. The RAM is only ever accessed by volatile or atomic operations: this
-        // crate makes no reference to it.
+        // longer, as just checked. The mapping lives as long as `self.shared`, and so as `self`,
+        // which the slice borrows. The RAM is only ever accessed by volatile or atomic operations:
+        // this crate makes no reference to it.
         Some(unsafe { VolatileSlice::with_bitmap(start, count, bitmap, None) })
     }
 }

@@ -209,8 +209,9 @@ fn discards_are_refused_by_the_name_of_the_region() {
 #[test]
 fn the_builder_and_regions_with_options_take_whole_pages_only() {
     in_own_process_leaving_nothing!(|| {
-        let builder =
-            || GuestMemoryShm::<()>::builder().add_ram(RamOptions::new(), [(GuestAddress(0), 300)]);
+        let builder = || {
+            GuestMemoryShm::<()>::builder().add_ram(RamOptions::new(), [(GuestAddress(0), 300)])
+        };
         let text = "size 300 bytes is not a multiple of the page size 4 KiB: the nearest larger is \
                     4 KiB";
         assert_refused!(

@@ -145,7 +145,8 @@ fn parts_of_a_backing_that_are_no_region_are_not_counted() {
 #[test]
 fn locked_memory_is_that_of_the_process() {
     in_own_process(|| {
-        let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), MIB as usize)]).unwrap();
+        let memory =
+            GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), MIB as usize)]).unwrap();
         let before = memory.stats().unwrap().locked;
         let start = NonNull::new(memory.get_host_address(GuestAddress(0)).unwrap()).unwrap();
         // SAFETY: the range is mapped.

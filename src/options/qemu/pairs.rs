@@ -54,7 +54,8 @@ impl<'a> Pairs<'a> {
     }
 }
 
-/// The value at the start of `text`, with its commas single, and what is behind the comma after it.
+/// The value at the start of `text`, with its commas single, and what is behind the comma after
+/// it.
 fn read_value(text: &str) -> (String, &str) {
     let mut value = String::new();
     let mut rest = text;

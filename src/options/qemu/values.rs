@@ -1,4 +1,5 @@
-//! The values of properties: sizes, numbers, switches and node numbers, in all of QEMU's spellings.
+//! The values of properties: sizes, numbers, switches and node numbers, in all of QEMU's
+//! spellings.
 
 /// A number of bytes: `4096`, `64M`, `1.5G`, `0x1000`.
 ///

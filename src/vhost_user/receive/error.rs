@@ -51,7 +51,9 @@ pub enum ReceiveError {
     },
 
     /// A table without any region.
-    #[error("the memory table has no region, and a daemon without memory can do nothing: send one")]
+    #[error(
+        "the memory table has no region, and a daemon without memory can do nothing: send one"
+    )]
     NoRegions,
 
     /// The number of descriptors is not that of the regions.
@@ -270,9 +272,9 @@ impl RegionError {
             )
             | MemoryError::Map(MapError::NotShareable { .. }) => Errno::EBADF,
             MemoryError::Range(_) => Errno::EINVAL,
-            MemoryError::Backing(BackingError::Truncated { .. } | BackingError::Outside { .. }) => {
-                Errno::ENXIO
-            }
+            MemoryError::Backing(
+                BackingError::Truncated { .. } | BackingError::Outside { .. },
+            ) => Errno::ENXIO,
             _ => Errno::ENOMEM,
         }
     }

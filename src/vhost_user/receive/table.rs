@@ -103,8 +103,8 @@ impl<B> ReceivedTable<B> {
     /// drops it. The descriptors are kept as long as their regions; they are closed if anything is
     /// wrong. No descriptor is looked at before the numbers of all regions are right, and nothing
     /// is mapped before all descriptors are, so that a refused message costs the daemon next to
-    /// nothing. With [`AdoptPolicy::with_added_seals`](crate::AdoptPolicy::with_added_seals) the files that come before the
-    /// one that is refused may have been sealed.
+    /// nothing. With [`AdoptPolicy::with_added_seals`](crate::AdoptPolicy::with_added_seals) the
+    /// files that come before the one that is refused may have been sealed.
     ///
     /// Of each region are checked: a size that is not 0, and no wrap of guest addresses, user
     /// addresses or file offsets; no overlap of guest addresses or user addresses with another

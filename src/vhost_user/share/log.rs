@@ -63,7 +63,8 @@ impl DaemonLog {
 
     /// A log without a bit set, in which no page counts yet. The size is a multiple of 8.
     pub(super) fn new(size: u64) -> Result<Self> {
-        let backing = ShmBacking::create_growable("dirty-log", file_len(size)).map_err(no_memfd)?;
+        let backing =
+            ShmBacking::create_growable("dirty-log", file_len(size)).map_err(no_memfd)?;
         Ok(Self {
             bits: map(&backing)?,
             size,

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use super::src;
 
-/// The lines of all sources but comments, with the path below `src` of each, for which `broken` says
-/// that they break a rule.
+/// The lines of all sources but comments, with the path below `src` of each, for which `broken`
+/// says that they break a rule.
 fn lines_that(broken: impl Fn(&str, &str) -> bool) -> Vec<String> {
     fn files(dir: &Path) -> Vec<PathBuf> {
         let entries = fs::read_dir(dir)

@@ -98,9 +98,8 @@ fn serve(socket: &UnixStream, policy: ReceivePolicy) -> ReceivedTable {
             mut files,
         } = message;
         let next = match request {
-            SET_MEM_TABLE => {
-                ReceivedRegion::decode_table(&payload).and_then(|regions| table.set(regions, files))
-            }
+            SET_MEM_TABLE => ReceivedRegion::decode_table(&payload)
+                .and_then(|regions| table.set(regions, files)),
             ADD_MEM_REG => ReceivedRegion::decode(&payload).and_then(|region| match files.pop() {
                 Some(file) if files.is_empty() => table.add(region, file),
                 last => Err(ReceiveError::Descriptors {
