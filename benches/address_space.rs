@@ -54,7 +54,8 @@ fn main() -> Result<(), Failure> {
         plug(daemons, rounds, None)?;
     }
     println!(
-        "and where the daemons take {LATE:?} for each change, each of them longer than the CPUs need:"
+        "and where the daemons take {LATE:?} for each change, each of them longer than the CPUs \
+         need:"
     );
     for daemons in [1, 4, 16] {
         plug(daemons, rounds.div_ceil(10), Some(LATE))?;

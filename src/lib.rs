@@ -143,7 +143,8 @@
 
 #[cfg(not(target_os = "linux"))]
 compile_error!(
-    "guest-memory-shm needs Linux: sealed memfds, MADV_REMOVE and huge pages of shared memory exist there only"
+    "guest-memory-shm needs Linux: sealed memfds, MADV_REMOVE and huge pages of shared memory \
+     exist there only"
 );
 
 mod logs;

@@ -138,8 +138,8 @@ impl fmt::Display for BuildNote {
                 "merge=on has no effect: the kernel merges private pages only, never shared ones",
             ),
             Self::Reserve => f.write_str(
-                "reserve=on reserves nothing here: only huge pages of a pool are reserved; populate \
-                 the RAM to be sure of it",
+                "reserve=on reserves nothing here: only huge pages of a pool are reserved; \
+                 populate the RAM to be sure of it",
             ),
             Self::NotHuge(why @ ThpObstacle::Alignment { .. }) => {
                 write!(f, "not all of it can be transparent huge pages: {why}")

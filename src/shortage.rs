@@ -147,8 +147,8 @@ impl Shortage {
         let (needed, left) = (HumanSize(self.needed), HumanSize(self.left));
         match &self.limit {
             ResourceLimit::ControlGroup { file } => format!(
-                "{needed} more are needed, and {left} are left of the control group's limit in {}: \
-                 raise it, or ask for less RAM",
+                "{needed} more are needed, and {left} are left of the control group's limit in \
+                 {}: raise it, or ask for less RAM",
                 file.display()
             ),
             ResourceLimit::Machine { size } => format!(
@@ -158,8 +158,8 @@ impl Shortage {
             ),
             ResourceLimit::Nodes { nodes } => format!(
                 "{needed} more are needed, and {left} are left of the memory of node {nodes} \
-                 (/sys/devices/system/node): free memory there or allow more nodes, or ask for less \
-                 RAM"
+                 (/sys/devices/system/node): free memory there or allow more nodes, or ask for \
+                 less RAM"
             ),
             ResourceLimit::HugePages {
                 page_size,
@@ -194,9 +194,9 @@ impl Shortage {
                     ""
                 };
                 format!(
-                    "{needed} more are needed, and the file system {which} holds {} and has {left} \
-                     free: remove files from it, remount it with a larger size, or use a memfd \
-                     backing{never}",
+                    "{needed} more are needed, and the file system {which} holds {} and has \
+                     {left} free: remove files from it, remount it with a larger size, or use a \
+                     memfd backing{never}",
                     HumanSize(*size)
                 )
             }
@@ -291,9 +291,9 @@ mod tests {
                     path: None,
                     size: 64 << 20,
                 },
-                "1 GiB more are needed, and the file system that backs the RAM holds 64 MiB and has \
-                 1 MiB free: remove files from it, remount it with a larger size, or use a memfd \
-                 backing; RAM that stays sparse is allowed by reserve=off"
+                "1 GiB more are needed, and the file system that backs the RAM holds 64 MiB and \
+                 has 1 MiB free: remove files from it, remount it with a larger size, or use a \
+                 memfd backing; RAM that stays sparse is allowed by reserve=off"
                     .to_owned(),
             ),
             (
@@ -318,15 +318,14 @@ mod tests {
         assert_eq!(
             shortage.to_string(),
             "512 more huge pages of 2 MiB are needed, and 40 can be had (44 unused, 4 of them \
-             reserved by others): raise \
-             /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472, or leave out hugetlb=on \
-             (PageSize::Base)"
+             reserved by others): raise /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages \
+             by 472, or leave out hugetlb=on (PageSize::Base)"
         );
         let process = ResourceLimit::Descriptors { limit: 1024 };
         assert_eq!(
             Shortage::new(5, 2, process).to_string(),
-            "5 file descriptors are needed, and 2 are left of the 1024 that this process may have: \
-             raise RLIMIT_NOFILE (ulimit -n), or put several ranges on one backing"
+            "5 file descriptors are needed, and 2 are left of the 1024 that this process may \
+             have: raise RLIMIT_NOFILE (ulimit -n), or put several ranges on one backing"
         );
         let of = |errno: Errno| Shortage::of_descriptors(&errno.into());
         assert!(of(Errno::EMFILE).is_some_and(|short| {

@@ -85,8 +85,8 @@ pub enum BackingError {
 
     /// None of the NUMA nodes that were asked for has memory.
     #[error(
-        "cannot place RAM on host-nodes={} (policy={}): this machine has memory on nodes {present}; \
-         choose nodes that are there and that this process may use (cpuset)",
+        "cannot place RAM on host-nodes={} (policy={}): this machine has memory on nodes \
+         {present}; choose nodes that are there and that this process may use (cpuset)",
         .policy.nodes(), .policy.name()
     )]
     #[non_exhaustive]
@@ -205,8 +205,8 @@ pub enum BackingError {
 
     /// A file that was to be adopted is sealed against writing.
     #[error(
-        "cannot adopt a file whose seals are: {seals}; RAM must be writable, ask its owner for one \
-         without write seals"
+        "cannot adopt a file whose seals are: {seals}; RAM must be writable, ask its owner for \
+         one without write seals"
     )]
     #[non_exhaustive]
     WriteSealed {
@@ -217,9 +217,9 @@ pub enum BackingError {
     /// The size of a file that was to be adopted is not sealed, and cannot be, as the policy
     /// demands.
     #[error(
-        "cannot adopt a file whose seals are: {seals}; its size must be sealed, ask its owner for a \
-         memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), or trust the \
-         owner and adopt it without AdoptPolicy::with_required_seals"
+        "cannot adopt a file whose seals are: {seals}; its size must be sealed, ask its owner \
+         for a memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), or \
+         trust the owner and adopt it without AdoptPolicy::with_required_seals"
     )]
     #[non_exhaustive]
     NotSealed {

@@ -72,8 +72,8 @@ pub enum FileError {
 
     /// The file has contents, and is shorter than the RAM.
     #[error(
-        "{} has {}, too short for {} at offset {offset:#x}: a file that is not empty is never made \
-         longer, so make it longer first (truncate -s {}) or ask for less",
+        "{} has {}, too short for {} at offset {offset:#x}: a file that is not empty is never \
+         made longer, so make it longer first (truncate -s {}) or ask for less",
         .path.display(), HumanSize(*.len), HumanSize(*.size), .offset.saturating_add(*.size)
     )]
     #[non_exhaustive]
@@ -226,8 +226,8 @@ mod tests {
                     path: path(),
                     found: std::fs::metadata("/dev/null").unwrap().file_type(),
                 },
-                "/dev/shm/ram is a character device: RAM needs a regular file, or a directory for a \
-                 nameless one",
+                "/dev/shm/ram is a character device: RAM needs a regular file, or a directory \
+                 for a nameless one",
             ),
             (
                 FileError::DanglingLink { path: path() },
@@ -282,8 +282,9 @@ mod tests {
             ),
             (
                 no_discard(Errno::EPERM),
-                "discard-data=on cannot be kept for /dev/shm/ram: it is sealed against writing, may \
-                 only be appended to, or a seccomp filter forbids fallocate(2), so leave it off",
+                "discard-data=on cannot be kept for /dev/shm/ram: it is sealed against writing, \
+                 may only be appended to, or a seccomp filter forbids fallocate(2), so leave it \
+                 off",
             ),
             (
                 no_discard(Errno::EOPNOTSUPP),

@@ -31,7 +31,8 @@ pub enum OptionsError {
 
     /// A string names something that is no backend of RAM that can be shared.
     #[error(
-        "qom-type={found}: expected memory-backend-memfd, memory-backend-shm or memory-backend-file"
+        "qom-type={found}: expected memory-backend-memfd, memory-backend-shm or \
+         memory-backend-file"
     )]
     #[non_exhaustive]
     UnknownType {
@@ -211,7 +212,8 @@ fn expected(property: &str) -> &'static str {
     match property {
         "id" => "a letter, then letters, digits, '-', '.' and '_'",
         "size" | "hugetlbsize" | "align" | "offset" => {
-            "a number of bytes, or one with K, M, G, T, P or E after it (64M, 1.5G), or 0x and digits"
+            "a number of bytes, or one with K, M, G, T, P or E after it (64M, 1.5G), or 0x and \
+             digits"
         }
         "prealloc-threads" => "a number from 1 to 4294967295",
         "host-nodes" => "a node or a range of nodes (0 or 0-3); for others write host-nodes again",
@@ -271,7 +273,8 @@ fn where_it_goes(property: &str, of: &str) -> &'static str {
             "its pages are those of its file system, name a path on a hugetlbfs"
         }
         ("hugetlb", _) => {
-            "it has no huge pages of a pool, use a memfd backing, or page size transparent (thp=on)"
+            "it has no huge pages of a pool, use a memfd backing, or page size transparent \
+             (thp=on)"
         }
         ("seal=off", _) => "it cannot be sealed at all, leave seal out or use a memfd",
         _ => "only a file has it, use BackingSource::File",

@@ -98,8 +98,8 @@ fn texts_name_the_property_the_value_and_the_way_out() {
                 set: 1 << 20,
                 ram: 2 << 20,
             },
-            "size=1 MiB does not match the RAM of 2 MiB: leave the size out, or make the ranges as \
-             large",
+            "size=1 MiB does not match the RAM of 2 MiB: leave the size out, or make the ranges \
+             as large",
         ),
         (
             OptionsError::PolicyWithoutNodes { policy: "bind" },

@@ -20,7 +20,9 @@ pub use numa::NumaPolicy;
 /// same options can be read from and written in the syntax of QEMU's `-object`:
 ///
 /// ```
-/// use guest_memory_shm::{BackingSource, CoreDump, GuestMemoryShm, PageSize, Populate, RamOptions};
+/// use guest_memory_shm::{
+///     BackingSource, CoreDump, GuestMemoryShm, PageSize, Populate, RamOptions,
+/// };
 /// use vm_memory::GuestAddress;
 ///
 /// let options = RamOptions::new()

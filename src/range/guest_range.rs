@@ -393,7 +393,8 @@ mod tests {
             ),
             (
                 RangePart::Offset.check_aligned(0x30_0000, 2 << 20),
-                "offset 0x300000 is not a multiple of the page size 2 MiB: the nearest is 0x200000",
+                "offset 0x300000 is not a multiple of the page size 2 MiB: the nearest is \
+                 0x200000",
             ),
             (
                 GuestRange::new(GuestAddress(0x1000), 0).map(drop),
@@ -406,9 +407,9 @@ mod tests {
             ),
             (
                 range(0x1000, 300).check_pages(4096),
-                "the region 0x1000..=0x112b (300 bytes) is not whole pages of 4 KiB, which memory \
-                 tables, memory slots and discards need: make it of an address and a size that are \
-                 multiples of that",
+                "the region 0x1000..=0x112b (300 bytes) is not whole pages of 4 KiB, which \
+                 memory tables, memory slots and discards need: make it of an address and a size \
+                 that are multiples of that",
             ),
             (
                 check_disjoint(&[range(4096, 4096), range(0, 8192)]),

@@ -114,8 +114,9 @@ fn a_node_that_is_not_there_is_refused_before_anything_is_created() {
                 refused,
                 Error::Backing(BackingError::NoSuchNodes { .. }),
                 format!(
-                    "cannot place RAM on host-nodes=126-127 (policy={}): this machine has memory on \
-                     nodes {}; choose nodes that are there and that this process may use (cpuset)",
+                    "cannot place RAM on host-nodes=126-127 (policy={}): this machine has memory \
+                     on nodes {}; choose nodes that are there and that this process may use \
+                     (cpuset)",
                     policy.name(),
                     present.trim(),
                 )

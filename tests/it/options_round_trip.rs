@@ -126,10 +126,12 @@ fn valid_options() -> impl Strategy<Value = RamOptions> {
 /// Strings of parts that mean something, or nearly.
 fn strings() -> impl Strategy<Value = String> {
     let part = prop_oneof![
-        "(no)?(share|reserve|prealloc|merge|dump|hugetlb|seal|thp|readonly|discard-data)(=(on|off|y|no))?",
+        "(no)?(share|reserve|prealloc|merge|dump|hugetlb|seal|thp|readonly|discard-data)\
+         (=(on|off|y|no))?",
         "(size|hugetlbsize|align|offset)=[0-9]{1,3}(\\.5)?[KMG]?",
         "(policy=(bind|default)|host-nodes=[0-9](-[0-9])?|prealloc-threads=[0-9])",
-        "(id=[a-c1]|mem-path=[/a,=]{1,4}|rom=(on|off|auto)|populate=(lazy|allocate)|on-shortage=(refuse|try-anyway))",
+        "(id=[a-c1]|mem-path=[/a,=]{1,4}|rom=(on|off|auto)|\
+         populate=(lazy|allocate)|on-shortage=(refuse|try-anyway))",
         "x-use-canonical-path-for-ramblock-id(=off)?",
     ];
     let kind = select(vec!["memfd", "shm", "file"]);

@@ -37,8 +37,8 @@ use crate::units::{Counted, HumanSize};
 pub enum ReceiveError {
     /// The payload of a message is not as long as its contents say.
     #[error(
-        "the payload of {message} has {} and must have {expected}: the frontend and this daemon do \
-         not speak the same protocol",
+        "the payload of {message} has {} and must have {expected}: the frontend and this daemon \
+         do not speak the same protocol",
         Counted(len, "byte")
     )]
     Payload {

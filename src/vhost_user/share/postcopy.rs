@@ -45,7 +45,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// # use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
     ///
     /// # let daemon = MockDaemon::builder().start_unnamed()?;
-    /// # let (frontend, features) = (Frontend::from_stream(daemon.connect()?, 1), Features::empty());
+    /// # let frontend = Frontend::from_stream(daemon.connect()?, 1);
+    /// # let features = Features::empty();
     /// let bases = Arc::new(Mutex::new(Vec::new())); // also for the thread that reads the faults
     /// let known = Arc::clone(&bases);
     /// let share = VhostUserShare::new(frontend, features)

@@ -31,7 +31,8 @@ fn they_are_told_in_order_and_undone_in_reverse() {
     }
     assert_eq!(
         chain(&error),
-        "nothing was changed: listener \"c\" refuses the region 0x400000..=0x4fffff (1 MiB): no room"
+        "nothing was changed: listener \"c\" refuses the region 0x400000..=0x4fffff (1 MiB): no \
+         room"
     );
 
     space.insert(region(4)).told_all();
@@ -211,7 +212,8 @@ fn who_cannot_be_put_back_is_stale_until_the_next_change() {
     let error = space.insert(region(4)).unwrap_err();
     assert!(
         error.to_string().starts_with(
-            "nothing was changed, but \"a\" is stale (it could not be put back: no room): listener \"b\""
+            "nothing was changed, but \"a\" is stale (it could not be put back: no room): \
+             listener \"b\""
         ),
         "{error}"
     );

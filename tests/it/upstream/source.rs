@@ -293,7 +293,9 @@ fn manifest(dir: &Path, more: &str) {
          [workspace]
          [dependencies]
          guest-memory-shm = {{ path = {:?}, default-features = false }}
-         vm-memory = {{ version = \"0.18\", features = [\"backend-atomic\", \"backend-bitmap\", \"backend-mmap\"] }}
+         vm-memory = {{ version = \"0.18\", features = [
+             \"backend-atomic\", \"backend-bitmap\", \"backend-mmap\",
+         ] }}
          {more}",
         top()
     );
