@@ -1,4 +1,4 @@
-//! The RAM of a region: a mapping, the backing behind it, and where it lies in both.
+//! The RAM of a region: a mapping, its backing, and where it lies in both.
 
 use std::io;
 use std::ops::Range;

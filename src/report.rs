@@ -128,8 +128,18 @@ impl fmt::Display for BuildReport {
     }
 }
 
+/// Its [property](BuildNote::property), and the text for people.
 #[cfg(feature = "serde")]
-crate::units::serialized_as_text!(BuildNote);
+impl serde::Serialize for BuildNote {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeStruct;
+
+        let mut note = serializer.serialize_struct("BuildNote", 2)?;
+        note.serialize_field("property", &self.property())?;
+        note.serialize_field("text", &self.to_string())?;
+        note.end()
+    }
+}
 
 impl fmt::Display for BuildNote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,4 +1,4 @@
-//! ROMs: files that the guest reads and nobody writes, placed at a guest address.
+//! ROMs: files that the guest reads and does not write, placed at a guest address.
 
 use std::fmt;
 use std::io::ErrorKind;
@@ -21,9 +21,9 @@ use crate::region::{MemoryError, Result};
 /// may write: the VMM's devices would die of SIGSEGV, and daemons could not map the descriptor.
 /// A hypervisor maps it as a read-only memory slot, for example KVM's with `KVM_MEM_READONLY`.
 ///
-/// The file stays what it is: what another process writes to it is seen by the guest, and when
-/// somebody truncates it, the guest's next access is SIGBUS in the VMM. Like a region it lies
-/// between two guard pages.
+/// The file stays what it is: what another process writes to it is seen by the guest, and when one
+/// truncates it, the guest's next access is SIGBUS in the VMM. Like a region it lies between two
+/// guard pages.
 ///
 /// ```
 /// use guest_memory_shm::{Access, BackingSource, GuestRom, RamOptions};

@@ -205,7 +205,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         file: File,
         _postcopy: Option<bool>,
     ) -> Result<Option<u64>> {
-        self.publish(self.table.add(region, file)?);
+        self.publish(self.table.add(region, [file])?);
         Ok(None)
     }
 

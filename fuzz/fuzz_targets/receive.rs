@@ -72,11 +72,11 @@ fn run(input: &[u8]) -> Option<()> {
             is_mapped(&less, other, file);
         }
         let again = less
-            .add(region, file.try_clone().ok()?)
+            .add(region, [file.try_clone().ok()?])
             .expect("it was there");
         assert_eq!(again.regions(), table.regions());
         is_mapped(&again, region, file);
-        assert!(again.add(region, file.try_clone().ok()?).is_err());
+        assert!(again.add(region, [file.try_clone().ok()?]).is_err());
     }
     Some(())
 }

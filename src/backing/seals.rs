@@ -49,17 +49,33 @@ pub(super) const RAM: Seals = Seals::RESIZE.union(Seals::SEAL);
 #[cfg(feature = "serde")]
 crate::units::serialized_as_text!(Seals);
 
+/// Names with `|` between them, or `none`.
+#[cfg(feature = "serde")]
+impl<'de> serde::Deserialize<'de> for Seals {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let names = text.split('|').filter(|name| *name != "none");
+        let seals = names.map(|name| {
+            let found = NAMES.iter().find(|(_, known)| *known == name);
+            let unknown = || serde::de::Error::custom(format!("there is no seal {name:?}"));
+            found.map(|(seal, _)| *seal).ok_or_else(unknown)
+        });
+        seals.collect()
+    }
+}
+
+const NAMES: [(Seals, &str); 6] = [
+    (Seals::SEAL, "seal"),
+    (Seals::SHRINK, "shrink"),
+    (Seals::GROW, "grow"),
+    (Seals::WRITE, "write"),
+    (Seals::FUTURE_WRITE, "future-write"),
+    (Seals::EXEC, "exec"),
+];
+
 impl fmt::Display for Seals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = [
-            (Self::SEAL, "seal"),
-            (Self::SHRINK, "shrink"),
-            (Self::GROW, "grow"),
-            (Self::WRITE, "write"),
-            (Self::FUTURE_WRITE, "future-write"),
-            (Self::EXEC, "exec"),
-        ];
-        let set: Vec<&str> = names
+        let set: Vec<&str> = NAMES
             .iter()
             .filter(|(seal, _)| self.contains(*seal))
             .map(|(_, name)| *name)

@@ -120,6 +120,23 @@ impl fmt::Debug for NodeSet {
     }
 }
 
+/// A list of nodes.
+#[cfg(feature = "serde")]
+impl serde::Serialize for NodeSet {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.iter())
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<'de> serde::Deserialize<'de> for NodeSet {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let nodes = Vec::<u32>::deserialize(deserializer)?;
+        let too_high = "a node is 128 or more";
+        Self::from_nodes(nodes).ok_or_else(|| serde::de::Error::custom(too_high))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

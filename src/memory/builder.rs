@@ -83,15 +83,19 @@ enum Planned<'a> {
     Use(&'a ShmBacking),
 }
 
-impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
-    pub(super) fn new() -> Self {
-        Self {
+impl<B: NewBitmap> GuestMemoryShm<B> {
+    /// A builder, for RAM of several backings, of other kinds than a memfd, or with bitmaps that
+    /// are no `NewBitmap` ([`with_bitmap`](GuestMemoryShmBuilder::with_bitmap)).
+    pub fn builder() -> GuestMemoryShmBuilder<B> {
+        GuestMemoryShmBuilder {
             parts: Vec::new(),
             bitmaps: Bitmaps::New(new_bitmap),
             sizes: Sizes::Pages,
         }
     }
+}
 
+impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
     /// Takes ranges that are not whole pages, as vm-memory does.
     pub(super) fn of_any_size(mut self) -> Self {
         self.sizes = Sizes::Any;
@@ -139,7 +143,7 @@ impl<B> GuestMemoryShmBuilder<B> {
 
     /// Adds RAM in these ranges (guest address, size in bytes), all on one new backing.
     ///
-    /// The ranges lie in the backing one behind the other, in the order given, from
+    /// The ranges lie in the backing one after the other, in the order given, from
     /// [`RamOptions::offset`] on: the second begins where the first ends. Huge pages need a guest
     /// address and an offset that are congruent modulo the size of a huge page.
     pub fn add_ram(
@@ -154,7 +158,7 @@ impl<B> GuestMemoryShmBuilder<B> {
         self
     }
 
-    /// Adds RAM in these ranges on a backing that exists, for example an adopted one, one behind
+    /// Adds RAM in these ranges on a backing that exists, for example an adopted one, one after
     /// the other from `offset` bytes on.
     pub fn add_backing(
         mut self,

@@ -26,11 +26,11 @@ mod report;
 pub use builder::GuestMemoryShmBuilder;
 use index::Index;
 
-/// The RAM of a guest: shared-memory regions behind vm-memory's traits.
+/// The RAM of a guest: shared-memory regions that implement vm-memory's traits.
 ///
 /// Takes the place of vm-memory's `GuestMemoryMmap`: a VMM changes its type alias and keeps the
-/// code behind it (see [below](#porting-from-guestmemorymmap)). `B` is the dirty bitmap of each
-/// region, `()` for none. It never changes: hotplug makes a new memory
+/// code that uses it; what differs is in docs/porting.md. `B` is the dirty bitmap of each region,
+/// `()` for none. It never changes: hotplug makes a new memory
 /// ([`insert_region`](Self::insert_region)), which shares the regions. An
 /// [`AddressSpace`](crate::AddressSpace) publishes it to readers. Cloning it clones references to
 /// the regions.
@@ -54,34 +54,10 @@ use index::Index;
 /// ```
 ///
 /// A whole program with options, a report, and accesses: `examples/ram.rs`.
-///
-/// # Porting from `GuestMemoryMmap`
-///
-/// All that goes through vm-memory's traits stays as it is (devices, virtio-queue, linux-loader).
-/// What differs:
-///
-/// | GuestMemoryMmap | GuestMemoryShm |
-/// |---|---|
-/// | `from_ranges` with sizes and addresses that are not multiples of the page size | the same, but memory tables, memory slots and discards refuse such a region ([`InvalidRange::PartialPages`]) |
-/// | `from_ranges_with_files` beyond the end of a file | refused |
-/// | `GuestRegionMmap::new` of an `MmapRegion` | [`GuestRegionShm::from_range`], [`GuestRegionShm::new`], [`GuestRegionShm::from_backing`] |
-/// | `FromRangesError`, `GuestRegionCollectionError` | [`MemoryError`] |
-/// | `region.deref().bitmap()` for the whole bitmap | [`GuestRegionShm::dirty_bitmap`] |
-/// | `VhostUserMemoryRegionInfo::from_guest_region(region)` | `VhostUserMemoryRegionInfo::from(&TableRegion::from(region))`, or `VhostUserShare` for all of it |
-/// | `use vm_memory::Bytes` for `read_obj`, `write_obj`, `read_slice`, `write_slice` | methods of this type, several times as fast: rustc may call the import unused |
-/// | a function that wants a `GuestMemoryMmap` | [`to_guest_memory_mmap`](Self::to_guest_memory_mmap) |
 pub struct GuestMemoryShm<B = ()> {
     /// Sorted by address, disjoint.
     regions: Arc<[Arc<GuestRegionShm<B>>]>,
     index: Index<GuestRegionShm<B>>,
-}
-
-impl<B: NewBitmap> GuestMemoryShm<B> {
-    /// A builder, for RAM of several backings, of other kinds than a memfd, or with bitmaps that
-    /// are no `NewBitmap` ([`with_bitmap`](GuestMemoryShmBuilder::with_bitmap)).
-    pub fn builder() -> GuestMemoryShmBuilder<B> {
-        GuestMemoryShmBuilder::new()
-    }
 }
 
 impl<B> GuestMemoryShm<B> {

@@ -12,6 +12,8 @@ use std::path::PathBuf;
 /// assert_eq!(file.backing(), &BackingSource::File("/dev/shm/guest".into()));
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum BackingSource {
     /// A memfd, sealed against any change of its size (`memory-backend-memfd`).
@@ -46,6 +48,8 @@ pub enum BackingSource {
 /// assert_eq!(huge.page_size(), PageSize::Huge(Some(2 << 20)));
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum PageSize {
     /// The base pages of the system, 4 KiB on x86-64.
@@ -78,6 +82,8 @@ pub enum PageSize {
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum Sealing {
     /// Sealed before it is first mapped: nobody can change its size any more (QEMU's `seal=on`).
@@ -104,6 +110,8 @@ pub enum Sealing {
 /// assert_eq!(sparse.reserve(), Some(Reserve::Off));
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum Reserve {
     /// Huge pages are reserved; POSIX shm and files that their file system can never hold are
@@ -132,6 +140,8 @@ pub enum Reserve {
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum Populate {
     /// Nothing: pages come when they are touched. If there are none then, that is SIGBUS.
@@ -165,6 +175,8 @@ pub enum Populate {
 /// let hopeful = PopulateOptions::new(Populate::Prefault).with_on_shortage(OnShortage::TryAnyway);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum OnShortage {
     /// It is an error: before the first page if it can be known then, and later if others take the
@@ -186,6 +198,8 @@ pub enum OnShortage {
 /// assert_eq!(RamOptions::new().core_dump(), CoreDump::Exclude);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum CoreDump {
     /// Left out (`MADV_DONTDUMP`): a dump of the VMM stays small and does not leak the guest.
@@ -207,6 +221,8 @@ pub enum CoreDump {
 /// assert_eq!(firmware.access(), Access::ReadOnly);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum Access {
     /// Read and written: RAM.
@@ -228,6 +244,8 @@ pub enum Access {
 /// assert_eq!(scratch.discard_data(), DiscardData::OnDrop);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum DiscardData {
     /// They stay in the file.

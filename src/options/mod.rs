@@ -75,7 +75,19 @@ pub use numa::NumaPolicy;
 /// a suffix (`1.5G`), or hexadecimal without one.
 ///
 /// A whole program that reads and writes such strings: `examples/option_strings.rs`.
+///
+/// # Serialized
+///
+/// With the feature `serde` options are a structure with the names of the setters; what is left out
+/// is as in [`new`](Self::new), and a field that is not known is an error. They are not
+/// [checked](Self::check) when they are read.
+///
+/// ```json
+/// { "backing": { "file": "/dev/shm/ram" }, "size": 1073741824, "page_size": "transparent" }
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct RamOptions {
     name: Option<String>,
     size: Option<u64>,
@@ -98,6 +110,8 @@ pub struct RamOptions {
 /// Properties of QEMU's that are accepted and mean nothing here, kept to be reported and written
 /// back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub(crate) struct Unused {
     /// `merge`.
     pub(crate) merge: Option<bool>,

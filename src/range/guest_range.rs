@@ -109,6 +109,21 @@ impl TryFrom<(GuestAddress, u64)> for GuestRange {
     }
 }
 
+/// What is no range is an error.
+#[cfg(feature = "serde")]
+impl<'de> serde::Deserialize<'de> for GuestRange {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Numbers {
+            start: u64,
+            size: u64,
+        }
+        let Numbers { start, size } = Numbers::deserialize(deserializer)?;
+        Self::new(GuestAddress(start), size).map_err(serde::de::Error::custom)
+    }
+}
+
 impl fmt::Display for GuestRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(

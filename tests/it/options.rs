@@ -189,8 +189,8 @@ fn what_qemu_refuses_is_refused_with_a_remedy() {
         ),
         (
             "memory-backend-shm,size=1M,prealloc=on,reserve=off",
-            "prealloc=on and reserve=off contradict each other: RAM that is populated is there, \
-             leave one of them out",
+            "prealloc=on and reserve=off contradict each other: populated RAM is always \
+             reserved, leave one of them out",
         ),
         (
             "memory-backend-shm,size=1M,prealloc-threads=0",

@@ -3,13 +3,15 @@
 use std::num::NonZeroU32;
 
 use guest_memory_shm::{
-    Access, BackingSource, CoreDump, DiscardData, NodeSet, NumaPolicy, OnShortage, PageSize,
-    Populate, RamOptions, Reserve, Sealing,
+    Access, BackingSource, CoreDump, DiscardData, GuestRange, NodeSet, NumaPolicy, OnShortage,
+    PageSize, Populate, RamOptions, Reserve, Sealing, Seals,
 };
 use proptest::collection::btree_set;
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;
+use serde_json::json;
+use vm_memory::GuestAddress;
 
 /// The backing, and what only it can have.
 fn backings() -> impl Strategy<Value = RamOptions> {
@@ -156,10 +158,54 @@ proptest! {
     }
 
     #[test]
+    fn valid_options_are_the_same_when_serialized_and_read(options in valid_options()) {
+        let text = serde_json::to_string(&options).unwrap();
+        prop_assert_eq!(serde_json::from_str::<RamOptions>(&text).map_err(|e| e.to_string()), Ok(options));
+    }
+
+    #[test]
     fn what_is_read_is_the_same_when_written_and_read(text in strings()) {
         if let Ok(options) = text.parse::<RamOptions>() {
             let written = options.to_string();
             prop_assert_eq!(written.parse::<RamOptions>().map_err(|e| e.to_string()), Ok(options));
         }
     }
+}
+
+#[test]
+fn plain_data_is_serialized_by_name_and_read_again() {
+    macro_rules! same {
+        ($value:expr, $json:expr) => {
+            let (value, json) = ($value, $json);
+            assert_eq!(serde_json::to_value(&value).unwrap(), json);
+            let mut read = value.clone();
+            read.clone_from(&serde_json::from_value(json).unwrap());
+            assert_eq!(read, value);
+        };
+    }
+    same!(PageSize::Huge(Some(2 << 20)), json!({ "huge": 2 << 20 }));
+    same!(BackingSource::PosixShm, json!("posix-shm"));
+    same!(BackingSource::File("/x".into()), json!({ "file": "/x" }));
+    let nodes = NodeSet::from_nodes([0, 2]).unwrap();
+    same!(NumaPolicy::Bind(nodes), json!({ "bind": [0, 2] }));
+    same!(Seals::RESIZE, json!("shrink|grow"));
+    same!(Seals::empty(), json!("none"));
+    let range = GuestRange::new(GuestAddress(4096), 8192).unwrap();
+    same!(range, json!({ "start": 4096, "size": 8192 }));
+}
+
+#[test]
+fn data_that_cannot_be_is_not_read() {
+    for json in [
+        json!({ "start": 0, "size": 0 }),
+        json!({ "start": u64::MAX, "size": 2 }),
+        json!({ "start": 0 }),
+    ] {
+        assert!(serde_json::from_value::<GuestRange>(json).is_err());
+    }
+    assert!(serde_json::from_value::<NodeSet>(json!([128])).is_err());
+    assert!(serde_json::from_value::<Seals>(json!("shrink|grwo")).is_err());
+    assert!(serde_json::from_value::<RamOptions>(json!({ "page-size": "base" })).is_err());
+    let default = serde_json::from_value::<RamOptions>(json!({})).unwrap();
+    assert_eq!(default, RamOptions::new());
 }

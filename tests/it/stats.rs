@@ -89,7 +89,7 @@ fn regions_are_described_as_they_are() {
         "seals": shm.seals.to_string(),
     });
     assert_eq!(data["regions"][1], region);
-    let note = json!([{ "backing": "memfd", "note": BuildNote::Reserve.to_string() }]);
+    let note = json!([{ "backing": "memfd", "note": { "property": "reserve", "text": BuildNote::Reserve.to_string() } }]);
     assert_eq!(data["notes"], note);
     let table = stats.to_string();
     assert!(

@@ -40,8 +40,6 @@
 //! use guest_memory_shm::receive::{ReceiveError, ReceivePolicy, ReceivedRegion, ReceivedTable};
 //! use vm_memory::{GuestAddress, GuestMemoryAtomic};
 //!
-//! type Result<T> = std::result::Result<T, ReceiveError>;
-//!
 //! struct Daemon {
 //!     /// What the frontend was told that we have.
 //!     table: ReceivedTable,
@@ -50,26 +48,26 @@
 //! }
 //!
 //! impl Daemon {
-//!     fn set_mem_table(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<()> {
+//!     fn set_mem_table(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<(), ReceiveError> {
 //!         let table = self.table.set(ReceivedRegion::decode_table(payload)?, fds)?;
 //!         self.publish(table);
 //!         Ok(())
 //!     }
 //!
-//!     fn add_mem_reg(&mut self, payload: &[u8], fd: OwnedFd) -> Result<()> {
-//!         let table = self.table.add(ReceivedRegion::decode(payload)?, fd)?;
+//!     fn add_mem_reg(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<(), ReceiveError> {
+//!         let table = self.table.add(ReceivedRegion::decode(payload)?, fds)?;
 //!         self.publish(table);
 //!         Ok(())
 //!     }
 //!
 //!     /// A descriptor that comes with it is closed.
-//!     fn rem_mem_reg(&mut self, payload: &[u8], _fds: Vec<OwnedFd>) -> Result<()> {
+//!     fn rem_mem_reg(&mut self, payload: &[u8], _fds: Vec<OwnedFd>) -> Result<(), ReceiveError> {
 //!         let table = self.table.remove(ReceivedRegion::decode(payload)?)?;
 //!         self.publish(table);
 //!         Ok(())
 //!     }
 //!
-//!     fn descriptors_at(&self, user_addr: u64, queue_size: u64) -> Result<GuestAddress> {
+//!     fn descriptors_at(&self, user_addr: u64, queue_size: u64) -> Result<GuestAddress, ReceiveError> {
 //!         self.table.ring(user_addr, 16 * queue_size)
 //!     }
 //!
@@ -82,7 +80,7 @@
 //! }
 //!
 //! /// The answer to a message with NEED_REPLY. Without it, a refusal is a hang-up.
-//! fn reply(result: Result<()>) -> u64 {
+//! fn reply(result: Result<(), ReceiveError>) -> u64 {
 //!     result.map_or_else(|refused| refused.reply_code(), |()| 0)
 //! }
 //!
@@ -104,7 +102,7 @@ mod table;
 mod vhost;
 mod wire;
 
-pub use error::{ReceiveError, RegionError};
+pub use error::ReceiveError;
 pub use policy::ReceivePolicy;
 pub use table::ReceivedTable;
 pub use wire::ReceivedRegion;

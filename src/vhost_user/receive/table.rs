@@ -8,13 +8,13 @@ use vm_memory::GuestAddress;
 use vm_memory::bitmap::NewBitmap;
 
 use super::check::{check_numbers, check_pages};
-use super::error::{ReceiveError, RegionError};
+use super::error::ReceiveError;
 use super::policy::ReceivePolicy;
 use super::wire::ReceivedRegion;
 use crate::backing::{BackingError, ShmBacking, base_page_size};
 use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
-use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
+use crate::region::{GuestRegionShm, new_bitmap};
 
 /// The memory table of a frontend as its daemon has it: guest RAM, and the frontend's addresses of
 /// it. `B` is the dirty bitmap of each region, `()` for none.
@@ -41,7 +41,7 @@ use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
 /// };
 ///
 /// let empty = ReceivedTable::<()>::new(ReceivePolicy::new());
-/// let table = empty.add(region, theirs.as_fd().try_clone_to_owned()?)?;
+/// let table = empty.add(region, [theirs.as_fd().try_clone_to_owned()?])?;
 /// let ring = table.ring(0x7f00_0000_1000, 4096)?;
 /// assert_eq!(ring, GuestAddress((4 << 30) + 0x1000));
 /// table.memory().write_obj(42_u16, ring)?;
@@ -114,22 +114,20 @@ impl<B> ReceivedTable<B> {
     /// # Errors
     ///
     /// [`ReceiveError::NoRegions`], [`ReceiveError::Descriptors`],
-    /// [`ReceiveError::TooManyRegions`], [`ReceiveError::Range`], [`ReceiveError::Wraps`],
-    /// [`ReceiveError::TooMuchMemory`], [`ReceiveError::Overlap`], [`ReceiveError::FileTooShort`],
-    /// and [`ReceiveError::Region`] for a descriptor or a mapping.
+    /// [`ReceiveError::TooManyRegions`], [`ReceiveError::Wraps`], [`ReceiveError::TooMuchMemory`],
+    /// [`ReceiveError::Overlap`], and [`ReceiveError::Region`] for a descriptor or a mapping.
     pub fn set(
         &self,
         regions: impl IntoIterator<Item = impl Into<ReceivedRegion>>,
         files: impl IntoIterator<Item = impl Into<OwnedFd>>,
     ) -> Result<Self, ReceiveError> {
         let regions: Vec<_> = regions.into_iter().map(Into::into).collect();
-        let files = files.into_iter().map(Into::into).collect();
         self.rebuilt(GuestMemoryShm::new(), Vec::new())
             .extended(&regions, files)
     }
 
     /// This table and one region more (ADD_MEM_REG), as a new table; the other regions stay mapped
-    /// where they are.
+    /// where they are. `files` are the descriptors of the message, of which there must be one.
     ///
     /// # Errors
     ///
@@ -137,9 +135,9 @@ impl<B> ReceivedTable<B> {
     pub fn add(
         &self,
         region: impl Into<ReceivedRegion>,
-        file: impl Into<OwnedFd>,
+        files: impl IntoIterator<Item = impl Into<OwnedFd>>,
     ) -> Result<Self, ReceiveError> {
-        self.extended(&[region.into()], vec![file.into()])
+        self.extended(&[region.into()], files)
     }
 
     /// This table without a region (REM_MEM_REG), as a new table.
@@ -227,7 +225,12 @@ impl<B> ReceivedTable<B> {
     }
 
     /// Checks and maps `new` beside what is there.
-    fn extended(&self, new: &[ReceivedRegion], files: Vec<OwnedFd>) -> Result<Self, ReceiveError> {
+    fn extended(
+        &self,
+        new: &[ReceivedRegion],
+        files: impl IntoIterator<Item = impl Into<OwnedFd>>,
+    ) -> Result<Self, ReceiveError> {
+        let files: Vec<OwnedFd> = files.into_iter().map(Into::into).collect();
         check_numbers(&self.regions, new, files.len(), &self.policy)?;
         for (index, region) in new.iter().enumerate() {
             // No page is smaller.
@@ -248,10 +251,13 @@ impl<B> ReceivedTable<B> {
                 (guest_addr, size),
                 &*self.bitmap,
             );
-            memory.push(Arc::new(placed.map_err(|error| at(index, error))?));
+            memory.push(Arc::new(
+                placed.map_err(|error| ReceiveError::region(index, error))?,
+            ));
         }
         // The numbers are checked: they are disjoint, and there is at least one.
-        let memory = GuestMemoryShm::from_unsorted(memory).map_err(|error| at(0, error))?;
+        let memory = GuestMemoryShm::from_unsorted(memory)
+            .map_err(|error| ReceiveError::region(0, error))?;
         let mut regions = self.regions.to_vec();
         regions.extend(new);
         Ok(self.rebuilt(memory, regions))
@@ -263,23 +269,13 @@ impl<B> ReceivedTable<B> {
         region: &ReceivedRegion,
         file: OwnedFd,
     ) -> Result<ShmBacking, ReceiveError> {
-        let (offset, size) = (region.mmap_offset, region.size);
         // It does not wrap.
-        let policy = self.policy.descriptors().clone();
-        let policy = policy.with_min_len(offset + size);
-        match ShmBacking::adopt(file, &policy).map_err(BackingError::from) {
-            Ok(backing) => {
-                check_pages(index, region, backing.page_size())?;
-                Ok(backing)
-            }
-            Err(BackingError::TooShort { len, .. }) => Err(ReceiveError::FileTooShort {
-                index,
-                offset,
-                size,
-                len,
-            }),
-            Err(error) => Err(at(index, error)),
-        }
+        let end = region.mmap_offset + region.size;
+        let policy = self.policy.descriptors().clone().with_min_len(end);
+        let backing = ShmBacking::adopt(file, &policy).map_err(BackingError::from);
+        let backing = backing.map_err(|error| ReceiveError::region(index, error))?;
+        check_pages(index, region, backing.page_size())?;
+        Ok(backing)
     }
 
     /// Another table of the same daemon.
@@ -305,11 +301,6 @@ impl<B> ReceivedTable<B> {
             bitmap,
         }
     }
-}
-
-fn at(index: usize, error: impl Into<MemoryError>) -> ReceiveError {
-    let error = Box::new(error.into());
-    RegionError { index, error }.into()
 }
 
 impl<B: NewBitmap + 'static> Default for ReceivedTable<B> {

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::range::GuestRange;
+use crate::region::MemoryError;
 use crate::units::{Counted, HumanSize};
 use crate::vhost_user::table::TableError;
 
@@ -47,7 +48,7 @@ pub enum ShareError {
     LogNotShared,
 
     /// There is no memfd for the daemon's dirty log. The daemon was not told of it.
-    Log(Box<crate::error::Error>),
+    Log(Box<MemoryError>),
 
     /// The time that a daemon takes cannot be watched; nothing was sent.
     #[non_exhaustive]
@@ -169,6 +170,12 @@ impl Error for ShareError {
             Self::NoDeadline { source } => Some(source),
             _ => None,
         }
+    }
+}
+
+impl From<MemoryError> for ShareError {
+    fn from(error: MemoryError) -> Self {
+        Self::Log(Box::new(error))
     }
 }
 

@@ -129,7 +129,7 @@ fn a_region_beyond_the_end_of_its_file_is_refused() {
         };
         assert!(frontend.set_mem_table(&[region]).is_err());
         let line = daemon.wait_for_log("the front-end was given up");
-        assert!(line.contains("its file has 1 MiB"), "{line}");
+        assert!(line.contains("cannot adopt a file of 1 MiB"), "{line}");
     }
     assert_eq!(Guest::connect(daemon.socket()).capacity(), 4096);
     daemon.end(Signal::SIGTERM);

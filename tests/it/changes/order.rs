@@ -258,3 +258,39 @@ fn a_listener_that_panics_refuses() {
         assert!(!space.listeners().unwrap().iter().any(stale));
     }
 }
+
+#[test]
+fn an_error_says_what_came_of_it_and_the_way_out() {
+    let (space, log) = (space(), Said::default());
+    let dying = |name, at| Script {
+        answers: vec![(at, away), (at + 1, away)],
+        ..script(name, &log)
+    };
+    let error = space.attach("a", dying("a", 1)).unwrap_err();
+    assert_eq!(
+        chain(&error),
+        "it was not attached, but \"a\" is stale (it died): listener \"a\" is away and cannot be \
+         told of the memory, connect it anew and attach it then: it died"
+    );
+    let b = space.attach_required("b", dying("b", 2)).unwrap();
+    let error = space.refresh(&b).unwrap_err();
+    assert_eq!(
+        chain(&error),
+        "the others were not told anything, but \"b\" is stale: listener \"b\" is away and cannot \
+         be told of the memory, connect it anew (AddressSpace::reconnect), or detach it: it died"
+    );
+    space.detach(b).unwrap();
+    space.attach_required("c", dying("c", 2)).unwrap();
+    let error = space.insert(region(4)).unwrap_err();
+    assert_eq!(
+        chain(&error),
+        "nothing was changed, but \"c\" is stale: listener \"c\" is away and cannot be told of the \
+         region 0x400000..=0x4fffff (1 MiB), connect it anew (AddressSpace::reconnect), detach it, \
+         or attach it without requiring it (AddressSpace::attach): it died"
+    );
+    let error = space.remove((GuestAddress(64 * MIB), MIB)).unwrap_err();
+    assert!(
+        chain(&error).starts_with("no region of 1 MiB starts at"),
+        "{error}"
+    );
+}

@@ -360,7 +360,7 @@ fn receive(stage: &Stage) -> Outcome {
     let policy = ReceivePolicy::new().with_descriptors(seals);
     let received = stage.attacked(|| {
         let table = ReceivedTable::<()>::new(policy).set([region(0), region(1)], files)?;
-        table.add(region(2), third)?.remove(region(0))
+        table.add(region(2), [third])?.remove(region(0))
     });
     match received {
         Ok(table) => {

@@ -63,7 +63,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         file: File,
         _postcopy: Option<bool>,
     ) -> ProtocolResult<Option<u64>> {
-        let table = self.table.add(region, file)?;
+        let table = self.table.add(region, [file])?;
         self.publish(table);
         Ok(None)
     }

@@ -55,6 +55,7 @@ fn a_table_of_another_length_than_it_says_is_refused() {
             message,
             len,
             expected,
+            ..
         } = error
         else {
             panic!("{error:?}");
