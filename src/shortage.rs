@@ -40,7 +40,7 @@ pub struct Shortage {
     /// What can still be had, in the same unit. Of memory without what cannot be reclaimed, with
     /// what can be swapped out, and less a margin for what this process needs besides.
     pub left: u64,
-    /// What leaves so little.
+    /// The limit that leaves so little.
     pub limit: ResourceLimit,
 }
 
@@ -110,10 +110,10 @@ impl Shortage {
         }
     }
 
-    /// What is short of so many pages of a pool, if anything is.
+    /// The shortage of so many pages of a pool, if there is one.
     ///
-    /// Others may take them right after; the reservation at mmap time is what decides, this gives
-    /// the clear answer beforehand.
+    /// Others may take them right after: the reservation at mmap time decides, and this gives a
+    /// clear error beforehand.
     pub(crate) fn of_pool(page_size: u64, pages: u64) -> io::Result<Option<Self>> {
         let pool = Pool::read(page_size)?;
         let limit = ResourceLimit::HugePages {
@@ -126,7 +126,7 @@ impl Shortage {
         Ok(short.then(|| Self::new(bytes(pages), bytes(pool.available()), limit)))
     }
 
-    /// The shortage of descriptors that an answer of the system is, if it is one.
+    /// The shortage of descriptors, if that is what an answer of the system means.
     pub(crate) fn of_descriptors(answer: &io::Error) -> Option<Self> {
         descriptors::is_none_left(answer).then(|| Self::no_descriptors(answer))
     }
@@ -142,7 +142,7 @@ impl Shortage {
         Self::new(1, 0, limit)
     }
 
-    /// What there is to know, for a note: nothing was refused.
+    /// The text without a way to insist, for a note: nothing was refused.
     pub(crate) fn fact(&self) -> String {
         let (needed, left) = (HumanSize(self.needed), HumanSize(self.left));
         match &self.limit {

@@ -8,7 +8,7 @@ const ABOUT: &str = "\
 Serves a disk image to a guest as a vhost-user-blk daemon.
 
 The guest reads, writes, flushes, discards and zeroes the image through the RAM that its VMM \
-shares with this process. One front-end is served after the other: one that hangs up or dies is \
+shares with this process. One frontend is served after the other: one that hangs up or dies is \
 no error, and a VMM that connects again goes on where it was. SIGINT and SIGTERM end the daemon: \
 what is under way is finished, and the socket is removed. Exit status: 0; 2 where the command \
 line is wrong, 1 after any other error.
@@ -38,11 +38,11 @@ A guest in QEMU with this disk; with reconnect-ms it survives a restart of the d
       -chardev socket,id=c,path=/tmp/blk.sock,reconnect-ms=100 \\
       -device vhost-user-blk-pci,chardev=c ...
 
-Memory and dirty logs that are shorter than their front-end says are refused. A front-end that \
+Memory and dirty logs that are shorter than their frontend says are refused. A frontend that \
 truncates its memory later ends the daemon with SIGBUS: share sealed memfds where that matters. A \
 dirty log must be sealed against that, or let itself be sealed.
 
-RUST_LOG=blk_daemon=debug shows front-ends, memory tables and failed requests; warnings are shown \
+RUST_LOG=blk_daemon=debug shows frontends, memory tables and failed requests; warnings are shown \
 anyway.";
 
 #[derive(Debug, Parser)]

@@ -1,4 +1,4 @@
-//! The dirty log that a front-end shares, and the marks that writes to guest RAM leave in it (see
+//! The dirty log that a frontend shares, and the marks that writes to guest RAM leave in it (see
 //! "Migration" in the vhost-user specification).
 
 use std::fs::File;
@@ -63,7 +63,7 @@ fn seal(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// The dirty bitmap of a region: marks go to the log that the front-end shared last, if any.
+/// The dirty bitmap of a region: marks go to the log that the frontend shared last, if any.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Marks {
     place: Arc<RwLock<Option<Place>>>,

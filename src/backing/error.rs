@@ -1,4 +1,4 @@
-//! Why there is no backing, or not the part of it that was asked for.
+//! Why a backing cannot be had, or not the part of it that was asked for.
 
 use std::fmt;
 use std::fs::FileType;
@@ -155,7 +155,7 @@ pub enum BackingError {
     },
 
     /// What a descriptor is could not be asked (fstat(2), fstatfs(2), fcntl(2)).
-    #[error("cannot ask the kernel about a descriptor that is RAM, or is to be")]
+    #[error("cannot ask the kernel about a descriptor that is RAM or is to become RAM")]
     #[non_exhaustive]
     Inspect {
         /// The system's answer.

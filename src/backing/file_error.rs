@@ -48,7 +48,7 @@ pub enum FileError {
         source: io::Error,
     },
 
-    /// What the file is could not be asked (fstat(2), fstatfs(2), fcntl(2)).
+    /// The kernel does not tell what the file is (fstat(2), fstatfs(2), fcntl(2)).
     #[error("cannot ask the kernel what {} is", .path.display())]
     #[non_exhaustive]
     Inspect {
@@ -88,7 +88,7 @@ pub enum FileError {
         size: u64,
     },
 
-    /// The alignment of the host address cannot be had.
+    /// The alignment of the host address is not possible.
     #[error(
         "align={align:#x} is not a power of two that is a multiple of the page size {} of {}",
         HumanSize(*.page_size), .path.display()
@@ -117,7 +117,7 @@ pub enum FileError {
         seals: Seals,
     },
 
-    /// What the file holds cannot be discarded.
+    /// The contents of the file cannot be discarded.
     #[error(
         "discard-data=on cannot be kept for {}: {}, so leave it off",
         .path.display(), why_not_discarded(.source)
@@ -177,7 +177,7 @@ fn remedy(source: &io::Error) -> &'static str {
         Some(Errno::ELOOP) => "its symbolic links lead in a circle, name the file itself",
         Some(Errno::ENOTDIR) => "a part of the path is no directory, check the path",
         Some(Errno::ENAMETOOLONG) => "the name is too long, use a shorter one",
-        Some(Errno::ETXTBSY) => "it is a program that runs now, use a copy of it",
+        Some(Errno::ETXTBSY) => "it is a program that is running, use a copy of it",
         Some(Errno::ENOSPC | Errno::EDQUOT) => {
             "there is no room for another file, remove some or use another file system"
         }
@@ -245,7 +245,7 @@ mod tests {
             ),
             (
                 open(Errno::ETXTBSY),
-                "cannot open /dev/shm/ram: it is a program that runs now, use a copy of it",
+                "cannot open /dev/shm/ram: it is a program that is running, use a copy of it",
             ),
             (
                 open(Errno::ENOSPC),

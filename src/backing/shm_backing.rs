@@ -21,7 +21,7 @@ use crate::range::RangePart;
 use crate::report::BuildNote;
 use crate::units::HumanSize;
 
-/// The object behind guest RAM: a descriptor of known length, cheap to clone.
+/// The object that backs guest RAM: a descriptor of known length, cheap to clone.
 ///
 /// Clones share the descriptor; the pages live as long as any clone, any region on it, or any
 /// other process's copy of it.

@@ -1,4 +1,4 @@
-//! The crate's one error type: each variant names the operation, the values and the way out.
+//! The root of the crate's errors: a sum of those of the modules.
 
 use crate::range::InvalidRange;
 use crate::shortage::Shortage;
@@ -68,7 +68,7 @@ pub enum Error {
     #[error(transparent)]
     Discard(DiscardError),
 
-    /// The kernel does not say what of the RAM exists.
+    /// The kernel does not report which RAM is allocated.
     #[error(transparent)]
     Stats(#[from] StatsError),
 
@@ -99,7 +99,7 @@ pub enum Error {
     #[error(transparent)]
     Range(#[from] InvalidRange),
 
-    /// Regions make no memory.
+    /// A region or a ROM cannot be made, or regions do not make a memory.
     #[error(transparent)]
     Memory(Box<MemoryError>),
 }

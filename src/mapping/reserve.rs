@@ -15,7 +15,7 @@ use crate::options::Access;
 /// Sizes for which the kernel and the hypervisor can use one large mapping, largest first.
 const LARGE: [u64; 2] = [1 << 30, 2 << 20];
 
-/// Address space that is set aside for a mapping, and given back if it comes to nothing.
+/// Address space that is set aside for a mapping, and given back if mapping fails.
 pub(super) struct Reservation {
     span: Span,
     /// Where the RAM goes in it.
@@ -36,8 +36,8 @@ impl Reservation {
             .and_then(|room| NonZeroUsize::new(to_usize(room)))
             .ok_or_else(|| failed(Errno::ENOMEM))?;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses, and PROT_NONE
-        // pages cannot be accessed by anybody.
+        // SAFETY: without MAP_FIXED the kernel chooses unused addresses, and PROT_NONE pages
+        // cannot be accessed at all.
         let answer = unsafe { mmap_anonymous(None, room, ProtFlags::PROT_NONE, flags) };
         let whole = Span {
             start: answer.map_err(failed)?,
@@ -69,9 +69,9 @@ impl Reservation {
         let size = self.ram.len.get() as u64;
         let at = file_offset(backing, offset, size)?;
         let flags = shared_flags(backing) | MapFlags::MAP_FIXED;
-        // SAFETY: MAP_FIXED replaces pages of this reservation only: PROT_NONE pages that nobody
+        // SAFETY: MAP_FIXED replaces pages of this reservation only: PROT_NONE pages that nothing
         // else knows of. The range of the file exists (`check_inside`), so that no access to the
-        // mapping is SIGBUS as long as nobody truncates the file, which seals forbid; that
+        // mapping is SIGBUS as long as no process truncates the file, which seals forbid; that
         // unsealed files can be truncated is documented on `ShmBacking`.
         let answer = unsafe {
             mmap(
@@ -104,17 +104,17 @@ impl Reservation {
 /// Maps a part of a backing anywhere, and unmaps it again, to learn whether it can be mapped.
 ///
 /// MAP_FIXED takes away what was there before it asks the file, and does not put it back when the
-/// file's answer is no, as that of a short hugetlb pool: then there is a hole in the reservation,
+/// file refuses, for example because a hugetlb pool is short: then the reservation has a hole,
 /// another thread may map something into it, and giving the reservation back would unmap that.
-/// Where the file says yes now, it says so then too: the huge pages are promised to the inode, and
-/// stay promised. A tmpfs never says no.
+/// Where the file agrees now, it agrees then too: the huge pages are reserved for the inode, and
+/// stay reserved. A tmpfs never refuses.
 pub(super) fn rehearse(backing: &ShmBacking, offset: u64, size: u64) -> Result<()> {
     let at = file_offset(backing, offset, size)?;
     let failed = |errno| map_error(backing, size, errno);
     let len = NonZeroUsize::new(to_usize(size)).ok_or_else(|| failed(Errno::EINVAL))?;
     let access = protection(backing);
-    // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses, and nobody is told
-    // of the mapping.
+    // SAFETY: without MAP_FIXED the kernel chooses unused addresses, and nothing is told of the
+    // mapping.
     let answer = unsafe { mmap(None, len, access, shared_flags(backing), backing, at) };
     let start = answer.map_err(failed)?;
     Span { start, len }.unmap();
@@ -183,7 +183,7 @@ fn map_error(backing: &ShmBacking, size: u64, errno: Errno) -> MapError {
     }
     let source = io::Error::from(errno);
     match errno {
-        // These are answers of the file, not of the address space.
+        // These errors are the file's, not the address space's.
         Errno::ENODEV | Errno::EINVAL | Errno::EACCES | Errno::EPERM => {
             MapError::NotShareable { size, source }
         }

@@ -1,4 +1,4 @@
-//! What RAM is asked for: [`RamOptions`] and its parts.
+//! The RAM that is asked for: [`RamOptions`] and its parts.
 
 use std::num::NonZeroU32;
 
@@ -40,8 +40,8 @@ pub use numa::NumaPolicy;
 ///
 /// A string begins with `memory-backend-memfd`, `memory-backend-shm` or `memory-backend-file` (or
 /// has it anywhere as `qom-type=`), and goes on with properties, `key=value` or the switches `key`
-/// and `nokey`, separated by commas; a comma in a value is doubled. Of a property that is there
-/// several times the last counts, of `id` the first, of `host-nodes` all. JSON is not read.
+/// and `nokey`, separated by commas; a comma in a value is doubled. Of a property given several
+/// times the last counts, of `id` the first, of `host-nodes` all. JSON is not read.
 ///
 /// | property | value | typed | where |
 /// |---|---|---|---|
@@ -78,8 +78,8 @@ pub use numa::NumaPolicy;
 ///
 /// # Serialized
 ///
-/// With the feature `serde` options are a structure with the names of the setters; what is left out
-/// is as in [`new`](Self::new), and a field that is not known is an error. They are not
+/// With the feature `serde` options are a structure with the names of the setters; what is left
+/// out is as in [`new`](Self::new), and a field that is not known is an error. They are not
 /// [checked](Self::check) when they are read.
 ///
 /// ```json
@@ -107,7 +107,7 @@ pub struct RamOptions {
     unused: Unused,
 }
 
-/// Properties of QEMU's that are accepted and mean nothing here, kept to be reported and written
+/// Properties of QEMU that are accepted and mean nothing here, kept to be reported and written
 /// back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -170,16 +170,16 @@ impl RamOptions {
         self
     }
 
-    /// Sets whether what the RAM needs is set aside (QEMU's `reserve`); done, as far as it can be,
-    /// unless set.
+    /// Sets whether what the RAM needs is set aside (QEMU's `reserve`); as far as possible, unless
+    /// set.
     #[must_use]
     pub fn with_reserve(mut self, reserve: Reserve) -> Self {
         self.reserve = Some(reserve);
         self
     }
 
-    /// Sets how much of the RAM exists before it is first used (QEMU's `prealloc`); nothing unless
-    /// set. What there is not enough memory for is [refused](Self::with_on_shortage).
+    /// Sets how much of the RAM is allocated before it is first used (QEMU's `prealloc`); nothing
+    /// unless set. What exceeds the memory is [refused](Self::with_on_shortage).
     #[must_use]
     pub fn with_populate(mut self, populate: Populate) -> Self {
         self.populate = populate;
@@ -194,8 +194,8 @@ impl RamOptions {
         self
     }
 
-    /// Sets what becomes of populating it if there is not enough memory (`on-shortage` in
-    /// strings); it is refused unless set.
+    /// Sets what happens if there is not enough memory to populate it (`on-shortage` in strings);
+    /// populating is refused unless set.
     #[must_use]
     pub fn with_on_shortage(mut self, on_shortage: OnShortage) -> Self {
         self.on_shortage = on_shortage;
@@ -279,7 +279,7 @@ impl RamOptions {
         self.reserve
     }
 
-    /// How much of the RAM exists before it is first used.
+    /// How much of the RAM is allocated before it is first used.
     pub fn populate(&self) -> Populate {
         self.populate
     }
@@ -289,7 +289,7 @@ impl RamOptions {
         self.populate_threads
     }
 
-    /// What becomes of populating it if there is not enough memory.
+    /// What happens if there is not enough memory to populate it.
     pub fn on_shortage(&self) -> OnShortage {
         self.on_shortage
     }
@@ -330,12 +330,12 @@ impl RamOptions {
         self.discard_data
     }
 
-    /// What is set and means nothing here.
+    /// Properties that are set and mean nothing here.
     pub(crate) fn unused(&self) -> &Unused {
         &self.unused
     }
 
-    /// Whether nothing of the RAM is to exist before it is used.
+    /// Whether no page is to be allocated before it is used.
     pub(crate) fn is_lazy(&self) -> bool {
         self.populate == Populate::Lazy
     }

@@ -22,7 +22,7 @@ pub(crate) use queue::Queue;
 pub use stop::CancelToken;
 pub(crate) use stop::Stop;
 
-/// Threads need little but their few calls; the default of 2 MiB is address space for nothing.
+/// Threads make few calls: the default of 2 MiB would waste address space.
 const STACK: usize = 256 << 10;
 
 /// How many results of each thread may wait to be told: a caller that wants to cancel is heard in

@@ -1,4 +1,4 @@
-//! Where RAM lies in the guest, and why a range is none.
+//! Where RAM lies in the guest, and why a range is invalid.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -8,7 +8,7 @@ use vm_memory::GuestAddress;
 
 use crate::units::HumanSize;
 
-/// The result of what can fail for a range alone.
+/// The result of operations that only an invalid range makes fail.
 type Result<T, E = InvalidRange> = std::result::Result<T, E>;
 
 /// A contiguous range of guest addresses, at least one byte long, whose end fits in 64 bits.
@@ -142,11 +142,11 @@ impl fmt::Debug for GuestRange {
     }
 }
 
-/// Why a range cannot be what it should be: a place in the guest, or in a backing.
+/// Why a range cannot be a place in the guest or in a backing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidRange {
-    /// It has no byte.
+    /// It is empty.
     #[error("the range at guest address {:#x} has size 0: give it at least one page", .start.0)]
     #[non_exhaustive]
     Empty {
@@ -185,7 +185,7 @@ pub enum InvalidRange {
     )]
     #[non_exhaustive]
     Unaligned {
-        /// What of it is not aligned.
+        /// The number that is not aligned.
         part: RangePart,
         /// Its value in bytes.
         value: u64,
@@ -210,14 +210,14 @@ pub enum InvalidRange {
 }
 
 impl From<Infallible> for InvalidRange {
-    /// A [`GuestRange`] is one already.
+    /// Never happens: a [`GuestRange`] is valid already.
     fn from(never: Infallible) -> Self {
         match never {}
     }
 }
 
 impl InvalidRange {
-    /// That two ranges overlap, in any order.
+    /// The error that two ranges overlap, given in any order.
     pub(crate) fn overlap(one: GuestRange, other: GuestRange) -> Self {
         Self::Overlap {
             first: one.min(other),

@@ -160,7 +160,8 @@ proptest! {
     #[test]
     fn valid_options_are_the_same_when_serialized_and_read(options in valid_options()) {
         let text = serde_json::to_string(&options).unwrap();
-        prop_assert_eq!(serde_json::from_str::<RamOptions>(&text).map_err(|e| e.to_string()), Ok(options));
+        let read = serde_json::from_str::<RamOptions>(&text).map_err(|error| error.to_string());
+        prop_assert_eq!(read, Ok(options));
     }
 
     #[test]

@@ -89,8 +89,9 @@ fn regions_are_described_as_they_are() {
         "seals": shm.seals.to_string(),
     });
     assert_eq!(data["regions"][1], region);
-    let note = json!([{ "backing": "memfd", "note": { "property": "reserve", "text": BuildNote::Reserve.to_string() } }]);
-    assert_eq!(data["notes"], note);
+    let text = BuildNote::Reserve.to_string();
+    let note = json!({ "property": "reserve", "text": text });
+    assert_eq!(data["notes"], json!([{ "backing": "memfd", "note": note }]));
     let table = stats.to_string();
     assert!(
         table.contains("20 KiB") && table.contains("reserve=on reserves nothing"),

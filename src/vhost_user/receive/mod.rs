@@ -40,6 +40,8 @@
 //! use guest_memory_shm::receive::{ReceiveError, ReceivePolicy, ReceivedRegion, ReceivedTable};
 //! use vm_memory::{GuestAddress, GuestMemoryAtomic};
 //!
+//! type Result<T> = std::result::Result<T, ReceiveError>;
+//!
 //! struct Daemon {
 //!     /// What the frontend was told that we have.
 //!     table: ReceivedTable,
@@ -48,26 +50,26 @@
 //! }
 //!
 //! impl Daemon {
-//!     fn set_mem_table(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<(), ReceiveError> {
+//!     fn set_mem_table(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<()> {
 //!         let table = self.table.set(ReceivedRegion::decode_table(payload)?, fds)?;
 //!         self.publish(table);
 //!         Ok(())
 //!     }
 //!
-//!     fn add_mem_reg(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<(), ReceiveError> {
+//!     fn add_mem_reg(&mut self, payload: &[u8], fds: Vec<OwnedFd>) -> Result<()> {
 //!         let table = self.table.add(ReceivedRegion::decode(payload)?, fds)?;
 //!         self.publish(table);
 //!         Ok(())
 //!     }
 //!
 //!     /// A descriptor that comes with it is closed.
-//!     fn rem_mem_reg(&mut self, payload: &[u8], _fds: Vec<OwnedFd>) -> Result<(), ReceiveError> {
+//!     fn rem_mem_reg(&mut self, payload: &[u8], _fds: Vec<OwnedFd>) -> Result<()> {
 //!         let table = self.table.remove(ReceivedRegion::decode(payload)?)?;
 //!         self.publish(table);
 //!         Ok(())
 //!     }
 //!
-//!     fn descriptors_at(&self, user_addr: u64, queue_size: u64) -> Result<GuestAddress, ReceiveError> {
+//!     fn descriptors_at(&self, user_addr: u64, queue_size: u64) -> Result<GuestAddress> {
 //!         self.table.ring(user_addr, 16 * queue_size)
 //!     }
 //!
@@ -80,7 +82,7 @@
 //! }
 //!
 //! /// The answer to a message with NEED_REPLY. Without it, a refusal is a hang-up.
-//! fn reply(result: Result<(), ReceiveError>) -> u64 {
+//! fn reply(result: Result<()>) -> u64 {
 //!     result.map_or_else(|refused| refused.reply_code(), |()| 0)
 //! }
 //!

@@ -19,8 +19,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// is the *daemon* that registers these addresses with userfaultfd(2), and the frontend has
     /// the descriptor, from VHOST_USER_POSTCOPY_ADVISE. Faults that are read from it name
     /// addresses of the daemon: one at `address` is at
-    /// `range.start_addr() + (address - base)` in the guest, and is resolved at `address`. Whoever
-    /// does so must know the base first: from the acknowledgement on, faults can come. So the
+    /// `range.start_addr() + (address - base)` in the guest, and is resolved at `address`. The
+    /// base must be known before: from the acknowledgement on, faults can come. So the
     /// handler is called with the region and its base, and then the share acknowledges
     /// ([`DaemonConnection::acknowledge_bases`]).
     ///

@@ -284,9 +284,9 @@ fn an_error_says_what_came_of_it_and_the_way_out() {
     let error = space.insert(region(4)).unwrap_err();
     assert_eq!(
         chain(&error),
-        "nothing was changed, but \"c\" is stale: listener \"c\" is away and cannot be told of the \
-         region 0x400000..=0x4fffff (1 MiB), connect it anew (AddressSpace::reconnect), detach it, \
-         or attach it without requiring it (AddressSpace::attach): it died"
+        "nothing was changed, but \"c\" is stale: listener \"c\" is away and cannot be told of \
+         the region 0x400000..=0x4fffff (1 MiB), connect it anew (AddressSpace::reconnect), \
+         detach it, or attach it without requiring it (AddressSpace::attach): it died"
     );
     let error = space.remove((GuestAddress(64 * MIB), MIB)).unwrap_err();
     assert!(
