@@ -13,7 +13,7 @@ use super::slot::{KvmSlot, Memory};
 use crate::host::base_page_size;
 use crate::logs;
 use crate::mapping::Mapping;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, InvalidRange};
 
 /// The memory slots of a KVM virtual machine: a [`MemoryListener`](crate::MemoryListener) that
 /// gives each region of the guest's memory one (KVM_SET_USER_MEMORY_REGION).
@@ -116,20 +116,24 @@ impl KvmSlots {
     ///
     /// ```no_run
     /// # use std::sync::Arc;
-    /// use guest_memory_shm::{GuestRange, KvmSlots};
+    /// use guest_memory_shm::KvmSlots;
     /// use kvm_ioctls::Kvm;
     /// use vm_memory::GuestAddress;
     ///
     /// let mut slots = KvmSlots::new(Arc::new(Kvm::new()?.create_vm()?))?;
-    /// slots.add_read_only(GuestRange::new(GuestAddress(0xf_0000), 64 << 10)?)?;
+    /// slots.add_read_only((GuestAddress(0xf_0000), 64 << 10))?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
     ///
     /// [`KvmError::NoReadOnly`] if the hypervisor does not offer it; [`KvmError::TooLate`] if a
-    /// region is there already. Nothing is changed then.
-    pub fn add_read_only(&mut self, range: GuestRange) -> Result<()> {
+    /// region is there already; [`KvmError::Range`]. Nothing is changed then.
+    pub fn add_read_only(
+        &mut self,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+    ) -> Result<()> {
+        let range = GuestRange::at(range)?;
         self.check_read_only(range)?;
         let there = self
             .slots
@@ -152,23 +156,28 @@ impl KvmSlots {
     ///
     /// ```no_run
     /// # use std::sync::Arc;
-    /// use guest_memory_shm::{GuestRange, KvmSlots};
+    /// use guest_memory_shm::KvmSlots;
     /// use kvm_ioctls::Kvm;
     /// use vm_memory::GuestAddress;
     ///
     /// let mut slots = KvmSlots::new(Arc::new(Kvm::new()?.create_vm()?))?;
     /// // What was saved with the guest.
     /// for (number, start, size) in [(0, 0, 1 << 30), (7, 4 << 30, 2 << 30)] {
-    ///     slots.assign_number(GuestRange::new(GuestAddress(start), size)?, number)?;
+    ///     slots.assign_number((GuestAddress(start), size), number)?;
     /// }
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
     ///
-    /// [`KvmError::NoSuchNumber`] and [`KvmError::NumberTaken`];
+    /// [`KvmError::NoSuchNumber`], [`KvmError::NumberTaken`] and [`KvmError::Range`];
     /// [`KvmError::NumberTooLate`] if the range, or a part of it, has a slot or a number already.
-    pub fn assign_number(&mut self, range: GuestRange, number: u32) -> Result<()> {
+    pub fn assign_number(
+        &mut self,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+        number: u32,
+    ) -> Result<()> {
+        let range = GuestRange::at(range)?;
         let there = self.overlapping(range);
         let there = there.and_then(|there| self.slots.get(&there.start_addr().0));
         let there = there.map(|slot| (slot.range(), slot.number()));

@@ -58,11 +58,8 @@ fn a_region_is_as_long_as_was_asked_for_and_its_mapping_whole_pages() {
             .iter()
             .map(|line| line.range.clone())
             .collect();
-        assert_eq!(
-            mapped,
-            [host..host + pages],
-            "and a guard page on either side"
-        );
+        assert_eq!(mapped.len(), 1, "and a guard page on either side");
+        assert_eq!(mapped[0], host..host + pages);
         offset += pages;
     }
     let backing = memory.iter().next().unwrap().backing();

@@ -242,7 +242,7 @@ fn a_file_system_that_is_too_small_is_named_and_gets_everything_back() {
                     Error::Populate(PopulateError::Shortage { range, .. }) => {
                         let (needed, free) = room_short(&error).unwrap();
                         assert!(free < range.size() && range.last_addr().0 < SIZE, "{error}");
-                        assert!(needed >= SIZE - 24 * MIB && needed < SIZE, "{error}");
+                        assert!((SIZE - 24 * MIB..SIZE).contains(&needed), "{error}");
                     }
                     other => panic!("{mode:?}: {other:?}"),
                 }
