@@ -133,8 +133,8 @@ fn a_rom_is_no_part_of_a_memory() {
     in_own_process(|| {
         let (_dir, path) = firmware();
         let options = rom_options(&path);
-        let text = "what is opened for reading only (readonly=on) is no RAM, which guests and \
-                    daemons write: map it with GuestRom, or open it for writing";
+        let text = "a file that is opened for reading only (readonly=on) cannot be RAM, which \
+                    guests and daemons write: map it with GuestRom, or open it for writing";
         let rom = GuestRom::new((START, 64 * PAGE), &options).unwrap();
         let backing = ShmBacking::create(&options, MIB / 4).unwrap();
         leaves_nothing(|| {
