@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, mprotect};
 
-use super::{Span, to_usize};
+use super::span::{Span, to_usize};
 use crate::backing::base_page_size;
 
 /// Words of private memory, and inaccessible address space from the end of the last word on: a

@@ -61,8 +61,8 @@ impl Mapping {
         let answer = unsafe {
             syscall(
                 SYS_mbind,
-                self.ram.start.as_ptr(),
-                self.ram.len.get(),
+                self.ram().start.as_ptr(),
+                self.ram().len.get(),
                 mode,
                 mask.as_ptr(),
                 maxnode,

@@ -57,7 +57,7 @@ mod tests {
     fn resident(mapping: &Mapping) -> Vec<bool> {
         let pages = mapping.len() as u64 / base_page_size();
         let text = crate::host::pagemap().unwrap();
-        let first = mapping.ram.start.addr().get() as u64 / base_page_size();
+        let first = mapping.ram().start.addr().get() as u64 / base_page_size();
         (first..first + pages)
             .map(|page| {
                 let mut entry = [0; 8];

@@ -7,7 +7,8 @@ use std::ops::Range;
 use nix::errno::Errno;
 use nix::sys::mman::{MmapAdvise, MsFlags, madvise, msync};
 
-use super::{Mapping, Span, to_usize};
+use super::Mapping;
+use super::span::{Span, to_usize};
 use crate::host::calls::{is_refused, retried};
 
 impl Mapping {
@@ -57,7 +58,7 @@ impl Mapping {
             return Err(Errno::EINVAL.into());
         }
         let len = NonZeroUsize::new(to_usize(range.end - range.start));
-        Ok(len.map(|len| self.ram.part(to_usize(range.start), len.get())))
+        Ok(len.map(|len| self.ram().part(to_usize(range.start), len.get())))
     }
 }
 

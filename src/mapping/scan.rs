@@ -7,7 +7,8 @@ use std::os::fd::AsRawFd;
 use nix::errno::Errno;
 use nix::libc;
 
-use super::{Mapping, Span, to_usize};
+use super::Mapping;
+use super::span::{Span, to_usize};
 use crate::host::calls::{is_refused, was_refused};
 use crate::host::{base_page_size, pagemap};
 use crate::range::RangeSet;
@@ -61,7 +62,7 @@ impl Mapping {
         let mut found = RangeSet::default();
         for from in (0..self.len() as u64).step_by(to_usize(window)) {
             let len = window.min(self.len() as u64 - from);
-            let span = self.ram.part(to_usize(from), to_usize(len));
+            let span = self.ram().part(to_usize(from), to_usize(len));
             match mincore(span, &mut answer) {
                 // A filter forbids it: nothing is known of any page then.
                 Err(error) if was_refused(&error) => return Ok(RangeSet::default()),
@@ -90,7 +91,7 @@ impl Mapping {
 
     fn bytes_that_are(&self, category: u64, range: Range<u64>) -> io::Result<Option<u64>> {
         let pagemap = pagemap()?;
-        let start = self.ram.start.addr().get() as u64;
+        let start = self.ram().start.addr().get() as u64;
         let (mut at, end) = (start + range.start, start + range.end);
         let mut answer = [PageRegion::default(); 256];
         let mut bytes = 0;

@@ -102,7 +102,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// daemon, and one that goes on logging meets regions that its log has no bits for.
     pub fn stop_log(&mut self) -> StoppedLog {
         let stopped = self.logging.take().map(Logging::stop).unwrap_or_default();
-        for daemon in stopped.former_daemons() {
+        for daemon in &stopped.former_daemons {
             logs::warn!("logging stops, and {daemon}");
         }
         stopped

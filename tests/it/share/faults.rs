@@ -197,10 +197,7 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
         if fault == Fault::Refuse {
             // It is there, and holds the first region.
             assert!(share.broken().is_none());
-            assert_eq!(
-                share.update_table(&memory.memory_table()).unwrap().added(),
-                2
-            );
+            assert_eq!(share.update_table(&memory.memory_table()).unwrap().added, 2);
             peer.holds(&memory.memory_table());
             continue;
         }
@@ -210,7 +207,7 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
         assert!(share.broken().is_none());
         let mut share = share.with_deadline(PATIENCE);
         let report = share.update_table(&memory.memory_table()).unwrap();
-        assert_eq!(report.added(), 3, "{fault:?}");
+        assert_eq!(report.added, 3, "{fault:?}");
         peer.holds(&memory.memory_table());
         share
             .update_table(&without(&memory, &[1]).memory_table())
@@ -275,7 +272,7 @@ fn after_a_hang_up_the_whole_present_table_is_sent_anew() {
     drop(share.reconnect(frontend, device.protocol_features()));
     assert_eq!(share.table(), &MemoryTable::default());
     let report = share.update_table(&now.memory_table()).unwrap();
-    assert_eq!((report.removed(), report.added()), (0, 10));
+    assert_eq!((report.removed, report.added), (0, 10));
     peer.holds(&now.memory_table());
 }
 

@@ -60,7 +60,7 @@ fn what_one_wrote_without_logging_before_it_died_counts_when_its_death_is_known(
             assert_eq!(count(&share.drain_dirty()), 0, "once");
         }
         let stopped = share.stop_log();
-        assert_eq!(count(stopped.dirty()), if is_last { whole } else { 0 });
-        assert_eq!(stopped.former_daemons(), []);
+        assert_eq!(count(&stopped.dirty), if is_last { whole } else { 0 });
+        assert_eq!(stopped.former_daemons, []);
     }
 }
