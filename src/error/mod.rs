@@ -105,8 +105,8 @@ pub enum Error {
 }
 
 impl Error {
-    /// What is short, if that is the reason: of RAM, of the dirty log that a daemon was to be sent, or
-    /// of what a daemon was to map.
+    /// What is short, if that is the reason: of RAM, of the dirty log that a daemon was to be
+    /// sent, or of what a daemon was to map.
     pub fn shortage(&self) -> Option<&Shortage> {
         match self {
             #[cfg(feature = "vhost-user")]

@@ -85,8 +85,8 @@ impl<T: Sync> Pool<'_, T> {
     /// called in this thread with the bytes that are done so far, whenever there are more.
     ///
     /// If the system refuses threads, there are fewer; if it refuses all, this one does the work.
-    /// A panic of `work` or `told` stops all of them and is resumed: what it leaves undone is never
-    /// taken for something else.
+    /// A panic of `work` or `told` stops all of them and is resumed: what it leaves undone is
+    /// never taken for something else.
     pub(crate) fn run<E: Send>(
         &self,
         work: impl Fn(&T) -> Result<u64, E> + Sync,
