@@ -1,6 +1,11 @@
 //! What the system can hold, asked before anything is created: file systems, descriptors, lengths.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fs;
+use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -8,6 +13,7 @@ use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
 
 use super::error::Result;
 use crate::host::descriptors;
+use crate::range::RangeSet;
 use crate::report::BuildNote;
 use crate::shortage::{ResourceLimit, Shortage};
 
@@ -56,6 +62,55 @@ impl Capacity {
         };
         Shortage::new(needed, self.free, limit)
     }
+}
+
+/// What RAM takes from a file system.
+#[derive(Debug)]
+pub(super) struct Draw<'a> {
+    /// The name of the RAM, for errors.
+    pub(super) path: &'a Path,
+    /// Something that is on the file system.
+    pub(super) there: &'a Path,
+    /// Which part of what is at the path, unless that is new and nameless: the same part of a file
+    /// is only taken once.
+    pub(super) part: Option<Range<u64>>,
+    /// In bytes.
+    pub(super) all: u64,
+    /// What of it is taken before it is in use.
+    pub(super) now: u64,
+}
+
+/// Refuses what file systems can never hold, or, of what is to be populated, cannot hold now:
+/// touching it would be SIGBUS.
+pub(super) fn check_file_systems<'a>(draws: impl Iterator<Item = Draw<'a>>) -> Result<()> {
+    let mut sums: BTreeMap<u64, (Draw<'a>, Capacity)> = BTreeMap::new();
+    let mut parts: BTreeMap<&Path, RangeSet> = BTreeMap::new();
+    for mut draw in draws {
+        // Nothing is known of a file system that does not answer: creating says what is wrong.
+        let (Ok(metadata), Some(capacity)) = (fs::metadata(draw.there), Capacity::at(draw.there))
+        else {
+            continue;
+        };
+        if let Some(part) = draw.part.take() {
+            let taken = parts.entry(draw.path).or_default();
+            draw.all = taken
+                .gaps(part.clone())
+                .map(|new| new.end - new.start)
+                .sum();
+            draw.now = draw.now.min(draw.all);
+            taken.insert(part);
+        }
+        match sums.entry(metadata.dev()) {
+            Entry::Vacant(first) => drop(first.insert((draw, capacity))),
+            Entry::Occupied(mut sum) => {
+                let (sum, _) = sum.get_mut();
+                sum.all = sum.all.saturating_add(draw.all);
+                sum.now = sum.now.saturating_add(draw.now);
+            }
+        }
+    }
+    let mut sums = sums.values();
+    sums.try_for_each(|(draw, capacity)| capacity.check(draw.all, draw.now, draw.path))
 }
 
 /// The note about a file system that holds the RAM, but not now.

@@ -7,6 +7,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::capacity::check_file_size;
 use super::error::Result;
 use super::file_end::{FileEnd, Undo, punch};
 use super::file_error::FileError;
@@ -45,6 +46,8 @@ pub(super) fn open(options: &RamOptions, path: &Path, size: u64) -> Result<Made>
             end.undo = Undo::Empty;
         }
         let len = start + size;
+        // What was looked at before may have been another file, which was long enough.
+        check_file_size(len)?;
         file.set_len(len).map_err(|source| FileError::Resize {
             path: path.to_owned(),
             len,

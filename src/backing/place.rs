@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::capacity::Capacity;
+use super::capacity::Draw;
 use super::error::{BackingError, Result};
 use super::file_error::FileError;
 use super::file_system::FileSystem;
@@ -103,20 +103,20 @@ impl<'a> Place<'a> {
         Ok(())
     }
 
-    /// Refuses RAM that the file system can never hold, or, if it is to be populated, cannot hold
-    /// now: touching it would be SIGBUS.
-    pub(super) fn check_capacity(&self, options: &RamOptions, size: u64) -> Result<()> {
+    /// What RAM of these options takes from the file system, unless it has all of it already.
+    pub(super) fn draw(&self, options: &RamOptions, size: u64) -> Option<Draw<'a>> {
         let missing = size.saturating_sub(self.allocated);
-        if options.is_unreserved() || missing == 0 {
-            return Ok(());
-        }
-        let there = match self.found {
-            Some(_) => self.path,
-            None => parent(self.path),
-        };
-        let now = if options.is_lazy() { 0 } else { missing };
-        // Nothing is known of a file system that does not answer.
-        Capacity::at(there).map_or(Ok(()), |capacity| capacity.check(size, now, self.path))
+        let (start, is_dir) = (options.offset(), self.found.is_some_and(|is| is.is_dir()));
+        (missing > 0).then(|| Draw {
+            path: self.path,
+            there: match self.found {
+                Some(_) => self.path,
+                None => parent(self.path),
+            },
+            part: (!is_dir).then(|| start..start.saturating_add(size)),
+            all: size,
+            now: if options.is_lazy() { 0 } else { missing },
+        })
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 
-use super::capacity::{self, Capacity, check_descriptors, check_file_size};
+use super::capacity::{self, Draw, check_descriptors, check_file_size, check_file_systems};
 use super::error::{BackingError, Result};
 use super::kind::{BLOCK, BackingKind};
 use super::made::Made;
@@ -138,9 +138,6 @@ impl<'a> Resolved<'a> {
         if self.place.as_ref().is_none_or(Place::is_new) {
             check_file_size(end)?;
         }
-        if let Some(place) = &self.place {
-            place.check_capacity(options, len)?;
-        }
         let seals = match options.sealing() {
             Sealing::Sealed => seals::RAM,
             // No process that gets the descriptor may add a seal either, as one against writing.
@@ -170,7 +167,7 @@ impl<'a> Request<'a> {
         requests: impl Iterator<Item = &'r Request<'r>> + Clone,
     ) -> Result<()> {
         check_descriptors(requests.clone().count() as u64)?;
-        check_posix_shm(requests.clone())?;
+        check_file_systems(requests.clone().filter_map(Request::draw))?;
         // Pages of each size that the pool must have, and of these those that a control group must
         // leave.
         let mut pages: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
@@ -232,6 +229,23 @@ impl<'a> Request<'a> {
         Ok(Provisional { backing })
     }
 
+    /// What it takes from a file system whose size is a limit.
+    fn draw(&self) -> Option<Draw<'a>> {
+        let options = self.options();
+        match &self.of.place {
+            _ if options.is_unreserved() => None,
+            Some(place) => place.draw(options, self.len),
+            None if self.of.kind == BackingKind::PosixShm => Some(Draw {
+                path: capacity::SHM.as_ref(),
+                there: capacity::SHM.as_ref(),
+                part: None,
+                all: self.len,
+                now: if options.is_lazy() { 0 } else { self.len },
+            }),
+            None => None,
+        }
+    }
+
     /// How many pages it takes from the pool of its page size, at most.
     ///
     /// None if it is a file that has contents: it may have its pages already, or their promise by
@@ -284,27 +298,6 @@ pub(crate) fn memory_notes<'r>(requests: impl Iterator<Item = &'r Request<'r>>) 
     short
         .map(|short| BuildNote::Shortage(short.into()))
         .collect()
-}
-
-/// Refuses POSIX shm that the file system can never hold, or, of what is to be populated, cannot
-/// hold now: touching it would be SIGBUS.
-fn check_posix_shm<'r>(requests: impl Iterator<Item = &'r Request<'r>> + Clone) -> Result<()> {
-    let checked = requests.filter(|request| {
-        request.of.kind == BackingKind::PosixShm && !request.options().is_unreserved()
-    });
-    if checked.clone().next().is_none() {
-        return Ok(());
-    }
-    let Some(capacity) = Capacity::at(capacity::SHM.as_ref()) else {
-        // Creating it says what is wrong.
-        return Ok(());
-    };
-    let sum = |sum: u64, request: &Request<'_>| sum.saturating_add(request.len);
-    let all = checked.clone().fold(0, sum);
-    let now = checked
-        .filter(|request| !request.options().is_lazy())
-        .fold(0, sum);
-    capacity.check(all, now, capacity::SHM.as_ref())
 }
 
 /// Refuses a policy of which no node has memory, as mbind(2) would.

@@ -105,9 +105,16 @@ pub enum Error {
 }
 
 impl Error {
-    /// What is short, if that is the reason.
+    /// What is short, if that is the reason: of RAM, of the dirty log that a daemon was to be sent, or
+    /// of what a daemon was to map.
     pub fn shortage(&self) -> Option<&Shortage> {
         match self {
+            #[cfg(feature = "vhost-user")]
+            Self::Share(ShareError::Log(error)) => error.shortage(),
+            Self::Receive(error) => match &**error {
+                ReceiveError::Region { cause, .. } => cause.shortage(),
+                _ => None,
+            },
             Self::Shortage(shortage)
             | Self::Populate(
                 PopulateError::Shortage { shortage, .. } | PopulateError::CannotLook { shortage },
