@@ -33,7 +33,7 @@ impl Capacity {
         Self::new(&statvfs(path).ok()?)
     }
 
-    /// Nothing is known of a tmpfs without a limit, which says 0 blocks.
+    /// None for a tmpfs without a limit, which reports 0 blocks.
     fn new(stat: &Statvfs) -> Option<Self> {
         let unit = stat.fragment_size();
         let total = stat.blocks().saturating_mul(unit);
@@ -43,7 +43,8 @@ impl Capacity {
         })
     }
 
-    /// Refuses what is more than it holds of `all`, or more than is free of what is needed `now`.
+    /// Refuses `all` if it exceeds the size, and `now`, what is needed at once, if it exceeds what
+    /// is free.
     pub(super) fn check(self, all: u64, now: u64, path: &Path) -> Result<()> {
         if all > self.total {
             Err(self.shortage(all, Some(path)).into())
@@ -54,7 +55,7 @@ impl Capacity {
         }
     }
 
-    /// That it has not so many bytes more, of the file system of what is at a path.
+    /// The error that so many bytes are not free, in the file system of what is at a path.
     fn shortage(self, needed: u64, path: Option<&Path>) -> Shortage {
         let limit = ResourceLimit::FileSystem {
             path: path.map(Path::to_owned),
@@ -113,7 +114,7 @@ pub(super) fn check_file_systems<'a>(draws: impl Iterator<Item = Draw<'a>>) -> R
     sums.try_for_each(|(draw, capacity)| capacity.check(draw.all, draw.now, draw.path))
 }
 
-/// The note about a file system that holds the RAM, but not now.
+/// The note about a file system that is large enough for the RAM, but too full now.
 pub(super) fn note(file: &impl AsFd, size: u64) -> Option<BuildNote> {
     let capacity = Capacity::new(&fstatvfs(file).ok()?)?;
     (size > capacity.free).then(|| BuildNote::Shortage(capacity.shortage(size, None)))
@@ -130,8 +131,7 @@ pub(super) fn check_descriptors(needed: u64) -> Result<()> {
     }
 }
 
-/// Refuses what ftruncate(2) would answer with SIGXFSZ, which ends a process that does not
-/// expect it.
+/// Refuses what ftruncate(2) would answer with SIGXFSZ, which kills a process that does not handle it.
 pub(super) fn check_file_size(len: u64) -> Result<()> {
     match getrlimit(Resource::RLIMIT_FSIZE) {
         Ok((limit, _)) if len > limit => {

@@ -1,7 +1,7 @@
 //! Files as RAM, named or nameless, as QEMU's `memory-backend-file` has them.
 //!
 //! A file that has contents keeps its length; one that is empty, or does not exist yet, is made as
-//! long as the RAM needs, and is put back if nothing comes of it. Everything that can be known is
+//! long as the RAM needs, and is put back if building fails. Everything that can be known is
 //! checked before anything is opened, and once more on the open file.
 
 use std::path::Path;

@@ -50,7 +50,11 @@ impl<'a> Place<'a> {
         }
     }
 
-    pub(super) fn of(path: &'a Path, metadata: &Metadata, file_system: FileSystem) -> Result<Self> {
+    pub(super) fn of(
+        path: &'a Path,
+        metadata: &Metadata,
+        file_system: FileSystem,
+    ) -> Result<Self> {
         let found = metadata.file_type();
         if !found.is_file() && !found.is_dir() {
             let path = path.to_owned();
@@ -88,7 +92,7 @@ impl<'a> Place<'a> {
         RangePart::Offset.check_aligned(options.offset(), page_size)?;
         RangePart::Size.check_aligned(size, page_size)?;
         match options.align() {
-            // As in QEMU, 0 is no wish.
+            // As in QEMU, 0 means unset.
             None | Some(0) => {}
             Some(align) if align.is_power_of_two() && align.is_multiple_of(page_size) => {}
             Some(align) => return Err(OptionsError::Align { align, page_size }.into()),
@@ -134,7 +138,7 @@ pub(super) fn check_len(path: &Path, len: u64, offset: u64, size: u64) -> Result
     Err(error.into())
 }
 
-/// A link to nothing cannot be created exclusively, and following it is not for us to decide.
+/// Creating exclusively fails on a link to nothing, and following it is the caller's decision.
 pub(super) fn check_no_link(path: &Path) -> Result<()> {
     match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_symlink() => {

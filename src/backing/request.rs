@@ -21,7 +21,7 @@ use crate::options::{
 use crate::range::RangePart;
 use crate::report::{BuildNote, log_notes};
 
-/// Options that are right by themselves, and what this machine makes of them.
+/// Options that are valid in themselves, and what they mean on this machine.
 ///
 /// The path of a file is looked at here, and not again until it is opened.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ pub(crate) struct Resolved<'a> {
     place: Option<Place<'a>>,
 }
 
-/// A backing that can be created, as far as can be known by itself.
+/// A backing that can be created, as far as can be known without the others.
 #[derive(Debug)]
 pub(crate) struct Request<'a> {
     of: Resolved<'a>,
@@ -42,7 +42,7 @@ pub(crate) struct Request<'a> {
     seals: Seals,
 }
 
-/// A backing that was just created; dropping it, and all clones of it, leaves nothing of that.
+/// A backing that was just created; dropping it and all its clones undoes that.
 #[derive(Debug)]
 pub(crate) struct Provisional {
     backing: ShmBacking,
@@ -51,15 +51,14 @@ pub(crate) struct Provisional {
 impl ShmBacking {
     /// Creates a backing for `len` bytes of RAM; no page of it is allocated.
     ///
-    /// The options hold for every region on it: transparent huge pages and core dumps too.
-    /// A memfd is sealed against any change of its size before this returns. In a
-    /// [`BackingSource::File`] the RAM is past [`RamOptions::offset`], from [`start`](Self::start) to
-    /// [`end`](Self::end).
+    /// The options hold for every region on it: transparent huge pages and core dumps too. A memfd
+    /// is sealed against any change of its size before this returns. In a [`BackingSource::File`]
+    /// the RAM is past [`RamOptions::offset`], from [`start`](Self::start) to [`end`](Self::end).
     ///
     /// ```
     /// use guest_memory_shm::{BackingSource, BackingKind, RamOptions, ShmBacking};
     ///
-    /// // A file without a name, for as long as anybody uses it.
+    /// // A file without a name, which lives as long as a process uses it.
     /// let options = RamOptions::new().with_backing(BackingSource::File("/dev/shm".into()));
     /// let backing = ShmBacking::create(&options, 1 << 20)?;
     /// assert_eq!(backing.kind(), BackingKind::ShmFile);
@@ -70,11 +69,11 @@ impl ShmBacking {
     ///
     /// [`BackingError::Options`] for those that [`RamOptions::check`] refuses, and a size that is
     /// not `len`; [`BackingError::Length`] and [`BackingError::Range`] for a bad `len`;
-    /// [`BackingError::NoSuchHugePageSize`] and [`BackingError::NoSuchNodes`] for what this machine
-    /// does not have; [`BackingError::Shortage`], [`BackingError::ShmUnavailable`] and
+    /// [`BackingError::NoSuchHugePageSize`] and [`BackingError::NoSuchNodes`] for what this
+    /// machine does not have; [`BackingError::Shortage`], [`BackingError::ShmUnavailable`] and
     /// [`BackingError::ShmNamesTaken`] for the limits of the system; [`BackingError::File`] for a
-    /// file that cannot be used; others if a system call fails. Nothing is left behind: a file that
-    /// was created is removed, one that was empty is empty again.
+    /// file that cannot be used; others if a system call fails. Nothing is left behind: a file
+    /// that was created is removed, one that was empty is empty again.
     pub fn create(options: &RamOptions, len: u64) -> Result<Self> {
         Resolved::new(options)?.with_len(len)?.create_alone()
     }
@@ -115,8 +114,8 @@ impl<'a> Resolved<'a> {
         self.options.offset()
     }
 
-    /// Everything about a backing for `len` bytes of RAM that can be checked without creating it,
-    /// but what several backings may share.
+    /// Checks everything about a backing for `len` bytes of RAM that can be checked without
+    /// creating it, except for resources that several backings share.
     pub(crate) fn with_len(self, len: u64) -> Result<Request<'a>> {
         let options = self.options;
         if let Some(set) = options.size().filter(|set| *set != len) {
@@ -134,13 +133,13 @@ impl<'a> Resolved<'a> {
         if let Some(place) = &self.place {
             place.check(options, len)?;
         }
-        // An existing file is not made longer, so that the limit does not concern it.
+        // An existing file is not made longer, so the limit does not apply.
         if self.place.as_ref().is_none_or(Place::is_new) {
             check_file_size(end)?;
         }
         let seals = match options.sealing() {
             Sealing::Sealed => seals::RAM,
-            // No process that gets the descriptor may add a seal either, as one against writing.
+            // No process that gets the descriptor may add seals, for example against writing.
             Sealing::Unsealed => Seals::SEAL,
         };
         Ok(Request {

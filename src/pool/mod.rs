@@ -24,7 +24,7 @@ pub(crate) use queue::Queue;
 pub use stop::CancelToken;
 pub(crate) use stop::Stop;
 
-/// Threads need little but their few calls; the default of 2 MiB is address space for nothing.
+/// Threads make few calls: the default of 2 MiB would waste address space.
 const STACK: usize = 256 << 10;
 
 /// How many results of each thread may wait to be told: a caller that wants to cancel is heard in
@@ -85,8 +85,8 @@ impl<T: Sync> Pool<'_, T> {
     /// called in this thread with the bytes that are done so far, whenever there are more.
     ///
     /// If the system refuses threads, there are fewer; if it refuses all, this one does the work.
-    /// A panic of `work` or `told` stops all of them and is resumed: what it leaves undone is never
-    /// taken for something else.
+    /// A panic of `work` or `told` stops all of them and is resumed: what it leaves undone is
+    /// never taken for something else.
     pub(crate) fn run<E: Send>(
         &self,
         work: impl Fn(&T) -> Result<u64, E> + Sync,

@@ -194,7 +194,8 @@ fn what_a_path_names_may_change_at_any_time() {
             begin.wait();
             // A file that is made longer than this is SIGXFSZ.
             with_limit(Resource::RLIMIT_FSIZE, MIB, || {
-                // Until all of it was met, and RAM so often that other files were met in its place.
+                // Until all of it was met, and RAM so often that other files were met in its
+                // place.
                 while outcomes.len() < 4 || outcomes["RAM"] < 30 {
                     let outcome = match region(&file_options(path), 4 * MIB) {
                         Ok(ram) => {

@@ -33,7 +33,8 @@ fn they_are_told_in_order_and_undone_in_reverse() {
     }
     assert_eq!(
         chain(&error),
-        "nothing was changed: listener \"c\" refuses the region 0x400000..=0x4fffff (1 MiB): no room"
+        "nothing was changed: listener \"c\" refuses the region 0x400000..=0x4fffff (1 MiB): no \
+         room"
     );
 
     space.insert(region(4)).told_all();
@@ -262,7 +263,8 @@ fn who_cannot_be_put_back_is_stale_until_the_next_change() {
     let error = space.insert(region(4)).unwrap_err();
     assert!(
         error.to_string().starts_with(
-            "nothing was changed, but \"a\" is stale (it could not be put back: no room): listener \"b\""
+            "nothing was changed, but \"a\" is stale (it could not be put back: no room): \
+             listener \"b\""
         ),
         "{error}"
     );
@@ -333,9 +335,9 @@ fn an_error_says_what_came_of_it_and_the_way_out() {
     let error = space.insert(region(4)).unwrap_err();
     assert_eq!(
         chain(&error),
-        "nothing was changed, but \"c\" is stale: listener \"c\" is away and cannot be told of the \
-         region 0x400000..=0x4fffff (1 MiB), connect it anew (AddressSpace::reconnect), detach it, \
-         or attach it without requiring it (AddressSpace::attach): it died"
+        "nothing was changed, but \"c\" is stale: listener \"c\" is away and cannot be told of \
+         the region 0x400000..=0x4fffff (1 MiB), connect it anew (AddressSpace::reconnect), \
+         detach it, or attach it without requiring it (AddressSpace::attach): it died"
     );
     let error = space.remove((GuestAddress(64 * MIB), MIB)).unwrap_err();
     assert!(
