@@ -74,8 +74,8 @@ pub enum BuildNote {
 }
 
 impl BuildReport {
-    /// The notes, in the order of the backings, each with the name of the backing that it is about,
-    /// or its kind if it has none. There are none if everything is as asked for.
+    /// The notes, in the order of the backings, each with the name of the backing that it is
+    /// about, or its kind if it has none. There are none if everything is as asked for.
     pub fn notes(&self) -> impl Iterator<Item = (&str, &BuildNote)> {
         let lines = self.lines.iter();
         lines.map(|line| (line.backing.as_str(), &line.note))
@@ -95,7 +95,7 @@ impl BuildReport {
     }
 }
 
-/// Logs notes as warnings; whoever finds them does.
+/// Logs notes as warnings, where they are found.
 pub(crate) fn log_notes(backing: &str, notes: &[BuildNote]) {
     for note in notes {
         logs::warn!("{backing}: {note}");

@@ -185,7 +185,7 @@ fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
     }
     check_read_write(file)?;
     let (kind, page_size) = file_system(file, policy)?;
-    // Before the seals, so that a refused file is not sealed; and once more behind them, because
+    // Before the seals, so that a refused file is not sealed; and once more after them, because
     // its owner could change its length until then, and a length that is not true is SIGBUS.
     check_len(found.len(), page_size, policy)?;
     let seals = check_seals(file, policy.seals)?;

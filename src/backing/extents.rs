@@ -1,7 +1,7 @@
 //! Which parts of a backing are allocated.
 //!
-//! On a tmpfs cachestat(2) counts the pages of a range. lseek(2), which other files are asked with,
-//! would take those for holes that were allocated by fallocate(2) and not touched yet
+//! On a tmpfs cachestat(2) counts the pages of a range. lseek(2), which other files are asked
+//! with, would take those for holes that were allocated by fallocate(2) and not touched yet
 //! ([`Populate::Allocate`](crate::Populate::Allocate)), and would walk over all of them each time.
 
 use std::fs::File;
@@ -149,20 +149,20 @@ impl ShmBacking {
     fn skip_hole(&self, mut at: u64, steps: &Steps) -> io::Result<u64> {
         let (step, end) = (steps.step, steps.range.end);
         let mut window = step;
-        let mut behind = at;
+        let mut past = at;
         while at < end {
-            behind = at.saturating_add(window).min(end);
-            if self.count_in(at..behind)? > 0 {
+            past = at.saturating_add(window).min(end);
+            if self.count_in(at..past)? > 0 {
                 break;
             }
-            at = behind;
+            at = past;
             window = window.saturating_mul(2);
         }
-        // It is in at..behind.
-        while behind - at > step {
-            let middle = steps.down(at + (behind - at) / 2).max(at + step);
+        // It is in at..past.
+        while past - at > step {
+            let middle = steps.down(at + (past - at) / 2).max(at + step);
             if self.count_in(at..middle)? > 0 {
-                behind = middle;
+                past = middle;
             } else {
                 at = middle;
             }

@@ -104,7 +104,7 @@ mod tests {
         };
         drop(end(Undo::Remove(path.clone())));
         assert!(!path.exists());
-        // Somebody put another file there meanwhile.
+        // Another file took its place meanwhile.
         let ours = end(Undo::Remove(path.clone()));
         fs::remove_file(&path).unwrap();
         fs::write(&path, "theirs").unwrap();

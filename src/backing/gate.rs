@@ -26,8 +26,8 @@ pub(crate) struct Closed {
 impl DiscardGate {
     /// Lets a discard in, or says by how many the gate is held closed.
     ///
-    /// Whoever needs several gates enters them in the order of [`place`](Self::place), each once:
-    /// a gate that somebody waits to close lets nobody in any more, so two discards that enter
+    /// Several gates are entered in the order of [`place`](Self::place), each once: a gate that a
+    /// thread waits to close lets no other in any more, so two discards that enter
     /// two gates in opposite order would wait for each other.
     pub(crate) fn enter(&self) -> std::result::Result<Passage<'_>, usize> {
         let holders = self.holders.read().unwrap_or_else(PoisonError::into_inner);
@@ -37,7 +37,7 @@ impl DiscardGate {
         }
     }
 
-    /// Closes the gate; when this returns, no discard is behind it, and none gets in.
+    /// Closes the gate; when this returns, no discard runs, and none begins.
     ///
     /// The caller must not wait for another gate with this lock held, and does not: it is let go
     /// of at once, and the count keeps the gate closed.

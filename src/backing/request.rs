@@ -51,15 +51,14 @@ pub(crate) struct Provisional {
 impl ShmBacking {
     /// Creates a backing for `len` bytes of RAM; no page of it is allocated.
     ///
-    /// The options hold for every region on it: transparent huge pages and core dumps too.
-    /// A memfd is sealed against any change of its size before this returns. In a
-    /// [`BackingSource::File`] the RAM is past [`RamOptions::offset`], from [`start`](Self::start) to
-    /// [`end`](Self::end).
+    /// The options hold for every region on it: transparent huge pages and core dumps too. A memfd
+    /// is sealed against any change of its size before this returns. In a [`BackingSource::File`]
+    /// the RAM is past [`RamOptions::offset`], from [`start`](Self::start) to [`end`](Self::end).
     ///
     /// ```
     /// use guest_memory_shm::{BackingSource, BackingKind, RamOptions, ShmBacking};
     ///
-    /// // A file without a name, for as long as anybody uses it.
+    /// // A file without a name, for as long as it is used.
     /// let options = RamOptions::new().with_backing(BackingSource::File("/dev/shm".into()));
     /// let backing = ShmBacking::create(&options, 1 << 20)?;
     /// assert_eq!(backing.kind(), BackingKind::ShmFile);
@@ -70,11 +69,11 @@ impl ShmBacking {
     ///
     /// [`BackingError::Options`] for those that [`RamOptions::check`] refuses, and a size that is
     /// not `len`; [`BackingError::Length`] and [`BackingError::Range`] for a bad `len`;
-    /// [`BackingError::NoSuchHugePageSize`] and [`BackingError::NoSuchNodes`] for what this machine
-    /// does not have; [`BackingError::Shortage`], [`BackingError::ShmUnavailable`] and
+    /// [`BackingError::NoSuchHugePageSize`] and [`BackingError::NoSuchNodes`] for what this
+    /// machine does not have; [`BackingError::Shortage`], [`BackingError::ShmUnavailable`] and
     /// [`BackingError::ShmNamesTaken`] for the limits of the system; [`BackingError::File`] for a
-    /// file that cannot be used; others if a system call fails. Nothing is left behind: a file that
-    /// was created is removed, one that was empty is empty again.
+    /// file that cannot be used; others if a system call fails. Nothing is left: a file that was
+    /// created is removed, one that was empty is empty again.
     pub fn create(options: &RamOptions, len: u64) -> Result<Self> {
         Resolved::new(options)?.with_len(len)?.create_alone()
     }

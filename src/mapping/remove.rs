@@ -31,8 +31,8 @@ impl Mapping {
         Ok(())
     }
 
-    /// Whether a page at these offsets is locked (mlock(2)): the kernel does not remove such pages.
-    /// The offsets must be multiples of the page size.
+    /// Whether a page at these offsets is locked (mlock(2)): the kernel does not remove such
+    /// pages. The offsets must be multiples of the page size.
     ///
     /// msync(2) with `MS_INVALIDATE` says so, and does nothing else on Linux.
     pub(crate) fn is_locked(&self, range: Range<u64>) -> io::Result<bool> {
@@ -52,7 +52,7 @@ impl Mapping {
 
     /// The host addresses of these byte offsets; none if they are none.
     ///
-    /// Fails for offsets behind the end: what is there belongs to others.
+    /// Fails for offsets past the end: what is there belongs to others.
     pub(super) fn inside(&self, range: Range<u64>) -> io::Result<Option<Span>> {
         if range.start > range.end || range.end > self.len() as u64 {
             return Err(Errno::EINVAL.into());
@@ -69,7 +69,7 @@ mod tests {
     use crate::options::RamOptions;
 
     #[test]
-    fn nothing_behind_the_end_is_touched() {
+    fn nothing_past_the_end_is_touched() {
         let backing = ShmBacking::create(&RamOptions::new(), 8192).unwrap();
         let mapping = Mapping::new(&backing, 0, 8192).unwrap();
         let ends = [(4096, 12288), (8192, 12288), (8192, 4096), (0, u64::MAX)];

@@ -23,8 +23,8 @@ pub(super) struct Reservation {
 }
 
 impl Reservation {
-    /// Reserves room for `size` bytes at a host address congruent with `offset` modulo `modulus`, a
-    /// power of two, and for a guard page on either side.
+    /// Reserves room for `size` bytes at a host address congruent with `offset` modulo `modulus`,
+    /// a power of two, and for a guard page on either side.
     pub(super) fn new(size: u64, offset: u64, modulus: u64) -> Result<Self> {
         let failed = |errno: Errno| MapError::Reserve {
             size,
@@ -36,8 +36,8 @@ impl Reservation {
             .and_then(|room| NonZeroUsize::new(to_usize(room)))
             .ok_or_else(|| failed(Errno::ENOMEM))?;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses, and PROT_NONE
-        // pages cannot be accessed by anybody.
+        // SAFETY: without MAP_FIXED the kernel chooses addresses that nothing uses, and PROT_NONE
+        // pages cannot be accessed at all.
         let answer = unsafe { mmap_anonymous(None, room, ProtFlags::PROT_NONE, flags) };
         let whole = Span {
             start: answer.map_err(failed)?,
@@ -69,9 +69,9 @@ impl Reservation {
         let size = self.ram.len.get() as u64;
         let at = file_offset(backing, offset, size)?;
         let flags = shared_flags(backing) | MapFlags::MAP_FIXED;
-        // SAFETY: MAP_FIXED replaces pages of this reservation only: PROT_NONE pages that nobody
+        // SAFETY: MAP_FIXED replaces pages of this reservation only: PROT_NONE pages that nothing
         // else knows of. The range of the file exists (`check_inside`), so that no access to the
-        // mapping is SIGBUS as long as nobody truncates the file, which seals forbid; that
+        // mapping is SIGBUS as long as no process truncates the file, which seals forbid; that
         // unsealed files can be truncated is documented on `ShmBacking`.
         let answer = unsafe {
             mmap(
@@ -113,8 +113,8 @@ pub(super) fn rehearse(backing: &ShmBacking, offset: u64, size: u64) -> Result<(
     let failed = |errno| map_error(backing, size, errno);
     let len = NonZeroUsize::new(to_usize(size)).ok_or_else(|| failed(Errno::EINVAL))?;
     let access = protection(backing);
-    // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses, and nobody is told
-    // of the mapping.
+    // SAFETY: without MAP_FIXED the kernel chooses addresses that nothing uses, and nothing is
+    // told of the mapping.
     let answer = unsafe { mmap(None, len, access, shared_flags(backing), backing, at) };
     let start = answer.map_err(failed)?;
     Span { start, len }.unmap();
@@ -149,8 +149,8 @@ fn shared_flags(backing: &ShmBacking) -> MapFlags {
 pub(super) fn placement(backing: &ShmBacking, offset: u64, size: u64) -> (u64, u64) {
     let large = large_page(size, backing);
     match backing.map_options().align {
-        // Both are powers of two. Where the offset is no multiple of `align`, the address cannot be
-        // congruent with it.
+        // Both are powers of two. Where the offset is no multiple of `align`, the address cannot
+        // be congruent with it.
         Some(align) if align > 0 && !offset.is_multiple_of(align) => (large.max(align), 0),
         Some(align) => (large.max(align), offset),
         None => (large, offset),

@@ -8,7 +8,8 @@ use nix::sys::mman::munmap;
 
 use crate::logs;
 
-/// Where a mapping is. Safe to have and to pass on; what is there is accessed through raw pointers.
+/// Where a mapping is. Safe to have and to pass on; what is there is accessed through raw
+/// pointers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct HostAddr(NonNull<u8>);
 

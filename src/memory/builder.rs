@@ -26,7 +26,7 @@ const ALL: &str = "all RAM";
 /// let memory = GuestMemoryShm::<()>::builder()
 ///     // One descriptor carries the RAM below and above the hole.
 ///     .add_ram(RamOptions::new(), ram_around_hole(4 << 30, hole)?)
-///     // Another one, which can be truncated by whoever holds it, is for a trusted daemon.
+///     // Another one, which can be truncated by any process that has it, is for a trusted daemon.
 ///     .add_ram(
 ///         RamOptions::new().with_backing(BackingSource::PosixShm),
 ///         [(GuestAddress(1 << 40), 16 << 20)],
@@ -45,8 +45,8 @@ pub struct GuestMemoryShmBuilder<B = ()> {
 /// Which sizes and addresses regions may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sizes {
-    /// Whole pages: whoever builds RAM with options is told at once what memory slots, daemons and
-    /// discards would refuse later.
+    /// Whole pages: RAM that is built with options is refused at once where memory slots, daemons
+    /// and discards would refuse later.
     Pages,
     /// Any, as code expects that was written for vm-memory's type.
     Any,
@@ -109,7 +109,7 @@ impl<B> GuestMemoryShmBuilder<B> {
     ///
     /// Default: `NewBitmap::with_len`. The function is called during [`build`](Self::build), once
     /// for each region, after all is checked and before anything is created. If it panics, so does
-    /// that, and nothing is left behind.
+    /// that, and nothing is left.
     ///
     /// ```
     /// use std::num::NonZeroUsize;

@@ -16,8 +16,8 @@ impl RamOptions {
     /// Checks everything that the options say, each by itself and all together.
     ///
     /// Nothing is created, and the system is asked for nothing: whether there are such huge pages,
-    /// such nodes, such a file and enough room, is found out when RAM is built. Building calls this
-    /// first, and so does reading a string.
+    /// such nodes, such a file and enough room, is found out when RAM is built. Building calls
+    /// this first, and so does reading a string.
     ///
     /// ```
     /// use guest_memory_shm::{OptionsError, Populate, RamOptions, Reserve};
@@ -87,8 +87,8 @@ impl RamOptions {
         OptionsError::NotOfBacking { property, of }
     }
 
-    /// The size of the pages in bytes, as far as it is known: of a hugetlb pool's default size, and
-    /// of a file's pages, only that base pages divide them.
+    /// The size of the pages in bytes, as far as it is known: of a hugetlb pool's default size,
+    /// and of a file's pages, only that base pages divide them.
     fn check_page_size(&self) -> Result<u64> {
         for size in [self.asked_huge_size(), self.unused.hugetlb_size] {
             if let Some(size) = size.filter(|size| !size.is_power_of_two()) {

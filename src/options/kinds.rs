@@ -63,9 +63,10 @@ pub enum PageSize {
     Transparent,
     /// Pages from a hugetlb pool, of this size in bytes, or of the default size if `None`.
     ///
-    /// Only with [`BackingSource::Memfd`] (a [`BackingSource::File`] has the pages of its file system). The
-    /// pool is filled by the administrator (`/proc/sys/vm/nr_hugepages`); the pages are reserved
-    /// when the RAM is mapped, so that touching it never fails, unless [`Reserve::Off`] is set.
+    /// Only with [`BackingSource::Memfd`] (a [`BackingSource::File`] has the pages of its file
+    /// system). The pool is filled by the administrator (`/proc/sys/vm/nr_hugepages`); the pages
+    /// are reserved when the RAM is mapped, so that touching it never fails, unless
+    /// [`Reserve::Off`] is set.
     #[doc(alias = "MFD_HUGETLB")]
     Huge(Option<u64>),
 }
@@ -85,7 +86,8 @@ pub enum PageSize {
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum Sealing {
-    /// Sealed before it is first mapped: nobody can change its size any more (QEMU's `seal=on`).
+    /// Sealed before it is first mapped: no process can change its size any more (QEMU's
+    /// `seal=on`).
     #[default]
     #[doc(alias = "F_ADD_SEALS")]
     Sealed,
@@ -162,9 +164,9 @@ pub enum Populate {
 /// What becomes of populating RAM for which there is not enough memory.
 ///
 /// The kernel refuses nothing by itself: it ends a process (the OOM killer's SIGKILL), this one or
-/// another. So this crate looks at what limits memory before it populates, and again and again while
-/// it does: the control groups of this process (cgroups(7)), the machine (proc_meminfo(5)), and the
-/// NUMA nodes that the pages must come from.
+/// another. So this crate looks at what limits memory before it populates, and again and again
+/// while it does: the control groups of this process (cgroups(7)), the machine (proc_meminfo(5)),
+/// and the NUMA nodes that the pages must come from.
 ///
 /// ```
 /// use guest_memory_shm::{OnShortage, Populate, PopulateOptions, RamOptions};
@@ -209,7 +211,7 @@ pub enum CoreDump {
     Include,
 }
 
-/// Whether a file is RAM, or a ROM that nobody writes.
+/// Whether a file is RAM, or a ROM that no process writes through it.
 ///
 /// ```
 /// use guest_memory_shm::{Access, BackingSource, RamOptions};

@@ -69,15 +69,15 @@ pub use numa::NumaPolicy;
 /// | `on-shortage` | `refuse`, `try-anyway`, which QEMU does not have | [`with_on_shortage`](Self::with_on_shortage) | |
 ///
 /// Switches are `on`, `true`, `yes`, `y` and `off`, `false`, `no`, `n`. Sizes are numbers of bytes
-/// with the suffixes `K`, `M`, `G`, `T`, `P`, `E` for powers of 1024, with a fraction if they have a
-/// suffix (`1.5G`), or hexadecimal without one.
+/// with the suffixes `K`, `M`, `G`, `T`, `P`, `E` for powers of 1024, with a fraction if they have
+/// a suffix (`1.5G`), or hexadecimal without one.
 ///
 /// A whole program that reads and writes such strings: `examples/option_strings.rs`.
 ///
 /// # Serialized
 ///
-/// With the feature `serde` options are a structure with the names of the setters; what is left out
-/// is as in [`new`](Self::new), and a field that is not known is an error. They are not
+/// With the feature `serde` options are a structure with the names of the setters; what is left
+/// out is as in [`new`](Self::new), and a field that is not known is an error. They are not
 /// [checked](Self::check) when they are read.
 ///
 /// ```json
@@ -125,34 +125,52 @@ impl RamOptions {
         Self::default()
     }
 
-    /// Sets a name, which `/proc/PID/maps` shows for a memfd (QEMU's `id`); a general one unless
-    /// set.
+    /// Sets a name (QEMU's `id`); a general one unless set.
     ///
-    /// QEMU's rule holds: it begins with a letter, and has letters, digits, `-`, `.` and `_`.
+    /// It is the name of a memfd (memfd_create(2)), which `/proc/PID/maps` shows as far as the
+    /// kernel takes it, 249 bytes. Reports and stats call every backing by it. QEMU's rule holds:
+    /// it begins with a letter, and has letters, digits, `-`, `.` and `_`.
+    ///
+    /// ```
+    /// use guest_memory_shm::{RamOptions, ShmBacking};
+    ///
+    /// let backing = ShmBacking::create(&RamOptions::new().with_name("ram0"), 1 << 20)?;
+    /// assert_eq!(backing.name(), Some("ram0"));
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
     #[must_use]
     pub fn with_name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Sets the size in bytes (QEMU's `size`).
+    /// Sets the size in bytes (QEMU's `size`); any size unless set.
     ///
     /// The ranges of a region or a memory say how large the RAM is; a size that is set must be
     /// theirs.
+    ///
+    /// ```
+    /// use guest_memory_shm::{RamOptions, ShmBacking};
+    ///
+    /// let options = RamOptions::new().with_size(1 << 20);
+    /// assert!(ShmBacking::create(&options, 1 << 20).is_ok());
+    /// assert!(ShmBacking::create(&options, 2 << 20).is_err());
+    /// ```
     #[must_use]
     pub fn with_size(mut self, size: u64) -> Self {
         self.size = Some(size);
         self
     }
 
-    /// Sets where the object that backs the RAM comes from; a memfd unless set.
+    /// Sets where the object that backs the RAM comes from (memfd_create(2), shm_open(3) or
+    /// open(2)); a memfd unless set.
     #[must_use]
     pub fn with_backing(mut self, backing: BackingSource) -> Self {
         self.backing = backing;
         self
     }
 
-    /// Sets the pages of the RAM; base pages unless set.
+    /// Sets the pages of the RAM (`MFD_HUGETLB`, `MADV_HUGEPAGE`); base pages unless set.
     ///
     /// [`PageSize::Huge`] goes with [`BackingSource::Memfd`] only.
     #[must_use]
@@ -161,23 +179,31 @@ impl RamOptions {
         self
     }
 
-    /// Sets whether the size of a memfd is sealed (QEMU's `seal`); sealed unless set.
+    /// Sets whether the size of a memfd is sealed (`F_ADD_SEALS`, QEMU's `seal`); sealed unless
+    /// set.
+    ///
+    /// Other objects cannot be sealed: [`Sealing::Sealed`] has no effect there, and
+    /// [`Sealing::Unsealed`] is refused.
     #[must_use]
     pub fn with_sealing(mut self, sealing: Sealing) -> Self {
         self.sealing = sealing;
         self
     }
 
-    /// Sets whether what the RAM needs is set aside (QEMU's `reserve`); done, as far as it can be,
-    /// unless set.
+    /// Sets whether what the RAM needs is set aside (`MAP_NORESERVE` if not, QEMU's `reserve`);
+    /// done unless set.
+    ///
+    /// Only huge pages of a pool can be reserved: [`Reserve::On`] has no effect on others, and the
+    /// [report](crate::BuildReport) says so.
     #[must_use]
     pub fn with_reserve(mut self, reserve: Reserve) -> Self {
         self.reserve = Some(reserve);
         self
     }
 
-    /// Sets how much of the RAM exists before it is first used (QEMU's `prealloc`); nothing unless
-    /// set. What there is not enough memory for is [refused](Self::with_on_shortage).
+    /// Sets how much of the RAM exists before it is first used (fallocate(2),
+    /// `MADV_POPULATE_WRITE`, QEMU's `prealloc`); nothing unless set. What there is not enough
+    /// memory for is [refused](Self::with_on_shortage).
     #[must_use]
     pub fn with_populate(mut self, populate: Populate) -> Self {
         self.populate = populate;
@@ -185,62 +211,94 @@ impl RamOptions {
     }
 
     /// Sets how many threads populate (QEMU's `prealloc-threads`); as many as there are CPUs, at
-    /// most one for 64 MiB, unless set.
+    /// most one for 64 MiB, unless set. It has no effect with [`Populate::Lazy`].
+    ///
+    /// ```
+    /// use std::num::NonZeroU32;
+    ///
+    /// use guest_memory_shm::{GuestRegionShm, Populate, RamOptions};
+    /// use vm_memory::GuestAddress;
+    ///
+    /// let options = RamOptions::new()
+    ///     .with_populate(Populate::Prefault)
+    ///     .with_populate_threads(NonZeroU32::MIN);
+    /// let region = GuestRegionShm::<()>::new((GuestAddress(0), 1 << 20), &options)?;
+    /// assert_eq!(region.backing().allocated()?, 1 << 20);
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
     #[must_use]
     pub fn with_populate_threads(mut self, threads: NonZeroU32) -> Self {
         self.populate_threads = Some(threads);
         self
     }
 
-    /// Sets what becomes of populating it if there is not enough memory (`on-shortage` in strings);
-    /// it is refused unless set.
+    /// Sets what becomes of populating it if there is not enough memory (`on-shortage` in
+    /// strings); it is refused unless set. It has no effect with [`Populate::Lazy`], but on huge
+    /// pages of a pool.
     #[must_use]
     pub fn with_on_shortage(mut self, on_shortage: OnShortage) -> Self {
         self.on_shortage = on_shortage;
         self
     }
 
-    /// Sets on which NUMA nodes pages are allocated (QEMU's `policy` and `host-nodes`); the
-    /// default policy unless set.
+    /// Sets on which NUMA nodes pages are allocated (mbind(2), QEMU's `policy` and `host-nodes`);
+    /// the default policy unless set.
+    ///
+    /// It has no effect on a machine with one node, which the [report](crate::BuildReport) says.
     #[must_use]
     pub fn with_numa(mut self, numa: NumaPolicy) -> Self {
         self.numa = numa;
         self
     }
 
-    /// Sets whether core dumps of this process hold the RAM (QEMU's `dump`); left out unless set.
+    /// Sets whether core dumps of this process hold the RAM (`MADV_DONTDUMP` if not, QEMU's
+    /// `dump`); left out unless set.
     #[must_use]
     pub fn with_core_dump(mut self, core_dump: CoreDump) -> Self {
         self.core_dump = core_dump;
         self
     }
 
-    /// Sets a power of two, in bytes, that the host address of a [`BackingSource::File`] is a multiple of
-    /// (QEMU's `align`); what suits huge pages unless set.
+    /// Sets a power of two, in bytes, that the host address of a [`BackingSource::File`] is a
+    /// multiple of (QEMU's `align`); what suits huge pages unless set, or if it is 0.
+    ///
+    /// ```
+    /// use guest_memory_shm::{BackingSource, GuestRegionShm, RamOptions};
+    /// use vm_memory::GuestAddress;
+    ///
+    /// let options = RamOptions::new()
+    ///     .with_backing(BackingSource::File("/dev/shm".into()))
+    ///     .with_align(1 << 30);
+    /// let region = GuestRegionShm::<()>::new((GuestAddress(0), 1 << 20), &options)?;
+    /// assert_eq!(region.as_ptr().addr() % (1 << 30), 0);
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
     #[must_use]
     pub fn with_align(mut self, align: u64) -> Self {
         self.align = Some(align);
         self
     }
 
-    /// Sets where in a [`BackingSource::File`] the RAM starts, in bytes (QEMU's `offset`); at its start
-    /// unless set.
+    /// Sets where in a [`BackingSource::File`] the RAM starts, in bytes (the offset of mmap(2),
+    /// QEMU's `offset`); at its start unless set.
+    ///
+    /// An example is at [`ShmBacking::size`](crate::ShmBacking::size).
     #[must_use]
     pub fn with_offset(mut self, offset: u64) -> Self {
         self.offset = offset;
         self
     }
 
-    /// Sets whether a [`BackingSource::File`] is RAM or a ROM (QEMU's `readonly` and `rom`); RAM unless
-    /// set.
+    /// Sets whether a [`BackingSource::File`] is RAM or a ROM (`O_RDONLY` and `PROT_READ`, QEMU's
+    /// `readonly` and `rom`); RAM unless set.
     #[must_use]
     pub fn with_access(mut self, access: Access) -> Self {
         self.access = access;
         self
     }
 
-    /// Sets what becomes of the contents of a [`BackingSource::File`] at the end (QEMU's
-    /// `discard-data`); they are kept unless set.
+    /// Sets what becomes of the contents of a [`BackingSource::File`] at the end
+    /// (`FALLOC_FL_PUNCH_HOLE` of fallocate(2), QEMU's `discard-data`); they are kept unless set.
     #[must_use]
     pub fn with_discard_data(mut self, discard_data: DiscardData) -> Self {
         self.discard_data = discard_data;
@@ -302,8 +360,8 @@ impl RamOptions {
         self.core_dump
     }
 
-    /// Whether equal pages are to be merged, if a string says so. The kernel does that with private
-    /// pages only (KSM), so that it has no effect.
+    /// Whether equal pages are to be merged, if a string says so. The kernel does that with
+    /// private pages only (KSM), so that it has no effect.
     pub fn merge(&self) -> Option<bool> {
         self.unused.merge
     }

@@ -221,7 +221,7 @@ impl Reader<'_> {
             let (first, last) = values::range(text).ok_or_else(refused)?;
             let last = u32::try_from(last).map_err(|_| refused())?;
             let first = u32::try_from(first).map_err(|_| refused())?;
-            // The first that there is not ends it: a range is not walked for ever.
+            // The first that there is not ends it: a wide range is not walked.
             for node in first..=last {
                 if !nodes.insert(node) {
                     return Err(OptionsError::NodeNumber { node });

@@ -1,4 +1,5 @@
-//! The values of properties: sizes, numbers, switches and node numbers, in all of QEMU's spellings.
+//! The values of properties: sizes, numbers, switches and node numbers, in all of QEMU's
+//! spellings.
 
 /// A number of bytes: `4096`, `64M`, `1.5G`, `0x1000`.
 ///
@@ -112,7 +113,7 @@ fn unit(suffix: &str) -> Option<u64> {
 
 /// The decimal fraction `0.digits` of `unit`, rounded to the nearest.
 fn part_of(digits: &str, unit: u64) -> u64 {
-    // Units have at most 61 bits and 10^20 has 67: the product fits. Digits behind the twentieth
+    // Units have at most 61 bits and 10^20 has 67: the product fits. Digits after the twentieth
     // are worth less than a thousandth of a byte of the largest unit.
     const DIGITS: usize = 20;
     const ONE: u128 = 10u128.pow(20);
