@@ -17,7 +17,7 @@ use super::error::{BackingError, Result};
 use super::kind::BackingKind;
 
 /// How many names are tried: a name can be left by a process that was killed between two system
-/// calls and whose pid came round again, or be squatted.
+/// calls and whose pid was reused, or by another user's on purpose.
 const NAMES: usize = 128;
 
 /// A nameless POSIX shared memory object of `len` bytes.

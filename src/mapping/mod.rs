@@ -44,7 +44,7 @@ pub(crate) struct Mapping {
     place: Reservation,
     /// Whether it is mapped by transparent huge pages, but for parts of it.
     is_huge: bool,
-    /// What the kernel does not do that was asked for.
+    /// What was asked for and the kernel does not do.
     notes: Vec<BuildNote>,
 }
 
@@ -104,7 +104,7 @@ impl Mapping {
         self.ram().len.get()
     }
 
-    /// What the kernel does not do that was asked for.
+    /// What was asked for and the kernel does not do.
     pub(crate) fn notes(&self) -> &[BuildNote] {
         &self.notes
     }
@@ -116,8 +116,8 @@ impl Mapping {
 
     fn advise(&mut self, backing: &ShmBacking, offset: u64) {
         let options = backing.map_options();
-        // Advice that the kernel does not know (it may be built without the feature) is no reason
-        // to do without RAM.
+        // Advice that the kernel does not know (it may be built without the feature) is no reason to
+        // fail.
         if options.core_dump == CoreDump::Exclude
             && let Err(errno) = self.advise_one(MmapAdvise::MADV_DONTDUMP)
         {
@@ -131,7 +131,7 @@ impl Mapping {
                     errno: errno as i32,
                 }),
             };
-            // A few parts that are not aligned do not keep the others from being huge.
+            // A few parts that are not aligned do not stop the others from being huge.
             self.is_huge = matches!(obstacle, None | Some(ThpObstacle::Alignment { .. }));
             self.notes.extend(obstacle.map(BuildNote::NotHuge));
         }

@@ -36,8 +36,8 @@ impl Reservation {
             .and_then(|room| NonZeroUsize::new(to_usize(room)))
             .ok_or_else(|| failed(Errno::ENOMEM))?;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: without MAP_FIXED the kernel chooses addresses that nothing uses, and PROT_NONE
-        // pages cannot be accessed at all.
+        // SAFETY: without MAP_FIXED the kernel chooses unused addresses, and PROT_NONE pages
+        // cannot be accessed at all.
         let answer = unsafe { mmap_anonymous(None, room, ProtFlags::PROT_NONE, flags) };
         let whole = Span {
             start: answer.map_err(failed)?,
@@ -104,17 +104,17 @@ impl Reservation {
 /// Maps a part of a backing anywhere, and unmaps it again, to learn whether it can be mapped.
 ///
 /// MAP_FIXED takes away what was there before it asks the file, and does not put it back when the
-/// file's answer is no, as that of a short hugetlb pool: then there is a hole in the reservation,
+/// file refuses, for example because a hugetlb pool is short: then the reservation has a hole,
 /// another thread may map something into it, and giving the reservation back would unmap that.
-/// Where the file says yes now, it says so then too: the huge pages are promised to the inode, and
-/// stay promised. A tmpfs never says no.
+/// Where the file agrees now, it agrees then too: the huge pages are reserved for the inode, and
+/// stay reserved. A tmpfs never refuses.
 pub(super) fn rehearse(backing: &ShmBacking, offset: u64, size: u64) -> Result<()> {
     let at = file_offset(backing, offset, size)?;
     let failed = |errno| map_error(backing, size, errno);
     let len = NonZeroUsize::new(to_usize(size)).ok_or_else(|| failed(Errno::EINVAL))?;
     let access = protection(backing);
-    // SAFETY: without MAP_FIXED the kernel chooses addresses that nothing uses, and nothing is
-    // told of the mapping.
+    // SAFETY: without MAP_FIXED the kernel chooses unused addresses, and nothing is told of the
+    // mapping.
     let answer = unsafe { mmap(None, len, access, shared_flags(backing), backing, at) };
     let start = answer.map_err(failed)?;
     Span { start, len }.unmap();
@@ -183,7 +183,7 @@ fn map_error(backing: &ShmBacking, size: u64, errno: Errno) -> MapError {
     }
     let source = io::Error::from(errno);
     match errno {
-        // These are answers of the file, not of the address space.
+        // These errors are the file's, not the address space's.
         Errno::ENODEV | Errno::EINVAL | Errno::EACCES | Errno::EPERM => {
             MapError::NotShareable { size, source }
         }

@@ -53,8 +53,8 @@ impl Mapping {
     /// The byte offsets in the mapping of the pages of a hugetlb backing that this process has
     /// mapped, in order (mincore(2)). `page_size` is that of the backing.
     ///
-    /// Pages that exist, but were only touched by other processes, are not among them, and none is
-    /// where a filter forbids the call. (For a tmpfs mincore would name them too.)
+    /// Pages that only other processes have touched are not among them, and none is where a filter
+    /// forbids the call. (For a tmpfs mincore would name them too.)
     pub(crate) fn mapped(&self, page_size: u64) -> io::Result<RangeSet> {
         let base = base_page_size();
         let window = WINDOW.max(page_size).min(self.len() as u64);
@@ -64,7 +64,7 @@ impl Mapping {
             let len = window.min(self.len() as u64 - from);
             let span = self.ram().part(to_usize(from), to_usize(len));
             match mincore(span, &mut answer) {
-                // By a filter: then it cannot be told of any page.
+                // A filter forbids it: nothing is known of any page then.
                 Err(error) if was_refused(&error) => return Ok(RangeSet::default()),
                 done => done?,
             }
@@ -84,7 +84,7 @@ impl Mapping {
     }
 
     /// How many bytes of a part of it this process has mapped, in whatever way; none if that
-    /// cannot be told, as above.
+    /// cannot be known, as above.
     pub(crate) fn mapped_in(&self, range: Range<u64>) -> io::Result<Option<u64>> {
         self.bytes_that_are(PAGE_IS_PRESENT, range)
     }

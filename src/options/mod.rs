@@ -1,4 +1,4 @@
-//! What RAM is asked for: [`RamOptions`] and its parts.
+//! The RAM that is asked for: [`RamOptions`] and its parts.
 
 use std::num::NonZeroU32;
 
@@ -20,7 +20,9 @@ pub use numa::NumaPolicy;
 /// same options can be read from and written in the syntax of QEMU's `-object`:
 ///
 /// ```
-/// use guest_memory_shm::{BackingSource, CoreDump, GuestMemoryShm, PageSize, Populate, RamOptions};
+/// use guest_memory_shm::{
+///     BackingSource, CoreDump, GuestMemoryShm, PageSize, Populate, RamOptions,
+/// };
 /// use vm_memory::GuestAddress;
 ///
 /// let options = RamOptions::new()
@@ -38,8 +40,8 @@ pub use numa::NumaPolicy;
 ///
 /// A string begins with `memory-backend-memfd`, `memory-backend-shm` or `memory-backend-file` (or
 /// has it anywhere as `qom-type=`), and goes on with properties, `key=value` or the switches `key`
-/// and `nokey`, separated by commas; a comma in a value is doubled. Of a property that is there
-/// several times the last counts, of `id` the first, of `host-nodes` all. JSON is not read.
+/// and `nokey`, separated by commas; a comma in a value is doubled. Of a property given several
+/// times the last counts, of `id` the first, of `host-nodes` all. JSON is not read.
 ///
 /// | property | value | typed | where |
 /// |---|---|---|---|
@@ -105,7 +107,7 @@ pub struct RamOptions {
     unused: Unused,
 }
 
-/// Properties of QEMU's that are accepted and mean nothing here, kept to be reported and written
+/// Properties of QEMU that are accepted and mean nothing here, kept to be reported and written
 /// back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -201,9 +203,9 @@ impl RamOptions {
         self
     }
 
-    /// Sets how much of the RAM exists before it is first used (fallocate(2),
-    /// `MADV_POPULATE_WRITE`, QEMU's `prealloc`); nothing unless set. What there is not enough
-    /// memory for is [refused](Self::with_on_shortage).
+    /// Sets how much of the RAM is allocated before it is first used (fallocate(2),
+    /// `MADV_POPULATE_WRITE`, QEMU's `prealloc`); nothing unless set. What exceeds the memory is
+    /// [refused](Self::with_on_shortage).
     #[must_use]
     pub fn with_populate(mut self, populate: Populate) -> Self {
         self.populate = populate;
@@ -232,8 +234,8 @@ impl RamOptions {
         self
     }
 
-    /// Sets what becomes of populating it if there is not enough memory (`on-shortage` in
-    /// strings); it is refused unless set. It has no effect with [`Populate::Lazy`], but on huge
+    /// Sets what happens if there is not enough memory to populate it (`on-shortage` in strings);
+    /// populating is refused unless set. It has no effect with [`Populate::Lazy`], but on huge
     /// pages of a pool.
     #[must_use]
     pub fn with_on_shortage(mut self, on_shortage: OnShortage) -> Self {
@@ -335,7 +337,7 @@ impl RamOptions {
         self.reserve
     }
 
-    /// How much of the RAM exists before it is first used.
+    /// How much of the RAM is allocated before it is first used.
     pub fn populate(&self) -> Populate {
         self.populate
     }
@@ -345,7 +347,7 @@ impl RamOptions {
         self.populate_threads
     }
 
-    /// What becomes of populating it if there is not enough memory.
+    /// What happens if there is not enough memory to populate it.
     pub fn on_shortage(&self) -> OnShortage {
         self.on_shortage
     }
@@ -386,12 +388,12 @@ impl RamOptions {
         self.discard_data
     }
 
-    /// What is set and means nothing here.
+    /// Properties that are set and mean nothing here.
     pub(crate) fn unused(&self) -> &Unused {
         &self.unused
     }
 
-    /// Whether nothing of the RAM is to exist before it is used.
+    /// Whether no page is to be allocated before it is used.
     pub(crate) fn is_lazy(&self) -> bool {
         self.populate == Populate::Lazy
     }

@@ -37,7 +37,7 @@ impl<'a> Pairs<'a> {
         Self { pairs }
     }
 
-    /// The keys, in order, as often as they are there.
+    /// The keys, in order and with repetitions.
     pub(super) fn keys(&self) -> impl Iterator<Item = &'a str> {
         self.pairs.iter().map(|(key, _)| *key)
     }
@@ -54,8 +54,7 @@ impl<'a> Pairs<'a> {
     }
 }
 
-/// The value at the start of `text`, with its commas single, and what is after the comma that ends
-/// it.
+/// The value at the start of `text`, with its commas single, and what follows the comma after it.
 fn read_value(text: &str) -> (String, &str) {
     let mut value = String::new();
     let mut rest = text;

@@ -10,7 +10,8 @@ use crate::options::{
     Reserve, Sealing,
 };
 
-/// As QEMU's `-object` takes them, or nearly: `memory-backend-memfd,size=64M,dump=off`.
+/// As QEMU's `-object` takes them, but for this crate's own properties:
+/// `memory-backend-memfd,size=64M,dump=off`.
 ///
 /// What is written can be [read](RamOptions#impl-FromStr-for-RamOptions) again and gives the same
 /// options, if they are [valid](RamOptions::check) and have a size, which QEMU demands and typed
