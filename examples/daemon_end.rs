@@ -1,12 +1,12 @@
-//! A daemon's end: vhost's handler of requests on `receive`, which checks and maps the memory table
-//! of a frontend. That one is in the same process here, so that the example runs by itself.
+//! A daemon's end: vhost's handler of requests on `receive`, which checks and maps the memory
+//! table of a frontend. That one is in the same process here, so that the example runs by itself.
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use guest_memory_shm::receive::{ReceivePolicy, ReceivedTable};
-use guest_memory_shm::{AdoptPolicy, GuestMemoryShm, SealPolicy, VhostUserShare};
+use guest_memory_shm::{AdoptPolicy, GuestMemoryShm, VhostUserShare};
 use not_offered::not_offered;
 use vhost::vhost_user::{
     self, BackendReqHandler, Frontend, VhostUserProtocolFeatures as Features, message,
@@ -36,7 +36,7 @@ impl vhost_user::VhostUserBackendReqHandlerMut for Daemon {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // A file that the frontend can truncate is not mapped: touching it could be SIGBUS.
-    let sealed = AdoptPolicy::new().with_seals(SealPolicy::Require);
+    let sealed = AdoptPolicy::new().with_required_seals();
     let table = ReceivedTable::new(ReceivePolicy::new().with_descriptors(sealed));
     let daemon = Arc::new(Mutex::new(Daemon(table)));
     let (ours, theirs) = UnixStream::pair()?;

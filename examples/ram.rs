@@ -2,13 +2,13 @@
 
 use std::error::Error;
 
-use guest_memory_shm::{GuestMemoryShm, GuestRange, Merge, RamOptions, ram_around_hole};
+use guest_memory_shm::{GuestMemoryShm, GuestRange, RamOptions, Reserve, ram_around_hole};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 fn main() -> Result<(), Box<dyn Error>> {
     // 4 GiB around a PCI hole. It takes no memory yet: pages come when they are touched.
     let pci_hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
-    let options = RamOptions::new().with_name("ram").with_merge(Merge::On);
+    let options = RamOptions::new().with_name("ram").with_reserve(Reserve::On);
     let (memory, report) = GuestMemoryShm::<()>::builder()
         .add_ram(options, ram_around_hole(4 << 30, pci_hole)?)
         .build_with_report()?;

@@ -1,121 +1,84 @@
-//! What building has to say: options that have no effect here, and limits that are near.
+//! What building reports: options that have no effect here, and limits that are near.
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
 
+use crate::host::transparent::ThpObstacle;
 use crate::logs;
 use crate::options::NumaPolicy;
 use crate::shortage::{ResourceLimit, Shortage};
 use crate::units::HumanSize;
 
-/// What building found out about RAM that the one who asked for it should know.
+/// What building found out about the RAM, apart from errors.
 ///
 /// Nothing in it is an error: the RAM is there. `Display` prints a line for each note.
 ///
 /// ```
-/// use guest_memory_shm::{GuestMemoryShm, Merge, Note, RamOptions};
+/// use guest_memory_shm::{BuildNote, GuestMemoryShm, RamOptions, Reserve};
 /// use vm_memory::GuestAddress;
 ///
 /// let (memory, report) = GuestMemoryShm::<()>::builder()
-///     .add_ram(RamOptions::new().with_merge(Merge::On), [(GuestAddress(0), 1 << 20)])
+///     .add_ram(RamOptions::new().with_reserve(Reserve::On), [(GuestAddress(0), 1 << 20)])
 ///     .build_with_report()?;
-/// assert!(matches!(report.lines()[0].note(), Note::Merge));
+/// let notes: Vec<_> = report.notes().collect();
+/// assert_eq!(notes, [("memfd", &BuildNote::Reserve)]);
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(transparent))]
 pub struct BuildReport {
-    lines: Vec<ReportLine>,
+    lines: Vec<Line>,
 }
 
 /// A note, and the backing that it is about.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
-pub struct ReportLine {
+struct Line {
     backing: String,
-    note: Note,
+    note: BuildNote,
 }
 
-/// Something about RAM that is not as its options may let expect.
-#[derive(Clone, Debug)]
+/// Something about RAM that its options may not lead one to expect.
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Note {
+pub enum BuildNote {
     /// `merge=on`: the kernel merges private pages only (KSM).
     Merge,
     /// `reserve=on`: only huge pages of a pool are reserved when they are mapped.
     Reserve,
     /// Transparent huge pages were asked for, and will not come.
-    NotHuge(NotHuge),
+    NotHuge(ThpObstacle),
     /// A NUMA policy where there is nothing to choose.
+    #[non_exhaustive]
     OneNode {
         /// The policy.
         policy: NumaPolicy,
     },
     /// `hugetlbsize` without `hugetlb=on`.
+    #[non_exhaustive]
     HugetlbSize {
         /// The size in bytes.
         size: u64,
     },
     /// `x-use-canonical-path-for-ramblock-id`: there are no RAM block ids here.
     CanonicalPath,
-    /// The kernel does not take advice about the mapping.
-    Advice {
-        /// What it does not do.
-        meaning: &'static str,
+    /// Core dumps were to leave the RAM out, and the kernel refuses that (`MADV_DONTDUMP`).
+    #[non_exhaustive]
+    InCoreDumps {
         /// Its answer.
-        source: Arc<io::Error>,
+        errno: i32,
     },
-    /// A limit is too small for all of the RAM: one day it may not be had.
+    /// A limit is too small for all of the RAM: some of it may not be had one day.
     Shortage(Shortage),
 }
 
-/// Why RAM is not mapped by transparent huge pages.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum NotHuge {
-    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` forbids it.
-    Switch {
-        /// What it is set to.
-        value: String,
-    },
-    /// The tmpfs is mounted without the option `huge=`, or with one that forbids it.
-    MountOption {
-        /// Where it is mounted.
-        mount: String,
-        /// The option, `never` if there is none.
-        value: String,
-    },
-    /// The kernel has no transparent huge pages.
-    Kernel,
-    /// They are switched off for this process (`PR_SET_THP_DISABLE`, prctl(2)).
-    Process,
-    /// The RAM is smaller than a huge page.
-    Size {
-        /// The size of the RAM in bytes.
-        size: u64,
-        /// The size of a huge page in bytes.
-        huge: u64,
-    },
-    /// The host address and the offset are not congruent modulo the size of a huge page, or the
-    /// RAM has parts at its ends that are not whole huge pages.
-    Alignment {
-        /// The offset in the backing, in bytes.
-        offset: u64,
-        /// The size of the RAM in bytes.
-        size: u64,
-        /// The size of a huge page in bytes.
-        huge: u64,
-    },
-    /// Files on this file system have no transparent huge pages.
-    FileSystem,
-}
-
 impl BuildReport {
-    /// The notes, in the order of the backings; none if everything is as asked for.
-    pub fn lines(&self) -> &[ReportLine] {
-        &self.lines
+    /// The notes, in the order of the backings, each with the name of the backing that it is
+    /// about, or its kind if it has none. There are none if everything is as asked for.
+    pub fn notes(&self) -> impl Iterator<Item = (&str, &BuildNote)> {
+        let lines = self.lines.iter();
+        lines.map(|line| (line.backing.as_str(), &line.note))
     }
 
     /// Whether everything is as asked for.
@@ -124,34 +87,22 @@ impl BuildReport {
     }
 
     /// Adds notes about a backing.
-    pub(crate) fn add(&mut self, backing: &str, notes: impl IntoIterator<Item = Note>) {
-        self.lines.extend(notes.into_iter().map(|note| ReportLine {
+    pub(crate) fn add(&mut self, backing: &str, notes: impl IntoIterator<Item = BuildNote>) {
+        self.lines.extend(notes.into_iter().map(|note| Line {
             backing: backing.to_owned(),
             note,
         }));
     }
 }
 
-/// Logs notes as warnings; whoever finds them does.
-pub(crate) fn log_notes(backing: &str, notes: &[Note]) {
+/// Logs notes as warnings, where they are found.
+pub(crate) fn log_notes(backing: &str, notes: &[BuildNote]) {
     for note in notes {
         logs::warn!("{backing}: {note}");
     }
 }
 
-impl ReportLine {
-    /// The name of the backing, or its kind if it has none.
-    pub fn backing(&self) -> &str {
-        &self.backing
-    }
-
-    /// What is to be known about it.
-    pub fn note(&self) -> &Note {
-        &self.note
-    }
-}
-
-impl Note {
+impl BuildNote {
     /// The property of QEMU's `-object` that has no effect, if the note is about one.
     pub fn property(&self) -> Option<&'static str> {
         match self {
@@ -161,41 +112,46 @@ impl Note {
             Self::OneNode { .. } => Some("policy"),
             Self::HugetlbSize { .. } => Some("hugetlbsize"),
             Self::CanonicalPath => Some("x-use-canonical-path-for-ramblock-id"),
-            Self::Advice { .. } | Self::Shortage(_) => None,
+            Self::InCoreDumps { .. } => Some("dump"),
+            Self::Shortage(_) => None,
         }
     }
 }
 
 impl fmt::Display for BuildReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (at, line) in self.lines.iter().enumerate() {
+        for (at, (backing, note)) in self.notes().enumerate() {
             let end = if at == 0 { "" } else { "\n" };
-            write!(f, "{end}{line}")?;
+            write!(f, "{end}{backing}: {note}")?;
         }
         Ok(())
     }
 }
 
-impl fmt::Display for ReportLine {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.backing, self.note)
+/// Its [property](BuildNote::property), and the text for people.
+#[cfg(feature = "serde")]
+impl serde::Serialize for BuildNote {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeStruct;
+
+        let mut note = serializer.serialize_struct("BuildNote", 2)?;
+        note.serialize_field("property", &self.property())?;
+        note.serialize_field("text", &self.to_string())?;
+        note.end()
     }
 }
 
-#[cfg(feature = "serde")]
-crate::units::serialized_as_text!(Note);
-
-impl fmt::Display for Note {
+impl fmt::Display for BuildNote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Merge => f.write_str(
                 "merge=on has no effect: the kernel merges private pages only, never shared ones",
             ),
             Self::Reserve => f.write_str(
-                "reserve=on reserves nothing here: only huge pages of a pool are reserved; populate \
-                 the RAM to be sure of it",
+                "reserve=on reserves nothing here: only huge pages of a pool are reserved; \
+                 populate the RAM to be sure of it",
             ),
-            Self::NotHuge(why @ NotHuge::Alignment { .. }) => {
+            Self::NotHuge(why @ ThpObstacle::Alignment { .. }) => {
                 write!(f, "not all of it can be transparent huge pages: {why}")
             }
             Self::NotHuge(why) => write!(f, "transparent huge pages will not come: {why}"),
@@ -213,9 +169,11 @@ impl fmt::Display for Note {
             Self::CanonicalPath => f.write_str(
                 "x-use-canonical-path-for-ramblock-id has no effect: there are no RAM block ids",
             ),
-            Self::Advice { meaning, source } => {
-                write!(f, "the kernel does not {meaning}: {source}")
-            }
+            Self::InCoreDumps { errno } => write!(
+                f,
+                "the kernel does not leave the RAM out of core dumps: {}",
+                io::Error::from_raw_os_error(*errno)
+            ),
             Self::Shortage(shortage) => match shortage.limit {
                 ResourceLimit::FileSystem { .. } => write!(
                     f,
@@ -228,38 +186,6 @@ impl fmt::Display for Note {
                     shortage.fact()
                 ),
             },
-        }
-    }
-}
-
-impl fmt::Display for NotHuge {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Switch { value } => write!(
-                f,
-                "/sys/kernel/mm/transparent_hugepage/shmem_enabled is {value}, set it to advise"
-            ),
-            Self::MountOption { mount, value } => write!(
-                f,
-                "{mount} is mounted with huge={value}, remount it with huge=advise"
-            ),
-            Self::Kernel => f.write_str("this kernel has none"),
-            Self::Process => {
-                f.write_str("they are switched off for this process (PR_SET_THP_DISABLE)")
-            }
-            Self::Size { size, huge } => write!(
-                f,
-                "{} of RAM are less than a huge page of {}",
-                HumanSize(*size),
-                HumanSize(*huge)
-            ),
-            Self::Alignment { offset, size, huge } => write!(
-                f,
-                "{} at offset {offset:#x} begin or end inside a huge page of {}",
-                HumanSize(*size),
-                HumanSize(*huge)
-            ),
-            Self::FileSystem => f.write_str("files on this file system have none"),
         }
     }
 }

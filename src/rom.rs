@@ -1,16 +1,18 @@
-//! ROMs: files that the guest reads and nobody writes, placed at a guest address.
+//! ROMs: files that the guest reads and does not write, placed at a guest address.
 
 use std::fmt;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 
+#[cfg(doc)]
+use crate::backing::{BackingError, FileError};
 use crate::backing::{Resolved, ShmBacking};
-use crate::error::{FileError, Result};
 #[cfg(feature = "kvm")]
 use crate::mapping::HostAddr;
 use crate::mapping::Mapping;
 use crate::options::{Access, BackingSource, RamOptions};
 use crate::range::{GuestRange, InvalidRange};
+use crate::region::{MemoryError, Result};
 
 /// A file mapped for reading only (`PROT_READ`, `MAP_SHARED`), for firmware and the like: QEMU's
 /// `memory-backend-file` with `readonly=on,rom=on`.
@@ -19,9 +21,9 @@ use crate::range::{GuestRange, InvalidRange};
 /// may write: the VMM's devices would die of SIGSEGV, and daemons could not map the descriptor.
 /// A hypervisor maps it as a read-only memory slot, for example KVM's with `KVM_MEM_READONLY`.
 ///
-/// The file stays what it is: what another process writes to it is seen by the guest, and when
-/// somebody truncates it, the guest's next access is SIGBUS in the VMM. Like a region it lies
-/// between two guard pages.
+/// The file stays what it is: what another process writes to it is seen by the guest, and when one
+/// truncates it, the guest's next access is SIGBUS in the VMM. Like a region it lies between two
+/// guard pages.
 ///
 /// ```
 /// use guest_memory_shm::{Access, BackingSource, GuestRom, RamOptions};
@@ -55,19 +57,18 @@ impl GuestRom {
     ///
     /// # Errors
     ///
-    /// [`FileError::WritableRom`] unless the options are those of a [`BackingSource::File`] with
+    /// [`MemoryError::WritableRom`] unless the options are those of a [`BackingSource::File`] with
     /// [`Access::ReadOnly`]; [`FileError::NothingToRead`] and [`FileError::TooShort`] for a file
-    /// without the contents; [`Error::Range`](crate::Error::Range) for a bad place;
-    /// those of
-    /// [`ShmBacking::create`]; and [`Error::Map`](crate::Error::Map). Nothing is left behind, and
-    /// no file is created.
+    /// without the contents; [`MemoryError::Range`] for a bad place; those of
+    /// [`ShmBacking::create`]; and [`MemoryError::Map`]. Nothing is left behind, and no file is
+    /// created.
     pub fn new(
         range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
         options: &RamOptions,
     ) -> Result<Self> {
         let is_file = matches!(options.backing(), BackingSource::File(_));
         if !is_file || options.access() != Access::ReadOnly {
-            return Err(FileError::WritableRom.into());
+            return Err(MemoryError::WritableRom);
         }
         let range = GuestRange::at(range)?;
         let resolved = Resolved::new(options)?;
@@ -114,13 +115,13 @@ impl GuestRom {
     ///
     /// # Errors
     ///
-    /// [`FileError::OutsideRom`] if it has not that much;
-    /// [`Error::BackingTruncated`](crate::Error::BackingTruncated) if the file has it no more;
-    /// [`FileError::ReadRom`] if reading fails.
+    /// [`MemoryError::OutsideRom`] if it is shorter than that;
+    /// [`BackingError::Truncated`] if the file has become shorter;
+    /// [`MemoryError::ReadRom`] if reading fails.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let (len, size) = (buf.len() as u64, self.range.size());
         if offset.checked_add(len).is_none_or(|end| end > size) {
-            return Err(FileError::OutsideRom { offset, len, size }.into());
+            return Err(MemoryError::OutsideRom { offset, len, size });
         }
         let at = self.offset() + offset;
         let answer = self.backing.file().read_exact_at(buf, at);
@@ -128,12 +129,11 @@ impl GuestRom {
             if source.kind() == ErrorKind::UnexpectedEof {
                 self.backing.check_not_truncated()?;
             }
-            Err(FileError::ReadRom {
+            Err(MemoryError::ReadRom {
                 offset,
                 len,
                 source,
-            }
-            .into())
+            })
         })
     }
 }

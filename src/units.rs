@@ -51,8 +51,8 @@ impl<N: fmt::Display> fmt::Display for Counted<N> {
     }
 }
 
-/// A number of bytes for a column: in the largest binary unit, with one decimal, rounded down, where
-/// that is not exact.
+/// A number of bytes for a column: in the largest binary unit, with one decimal, rounded down,
+/// where that is not exact.
 #[derive(Clone, Copy)]
 pub(crate) struct ShortSize(pub(crate) u64);
 

@@ -1,56 +1,27 @@
 //! The report for programs. All sizes are in bytes.
 
-use guest_memory_shm::{CoreDump, MemoryStats, Populate, RegionStats, Reserve};
+use guest_memory_shm::{CoreDump, MemoryStats, Populate, Reserve};
 use serde_json::{Value, json};
-use vm_memory::GuestMemoryBackend;
 
 use crate::build::{Backend, Built};
 use crate::text::merge;
 
 pub(crate) fn report(built: &Built, stats: &MemoryStats) -> Value {
-    let backends: Vec<Value> = built
-        .backends
-        .iter()
-        .map(|backend| {
-            let region = stats
-                .regions
-                .iter()
-                .find(|region| region.range.start_addr() == backend.start);
-            json!({
-                "info": info(backend),
-                "options": backend.options.to_string(),
-                "region": region.map(facts),
-                "rom": backend.rom.is_some(),
-            })
+    let backend = |backend: &Backend| {
+        json!({
+            "info": info(backend),
+            "options": backend.options,
+            "start": backend.start.0,
+            "rom": backend.rom.is_some(),
         })
-        .collect();
-    let nodes: Vec<Value> = stats
-        .nodes
-        .iter()
-        .map(|(node, allocated)| json!({ "node": node, "allocated": allocated }))
-        .collect();
-    let notes: Vec<Value> = built
-        .report
-        .lines()
-        .iter()
-        .map(|line| {
-            json!({
-                "backend": line.backing(),
-                "property": line.note().property(),
-                "text": line.note().to_string(),
-            })
-        })
-        .collect();
+    };
     json!({
-        "backends": backends,
-        "regions": built.memory.num_regions(),
+        "backends": built.backends.iter().map(backend).collect::<Vec<_>>(),
         "size": stats.size(),
         "allocated": stats.allocated(),
         "huge": stats.huge(),
-        "unlocated": stats.unlocated,
-        "locked": stats.locked,
-        "nodes": nodes,
-        "notes": notes,
+        "stats": stats,
+        "notes": built.report,
     })
 }
 
@@ -66,18 +37,6 @@ fn info(backend: &Backend) -> Value {
         "share": true,
         "reserve": options.reserve() != Some(Reserve::Off),
         "policy": options.numa().name(),
-        "host-nodes": options.numa().nodes().iter().collect::<Vec<_>>(),
-    })
-}
-
-fn facts(region: &RegionStats) -> Value {
-    json!({
-        "start": region.range.start_addr().0,
-        "size": region.size(),
-        "kind": region.kind.to_string(),
-        "page-size": region.page_size,
-        "allocated": region.allocated,
-        "huge": region.huge,
-        "seals": region.seals.to_string(),
+        "host-nodes": options.numa().nodes(),
     })
 }

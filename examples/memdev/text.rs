@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use guest_memory_shm::{CoreDump, MemoryStats, Merge, Populate, RamOptions, Reserve};
+use guest_memory_shm::{CoreDump, MemoryStats, Populate, RamOptions, Reserve};
 use indicatif::BinaryBytes;
 use vm_memory::GuestMemoryBackend;
 
@@ -32,9 +32,9 @@ pub(crate) fn report(built: &Built, stats: &MemoryStats) -> String {
         let _ = writeln!(text, "{facts}");
     }
     // Notes about a region stand in its facts already.
-    for line in built.report.lines() {
-        if !facts.contains(&line.note().to_string()) {
-            let _ = writeln!(text, "{line}");
+    for (backing, note) in built.report.notes() {
+        if !facts.contains(&note.to_string()) {
+            let _ = writeln!(text, "{backing}: {note}");
         }
     }
     text
@@ -49,8 +49,8 @@ fn info_memdev(id: &str, options: &RamOptions) -> String {
         .map(|node| node.to_string())
         .collect();
     format!(
-        "memory backend: {id}\n  size:  {}\n  merge: {}\n  dump: {}\n  prealloc: {}\n  share: true\n  \
-         reserve: {}\n  policy: {}\n  host nodes: {}\n",
+        "memory backend: {id}\n  size:  {}\n  merge: {}\n  dump: {}\n  prealloc: {}\n\
+         \x20 share: true\n  reserve: {}\n  policy: {}\n  host nodes: {}\n",
         options.size().unwrap_or_default(),
         merge(options),
         options.core_dump() == CoreDump::Include,
@@ -63,7 +63,7 @@ fn info_memdev(id: &str, options: &RamOptions) -> String {
 
 /// QEMU merges unless told otherwise, with as little effect on shared memory.
 pub(crate) fn merge(options: &RamOptions) -> bool {
-    options.merge() != Some(Merge::Off)
+    options.merge() != Some(false)
 }
 
 /// The heading of a backend's map.

@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable};
-use guest_memory_shm::{AdoptPolicy, RamOptions, SealPolicy, ShmBacking};
+use guest_memory_shm::{AdoptPolicy, RamOptions, ShmBacking};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -38,7 +38,7 @@ fn run(input: &[u8]) -> Option<()> {
     let regions = ReceivedRegion::decode_table(&payload).ok()?;
     assert_eq!(payload.len(), 8 + 32 * regions.len());
 
-    let seals = AdoptPolicy::new().with_seals(SealPolicy::Require);
+    let seals = AdoptPolicy::new().with_required_seals();
     let policy = ReceivePolicy::new().with_descriptors(seals);
     let clones: Vec<File> = files.iter().filter_map(|f| f.try_clone().ok()).collect();
     let table = match ReceivedTable::<()>::new(policy.clone()).set(&regions, clones) {
@@ -72,11 +72,11 @@ fn run(input: &[u8]) -> Option<()> {
             is_mapped(&less, other, file);
         }
         let again = less
-            .add(region, file.try_clone().ok()?)
+            .add(region, [file.try_clone().ok()?])
             .expect("it was there");
         assert_eq!(again.regions(), table.regions());
         is_mapped(&again, region, file);
-        assert!(again.add(region, file.try_clone().ok()?).is_err());
+        assert!(again.add(region, [file.try_clone().ok()?]).is_err());
     }
     Some(())
 }

@@ -1,4 +1,4 @@
-//! The listeners of an address space: who they are, what they hold, and how all are told.
+//! The listeners of an address space: what is known of them, and how all are told.
 
 use std::any::Any;
 
@@ -174,17 +174,9 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
 
     /// The places in order, neighbours that wait together.
     fn groups(&self, places: &[usize]) -> Vec<Vec<usize>> {
-        let mut groups: Vec<Vec<usize>> = Vec::new();
-        let mut waited = false;
-        for at in places {
-            let waits = self.all[*at].waits;
-            match groups.last_mut() {
-                Some(group) if waits && waited => group.push(*at),
-                _ => groups.push(vec![*at]),
-            }
-            waited = waits;
-        }
-        groups
+        let waits = |at: &usize| self.all[*at].waits;
+        let groups = places.chunk_by(|one, next| waits(one) && waits(next));
+        groups.map(<[usize]>::to_vec).collect()
     }
 
     fn tell_group(&mut self, group: &[usize], memory: &GuestMemoryShm<B>) -> Vec<Answer> {

@@ -13,8 +13,8 @@ pub(super) type Result<T, E = AddressSpaceError> = std::result::Result<T, E>;
 /// After a change that failed the memory is what it was, and so is what every listener holds,
 /// except those that the error calls stale.
 ///
-/// Where a listener failed, [`source`](std::error::Error::source) is the cause as the listener gave
-/// it:
+/// Where a listener failed, [`source`](std::error::Error::source) is the cause as the listener
+/// gave it:
 ///
 /// ```
 /// use std::error::Error;
@@ -79,8 +79,8 @@ pub enum AddressSpaceError {
         error: ListenerError,
     },
 
-    /// The memory cannot be changed like that: no such region, or regions that overlap. No listener
-    /// was asked or told.
+    /// The memory cannot be changed like that: no such region, or regions that overlap. No
+    /// listener was asked or told.
     Memory(MemoryError),
 
     /// The listener was detached, or is attached to another address space.
@@ -148,8 +148,8 @@ impl fmt::Display for AddressSpaceError {
             }
             Self::Memory(error) => error.fmt(f),
             Self::NoSuchListener => f.write_str(
-                "no such listener is attached here: it was detached, or belongs to another address \
-                 space",
+                "no such listener is attached here: it was detached, or belongs to another \
+                 address space",
             ),
             Self::Reentrant => f.write_str(
                 "the address space was called by code that it was running itself (a listener, a \

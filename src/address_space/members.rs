@@ -15,14 +15,14 @@ use crate::memory::GuestMemoryShm;
 use crate::panics::{caught, discard};
 
 impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
-    /// Attaches a listener, after the others, and tells it the present memory. `name` is for errors
-    /// and logs.
+    /// Attaches a listener, after the others, and tells it the present memory. `name` is for
+    /// errors and logs.
     ///
     /// Changes may happen while it is away. A daemon that died, or does not answer in time, costs
     /// the change its time limit, and then the change *succeeds without it*: the daemon knows
-    /// nothing of the new memory, and a guest that gives it a buffer there sees its device fail. So
-    /// look at [`ChangeReport::stale`](crate::ChangeReport::stale) before the guest is told of the
-    /// memory, or [require](Self::attach_required) the daemon.
+    /// nothing of the new memory, and a guest that gives it a buffer there sees its device fail.
+    /// So look at [`ChangeReport::stale`](crate::ChangeReport::stale) before the guest is told of
+    /// the memory, or [require](Self::attach_required) the daemon.
     ///
     /// A listener that *refuses* stops a change in either case. A daemon that hangs up when it is
     /// told of the change has refused; one that had hung up before, or stays silent, is away.
@@ -42,7 +42,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// # let daemon = MockDaemon::builder().start_unnamed()?;
     /// # let connect = || -> Result<_, Box<dyn std::error::Error>> {
     /// #     let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
-    /// #     let features = BlkDevice::negotiate(&mut frontend, Features::all())?.protocol_features();
+    /// #     let agreed = BlkDevice::negotiate(&mut frontend, Features::all())?;
+    /// #     let features = agreed.protocol_features();
     /// #     Ok(VhostUserShare::new(frontend, features).with_deadline(Duration::from_millis(50)))
     /// # };
     /// # let share = connect()?;
@@ -147,8 +148,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         listener.ok_or(AddressSpaceError::NoSuchListener)
     }
 
-    /// Runs a closure on a listener. No change happens meanwhile, as changes wait: so what may wait
-    /// itself, such as a request to a daemon, needs a
+    /// Runs a closure on a listener. No change happens meanwhile, as changes wait: so what may
+    /// wait itself, such as a request to a daemon, needs a
     #[cfg_attr(feature = "vhost-user", doc = "[time limit](crate::CallDeadline).")]
     #[cfg_attr(not(feature = "vhost-user"), doc = "time limit.")]
     /// Calls of this address space from `work` are [`AddressSpaceError::Reentrant`], except

@@ -5,11 +5,11 @@
 
 mod attached;
 mod busy;
-#[cfg(feature = "vhost-user")]
-mod daemon;
 mod error;
 mod members;
 mod published;
+#[cfg(feature = "vhost-user")]
+mod reconnect;
 mod space;
 mod status;
 mod transaction;

@@ -135,7 +135,7 @@ fn replace<B: Bitmap + Send + Sync + 'static>(
     memory: &GuestMemoryShm<B>,
     first: impl FnOnce(),
 ) {
-    // Who has the lock may have panicked.
+    // A holder of the lock may have panicked.
     let exclusive = atomic.lock().unwrap_or_else(PoisonError::into_inner);
     first();
     // The new memory is there before the old one is dropped, whose bitmaps may panic then.

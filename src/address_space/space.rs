@@ -14,7 +14,7 @@ use super::error::{AddressSpaceError, Result};
 use super::published::{PublishedMemory, Publisher};
 use crate::memory::GuestMemoryShm;
 
-/// The guest's memory, published to its readers, and the listeners who must know it.
+/// The guest's memory, published to its readers, and the listeners that must know it.
 ///
 /// A change (plug, unplug, several of them in a [transaction](Self::transaction)) goes like this:
 ///
@@ -24,10 +24,10 @@ use crate::memory::GuestMemoryShm;
 ///    [wait](crate::MemoryListener::waits) for another process are told side by side.
 /// 4. The new memory is published.
 ///
-/// If a listener refuses, those already told are put back, in reverse, and the old memory stays (or
-/// is published again). The error names the listener, the region and the cause. A listener that
-/// cannot even be put back is [stale](Self::listeners), with its reason, until it is brought up to
-/// date ([`refresh`](Self::refresh), or any later change) or [detached](Self::detach).
+/// If a listener refuses, those already told are put back, in reverse, and the old memory stays
+/// (or is published again). The error names the listener, the region and the cause. A listener
+/// that cannot even be put back is [stale](Self::listeners), with its reason, until it is brought
+/// up to date ([`refresh`](Self::refresh), or any later change) or [detached](Self::detach).
 ///
 /// All of this holds when a listener panics, or the logger does: a listener that panics has
 /// refused.
@@ -46,7 +46,9 @@ use crate::memory::GuestMemoryShm;
 /// except a stale one. A region that was removed stays mapped until the last of them lets go.
 ///
 /// ```
-/// use guest_memory_shm::{AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, VhostUserShare};
+/// use guest_memory_shm::{
+///     AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, VhostUserShare,
+/// };
 /// # use guest_memory_shm::mock::{BlkDevice, MockDaemon};
 /// # use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 /// use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
@@ -114,9 +116,9 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// The published memory as vm-memory's own type, for device code that names
     /// `GuestMemoryAtomic`. All calls give clones of one, which follows each change.
     ///
-    /// That type lets its users publish (`lock().replace(..)`), and no listener would be told. It is
-    /// for reading only. What other code puts there is seen by the users of this, and not by those
-    /// of [`memory`](Self::memory), until the next change: that fails with
+    /// That type lets its users publish (`lock().replace(..)`), and no listener would be told. It
+    /// is for reading only. What other code puts there is seen by the users of this, and not by
+    /// those of [`memory`](Self::memory), until the next change: that fails with
     /// [`AddressSpaceError::MirrorReplaced`] and puts the memory of the address space back, and
     /// later changes work as before. A change waits for the holder of its `lock()`, and one made
     /// *by* its holder waits indefinitely: nothing can detect that.
@@ -140,7 +142,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// assert_eq!(device.memory.memory().num_regions(), 2);
     ///
     /// // What it must not do.
-    /// device.memory.lock().expect("nobody panicked").replace(GuestMemoryShm::new());
+    /// device.memory.lock().expect("no thread panicked").replace(GuestMemoryShm::new());
     /// let refused = space.remove((GuestAddress(4 << 30), 1 << 20)).unwrap_err();
     /// assert!(matches!(refused, AddressSpaceError::MirrorReplaced));
     /// assert_eq!(device.memory.memory().num_regions(), 2);

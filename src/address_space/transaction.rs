@@ -98,8 +98,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// # Errors
     ///
-    /// Those of [`Transaction::commit`]: the memory and the listeners are what they were, and the region is
-    /// dropped. To try again, keep a clone of it: that is a handle, nothing is copied.
+    /// Those of [`Transaction::commit`]: the memory and the listeners are what they were, and the
+    /// region is dropped. To try again, keep a clone of it: that is a handle, nothing is copied.
     pub fn insert(&self, region: impl Into<Arc<GuestRegionShm<B>>>) -> Result<ChangeReport<B>> {
         self.transaction().insert(region).commit()
     }
@@ -189,6 +189,10 @@ impl<B: Bitmap + Send + Sync + 'static> Transaction<'_, B> {
 }
 
 /// The memories on the way.
+///
+/// Readers go through the one without the removed regions: they must have lost those before the
+/// first listener lets go of them, and must not see those that come before the last listener has
+/// them. Where a region is replaced by another in its place, they see neither meanwhile.
 struct Steps<B> {
     removed: Vec<Arc<GuestRegionShm<B>>>,
     /// Without the removed regions; absent if there are none.
@@ -204,15 +208,12 @@ impl<B> Steps<B> {
         removals: Vec<Result<GuestRange, InvalidRange>>,
         additions: Vec<Arc<GuestRegionShm<B>>>,
     ) -> Result<Self> {
-        let mut without = None;
-        let mut removed = Vec::new();
-        for range in removals {
-            let range = range.map_err(MemoryError::from)?;
-            let from = without.as_ref().unwrap_or(before);
-            let (smaller, region) = from.remove_region(range.start_addr(), range.size())?;
-            without = Some(smaller);
-            removed.push(region);
-        }
+        let removals: Vec<GuestRange> = removals
+            .into_iter()
+            .collect::<Result<_, _>>()
+            .map_err(MemoryError::from)?;
+        let (without, removed) = before.remove_regions(&removals)?;
+        let without = (!removed.is_empty()).then_some(without);
         let subject = additions.first().or(removed.first());
         let subject = subject.map(|region| region.range());
         let from = without.as_ref().unwrap_or(before);
@@ -237,8 +238,8 @@ impl<B> Steps<B> {
     }
 }
 
-/// A change under way. Dropped before it is complete, by an objection or a panic, it is undone: all
-/// that were told are put back or stale, and readers see the memory from before.
+/// A change under way. Dropped before it is complete, by an objection or a panic, it is undone:
+/// all that were told are put back or stale, and readers see the memory from before.
 struct Change<'a, B: Bitmap + Send + Sync + 'static> {
     publisher: &'a Publisher<B>,
     listeners: &'a mut Listeners<B>,

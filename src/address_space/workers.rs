@@ -1,4 +1,5 @@
-//! Threads that tell several listeners side by side.
+//! Threads that tell several listeners side by side: each waits for another process, and all of
+//! them together should cost the time of the slowest.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -99,7 +100,7 @@ impl<B: Bitmap + Send + Sync + 'static> Workers<B> {
     /// As many of `wanted` threads as can be had.
     fn start(&mut self, wanted: usize) -> &[Worker<B>] {
         if self.pid != std::process::id() {
-            // There is nobody behind copies, and nobody to wait for.
+            // Copies have no threads: nothing answers, and there is nothing to wait for.
             std::mem::take(&mut self.threads)
                 .into_iter()
                 .for_each(std::mem::forget);

@@ -1,4 +1,4 @@
-//! Adopting a descriptor that came from elsewhere: everything is checked, nothing is believed.
+//! Adopting a descriptor that came from elsewhere: everything about it is checked.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -23,13 +23,13 @@ use crate::range::RangePart;
 /// ```
 /// use std::os::fd::AsFd;
 ///
-/// use guest_memory_shm::{AdoptPolicy, RamOptions, SealPolicy, ShmBacking};
+/// use guest_memory_shm::{AdoptPolicy, RamOptions, ShmBacking};
 ///
 /// let theirs = ShmBacking::create(&RamOptions::new(), 1 << 20)?;
 /// let fd = theirs.as_fd().try_clone_to_owned().expect("a descriptor is free");
 /// let policy = AdoptPolicy::new()
 ///     .with_min_len(1 << 20)
-///     .with_seals(SealPolicy::Require);
+///     .with_required_seals();
 /// let ours = ShmBacking::adopt(fd, &policy)?;
 /// assert_eq!(ours, theirs);
 /// # Ok::<(), guest_memory_shm::Error>(())
@@ -38,24 +38,19 @@ use crate::range::RangePart;
 pub struct AdoptPolicy {
     min_len: u64,
     disk_files: bool,
-    seals: SealPolicy,
+    seals: Demand,
     map_options: MapOptions,
-    /// Whether the file may end within a page. What is mapped after its end is not SIGBUS there.
+    /// Whether the file may end within a page. Touching the rest of that page is not SIGBUS.
     partial_page: bool,
 }
 
-/// What is demanded of the seals of a descriptor that is to be adopted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum SealPolicy {
-    /// Any that allow writing. A file that is not sealed can be truncated by everybody who holds
-    /// it, and touching the lost pages is then SIGBUS: only for trusted owners.
+/// What is demanded of the seals.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Demand {
     #[default]
-    Any,
-    /// The size must be sealed ([`Seals::RESIZE`]) already.
-    Require,
-    /// The size is sealed now, if it is not yet.
-    Add,
+    Nothing,
+    Sealed,
+    SealNow,
 }
 
 impl AdoptPolicy {
@@ -94,10 +89,22 @@ impl AdoptPolicy {
         self
     }
 
-    /// Sets what is demanded of the seals; any unless set.
+    /// Demands that the size is sealed ([`Seals::RESIZE`]) already.
+    ///
+    /// Unless this or [`with_added_seals`](Self::with_added_seals) is set, any seals do that allow
+    /// writing: a file that is not sealed can be truncated by every process that has it, and
+    /// touching the lost pages is then SIGBUS. That is for trusted owners only.
     #[must_use]
-    pub fn with_seals(mut self, seals: SealPolicy) -> Self {
-        self.seals = seals;
+    pub fn with_required_seals(mut self) -> Self {
+        self.seals = Demand::Sealed;
+        self
+    }
+
+    /// Seals the size now, if it is not yet (`F_ADD_SEALS` of fcntl(2)); what cannot be sealed is
+    /// refused.
+    #[must_use]
+    pub fn with_added_seals(mut self) -> Self {
+        self.seals = Demand::SealNow;
         self
     }
 }
@@ -105,10 +112,10 @@ impl AdoptPolicy {
 impl ShmBacking {
     /// Adopts a descriptor that came from elsewhere, after checking that it can be RAM.
     ///
-    /// Checked are: a regular file, open for reading and writing, on a tmpfs (that is a memfd or
-    /// POSIX shared memory), a hugetlbfs, or, if the policy allows it, any other file system; a
-    /// length that is not 0, whole pages, and at least what the policy asks for; seals that forbid
-    /// no writing and are what the policy demands.
+    /// It must be a regular file, open for reading and writing, on a tmpfs (that is a memfd or
+    /// POSIX shared memory), a hugetlbfs, or, if the policy allows it, any other file system. Its
+    /// length must be whole pages, at least one, and what the policy asks for; its seals must not
+    /// forbid writing, and must be what the policy demands.
     ///
     /// ```
     /// use guest_memory_shm::{AdoptPolicy, BackingError, ShmBacking};
@@ -178,8 +185,8 @@ fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
     }
     check_read_write(file)?;
     let (kind, page_size) = file_system(file, policy)?;
-    // Before the seals, so that a refused file is not sealed; and once more behind them, because
-    // its owner could change its length until then, and a length that is not true is SIGBUS.
+    // Before the seals, so that a refused file is not sealed; and once more after them, because
+    // its owner could change its length until then, and a wrong length is SIGBUS.
     check_len(found.len(), page_size, policy)?;
     let seals = check_seals(file, policy.seals)?;
     let metadata = file.metadata().map_err(BackingError::inspect)?;
@@ -226,16 +233,16 @@ fn file_system(file: &File, policy: &AdoptPolicy) -> Result<(BackingKind, u64)> 
     }
 }
 
-fn check_seals(file: &impl AsFd, policy: SealPolicy) -> Result<Seals> {
+fn check_seals(file: &impl AsFd, demand: Demand) -> Result<Seals> {
     let read = || seals::read(file).map_err(BackingError::inspect);
     let seals = read()?;
     if seals.intersects(Seals::WRITE | Seals::FUTURE_WRITE) {
         return Err(BackingError::WriteSealed { seals });
     }
-    if seals.contains(Seals::RESIZE) || policy == SealPolicy::Any {
+    if seals.contains(Seals::RESIZE) || demand == Demand::Nothing {
         return Ok(seals);
     }
-    if policy == SealPolicy::Add && seals::add(file, seals::RAM).is_ok() {
+    if demand == Demand::SealNow && seals::add(file, seals::RAM).is_ok() {
         return read();
     }
     Err(BackingError::NotSealed { seals })

@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use crate::host::calls::retried;
 use crate::logs;
 
 /// What becomes of a file when its last user in this process lets go of it.
@@ -19,7 +22,7 @@ pub(super) struct FileEnd {
     pub(super) discard: Option<Range<u64>>,
 }
 
-/// What is undone if nothing comes of the RAM.
+/// What is undone if building the RAM fails.
 pub(super) enum Undo {
     Nothing,
     /// The file was created at this path.
@@ -77,24 +80,13 @@ fn remove(file: &File, path: &Path) -> io::Result<()> {
 }
 
 /// Frees a part of a file, whose length stays (fallocate(2)).
-#[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn punch(file: &File, range: Range<u64>) -> io::Result<()> {
-    use nix::fcntl::{FallocateFlags, fallocate};
-
-    use crate::host::calls::retried;
-
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let too_far = |_| io::Error::from(io::ErrorKind::FileTooLarge);
     let start = i64::try_from(range.start).map_err(too_far)?;
     let len = i64::try_from(range.end - range.start).map_err(too_far)?;
-    // A signal may interrupt it: what is freed stays so.
+    // A signal may interrupt it; what is freed by then stays free.
     Ok(retried(|| fallocate(file, flags, start, len))?)
-}
-
-/// Elsewhere parts of files cannot be freed by a call that all have.
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-pub(super) fn punch(_file: &File, _range: Range<u64>) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
 }
 
 #[cfg(test)]
@@ -112,7 +104,7 @@ mod tests {
         };
         drop(end(Undo::Remove(path.clone())));
         assert!(!path.exists());
-        // Somebody put another file there meanwhile.
+        // Another process put another file there meanwhile.
         let ours = end(Undo::Remove(path.clone()));
         fs::remove_file(&path).unwrap();
         fs::write(&path, "theirs").unwrap();

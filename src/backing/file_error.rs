@@ -19,6 +19,7 @@ pub enum FileError {
         "{} is a {}: RAM needs a regular file, or a directory for a nameless one",
         .path.display(), file_type(*.found)
     )]
+    #[non_exhaustive]
     NotAFile {
         /// The path that was given.
         path: PathBuf,
@@ -31,6 +32,7 @@ pub enum FileError {
         "{} is a symbolic link to something that does not exist: create that, or remove the link",
         .path.display()
     )]
+    #[non_exhaustive]
     DanglingLink {
         /// The path that was given.
         path: PathBuf,
@@ -38,6 +40,7 @@ pub enum FileError {
 
     /// The file could not be opened or created.
     #[error("cannot open {}: {}", .path.display(), remedy(.source))]
+    #[non_exhaustive]
     Open {
         /// The path that was given.
         path: PathBuf,
@@ -45,7 +48,7 @@ pub enum FileError {
         source: io::Error,
     },
 
-    /// What the file is could not be asked (fstat(2), fstatfs(2), fcntl(2)).
+    /// The kernel does not tell what the file is (fstat(2), fstatfs(2), fcntl(2)).
     #[error("cannot ask the kernel what {} is", .path.display())]
     #[non_exhaustive]
     Inspect {
@@ -69,10 +72,11 @@ pub enum FileError {
 
     /// The file has contents, and is shorter than the RAM.
     #[error(
-        "{} has {}, too short for {} at offset {offset:#x}: a file that is not empty is never made \
-         longer, so make it longer first (truncate -s {}) or ask for less",
+        "{} has {}, too short for {} at offset {offset:#x}: a file that is not empty is never \
+         made longer, so make it longer first (truncate -s {}) or ask for less",
         .path.display(), HumanSize(*.len), HumanSize(*.size), .offset.saturating_add(*.size)
     )]
+    #[non_exhaustive]
     TooShort {
         /// The path that was given.
         path: PathBuf,
@@ -84,26 +88,13 @@ pub enum FileError {
         size: u64,
     },
 
-    /// The alignment of the host address cannot be had.
-    #[error(
-        "align={align:#x} is not a power of two that is a multiple of the page size {} of {}",
-        HumanSize(*.page_size), .path.display()
-    )]
-    Align {
-        /// The path that was given.
-        path: PathBuf,
-        /// The alignment in bytes.
-        align: u64,
-        /// The size of the file's pages in bytes.
-        page_size: u64,
-    },
-
     /// The file is sealed against writing.
     #[error(
         "{} cannot be RAM, its seals are: {seals}; use a file without write seals, or map it as a \
          ROM",
         .path.display()
     )]
+    #[non_exhaustive]
     WriteSealed {
         /// The path that was given.
         path: PathBuf,
@@ -111,11 +102,12 @@ pub enum FileError {
         seals: Seals,
     },
 
-    /// What the file holds cannot be discarded.
+    /// The contents of the file cannot be discarded.
     #[error(
         "discard-data=on cannot be kept for {}: {}, so leave it off",
         .path.display(), why_not_discarded(.source)
     )]
+    #[non_exhaustive]
     NoDiscard {
         /// The path that was given.
         path: PathBuf,
@@ -128,50 +120,12 @@ pub enum FileError {
         "{} {}: a ROM needs a file that has contents",
         .path.display(), why_nothing_to_read(*.found)
     )]
+    #[non_exhaustive]
     NothingToRead {
         /// The path that was given.
         path: PathBuf,
         /// What is there: a directory, an empty file, or nothing.
         found: Option<FileType>,
-    },
-
-    /// A file that is open for reading only was to be guest RAM.
-    #[error(
-        "what is opened for reading only (readonly=on) is no RAM, which guests and daemons write: \
-         map it with GuestRom, or open it for writing"
-    )]
-    ReadOnlyRam,
-
-    /// A ROM was to be made of something that is not a file opened for reading only.
-    #[error(
-        "a ROM is made of a file that is opened for reading only: use BackingSource::File and \
-         Access::ReadOnly (mem-path=..., readonly=on, rom=on)"
-    )]
-    WritableRom,
-
-    /// More was to be read of a ROM than it has.
-    #[error(
-        "{len} bytes at offset {offset:#x} are not all in the ROM of {}: read less",
-        HumanSize(*.size)
-    )]
-    OutsideRom {
-        /// Where in the ROM reading was to start, in bytes.
-        offset: u64,
-        /// How much was to be read, in bytes.
-        len: u64,
-        /// The size of the ROM in bytes.
-        size: u64,
-    },
-
-    /// A ROM could not be read.
-    #[error("cannot read {len} bytes at offset {offset:#x} of the ROM")]
-    ReadRom {
-        /// Where in the ROM reading was to start, in bytes.
-        offset: u64,
-        /// How much was to be read, in bytes.
-        len: u64,
-        /// The system's answer.
-        source: io::Error,
     },
 }
 
@@ -208,7 +162,7 @@ fn remedy(source: &io::Error) -> &'static str {
         Some(Errno::ELOOP) => "its symbolic links lead in a circle, name the file itself",
         Some(Errno::ENOTDIR) => "a part of the path is no directory, check the path",
         Some(Errno::ENAMETOOLONG) => "the name is too long, use a shorter one",
-        Some(Errno::ETXTBSY) => "it is a program that runs now, use a copy of it",
+        Some(Errno::ETXTBSY) => "it is a program that is running, use a copy of it",
         Some(Errno::ENOSPC | Errno::EDQUOT) => {
             "there is no room for another file, remove some or use another file system"
         }
@@ -257,8 +211,8 @@ mod tests {
                     path: path(),
                     found: std::fs::metadata("/dev/null").unwrap().file_type(),
                 },
-                "/dev/shm/ram is a character device: RAM needs a regular file, or a directory for a \
-                 nameless one",
+                "/dev/shm/ram is a character device: RAM needs a regular file, or a directory \
+                 for a nameless one",
             ),
             (
                 FileError::DanglingLink { path: path() },
@@ -276,7 +230,7 @@ mod tests {
             ),
             (
                 open(Errno::ETXTBSY),
-                "cannot open /dev/shm/ram: it is a program that runs now, use a copy of it",
+                "cannot open /dev/shm/ram: it is a program that is running, use a copy of it",
             ),
             (
                 open(Errno::ENOSPC),
@@ -313,21 +267,14 @@ mod tests {
             ),
             (
                 no_discard(Errno::EPERM),
-                "discard-data=on cannot be kept for /dev/shm/ram: it is sealed against writing, may \
-                 only be appended to, or a seccomp filter forbids fallocate(2), so leave it off",
+                "discard-data=on cannot be kept for /dev/shm/ram: it is sealed against writing, \
+                 may only be appended to, or a seccomp filter forbids fallocate(2), so leave it \
+                 off",
             ),
             (
                 no_discard(Errno::EOPNOTSUPP),
                 "discard-data=on cannot be kept for /dev/shm/ram: its file system cannot free \
                  parts of a file, so leave it off",
-            ),
-            (
-                FileError::ReadRom {
-                    offset: 16,
-                    len: 4,
-                    source: source(Errno::EIO),
-                },
-                "cannot read 4 bytes at offset 0x10 of the ROM",
             ),
         ];
         for (error, text) in cases {

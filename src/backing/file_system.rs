@@ -4,11 +4,9 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-#[cfg(any(target_os = "linux", target_os = "android"))]
 use nix::sys::statfs::{Statfs, fstatfs, statfs};
 
 use crate::host::base_page_size;
-#[cfg(any(target_os = "linux", target_os = "android"))]
 use crate::host::calls::retried;
 
 /// The kinds of file systems that matter to RAM.
@@ -22,7 +20,6 @@ pub(super) enum FileSystem {
     Other { fs_type: u64 },
 }
 
-#[cfg(any(target_os = "linux", target_os = "android"))]
 impl FileSystem {
     /// That of an open file.
     pub(super) fn of(file: &File) -> io::Result<Self> {
@@ -33,9 +30,16 @@ impl FileSystem {
     pub(super) fn at(path: &Path) -> io::Result<Self> {
         Ok(Self::from(&retried(|| statfs(path))?))
     }
+
+    /// The size in bytes of the pages of its files.
+    pub(super) fn page_size(self) -> u64 {
+        match self {
+            Self::Hugetlbfs { page_size } => page_size,
+            Self::Tmpfs | Self::Other { .. } => base_page_size(),
+        }
+    }
 }
 
-#[cfg(any(target_os = "linux", target_os = "android"))]
 impl From<&Statfs> for FileSystem {
     fn from(stat: &Statfs) -> Self {
         // From linux/magic.h.
@@ -51,28 +55,6 @@ impl From<&Statfs> for FileSystem {
                 page_size: u64::try_from(stat.block_size()).unwrap_or_else(|_| base_page_size()),
             },
             _ => Self::Other { fs_type },
-        }
-    }
-}
-
-/// Elsewhere POSIX shared memory is no file of a file system that could be told apart.
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-impl FileSystem {
-    pub(super) fn of(_file: &File) -> io::Result<Self> {
-        Ok(Self::Tmpfs)
-    }
-
-    pub(super) fn at(_path: &Path) -> io::Result<Self> {
-        Ok(Self::Tmpfs)
-    }
-}
-
-impl FileSystem {
-    /// The size in bytes of the pages of its files.
-    pub(super) fn page_size(self) -> u64 {
-        match self {
-            Self::Hugetlbfs { page_size } => page_size,
-            Self::Tmpfs | Self::Other { .. } => base_page_size(),
         }
     }
 }

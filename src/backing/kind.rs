@@ -69,6 +69,7 @@ impl fmt::Display for BackingKind {
 /// Two descriptors with the same identity give access to the same pages, in this process or
 /// another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct FileIdentity {
     /// The device number of the file system.
     pub dev: u64,

@@ -1,30 +1,30 @@
-//! What of the options has no effect on a backing, known before it is mapped.
+//! Options without effect on a backing, as far as known before it is mapped.
 
 use super::kind::BackingKind;
 use crate::host::nodes;
-use crate::options::{Merge, NumaPolicy, RamOptions, Reserve};
-use crate::report::Note;
+use crate::options::{NumaPolicy, RamOptions, Reserve};
+use crate::report::BuildNote;
 
-pub(super) fn of_options(options: &RamOptions, kind: BackingKind) -> Vec<Note> {
+pub(super) fn of_options(options: &RamOptions, kind: BackingKind) -> Vec<BuildNote> {
     let unused = options.unused();
     let mut notes = Vec::new();
-    if options.merge() == Some(Merge::On) {
-        notes.push(Note::Merge);
+    if options.merge() == Some(true) {
+        notes.push(BuildNote::Merge);
     }
     if options.reserve() == Some(Reserve::On) && !kind.is_hugetlb() {
-        notes.push(Note::Reserve);
+        notes.push(BuildNote::Reserve);
     }
     let one_node = nodes::with_memory().is_some_and(|nodes| nodes.len() == 1);
     if options.numa() != NumaPolicy::Default && one_node {
-        notes.push(Note::OneNode {
+        notes.push(BuildNote::OneNode {
             policy: options.numa(),
         });
     }
     if let Some(size) = unused.hugetlb_size {
-        notes.push(Note::HugetlbSize { size });
+        notes.push(BuildNote::HugetlbSize { size });
     }
     if unused.canonical_path.is_some() {
-        notes.push(Note::CanonicalPath);
+        notes.push(BuildNote::CanonicalPath);
     }
     notes
 }
@@ -37,13 +37,15 @@ mod tests {
     fn only_what_was_asked_for_and_has_no_effect_is_noted() {
         let notes = |options: &RamOptions, kind| -> Vec<_> {
             let notes = of_options(options, kind);
-            notes.iter().filter_map(Note::property).collect()
+            notes.iter().filter_map(BuildNote::property).collect()
         };
         let plain = RamOptions::new();
         assert!(notes(&plain, BackingKind::PosixShm).is_empty());
-        assert!(notes(&plain.clone().with_merge(Merge::Off), BackingKind::Memfd).is_empty());
+        let read = |text: &str| text.parse::<RamOptions>().unwrap();
+        let off = read("memory-backend-memfd,size=1M,merge=off");
+        assert!(notes(&off, BackingKind::Memfd).is_empty());
 
-        let all = plain.with_merge(Merge::On).with_reserve(Reserve::On);
+        let all = read("memory-backend-memfd,size=1M,merge=on,reserve=on");
         assert_eq!(notes(&all, BackingKind::PosixShm), ["merge", "reserve"]);
         assert_eq!(notes(&all, BackingKind::HugetlbMemfd), ["merge"]);
     }

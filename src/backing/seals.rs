@@ -1,16 +1,14 @@
-//! Seals on a file: what nobody may do to it any more (fcntl(2), "File Sealing").
+//! Seals on a file: what no process may do to it any more (fcntl(2), "File Sealing").
 
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 
-#[cfg(any(target_os = "linux", target_os = "android"))]
 use nix::errno::Errno;
-#[cfg(any(target_os = "linux", target_os = "android"))]
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 
 bitflags::bitflags! {
-    /// What nobody may do to a file any more, whichever descriptor they hold.
+    /// What no process may do to a file any more, whichever descriptor it holds.
     ///
     /// ```
     /// use guest_memory_shm::{RamOptions, Seals, ShmBacking};
@@ -24,7 +22,7 @@ bitflags::bitflags! {
         /// No more seals can be added. Alone, the mark of a tmpfs file that cannot be sealed.
         #[doc(alias = "F_SEAL_SEAL")]
         const SEAL = 0x1;
-        /// The file cannot become shorter: nobody can take pages away from under a mapping.
+        /// The file cannot become shorter: no process can take pages away from a mapping.
         #[doc(alias = "F_SEAL_SHRINK")]
         const SHRINK = 0x2;
         /// The file cannot become longer.
@@ -51,17 +49,33 @@ pub(super) const RAM: Seals = Seals::RESIZE.union(Seals::SEAL);
 #[cfg(feature = "serde")]
 crate::units::serialized_as_text!(Seals);
 
+/// Names with `|` between them, or `none`.
+#[cfg(feature = "serde")]
+impl<'de> serde::Deserialize<'de> for Seals {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let names = text.split('|').filter(|name| *name != "none");
+        let seals = names.map(|name| {
+            let found = NAMES.iter().find(|(_, known)| *known == name);
+            let unknown = || serde::de::Error::custom(format!("there is no seal {name:?}"));
+            found.map(|(seal, _)| *seal).ok_or_else(unknown)
+        });
+        seals.collect()
+    }
+}
+
+const NAMES: [(Seals, &str); 6] = [
+    (Seals::SEAL, "seal"),
+    (Seals::SHRINK, "shrink"),
+    (Seals::GROW, "grow"),
+    (Seals::WRITE, "write"),
+    (Seals::FUTURE_WRITE, "future-write"),
+    (Seals::EXEC, "exec"),
+];
+
 impl fmt::Display for Seals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = [
-            (Self::SEAL, "seal"),
-            (Self::SHRINK, "shrink"),
-            (Self::GROW, "grow"),
-            (Self::WRITE, "write"),
-            (Self::FUTURE_WRITE, "future-write"),
-            (Self::EXEC, "exec"),
-        ];
-        let set: Vec<&str> = names
+        let set: Vec<&str> = NAMES
             .iter()
             .filter(|(seal, _)| self.contains(*seal))
             .map(|(_, name)| *name)
@@ -75,7 +89,6 @@ impl fmt::Display for Seals {
 }
 
 /// The seals on a file; none where the file system has no seals.
-#[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn read(file: &impl AsFd) -> io::Result<Seals> {
     match fcntl(file, FcntlArg::F_GET_SEALS) {
         Ok(bits) => Ok(Seals::from_bits_retain(bits.unsigned_abs())),
@@ -85,7 +98,6 @@ pub(super) fn read(file: &impl AsFd) -> io::Result<Seals> {
 }
 
 /// Adds seals to a file.
-#[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn add(file: &impl AsFd, seals: Seals) -> io::Result<()> {
     let bits = seals.bits().cast_signed();
     fcntl(
@@ -93,18 +105,6 @@ pub(super) fn add(file: &impl AsFd, seals: Seals) -> io::Result<()> {
         FcntlArg::F_ADD_SEALS(SealFlag::from_bits_retain(bits)),
     )?;
     Ok(())
-}
-
-/// Seals exist on Linux only.
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-pub(super) fn read(_file: &impl AsFd) -> io::Result<Seals> {
-    Ok(Seals::empty())
-}
-
-/// Seals exist on Linux only.
-#[cfg(not(any(target_os = "linux", target_os = "android")))]
-pub(super) fn add(_file: &impl AsFd, _seals: Seals) -> io::Result<()> {
-    Err(io::ErrorKind::Unsupported.into())
 }
 
 #[cfg(test)]

@@ -18,10 +18,10 @@ use crate::options::MapOptions;
 #[cfg(doc)]
 use crate::options::{BackingSource, RamOptions};
 use crate::range::RangePart;
-use crate::report::Note;
+use crate::report::BuildNote;
 use crate::units::HumanSize;
 
-/// The object behind guest RAM: a descriptor of known length, cheap to clone.
+/// The object that backs guest RAM: a descriptor of known length, cheap to clone.
 ///
 /// Clones share the descriptor; the pages live as long as any clone, any region on it, or any
 /// other process's copy of it.
@@ -56,7 +56,7 @@ pub(super) struct Inner {
     map_options: MapOptions,
     pub(super) name: Option<String>,
     /// What of its options has no effect, and limits that are near.
-    pub(super) notes: Vec<Note>,
+    pub(super) notes: Vec<BuildNote>,
     /// Of a file that was opened by its path.
     file_end: Option<Arc<FileEnd>>,
     /// For every discard on it.
@@ -114,9 +114,9 @@ impl ShmBacking {
 
     /// Where RAM ends in it, in bytes from the start of the file: no region reaches further.
     ///
-    /// Of a [`BackingSource::File`] that is [`RamOptions::offset`] and the size of the RAM, and the file
-    /// may be longer; of all others it is the length of the file when the backing was made, which
-    /// sealed ones keep.
+    /// Of a [`BackingSource::File`] that is [`RamOptions::offset`] and the size of the RAM, and
+    /// the file may be longer; of all others it is the length of the file when the backing was
+    /// made, which sealed ones keep.
     pub fn end(&self) -> u64 {
         self.inner.end
     }
@@ -149,7 +149,7 @@ impl ShmBacking {
     }
 
     /// What of its options has no effect, and limits that are near: known when it was created.
-    pub fn notes(&self) -> &[Note] {
+    pub fn notes(&self) -> &[BuildNote] {
         &self.inner.notes
     }
 

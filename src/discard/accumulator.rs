@@ -21,8 +21,8 @@ const CHUNK: u64 = 2 << 20;
 /// Collects reports of free guest memory that are smaller than the pages of the backing, and
 /// discards each page of the backing as soon as all of it is reported.
 ///
-/// A balloon reports 4 KiB at a time. Of a huge page of hugetlb no such part can be given back, and
-/// a transparent huge page would be split by the first. So the reports are noted, in units of
+/// A balloon reports 4 KiB at a time. Of a huge page of hugetlb no such part can be given back,
+/// and a transparent huge page would be split by the first. So the reports are noted, in units of
 ///
 /// | backing | unit |
 /// |---|---|
@@ -30,10 +30,11 @@ const CHUNK: u64 = 2 << 20;
 /// | [`PageSize::Transparent`](crate::PageSize::Transparent) | a transparent huge page, 2 MiB on x86-64 |
 /// | others | a base page: discarded at once |
 ///
-/// and a unit is discarded when the last of its pages is reported. (So it is where the system forbids
-/// the transparent huge pages that were asked for: the switch may change while the guest runs.) What the guest takes back
-/// before that (it deflates the balloon) must be [removed](Self::remove), and so must RAM that is
-/// unplugged. A region in place of another one starts anew by itself.
+/// and a unit is discarded when the last of its pages is reported. (So it is where the system
+/// forbids the transparent huge pages that were asked for: the switch may change while the guest
+/// runs.) What the guest takes back before that (it deflates the balloon) must be
+/// [removed](Self::remove), and so must RAM that is unplugged. A region in place of another one
+/// starts anew by itself.
 ///
 /// It takes 32 KiB for each GiB that lies in units reported in part, and about 150 bytes per such
 /// unit; nothing for units of which all or nothing was reported. Reports are counted in whole base
@@ -64,7 +65,7 @@ pub struct DiscardAccumulator {
     collector: Collector<Owner>,
 }
 
-/// The region that a unit is of. It is kept from being unmapped by nobody, but no other region is
+/// The region that a unit is of. This does not keep it mapped, but no other region is
 /// ever taken for it.
 #[derive(Clone, Debug)]
 struct Owner(Weak<Mapping>);
@@ -101,7 +102,7 @@ impl DiscardAccumulator {
     /// noted. If what is complete cannot be discarded, as while discards are inhibited, all of the
     /// report is noted, and [`flush`](Self::flush) tries again. A balloon device goes on after
     /// [`DiscardError::Inhibited`](crate::DiscardError::Inhibited), and flushes when the
-    /// [`DiscardInhibitor`](crate::DiscardInhibitor) is dropped, which nobody tells it.
+    /// [`DiscardInhibitor`](crate::DiscardInhibitor) is dropped: no call tells it of that.
     pub fn add<B>(
         &mut self,
         memory: &GuestMemoryShm<B>,
@@ -138,8 +139,8 @@ impl DiscardAccumulator {
         Ok(discarded)
     }
 
-    /// Forgets that `range` is free, because the guest uses it again: all pages that have a part in
-    /// it. Units that are given back already are not affected.
+    /// Forgets that `range` is free, because the guest uses it again: all pages that have a part
+    /// in it. Units that are given back already are not affected.
     ///
     /// # Errors
     ///

@@ -30,7 +30,7 @@ pub struct Discarded {
     /// What is still there at the start of the range, with its contents or zeroed: the rest of a
     /// page that began before it, or all of the range if it lies inside one page.
     pub kept_head: u64,
-    /// What is still there at the end of the range: the beginning of a page that ends behind it.
+    /// What is still there at the end of the range: the beginning of a page that ends after it.
     pub kept_tail: u64,
 }
 

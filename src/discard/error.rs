@@ -19,7 +19,7 @@ pub enum DiscardError {
     /// A part of the range is no RAM.
     #[error(
         "cannot discard {range}: there is no RAM at guest address {:#x}, discard what is before \
-         and behind the gap apart",
+         and after the gap apart",
         .first.0
     )]
     #[non_exhaustive]
@@ -30,7 +30,7 @@ pub enum DiscardError {
         first: GuestAddress,
     },
 
-    /// Somebody who has pages of the RAM pinned forbids discards.
+    /// Discards are forbidden, because devices have pages of the RAM pinned.
     #[error(
         "cannot discard {range}: discards are inhibited by {by} (DiscardInhibitor), whose devices \
          have the pages pinned; try again when they have let go"
@@ -45,8 +45,8 @@ pub enum DiscardError {
 
     /// Pages in the range are locked into memory, and the kernel does not take those away.
     #[error(
-        "cannot discard {range}: pages of it are locked (mlock or mlockall), which the kernel does \
-         not give back: munlock them first"
+        "cannot discard {range}: pages of it are locked (mlock or mlockall), which the kernel \
+         does not give back: munlock them first"
     )]
     #[non_exhaustive]
     Locked {
@@ -62,14 +62,14 @@ pub enum DiscardError {
         range: GuestRange,
     },
 
-    /// The file system behind the RAM cannot make holes into files.
+    /// The file system that backs the RAM cannot make holes in files.
     #[error(
         "cannot discard {range}: the file system of its {kind} cannot punch holes into files, use \
          a memfd, or a file on a tmpfs, ext4, xfs or btrfs"
     )]
     #[non_exhaustive]
     NoHoles {
-        /// The part that the file is behind.
+        /// The part that the file backs.
         range: GuestRange,
         /// What its backing is.
         kind: BackingKind,
@@ -77,8 +77,8 @@ pub enum DiscardError {
 
     /// The kernel does not tell whether pages may be given back, or were.
     #[error(
-        "cannot discard {range}: the kernel does not say which of its pages it gives back, {} were \
-         given back before",
+        "cannot discard {range}: the kernel does not say which of its pages it gives back, {} \
+         were given back before",
         HumanSize(*.freed)
     )]
     #[non_exhaustive]
@@ -120,33 +120,30 @@ mod tests {
                     range,
                     first: GuestAddress(0x2000),
                 },
-                "cannot discard 0x1000..=0x2fff (8 KiB): there is no RAM at guest address 0x2000, \
-                 discard what is before and behind the gap apart",
+                "there is no RAM at guest address 0x2000, discard what is before and after the \
+                 gap apart",
             ),
             (
                 DiscardError::Inhibited { range, by: 2 },
-                "cannot discard 0x1000..=0x2fff (8 KiB): discards are inhibited by 2 \
-                 (DiscardInhibitor), whose devices have the pages pinned; try again when they \
-                 have let go",
+                "discards are inhibited by 2 (DiscardInhibitor), whose devices have the pages \
+                 pinned; try again when they have let go",
             ),
             (
                 DiscardError::Locked { range },
-                "cannot discard 0x1000..=0x2fff (8 KiB): pages of it are locked (mlock or \
-                 mlockall), which the kernel does not give back: munlock them first",
+                "pages of it are locked (mlock or mlockall), which the kernel does not give back: \
+                 munlock them first",
             ),
             (
                 DiscardError::ReadOnly { range },
-                "cannot discard 0x1000..=0x2fff (8 KiB): it is mapped for reading only, and a \
-                 discard writes zeroes",
+                "it is mapped for reading only, and a discard writes zeroes",
             ),
             (
                 DiscardError::NoHoles {
                     range,
                     kind: BackingKind::AdoptedFile,
                 },
-                "cannot discard 0x1000..=0x2fff (8 KiB): the file system of its adopted file \
-                 cannot punch holes into files, use a memfd, or a file on a tmpfs, ext4, xfs or \
-                 btrfs",
+                "the file system of its adopted file cannot punch holes into files, use a memfd, \
+                 or a file on a tmpfs, ext4, xfs or btrfs",
             ),
             (
                 DiscardError::Failed {
@@ -154,11 +151,11 @@ mod tests {
                     freed: 4096,
                     source: io::Error::from_raw_os_error(12),
                 },
-                "cannot discard 0x1000..=0x2fff (8 KiB): madvise(MADV_REMOVE) failed, 4 KiB of \
-                 it were given back before",
+                "madvise(MADV_REMOVE) failed, 4 KiB of it were given back before",
             ),
         ];
         for (error, text) in cases {
+            let text = format!("cannot discard 0x1000..=0x2fff (8 KiB): {text}");
             assert_eq!(error.to_string(), text);
         }
     }

@@ -41,8 +41,8 @@ impl<B> GuestMemoryShm<B> {
     pub fn inhibit_discards(&self) -> DiscardInhibitor {
         let regions = self.arc_regions();
         let gates = gates(regions.iter().map(|region| region.backing()));
-        // One after the other, and no lock is held meanwhile: those who enter several gates are
-        // never waited for with a gate in hand.
+        // One after the other, and no lock is held meanwhile: discards that enter several gates
+        // are never waited for with a gate in hand.
         let closed = gates.into_iter().map(|gate| gate.close()).collect();
         DiscardInhibitor { _closed: closed }
     }

@@ -24,15 +24,15 @@ impl<B> GuestMemoryShm<B> {
     /// virtio-mem ask for.
     ///
     /// The bytes become 0 in every process that maps them, daemons included, and the pages take no
-    /// memory until somebody touches them again. It suffices that a daemon *reads* one: shared
+    /// memory until they are touched again. It suffices that a daemon *reads* one: shared
     /// memory has no common page of zeroes, so the read allocates it. The range may span adjacent
     /// regions, of different backings too. Sealed RAM is discarded like any other.
     ///
     /// Only whole pages of the backing are given back: base pages, or the huge pages of hugetlb.
-    /// The kernel would accept less of a huge page, and do nothing; here it is reported as kept.
-    /// A *transparent* huge page that is discarded in part is split by the kernel, or, if somebody
-    /// has it pinned, only zeroed: then what is left of it in the range is reported as kept. (So is
-    /// what the guest touches again before this returns, next to such an edge.)
+    /// The kernel would accept less of a huge page, and do nothing; here it is reported as kept. A
+    /// *transparent* huge page that is discarded in part is split by the kernel, or, if a device
+    /// has it pinned, only zeroed: then what is left of it in the range is reported as kept. (So
+    /// is what the guest touches again before this returns, next to such an edge.)
     ///
     /// The dirty bitmaps are not marked. The call made is madvise(2) with `MADV_REMOVE`;
     /// `MADV_DONTNEED` would succeed and free nothing, because the RAM is shared.
@@ -56,11 +56,11 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Range`](crate::Error::Range) for what is no range;
-    /// [`DiscardError::NotRam`], [`DiscardError::Inhibited`], [`DiscardError::ReadOnly`],
-    /// [`DiscardError::Locked`] and [`DiscardError::NoHoles`] for what cannot be given back: all of
-    /// these are found before the first page is. [`DiscardError::Failed`] and
-    /// [`DiscardError::CannotLook`] if a call fails nevertheless.
+    /// [`Error::Range`](crate::Error::Range) for what is no range; [`DiscardError::NotRam`],
+    /// [`DiscardError::Inhibited`], [`DiscardError::ReadOnly`], [`DiscardError::Locked`] and
+    /// [`DiscardError::NoHoles`] for what cannot be given back: all of these are found before the
+    /// first page is. [`DiscardError::Failed`] and [`DiscardError::CannotLook`] if a call fails
+    /// nevertheless.
     pub fn discard(
         &self,
         range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
@@ -105,7 +105,7 @@ mod tests {
     use crate::options::RamOptions;
 
     /// Two discards that entered the gates in different orders would wait for each other, as soon
-    /// as somebody waits to close both.
+    /// as an inhibitor waits to close both.
     #[test]
     fn gates_are_entered_once_and_in_the_same_order_by_all() {
         let create = |_| ShmBacking::create(&RamOptions::new(), 4096).unwrap();

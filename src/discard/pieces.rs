@@ -1,12 +1,10 @@
 //! The parts of a range that are each in one region, and what is done to each.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::discarded::{Discarded, split};
 use super::error::DiscardError;
@@ -63,7 +61,11 @@ impl Piece<'_> {
     }
 
     /// Gives back the whole pages of it, after so many bytes of `range`.
-    pub(super) fn discard(&self, range: GuestRange, freed: u64) -> Result<Discarded, DiscardError> {
+    pub(super) fn discard(
+        &self,
+        range: GuestRange,
+        freed: u64,
+    ) -> Result<Discarded, DiscardError> {
         let (whole, mut discarded) = split(self.inside.clone(), self.ram.backing.page_size());
         if whole.is_empty() {
             return Ok(discarded);
@@ -115,18 +117,15 @@ pub(super) fn transparent_huge_page() -> u64 {
 
 /// Whether holes can be punched into the file, found out by punching one where it has nothing.
 fn can_punch_holes(backing: &ShmBacking) -> io::Result<bool> {
-    /// So far behind its end that it is not there by the time that we ask, should it grow.
+    /// So far past its end that it is still past it when the file grows meanwhile.
     const FAR: u64 = 1 << 30;
     if backing.is_on_tmpfs() || backing.is_hugetlb() {
         return Ok(true);
     }
-    let file: &File = backing.file();
     let page = backing.page_size();
-    let behind = file.metadata()?.len().next_multiple_of(page) + FAR;
-    let signed = |size: u64| i64::try_from(size).map_err(|_| Errno::EOVERFLOW);
-    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    match fallocate(file, flags, signed(behind)?, signed(page)?) {
-        Err(Errno::EOPNOTSUPP) => Ok(false),
+    let past = backing.file().metadata()?.len().next_multiple_of(page) + FAR;
+    match backing.punch(past..past + page) {
+        Err(error) if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => Ok(false),
         // What else stands in the way (a largest file size) says nothing about holes.
         _ => Ok(true),
     }

@@ -1,4 +1,4 @@
-//! The crate's one error type: each variant names the operation, the values and the way out.
+//! The root of the crate's errors: a sum of those of the modules.
 
 use crate::range::InvalidRange;
 use crate::shortage::Shortage;
@@ -33,6 +33,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 ///
 /// let place = (GuestAddress(0), 5000);
 /// let error = GuestRegionShm::<()>::new(place, &RamOptions::new()).unwrap_err();
+/// // One type for all that fails, where that is enough.
+/// let error = Error::from(error);
 /// assert!(matches!(error, Error::Range(InvalidRange::Unaligned { value: 5000, .. })));
 /// ```
 #[non_exhaustive]
@@ -66,7 +68,7 @@ pub enum Error {
     #[error(transparent)]
     Discard(DiscardError),
 
-    /// The kernel does not say what of the RAM exists.
+    /// The kernel does not report which RAM is allocated.
     #[error(transparent)]
     Stats(#[from] StatsError),
 
@@ -97,15 +99,22 @@ pub enum Error {
     #[error(transparent)]
     Range(#[from] InvalidRange),
 
-    /// Regions make no memory.
+    /// A region or a ROM cannot be made, or regions do not make a memory.
     #[error(transparent)]
-    Memory(MemoryError),
+    Memory(Box<MemoryError>),
 }
 
 impl Error {
-    /// What is short, if that is the reason.
+    /// What is short, if that is the reason: of RAM, of the dirty log that a daemon was to be
+    /// sent, or of what a daemon was to map.
     pub fn shortage(&self) -> Option<&Shortage> {
         match self {
+            #[cfg(feature = "vhost-user")]
+            Self::Share(ShareError::Log(error)) => error.shortage(),
+            Self::Receive(error) => match &**error {
+                ReceiveError::Region { cause, .. } => cause.shortage(),
+                _ => None,
+            },
             Self::Shortage(shortage)
             | Self::Populate(
                 PopulateError::Shortage { shortage, .. } | PopulateError::CannotLook { shortage },
@@ -160,7 +169,10 @@ impl From<MemoryError> for Error {
     fn from(error: MemoryError) -> Self {
         match error {
             MemoryError::Range(error) => error.into(),
-            error => Self::Memory(error),
+            MemoryError::Backing(error) => error.into(),
+            MemoryError::Map(error) => error.into(),
+            MemoryError::Populate(error) => error.into(),
+            error => Self::Memory(Box::new(error)),
         }
     }
 }

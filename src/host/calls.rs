@@ -5,11 +5,12 @@ use std::io;
 use nix::errno::Errno;
 
 /// How often a call is made again that asks for that. The kernel does so when something else was
-/// quicker, and that passes; a seccomp filter may do so each time, or signals may come without end.
+/// quicker, and that passes; a seccomp filter may do so each time, or signals may come without
+/// end.
 const TRIES: usize = 1000;
 
-/// Whether the kernel does not have a call, or a seccomp filter forbids it: whatever it was for, it
-/// is not because of its arguments, and another way may be open.
+/// Whether the kernel does not have a call, or a seccomp filter forbids it: whatever it was for,
+/// it is not because of its arguments, and another way may be open.
 pub(crate) fn is_refused(errno: Errno) -> bool {
     matches!(errno, Errno::ENOSYS | Errno::EPERM | Errno::EACCES)
 }

@@ -13,13 +13,6 @@ use super::mounts::Mount;
 /// Version 1 writes a number near 2^63 where there is no limit, version 2 writes `max`.
 const UNLIMITED: u64 = 1 << 62;
 
-/// A controller that limits what RAM is made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Controller {
-    Memory,
-    Hugetlb,
-}
-
 /// The two interfaces of control groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Version {
@@ -47,16 +40,16 @@ pub(super) struct Left {
 }
 
 impl Branch {
-    /// Those of a process with this `/proc/PID/cgroup` among these mounts: none, one, or, where both
-    /// versions are mounted, two.
-    pub(super) fn all(controller: Controller, groups: &str, mounts: &[Mount]) -> Vec<Self> {
+    /// Those of a controller (`memory`, `hugetlb`), of a process with this `/proc/PID/cgroup`
+    /// among these mounts: none, one, or, where both versions are mounted, two.
+    pub(super) fn all(controller: &str, groups: &str, mounts: &[Mount]) -> Vec<Self> {
         let found = groups.lines().filter_map(|line| {
             let mut words = line.splitn(3, ':').skip(1);
             let (controllers, path) = (words.next()?, words.next()?);
             let version = Version::of(controllers, controller)?;
             let of_version = mounts.iter().filter(|mount| match version {
                 Version::Two => mount.fs_type == "cgroup2",
-                Version::One => mount.fs_type == "cgroup" && mount.has_option(controller.name()),
+                Version::One => mount.fs_type == "cgroup" && mount.has_option(controller),
             });
             let mut places = of_version.map(|mount| {
                 // In a container the mount shows a part of the tree.
@@ -118,22 +111,13 @@ impl Branch {
     }
 }
 
-impl Controller {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Memory => "memory",
-            Self::Hugetlb => "hugetlb",
-        }
-    }
-}
-
 impl Version {
     /// Which one a line of `/proc/PID/cgroup` with these controllers is about, if the controller
     /// may be among them.
-    fn of(controllers: &str, controller: Controller) -> Option<Self> {
+    fn of(controllers: &str, controller: &str) -> Option<Self> {
         if controllers.is_empty() {
             Some(Self::Two)
-        } else if controllers.split(',').any(|name| name == controller.name()) {
+        } else if controllers.split(',').any(|name| name == controller) {
             Some(Self::One)
         } else {
             None

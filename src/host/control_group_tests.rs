@@ -35,7 +35,7 @@ impl Tree {
 
     /// What each limit leaves that a process in this group meets, by its file in the tree.
     fn left(&self, mount: &Mount, line: &str, swap: u64) -> Vec<(String, u64)> {
-        let branches = Branch::all(Controller::Memory, line, std::slice::from_ref(mount));
+        let branches = Branch::all("memory", line, std::slice::from_ref(mount));
         let groups = branches.iter().flat_map(Branch::memory);
         let left = groups.flat_map(|group| group.left(swap, u64::MAX));
         left.map(|left| self.named(left)).collect()
@@ -153,9 +153,7 @@ fn statistics_are_only_read_where_they_matter() {
         ],
     );
     let mount = tree.mount("cgroup2", "/", "rw");
-    let groups = Branch::all(Controller::Memory, "0::/\n", &[mount])
-        .remove(0)
-        .memory();
+    let groups = Branch::all("memory", "0::/\n", &[mount]).remove(0).memory();
     let left = |enough| groups[0].left(7, enough).remove(0).bytes;
     assert_eq!(left(400), 400, "a lower bound");
     assert_eq!(left(401), 907);
@@ -176,9 +174,7 @@ fn swap_of_version_2_has_a_limit_and_high_slows_down() {
         ],
     );
     let mount = tree.mount("cgroup2", "/", "rw");
-    let group = Branch::all(Controller::Memory, "0::/\n", &[mount])
-        .remove(0)
-        .memory();
+    let group = Branch::all("memory", "0::/\n", &[mount]).remove(0).memory();
     let group = &group[0];
     assert_eq!(group.swap_left(), Some(30));
     let high = group.left_to_high().map(|left| tree.named(left));
@@ -207,7 +203,7 @@ fn huge_pages_are_limited_by_size_used_and_promised() {
         ],
     );
     let mount = tree.mount("cgroup2", "/", "rw,memory_hugetlb_accounting");
-    let branches = Branch::all(Controller::Hugetlb, "0::/vm\n", &[mount]);
+    let branches = Branch::all("hugetlb", "0::/vm\n", &[mount]);
     let left = |size, reserving| -> Vec<_> {
         let left = branches[0].hugetlb(size, reserving).into_iter();
         left.map(|left| tree.named(left)).collect()
@@ -231,7 +227,7 @@ fn huge_pages_are_limited_by_size_used_and_promised() {
         ],
     );
     let mount = one.mount("cgroup", "/", "rw,hugetlb");
-    let branches = Branch::all(Controller::Hugetlb, "3:hugetlb:/vm\n", &[mount]);
+    let branches = Branch::all("hugetlb", "3:hugetlb:/vm\n", &[mount]);
     let left = branches[0].hugetlb(2 * MIB, true).remove(0);
     assert_eq!(
         one.named(left),
@@ -242,17 +238,16 @@ fn huge_pages_are_limited_by_size_used_and_promised() {
 
 #[test]
 fn only_lines_of_the_controller_count() {
-    use Controller::{Hugetlb, Memory};
     for (controllers, controller, version) in [
-        ("", Memory, Some(Version::Two)),
-        ("", Hugetlb, Some(Version::Two)),
-        ("memory", Memory, Some(Version::One)),
-        ("cpu,memory", Memory, Some(Version::One)),
-        ("memory", Hugetlb, None),
-        ("hugetlb", Hugetlb, Some(Version::One)),
-        ("name=systemd", Memory, None),
+        ("", "memory", Some(Version::Two)),
+        ("", "hugetlb", Some(Version::Two)),
+        ("memory", "memory", Some(Version::One)),
+        ("cpu,memory", "memory", Some(Version::One)),
+        ("memory", "hugetlb", None),
+        ("hugetlb", "hugetlb", Some(Version::One)),
+        ("name=systemd", "memory", None),
     ] {
         let found = Version::of(controllers, controller);
-        assert_eq!(found, version, "{controllers} {controller:?}");
+        assert_eq!(found, version, "{controllers} {controller}");
     }
 }

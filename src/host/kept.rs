@@ -38,7 +38,7 @@ impl Kept {
             Err(error) if is_none_left(&error) => return Err(error),
             answer => answer.ok(),
         };
-        // Whoever was first.
+        // Another thread may have been first.
         let _ = self.file.set(file);
         Ok(())
     }

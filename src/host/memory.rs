@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::control_group::{Branch, Controller, Left, MemoryGroup};
+use super::control_group::{Branch, Left, MemoryGroup};
 use super::descriptors::is_none_left;
 use super::fields::bytes;
 use super::kept::Kept;
@@ -17,8 +17,8 @@ use crate::host::NodeSet;
 /// besides: stacks, page tables, the chunk that another process is about to take.
 const MARGIN: u64 = 4 << 20;
 
-/// The same of the machine and of a node, one byte in so many: nobody is well off there with
-/// nothing left.
+/// The same of the machine and of a node, one byte in so many: all of its processes suffer when
+/// nothing is left.
 const RESERVE: u64 = 512;
 
 /// The kernel's own need for shared memory, one byte in so many: page tables (1 in 512) and the
@@ -219,11 +219,11 @@ impl MemoryLimits {
         proc: &Path,
         nodes: &Path,
     ) -> io::Result<Self> {
-        let memory = Branch::all(Controller::Memory, process, mounts);
+        let memory = Branch::all("memory", process, mounts);
         let this = Self {
             groups: memory.iter().flat_map(Branch::memory).collect(),
             accounts_hugetlb: memory.iter().any(Branch::accounts_hugetlb),
-            hugetlb: Branch::all(Controller::Hugetlb, thread, mounts),
+            hugetlb: Branch::all("hugetlb", thread, mounts),
             meminfo: Kept::new(proc.join("meminfo")),
             swappiness: Kept::new(proc.join("sys/vm/swappiness")),
             nodes: nodes.to_owned(),

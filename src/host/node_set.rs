@@ -16,7 +16,8 @@ use crate::range::RangeSet;
 /// ```
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct NodeSet {
-    /// Two words and not one of 128 bits, which would align all errors that name nodes to 16 bytes.
+    /// Two words and not one of 128 bits, which would align all errors that name nodes to 16
+    /// bytes.
     words: [u64; 2],
 }
 
@@ -116,6 +117,23 @@ impl fmt::Display for NodeSet {
 impl fmt::Debug for NodeSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "NodeSet({self})")
+    }
+}
+
+/// A list of nodes.
+#[cfg(feature = "serde")]
+impl serde::Serialize for NodeSet {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.iter())
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<'de> serde::Deserialize<'de> for NodeSet {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let nodes = Vec::<u32>::deserialize(deserializer)?;
+        let too_high = "a node is 128 or more";
+        Self::from_nodes(nodes).ok_or_else(|| serde::de::Error::custom(too_high))
     }
 }
 

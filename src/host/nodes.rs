@@ -1,4 +1,5 @@
-//! The NUMA nodes of this machine (`/sys/devices/system/node`, Documentation/ABI/stable/sysfs-devices-node).
+//! The NUMA nodes of this machine (`/sys/devices/system/node`,
+//! Documentation/ABI/stable/sysfs-devices-node).
 
 use std::fs;
 

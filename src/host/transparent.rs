@@ -1,10 +1,13 @@
-//! Transparent huge pages of shared memory: who allows and who forbids them
+//! Transparent huge pages of shared memory: what allows and what forbids them
 //! (Documentation/admin-guide/mm/transhuge.rst).
 
+use std::fmt;
 use std::fs;
+use std::io;
 
 use super::fields::field;
 use super::mounts::Mount;
+use crate::units::HumanSize;
 
 const SWITCHES: &str = "/sys/kernel/mm/transparent_hugepage";
 
@@ -13,24 +16,98 @@ pub(crate) fn page_size() -> Option<u64> {
     read("hpage_pmd_size")?.parse().ok()
 }
 
-/// What forbids transparent huge pages of shared memory.
+/// Why RAM is not mapped by transparent huge pages, which were asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Forbidden {
+#[non_exhaustive]
+pub enum ThpObstacle {
     /// The kernel has none.
     Kernel,
-    /// `PR_SET_THP_DISABLE` of prctl(2).
+    /// They are switched off for this process (`PR_SET_THP_DISABLE`, prctl(2)).
     Process,
-    /// `shmem_enabled`, which has this value.
-    Switch { value: String },
-    /// The option `huge=` of what is mounted there.
-    MountOption { mount: String, value: String },
+    /// The kernel refuses the advice (`MADV_HUGEPAGE`, madvise(2)).
+    #[non_exhaustive]
+    Refused {
+        /// Its answer.
+        errno: i32,
+    },
+    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` forbids them.
+    #[non_exhaustive]
+    Switch {
+        /// What it is set to.
+        value: String,
+    },
+    /// The tmpfs is mounted without the option `huge=`, or with one that forbids them.
+    #[non_exhaustive]
+    MountOption {
+        /// Where it is mounted.
+        mount: String,
+        /// The option, `never` if there is none.
+        value: String,
+    },
+    /// Files on this file system have none.
+    FileSystem,
+    /// The RAM is smaller than a huge page.
+    #[non_exhaustive]
+    Size {
+        /// The size of the RAM in bytes.
+        size: u64,
+        /// The size of a huge page in bytes.
+        huge: u64,
+    },
+    /// The RAM has parts at its ends that are not whole huge pages; the others may be huge.
+    #[non_exhaustive]
+    Alignment {
+        /// The offset in the backing, in bytes.
+        offset: u64,
+        /// The size of the RAM in bytes.
+        size: u64,
+        /// The size of a huge page in bytes.
+        huge: u64,
+    },
+}
+
+impl fmt::Display for ThpObstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kernel => f.write_str("this kernel has none"),
+            Self::Process => {
+                f.write_str("they are switched off for this process (PR_SET_THP_DISABLE)")
+            }
+            Self::Refused { errno } => write!(
+                f,
+                "the kernel refuses the advice: {}",
+                io::Error::from_raw_os_error(*errno)
+            ),
+            Self::Switch { value } => write!(
+                f,
+                "/sys/kernel/mm/transparent_hugepage/shmem_enabled is {value}, set it to advise"
+            ),
+            Self::MountOption { mount, value } => write!(
+                f,
+                "{mount} is mounted with huge={value}, remount it with huge=advise"
+            ),
+            Self::FileSystem => f.write_str("files on this file system have none"),
+            Self::Size { size, huge } => write!(
+                f,
+                "{} of RAM are less than a huge page of {}",
+                HumanSize(*size),
+                HumanSize(*huge)
+            ),
+            Self::Alignment { offset, size, huge } => write!(
+                f,
+                "{} at offset {offset:#x} begin or end inside a huge page of {}",
+                HumanSize(*size),
+                HumanSize(*huge)
+            ),
+        }
+    }
 }
 
 /// What forbids huge pages of files on the tmpfs with this `st_dev`, even if they are asked for
 /// (`MADV_HUGEPAGE`).
-pub(crate) fn forbidden_on_tmpfs(dev: u64) -> Option<Forbidden> {
+pub(crate) fn forbidden_on_tmpfs(dev: u64) -> Option<ThpObstacle> {
     let Some(switch) = read("shmem_enabled") else {
-        return Some(Forbidden::Kernel);
+        return Some(ThpObstacle::Kernel);
     };
     let mount = Mount::of_device(dev);
     forbidden(
@@ -40,13 +117,13 @@ pub(crate) fn forbidden_on_tmpfs(dev: u64) -> Option<Forbidden> {
     )
 }
 
-/// The switch is for the kernel's own mount, on which memfds are, but for its values that overrule
-/// everybody; other mounts have an option.
-fn forbidden(switch: &str, mount: Option<&Mount>, process_may_not: bool) -> Option<Forbidden> {
+/// The switch is for the kernel's own mount, on which memfds are, except for its values that
+/// overrule all mounts; other mounts have an option.
+fn forbidden(switch: &str, mount: Option<&Mount>, process_may_not: bool) -> Option<ThpObstacle> {
     if process_may_not {
-        return Some(Forbidden::Process);
+        return Some(ThpObstacle::Process);
     }
-    let by_switch = || Forbidden::Switch {
+    let by_switch = || ThpObstacle::Switch {
         value: switch.to_owned(),
     };
     match (switch, mount) {
@@ -55,7 +132,7 @@ fn forbidden(switch: &str, mount: Option<&Mount>, process_may_not: bool) -> Opti
         ("never", None) => Some(by_switch()),
         (_, None) => None,
         (_, Some(mount)) => match mount.option("huge").unwrap_or("never") {
-            value @ "never" => Some(Forbidden::MountOption {
+            value @ "never" => Some(ThpObstacle::MountOption {
                 mount: mount.point.display().to_string(),
                 value: value.to_owned(),
             }),
@@ -64,7 +141,7 @@ fn forbidden(switch: &str, mount: Option<&Mount>, process_may_not: bool) -> Opti
     }
 }
 
-/// Whether somebody switched them off for this process (`PR_SET_THP_DISABLE`).
+/// Whether they are switched off for this process (`PR_SET_THP_DISABLE`).
 fn process_may_not(status: &str) -> bool {
     field(status, "THP_enabled") == Some("0")
 }
@@ -99,11 +176,11 @@ mod tests {
             options: options.split(',').map(str::to_owned).collect(),
         };
         let switch = |value: &str| {
-            Some(Forbidden::Switch {
+            Some(ThpObstacle::Switch {
                 value: value.to_owned(),
             })
         };
-        let option = Some(Forbidden::MountOption {
+        let option = Some(ThpObstacle::MountOption {
             mount: "/dev/shm".to_owned(),
             value: "never".to_owned(),
         });
@@ -124,7 +201,7 @@ mod tests {
             let allowed = mount("rw,huge=advise");
             assert_eq!(forbidden(value, Some(&allowed), false), advise, "{value}");
             let process = forbidden(value, Some(&allowed), true);
-            assert_eq!(process, Some(Forbidden::Process), "{value}");
+            assert_eq!(process, Some(ThpObstacle::Process), "{value}");
         }
     }
 

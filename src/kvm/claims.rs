@@ -1,4 +1,8 @@
-//! Which slot numbers of which VM are spoken for, in all of this process.
+//! Which slot numbers of which VM are claimed, in all of this process.
+//!
+//! KVM does not refuse a slot whose number is in use: it changes the slot that has it. Then memory
+//! that one [`SlotNumbers`](super::SlotNumbers) keeps mapped for its slot is not what the guest
+//! reaches by it. So two of one VM must not overlap, and they know each other only by this list.
 
 use std::collections::BTreeSet;
 use std::ops::Range;

@@ -61,8 +61,8 @@ impl KvmSlots {
     /// Has KVM log the guest's writes (`KVM_MEM_LOG_DIRTY_PAGES`) to all regions, and to those
     /// that come later from the moment that they are there. Does nothing if it does so already.
     ///
-    /// Nothing counts as written at first: who copies the memory copies all of it once, and a
-    /// region that comes later too.
+    /// Nothing counts as written at first: a copy of the memory begins with all of it, and with
+    /// all of a region that comes later.
     ///
     /// # Errors
     ///
@@ -119,7 +119,7 @@ impl KvmSlots {
     /// The VM must clear the log as it gives it, as it does unless
     /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` is enabled. The last writes to a region that is
     /// unplugged are gone with it; if it comes back, all of it counts as written. So it is when
-    /// the unplugging is undone because somebody refused it.
+    /// the unplugging is undone because a listener refused it.
     ///
     /// # Errors
     ///

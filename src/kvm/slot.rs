@@ -42,7 +42,7 @@ pub struct KvmSlot {
     in_kvm: bool,
 }
 
-/// What is behind a slot. It stays mapped as long as this lives.
+/// The memory of a slot. It stays mapped as long as this lives.
 #[derive(Clone)]
 pub(super) enum Memory {
     Ram(Ram),

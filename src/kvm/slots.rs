@@ -13,18 +13,18 @@ use super::slot::{KvmSlot, Memory};
 use crate::host::base_page_size;
 use crate::logs;
 use crate::mapping::Mapping;
-use crate::range::GuestRange;
+use crate::range::{GuestRange, InvalidRange};
 
 /// The memory slots of a KVM virtual machine: a [`MemoryListener`](crate::MemoryListener) that
 /// gives each region of the guest's memory one (KVM_SET_USER_MEMORY_REGION).
 ///
-/// Attach it before the daemons, so that the hypervisor learns of memory before those who put
-/// data there.
+/// Attach it before the daemons, so that the hypervisor learns of memory before they put data
+/// there.
 ///
 /// - It takes the lowest free slot numbers, and uses them again. A VMM that makes slots of its own
-///   takes their numbers from the same [`SlotNumbers`], or gives it ([`with_numbers`](Self::with_numbers)) a part of
-///   the numbers only. Regions whose numbers must be what they were are
-///   [named](Self::assign_number).
+///   takes their numbers from the same [`SlotNumbers`], or gives it
+///   ([`with_numbers`](Self::with_numbers)) a part of the numbers only. Regions whose numbers must
+///   be what they were are [named](Self::assign_number).
 /// - The VM is kvm-ioctls' [`VmFd`](kvm_ioctls::VmFd), or any other [`HypervisorVm`].
 /// - Slots that go are removed before new ones are made: slots cannot overlap. What KVM refuses is
 ///   undone with the change, for all listeners.
@@ -91,8 +91,8 @@ impl KvmSlots {
         Ok(Self::with_numbers(SlotNumbers::all(vm)?))
     }
 
-    /// Slots with numbers from here, which the VMM and other `KvmSlots` may share. Numbers that are
-    /// not here belong to the VMM, which sees to it that their slots overlap no region.
+    /// Slots with numbers from here, which the VMM and other `KvmSlots` may share. Numbers that
+    /// are not here belong to the VMM, which sees to it that their slots overlap no region.
     ///
     /// The numbers of what is unplugged are free at once, but are taken last until the next
     /// change: undoing this one needs them.
@@ -116,20 +116,24 @@ impl KvmSlots {
     ///
     /// ```no_run
     /// # use std::sync::Arc;
-    /// use guest_memory_shm::{GuestRange, KvmSlots};
+    /// use guest_memory_shm::KvmSlots;
     /// use kvm_ioctls::Kvm;
     /// use vm_memory::GuestAddress;
     ///
     /// let mut slots = KvmSlots::new(Arc::new(Kvm::new()?.create_vm()?))?;
-    /// slots.add_read_only(GuestRange::new(GuestAddress(0xf_0000), 64 << 10)?)?;
+    /// slots.add_read_only((GuestAddress(0xf_0000), 64 << 10))?;
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
     ///
     /// [`KvmError::NoReadOnly`] if the hypervisor does not offer it; [`KvmError::TooLate`] if a
-    /// region is there already. Nothing is changed then.
-    pub fn add_read_only(&mut self, range: GuestRange) -> Result<()> {
+    /// region is there already; [`KvmError::Range`]. Nothing is changed then.
+    pub fn add_read_only(
+        &mut self,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+    ) -> Result<()> {
+        let range = GuestRange::at(range)?;
         self.check_read_only(range)?;
         let there = self
             .slots
@@ -152,23 +156,28 @@ impl KvmSlots {
     ///
     /// ```no_run
     /// # use std::sync::Arc;
-    /// use guest_memory_shm::{GuestRange, KvmSlots};
+    /// use guest_memory_shm::KvmSlots;
     /// use kvm_ioctls::Kvm;
     /// use vm_memory::GuestAddress;
     ///
     /// let mut slots = KvmSlots::new(Arc::new(Kvm::new()?.create_vm()?))?;
     /// // What was saved with the guest.
     /// for (number, start, size) in [(0, 0, 1 << 30), (7, 4 << 30, 2 << 30)] {
-    ///     slots.assign_number(GuestRange::new(GuestAddress(start), size)?, number)?;
+    ///     slots.assign_number((GuestAddress(start), size), number)?;
     /// }
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
     ///
-    /// [`KvmError::NoSuchNumber`] and [`KvmError::NumberTaken`];
+    /// [`KvmError::NoSuchNumber`], [`KvmError::NumberTaken`] and [`KvmError::Range`];
     /// [`KvmError::NumberTooLate`] if the range, or a part of it, has a slot or a number already.
-    pub fn assign_number(&mut self, range: GuestRange, number: u32) -> Result<()> {
+    pub fn assign_number(
+        &mut self,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+        number: u32,
+    ) -> Result<()> {
+        let range = GuestRange::at(range)?;
         let there = self.overlapping(range);
         let there = there.and_then(|there| self.slots.get(&there.start_addr().0));
         let there = there.map(|slot| (slot.range(), slot.number()));
@@ -189,8 +198,8 @@ impl KvmSlots {
         self.numbers.vm()
     }
 
-    /// The numbers that its slots have and may have: whoever makes slots of the same VM takes
-    /// numbers from here.
+    /// The numbers that its slots have and may have: other slots of the same VM take numbers from
+    /// here.
     pub fn numbers(&self) -> &SlotNumbers {
         &self.numbers
     }

@@ -105,8 +105,8 @@ impl<L: RegionListener<B>, B> RegionAdapter<L, B> {
         &self.held
     }
 
-    /// Takes the listener out. It is not told, and keeps its regions, which nothing keeps mapped any
-    /// more: let it go of them before, by `update(&GuestMemoryShm::new())`.
+    /// Takes the listener out. It is not told, and keeps its regions, which nothing keeps mapped
+    /// any more: let it go of them before, by `update(&GuestMemoryShm::new())`.
     pub fn into_inner(self) -> L {
         self.listener
     }
@@ -166,7 +166,8 @@ impl<L: RegionListener<B>, B: Bitmap> RegionAdapter<L, B> {
         answer.map_err(|error| error.at(region.range()))
     }
 
-    /// After a panic it is not known whether the region is held: has it removed, so that it is not.
+    /// After a panic it is not known whether the region is held: has it removed, so that it is
+    /// not.
     fn settle(&mut self) {
         let Some(region) = self.doubtful.take() else {
             return;
@@ -182,7 +183,11 @@ impl<L: RegionListener<B>, B: Bitmap> RegionAdapter<L, B> {
     }
 
     fn drop_held(&mut self, region: &GuestRegionShm<B>) {
-        self.held.retain(|held| !held.is(region));
+        if let Ok(at) = place_of(&self.held, region.start_addr())
+            && self.held[at].is(region)
+        {
+            self.held.remove(at);
+        }
     }
 
     /// What it held no longer matters once it is away.

@@ -13,14 +13,14 @@ pub(crate) type Result<T, E = MapError> = std::result::Result<T, E>;
 /// Why a backing could not be mapped.
 ///
 /// ```
-/// use guest_memory_shm::{Error, GuestMemoryShm, MapError, RamOptions};
+/// use guest_memory_shm::{GuestMemoryShm, MapError, MemoryError, RamOptions};
 /// use vm_memory::GuestAddress;
 ///
 /// // More than the address space of a process.
 /// let refused = GuestMemoryShm::<()>::builder()
 ///     .add_ram(RamOptions::new(), [(GuestAddress(0), 1 << 60)])
 ///     .build();
-/// assert!(matches!(refused, Err(Error::Map(MapError::Reserve { .. }))));
+/// assert!(matches!(refused, Err(MemoryError::Map(MapError::Reserve { .. }))));
 /// ```
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]

@@ -7,29 +7,26 @@ use vm_memory::bitmap::{Bitmap, NewBitmap};
 
 use super::GuestMemoryShm;
 use crate::backing::{BackingError, Request, Resolved, ShmBacking, memory_notes};
-#[cfg(any(doc, test))]
-use crate::error::Error;
-use crate::error::{FileError, Result};
 use crate::options::{Access, RamOptions};
 use crate::populate::populate_new;
 use crate::range::{GuestRange, InvalidRange, check_disjoint};
-use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
+use crate::region::{GuestRegionShm, MemoryError, Result, new_bitmap};
 use crate::report::{BuildReport, log_notes};
 
-/// What the report calls all RAM that is built.
+/// The report's name for all RAM that is built.
 const ALL: &str = "all RAM";
 
 /// Builds a [`GuestMemoryShm`] of several backings, each of which can carry several ranges.
 ///
 /// ```
 /// use guest_memory_shm::{BackingSource, GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
-/// use vm_memory::GuestAddress;
+/// use vm_memory::{GuestAddress, GuestMemoryBackend};
 ///
 /// let hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
 /// let memory = GuestMemoryShm::<()>::builder()
 ///     // One descriptor carries the RAM below and above the hole.
 ///     .add_ram(RamOptions::new(), ram_around_hole(4 << 30, hole)?)
-///     // Another one, which can be truncated by whoever holds it, is for a trusted daemon.
+///     // Another one, which any process that holds it can truncate, is for a trusted daemon.
 ///     .add_ram(
 ///         RamOptions::new().with_backing(BackingSource::PosixShm),
 ///         [(GuestAddress(1 << 40), 16 << 20)],
@@ -48,10 +45,9 @@ pub struct GuestMemoryShmBuilder<B = ()> {
 /// Which sizes and addresses regions may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sizes {
-    /// Whole pages: whoever builds RAM with options is told at once what memory slots, daemons and
-    /// discards would refuse later.
+    /// Whole pages: what memory slots, daemons and discards would refuse later is refused at once.
     Pages,
-    /// Any, as code expects that was written for vm-memory's type.
+    /// Any, as code written for vm-memory's type expects.
     Any,
 }
 
@@ -86,15 +82,19 @@ enum Planned<'a> {
     Use(&'a ShmBacking),
 }
 
-impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
-    pub(super) fn new() -> Self {
-        Self {
+impl<B: NewBitmap> GuestMemoryShm<B> {
+    /// A builder, for RAM of several backings, of other kinds than a memfd, or with bitmaps that
+    /// are no `NewBitmap` ([`with_bitmap`](GuestMemoryShmBuilder::with_bitmap)).
+    pub fn builder() -> GuestMemoryShmBuilder<B> {
+        GuestMemoryShmBuilder {
             parts: Vec::new(),
             bitmaps: Bitmaps::New(new_bitmap),
             sizes: Sizes::Pages,
         }
     }
+}
 
+impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
     /// Takes ranges that are not whole pages, as vm-memory does.
     pub(super) fn of_any_size(mut self) -> Self {
         self.sizes = Sizes::Any;
@@ -104,7 +104,7 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
 
 impl<B> GuestMemoryShmBuilder<B> {
     /// Has a function make the dirty bitmap of each region, of any type: for bitmaps that are no
-    /// `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up otherwise.
+    /// `NewBitmap`, such as `Option<AtomicBitmap>`, or that are set up in another way.
     ///
     /// Default: `NewBitmap::with_len`. The function is called during [`build`](Self::build), once
     /// for each region, after all is checked and before anything is created. If it panics, so does
@@ -142,7 +142,7 @@ impl<B> GuestMemoryShmBuilder<B> {
 
     /// Adds RAM in these ranges (guest address, size in bytes), all on one new backing.
     ///
-    /// The ranges lie in the backing one behind the other, in the order given, from
+    /// The ranges lie in the backing one after the other, in the order given, from
     /// [`RamOptions::offset`] on: the second begins where the first ends. Huge pages need a guest
     /// address and an offset that are congruent modulo the size of a huge page.
     pub fn add_ram(
@@ -157,7 +157,7 @@ impl<B> GuestMemoryShmBuilder<B> {
         self
     }
 
-    /// Adds RAM in these ranges on a backing that exists, for example an adopted one, one behind
+    /// Adds RAM in these ranges on a backing that exists, for example an adopted one, one after
     /// the other from `offset` bytes on.
     pub fn add_backing(
         mut self,
@@ -178,19 +178,20 @@ impl<B> GuestMemoryShmBuilder<B> {
 
 impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     /// Creates the backings, maps them, places the regions, and populates those on new backings as
-    /// their options say: all together, with as many threads as the options ask for that ask for
-    /// the most.
+    /// their options say: all together, with the largest number of threads that any of the options
+    /// asks for.
     ///
     /// Costs per region, not per byte, unless RAM is populated: no page is allocated then.
     ///
     /// # Errors
     ///
     /// [`MemoryError::NoRanges`] without any range (or with a backing that has none);
-    /// [`Error::Range`], [`BackingError::Outside`], [`BackingError::Truncated`] for bad places;
-    /// those of [`ShmBacking::create`]; [`FileError::ReadOnlyRam`] for a file that is opened for
-    /// reading only; [`Error::Map`]; and [`Error::Populate`], if there is not enough memory before
-    /// the first page. All numbers, and the pools of huge pages, are checked before anything is created, and a
-    /// failure leaves nothing behind.
+    /// [`MemoryError::Range`], and [`MemoryError::Backing`] with [`BackingError::Outside`] or
+    /// [`BackingError::Truncated`], for bad places; those of [`ShmBacking::create`];
+    /// [`MemoryError::ReadOnlyRam`] for a file that is opened for reading only;
+    /// [`MemoryError::Map`]; and [`MemoryError::Populate`], before the first page if there is not
+    /// enough memory. All numbers, and the pools of huge pages, are checked before anything is
+    /// created, and a failure leaves nothing behind.
     ///
     /// # Panics
     ///
@@ -199,8 +200,8 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
         self.build_with_report().map(|(memory, _)| memory)
     }
 
-    /// As [`build`](Self::build), and says what of the options has no effect and which limits are
-    /// near. (The log says so, too.)
+    /// As [`build`](Self::build), and reports which options have no effect and which limits are
+    /// near. (The log has it, too.)
     ///
     /// # Errors
     ///
@@ -215,7 +216,7 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
         let all: Vec<GuestRange> = plans.iter().flat_map(|plan| plan.ranges.clone()).collect();
         check_disjoint(&all)?;
         Request::check_all(requests(&plans))?;
-        // Code of others: whatever it does, nothing is there yet.
+        // The caller's code, which may panic: nothing has been created yet.
         let bitmaps = all.iter().map(|range| self.bitmaps.make(*range)).collect();
         let (regions, report) = create(&plans, bitmaps)?;
         let regions = regions.into_iter().map(Arc::new).collect();
@@ -229,9 +230,8 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     ///
     /// # Errors
     ///
-    /// [`Error::Range`](crate::Error::Range) for a bad place, and those of
-    /// [`ShmBacking::create`] and [`from_backing`](Self::from_backing), and
-    /// [`Error::Populate`](crate::Error::Populate).
+    /// [`MemoryError::Range`] for a bad place; those of [`ShmBacking::create`] and
+    /// [`from_backing`](Self::from_backing); and [`MemoryError::Populate`].
     pub fn new(
         range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
         options: &RamOptions,
@@ -284,7 +284,7 @@ impl<B> GuestRegionShm<B> {
         Request::check_all(requests(&plans))?;
         let bitmaps = vec![bitmap(plans[0].ranges[0])];
         let (mut regions, _) = create(&plans, bitmaps)?;
-        Ok(regions.pop().ok_or(MemoryError::NoRanges)?)
+        regions.pop().ok_or(MemoryError::NoRanges)
     }
 }
 impl<B> Bitmaps<B> {
@@ -311,7 +311,7 @@ impl Part {
             Source::Use { backing, .. } => backing.map_options().access,
         };
         if access == Access::ReadOnly {
-            return Err(FileError::ReadOnlyRam.into());
+            return Err(MemoryError::ReadOnlyRam);
         }
         match &self.source {
             Source::Create(options) => {
@@ -341,7 +341,7 @@ impl Part {
     fn ranges(&self, page_size: u64, sizes: Sizes) -> Result<Vec<GuestRange>> {
         let ranges = self.ranges.clone()?;
         if ranges.is_empty() {
-            return Err(MemoryError::NoRanges.into());
+            return Err(MemoryError::NoRanges);
         }
         if sizes == Sizes::Pages {
             let mut ranges = ranges.iter();
@@ -360,8 +360,11 @@ fn requests<'p>(plans: &'p [Plan<'p>]) -> impl Iterator<Item = &'p Request<'p>> 
 }
 
 /// Creates, maps and populates what was planned and checked, with these bitmaps for the ranges in
-/// their order. Whatever fails leaves nothing.
-fn create<B>(plans: &[Plan<'_>], bitmaps: Vec<B>) -> Result<(Vec<GuestRegionShm<B>>, BuildReport)> {
+/// their order. A failure leaves nothing behind.
+fn create<B>(
+    plans: &[Plan<'_>],
+    bitmaps: Vec<B>,
+) -> Result<(Vec<GuestRegionShm<B>>, BuildReport)> {
     let mut report = BuildReport::default();
     let notes = memory_notes(requests(plans));
     log_notes(ALL, &notes);
@@ -432,7 +435,7 @@ mod tests {
         assert_eq!((offsets, end), (vec![4096, 12288], 16384));
         assert!(matches!(
             pack(0, 4096, &ranges([(0, 1 << 62), (1 << 63, 1 << 62)])),
-            Err(Error::Backing(BackingError::Length { .. }))
+            Err(MemoryError::Backing(BackingError::Length { .. }))
         ));
     }
 }

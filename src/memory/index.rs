@@ -20,7 +20,7 @@ const SEARCHED: u64 = 1024;
 /// The index of sorted, disjoint regions.
 ///
 /// The buckets hold handles of the regions, with all that an access needs: a look-up and the
-/// access behind it read one cache line.
+/// access after it read one cache line.
 pub(super) struct Index<R> {
     /// The first address of the first region.
     start: u64,
@@ -65,10 +65,11 @@ impl<R: Placed + Clone> Index<R> {
     }
 
     /// The region that holds `addr`, if the bucket of `addr` names it; otherwise another, or none.
-    /// None if no region holds it, for all addresses behind the last region.
+    /// None if no region holds it, for all addresses past the last region.
     #[inline]
     pub(super) fn get(&self, addr: u64) -> Option<&R> {
-        // Below the first region this is some number, with or without a bucket.
+        // Below the first region this wraps to some number, with or without a bucket: the caller
+        // checks the region in any case.
         let bucket = addr.wrapping_sub(self.start) >> self.shift;
         self.buckets.get(to_usize(bucket))
     }

@@ -13,7 +13,7 @@ use vm_memory::{
 
 use crate::mapping::to_usize;
 use crate::range::{GuestRange, InvalidRange, holder, place_of};
-use crate::region::{GuestRegionShm, MemoryError};
+use crate::region::{GuestRegionShm, MemoryError, Result};
 
 mod access;
 mod builder;
@@ -26,13 +26,14 @@ mod report;
 pub use builder::GuestMemoryShmBuilder;
 use index::Index;
 
-/// The RAM of a guest: shared-memory regions behind vm-memory's traits.
+/// The RAM of a guest: shared-memory regions that implement vm-memory's traits.
 ///
 /// Takes the place of vm-memory's `GuestMemoryMmap`: a VMM changes its type alias and keeps the
-/// code behind it (see [below](#porting-from-guestmemorymmap)). `B` is the dirty bitmap of each
-/// region, `()` for none. It never changes: hotplug makes a new memory
+/// code that uses it; what differs is in docs/porting.md. `B` is the dirty bitmap of each region,
+/// `()` for none. It never changes: hotplug makes a new memory
 /// ([`insert_region`](Self::insert_region)), which shares the regions. An
-/// [`AddressSpace`](crate::AddressSpace) publishes it to readers. Cloning it clones references to the regions.
+/// [`AddressSpace`](crate::AddressSpace) publishes it to readers. Cloning it clones references to
+/// the regions.
 ///
 /// `Display` prints the regions as a table.
 ///
@@ -53,34 +54,10 @@ use index::Index;
 /// ```
 ///
 /// A whole program with options, a report, and accesses: `examples/ram.rs`.
-///
-/// # Porting from `GuestMemoryMmap`
-///
-/// All that goes through vm-memory's traits stays as it is (devices, virtio-queue, linux-loader).
-/// What differs:
-///
-/// | GuestMemoryMmap | GuestMemoryShm |
-/// |---|---|
-/// | `from_ranges` with sizes and addresses that are not multiples of the page size | the same, but memory tables, memory slots and discards refuse such a region ([`InvalidRange::PartialPages`]) |
-/// | `from_ranges_with_files` beyond the end of a file | refused |
-/// | `GuestRegionMmap::new` of an `MmapRegion` | [`GuestRegionShm::from_range`], [`GuestRegionShm::new`], [`GuestRegionShm::from_backing`] |
-/// | `FromRangesError`, `GuestRegionCollectionError` | [`Error`](crate::Error), [`MemoryError`] |
-/// | `region.deref().bitmap()` for the whole bitmap | [`GuestRegionShm::dirty_bitmap`] |
-/// | `VhostUserMemoryRegionInfo::from_guest_region(region)` | `VhostUserMemoryRegionInfo::from(&TableRegion::from(region))`, or `VhostUserShare` for all of it |
-/// | `use vm_memory::Bytes` for `read_obj`, `write_obj`, `read_slice`, `write_slice` | methods of this type, several times as fast: rustc may call the import unused |
-/// | a function that wants a `GuestMemoryMmap` | [`to_guest_memory_mmap`](Self::to_guest_memory_mmap) |
 pub struct GuestMemoryShm<B = ()> {
     /// Sorted by address, disjoint.
     regions: Arc<[Arc<GuestRegionShm<B>>]>,
     index: Index<GuestRegionShm<B>>,
-}
-
-impl<B: NewBitmap> GuestMemoryShm<B> {
-    /// A builder, for RAM of several backings, of other kinds than a memfd, or with bitmaps that
-    /// are no `NewBitmap` ([`with_bitmap`](GuestMemoryShmBuilder::with_bitmap)).
-    pub fn builder() -> GuestMemoryShmBuilder<B> {
-        GuestMemoryShmBuilder::new()
-    }
 }
 
 impl<B> GuestMemoryShm<B> {
@@ -96,7 +73,7 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// [`MemoryError::NoRanges`] without any region; [`MemoryError::Unsorted`], and
     /// [`MemoryError::Range`] if two of them overlap.
-    pub fn from_regions(regions: Vec<GuestRegionShm<B>>) -> Result<Self, MemoryError> {
+    pub fn from_regions(regions: Vec<GuestRegionShm<B>>) -> Result<Self> {
         Self::from_arc_regions(regions.into_iter().map(Arc::new).collect())
     }
 
@@ -106,7 +83,7 @@ impl<B> GuestMemoryShm<B> {
     /// # Errors
     ///
     /// Those of [`from_regions`](Self::from_regions).
-    pub fn from_arc_regions(regions: Vec<Arc<GuestRegionShm<B>>>) -> Result<Self, MemoryError> {
+    pub fn from_arc_regions(regions: Vec<Arc<GuestRegionShm<B>>>) -> Result<Self> {
         if regions.is_empty() {
             return Err(MemoryError::NoRanges);
         }
@@ -119,16 +96,14 @@ impl<B> GuestMemoryShm<B> {
     /// # Errors
     ///
     /// [`MemoryError::Range`] if a region is there already.
-    pub fn insert_region(&self, region: Arc<GuestRegionShm<B>>) -> Result<Self, MemoryError> {
+    pub fn insert_region(&self, region: Arc<GuestRegionShm<B>>) -> Result<Self> {
         let mut regions = self.arc_regions();
         regions.push(region);
         Self::from_unsorted(regions)
     }
 
     /// Memory of these regions in any order.
-    pub(crate) fn from_unsorted(
-        mut regions: Vec<Arc<GuestRegionShm<B>>>,
-    ) -> Result<Self, MemoryError> {
+    pub(crate) fn from_unsorted(mut regions: Vec<Arc<GuestRegionShm<B>>>) -> Result<Self> {
         regions.sort_unstable_by_key(|region| region.range());
         Self::from_arc_regions(regions)
     }
@@ -144,22 +119,38 @@ impl<B> GuestMemoryShm<B> {
         &self,
         start: GuestAddress,
         size: GuestUsize,
-    ) -> Result<(Self, Arc<GuestRegionShm<B>>), MemoryError> {
-        let found = place_of(&self.regions, start).ok();
-        let found = found.map(|at| (at, self.regions[at].range().size()));
-        let at = match found {
-            Some((at, found)) if found == size => at,
-            _ => {
-                return Err(MemoryError::NoSuchRegion {
-                    start,
-                    size,
-                    found: found.map(|(_, found)| found),
-                });
-            }
-        };
+    ) -> Result<(Self, Arc<GuestRegionShm<B>>)> {
         let mut regions = self.arc_regions();
-        let removed = regions.remove(at);
+        let removed = regions.remove(self.place_of_region(start, size)?);
         Ok((Self::index(regions), removed))
+    }
+
+    /// This memory without these regions, as a new memory, and the regions, in this order.
+    pub(crate) fn remove_regions(
+        &self,
+        ranges: &[GuestRange],
+    ) -> Result<(Self, Vec<Arc<GuestRegionShm<B>>>)> {
+        let mut left: Vec<_> = self.regions.iter().map(Some).collect();
+        let mut removed = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            let (start, size) = (range.start_addr(), range.size());
+            let region = left[self.place_of_region(start, size)?].take();
+            // It was named before.
+            let found = None;
+            let region = region.ok_or(MemoryError::NoSuchRegion { start, size, found })?;
+            removed.push(region.clone());
+        }
+        Ok((
+            Self::index(left.into_iter().flatten().cloned().collect()),
+            removed,
+        ))
+    }
+
+    fn place_of_region(&self, start: GuestAddress, size: u64) -> Result<usize> {
+        let at = place_of(&self.regions, start).ok();
+        let found = at.map(|at| self.regions[at].range().size());
+        let at = at.filter(|_| found == Some(size));
+        at.ok_or(MemoryError::NoSuchRegion { start, size, found })
     }
 
     /// The regions, sorted by address, to make other memories of.
@@ -214,7 +205,7 @@ impl<B: Bitmap> GuestMemoryShm<B> {
     /// # Errors
     ///
     /// [`MemoryError::Remap`] if a region cannot be mapped.
-    pub fn to_guest_memory_mmap<C: NewBitmap>(&self) -> Result<GuestMemoryMmap<C>, MemoryError> {
+    pub fn to_guest_memory_mmap<C: NewBitmap>(&self) -> Result<GuestMemoryMmap<C>> {
         let regions: Vec<_> = self.iter().map(remap).collect::<Result<_, _>>()?;
         let (Some(first), Some(last)) = (self.regions.first(), self.regions.last()) else {
             return Ok(GuestMemoryMmap::new());
@@ -230,7 +221,7 @@ impl<B: Bitmap> GuestMemoryShm<B> {
 }
 
 /// Checks that ranges are sorted and have no address in common, in vm-memory's order.
-fn check_sorted(mut ranges: impl Iterator<Item = GuestRange>) -> Result<(), MemoryError> {
+fn check_sorted(mut ranges: impl Iterator<Item = GuestRange>) -> Result<()> {
     let Some(mut first) = ranges.next() else {
         return Ok(());
     };
@@ -246,9 +237,7 @@ fn check_sorted(mut ranges: impl Iterator<Item = GuestRange>) -> Result<(), Memo
     Ok(())
 }
 
-fn remap<B: Bitmap, C: NewBitmap>(
-    region: &GuestRegionShm<B>,
-) -> Result<GuestRegionMmap<C>, MemoryError> {
+fn remap<B: Bitmap, C: NewBitmap>(region: &GuestRegionShm<B>) -> Result<GuestRegionMmap<C>> {
     let range = region.range();
     let file_offset = GuestMemoryRegion::file_offset(region).cloned();
     // `MmapRegion::from_file` is not there with vm-memory's feature `xen`.

@@ -1,4 +1,4 @@
-//! The device behind the gate: a correct vhost-user-blk backend.
+//! The device: a correct vhost-user-blk backend.
 
 use std::io;
 use std::ops::DerefMut;
@@ -80,7 +80,8 @@ impl Backend {
     }
 
     fn serve_queue(&self, vring: &Vring) {
-        while self.serve_batch(vring.get_mut().deref_mut()) && !self.over.load(Ordering::Relaxed) {}
+        while self.serve_batch(vring.get_mut().deref_mut()) && !self.over.load(Ordering::Relaxed) {
+        }
     }
 
     /// Carries out what is available, at most one ring full. True: there is more to do.
@@ -177,7 +178,7 @@ impl VhostUserBackend for Backend {
             block_size: SECTOR_SIZE.try_into().unwrap_or(u32::MAX),
             queues: self.shared.options.queues,
         };
-        // A front-end may ask for the fields of features that this device lacks: they read zero.
+        // A frontend may ask for the fields of features that this device lacks: they read zero.
         let mut bytes = config.to_bytes().to_vec();
         bytes.resize(VHOST_USER_CONFIG_SIZE as usize, 0);
         let start = offset as usize;

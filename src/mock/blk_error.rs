@@ -55,7 +55,10 @@ pub enum BlkError {
     #[error("a queue size of {0}: it must be a power of two from 4 to 32768")]
     QueueSize(u16),
     /// The ring's place is not aligned to 16 bytes, or not wholly in guest memory.
-    #[error("no queue of {size:#x} bytes fits at {:#x}: it must be aligned to 16 and in guest memory", .addr.0)]
+    #[error(
+        "no queue of {size:#x} bytes fits at {:#x}: it must be aligned to 16 and in guest memory",
+        .addr.0
+    )]
     #[non_exhaustive]
     RingAddress {
         /// Where the descriptor table was to be.

@@ -32,11 +32,11 @@ const STARTING: &str = "start the mock daemon";
 
 /// A vhost-user-blk daemon inside this process, with a RAM disk.
 ///
-/// It listens on a Unix socket and serves one front-end after the other; while one is connected,
-/// the next one waits. Where this process has no descriptors left, clients are hung up on until
-/// there are some again, and so are those whose message lost descriptors that way. Every
-/// connection begins with an empty table of guest memory; the disk, the log of requests and the
-/// faults to come belong to the daemon and outlive connections.
+/// It listens on a Unix socket and serves one frontend after the other; while one is connected,
+/// the next one waits. While this process has no descriptors left, it hangs up on clients, and on
+/// those whose message lost descriptors that way. Every connection begins with an empty table of
+/// guest memory; the disk, the log of requests and the faults to come belong to the daemon and
+/// outlive connections.
 ///
 /// Dropping it hangs up, ends all its threads, closes what it opened and removes the socket file.
 ///
@@ -92,12 +92,12 @@ impl MockDaemon {
         self.shared.state().table.clone()
     }
 
-    /// Whether a front-end is being served. It says no once the threads of the connection are gone.
+    /// Whether a frontend is being served. False once the threads of the connection are gone.
     pub fn is_connected(&self) -> bool {
         self.shared.state().link.is_some()
     }
 
-    /// Waits until a front-end is being served.
+    /// Waits until a frontend is being served.
     ///
     /// # Errors
     /// [`MockError`] with [`ErrorKind::TimedOut`] after `limit`.
@@ -105,11 +105,11 @@ impl MockDaemon {
         in_time(
             self.shared.wait_connected(true, limit),
             limit,
-            "wait for a front-end to connect",
+            "wait for a frontend to connect",
         )
     }
 
-    /// Waits until no front-end is being served.
+    /// Waits until no frontend is being served.
     ///
     /// # Errors
     /// [`MockError`] with [`ErrorKind::TimedOut`] after `limit`.
@@ -129,11 +129,11 @@ impl MockDaemon {
         in_time(
             self.shared.wait_requests(count, limit),
             limit,
-            "wait for requests of the front-end",
+            "wait for requests of the frontend",
         )
     }
 
-    /// The front-ends' requests in the order of their arrival, of all connections so far, with
+    /// The frontends' requests in the order of their arrival, of all connections so far, with
     /// those that a fault kept from the daemon.
     pub fn requests(&self) -> Vec<LoggedRequest> {
         self.shared.state().requests.clone()
@@ -145,7 +145,7 @@ impl MockDaemon {
     }
 
     /// The guest's memory as the daemon of the current connection maps it, for writes that it
-    /// notes in its log; none if no front-end is being served.
+    /// notes in its log; none if no frontend is being served.
     pub fn writer(&self) -> Option<MockWriter> {
         self.shared.memory().map(MockWriter::new)
     }
@@ -242,8 +242,8 @@ impl Default for MockDaemonBuilder {
 }
 
 impl MockDaemonBuilder {
-    /// A disk of `bytes` zero bytes, a multiple of 512. Default: 1 MiB. Pages of it that nobody
-    /// has written take no memory.
+    /// A disk of `bytes` zero bytes, a multiple of 512. Default: 1 MiB. Pages that were
+    /// never written take no memory.
     pub fn with_disk_size(mut self, bytes: u64) -> Self {
         self.disk = Disk::Zeros(bytes);
         self

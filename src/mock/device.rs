@@ -1,4 +1,4 @@
-//! The front-end's steps around the memory table: negotiation before it, the queue after it.
+//! The frontend's steps around the memory table: negotiation before it, the queue after it.
 
 use std::io::ErrorKind;
 

@@ -1,4 +1,4 @@
-//! The RAM disk behind the mock.
+//! The mock's RAM disk.
 
 use std::io::ErrorKind;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +12,7 @@ pub(super) const SECTOR_SIZE: u64 = 512;
 
 /// The contents of the mock's disk, readable and writable beside the device.
 ///
-/// It belongs to the daemon and not to a connection: what one front-end wrote, the next one reads.
+/// It belongs to the daemon and not to a connection: what one frontend wrote, the next one reads.
 #[derive(Debug)]
 pub struct RamDisk {
     bytes: Mutex<Vec<u8>>,

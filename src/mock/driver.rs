@@ -142,7 +142,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
     }
 
     /// The index up to which the driver has taken completions: where a device that knows nothing
-    /// of this queue has to begin, so that it carries out what an earlier one left behind.
+    /// of this queue has to begin, so that it carries out what an earlier one left undone.
     pub fn used_index(&self) -> u16 {
         self.queue.used_index()
     }

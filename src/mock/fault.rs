@@ -34,6 +34,21 @@ pub enum Fault {
     AnswerThenHangUp,
 }
 
+impl Fault {
+    /// Whether the change is applied all the same.
+    pub(super) fn applies(self) -> bool {
+        match self {
+            Self::AnswerLate(_)
+            | Self::NeverAnswerAfter
+            | Self::AnswerNonsense
+            | Self::HangUpAfter => true,
+            Self::Refuse | Self::NeverAnswer | Self::HangUpBefore | Self::AnswerThenHangUp => {
+                false
+            }
+        }
+    }
+}
+
 /// What a fault counts and meets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum At {

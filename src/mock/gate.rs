@@ -1,8 +1,8 @@
-//! The relay between the front-end and the daemon, where faults are played.
+//! The relay between the frontend and the daemon, where faults are played.
 //!
 //! Two threads per connection, one for each direction, read blocking and pass every message on.
-//! The daemon behind stays a correct one: what it must not see is not passed on, what the
-//! front-end must not see is held back or rewritten, and the gate answers in the daemon's place.
+//! The daemon at the other end is a correct one: what it must not see is not passed on, what the
+//! frontend must not see is held back or rewritten, and the gate answers in the daemon's place.
 //!
 //! A fault needs to know when a change is applied, or that every earlier request has been
 //! answered. REPLY_ACK says so only where it was negotiated. The gate asks with a GET_FEATURES of
@@ -24,10 +24,11 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 
 use super::fault::{At, Fault};
 use super::lock::lock;
-use super::request::{LoggedRegion, LoggedRequest};
+use super::request::LoggedRequest;
 use super::state::{Link, Shared};
 use super::wire::{Message, Receiver};
 use crate::logs;
+use crate::vhost_user::receive::ReceivedRegion;
 
 /// The specification's limit of regions in one SET_MEM_TABLE.
 const MAX_TABLE_REGIONS: usize = 8;
@@ -65,7 +66,7 @@ pub(super) fn relay(link: &Arc<Link>, shared: &Arc<Shared>) -> io::Result<()> {
     requests.and(answers)
 }
 
-/// The direction from the front-end to the daemon.
+/// The direction from the frontend to the daemon.
 struct Gate<'a> {
     link: &'a Link,
     shared: &'a Shared,
@@ -77,28 +78,34 @@ struct Gate<'a> {
 
 impl Gate<'_> {
     fn relay_requests(&mut self) -> io::Result<()> {
-        while let Some(mut message) = self.receive()? {
-            match message.code() {
-                Some(FrontendReq::SET_LOG_BASE) if !has_room(&message) => break,
-                Some(FrontendReq::SET_PROTOCOL_FEATURES) => self.note_features(&mut message),
-                Some(FrontendReq::GET_FEATURES) => self.barrier.expect(Asker::FrontEnd),
-                Some(
-                    FrontendReq::SET_MEM_TABLE
-                    | FrontendReq::ADD_MEM_REG
-                    | FrontendReq::REM_MEM_REG,
-                ) => match self.change(message)? {
-                    ControlFlow::Continue(()) => continue,
-                    ControlFlow::Break(()) => break,
-                },
-                Some(FrontendReq::SET_LOG_BASE) => match self.set_log(message)? {
-                    ControlFlow::Continue(()) => continue,
-                    ControlFlow::Break(()) => break,
-                },
-                _ => {}
+        while let Some(message) = self.receive()? {
+            if self.relay(message)?.is_break() {
+                break;
             }
-            message.send(&self.link.inner)?;
         }
         Ok(())
+    }
+
+    /// Passes a request on, or plays a fault; `Break` ends the connection.
+    fn relay(&mut self, mut message: Message) -> io::Result<ControlFlow<()>> {
+        match message.code() {
+            Some(FrontendReq::SET_LOG_BASE) if !has_room(&message) => {
+                return Ok(ControlFlow::Break(()));
+            }
+            Some(FrontendReq::SET_LOG_BASE) => return self.set_log(message),
+            Some(
+                FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG | FrontendReq::REM_MEM_REG,
+            ) => return self.change(message),
+            Some(FrontendReq::SET_PROTOCOL_FEATURES) => self.note_features(&mut message),
+            Some(asked @ FrontendReq::GET_FEATURES) => self.barrier.expect(asked, Asker::Frontend),
+            _ => {}
+        }
+        self.pass(&message)
+    }
+
+    fn pass(&self, message: &Message) -> io::Result<ControlFlow<()>> {
+        message.send(&self.link.inner)?;
+        Ok(ControlFlow::Continue(()))
     }
 
     fn receive(&mut self) -> io::Result<Option<Message>> {
@@ -109,7 +116,7 @@ impl Gate<'_> {
         Ok(message)
     }
 
-    /// The daemon behind must not think that REPLY_ACK is in use where it is not offered.
+    /// The daemon must not think that REPLY_ACK is in use where it is not offered.
     fn note_features(&mut self, message: &mut Message) {
         let Some(mut bits) = message.u64_at(0) else {
             return;
@@ -122,31 +129,28 @@ impl Gate<'_> {
         self.reply_ack = bits & reply_ack != 0;
     }
 
-    /// A change of the table; `Break` ends the connection.
+    /// A change of the table.
     fn change(&mut self, message: Message) -> io::Result<ControlFlow<()>> {
         let wants_answer = self.reply_ack && message.wants_answer();
         let fault = self.shared.state().faults.next(At::Table);
         let fault = match fault {
             Some(fault) => fault,
             None if !has_room(&message) || self.exceeds_limits(&message)? => Fault::Refuse,
-            None => {
-                message.send(&self.link.inner)?;
-                return Ok(ControlFlow::Continue(()));
-            }
+            None => return self.pass(&message),
         };
         let refuses_by = wants_answer.then_some(REFUSED);
         self.misbehave(message, fault, wants_answer, refuses_by)
     }
 
-    /// A new dirty log, which is always answered; `Break` ends the connection.
+    /// A new dirty log, which is always answered.
     fn set_log(&mut self, message: Message) -> io::Result<ControlFlow<()>> {
         let fault = self.shared.state().faults.next(At::Log);
         match fault {
             Some(fault) => self.misbehave(message, fault, true, None),
             None => {
-                self.barrier.expect_log(Asker::FrontEnd);
-                message.send(&self.link.inner)?;
-                Ok(ControlFlow::Continue(()))
+                self.barrier
+                    .expect(FrontendReq::SET_LOG_BASE, Asker::Frontend);
+                self.pass(&message)
             }
         }
     }
@@ -171,44 +175,33 @@ impl Gate<'_> {
             true => Message::answer(request, value).send(&self.link.front),
             false => Ok(()),
         };
-        match (fault, refuses_by) {
-            (Fault::Refuse, Some(refused)) => answer(refused)?,
-            (Fault::Refuse, None) | (Fault::HangUpBefore, _) => {
-                return Ok(ControlFlow::Break(()));
-            }
-            (Fault::AnswerLate(delay), _) => {
-                self.apply(message)?;
-                if wait_for_hang_up(self.link, delay)? {
-                    return Ok(ControlFlow::Break(()));
-                }
-                answer(DONE)?;
-            }
-            (Fault::AnswerNonsense, _) => {
-                self.apply(message)?;
+        if fault.applies() {
+            self.apply(message)?;
+        }
+        let stays = match fault {
+            Fault::Refuse => match refuses_by {
+                Some(refused) => answer(refused).map(|()| true)?,
+                None => false,
+            },
+            Fault::HangUpBefore | Fault::HangUpAfter => false,
+            Fault::AnswerLate(delay) if wait_for_hang_up(self.link, delay)? => false,
+            Fault::AnswerLate(_) => answer(DONE).map(|()| true)?,
+            Fault::AnswerThenHangUp => answer(DONE).map(|()| false)?,
+            Fault::AnswerNonsense => {
                 // No request has this number. It is as long as any answer that is waited for.
                 let mut nonsense = Message::answer(u32::MAX, u64::MAX);
                 nonsense.body.resize(16, 0x5a);
-                nonsense.send(&self.link.front)?;
+                nonsense.send(&self.link.front).map(|()| true)?
             }
-            (Fault::NeverAnswerAfter, _) => {
-                self.apply(message)?;
+            Fault::NeverAnswer | Fault::NeverAnswerAfter => {
                 while self.receive()?.is_some() {}
-                return Ok(ControlFlow::Break(()));
+                false
             }
-            (Fault::NeverAnswer, _) => {
-                while self.receive()?.is_some() {}
-                return Ok(ControlFlow::Break(()));
-            }
-            (Fault::HangUpAfter, _) => {
-                self.apply(message)?;
-                return Ok(ControlFlow::Break(()));
-            }
-            (Fault::AnswerThenHangUp, _) => {
-                answer(DONE)?;
-                return Ok(ControlFlow::Break(()));
-            }
-        }
-        Ok(ControlFlow::Continue(()))
+        };
+        Ok(match stays {
+            true => ControlFlow::Continue(()),
+            false => ControlFlow::Break(()),
+        })
     }
 
     /// Whether a daemon with this mock's limits would refuse the change. vhost-user-backend itself
@@ -218,7 +211,7 @@ impl Gate<'_> {
             LoggedRequest::SetMemTable(regions) => regions.len() > MAX_TABLE_REGIONS,
             LoggedRequest::AddMemRegion(_) => match self.shared.options.max_mem_slots {
                 Some(limit) => {
-                    // Earlier changes may still be under way where nobody waits for answers.
+                    // Earlier changes may still be under way where no answers are waited for.
                     if !self.reply_ack || !message.wants_answer() {
                         self.pass_barrier()?;
                     }
@@ -230,41 +223,37 @@ impl Gate<'_> {
         })
     }
 
-    /// Has the daemon apply the change and returns once it has, without an answer to anybody.
+    /// Has the daemon apply the change and returns once it has, without an answer.
     fn apply(&self, message: Message) -> io::Result<()> {
         if message.code() == Some(FrontendReq::SET_LOG_BASE) {
-            self.barrier.expect_log(Asker::Gate);
+            self.barrier.expect(FrontendReq::SET_LOG_BASE, Asker::Gate);
         }
         message.without_answer().send(&self.link.inner)?;
         self.pass_barrier()
     }
 
     fn pass_barrier(&self) -> io::Result<()> {
-        self.barrier.expect(Asker::Gate);
+        self.barrier.expect(FrontendReq::GET_FEATURES, Asker::Gate);
         Message::bare(FrontendReq::GET_FEATURES).send(&self.link.inner)?;
         self.barrier.wait()
     }
 }
 
-/// The direction from the daemon to the front-end.
+/// The direction from the daemon to the frontend.
 fn relay_answers(link: &Link, shared: &Shared, barrier: &Barrier) -> io::Result<()> {
     let mut receiver = Receiver::new();
     while let Some(mut message) = receiver.receive(&link.inner)? {
         let rewritten = match (message.code(), message.u64_at(0)) {
-            (Some(FrontendReq::GET_FEATURES), _) => {
-                if barrier.arrive() == Some(Asker::Gate) {
-                    continue;
-                }
-                None
-            }
-            (Some(FrontendReq::SET_LOG_BASE), _) => {
-                if barrier.arrive_log() == Some(Asker::Gate) {
+            (Some(asked @ (FrontendReq::GET_FEATURES | FrontendReq::SET_LOG_BASE)), _) => {
+                if barrier.arrive(asked) == Some(Asker::Gate) {
                     continue;
                 }
                 None
             }
             // vhost's backend half adds REPLY_ACK whatever the device says.
-            (Some(FrontendReq::GET_PROTOCOL_FEATURES), Some(bits)) if !shared.options.reply_ack => {
+            (Some(FrontendReq::GET_PROTOCOL_FEATURES), Some(bits))
+                if !shared.options.reply_ack =>
+            {
                 Some(bits & !VhostUserProtocolFeatures::REPLY_ACK.bits())
             }
             // And it always says 509.
@@ -283,9 +272,10 @@ fn relay_answers(link: &Link, shared: &Shared, barrier: &Barrier) -> io::Result<
 /// missing would end this process with SIGBUS. A message that is not whole is the daemon's to
 /// refuse.
 fn has_room(message: &Message) -> bool {
+    let end = |region: &ReceivedRegion| region.mmap_offset.checked_add(region.size);
     let ends: Vec<_> = match LoggedRequest::of(message) {
-        LoggedRequest::SetMemTable(regions) => regions.iter().map(LoggedRegion::end).collect(),
-        LoggedRequest::AddMemRegion(region) => vec![region.end()],
+        LoggedRequest::SetMemTable(regions) => regions.iter().map(end).collect(),
+        LoggedRequest::AddMemRegion(region) => vec![end(&region)],
         LoggedRequest::SetLogBase { size, mmap_offset } => vec![mmap_offset.checked_add(size)],
         _ => Vec::new(),
     };
@@ -321,14 +311,15 @@ fn wait_for_hang_up(link: &Link, delay: Duration) -> io::Result<bool> {
     }
 }
 
-/// Who sent a GET_FEATURES, or answers a SET_LOG_BASE.
+/// Which end sent a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asker {
-    FrontEnd,
+    Frontend,
     Gate,
 }
 
-/// Tells the gate's own GET_FEATURES from the front-end's, and says when its answer came.
+/// Tells the gate's own GET_FEATURES and SET_LOG_BASE from the frontend's, and says when the
+/// answer to its GET_FEATURES came.
 #[derive(Debug, Default)]
 struct Barrier {
     state: Mutex<BarrierState>,
@@ -337,36 +328,31 @@ struct Barrier {
 
 #[derive(Debug, Default)]
 struct BarrierState {
-    /// The GET_FEATURES under way, oldest first.
-    asked: VecDeque<Asker>,
-    /// The SET_LOG_BASE under way, oldest first.
-    logs: VecDeque<Asker>,
+    /// The requests under way, oldest first.
+    asked: VecDeque<(FrontendReq, Asker)>,
     closed: bool,
+}
+
+impl BarrierState {
+    fn waits(&self) -> bool {
+        let own = (FrontendReq::GET_FEATURES, Asker::Gate);
+        self.asked.contains(&own)
+    }
 }
 
 impl Barrier {
     /// To be called before the request is sent.
-    fn expect(&self, asker: Asker) {
-        lock(&self.state).asked.push_back(asker);
+    fn expect(&self, request: FrontendReq, asker: Asker) {
+        lock(&self.state).asked.push_back((request, asker));
     }
 
-    /// An answer has come. Says whose it is.
-    fn arrive(&self) -> Option<Asker> {
-        let asker = lock(&self.state).asked.pop_front();
-        if asker == Some(Asker::Gate) {
-            self.changed.notify_all();
-        }
-        asker
-    }
-
-    /// To be called before a log is sent.
-    fn expect_log(&self, asker: Asker) {
-        lock(&self.state).logs.push_back(asker);
-    }
-
-    /// The answer to a log has come. Says whose it is.
-    fn arrive_log(&self) -> Option<Asker> {
-        lock(&self.state).logs.pop_front()
+    /// An answer to such a request has come. Says whose it is.
+    fn arrive(&self, request: FrontendReq) -> Option<Asker> {
+        let asked = &mut lock(&self.state).asked;
+        let at = asked.iter().position(|(asked, _)| *asked == request)?;
+        let (_, asker) = asked.remove(at)?;
+        self.changed.notify_all();
+        Some(asker)
     }
 
     fn close(&self) {
@@ -374,15 +360,13 @@ impl Barrier {
         self.changed.notify_all();
     }
 
-    /// Waits for the answer to the gate's own request.
+    /// Waits for the answer to the gate's own GET_FEATURES.
     fn wait(&self) -> io::Result<()> {
         let state = self
             .changed
-            .wait_while(lock(&self.state), |state| {
-                !state.closed && state.asked.contains(&Asker::Gate)
-            })
+            .wait_while(lock(&self.state), |state| !state.closed && state.waits())
             .unwrap_or_else(PoisonError::into_inner);
-        match state.asked.contains(&Asker::Gate) {
+        match state.waits() {
             true => Err(ErrorKind::BrokenPipe.into()),
             false => Ok(()),
         }

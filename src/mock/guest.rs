@@ -15,8 +15,8 @@ pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap<BitmapMmapRegion>>;
 
 /// One region of the table that the daemon's backend holds.
 ///
-/// These are the facts of its mapping, not what the front-end said: two regions with the same
-/// `identity` are mappings of one file, the front-end's if its backing has that
+/// These are the facts of its mapping, not what the frontend said: two regions with the same
+/// `identity` are mappings of one file, the frontend's if its backing has that
 /// [`identity`](crate::ShmBacking::identity) too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MockRegion {

@@ -1,9 +1,9 @@
 //! A vhost-user daemon to test against, and a driver to put in the guest's place.
 //!
-//! Whoever shares guest memory with another process wants to know three things that the own side
-//! cannot tell: which table the *other* side holds, whether a byte that the guest wrote is the
-//! byte that the device reads, and what happens when the other side refuses, stalls or dies. This
-//! module answers them without a second process, a kernel image or a root shell.
+//! A VMM that shares guest memory wants to know three things that it cannot tell by itself: which
+//! table the *other* side holds, whether the device reads the byte that the guest wrote, and what
+//! happens when the other side refuses, stalls or dies. This module answers them without a second
+//! process, a kernel image or a root shell.
 //!
 //! **The daemon.** [`MockDaemon`] is a vhost-user-blk daemon over a RAM disk. It is built on
 //! `vhost-user-backend`, as real daemons are, and it is reached through a real Unix socket with
@@ -11,12 +11,12 @@
 //! sent. [`MockDaemon::table`] shows the result, [`MockDaemon::requests`] how it came about.
 //!
 //! **The gate.** Between the socket and that daemon sits a relay, which passes every message on
-//! unless a [`Fault`] says otherwise. Misbehaviour lives there alone; the daemon behind is a
+//! unless a [`Fault`] says otherwise. Misbehaviour lives there alone; the daemon itself is a
 //! correct one, and a table that it holds is one that a correct daemon would hold. The relay adds
 //! two hand-overs between threads to each request and nothing to the data path.
 //!
 //! **The guest.** [`BlkDriver`] drives a virtqueue in guest memory as a guest's kernel would.
-//! [`BlkDevice`] does the front-end's part around the memory table. Both work with real daemons
+//! [`BlkDevice`] does the frontend's part around the memory table. Both work with real daemons
 //! too, such as `qemu-storage-daemon`.
 //!
 //! ```
@@ -51,15 +51,16 @@
 //! ```
 //!
 //! # What it does not do
-//! - It is no daemon for production: one front-end at a time, one thread for all queues, a disk
+//! - It is no daemon for production: one frontend at a time, one thread for all queues, a disk
 //!   that ends with the process.
 //! - It refuses regions and logs that are longer than their files, which not every real daemon
-//!   does. A file that is truncated later ends this process with SIGBUS, as it ends real ones: seal it.
+//!   does. A file that is truncated later ends this process with SIGBUS, as it ends real ones:
+//!   seal it.
 //! - Packed rings, postcopy, in-flight tracking, and writes to the configuration are not offered.
-//! - It logs as soon as it has a log, whether or not `VHOST_F_LOG_ALL` (bit 26) was acknowledged: look
-//!   in [`MockDaemon::requests`] whether your VMM sent SET_FEATURES with it.
+//! - It logs as soon as it has a log, whether or not `VHOST_F_LOG_ALL` (bit 26) was acknowledged:
+//!   [`MockDaemon::requests`] tells whether your VMM sent SET_FEATURES with it.
 //! - Its process is the caller's: after a hang-up it is named as a daemon that may still write.
-//! - SET_LOG_BASE is, with the weakness of `vhost-user-backend`: regions added later are not
+//! - It has a weakness of `vhost-user-backend`: regions that are added after SET_LOG_BASE are not
 //!   logged until the log is set again.
 //! - The driver uses neither EVENT_IDX nor indirect descriptors. It notices that a daemon is gone
 //!   only by its time limit.
@@ -94,6 +95,6 @@ pub use driver::BlkDriver;
 pub use error::MockError;
 pub use fault::Fault;
 pub use guest::MockRegion;
-pub use request::{LoggedRegion, LoggedRequest};
+pub use request::LoggedRequest;
 pub use ring::RingLayout;
 pub use writer::MockWriter;

@@ -11,7 +11,8 @@ use vm_memory::{AtomicAccess, ByteValued, Bytes, GuestAddress, GuestAddressSpace
 
 use super::blk_error::BlkError;
 use super::ring::{
-    AVAIL_HEADER_SIZE, DESCRIPTOR_SIZE, INDEX_OFFSET, RingLayout, USED_ENTRY_SIZE, USED_HEADER_SIZE,
+    AVAIL_HEADER_SIZE, DESCRIPTOR_SIZE, INDEX_OFFSET, RingLayout, USED_ENTRY_SIZE,
+    USED_HEADER_SIZE,
 };
 
 #[expect(clippy::cast_possible_truncation, reason = "the value is 1")]
@@ -137,7 +138,7 @@ impl<S: GuestAddressSpace> DriverQueue<S> {
 
     /// The first descriptor of the next chain that the device has completed.
     pub(super) fn take_completed(&mut self) -> Result<Option<u16>> {
-        // Acquire: who sees the index sees the entries, the status bytes and the data.
+        // Acquire: a reader of the index sees the entries, the status bytes and the data.
         let index_addr = place(self.layout.used, INDEX_OFFSET);
         let index = u16::from_le(self.load(index_addr, Ordering::Acquire)?);
         let completed = usize::from(index.wrapping_sub(self.next_used));

@@ -1,29 +1,12 @@
-//! The log of what the front-end asked for.
+//! The log of what the frontend asked for.
 
 use std::fmt;
 
-use vhost::vhost_user::message::FrontendReq;
-use vm_memory::GuestAddress;
-
 use super::wire::Message;
+use crate::vhost_user::receive::ReceivedRegion;
+use vhost::vhost_user::message::FrontendReq;
 
-/// Bytes of one region in a message body: four `u64`.
-const REGION_SIZE: usize = 32;
-
-/// One region as a front-end described it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LoggedRegion {
-    /// Where the region starts in guest memory.
-    pub guest_addr: GuestAddress,
-    /// Its length in bytes.
-    pub size: u64,
-    /// Where the front-end says it has mapped it; ring addresses refer to this.
-    pub user_addr: u64,
-    /// Where it starts in the file, in bytes.
-    pub mmap_offset: u64,
-}
-
-/// One request of the front-end, as it arrived.
+/// One request of the frontend, as it arrived.
 ///
 /// Requests that matter for guest memory are taken apart; the others keep their number. A message
 /// that is too short for its request is logged as [`LoggedRequest::Other`]. `Display` gives one
@@ -50,13 +33,13 @@ pub enum LoggedRequest {
     /// SET_PROTOCOL_FEATURES with the acknowledged bits.
     SetProtocolFeatures(u64),
     /// SET_MEM_TABLE with the whole table, in the order of the message.
-    SetMemTable(Vec<LoggedRegion>),
+    SetMemTable(Vec<ReceivedRegion>),
     /// GET_MAX_MEM_SLOTS.
     GetMaxMemSlots,
     /// ADD_MEM_REG.
-    AddMemRegion(LoggedRegion),
+    AddMemRegion(ReceivedRegion),
     /// REM_MEM_REG.
-    RemoveMemRegion(LoggedRegion),
+    RemoveMemRegion(ReceivedRegion),
     /// SET_LOG_BASE with a shared log.
     SetLogBase {
         /// Bytes of the log.
@@ -83,30 +66,17 @@ impl LoggedRequest {
                 LoggedRequest::SetProtocolFeatures(message.u64_at(0)?)
             }
             FrontendReq::SET_MEM_TABLE => {
-                let count = message.u32_at(0)? as usize;
-                // The count is the peer's word: the body's length bounds it.
-                if count > message.body.len() / REGION_SIZE {
-                    return None;
-                }
-                let regions = (0..count).map(|index| region_at(message, 8 + index * REGION_SIZE));
-                LoggedRequest::SetMemTable(regions.collect::<Option<_>>()?)
+                LoggedRequest::SetMemTable(ReceivedRegion::decode_table(&message.body).ok()?)
             }
             FrontendReq::GET_MAX_MEM_SLOTS => LoggedRequest::GetMaxMemSlots,
-            FrontendReq::ADD_MEM_REG => LoggedRequest::AddMemRegion(region_at(message, 8)?),
-            FrontendReq::REM_MEM_REG => LoggedRequest::RemoveMemRegion(region_at(message, 8)?),
+            FrontendReq::ADD_MEM_REG => LoggedRequest::AddMemRegion(region_in(message)?),
+            FrontendReq::REM_MEM_REG => LoggedRequest::RemoveMemRegion(region_in(message)?),
             FrontendReq::SET_LOG_BASE => LoggedRequest::SetLogBase {
                 size: message.u64_at(0)?,
                 mmap_offset: message.u64_at(8)?,
             },
             _ => return None,
         })
-    }
-}
-
-impl LoggedRegion {
-    /// Where it ends in its file.
-    pub(super) fn end(&self) -> Option<u64> {
-        self.mmap_offset.checked_add(self.size)
     }
 }
 
@@ -122,11 +92,12 @@ impl fmt::Display for LoggedRequest {
             }
             LoggedRequest::SetMemTable(regions) => {
                 f.write_str("SET_MEM_TABLE")?;
-                regions.iter().try_for_each(|region| write!(f, " {region}"))
+                let mut regions = regions.iter().map(Shown);
+                regions.try_for_each(|region| write!(f, " {region}"))
             }
             LoggedRequest::GetMaxMemSlots => f.write_str("GET_MAX_MEM_SLOTS"),
-            LoggedRequest::AddMemRegion(region) => write!(f, "ADD_MEM_REG {region}"),
-            LoggedRequest::RemoveMemRegion(region) => write!(f, "REM_MEM_REG {region}"),
+            LoggedRequest::AddMemRegion(region) => write!(f, "ADD_MEM_REG {}", Shown(region)),
+            LoggedRequest::RemoveMemRegion(region) => write!(f, "REM_MEM_REG {}", Shown(region)),
             LoggedRequest::SetLogBase { size, mmap_offset } => {
                 write!(f, "SET_LOG_BASE {size:#x} bytes at offset {mmap_offset:#x}")
             }
@@ -138,23 +109,27 @@ impl fmt::Display for LoggedRequest {
     }
 }
 
-impl fmt::Display for LoggedRegion {
+/// A region in one line.
+struct Shown<'a>(&'a ReceivedRegion);
+
+impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ReceivedRegion {
+            guest_addr,
+            size,
+            user_addr,
+            mmap_offset,
+        } = self.0;
+        let start = guest_addr.0;
         write!(
             f,
-            "{:#x}+{:#x} (user {:#x}, offset {:#x})",
-            self.guest_addr.0, self.size, self.user_addr, self.mmap_offset
+            "{start:#x}+{size:#x} (user {user_addr:#x}, offset {mmap_offset:#x})"
         )
     }
 }
 
-fn region_at(message: &Message, offset: usize) -> Option<LoggedRegion> {
-    Some(LoggedRegion {
-        guest_addr: GuestAddress(message.u64_at(offset)?),
-        size: message.u64_at(offset + 8)?,
-        user_addr: message.u64_at(offset + 16)?,
-        mmap_offset: message.u64_at(offset + 24)?,
-    })
+fn region_in(message: &Message) -> Option<ReceivedRegion> {
+    ReceivedRegion::decode(&message.body).ok()
 }
 
 #[cfg(test)]

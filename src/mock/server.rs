@@ -123,7 +123,7 @@ fn is_shortage(error: &io::Error) -> bool {
     )
 }
 
-/// Serves one front-end with a daemon of its own, from the first request to the hang-up.
+/// Serves one frontend with a daemon of its own, from the first request to the hang-up.
 fn serve(front: UnixStream, shared: &Arc<Shared>) -> io::Result<()> {
     let (daemon, inner) = InnerDaemon::start(shared)?;
     let link = Arc::new(Link { front, inner });
@@ -137,7 +137,7 @@ fn serve(front: UnixStream, shared: &Arc<Shared>) -> io::Result<()> {
     result
 }
 
-/// The daemon behind the gate, and what ends its threads.
+/// The daemon at the other end of the gate, and what ends its threads.
 struct InnerDaemon {
     daemon: VhostUserDaemon<Arc<Backend>>,
     backend: Arc<Backend>,
@@ -145,7 +145,7 @@ struct InnerDaemon {
 }
 
 impl InnerDaemon {
-    /// Starts the daemon with an empty table; the socket is the front-end's side of it.
+    /// Starts the daemon with an empty table; the socket is the frontend's side of it.
     fn start(shared: &Arc<Shared>) -> io::Result<(InnerDaemon, UnixStream)> {
         let exit = EventFd::new(EFD_CLOEXEC)?;
         let listener = listen_unnamed()?;
@@ -162,7 +162,7 @@ impl InnerDaemon {
             let watched =
                 handler.register_listener(exit.as_raw_fd(), EventSet::IN, backend.exit_token());
             if let Err(error) = watched {
-                // Dropped, the daemon would wait for ever for a worker that nothing can end.
+                // Dropped, the daemon would wait indefinitely for a worker that nothing can end.
                 std::mem::forget(daemon);
                 return Err(error);
             }
@@ -186,9 +186,9 @@ impl Drop for InnerDaemon {
             logs::error!("mock daemon: cannot end the worker thread: {error}");
         }
         self.daemon.request_shutdown();
-        // A front-end that just hangs up is an error to the crate, and so is a refused change.
+        // A frontend that just hangs up is an error to the crate, and so is a refused change.
         if let Err(error) = self.daemon.wait() {
-            logs::debug!("mock daemon: the daemon behind the gate ended: {error}");
+            logs::debug!("mock daemon: the daemon of the connection ended: {error}");
         }
     }
 }

@@ -13,7 +13,7 @@ use super::guest::{Memory, MockRegion};
 use super::lock::lock;
 use super::request::LoggedRequest;
 
-/// How the device looks to a front-end; fixed at the start.
+/// How the device looks to a frontend; fixed at the start.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Options {
     pub(super) queues: u16,
@@ -22,7 +22,7 @@ pub(super) struct Options {
     pub(super) reply_ack: bool,
 }
 
-/// The two sockets of a connection: the front-end's, and the one to the daemon behind the gate.
+/// The two sockets of a connection: the frontend's, and the daemon's.
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) front: UnixStream,
@@ -61,8 +61,8 @@ pub(super) struct State {
     pub(super) stopping: bool,
 }
 
-/// The socket that clients connect to. The one that takes it out of here closes it, and with it all
-/// connections that wait there.
+/// The socket that clients connect to. The one that takes it out of here closes it, and with it
+/// all connections that wait there.
 #[derive(Debug, Default)]
 pub(super) enum Listening {
     /// There is none yet, or it was taken.

@@ -77,12 +77,6 @@ impl Message {
         Some(u64::from_ne_bytes(bytes.try_into().ok()?))
     }
 
-    /// The native-endian `u32` at `offset` of the body.
-    pub(super) fn u32_at(&self, offset: usize) -> Option<u32> {
-        let bytes = self.body.get(offset..offset.checked_add(4)?)?;
-        Some(u32::from_ne_bytes(bytes.try_into().ok()?))
-    }
-
     /// Sends the message with its descriptors.
     pub(super) fn send(&self, socket: &UnixStream) -> io::Result<()> {
         let size = u32::try_from(self.body.len()).map_err(io::Error::other)?;

@@ -4,6 +4,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use super::error::{OptionsError, Result};
+use super::qemu::BackendType;
 use super::{Access, BackingSource, DiscardData, PageSize, Populate, RamOptions, Sealing};
 use crate::host::base_page_size;
 use crate::range::RangePart;
@@ -15,8 +16,8 @@ impl RamOptions {
     /// Checks everything that the options say, each by itself and all together.
     ///
     /// Nothing is created, and the system is asked for nothing: whether there are such huge pages,
-    /// such nodes, such a file and enough room, is found out when RAM is built. Building calls this
-    /// first, and so does reading a string.
+    /// such nodes, such a file and enough room, is found out when RAM is built. Building calls
+    /// this first, and so does reading a string.
     ///
     /// ```
     /// use guest_memory_shm::{OptionsError, Populate, RamOptions, Reserve};
@@ -51,13 +52,12 @@ impl RamOptions {
             Some(name) if !is_identifier(name) => Err(OptionsError::Value {
                 property: "id",
                 value: name.as_str().into(),
-                expected: "a letter, then letters, digits, '-', '.' and '_'",
             }),
             _ => Ok(()),
         }
     }
 
-    /// That each option is one of those that the backing has.
+    /// Checks that the backing has each option.
     fn check_backing(&self) -> Result<()> {
         let only_for_files = [
             ("align", self.align.is_some()),
@@ -70,49 +70,34 @@ impl RamOptions {
             BackingSource::File(path) => check_path(path)?,
             _ => {
                 if let Some(property) = misplaced(&only_for_files) {
-                    let remedy = "only a file has it, use BackingSource::File";
-                    return Err(self.not_of_backing(property, remedy));
+                    return Err(self.not_of_backing(property));
                 }
             }
         }
         match misplaced(&only_for_memfds) {
             Some(property) if self.backing != BackingSource::Memfd => {
-                let remedy = "it cannot be sealed at all, leave seal out or use a memfd";
-                Err(self.not_of_backing(property, remedy))
+                Err(self.not_of_backing(property))
             }
             _ => Ok(()),
         }
     }
 
-    fn not_of_backing(&self, property: &'static str, remedy: &'static str) -> OptionsError {
-        OptionsError::NotOfBacking {
-            property,
-            backing: match self.backing {
-                BackingSource::Memfd => "a memfd",
-                BackingSource::PosixShm => "POSIX shared memory",
-                BackingSource::File(_) => "a file",
-            },
-            remedy,
-        }
+    fn not_of_backing(&self, property: &'static str) -> OptionsError {
+        let of = BackendType::of(&self.backing).name();
+        OptionsError::NotOfBacking { property, of }
     }
 
-    /// The size of the pages in bytes, as far as it is known: of a hugetlb pool's default size, and
-    /// of a file's pages, only that base pages divide them.
+    /// The size of the pages in bytes, as far as it is known. All that is known of a hugetlb
+    /// pool's default size, and of a file's pages, is that base pages divide them.
     fn check_page_size(&self) -> Result<u64> {
         for size in [self.asked_huge_size(), self.unused.hugetlb_size] {
             if let Some(size) = size.filter(|size| !size.is_power_of_two()) {
-                return Err(OptionsError::HugePageSize { size }.into());
+                return Err(OptionsError::HugePageSize { size });
             }
         }
         match (self.page_size, &self.backing) {
-            (PageSize::Huge(_), BackingSource::PosixShm) => {
-                let remedy = "it has no huge pages of a pool, use a memfd backing, or page size \
-                              transparent (thp=on)";
-                Err(self.not_of_backing("hugetlb", remedy))
-            }
-            (PageSize::Huge(_), BackingSource::File(_)) => {
-                let remedy = "its pages are those of its file system, name a path on a hugetlbfs";
-                Err(self.not_of_backing("hugetlb", remedy))
+            (PageSize::Huge(_), BackingSource::PosixShm | BackingSource::File(_)) => {
+                Err(self.not_of_backing("hugetlb"))
             }
             (PageSize::Huge(Some(size)), BackingSource::Memfd) => Ok(size),
             _ => Ok(base_page_size()),
@@ -132,16 +117,15 @@ impl RamOptions {
                 return Err(OptionsError::Size {
                     size,
                     limit: LONGEST,
-                }
-                .into());
+                });
             }
             RangePart::Size.check_aligned(size, page_size)?;
         }
-        // As in QEMU, 0 is no wish.
+        // As in QEMU, 0 means unset.
         if let Some(align) = self.align.filter(|align| *align != 0)
             && (!align.is_power_of_two() || !align.is_multiple_of(page_size))
         {
-            return Err(OptionsError::Align { align, page_size }.into());
+            return Err(OptionsError::Align { align, page_size });
         }
         RangePart::Offset.check_aligned(self.offset, page_size)?;
         let size = self.size.unwrap_or(0);
@@ -150,19 +134,16 @@ impl RamOptions {
             _ => Err(OptionsError::PastLongestFile {
                 offset: self.offset,
                 size,
-            }
-            .into()),
+            }),
         }
     }
 
-    /// What would write to RAM that must not be written, or be had without having it.
+    /// Refuses what would write to RAM that is read-only, or allocate RAM that is not reserved.
     fn check_writing(&self) -> Result<()> {
         if self.access == Access::ReadOnly && self.discard_data == DiscardData::OnDrop {
-            // QEMU takes it, and then silently discards nothing.
             return Err(OptionsError::Conflict {
                 first: "discard-data=on",
                 second: "readonly=on",
-                remedy: "discarding writes, leave one of them out",
             });
         }
         let first = match self.populate {
@@ -170,22 +151,14 @@ impl RamOptions {
             Populate::Allocate => "populate=allocate",
             Populate::Prefault => "prealloc=on",
         };
-        if self.is_unreserved() {
-            return Err(OptionsError::Conflict {
-                first,
-                second: "reserve=off",
-                remedy: "RAM that is populated is there, leave one of them out",
-            });
-        }
-        if self.access == Access::ReadOnly {
-            // QEMU dies of SIGSEGV: it populates by writing.
-            return Err(OptionsError::Conflict {
-                first,
-                second: "readonly=on",
-                remedy: "populating writes, leave one of them out",
-            });
-        }
-        Ok(())
+        let second = if self.is_unreserved() {
+            "reserve=off"
+        } else if self.access == Access::ReadOnly {
+            "readonly=on"
+        } else {
+            return Ok(());
+        };
+        Err(OptionsError::Conflict { first, second })
     }
 }
 
@@ -201,7 +174,6 @@ fn check_path(path: &Path) -> Result<()> {
         return Err(OptionsError::Value {
             property: "mem-path",
             value: path.to_string_lossy().escape_default().to_string().into(),
-            expected: "the path of a file or a directory, not empty and without a zero byte",
         });
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! What is wrong with options: each names the property, the value, and what to write instead.
+//! Why options are refused: each error names the property, the value, and what to write instead.
 
 use crate::host::NodeSet;
 use crate::range::InvalidRange;
@@ -16,7 +16,7 @@ pub(crate) type Result<T, E = OptionsError> = std::result::Result<T, E>;
 /// let refused = "memory-backend-shm,size=1M,share=off".parse::<RamOptions>();
 /// assert!(matches!(
 ///     refused,
-///     Err(OptionsError::NotShared { by_default: false })
+///     Err(OptionsError::NotShared { by_default: false, .. })
 /// ));
 /// ```
 #[non_exhaustive]
@@ -29,10 +29,12 @@ pub enum OptionsError {
     )]
     MissingType,
 
-    /// A string names something that is no backend of RAM that can be shared.
+    /// A string names something other than a backend of RAM that can be shared.
     #[error(
-        "qom-type={found}: expected memory-backend-memfd, memory-backend-shm or memory-backend-file"
+        "qom-type={found}: expected memory-backend-memfd, memory-backend-shm or \
+         memory-backend-file"
     )]
+    #[non_exhaustive]
     UnknownType {
         /// What it names.
         found: Box<str>,
@@ -40,6 +42,7 @@ pub enum OptionsError {
 
     /// A string has a property that its type of backend does not have.
     #[error("{property:?} is no property of {of}: it has {}", .known.join(", "))]
+    #[non_exhaustive]
     UnknownProperty {
         /// The property.
         property: Box<str>,
@@ -50,34 +53,31 @@ pub enum OptionsError {
     },
 
     /// A string lacks a property.
-    #[error("{property} is missing: {remedy}")]
+    #[error("{property} is missing: {}", how_to_write(.property))]
+    #[non_exhaustive]
     Missing {
         /// The property.
         property: &'static str,
-        /// What to write.
-        remedy: &'static str,
     },
 
-    /// The value of a property is none that it can have.
-    #[error("{property}={value}: expected {expected}")]
+    /// A property cannot have this value.
+    #[error("{property}={value}: expected {}", expected(.property))]
+    #[non_exhaustive]
     Value {
         /// The property.
         property: &'static str,
         /// Its value.
         value: Box<str>,
-        /// What is accepted.
-        expected: &'static str,
     },
 
     /// A property asks for what QEMU can do and this crate cannot.
-    #[error("{property}={value} is not supported: {remedy}")]
+    #[error("{property}={value} is not supported: {}", instead_of(.property))]
+    #[non_exhaustive]
     Unsupported {
         /// The property.
         property: &'static str,
         /// Its value.
         value: Box<str>,
-        /// What to do.
-        remedy: &'static str,
     },
 
     /// A string asks for RAM that no other process could see.
@@ -85,31 +85,30 @@ pub enum OptionsError {
         "share=off{}: RAM that cannot be shared cannot be expressed, write share=on",
         if *.by_default { ", the default of memory-backend-file" } else { "" }
     )]
+    #[non_exhaustive]
     NotShared {
         /// Whether it is only QEMU's default.
         by_default: bool,
     },
 
     /// Two properties contradict each other.
-    #[error("{first} and {second} contradict each other: {remedy}")]
+    #[error("{first} and {second} contradict each other: {}", why_not_both(.first, .second))]
+    #[non_exhaustive]
     Conflict {
-        /// The one, with its value.
+        /// The first property, with its value.
         first: &'static str,
-        /// The other, with its value.
+        /// The second property, with its value.
         second: &'static str,
-        /// What to do.
-        remedy: &'static str,
     },
 
     /// A property that this kind of backing does not have.
-    #[error("{property} does not go with {backing}: {remedy}")]
+    #[error("{property} does not go with {}: {}", backing(.of), where_it_goes(.property, .of))]
+    #[non_exhaustive]
     NotOfBacking {
         /// The property.
         property: &'static str,
-        /// The kind of backing.
-        backing: &'static str,
-        /// What to do.
-        remedy: &'static str,
+        /// The type of backend.
+        of: &'static str,
     },
 
     /// A size or an offset does not consist of whole pages.
@@ -121,6 +120,7 @@ pub enum OptionsError {
         "size={}: RAM has at least one page, and at most the {} that a file can have",
         HumanSize(*.size), HumanSize(*.limit)
     )]
+    #[non_exhaustive]
     Size {
         /// The size in bytes.
         size: u64,
@@ -130,9 +130,10 @@ pub enum OptionsError {
 
     /// A size of huge pages that is no power of two.
     #[error(
-        "hugetlbsize={}: huge pages have a power of two of bytes, 2M and 1G are usual",
+        "hugetlbsize={}: the size of a huge page is a power of two, usually 2M or 1G",
         HumanSize(*.size)
     )]
+    #[non_exhaustive]
     HugePageSize {
         /// The size in bytes.
         size: u64,
@@ -143,6 +144,7 @@ pub enum OptionsError {
         "align={align:#x}: expected a power of two that is at least the page size {}",
         HumanSize(*.page_size)
     )]
+    #[non_exhaustive]
     Align {
         /// The alignment in bytes.
         align: u64,
@@ -150,12 +152,13 @@ pub enum OptionsError {
         page_size: u64,
     },
 
-    /// RAM that ends behind the end that a file can have.
+    /// RAM that ends past the end that a file can have.
     #[error(
-        "offset={offset:#x} and a size of {} end behind 2^63, where no file reaches: lower the \
+        "offset={offset:#x} and a size of {} end past 2^63, longer than any file: lower the \
          offset or the size",
         HumanSize(*.size)
     )]
+    #[non_exhaustive]
     PastLongestFile {
         /// The offset in bytes.
         offset: u64,
@@ -168,6 +171,7 @@ pub enum OptionsError {
         "size={} does not match the RAM of {}: leave the size out, or make the ranges as large",
         HumanSize(*.set), HumanSize(*.ram)
     )]
+    #[non_exhaustive]
     SizeMismatch {
         /// The size that is set, in bytes.
         set: u64,
@@ -175,8 +179,9 @@ pub enum OptionsError {
         ram: u64,
     },
 
-    /// A NUMA policy without the nodes that it is about.
-    #[error("policy={policy}: it needs nodes, write host-nodes=0 or those that are meant")]
+    /// A NUMA policy without the nodes that it applies to.
+    #[error("policy={policy}: it needs nodes, write host-nodes=0, or the nodes that are meant")]
+    #[non_exhaustive]
     PolicyWithoutNodes {
         /// The policy.
         policy: &'static str,
@@ -187,17 +192,91 @@ pub enum OptionsError {
         "host-nodes={nodes}: policy=default chooses no nodes, write policy=bind, preferred or \
          interleave"
     )]
+    #[non_exhaustive]
     NodesWithoutPolicy {
         /// The nodes.
         nodes: NodeSet,
     },
 
-    /// A NUMA node beyond those that can be named.
+    /// A NUMA node above the highest that can be named.
     #[error("host-nodes: there is no node {node}, the highest that can be named is 127")]
+    #[non_exhaustive]
     NodeNumber {
         /// The node that was asked for.
         node: u32,
     },
+}
+
+/// What the value of a property can be.
+fn expected(property: &str) -> &'static str {
+    match property {
+        "id" => "a letter, then letters, digits, '-', '.' and '_'",
+        "size" | "hugetlbsize" | "align" | "offset" => {
+            "a number of bytes, or one with K, M, G, T, P or E after it (64M, 1.5G), or 0x and \
+             digits"
+        }
+        "prealloc-threads" => "a number from 1 to 4294967295",
+        "host-nodes" => "a node or a range of nodes (0 or 0-3); for others write host-nodes again",
+        "policy" => "default, preferred, bind or interleave",
+        "rom" => "on, off or auto",
+        "populate" => "lazy, allocate or prefault",
+        "on-shortage" => "refuse or try-anyway",
+        "mem-path" => "the path of a file or a directory, not empty and without a zero byte",
+        _ => "on or off",
+    }
+}
+
+fn how_to_write(property: &str) -> &'static str {
+    match property {
+        "mem-path" => "write mem-path=PATH of a file, or of a directory for a nameless file",
+        _ => "write size=64M, or another amount of RAM",
+    }
+}
+
+fn instead_of(property: &str) -> &'static str {
+    match property {
+        "pmem" => "persistence is not guaranteed here, leave pmem out",
+        _ => "there are no other objects to name here, use prealloc-threads",
+    }
+}
+
+fn why_not_both(first: &str, second: &str) -> &'static str {
+    match (first, second) {
+        // QEMU takes it, and then silently discards nothing.
+        ("discard-data=on", _) => "discarding writes, drop one of the two",
+        (_, "reserve=off") => "populated RAM is always reserved, drop one of the two",
+        // QEMU dies of SIGSEGV: it populates by writing.
+        ("prealloc=on" | "populate=allocate", "readonly=on") => {
+            "populating writes, drop one of the two"
+        }
+        ("hugetlb=on", _) => "pages are of a pool or gathered by the kernel, drop one of the two",
+        ("readonly=on", _) => "what is shared and read-only is a ROM, leave rom=off out",
+        ("rom=on", _) => "a ROM that is shared must be read-only, write readonly=on",
+        _ => "prealloc=on is populate=prefault, drop one of the two",
+    }
+}
+
+/// What a type of backend makes.
+fn backing(of: &str) -> &'static str {
+    match of {
+        "memory-backend-memfd" => "a memfd",
+        "memory-backend-shm" => "POSIX shared memory",
+        _ => "a file",
+    }
+}
+
+fn where_it_goes(property: &str, of: &str) -> &'static str {
+    match (property, of) {
+        ("hugetlb", "memory-backend-file") => {
+            "its pages are those of its file system, name a path on a hugetlbfs"
+        }
+        ("hugetlb", _) => {
+            "it has no huge pages of a pool, use a memfd backing, or page size transparent \
+             (thp=on)"
+        }
+        ("seal=off", _) => "it cannot be sealed at all, leave seal out or use a memfd",
+        _ => "only a file has it, use BackingSource::File",
+    }
 }
 
 #[cfg(test)]

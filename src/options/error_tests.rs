@@ -26,17 +26,13 @@ fn texts_name_the_property_the_value_and_the_way_out() {
             "\"siz\" is no property of memory-backend-shm: it has id, size",
         ),
         (
-            OptionsError::Missing {
-                property: "size",
-                remedy: "write size=64M",
-            },
-            "size is missing: write size=64M",
+            OptionsError::Missing { property: "size" },
+            "size is missing: write size=64M, or another amount of RAM",
         ),
         (
             OptionsError::Value {
                 property: "merge",
                 value: "maybe".into(),
-                expected: "on or off",
             },
             "merge=maybe: expected on or off",
         ),
@@ -44,9 +40,8 @@ fn texts_name_the_property_the_value_and_the_way_out() {
             OptionsError::Unsupported {
                 property: "pmem",
                 value: "on".into(),
-                remedy: "leave pmem out",
             },
-            "pmem=on is not supported: leave pmem out",
+            "pmem=on is not supported: persistence is not guaranteed here, leave pmem out",
         ),
         (
             OptionsError::NotShared { by_default: false },
@@ -61,17 +56,16 @@ fn texts_name_the_property_the_value_and_the_way_out() {
             OptionsError::Conflict {
                 first: "prealloc=on",
                 second: "reserve=off",
-                remedy: "leave one of them out",
             },
-            "prealloc=on and reserve=off contradict each other: leave one of them out",
+            "prealloc=on and reserve=off contradict each other: populated RAM is always reserved, \
+             drop one of the two",
         ),
         (
             OptionsError::NotOfBacking {
                 property: "align",
-                backing: "a memfd",
-                remedy: "use BackingSource::File",
+                of: "memory-backend-memfd",
             },
-            "align does not go with a memfd: use BackingSource::File",
+            "align does not go with a memfd: only a file has it, use BackingSource::File",
         ),
         (
             OptionsError::Size {
@@ -82,7 +76,7 @@ fn texts_name_the_property_the_value_and_the_way_out() {
         ),
         (
             OptionsError::HugePageSize { size: 3 << 20 },
-            "hugetlbsize=3 MiB: huge pages have a power of two of bytes, 2M and 1G are usual",
+            "hugetlbsize=3 MiB: the size of a huge page is a power of two, usually 2M or 1G",
         ),
         (
             OptionsError::Align {
@@ -96,7 +90,7 @@ fn texts_name_the_property_the_value_and_the_way_out() {
                 offset: 0x7fff_ffff_ffff_f000,
                 size: 8192,
             },
-            "offset=0x7ffffffffffff000 and a size of 8 KiB end behind 2^63, where no file reaches: \
+            "offset=0x7ffffffffffff000 and a size of 8 KiB end past 2^63, longer than any file: \
              lower the offset or the size",
         ),
         (
@@ -104,12 +98,12 @@ fn texts_name_the_property_the_value_and_the_way_out() {
                 set: 1 << 20,
                 ram: 2 << 20,
             },
-            "size=1 MiB does not match the RAM of 2 MiB: leave the size out, or make the ranges as \
-             large",
+            "size=1 MiB does not match the RAM of 2 MiB: leave the size out, or make the ranges \
+             as large",
         ),
         (
             OptionsError::PolicyWithoutNodes { policy: "bind" },
-            "policy=bind: it needs nodes, write host-nodes=0 or those that are meant",
+            "policy=bind: it needs nodes, write host-nodes=0, or the nodes that are meant",
         ),
         (
             OptionsError::NodesWithoutPolicy {

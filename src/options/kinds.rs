@@ -12,6 +12,8 @@ use std::path::PathBuf;
 /// assert_eq!(file.backing(), &BackingSource::File("/dev/shm/guest".into()));
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum BackingSource {
     /// A memfd, sealed against any change of its size (`memory-backend-memfd`).
@@ -46,6 +48,8 @@ pub enum BackingSource {
 /// assert_eq!(huge.page_size(), PageSize::Huge(Some(2 << 20)));
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum PageSize {
     /// The base pages of the system, 4 KiB on x86-64.
@@ -59,9 +63,10 @@ pub enum PageSize {
     Transparent,
     /// Pages from a hugetlb pool, of this size in bytes, or of the default size if `None`.
     ///
-    /// Only with [`BackingSource::Memfd`] (a [`BackingSource::File`] has the pages of its file system). The
-    /// pool is filled by the administrator (`/proc/sys/vm/nr_hugepages`); the pages are reserved
-    /// when the RAM is mapped, so that touching it never fails, unless [`Reserve::Off`] is set.
+    /// Only with [`BackingSource::Memfd`] (a [`BackingSource::File`] has the pages of its file
+    /// system). The pool is filled by the administrator (`/proc/sys/vm/nr_hugepages`); the pages
+    /// are reserved when the RAM is mapped, so that touching it never fails, unless
+    /// [`Reserve::Off`] is set.
     #[doc(alias = "MFD_HUGETLB")]
     Huge(Option<u64>),
 }
@@ -77,8 +82,12 @@ pub enum PageSize {
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[non_exhaustive]
 pub enum Sealing {
-    /// Sealed before it is first mapped: nobody can change its size any more (QEMU's `seal=on`).
+    /// Sealed before it is first mapped: no process can change its size any more (QEMU's
+    /// `seal=on`).
     #[default]
     #[doc(alias = "F_ADD_SEALS")]
     Sealed,
@@ -102,6 +111,9 @@ pub enum Sealing {
 /// assert_eq!(sparse.reserve(), Some(Reserve::Off));
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[non_exhaustive]
 pub enum Reserve {
     /// Huge pages are reserved; POSIX shm and files that their file system can never hold are
     /// refused. What is done unless set otherwise.
@@ -112,7 +124,7 @@ pub enum Reserve {
     Off,
 }
 
-/// How much of RAM exists before it is first used.
+/// How much of the RAM is allocated before it is first used.
 ///
 /// ```
 /// use guest_memory_shm::{Populate, RamOptions, ShmBacking, GuestMemoryShm};
@@ -129,6 +141,9 @@ pub enum Reserve {
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[non_exhaustive]
 pub enum Populate {
     /// Nothing: pages come when they are touched. If there are none then, that is SIGBUS.
     #[default]
@@ -146,11 +161,11 @@ pub enum Populate {
     Prefault,
 }
 
-/// What becomes of populating RAM for which there is not enough memory.
+/// What happens when there is not enough memory to populate RAM.
 ///
 /// The kernel refuses nothing by itself: it ends a process (the OOM killer's SIGKILL), this one or
-/// another. So this crate looks at what limits memory before it populates, and again and again while
-/// it does: the control groups of this process (cgroups(7)), the machine (proc_meminfo(5)), and the
+/// another. So this crate looks at what limits memory before it populates, and repeatedly while it
+/// does: the control groups of this process (cgroups(7)), the machine (proc_meminfo(5)), and the
 /// NUMA nodes that the pages must come from.
 ///
 /// ```
@@ -161,16 +176,18 @@ pub enum Populate {
 /// let hopeful = PopulateOptions::new(Populate::Prefault).with_on_shortage(OnShortage::TryAnyway);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum OnShortage {
     /// It is an error: before the first page if it can be known then, and later if others take the
     /// memory meanwhile.
     ///
-    /// That is as good as what the kernel tells, and as fast: if others take memory faster than
-    /// this process looks, the kernel may still end one.
+    /// This is as accurate as what the kernel reports, and as fast: if others take memory faster
+    /// than this process looks, the kernel may still end one.
     #[default]
     Refuse,
-    /// Nothing is looked at (`on-shortage=try-anyway`). Where memory is short, a process is ended.
+    /// Nothing is checked (`on-shortage=try-anyway`). Where memory is short, a process is ended.
     TryAnyway,
 }
 
@@ -182,6 +199,9 @@ pub enum OnShortage {
 /// assert_eq!(RamOptions::new().core_dump(), CoreDump::Exclude);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[non_exhaustive]
 pub enum CoreDump {
     /// Left out (`MADV_DONTDUMP`): a dump of the VMM stays small and does not leak the guest.
     #[default]
@@ -191,27 +211,7 @@ pub enum CoreDump {
     Include,
 }
 
-/// Whether the kernel is asked to merge equal pages (KSM), which it never does with shared memory.
-///
-/// It exists because QEMU has it, and [`On`](Self::On) is [reported](crate::BuildReport) to have
-/// no effect.
-///
-/// ```
-/// use guest_memory_shm::{Merge, RamOptions};
-///
-/// let options: RamOptions = "memory-backend-memfd,size=1M,merge=on".parse()?;
-/// assert_eq!(options.merge(), Some(Merge::On));
-/// # Ok::<(), guest_memory_shm::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Merge {
-    /// Not asked for.
-    Off,
-    /// Asked for, without effect.
-    On,
-}
-
-/// Whether a file is RAM, or a ROM that nobody writes.
+/// Whether a file is RAM, or a ROM, which is never written.
 ///
 /// ```
 /// use guest_memory_shm::{Access, BackingSource, RamOptions};
@@ -222,6 +222,9 @@ pub enum Merge {
 /// assert_eq!(firmware.access(), Access::ReadOnly);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[non_exhaustive]
 pub enum Access {
     /// Read and written: RAM.
     #[default]
@@ -242,11 +245,14 @@ pub enum Access {
 /// assert_eq!(scratch.discard_data(), DiscardData::OnDrop);
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[non_exhaustive]
 pub enum DiscardData {
     /// They stay in the file.
     #[default]
     Keep,
-    /// They are freed, unwritten ones are not written back (QEMU's `discard-data=on`); the file
+    /// They are freed, and changed pages are not written back (QEMU's `discard-data=on`); the file
     /// keeps its name and its length.
     OnDrop,
 }

@@ -1,4 +1,4 @@
-//! What RAM is asked for: [`RamOptions`] and its parts.
+//! The RAM that is asked for: [`RamOptions`] and its parts.
 
 use std::num::NonZeroU32;
 
@@ -10,8 +10,7 @@ mod qemu;
 
 pub use error::OptionsError;
 pub use kinds::{
-    Access, BackingSource, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate, Reserve,
-    Sealing,
+    Access, BackingSource, CoreDump, DiscardData, OnShortage, PageSize, Populate, Reserve, Sealing,
 };
 pub use numa::NumaPolicy;
 
@@ -21,7 +20,9 @@ pub use numa::NumaPolicy;
 /// same options can be read from and written in the syntax of QEMU's `-object`:
 ///
 /// ```
-/// use guest_memory_shm::{BackingSource, CoreDump, GuestMemoryShm, PageSize, Populate, RamOptions};
+/// use guest_memory_shm::{
+///     BackingSource, CoreDump, GuestMemoryShm, PageSize, Populate, RamOptions,
+/// };
 /// use vm_memory::GuestAddress;
 ///
 /// let options = RamOptions::new()
@@ -39,8 +40,8 @@ pub use numa::NumaPolicy;
 ///
 /// A string begins with `memory-backend-memfd`, `memory-backend-shm` or `memory-backend-file` (or
 /// has it anywhere as `qom-type=`), and goes on with properties, `key=value` or the switches `key`
-/// and `nokey`, separated by commas; a comma in a value is doubled. Of a property that is there
-/// several times the last counts, of `id` the first, of `host-nodes` all. JSON is not read.
+/// and `nokey`, separated by commas; a comma in a value is doubled. Of a property given several
+/// times the last counts, of `id` the first, of `host-nodes` all. JSON is not read.
 ///
 /// | property | value | typed | where |
 /// |---|---|---|---|
@@ -53,7 +54,7 @@ pub use numa::NumaPolicy;
 /// | `prealloc-context` | refused, unless empty: there are no objects to name | | |
 /// | `policy` | `default`, `preferred`, `bind`, `interleave` | [`with_numa`](Self::with_numa) | |
 /// | `host-nodes` | a node or a range, `0-3`, below 128 | [`with_numa`](Self::with_numa) | |
-/// | `merge` | a switch | [`with_merge`](Self::with_merge) | |
+/// | `merge` | a switch without effect | | |
 /// | `dump` | a switch, **on** by default | [`with_core_dump`](Self::with_core_dump) | |
 /// | `x-use-canonical-path-for-ramblock-id` | a switch without effect | | |
 /// | `hugetlb` | a switch | [`PageSize::Huge`] | memfd |
@@ -70,11 +71,23 @@ pub use numa::NumaPolicy;
 /// | `on-shortage` | `refuse`, `try-anyway`, which QEMU does not have | [`with_on_shortage`](Self::with_on_shortage) | |
 ///
 /// Switches are `on`, `true`, `yes`, `y` and `off`, `false`, `no`, `n`. Sizes are numbers of bytes
-/// with the suffixes `K`, `M`, `G`, `T`, `P`, `E` for powers of 1024, with a fraction if they have a
-/// suffix (`1.5G`), or hexadecimal without one.
+/// with the suffixes `K`, `M`, `G`, `T`, `P`, `E` for powers of 1024, with a fraction if they have
+/// a suffix (`1.5G`), or hexadecimal without one.
 ///
 /// A whole program that reads and writes such strings: `examples/option_strings.rs`.
+///
+/// # Serialized
+///
+/// With the feature `serde` options are a structure with the names of the setters; what is left
+/// out is as in [`new`](Self::new), and a field that is not known is an error. They are not
+/// [checked](Self::check) when they are read.
+///
+/// ```json
+/// { "backing": { "file": "/dev/shm/ram" }, "size": 1073741824, "page_size": "transparent" }
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub struct RamOptions {
     name: Option<String>,
     size: Option<u64>,
@@ -87,7 +100,6 @@ pub struct RamOptions {
     on_shortage: OnShortage,
     numa: NumaPolicy,
     core_dump: CoreDump,
-    merge: Option<Merge>,
     align: Option<u64>,
     offset: u64,
     access: Access,
@@ -95,10 +107,14 @@ pub struct RamOptions {
     unused: Unused,
 }
 
-/// Properties of QEMU's that are accepted and mean nothing here, kept to be reported and written
+/// Properties of QEMU that are accepted and mean nothing here, kept to be reported and written
 /// back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default, deny_unknown_fields))]
 pub(crate) struct Unused {
+    /// `merge`.
+    pub(crate) merge: Option<bool>,
     /// `hugetlbsize` without `hugetlb=on`, in bytes.
     pub(crate) hugetlb_size: Option<u64>,
     /// `x-use-canonical-path-for-ramblock-id`.
@@ -154,16 +170,16 @@ impl RamOptions {
         self
     }
 
-    /// Sets whether what the RAM needs is set aside (QEMU's `reserve`); done, as far as it can be,
-    /// unless set.
+    /// Sets whether what the RAM needs is set aside (QEMU's `reserve`); as far as possible, unless
+    /// set.
     #[must_use]
     pub fn with_reserve(mut self, reserve: Reserve) -> Self {
         self.reserve = Some(reserve);
         self
     }
 
-    /// Sets how much of the RAM exists before it is first used (QEMU's `prealloc`); nothing unless
-    /// set. What there is not enough memory for is [refused](Self::with_on_shortage).
+    /// Sets how much of the RAM is allocated before it is first used (QEMU's `prealloc`); nothing
+    /// unless set. What exceeds the memory is [refused](Self::with_on_shortage).
     #[must_use]
     pub fn with_populate(mut self, populate: Populate) -> Self {
         self.populate = populate;
@@ -178,8 +194,8 @@ impl RamOptions {
         self
     }
 
-    /// Sets what becomes of populating it if there is not enough memory (`on-shortage` in strings);
-    /// it is refused unless set.
+    /// Sets what happens if there is not enough memory to populate it (`on-shortage` in strings);
+    /// populating is refused unless set.
     #[must_use]
     pub fn with_on_shortage(mut self, on_shortage: OnShortage) -> Self {
         self.on_shortage = on_shortage;
@@ -201,32 +217,24 @@ impl RamOptions {
         self
     }
 
-    /// Sets whether equal pages are to be merged (QEMU's `merge`), which has no effect on shared
-    /// memory.
-    #[must_use]
-    pub fn with_merge(mut self, merge: Merge) -> Self {
-        self.merge = Some(merge);
-        self
-    }
-
-    /// Sets a power of two, in bytes, that the host address of a [`BackingSource::File`] is a multiple of
-    /// (QEMU's `align`); what suits huge pages unless set.
+    /// Sets a power of two, in bytes, that the host address of a [`BackingSource::File`] is a
+    /// multiple of (QEMU's `align`); what suits huge pages unless set.
     #[must_use]
     pub fn with_align(mut self, align: u64) -> Self {
         self.align = Some(align);
         self
     }
 
-    /// Sets where in a [`BackingSource::File`] the RAM starts, in bytes (QEMU's `offset`); at its start
-    /// unless set.
+    /// Sets where in a [`BackingSource::File`] the RAM starts, in bytes (QEMU's `offset`); at its
+    /// start unless set.
     #[must_use]
     pub fn with_offset(mut self, offset: u64) -> Self {
         self.offset = offset;
         self
     }
 
-    /// Sets whether a [`BackingSource::File`] is RAM or a ROM (QEMU's `readonly` and `rom`); RAM unless
-    /// set.
+    /// Sets whether a [`BackingSource::File`] is RAM or a ROM (QEMU's `readonly` and `rom`); RAM
+    /// unless set.
     #[must_use]
     pub fn with_access(mut self, access: Access) -> Self {
         self.access = access;
@@ -271,7 +279,7 @@ impl RamOptions {
         self.reserve
     }
 
-    /// How much of the RAM exists before it is first used.
+    /// How much of the RAM is allocated before it is first used.
     pub fn populate(&self) -> Populate {
         self.populate
     }
@@ -281,7 +289,7 @@ impl RamOptions {
         self.populate_threads
     }
 
-    /// What becomes of populating it if there is not enough memory.
+    /// What happens if there is not enough memory to populate it.
     pub fn on_shortage(&self) -> OnShortage {
         self.on_shortage
     }
@@ -296,9 +304,10 @@ impl RamOptions {
         self.core_dump
     }
 
-    /// Whether equal pages are to be merged, if that is set.
-    pub fn merge(&self) -> Option<Merge> {
-        self.merge
+    /// Whether equal pages are to be merged, if a string says so. The kernel does that with
+    /// private pages only (KSM), so that it has no effect.
+    pub fn merge(&self) -> Option<bool> {
+        self.unused.merge
     }
 
     /// The alignment of the host address in bytes, if one is set.
@@ -321,12 +330,12 @@ impl RamOptions {
         self.discard_data
     }
 
-    /// What is set and means nothing here.
+    /// Properties that are set and mean nothing here.
     pub(crate) fn unused(&self) -> &Unused {
         &self.unused
     }
 
-    /// Whether nothing of the RAM is to exist before it is used.
+    /// Whether no page is to be allocated before it is used.
     pub(crate) fn is_lazy(&self) -> bool {
         self.populate == Populate::Lazy
     }

@@ -18,6 +18,8 @@ use crate::host::NodeSet;
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum NumaPolicy {
     /// Where the thread runs that touches a page first, or as its own policy says.

@@ -1,6 +1,6 @@
 //! Threads kept to the CPUs of the NUMA nodes that their pages come from (sched_setaffinity(2)).
 //!
-//! The page is on the right node whoever allocates it, that is what mbind(2) is for; but clearing
+//! A page is on the right node whichever thread allocates it: mbind(2) does that. But clearing
 //! it from another node takes far longer.
 
 use nix::errno::Errno;
@@ -26,8 +26,8 @@ impl Affinity {
         }
     }
 
-    /// Keeps the thread to the CPUs of `nodes` that it may use at all, or, if there are none, or no
-    /// nodes are given, to where it was at first.
+    /// Keeps the thread to the CPUs of `nodes` that it may use at all, or, if there are none, or
+    /// no nodes are given, to where it was at first.
     pub(super) fn keep_to(&mut self, nodes: NodeSet) -> Result<(), Errno> {
         if nodes == self.nodes {
             return Ok(());

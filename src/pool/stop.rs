@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Cancels work that takes long, from anywhere: a clone is the same token. It stays cancelled: what
-/// is begun afterwards gets a new one.
+/// Cancels work that takes long, from anywhere: a clone is the same token. It stays cancelled:
+/// what is begun afterwards gets a new one.
 ///
 /// ```
 /// use guest_memory_shm::{CancelToken, GuestMemoryShm, Populate, PopulateError, PopulateOptions};

@@ -28,14 +28,16 @@ use crate::units::HumanSize;
 pub enum PopulateError {
     /// A part of the range that was given is no RAM. Nothing was populated.
     #[error(
-        "cannot populate {range}: there is no RAM at guest address {:#x}, give a range of RAM only",
-        .start.0
+        "cannot populate {range}: there is no RAM at guest address {:#x}, give a range of RAM \
+         only",
+        .first.0
     )]
+    #[non_exhaustive]
     NotRam {
         /// The range that was given.
         range: GuestRange,
         /// The first address in it that is no RAM.
-        start: GuestAddress,
+        first: GuestAddress,
     },
 
     /// There is not enough room in the file system, or not enough memory: the pool of huge pages,
@@ -43,6 +45,7 @@ pub enum PopulateError {
     /// populated, or others took it meanwhile. Where only this crate refuses, there is
     /// [`OnShortage::TryAnyway`](crate::OnShortage::TryAnyway).
     #[error("cannot populate {range}: {shortage}")]
+    #[non_exhaustive]
     Shortage {
         /// The part of the RAM at which it would end, or that was being worked on.
         range: GuestRange,
@@ -56,17 +59,19 @@ pub enum PopulateError {
         "cannot see whether there is memory to populate: {shortage}; or try anyway \
          (OnShortage::TryAnyway, on-shortage=try-anyway)"
     )]
+    #[non_exhaustive]
     CannotLook {
         /// The descriptors that are short.
         shortage: Box<Shortage>,
     },
 
-    /// Somebody truncated the backing, which was not sealed.
+    /// Another process truncated the backing, which was not sealed.
     #[error(
-        "cannot populate {range}: its backing had at least {} and has {} now, another process truncated it; \
-         use a sealed memfd or a trusted peer",
+        "cannot populate {range}: its backing had at least {} and has {} now, another process \
+         truncated it; use a sealed memfd or a trusted peer",
         HumanSize(*.end), HumanSize(*.now)
     )]
+    #[non_exhaustive]
     Truncated {
         /// The part of the RAM.
         range: GuestRange,
@@ -78,6 +83,7 @@ pub enum PopulateError {
 
     /// It was cancelled by its token.
     #[error("populating was cancelled after {} of {}", HumanSize(*.done), HumanSize(*.total))]
+    #[non_exhaustive]
     Cancelled {
         /// What was populated, in bytes.
         done: u64,
@@ -90,6 +96,7 @@ pub enum PopulateError {
         "cannot start a thread to populate RAM in the background: raise RLIMIT_NPROC or pids.max, \
          or populate in this thread"
     )]
+    #[non_exhaustive]
     NoThread {
         /// The system's answer.
         source: io::Error,
@@ -97,8 +104,8 @@ pub enum PopulateError {
 
     /// The handle is a copy in a child of fork(2), which has none of the threads.
     #[error(
-        "populating in the background goes on in the process that started it, not in its children: \
-         wait for it there"
+        "populating in the background goes on in the process that started it, not in its \
+         children: wait for it there"
     )]
     OtherProcess,
 
@@ -114,8 +121,8 @@ pub enum PopulateError {
 
     /// Pages could not be mapped, for a reason that has no variant of its own.
     #[error(
-        "cannot populate {range}: the kernel did not map pages by madvise(2), MADV_POPULATE_WRITE, \
-         which Linux has since 5.14 and a seccomp filter has to allow"
+        "cannot populate {range}: the kernel did not map pages by madvise(2), \
+         MADV_POPULATE_WRITE, which Linux has since 5.14 and a seccomp filter has to allow"
     )]
     #[non_exhaustive]
     Map {
@@ -146,7 +153,7 @@ mod tests {
             (
                 PopulateError::NotRam {
                     range,
-                    start: GuestAddress(0x1_0010_0000),
+                    first: GuestAddress(0x1_0010_0000),
                 },
                 "there is no RAM at guest address 0x100100000, give a range of RAM only",
             ),
@@ -156,8 +163,8 @@ mod tests {
                     Shortage::new(1 << 30, 1 << 20, limit)
                 }),
                 "1 GiB more are needed, and 1 MiB are left of this machine's 2 GiB of memory and \
-                 swap (/proc/meminfo): free memory or add swap, or ask for less RAM, or try anyway \
-                 and risk SIGKILL (OnShortage::TryAnyway, on-shortage=try-anyway)",
+                 swap (/proc/meminfo): free memory or add swap, or ask for less RAM, or try \
+                 anyway and risk SIGKILL (OnShortage::TryAnyway, on-shortage=try-anyway)",
             ),
             (
                 PopulateError::Truncated {
@@ -165,8 +172,8 @@ mod tests {
                     end: 1 << 30,
                     now: 0,
                 },
-                "its backing had at least 1 GiB and has 0 bytes now, another process truncated it; use a \
-                 sealed memfd or a trusted peer",
+                "its backing had at least 1 GiB and has 0 bytes now, another process truncated \
+                 it; use a sealed memfd or a trusted peer",
             ),
             (
                 PopulateError::Allocate {

@@ -13,8 +13,8 @@ use crate::pool::{CancelToken, Progress};
 
 /// Populating that goes on in the background: to ask how far it is, and to wait for.
 ///
-/// A [`CancelToken`] cancels it, and so does dropping the handle, which waits until the threads are
-/// gone. In a child of fork(2), which has the handle and none of the threads, dropping it does
+/// A [`CancelToken`] cancels it, and so does dropping the handle, which waits until the threads
+/// are gone. In a child of fork(2), which has the handle and none of the threads, dropping it does
 /// nothing.
 ///
 /// ```
@@ -120,7 +120,7 @@ impl Drop for PopulateHandle {
         }
         self.cancel.cancel();
         if let Err(panic) = thread.join() {
-            // It was printed where it happened, and nobody is there to be told. Dropping it may
+            // It was printed where it happened, and there is no caller to be told. Dropping it may
             // panic in turn, which would end the process if this is dropped by a panic.
             std::mem::forget(panic);
         }

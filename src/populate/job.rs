@@ -107,8 +107,9 @@ impl Job {
         };
         let stop = Stop::new(self.cancel.clone());
         let work = |chunk: &Chunk| self.plan.populate(chunk, &self.watch, &stop);
-        // Code of the user's runs while there are pages to be given back: its panic is resumed when
-        // they are. Nothing that was half done is looked at afterwards, but what the kernel has.
+        // Code of the user's runs while there are pages to be given back: its panic is resumed
+        // when they are. Nothing that was half done is looked at afterwards, but what the kernel
+        // has.
         let ended = catch_unwind(AssertUnwindSafe(|| {
             let pool = self.pool(&self.plan.queues, &stop);
             let outcome = pool.run(work, |done| told(Progress { done, total }));
@@ -140,7 +141,8 @@ impl Job {
             return Some(PopulateError::Cancelled { done, total });
         }
         // Pages of a file are no use past its end.
-        let truncated = |part: &Part| cause::truncated(part, part.ram.in_guest(part.range.clone()));
+        let truncated =
+            |part: &Part| cause::truncated(part, part.ram.in_guest(part.range.clone()));
         parts.iter().find_map(truncated)
     }
 

@@ -1,22 +1,22 @@
 //! Populate: pages of RAM allocated and mapped ahead of their first use, by several threads.
 //!
-//! A [`job`] has a [`plan`], which cuts each [`part`] of the RAM into chunks, and a pool of threads
-//! that works through them: [`work`] is what is done to a chunk. [`need`] counts what is missing,
-//! before anything is done, and [`watch`] looks again before each piece whether there is memory for
-//! it. [`holes`] remembers what was there before, so that a failure can be undone, and [`cause`]
-//! finds out why there was one, which the kernel does not tell. [`handle`] does all this in the
-//! background.
+//! A [`job`] has a [`plan`], which cuts each [`part`] of the RAM into chunks, and a pool of
+//! threads that works through them: [`work`] is what is done to a chunk. [`need`] counts what is
+//! missing, before anything is done, and [`watch`] looks again before each piece whether there is
+//! memory for it. [`holes`] remembers what was there before, so that a failure can be undone, and
+//! [`cause`] finds out why there was one, which the kernel does not tell. [`handle`] does all this
+//! in the background.
 //!
 //! # Why it is done as it is
 //!
-//! - fallocate(2) on a tmpfs needs a third of the time of a page fault, tells `ENOSPC` where a fault
-//!   is SIGBUS (and `MADV_POPULATE_WRITE` only says `EFAULT`), and makes the fault afterwards
-//!   cheaper by more than it costs. But it holds the lock of the inode: two threads in it are
-//!   slower than one. So a thread that finds the lock free allocates its chunk and then maps it, and
-//!   one that does not maps its chunk right away.
-//! - Where memory is short the kernel refuses nothing: it ends a process. So what a control group or
-//!   the machine can still give is asked, not tried out. A look takes some microseconds for each
-//!   group that is limited, and 20 or so for the machine.
+//! - fallocate(2) on a tmpfs needs a third of the time of a page fault, tells `ENOSPC` where a
+//!   fault is SIGBUS (and `MADV_POPULATE_WRITE` only says `EFAULT`), and makes the fault
+//!   afterwards cheaper by more than it costs. But it holds the lock of the inode: two threads in
+//!   it are slower than one. So a thread that finds the lock free allocates its chunk and then
+//!   maps it, and one that does not maps its chunk right away.
+//! - Where memory is short the kernel refuses nothing: it ends a process. So what a control group
+//!   or the machine can still give is asked, not tried out. A look takes some microseconds for
+//!   each group that is limited, and 20 or so for the machine.
 
 use std::ops::Range;
 
@@ -58,7 +58,7 @@ pub(crate) fn populate(
     job.run(told)
 }
 
-/// As [`populate`], while the caller goes on. One who asks for too much is told at once.
+/// As [`populate`], while the caller goes on. Asking for too much is an error at once.
 pub(crate) fn populate_in_background(
     parts: Parts,
     options: PopulateOptions<'static>,
@@ -86,7 +86,7 @@ fn job(
 
 /// Populates RAM on backings that were just made, as their options say, all of it together.
 ///
-/// Nobody else has it yet, and when this fails it is dropped.
+/// It is not in use yet, and when this fails it is dropped.
 pub(crate) fn populate_new<'a>(
     made: impl IntoIterator<Item = (Ram, &'a RamOptions)>,
 ) -> Result<(), PopulateError> {

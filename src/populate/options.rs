@@ -48,12 +48,12 @@ pub(super) type ProgressFn<'a> = Box<dyn FnMut(Progress) + Send + 'a>;
 pub enum OnFailure {
     /// They are given back, if they were not there before and hold nothing but zeros.
     ///
-    /// For RAM that nobody uses yet. What a guest or a daemon wrote meanwhile is kept, but a write
-    /// that falls between the look and the giving back, some microseconds, is lost, and a device that
-    /// has the pages pinned is left with them: for RAM in use there is [`Keep`](Self::Keep). Nothing
-    /// is given back where pages cannot be told from holes: on a hugetlb backing that had any
-    /// before, and before Linux 6.5 on one of which some were allocated, but never written
-    /// ([`Populate::Allocate`]).
+    /// For RAM that is not in use yet. What a guest or a daemon wrote meanwhile is kept, but a
+    /// write that falls between the look and the giving back, some microseconds, is lost, and a
+    /// device that has the pages pinned is left with them: for RAM in use there is
+    /// [`Keep`](Self::Keep). Nothing is given back where pages cannot be told from holes: on a
+    /// hugetlb backing that had any before, and before Linux 6.5 on one of which some were
+    /// allocated, but never written ([`Populate::Allocate`]).
     GiveBack,
     /// They stay: nothing is lost but memory, and populating the same range again goes on where it
     /// ended.
@@ -100,8 +100,8 @@ impl<'a> PopulateOptions<'a> {
 
     /// Sets what is called whenever a piece is done, last when all is.
     ///
-    /// It is called in the calling thread, in the background in that which coordinates. The threads
-    /// are at most a few pieces ahead of it, so it should be quick.
+    /// It is called in the calling thread, in the background in that which coordinates. The
+    /// threads are at most a few pieces ahead of it, so it should be quick.
     pub fn with_progress(mut self, progress: impl FnMut(Progress) + Send + 'a) -> Self {
         self.progress = Some(Box::new(progress));
         self

@@ -28,8 +28,8 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// All pages that have a byte in `range` of the region. `allowed` are the nodes that this process
-    /// may take pages from, if they are not all.
+    /// All pages that have a byte in `range` of the region. `allowed` are the nodes that this
+    /// process may take pages from, if they are not all.
     pub(super) fn new(
         ram: Ram,
         range: Range<u64>,
@@ -85,9 +85,10 @@ impl Part {
         }
     }
 
-    /// Allocates without mapping; `false` if the file system cannot do that, or a filter forbids it.
+    /// Allocates without mapping; `false` if the file system cannot do that, or a filter forbids
+    /// it.
     pub(super) fn allocate(&self, range: &Range<u64>) -> io::Result<bool> {
-        // Never makes a file longer that somebody truncated: that would hide it.
+        // A file that another process truncated is not made longer: that would hide it.
         if let Ok(Some(_)) = self.backing().truncated_to() {
             return Err(Errno::EFAULT.into());
         }

@@ -1,4 +1,9 @@
 //! Which RAM is populated, cut into chunks that threads take from queues.
+//!
+//! The cuts are multiples in the backing, where huge pages are aligned, wherever a region begins.
+//! There is a queue for each set of nodes, because a thread moves to the nodes of a queue: to move
+//! for each chunk would cost more than it gains. In a queue the files take turns, because the
+//! kernel lets one thread at a time allocate in a file.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -33,7 +38,8 @@ pub(super) struct Chunk {
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) parts: Vec<Part>,
-    /// One for RAM that may come from anywhere, and one for each set of nodes that RAM is bound to.
+    /// One for RAM that may come from anywhere, and one for each set of nodes that RAM is bound
+    /// to.
     pub(super) queues: Vec<Queue<Chunk>>,
     /// In bytes.
     pub(super) total: u64,

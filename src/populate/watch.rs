@@ -48,8 +48,8 @@ impl UnderWay {
     }
 }
 
-/// What the limits leave that are about something in the demand, exactly if it is less than so many
-/// bytes.
+/// What the limits leave that are about something in the demand, exactly if it is less than so
+/// many bytes.
 type Look = dyn Fn(&Demand, u64) -> Vec<Bound> + Send + Sync;
 
 /// A piece of work that has begun; when it is dropped, its pages are there, or will not come.
@@ -71,7 +71,7 @@ pub(super) struct Wish {
 }
 
 impl Watch {
-    /// That looks at all that limits this process, and minds its other jobs.
+    /// A watch that looks at all limits of this process, and minds its other jobs.
     ///
     /// # Errors
     ///
@@ -82,7 +82,7 @@ impl Watch {
         Ok(Self::among(UnderWay::of_this_process(), look))
     }
 
-    /// That finds no limits.
+    /// A watch that finds no limits.
     pub(super) fn of_nothing() -> Self {
         Self::among(Arc::default(), |_, _| Vec::new())
     }
@@ -109,8 +109,8 @@ impl Watch {
     ///
     /// # Errors
     ///
-    /// What is short of the least piece, when nothing else is under way there that might turn out to
-    /// need less than was thought.
+    /// What is short of the least piece, when nothing else is under way there that might turn out
+    /// to need less than was thought.
     pub(super) fn begin(
         &self,
         wish: &Wish,
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_has_too_little_waits_for_the_others_and_sees_what_they_left() {
+    fn work_that_has_too_little_waits_for_the_others_and_sees_what_they_left() {
         let (left, watch) = machine(3 * MIB);
         let first = begin(&watch, 16 * MIB).unwrap();
         assert_eq!(first.len, 2 * MIB);
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_waits_hears_that_the_work_is_to_stop() {
+    fn work_that_waits_hears_that_it_is_to_stop() {
         let (_, watch) = machine(3 * MIB);
         let stop = Stop::default();
         let pass = begin(&watch, 16 * MIB).unwrap();

@@ -78,7 +78,7 @@ impl Plan {
                 }
             }
             Populate::Prefault if part.through_descriptor() => {
-                // Whoever would have to wait maps without allocating first.
+                // A thread that would have to wait maps without allocating first.
                 if let Ok(_alone) = self.allocating(part).try_lock() {
                     part.allocate(&piece).map_err(not_allocated)?;
                 }

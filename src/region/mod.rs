@@ -14,8 +14,9 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
+#[cfg(doc)]
+use crate::backing::BackingError;
 use crate::backing::ShmBacking;
-use crate::error::{FileError, Result};
 use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::options::Access;
 use crate::ram::Ram;
@@ -25,6 +26,7 @@ use crate::report::BuildReport;
 mod error;
 
 pub use error::MemoryError;
+pub(crate) use error::Result;
 
 /// A contiguous range of guest RAM: one shared mapping of a part of a [`ShmBacking`].
 ///
@@ -71,13 +73,11 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     ///
     /// # Errors
     ///
-    /// Those of a bad place, as [`new`](Self::new);
-    /// [`InvalidRange::Unaligned`](crate::InvalidRange::Unaligned) and
-    /// [`Error::OutsideBacking`](crate::Error::OutsideBacking) for a part that the backing does not
-    /// have; [`Error::BackingTruncated`](crate::Error::BackingTruncated) for one that it has no
-    /// more; [`FileError::ReadOnlyRam`] for a file that is opened for reading only;
-    /// [`Error::Shortage`](crate::Error::Shortage) and
-    /// [`Error::Map`](crate::Error::Map) if it cannot be mapped.
+    /// [`MemoryError::Range`] for a bad place; [`MemoryError::Backing`] with
+    /// [`BackingError::Outside`] for a part that the backing does not have, and
+    /// [`BackingError::Truncated`] for one that it no longer has; [`MemoryError::ReadOnlyRam`] for
+    /// a file that is opened for reading only; [`MemoryError::Backing`] with
+    /// [`BackingError::Shortage`], and [`MemoryError::Map`], if it cannot be mapped.
     pub fn from_backing(
         backing: &ShmBacking,
         offset: u64,
@@ -130,7 +130,8 @@ impl<B> GuestRegionShm<B> {
         Self::place(backing, offset, range, bitmap(range))
     }
 
-    /// Maps the pages of the range, which begin at `offset`; it need not end with the last of them.
+    /// Maps the pages of the range, which begin at `offset`; it need not end with the last of
+    /// them.
     pub(crate) fn place(
         backing: &ShmBacking,
         offset: u64,
@@ -138,7 +139,7 @@ impl<B> GuestRegionShm<B> {
         bitmap: B,
     ) -> Result<Self> {
         if backing.map_options().access == Access::ReadOnly {
-            return Err(FileError::ReadOnlyRam.into());
+            return Err(MemoryError::ReadOnlyRam);
         }
         let pages = range.size().checked_next_multiple_of(backing.page_size());
         let mapping = Mapping::new(backing, offset, pages.unwrap_or(range.size()))?;
@@ -254,10 +255,10 @@ impl<B: Bitmap> GuestRegionShm<B> {
         let at = to_usize(offset);
         let start = self.as_ptr().wrapping_add(at);
         let bitmap = self.shared.bitmap.slice_at(at);
-        // SAFETY: `start..start + count` lies in the mapping, which is as long as the range or
-        // longer, as just checked. The mapping lives as long as `self.shared`, and so as `self`, which the
-        // slice borrows. The RAM is only ever accessed by volatile or atomic operations: this
-        // crate makes no reference to it.
+        // SAFETY: `start..start + count` lies in the range, as just checked, and the mapping is at
+        // least as long. It lives as long as `self.shared`, and so as `self`, which the slice
+        // borrows. The RAM is only ever accessed by volatile or atomic operations: this crate
+        // makes no reference to it.
         Some(unsafe { VolatileSlice::with_bitmap(start, count, bitmap, None) })
     }
 }
@@ -336,7 +337,6 @@ impl<B: Bitmap> GuestMemoryRegion for GuestRegionShm<B> {
             .ok_or(AccessError::InvalidBackendAddress)
     }
 
-    #[cfg(target_os = "linux")]
     fn is_hugetlbfs(&self) -> Option<bool> {
         Some(self.shared.ram.backing.is_hugetlb())
     }

@@ -23,7 +23,7 @@ pub struct Extents {
 
 impl<B> GuestMemoryShm<B> {
     /// Which parts of the RAM are allocated now, in steps of `resolution` bytes from the start of
-    /// each region: a step with any allocated page counts as a whole, except behind the end of its
+    /// each region: a step with any allocated page counts as a whole, except past the end of its
     /// region.
     ///
     /// The resolution is rounded up to a multiple of the page size of each backing, 0 to one page.
@@ -32,10 +32,10 @@ impl<B> GuestMemoryShm<B> {
     /// comes or goes may be seen or not.
     ///
     /// Costs less than a microsecond for each step that is allocated in part of a backing, and for
-    /// each hole; full and empty backings cost nothing. The calls are cachestat(2) for shared memory
-    /// (lseek(2) on kernels before 6.5, which takes pages that were never touched for holes) and
-    /// lseek(2) with `SEEK_DATA` for files on disks. hugetlb has neither, and there mincore(2) tells
-    /// the pages that this process has mapped.
+    /// each hole; full and empty backings cost nothing. The calls are cachestat(2) for shared
+    /// memory (lseek(2) on kernels before 6.5, which takes pages that were never touched for
+    /// holes) and lseek(2) with `SEEK_DATA` for files on disks. hugetlb has neither, and there
+    /// mincore(2) tells the pages that this process has mapped.
     ///
     /// ```
     /// use guest_memory_shm::{GuestMemoryShm, GuestRange};
@@ -115,10 +115,8 @@ fn of_one_backing(
 
 /// The resolution in whole pages.
 fn step(resolution: u64, page_size: u64) -> u64 {
-    let pages = resolution.div_ceil(page_size).max(1);
-    pages
-        .checked_mul(page_size)
-        .unwrap_or(u64::MAX - (u64::MAX % page_size))
+    let whole = resolution.max(1).checked_next_multiple_of(page_size);
+    whole.unwrap_or(u64::MAX - u64::MAX % page_size)
 }
 
 #[cfg(test)]

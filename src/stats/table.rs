@@ -55,10 +55,8 @@ impl fmt::Display for MemoryStats {
             write!(f, "\nallocated on node {node}: {}", ShortSize(*allocated))?;
         }
         write!(f, "\nlocked by this process: {}", ShortSize(self.locked))?;
-        self.notes
-            .lines()
-            .iter()
-            .try_for_each(|line| write!(f, "\n{line}"))
+        let mut notes = self.notes.notes();
+        notes.try_for_each(|(backing, note)| write!(f, "\n{backing}: {note}"))
     }
 }
 
@@ -84,7 +82,7 @@ mod tests {
     use super::super::RegionStats;
     use super::*;
     use crate::backing::BackingKind;
-    use crate::report::{BuildReport, Note};
+    use crate::report::{BuildNote, BuildReport};
 
     #[test]
     fn columns_are_aligned_and_units_are_human() {
@@ -107,7 +105,7 @@ mod tests {
             locked: 100,
             notes: BuildReport::default(),
         };
-        stats.notes.add("ram", [Note::Merge]);
+        stats.notes.add("ram", [BuildNote::Merge]);
         let text = stats.to_string();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(

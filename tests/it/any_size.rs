@@ -6,9 +6,8 @@ use std::io::{Read, Seek};
 use std::os::unix::fs::FileExt;
 
 use guest_memory_shm::{
-    BackingError, DiscardAccumulator, DiscardError, Error, GuestMemoryShm, GuestRange,
-    GuestRegionShm, InvalidRange, MemoryError, Populate, PopulateOptions, Populated, RamOptions,
-    RangePart,
+    BackingError, DiscardAccumulator, DiscardError, GuestMemoryShm, GuestRange, GuestRegionShm,
+    InvalidRange, MemoryError, Populate, PopulateOptions, Populated, RamOptions, RangePart,
 };
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{
@@ -59,11 +58,8 @@ fn a_region_is_as_long_as_was_asked_for_and_its_mapping_whole_pages() {
             .iter()
             .map(|line| line.range.clone())
             .collect();
-        assert_eq!(
-            mapped,
-            [host..host + pages],
-            "and a guard page on either side"
-        );
+        assert_eq!(mapped.len(), 1, "and a guard page on either side");
+        assert_eq!(mapped[0], host..host + pages);
         offset += pages;
     }
     let backing = memory.iter().next().unwrap().backing();
@@ -182,9 +178,9 @@ fn statistics_count_pages_and_extents_stay_in_the_regions() {
 fn discards_are_refused_by_the_name_of_the_region() {
     let memory = memory();
     memory.write_obj(1u8, GuestAddress(0x5ff0)).unwrap();
-    let text = "the region 0x5ff0..=0x6ff4 (4.0 KiB (4101 bytes)) is not whole pages of 4 KiB, which \
-                memory tables, memory slots and discards need: make it of an address and a size \
-                that are multiples of that";
+    let text = "the region 0x5ff0..=0x6ff4 (4.0 KiB (4101 bytes)) is not whole pages of 4 KiB, \
+                which memory tables, memory slots and discards need: make it of an address and a \
+                size that are multiples of that";
     let discard = memory.discard((GuestAddress(0x5ff0), PAGE));
     assert_refused!(
         discard,
@@ -210,13 +206,14 @@ fn discards_are_refused_by_the_name_of_the_region() {
 #[test]
 fn the_builder_and_regions_with_options_take_whole_pages_only() {
     in_own_process_leaving_nothing!(|| {
-        let builder =
-            || GuestMemoryShm::<()>::builder().add_ram(RamOptions::new(), [(GuestAddress(0), 300)]);
-        let text = "size 300 bytes is not a multiple of the page size 4 KiB: the nearest larger is \
-                    4 KiB";
+        let builder = || {
+            GuestMemoryShm::<()>::builder().add_ram(RamOptions::new(), [(GuestAddress(0), 300)])
+        };
+        let text = "size 300 bytes is not a multiple of the page size 4 KiB: the nearest larger \
+                    is 4 KiB";
         assert_refused!(
             builder().build(),
-            Error::Range(InvalidRange::Unaligned {
+            MemoryError::Range(InvalidRange::Unaligned {
                 part: RangePart::Size,
                 value: 300,
                 ..
@@ -224,7 +221,11 @@ fn the_builder_and_regions_with_options_take_whole_pages_only() {
             text,
         );
         let region = GuestRegionShm::<()>::new((GuestAddress(0), 300), &RamOptions::new());
-        assert_refused!(region, Error::Range(InvalidRange::Unaligned { .. }), text);
+        assert_refused!(
+            region,
+            MemoryError::Range(InvalidRange::Unaligned { .. }),
+            text
+        );
     });
 }
 
@@ -310,14 +311,17 @@ fn files_that_cannot_be_ram_are_refused() {
         for (len, start, size) in [(0x1400, 0, 0x2001), (0x1000, 0x1000, 1), (0x400, 0x1000, 1)] {
             let refused = with(file(len), start, size);
             assert!(
-                matches!(refused, Err(Error::Backing(BackingError::Outside { .. }))),
+                matches!(
+                    refused,
+                    Err(MemoryError::Backing(BackingError::Outside { .. }))
+                ),
                 "{len:#x} {start:#x} {size:#x}: {refused:?}"
             );
         }
         let unaligned = with(file(0x2000), 0x800, 0x400);
         assert!(matches!(
             unaligned,
-            Err(Error::Range(InvalidRange::Unaligned {
+            Err(MemoryError::Range(InvalidRange::Unaligned {
                 part: RangePart::Offset,
                 value: 0x800,
                 ..
@@ -329,13 +333,13 @@ fn files_that_cannot_be_ram_are_refused() {
         let read_only = with(File::open(&path).unwrap(), 0, 4096);
         assert!(matches!(
             read_only,
-            Err(Error::Backing(BackingError::NotWritable))
+            Err(MemoryError::Backing(BackingError::NotWritable))
         ));
         let (pipe, _) = std::io::pipe().unwrap();
         let pipe = with(std::os::fd::OwnedFd::from(pipe).into(), 0, 4096);
         assert!(matches!(
             pipe,
-            Err(Error::Backing(BackingError::NotMemory { .. }))
+            Err(MemoryError::Backing(BackingError::NotMemory { .. }))
         ));
     });
 }

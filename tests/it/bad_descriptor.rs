@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use guest_memory_shm::{
     AdoptPolicy, BackingError, BackingKind, Error, GuestMemoryShm, GuestRegionShm, InvalidRange,
-    RamOptions, RangePart, SealPolicy, Seals, ShmBacking,
+    MemoryError, RamOptions, RangePart, Seals, ShmBacking,
 };
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -48,6 +48,16 @@ fn adopt(fd: impl Into<OwnedFd>, policy: &AdoptPolicy) -> Result<ShmBacking, Err
         assert_eq!(error.to_string(), text);
         error
     })
+}
+
+/// Any seals, sealed already, and sealed now.
+fn policies() -> [AdoptPolicy; 3] {
+    let policy = AdoptPolicy::new();
+    [
+        policy.clone(),
+        policy.clone().with_required_seals(),
+        policy.with_added_seals(),
+    ]
 }
 
 #[test]
@@ -202,8 +212,11 @@ fn a_file_on_disk_is_refused_unless_it_is_meant() {
         let mut bytes = [0; 7];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, PAGE + 1).unwrap();
         assert_eq!(&bytes, b"on disk");
-        for seals in [SealPolicy::Require, SealPolicy::Add] {
-            let refused = adopt(file.try_clone().unwrap(), &policy.clone().with_seals(seals));
+        for policy in [
+            policy.clone().with_required_seals(),
+            policy.clone().with_added_seals(),
+        ] {
+            let refused = adopt(file.try_clone().unwrap(), &policy);
             assert!(matches!(
                 refused,
                 Err(Error::Backing(BackingError::NotSealed { .. }))
@@ -219,14 +232,14 @@ fn a_file_that_cannot_be_written_is_refused_whatever_the_policy() {
             (SealFlag::F_SEAL_WRITE, "write"),
             (SealFlag::F_SEAL_FUTURE_WRITE, "future-write"),
         ] {
-            for policy in [SealPolicy::Any, SealPolicy::Require, SealPolicy::Add] {
+            for policy in policies() {
                 let file = memfd(MIB);
                 seal(
                     &file,
                     flag | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW,
                 );
                 assert_refused!(
-                    adopt(file, &AdoptPolicy::new().with_seals(policy)),
+                    adopt(file, &policy),
                     Error::Backing(BackingError::WriteSealed { .. }),
                     format!(
                         "cannot adopt a file whose seals are: shrink|grow|{name}; RAM must be \
@@ -241,28 +254,28 @@ fn a_file_that_cannot_be_written_is_refused_whatever_the_policy() {
 #[test]
 fn an_unsealed_memfd_is_adopted_as_the_policy_says() {
     in_own_process_leaving_nothing!(|| {
-        let policy = |seals| AdoptPolicy::new().with_seals(seals);
+        let [any, required, added] = policies();
         let file = memfd(MIB);
         let clone = || file.try_clone().unwrap();
         assert_refused!(
-            adopt(clone(), &policy(SealPolicy::Require)),
+            adopt(clone(), &required),
             Error::Backing(BackingError::NotSealed { .. }),
-            "cannot adopt a file whose seals are: none; its size must be sealed, ask its owner for \
-             a memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), or \
-             trust the owner with SealPolicy::Any",
+            "cannot adopt a file whose seals are: none; its size must be sealed, ask its owner \
+             for a memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), \
+             or trust the owner and adopt it without AdoptPolicy::with_required_seals",
         );
-        let any = adopt(clone(), &policy(SealPolicy::Any)).unwrap();
+        let any = adopt(clone(), &any).unwrap();
         assert_eq!(any.seals(), Seals::empty());
         ftruncate(&file, MIB as i64 * 2).unwrap();
         ftruncate(&file, MIB as i64).unwrap();
 
-        let added = adopt(clone(), &policy(SealPolicy::Add)).unwrap();
+        let added = adopt(clone(), &added).unwrap();
         assert_eq!(added.seals(), Seals::RESIZE | Seals::SEAL);
         for len in [0, 2 * MIB] {
             assert_eq!(ftruncate(&file, len as i64), Err(Errno::EPERM));
         }
         // Sealed as it is now, it is what was required.
-        assert!(adopt(clone(), &policy(SealPolicy::Require)).is_ok());
+        assert!(adopt(clone(), &required).is_ok());
     });
 }
 
@@ -275,12 +288,12 @@ fn half_a_seal_is_not_enough_where_the_size_must_be_sealed() {
         let file = memfd(MIB);
         seal(&file, flag);
         let clone = file.try_clone().unwrap();
-        let require = AdoptPolicy::new().with_seals(SealPolicy::Require);
+        let require = AdoptPolicy::new().with_required_seals();
         let error = adopt(clone, &require).unwrap_err().to_string();
         assert!(error.contains(&format!(" are: {name}; ")), "{error}");
         // The missing half is added, unless no seal can be added any more.
         seal(&file, SealFlag::F_SEAL_SEAL);
-        let add = AdoptPolicy::new().with_seals(SealPolicy::Add);
+        let add = AdoptPolicy::new().with_added_seals();
         assert!(matches!(
             adopt(file, &add),
             Err(Error::Backing(BackingError::NotSealed { .. }))
@@ -297,13 +310,13 @@ fn posix_shm_can_be_adopted_but_not_sealed() {
         let options = RamOptions::new().with_backing(guest_memory_shm::BackingSource::PosixShm);
         let theirs = ShmBacking::create(&options, MIB).unwrap();
         let fd = || dup(theirs.as_fd()).unwrap();
-        for seals in [SealPolicy::Require, SealPolicy::Add] {
-            let error = adopt(fd(), &AdoptPolicy::new().with_seals(seals)).unwrap_err();
+        for policy in &policies()[1..] {
+            let error = adopt(fd(), policy).unwrap_err();
             assert!(
                 matches!(error, Error::Backing(BackingError::NotSealed { .. })),
                 "{error:?}"
             );
-            assert!(error.to_string().contains("SealPolicy::Any"), "{error}");
+            assert!(error.to_string().contains("trust the owner"), "{error}");
         }
         let ours = adopt(fd(), &AdoptPolicy::new()).unwrap();
         assert_eq!(ours, theirs);
@@ -314,9 +327,7 @@ fn posix_shm_can_be_adopted_but_not_sealed() {
 #[test]
 fn a_refused_file_is_not_sealed() {
     let file = memfd(MIB);
-    let policy = AdoptPolicy::new()
-        .with_min_len(2 * MIB)
-        .with_seals(SealPolicy::Add);
+    let policy = AdoptPolicy::new().with_min_len(2 * MIB).with_added_seals();
     assert!(adopt(file.try_clone().unwrap(), &policy).is_err());
     assert_eq!(fcntl(&file, FcntlArg::F_GET_SEALS), Ok(0));
     file.set_len(2 * MIB).unwrap();
@@ -325,7 +336,7 @@ fn a_refused_file_is_not_sealed() {
 
 #[test]
 fn an_owner_who_resizes_the_file_meanwhile_cannot_make_its_length_wrong() {
-    let policy = AdoptPolicy::new().with_seals(SealPolicy::Add);
+    let policy = AdoptPolicy::new().with_added_seals();
     for _ in 0..500 {
         let file = memfd(MIB);
         let owners = file.try_clone().unwrap();
@@ -361,9 +372,9 @@ fn a_file_that_was_truncated_after_its_adoption_is_not_mapped() {
         ftruncate(&file, PAGE as i64).unwrap();
         assert_refused!(
             build(),
-            Error::Backing(BackingError::Truncated { now: PAGE, .. }),
-            "the backing had at least 1 MiB and has 4 KiB now: another process truncated it, touching what is \
-             gone would be SIGBUS; use a sealed memfd or a trusted peer",
+            MemoryError::Backing(BackingError::Truncated { now: PAGE, .. }),
+            "the backing had at least 1 MiB and has 4 KiB now: another process truncated it, \
+             touching what is gone would be SIGBUS; use a sealed memfd or a trusted peer",
         );
         ftruncate(&file, MIB as i64).unwrap();
         assert!(build().is_ok());

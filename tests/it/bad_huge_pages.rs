@@ -43,7 +43,7 @@ fn a_huge_page_size_that_the_kernel_does_not_have_is_refused() {
     in_own_process_leaving_nothing!(|| {
         for size in [0, 3 * MIB, u64::MAX] {
             let refused = build(huge(size), &[(0, HUGE)]).unwrap_err();
-            let Error::Options(OptionsError::HugePageSize { size: named }) = refused else {
+            let Error::Options(OptionsError::HugePageSize { size: named, .. }) = refused else {
                 panic!("{refused:?}");
             };
             assert_eq!(named, size);
@@ -95,7 +95,7 @@ fn an_empty_pool_of_huge_pages_is_an_error_that_says_how_to_fill_it() {
                 ),
             );
             let region = GuestRegionShm::<()>::new((GuestAddress(0), HUGE), &huge(HUGE));
-            assert_eq!(huge_pages_short(&region.unwrap_err()), Some((1, 0)));
+            assert_eq!(huge_pages_short(&region.unwrap_err().into()), Some((1, 0)));
         });
         assert_eq!(pool.free(), free);
     });
@@ -116,7 +116,7 @@ fn backings_that_only_together_exceed_the_pool_are_refused_before_any_is_created
         };
         leaves_nothing(|| {
             for (first, second) in [(4, 1), (2, 2), (1, 3)] {
-                let refused = two(first, second).unwrap_err();
+                let refused = two(first, second).unwrap_err().into();
                 assert_eq!(huge_pages_short(&refused), Some((first + second, 3)));
             }
             let text = two(2, 2).unwrap_err().to_string();
@@ -149,7 +149,7 @@ fn a_pool_that_is_found_short_only_when_mapping_gives_the_same_error() {
         let rival = GuestRegionShm::<()>::new((GuestAddress(0), 2 * HUGE), &huge(HUGE)).unwrap();
         leaves_nothing(|| {
             let refused = GuestRegionShm::<()>::from_backing(&backing, 0, (GuestAddress(0), HUGE));
-            let refused = refused.unwrap_err();
+            let refused = Error::from(refused.unwrap_err());
             assert_eq!(huge_pages_short(&refused), Some((1, 0)), "{refused:?}");
             let reserved = match refused.shortage().unwrap().limit {
                 ResourceLimit::HugePages { reserved, .. } => reserved,
@@ -192,7 +192,7 @@ fn a_mapping_that_fails_takes_no_memory_of_other_threads_with_it() {
             for _ in 0..2_000 {
                 let place =
                     GuestRegionShm::<()>::from_backing(&backing, 0, (GuestAddress(0), HUGE));
-                assert!(huge_pages_short(&place.unwrap_err()).is_some());
+                assert!(huge_pages_short(&place.unwrap_err().into()).is_some());
             }
             done.store(true, Ordering::Release);
         });

@@ -34,6 +34,7 @@ pub(crate) fn build(options: RamOptions, ranges: &[(u64, u64)]) -> Result<GuestM
         .add_ram(RamOptions::new(), [(GuestAddress(1 << 50), PAGE)])
         .add_ram(options, ranges)
         .build()
+        .map_err(Error::from)
 }
 
 #[test]
@@ -66,13 +67,13 @@ fn size_0_is_refused() {
             assert_refused!(
                 ShmBacking::create(&options, 0),
                 BackingError::Length { len: 0, .. },
-                "a backing of 0 bytes cannot exist: it must have at least one page and at most 7.9 EiB \
-                 (9223372036854775807 bytes)",
+                "a backing of 0 bytes cannot exist: it must have at least one page and at most \
+                 7.9 EiB (9223372036854775807 bytes)",
             );
         }
         assert_refused!(
             GuestRegionShm::<()>::new((GuestAddress(PAGE), 0), &RamOptions::new()),
-            Error::Range(InvalidRange::Empty { .. }),
+            MemoryError::Range(InvalidRange::Empty { .. }),
             "the range at guest address 0x1000 has size 0: give it at least one page",
         );
         let hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30).unwrap();
@@ -169,7 +170,7 @@ fn ranges_that_overlap_are_refused_on_one_backing_and_on_two() {
             .add_ram(RamOptions::new(), [(GuestAddress(0), 2 * PAGE)]);
         assert_refused!(
             two.build(),
-            Error::Range(InvalidRange::Overlap { .. }),
+            MemoryError::Range(InvalidRange::Overlap { .. }),
             text
         );
 
@@ -216,8 +217,8 @@ fn a_range_past_the_address_space_is_refused() {
         assert_refused!(
             build(RamOptions::new(), &[(u64::MAX - PAGE + 1, 2 * PAGE)]),
             Error::Range(InvalidRange::Overflow { .. }),
-            "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address after it: \
-             lower its address or its size",
+            "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address after \
+             it: lower its address or its size",
         );
         // Its last byte has an address, but the byte behind it has not: vhost-user and vm-memory
         // refuse that too.
@@ -231,8 +232,8 @@ fn a_range_past_the_address_space_is_refused() {
 #[test]
 fn ram_that_no_file_can_hold_is_refused() {
     in_own_process_leaving_nothing!(|| {
-        let text = "a backing of 8 EiB cannot exist: it must have at least one page and at most 7.9 EiB \
-                    (9223372036854775807 bytes)";
+        let text = "a backing of 8 EiB cannot exist: it must have at least one page and at most \
+                    7.9 EiB (9223372036854775807 bytes)";
         for options in [kind(BackingSource::Memfd), kind(BackingSource::PosixShm)] {
             assert_refused!(
                 ShmBacking::create(&options, 1 << 63),
@@ -257,8 +258,8 @@ fn regions_that_are_not_sorted_are_refused() {
         assert_refused!(
             GuestMemoryShm::from_regions(vec![region(0), region(8 * PAGE), region(PAGE)]),
             MemoryError::Unsorted { .. },
-            "the guest range 0x1000..=0x1fff (4 KiB) was given after 0x8000..=0x8fff (4 KiB): sort \
-             them by address, or use GuestMemoryShm::builder, which takes any order",
+            "the guest range 0x1000..=0x1fff (4 KiB) was given after 0x8000..=0x8fff (4 KiB): \
+             sort them by address, or use GuestMemoryShm::builder, which takes any order",
         );
         assert!(GuestMemoryShm::from_regions(vec![region(0), region(PAGE)]).is_ok());
     });
@@ -270,16 +271,12 @@ fn no_ranges_are_refused() {
         let text = "no range of guest RAM was given: give at least one";
         assert_refused!(
             GuestMemoryShm::<()>::from_ranges(&[]),
-            Error::Memory(MemoryError::NoRanges),
+            MemoryError::NoRanges,
             text
         );
-        assert_refused!(
-            build(RamOptions::new(), &[]),
-            Error::Memory(MemoryError::NoRanges),
-            text
-        );
+        assert_refused!(build(RamOptions::new(), &[]), Error::Memory(_), text);
         let none = GuestMemoryShm::<()>::builder();
-        assert_refused!(none.build(), Error::Memory(MemoryError::NoRanges), text);
+        assert_refused!(none.build(), MemoryError::NoRanges, text);
         assert_refused!(
             GuestMemoryShm::<()>::from_regions(Vec::new()),
             MemoryError::NoRanges,
@@ -299,17 +296,17 @@ fn a_region_that_its_backing_does_not_have_is_refused() {
         assert!(place(3 * PAGE, PAGE).is_ok());
         assert_refused!(
             place(3 * PAGE, 2 * PAGE),
-            Error::Backing(BackingError::Outside { .. }),
+            MemoryError::Backing(BackingError::Outside { .. }),
             "a region of 8 KiB at offset 0x3000 runs past the end of its backing at 0x4000: \
              touching it there would be SIGBUS",
         );
         assert!(matches!(
             place(u64::MAX - PAGE + 1, PAGE),
-            Err(Error::Backing(BackingError::Outside { .. }))
+            Err(MemoryError::Backing(BackingError::Outside { .. }))
         ));
         assert_refused!(
             place(100, PAGE),
-            Error::Range(InvalidRange::Unaligned {
+            MemoryError::Range(InvalidRange::Unaligned {
                 part: RangePart::Offset,
                 value: 100,
                 page_size: PAGE,
@@ -327,7 +324,7 @@ fn a_region_that_its_backing_does_not_have_is_refused() {
         );
         assert!(matches!(
             twice.build(),
-            Err(Error::Backing(BackingError::Outside { .. }))
+            Err(MemoryError::Backing(BackingError::Outside { .. }))
         ));
     });
 }

@@ -5,8 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use guest_memory_shm::{
-    AddressSpace, BackingSource, Error, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange,
-    RamOptions, RangePart, ShmBacking,
+    AddressSpace, BackingSource, GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange,
+    MemoryError, RamOptions, RangePart, ShmBacking,
 };
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
@@ -106,13 +106,13 @@ fn the_function_is_not_called_before_all_is_checked() {
         .build();
     assert!(matches!(
         overlapping,
-        Err(Error::Range(InvalidRange::Overlap { .. }))
+        Err(MemoryError::Range(InvalidRange::Overlap { .. }))
     ));
     let unaligned =
         GuestRegionShm::new_with_bitmap((GuestAddress(1), MIB), &RamOptions::new(), uncalled);
     assert!(matches!(
         unaligned,
-        Err(Error::Range(InvalidRange::Unaligned {
+        Err(MemoryError::Range(InvalidRange::Unaligned {
             part: RangePart::Address,
             ..
         }))
@@ -145,7 +145,8 @@ fn a_function_that_panics_leaves_nothing() {
                 catch_unwind(AssertUnwindSafe(|| builder.build())).unwrap_err();
 
                 let bug = |_| -> Tracked { panic!("a bitmap's bug") };
-                let new = || GuestRegionShm::new_with_bitmap((GuestAddress(0), MIB), &options, bug);
+                let new =
+                    || GuestRegionShm::new_with_bitmap((GuestAddress(0), MIB), &options, bug);
                 catch_unwind(AssertUnwindSafe(new)).unwrap_err();
             });
             assert_eq!(names(), before);

@@ -205,7 +205,7 @@ fn what_is_not_all_ram_is_refused_as_a_whole() {
         memory.discard((GuestAddress(SIZE), 2 * SIZE)),
         DiscardError::NotRam { .. },
         "cannot discard 0x40000..=0xbffff (512 KiB): there is no RAM at guest address 0x80000, \
-         discard what is before and behind the gap apart"
+         discard what is before and after the gap apart"
     );
     let empty = memory.discard((GuestAddress(SIZE), 0));
     assert!(matches!(

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use guest_memory_shm::{
     BackingError, BackingKind, DiscardData, Error, FileError, GuestMemoryShm, GuestRegionShm,
-    MapError, OptionsError, RamOptions, Reserve, ShmBacking,
+    MapError, MemoryError, OptionsError, RamOptions, Reserve, ShmBacking,
 };
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::mount::{MsFlags, mount, umount};
@@ -27,7 +27,7 @@ use crate::support::skip;
 
 const MIB: u64 = 1 << 20;
 pub(crate) fn region(options: &RamOptions, size: u64) -> Result<GuestRegionShm, Error> {
-    GuestRegionShm::new((GuestAddress(0), size), options)
+    Ok(GuestRegionShm::new((GuestAddress(0), size), options)?)
 }
 
 pub(crate) fn memory(options: &RamOptions, size: u64) -> Result<GuestMemoryShm, Error> {
@@ -35,6 +35,7 @@ pub(crate) fn memory(options: &RamOptions, size: u64) -> Result<GuestMemoryShm, 
         .add_ram(RamOptions::new(), [(GuestAddress(1 << 60), PAGE)])
         .add_ram(options.clone(), [(GuestAddress(0), size)])
         .build()
+        .map_err(Error::from)
 }
 
 /// Asserts that RAM of `size` bytes is refused in each way to ask for it, with the same text.
@@ -96,7 +97,8 @@ fn numbers_that_do_not_fit_pages_are_refused() {
         for offset in [1, 0x400, 0x1fff] {
             let nearest = offset / PAGE * PAGE;
             let text = format!(
-                "offset {offset:#x} is not a multiple of the page size 4 KiB: the nearest is {nearest:#x}"
+                "offset {offset:#x} is not a multiple of the page size 4 KiB: the nearest is \
+                 {nearest:#x}"
             );
             refused(&file_options(&path).with_offset(offset), MIB, &text);
         }
@@ -339,6 +341,7 @@ fn a_file_that_is_truncated_between_creation_and_mapping_is_refused() {
     file.set_len(2 * MIB - PAGE).unwrap();
     assert!(matches!(
         map(),
-        Err(Error::Backing(BackingError::Truncated { end, now, .. })) if (end, now) == (2 * MIB, 2 * MIB - PAGE)
+        Err(MemoryError::Backing(BackingError::Truncated { end, now, .. }))
+            if (end, now) == (2 * MIB, 2 * MIB - PAGE)
     ));
 }

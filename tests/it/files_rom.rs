@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use guest_memory_shm::{
-    Access, BackingError, BackingKind, DiscardData, Error, FileError, GuestMemoryShm,
-    GuestRegionShm, GuestRom, InvalidRange, OptionsError, RamOptions, RangePart, ShmBacking,
+    Access, BackingError, BackingKind, DiscardData, FileError, GuestMemoryShm, GuestRegionShm,
+    GuestRom, InvalidRange, MemoryError, OptionsError, RamOptions, RangePart, ShmBacking,
 };
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
@@ -64,7 +64,7 @@ fn a_rom_has_the_contents_of_the_file_from_the_offset_on() {
     for (offset, size) in [(8 * PAGE - 1, 2_u64), (8 * PAGE, 2), (u64::MAX, 2)] {
         assert_refused!(
             rom.read(offset, &mut bytes),
-            Error::File(FileError::OutsideRom { .. }),
+            MemoryError::OutsideRom { .. },
             format!(
                 "{size} bytes at offset {offset:#x} are not all in the ROM of 32 KiB: read less"
             ),
@@ -133,26 +133,26 @@ fn a_rom_is_no_part_of_a_memory() {
     in_own_process(|| {
         let (_dir, path) = firmware();
         let options = rom_options(&path);
-        let text = "what is opened for reading only (readonly=on) is no RAM, which guests and \
-                    daemons write: map it with GuestRom, or open it for writing";
+        let text = "a file that is opened for reading only (readonly=on) cannot be RAM, which \
+                    guests and daemons write: map it with GuestRom, or open it for writing";
         let rom = GuestRom::new((START, 64 * PAGE), &options).unwrap();
         let backing = ShmBacking::create(&options, MIB / 4).unwrap();
         leaves_nothing(|| {
             assert_refused!(
                 GuestRegionShm::<()>::new((START, 64 * PAGE), &options),
-                Error::File(FileError::ReadOnlyRam),
+                MemoryError::ReadOnlyRam,
                 text
             );
             for source in [rom.backing(), &backing] {
                 assert_refused!(
                     GuestRegionShm::<()>::from_backing(source, 0, (START, 64 * PAGE)),
-                    Error::File(FileError::ReadOnlyRam),
+                    MemoryError::ReadOnlyRam,
                     text
                 );
                 let built = GuestMemoryShm::<()>::builder()
                     .add_backing(source, 0, [(START, PAGE)])
                     .build();
-                assert_refused!(built, Error::File(FileError::ReadOnlyRam), text);
+                assert_refused!(built, MemoryError::ReadOnlyRam, text);
             }
             // Refused before the first is created.
             let other = path.with_file_name("other");
@@ -160,7 +160,7 @@ fn a_rom_is_no_part_of_a_memory() {
                 .add_ram(file_options(&other), [(GuestAddress(0), MIB)])
                 .add_ram(options.clone(), [(START, PAGE)])
                 .build();
-            assert_refused!(built, Error::File(FileError::ReadOnlyRam), text);
+            assert_refused!(built, MemoryError::ReadOnlyRam, text);
             assert!(!other.exists());
         });
     });
@@ -179,7 +179,7 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
         ] {
             assert_refused!(
                 GuestRom::new((START, PAGE), &rom_options(path(name))),
-                Error::File(FileError::NothingToRead { .. }),
+                MemoryError::Backing(BackingError::File(FileError::NothingToRead { .. })),
                 format!(
                     "{} {found}: a ROM needs a file that has contents",
                     path(name).display()
@@ -194,11 +194,13 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
         assert!(GuestRom::new((START, PAGE), &short).is_ok());
         assert!(matches!(
             GuestRom::new((START, 2 * PAGE), &short),
-            Err(Error::File(FileError::TooShort { len: 5096, .. }))
+            Err(MemoryError::Backing(BackingError::File(
+                FileError::TooShort { len: 5096, .. }
+            )))
         ));
         assert!(matches!(
             GuestRom::new((START, 1000), &short),
-            Err(Error::Range(InvalidRange::Unaligned {
+            Err(MemoryError::Range(InvalidRange::Unaligned {
                 part: RangePart::Size,
                 value: 1000,
                 ..
@@ -206,14 +208,16 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
         ));
         assert!(matches!(
             GuestRom::new((GuestAddress(1), PAGE), &short),
-            Err(Error::Range(InvalidRange::Unaligned {
+            Err(MemoryError::Range(InvalidRange::Unaligned {
                 part: RangePart::Address,
                 ..
             }))
         ));
         assert!(matches!(
             GuestRom::new((START, PAGE), &short.with_discard_data(DiscardData::OnDrop)),
-            Err(Error::Options(OptionsError::Conflict { .. }))
+            Err(MemoryError::Backing(BackingError::Options(
+                OptionsError::Conflict { .. }
+            )))
         ));
         assert!(fs::read(path("short")).unwrap() == pattern(PAGE + 1000));
         for options in [
@@ -222,9 +226,9 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
         ] {
             assert_refused!(
                 GuestRom::new((START, PAGE), &options),
-                Error::File(FileError::WritableRom),
-                "a ROM is made of a file that is opened for reading only: use BackingSource::File and \
-                 Access::ReadOnly (mem-path=..., readonly=on, rom=on)",
+                MemoryError::WritableRom,
+                "a ROM is made of a file that is opened for reading only: use \
+                 BackingSource::File and Access::ReadOnly (mem-path=..., readonly=on, rom=on)",
             );
         }
     });
@@ -242,7 +246,8 @@ fn a_rom_that_somebody_truncated_is_an_error_to_read_and_no_signal() {
     rom.read(PAGE - 8, &mut bytes).unwrap();
     assert!(matches!(
         rom.read(PAGE - 4, &mut bytes),
-        Err(Error::Backing(BackingError::Truncated { end, now, .. })) if (end, now) == (4 * PAGE, PAGE)
+        Err(MemoryError::Backing(BackingError::Truncated { end, now, .. }))
+            if (end, now) == (4 * PAGE, PAGE)
     ));
     // The control: the mapping has no such answer.
     let gone = rom.as_ptr().wrapping_add(PAGE as usize);

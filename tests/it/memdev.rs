@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
+use guest_memory_shm::RamOptions;
 use serde_json::Value;
 
 use crate::support::{Process, example, peer};
@@ -117,10 +118,16 @@ fn a_program_reads_the_same_as_json() {
     let backend = &found["backends"][0];
     assert_eq!(backend["info"]["id"], "ram0");
     assert_eq!(backend["info"]["size"], 2 << 20);
-    assert_eq!(backend["region"]["allocated"], 2 << 20);
+    let options: RamOptions = serde_json::from_value(backend["options"].clone()).unwrap();
+    assert_eq!(
+        (options.name(), options.merge()),
+        (Some("ram0"), Some(true))
+    );
+    let region = &found["stats"]["regions"][0];
+    assert_eq!(region["allocated"], 2 << 20);
     assert_eq!(found["allocated"], 2 << 20);
-    assert_eq!(found["notes"][0]["property"], "merge");
-    let seals = backend["region"]["seals"].as_str().unwrap();
+    assert_eq!(found["notes"][0]["note"]["property"], "merge");
+    let seals = region["seals"].as_str().unwrap();
     assert!(seals.contains("shrink|grow"), "{seals}");
 }
 

@@ -22,6 +22,7 @@ fn build(options: &RamOptions, size: u64) -> Result<GuestMemoryShm, Error> {
     GuestMemoryShm::builder()
         .add_ram(options.clone(), ranges)
         .build()
+        .map_err(Error::from)
 }
 
 fn shm(populate: Populate) -> RamOptions {
@@ -89,7 +90,10 @@ fn posix_shm_that_does_not_fit_now_is_refused_if_it_is_to_be_populated() {
                 .add_ram(shm(Populate::Allocate), [(GuestAddress(0), 2 * MIB)])
                 .add_ram(shm(Populate::Allocate), [(GuestAddress(1 << 30), 2 * MIB)])
                 .build();
-            assert_eq!(room_short(&two.unwrap_err()), Some((4 * MIB, 3 * MIB)));
+            assert_eq!(
+                room_short(&two.unwrap_err().into()),
+                Some((4 * MIB, 3 * MIB))
+            );
         });
         // What is populated later is reported, not refused.
         let lazy = GuestMemoryShm::<()>::builder()

@@ -3,8 +3,8 @@
 use std::fs;
 
 use guest_memory_shm::{
-    BackingError, BackingSource, Error, GuestMemoryShm, GuestRegionShm, NodeSet, Note, NumaPolicy,
-    RamOptions,
+    BackingError, BackingSource, BuildNote, Error, GuestMemoryShm, GuestRegionShm, NodeSet,
+    NumaPolicy, RamOptions,
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -22,9 +22,11 @@ fn memory(options: RamOptions) -> Result<GuestMemoryShm, Error> {
     GuestMemoryShm::builder()
         .add_ram(options, [(GuestAddress(0), 4 * MIB)])
         .build()
+        .map_err(Error::from)
 }
 
-/// The policy of the mapping at `start` in /proc/self/numa_maps, as `bind:0`, and the words behind.
+/// The policy of the mapping at `start` in /proc/self/numa_maps, as `bind:0`, and the words
+/// behind.
 fn numa_maps(start: *const u8) -> Option<(String, String)> {
     let text = fs::read_to_string("/proc/self/numa_maps").ok()?;
     let prefix = format!("{:x} ", start.addr());
@@ -112,8 +114,9 @@ fn a_node_that_is_not_there_is_refused_before_anything_is_created() {
                 refused,
                 Error::Backing(BackingError::NoSuchNodes { .. }),
                 format!(
-                    "cannot place RAM on host-nodes=126-127 (policy={}): this machine has memory on \
-                     nodes {}; choose nodes that are there and that this process may use (cpuset)",
+                    "cannot place RAM on host-nodes=126-127 (policy={}): this machine has memory \
+                     on nodes {}; choose nodes that are there and that this process may use \
+                     (cpuset)",
                     policy.name(),
                     present.trim(),
                 )
@@ -137,7 +140,8 @@ fn a_policy_where_there_is_one_node_is_reported_to_have_no_effect() {
         .build_with_report()
         .unwrap();
     if one.trim() == "0" {
-        assert!(matches!(report.lines()[0].note(), Note::OneNode { .. }));
+        let (_, note) = report.notes().next().unwrap();
+        assert!(matches!(note, BuildNote::OneNode { .. }));
         assert_eq!(
             report.to_string(),
             "low: policy=bind with host-nodes=0 has no effect: this machine has one node"

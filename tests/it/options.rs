@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use guest_memory_shm::{
-    Access, BackingSource, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
+    Access, BackingSource, CoreDump, DiscardData, NodeSet, NumaPolicy, OnShortage, PageSize,
     Populate, RamOptions, Reserve, Sealing,
 };
 
@@ -101,8 +101,6 @@ fn every_property_of_every_backend_is_read() {
                     .clone()
                     .with_numa(NumaPolicy::Interleave(nodes(0..128))),
             ),
-            ("merge=yes", options.clone().with_merge(Merge::On)),
-            ("merge=false", options.clone().with_merge(Merge::Off)),
             ("dump=true", options.clone()),
             ("dump=n", options.clone().with_core_dump(CoreDump::Exclude)),
             (
@@ -160,7 +158,7 @@ fn every_property_of_every_backend_is_read() {
 /// The rows of QEMU's answers that are refusals: ours, in our words.
 #[test]
 fn what_qemu_refuses_is_refused_with_a_remedy() {
-    let size = "a number of bytes, or one with K, M, G, T, P or E behind it (64M, 1.5G), or 0x \
+    let size = "a number of bytes, or one with K, M, G, T, P or E after it (64M, 1.5G), or 0x \
                 and digits";
     for (text, refusal) in [
         (
@@ -170,7 +168,7 @@ fn what_qemu_refuses_is_refused_with_a_remedy() {
         ),
         (
             "memory-backend-shm",
-            "size is missing: write size=64M, or how much RAM there shall be",
+            "size is missing: write size=64M, or another amount of RAM",
         ),
         (
             "memory-backend-shm,size=-1",
@@ -191,8 +189,8 @@ fn what_qemu_refuses_is_refused_with_a_remedy() {
         ),
         (
             "memory-backend-shm,size=1M,prealloc=on,reserve=off",
-            "prealloc=on and reserve=off contradict each other: RAM that is populated is there, \
-             leave one of them out",
+            "prealloc=on and reserve=off contradict each other: populated RAM is always \
+             reserved, drop one of the two",
         ),
         (
             "memory-backend-shm,size=1M,prealloc-threads=0",
@@ -209,11 +207,11 @@ fn what_qemu_refuses_is_refused_with_a_remedy() {
         ),
         (
             "memory-backend-shm,size=1M,policy=bind",
-            "policy=bind: it needs nodes, write host-nodes=0 or those that are meant",
+            "policy=bind: it needs nodes, write host-nodes=0, or the nodes that are meant",
         ),
         (
             "memory-backend-memfd,size=1M,hugetlbsize=3M",
-            "hugetlbsize=3 MiB: huge pages have a power of two of bytes, 2M and 1G are usual",
+            "hugetlbsize=3 MiB: the size of a huge page is a power of two, usually 2M or 1G",
         ),
         (
             "memory-backend-memfd,size=3M,hugetlb=on,hugetlbsize=2M",
@@ -304,7 +302,7 @@ fn every_property_that_is_wrong_is_named() {
         (
             &memfd,
             "hugetlbsize=0",
-            "hugetlbsize=0 bytes: huge pages have a power of two",
+            "hugetlbsize=0 bytes: the size of a huge page is a power of two",
         ),
         (
             &memfd,
@@ -440,5 +438,19 @@ fn every_property_that_is_wrong_is_named() {
     ] {
         let refused = text.parse::<RamOptions>().unwrap_err().to_string();
         assert!(refused.starts_with(start), "{text}: {refused}");
+    }
+}
+
+#[test]
+fn merging_is_read_and_has_no_setter() {
+    for (property, merge) in [
+        ("", None),
+        (",merge=yes", Some(true)),
+        (",merge=false", Some(false)),
+    ] {
+        let text = format!("memory-backend-memfd,size=1M{property}");
+        let options: RamOptions = text.parse().unwrap();
+        assert_eq!(options.merge(), merge, "{text}");
+        assert_eq!(options.to_string().contains("merge="), merge.is_some());
     }
 }

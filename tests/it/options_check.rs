@@ -1,8 +1,8 @@
 //! Options that do not go together, or that the system cannot do: when and how they are refused.
 
 use guest_memory_shm::{
-    Access, BackingSource, DiscardData, Error, GuestRegionShm, NodeSet, NumaPolicy, OptionsError,
-    PageSize, Populate, RamOptions, Reserve, Sealing, ShmBacking,
+    Access, BackingError, BackingSource, DiscardData, Error, GuestRegionShm, MemoryError, NodeSet,
+    NumaPolicy, OptionsError, PageSize, Populate, RamOptions, Reserve, Sealing, ShmBacking,
 };
 use vm_memory::GuestAddress;
 
@@ -94,7 +94,7 @@ fn a_size_that_is_set_must_be_that_of_the_ranges() {
     let refused = GuestRegionShm::<()>::new((GuestAddress(0), 2 * MIB), &options).unwrap_err();
     assert!(matches!(
         refused,
-        Error::Options(OptionsError::SizeMismatch { set, ram })
+        MemoryError::Backing(BackingError::Options(OptionsError::SizeMismatch { set, ram, .. }))
             if (set, ram) == (MIB, 2 * MIB)
     ));
     let region = GuestRegionShm::<()>::new((GuestAddress(0), MIB), &options).unwrap();
@@ -118,7 +118,10 @@ fn options_without_a_size_are_written_and_not_read() {
 /// What a string asks for can be read, and only building finds that this system does not have it.
 fn built(text: &str) -> Result<GuestRegionShm, Error> {
     let options: RamOptions = text.parse()?;
-    GuestRegionShm::new((GuestAddress(0), options.size().unwrap()), &options)
+    Ok(GuestRegionShm::new(
+        (GuestAddress(0), options.size().unwrap()),
+        &options,
+    )?)
 }
 
 #[test]

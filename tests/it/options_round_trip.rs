@@ -3,13 +3,15 @@
 use std::num::NonZeroU32;
 
 use guest_memory_shm::{
-    Access, BackingSource, CoreDump, DiscardData, Merge, NodeSet, NumaPolicy, OnShortage, PageSize,
-    Populate, RamOptions, Reserve, Sealing,
+    Access, BackingSource, CoreDump, DiscardData, GuestRange, NodeSet, NumaPolicy, OnShortage,
+    PageSize, Populate, RamOptions, Reserve, Sealing, Seals,
 };
 use proptest::collection::btree_set;
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;
+use serde_json::json;
+use vm_memory::GuestAddress;
 
 /// The backing, and what only it can have.
 fn backings() -> impl Strategy<Value = RamOptions> {
@@ -86,7 +88,7 @@ fn valid_options() -> impl Strategy<Value = RamOptions> {
         option::of(1..u32::MAX),
         policies(),
         select(vec![CoreDump::Include, CoreDump::Exclude]),
-        option::of(select(vec![Merge::On, Merge::Off])),
+        option::of(select(vec!["on", "off"])),
     );
     any.prop_map(
         |(options, name, size, reserve, populate, threads, numa, dump, merge)| {
@@ -100,9 +102,6 @@ fn valid_options() -> impl Strategy<Value = RamOptions> {
                 .with_core_dump(dump);
             if let Some(name) = name {
                 options = options.with_name(name);
-            }
-            if let Some(merge) = merge {
-                options = options.with_merge(merge);
             }
             if let Some(threads) = threads.and_then(NonZeroU32::new) {
                 options = options.with_populate_threads(threads);
@@ -118,7 +117,10 @@ fn valid_options() -> impl Strategy<Value = RamOptions> {
             if reserve != Some(Reserve::Off) && options.access() == Access::ReadWrite {
                 options = options.with_populate(populate);
             }
-            options
+            match merge {
+                Some(merge) => format!("{options},merge={merge}").parse().unwrap(),
+                None => options,
+            }
         },
     )
 }
@@ -126,10 +128,12 @@ fn valid_options() -> impl Strategy<Value = RamOptions> {
 /// Strings of parts that mean something, or nearly.
 fn strings() -> impl Strategy<Value = String> {
     let part = prop_oneof![
-        "(no)?(share|reserve|prealloc|merge|dump|hugetlb|seal|thp|readonly|discard-data)(=(on|off|y|no))?",
+        "(no)?(share|reserve|prealloc|merge|dump|hugetlb|seal|thp|readonly|discard-data)\
+         (=(on|off|y|no))?",
         "(size|hugetlbsize|align|offset)=[0-9]{1,3}(\\.5)?[KMG]?",
         "(policy=(bind|default)|host-nodes=[0-9](-[0-9])?|prealloc-threads=[0-9])",
-        "(id=[a-c1]|mem-path=[/a,=]{1,4}|rom=(on|off|auto)|populate=(lazy|allocate)|on-shortage=(refuse|try-anyway))",
+        "(id=[a-c1]|mem-path=[/a,=]{1,4}|rom=(on|off|auto)|\
+         populate=(lazy|allocate)|on-shortage=(refuse|try-anyway))",
         "x-use-canonical-path-for-ramblock-id(=off)?",
     ];
     let kind = select(vec!["memfd", "shm", "file"]);
@@ -154,10 +158,55 @@ proptest! {
     }
 
     #[test]
+    fn valid_options_are_the_same_when_serialized_and_read(options in valid_options()) {
+        let text = serde_json::to_string(&options).unwrap();
+        let read = serde_json::from_str::<RamOptions>(&text).map_err(|error| error.to_string());
+        prop_assert_eq!(read, Ok(options));
+    }
+
+    #[test]
     fn what_is_read_is_the_same_when_written_and_read(text in strings()) {
         if let Ok(options) = text.parse::<RamOptions>() {
             let written = options.to_string();
             prop_assert_eq!(written.parse::<RamOptions>().map_err(|e| e.to_string()), Ok(options));
         }
     }
+}
+
+#[test]
+fn plain_data_is_serialized_by_name_and_read_again() {
+    macro_rules! same {
+        ($value:expr, $json:expr) => {
+            let (value, json) = ($value, $json);
+            assert_eq!(serde_json::to_value(&value).unwrap(), json);
+            let mut read = value.clone();
+            read.clone_from(&serde_json::from_value(json).unwrap());
+            assert_eq!(read, value);
+        };
+    }
+    same!(PageSize::Huge(Some(2 << 20)), json!({ "huge": 2 << 20 }));
+    same!(BackingSource::PosixShm, json!("posix-shm"));
+    same!(BackingSource::File("/x".into()), json!({ "file": "/x" }));
+    let nodes = NodeSet::from_nodes([0, 2]).unwrap();
+    same!(NumaPolicy::Bind(nodes), json!({ "bind": [0, 2] }));
+    same!(Seals::RESIZE, json!("shrink|grow"));
+    same!(Seals::empty(), json!("none"));
+    let range = GuestRange::new(GuestAddress(4096), 8192).unwrap();
+    same!(range, json!({ "start": 4096, "size": 8192 }));
+}
+
+#[test]
+fn data_that_cannot_be_is_not_read() {
+    for json in [
+        json!({ "start": 0, "size": 0 }),
+        json!({ "start": u64::MAX, "size": 2 }),
+        json!({ "start": 0 }),
+    ] {
+        assert!(serde_json::from_value::<GuestRange>(json).is_err());
+    }
+    assert!(serde_json::from_value::<NodeSet>(json!([128])).is_err());
+    assert!(serde_json::from_value::<Seals>(json!("shrink|grwo")).is_err());
+    assert!(serde_json::from_value::<RamOptions>(json!({ "page-size": "base" })).is_err());
+    let default = serde_json::from_value::<RamOptions>(json!({})).unwrap();
+    assert_eq!(default, RamOptions::new());
 }

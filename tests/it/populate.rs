@@ -4,8 +4,9 @@ use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
 use guest_memory_shm::{
-    BackingSource, Error, GuestMemoryShm, GuestRange, GuestRegionShm, NodeSet, NumaPolicy,
-    PageSize, Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit, ShmBacking,
+    BackingSource, Error, GuestMemoryShm, GuestRange, GuestRegionShm, MemoryError, NodeSet,
+    NumaPolicy, PageSize, Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit,
+    ShmBacking,
 };
 use nix::sys::resource::{UsageWho, getrusage};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -303,7 +304,9 @@ const ENDLESS: u64 = 1 << 46;
 #[test]
 fn more_than_the_machine_has_is_refused_before_the_first_page() {
     let assert_short = |result: Result<(), Error>| match result {
-        Err(Error::Populate(PopulateError::Shortage { range, shortage })) => {
+        Err(Error::Populate(PopulateError::Shortage {
+            range, shortage, ..
+        })) => {
             assert!(matches!(shortage.limit, ResourceLimit::Machine { .. }));
             assert!(shortage.needed >= ENDLESS && shortage.left < ENDLESS);
             assert_eq!(range.size(), ENDLESS);
@@ -318,9 +321,10 @@ fn more_than_the_machine_has_is_refused_before_the_first_page() {
                 [(GuestAddress(1 << 47), ENDLESS)],
             )
             .build();
-        assert_short(built.map(drop));
+        assert_short(built.map(drop).map_err(Error::from));
         let options = RamOptions::new().with_populate(mode);
-        assert_short(GuestRegionShm::<()>::new((GuestAddress(0), ENDLESS), &options).map(drop));
+        let built = GuestRegionShm::<()>::new((GuestAddress(0), ENDLESS), &options);
+        assert_short(built.map(drop).map_err(Error::from));
 
         let lazy = memory(RamOptions::new(), ENDLESS);
         let populated = lazy.populate(PopulateOptions::new(mode));
@@ -355,7 +359,7 @@ fn the_file_of_populated_ram_that_is_refused_is_removed_again() {
         .build();
     assert!(matches!(
         built,
-        Err(Error::Populate(PopulateError::Shortage { range, .. }))
+        Err(MemoryError::Populate(PopulateError::Shortage { range, .. }))
             if range.start_addr() == GuestAddress(1 << 47)
     ));
     assert!(!path.exists());

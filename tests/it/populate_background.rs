@@ -78,7 +78,7 @@ fn cancelling_keeps_what_is_there_unless_told_otherwise() {
         token.cancel();
         drop(go);
         match handle.wait() {
-            Err(PopulateError::Cancelled { done, total }) => {
+            Err(PopulateError::Cancelled { done, total, .. }) => {
                 assert!(done < total, "{done}");
                 assert_eq!(allocated(&memory), if kept { done } else { 0 });
             }

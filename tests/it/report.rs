@@ -1,8 +1,8 @@
 //! What has no effect is said: in the report that building returns, on the backing, in the log.
 
 use guest_memory_shm::{
-    BackingSource, BuildReport, GuestMemoryShm, GuestRegionShm, Merge, NotHuge, Note, PageSize,
-    RamOptions, Reserve, ResourceLimit, ShmBacking,
+    BackingSource, BuildNote, BuildReport, GuestMemoryShm, GuestRegionShm, PageSize, RamOptions,
+    Reserve, ResourceLimit, ShmBacking, ThpObstacle,
 };
 use vm_memory::GuestAddress;
 
@@ -17,8 +17,8 @@ fn report(options: RamOptions, size: u64) -> BuildReport {
 }
 
 fn properties(report: &BuildReport) -> Vec<&'static str> {
-    let lines = report.lines().iter();
-    lines.filter_map(|line| line.note().property()).collect()
+    let notes = report.notes();
+    notes.filter_map(|(_, note)| note.property()).collect()
 }
 
 #[test]
@@ -31,12 +31,8 @@ fn ram_as_asked_for_has_nothing_to_report() {
 
 #[test]
 fn merging_and_reserving_shared_memory_is_reported_without_effect() {
-    let options = RamOptions::new()
-        .with_name("ram0")
-        .with_backing(BackingSource::PosixShm)
-        .with_merge(Merge::On)
-        .with_reserve(Reserve::On);
-    let found = report(options, MIB);
+    let options = "memory-backend-shm,id=ram0,size=1M,merge=on,reserve=on";
+    let found = report(options.parse().unwrap(), MIB);
     assert_eq!(properties(&found), ["merge", "reserve"]);
     assert_eq!(
         found.to_string(),
@@ -63,11 +59,11 @@ fn ram_larger_than_the_machine_is_reported_and_built() {
     // More than any machine has.
     let size = 1 << 46;
     let found = report(RamOptions::new(), size);
-    let notes = found.lines().iter().map(|line| line.note());
+    let notes = found.notes().map(|(_, note)| note);
     let notes: Vec<_> = notes
-        .filter(|note| matches!(note, Note::Shortage(_)))
+        .filter(|note| matches!(note, BuildNote::Shortage(_)))
         .collect();
-    let [Note::Shortage(short)] = notes[..] else {
+    let [BuildNote::Shortage(short)] = notes[..] else {
         panic!("{found}");
     };
     assert!(short.needed == size && short.left < size);
@@ -75,7 +71,8 @@ fn ram_larger_than_the_machine_is_reported_and_built() {
     let text = notes[0].to_string();
     assert!(
         text.starts_with(
-            "using all of the RAM would end a process or slow it down: 64 TiB more are needed, and "
+            "using all of the RAM would end a process or slow it down: 64 TiB more are needed, \
+             and "
         ),
         "{text}"
     );
@@ -95,11 +92,11 @@ fn ram_larger_than_the_machine_is_reported_and_built() {
 
 #[test]
 fn a_region_and_a_backing_report_as_building_does() {
-    let options = RamOptions::new().with_merge(Merge::On);
+    let options = RamOptions::new().with_reserve(Reserve::On);
     let region = GuestRegionShm::<()>::new((GuestAddress(0), MIB), &options).unwrap();
-    assert_eq!(properties(&region.report()), ["merge"]);
+    assert_eq!(properties(&region.report()), ["reserve"]);
     let backing = ShmBacking::create(&options, MIB).unwrap();
-    assert!(matches!(backing.notes(), [Note::Merge]));
+    assert!(matches!(backing.notes(), [BuildNote::Reserve]));
 }
 
 #[test]
@@ -115,9 +112,9 @@ fn transparent_huge_pages_of_ram_too_small_or_uneven_are_reported() {
             (4 * MIB, None),
         ] {
             let found = report(options.clone(), size);
-            let why = found.lines().first().map(|line| match line.note() {
-                Note::NotHuge(NotHuge::Size { .. }) => "size",
-                Note::NotHuge(NotHuge::Alignment { .. }) => "alignment",
+            let why = found.notes().next().map(|(_, note)| match note {
+                BuildNote::NotHuge(ThpObstacle::Size { .. }) => "size",
+                BuildNote::NotHuge(ThpObstacle::Alignment { .. }) => "alignment",
                 other => panic!("{other}"),
             });
             assert_eq!(why, expected, "{size:#x}: {found}");
@@ -148,7 +145,9 @@ fn the_log_says_it_too() {
     in_own_process(|| {
         log::set_logger(&Collector).unwrap();
         log::set_max_level(log::LevelFilter::Trace);
-        let options = RamOptions::new().with_name("ram0").with_merge(Merge::On);
+        let options = RamOptions::new()
+            .with_name("ram0")
+            .with_reserve(Reserve::On);
         let found = report(options, MIB);
         let lines = LINES.lock().unwrap().clone();
         assert_eq!(lines, [found.to_string()]);

@@ -7,8 +7,8 @@
 use std::ptr::NonNull;
 
 use guest_memory_shm::{
-    BackingKind, BackingSource, GuestMemoryShm, GuestRegionShm, Merge, Note, PageSize, RamOptions,
-    Seals, ShmBacking,
+    BackingKind, BackingSource, BuildNote, GuestMemoryShm, GuestRegionShm, PageSize, RamOptions,
+    Reserve, Seals, ShmBacking,
 };
 use nix::fcntl::posix_fallocate;
 use nix::sys::mman::mlock;
@@ -49,7 +49,7 @@ fn from_smaps(region: &GuestRegionShm, name: &str) -> u64 {
 fn regions_are_described_as_they_are() {
     let memory = GuestMemoryShm::<()>::builder()
         .add_ram(
-            RamOptions::new().with_merge(Merge::On),
+            RamOptions::new().with_reserve(Reserve::On),
             [(GuestAddress(0), MIB)],
         )
         .add_ram(
@@ -73,10 +73,8 @@ fn regions_are_described_as_they_are() {
     assert!(memfd.seals.contains(Seals::RESIZE) && !shm.seals.contains(Seals::SHRINK));
     assert!(shm.name.starts_with("/dev/shm/gms-"), "{}", shm.name);
     assert!(!memfd.name.is_empty());
-    let [merge] = stats.notes.lines() else {
-        panic!("{}", stats.notes);
-    };
-    assert!(matches!(merge.note(), Note::Merge));
+    let notes: Vec<_> = stats.notes.notes().map(|(_, note)| note).collect();
+    assert_eq!(notes, [&BuildNote::Reserve]);
     assert_eq!((stats.size(), stats.allocated()), (3 * MIB, 5 * PAGE));
     let on_nodes: u64 = stats.nodes.values().sum();
     assert_eq!(on_nodes, 5 * PAGE);
@@ -91,11 +89,12 @@ fn regions_are_described_as_they_are() {
         "seals": shm.seals.to_string(),
     });
     assert_eq!(data["regions"][1], region);
-    let note = json!([{ "backing": "memfd", "note": merge.note().to_string() }]);
-    assert_eq!(data["notes"], note);
+    let text = BuildNote::Reserve.to_string();
+    let note = json!({ "property": "reserve", "text": text });
+    assert_eq!(data["notes"], json!([{ "backing": "memfd", "note": note }]));
     let table = stats.to_string();
     assert!(
-        table.contains("20 KiB") && table.contains("merge=on has no effect"),
+        table.contains("20 KiB") && table.contains("reserve=on reserves nothing"),
         "{table}"
     );
     assert_eq!(GuestMemoryShm::<()>::new().stats().unwrap().size(), 0);
@@ -106,14 +105,14 @@ fn regions_that_share_a_backing_are_counted_apart() {
     let place = |addr: u64, size: u64| (GuestAddress(addr), size);
     let memory = GuestMemoryShm::<()>::builder()
         .add_ram(
-            RamOptions::new().with_merge(Merge::On),
+            RamOptions::new().with_reserve(Reserve::On),
             [place(0, 4 * MIB), place(8 * MIB, MIB), place(16 * MIB, MIB)],
         )
         .build()
         .unwrap();
     assert_eq!(allocated(&memory), [0, 0, 0]);
     let notes = memory.stats().unwrap().notes;
-    assert_eq!(notes.lines().len(), 1, "it is one backing: {notes}");
+    assert_eq!(notes.notes().count(), 1, "it is one backing: {notes}");
     touch(&memory, 0, 3);
     touch(&memory, 8 * MIB, 5);
     assert_eq!(allocated(&memory), [3 * PAGE, 5 * PAGE, 0]);
@@ -147,7 +146,8 @@ fn parts_of_a_backing_that_are_no_region_are_not_counted() {
 #[test]
 fn locked_memory_is_that_of_the_process() {
     in_own_process(|| {
-        let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), MIB as usize)]).unwrap();
+        let memory =
+            GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), MIB as usize)]).unwrap();
         let before = memory.stats().unwrap().locked;
         let start = NonNull::new(memory.get_host_address(GuestAddress(0)).unwrap()).unwrap();
         // SAFETY: the range is mapped.

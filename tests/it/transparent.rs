@@ -2,8 +2,8 @@
 //! who forbids it where it is not.
 
 use guest_memory_shm::{
-    BackingSource, BuildReport, GuestMemoryShm, GuestRegionShm, NotHuge, Note, PageSize, Populate,
-    RamOptions,
+    BackingSource, BuildNote, BuildReport, GuestMemoryShm, GuestRegionShm, PageSize, Populate,
+    RamOptions, ThpObstacle,
 };
 use nix::mount::{MsFlags, umount};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -18,6 +18,11 @@ const RANGES: [(GuestAddress, u64); 2] = [
     (GuestAddress(0), 6 * MIB),
     (GuestAddress(4 << 30), 10 * MIB),
 ];
+
+fn first(report: &BuildReport) -> &BuildNote {
+    let (_, note) = report.notes().next().expect("there is a note");
+    note
+}
 
 fn options(backing: BackingSource) -> RamOptions {
     RamOptions::new()
@@ -111,10 +116,11 @@ fn the_switch_that_forbids_huge_pages_is_named() {
                 build(options(BackingSource::Memfd).with_populate(Populate::Prefault));
             assert!(none_huge(&memory));
             assert_eq!(
-                report.lines()[0].to_string(),
+                report.to_string().lines().next().unwrap(),
                 format!(
                     "memfd: transparent huge pages will not come: \
-                     /sys/kernel/mm/transparent_hugepage/shmem_enabled is {value}, set it to advise"
+                     /sys/kernel/mm/transparent_hugepage/shmem_enabled is {value}, set it to \
+                     advise"
                 )
             );
         }
@@ -136,13 +142,13 @@ fn a_mount_that_forbids_huge_pages_is_named() {
         touch(&memory);
         assert!(none_huge(&memory));
         // Once for each region.
-        assert_eq!(report.lines().len(), 2, "{report}");
+        assert_eq!(report.notes().count(), 2, "{report}");
         assert!(matches!(
-            report.lines()[0].note(),
-            Note::NotHuge(NotHuge::MountOption { .. })
+            first(&report),
+            BuildNote::NotHuge(ThpObstacle::MountOption { .. })
         ));
         assert_eq!(
-            report.lines()[0].to_string(),
+            report.to_string().lines().next().unwrap(),
             "posix-shm: transparent huge pages will not come: /dev/shm is mounted with \
              huge=never, remount it with huge=advise"
         );
@@ -157,8 +163,8 @@ fn a_process_that_switched_them_off_is_told() {
         nix::sys::prctl::set_thp_disable(true).unwrap();
         let (_, report) = build(options(BackingSource::Memfd));
         assert!(matches!(
-            report.lines()[0].note(),
-            Note::NotHuge(NotHuge::Process)
+            first(&report),
+            BuildNote::NotHuge(ThpObstacle::Process)
         ));
     });
 }

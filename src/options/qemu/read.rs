@@ -4,20 +4,20 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::kind::Kind;
+use super::backend_type::BackendType;
 use super::pairs::Pairs;
-use super::values::{self, A_NUMBER, A_SIZE, A_SWITCH, NODES};
+use super::values;
 use crate::host::NodeSet;
 use crate::options::error::{OptionsError, Result};
 use crate::options::{
-    Access, BackingSource, CoreDump, DiscardData, Merge, NumaPolicy, OnShortage, PageSize,
-    Populate, RamOptions, Reserve, Sealing, Unused,
+    Access, BackingSource, CoreDump, DiscardData, NumaPolicy, OnShortage, PageSize, Populate,
+    RamOptions, Reserve, Sealing, Unused,
 };
 
 /// Reads what QEMU's `-object` takes: `memory-backend-memfd,size=64M,prealloc=on`.
 ///
 /// The [properties](RamOptions#qemus-syntax) mean what they mean in QEMU 10, with its defaults, so
-/// that `dump` is on unless written, other than in typed options.
+/// `dump` is on unless written, unlike in typed options.
 ///
 /// ```
 /// use guest_memory_shm::{BackingSource, CoreDump, Populate, RamOptions};
@@ -44,7 +44,7 @@ impl FromStr for RamOptions {
         const TYPE: &str = "qom-type";
         let pairs = Pairs::read(text, TYPE);
         let name = pairs.last(TYPE).ok_or(OptionsError::MissingType)?;
-        let kind = Kind::from_name(name)?;
+        let kind = BackendType::from_name(name)?;
         for key in pairs.keys() {
             if key != TYPE && !kind.properties().contains(&key) {
                 return Err(OptionsError::UnknownProperty {
@@ -61,19 +61,18 @@ impl FromStr for RamOptions {
     }
 }
 
-/// The properties of a backend of a known type, none of them unknown.
+/// The properties of a backend of a known type, all of them known.
 struct Reader<'a> {
     pairs: Pairs<'a>,
-    kind: Kind,
+    kind: BackendType,
 }
 
 impl Reader<'_> {
     fn options(&self) -> Result<RamOptions> {
         self.refuse_unsupported()?;
-        let size = self.size("size")?.ok_or(OptionsError::Missing {
-            property: "size",
-            remedy: "write size=64M, or how much RAM there shall be",
-        })?;
+        let size = self
+            .size("size")?
+            .ok_or(OptionsError::Missing { property: "size" })?;
         let backing = self.backing()?;
         self.check_shared()?;
         let (page_size, unused_hugetlb_size) = self.pages()?;
@@ -99,10 +98,6 @@ impl Reader<'_> {
                 Some(false) => CoreDump::Exclude,
                 _ => CoreDump::Include,
             },
-            merge: self.switch("merge")?.map(|on| match on {
-                true => Merge::On,
-                false => Merge::Off,
-            }),
             align: self.size("align")?,
             offset: self.size("offset")?.unwrap_or(0),
             access: self.access()?,
@@ -111,19 +106,19 @@ impl Reader<'_> {
                 _ => DiscardData::Keep,
             },
             unused: Unused {
+                merge: self.switch("merge")?,
                 hugetlb_size: unused_hugetlb_size,
                 canonical_path: self.switch("x-use-canonical-path-for-ramblock-id")?,
             },
         })
     }
 
-    /// What QEMU has and nothing here can do.
+    /// Refuses what QEMU can do and this crate cannot.
     fn refuse_unsupported(&self) -> Result<()> {
         if self.switch("pmem")? == Some(true) {
             return Err(OptionsError::Unsupported {
                 property: "pmem",
                 value: "on".into(),
-                remedy: "persistence is not guaranteed here, leave pmem out",
             });
         }
         match self.pairs.last("prealloc-context") {
@@ -131,19 +126,17 @@ impl Reader<'_> {
             Some(context) => Err(OptionsError::Unsupported {
                 property: "prealloc-context",
                 value: context.into(),
-                remedy: "there are no other objects to name here, use prealloc-threads",
             }),
         }
     }
 
     fn backing(&self) -> Result<BackingSource> {
         Ok(match self.kind {
-            Kind::Memfd => BackingSource::Memfd,
-            Kind::Shm => BackingSource::PosixShm,
-            Kind::File => {
+            BackendType::Memfd => BackingSource::Memfd,
+            BackendType::Shm => BackingSource::PosixShm,
+            BackendType::File => {
                 let path = self.pairs.last("mem-path").ok_or(OptionsError::Missing {
                     property: "mem-path",
-                    remedy: "write mem-path=PATH of a file, or of a directory for a nameless file",
                 })?;
                 BackingSource::File(PathBuf::from(path))
             }
@@ -152,13 +145,13 @@ impl Reader<'_> {
 
     fn check_shared(&self) -> Result<()> {
         match (self.switch("share")?, self.kind) {
-            (Some(true), _) | (None, Kind::Memfd | Kind::Shm) => Ok(()),
+            (Some(true), _) | (None, BackendType::Memfd | BackendType::Shm) => Ok(()),
             (Some(false), _) => Err(OptionsError::NotShared { by_default: false }),
-            (None, Kind::File) => Err(OptionsError::NotShared { by_default: true }),
+            (None, BackendType::File) => Err(OptionsError::NotShared { by_default: true }),
         }
     }
 
-    /// The pages, and a size of huge pages that are not asked for.
+    /// The pages, and a `hugetlbsize` without `hugetlb=on`.
     fn pages(&self) -> Result<(PageSize, Option<u64>)> {
         let size = self.size("hugetlbsize")?;
         let hugetlb = self.switch("hugetlb")? == Some(true);
@@ -167,7 +160,6 @@ impl Reader<'_> {
             (true, true) => Err(OptionsError::Conflict {
                 first: "hugetlb=on",
                 second: "thp=on",
-                remedy: "pages are of a pool or gathered by the kernel, leave one of them out",
             }),
             (true, false) => Ok((PageSize::Huge(size), None)),
             (false, true) => Ok((PageSize::Transparent, size)),
@@ -182,7 +174,7 @@ impl Reader<'_> {
             Some("allocate") => Some(Populate::Allocate),
             Some("prefault") => Some(Populate::Prefault),
             Some(value) => {
-                return Err(value_error("populate", value, "lazy, allocate or prefault"));
+                return Err(value_error("populate", value));
             }
         };
         let prealloc = self.switch("prealloc")?;
@@ -202,13 +194,12 @@ impl Reader<'_> {
                     Populate::Allocate => "populate=allocate",
                     Populate::Prefault => "populate=prefault",
                 },
-                remedy: "prealloc=on is populate=prefault, leave one of them out",
             }),
         }
     }
 
     fn threads(&self) -> Result<Option<NonZeroU32>> {
-        self.read("prealloc-threads", A_NUMBER, |text| {
+        self.read("prealloc-threads", |text| {
             u32::try_from(values::number(text)?)
                 .ok()
                 .and_then(NonZeroU32::new)
@@ -219,18 +210,18 @@ impl Reader<'_> {
         match self.pairs.last("on-shortage") {
             None | Some("refuse") => Ok(OnShortage::Refuse),
             Some("try-anyway") => Ok(OnShortage::TryAnyway),
-            Some(value) => Err(value_error("on-shortage", value, "refuse or try-anyway")),
+            Some(value) => Err(value_error("on-shortage", value)),
         }
     }
 
     fn numa(&self) -> Result<NumaPolicy> {
         let mut nodes = NodeSet::new();
         for text in self.pairs.all("host-nodes") {
-            let refused = || value_error("host-nodes", text, NODES);
+            let refused = || value_error("host-nodes", text);
             let (first, last) = values::range(text).ok_or_else(refused)?;
             let last = u32::try_from(last).map_err(|_| refused())?;
             let first = u32::try_from(first).map_err(|_| refused())?;
-            // The first that there is not ends it: a range is not walked for ever.
+            // The first node that does not exist ends the walk, however long the range is.
             for node in first..=last {
                 if !nodes.insert(node) {
                     return Err(OptionsError::NodeNumber { node });
@@ -246,11 +237,7 @@ impl Reader<'_> {
             Some("bind") => NumaPolicy::Bind,
             Some("interleave") => NumaPolicy::Interleave,
             Some(value) => {
-                return Err(value_error(
-                    "policy",
-                    value,
-                    "default, preferred, bind or interleave",
-                ));
+                return Err(value_error("policy", value));
             }
         };
         Ok(policy(nodes))
@@ -262,7 +249,7 @@ impl Reader<'_> {
             None | Some("auto") => None,
             Some("on") => Some(true),
             Some("off") => Some(false),
-            Some(value) => return Err(value_error("rom", value, "on, off or auto")),
+            Some(value) => return Err(value_error("rom", value)),
         };
         match (readonly, rom) {
             (true, None | Some(true)) => Ok(Access::ReadOnly),
@@ -270,29 +257,26 @@ impl Reader<'_> {
             (true, Some(false)) => Err(OptionsError::Conflict {
                 first: "readonly=on",
                 second: "rom=off",
-                remedy: "what is shared and read-only is a ROM, leave rom=off out",
             }),
             (false, Some(true)) => Err(OptionsError::Conflict {
                 first: "rom=on",
                 second: "readonly=off",
-                remedy: "a ROM that is shared must be read-only, write readonly=on",
             }),
         }
     }
 
     fn size(&self, property: &'static str) -> Result<Option<u64>> {
-        self.read(property, A_SIZE, values::size)
+        self.read(property, values::size)
     }
 
     fn switch(&self, property: &'static str) -> Result<Option<bool>> {
-        self.read(property, A_SWITCH, values::switch)
+        self.read(property, values::switch)
     }
 
-    /// The value of a property that counts; those before it are not looked at, as in QEMU.
+    /// The value of a property that counts; earlier ones are ignored, as in QEMU.
     fn read<T>(
         &self,
         property: &'static str,
-        expected: &'static str,
         read: impl Fn(&str) -> Option<T>,
     ) -> Result<Option<T>> {
         let Some(text) = self.pairs.last(property) else {
@@ -300,16 +284,15 @@ impl Reader<'_> {
         };
         match read(text) {
             Some(value) => Ok(Some(value)),
-            None => Err(value_error(property, text, expected)),
+            None => Err(value_error(property, text)),
         }
     }
 }
 
-fn value_error(property: &'static str, value: &str, expected: &'static str) -> OptionsError {
+fn value_error(property: &'static str, value: &str) -> OptionsError {
     OptionsError::Value {
         property,
         value: value.into(),
-        expected,
     }
 }
 
@@ -328,6 +311,7 @@ mod tests {
             Unused {
                 hugetlb_size: Some(2 << 20),
                 canonical_path: Some(false),
+                merge: None,
             }
         );
         assert_eq!(options.to_string(), text);

@@ -2,20 +2,21 @@
 
 use std::fmt;
 
-use super::kind::Kind;
+use super::backend_type::BackendType;
 use super::pairs::write_value;
 use super::values::write_size;
 use crate::options::{
-    Access, BackingSource, CoreDump, DiscardData, Merge, OnShortage, PageSize, Populate,
-    RamOptions, Reserve, Sealing,
+    Access, BackingSource, CoreDump, DiscardData, OnShortage, PageSize, Populate, RamOptions,
+    Reserve, Sealing,
 };
 
-/// As QEMU's `-object` takes them, or nearly: `memory-backend-memfd,size=64M,dump=off`.
+/// As QEMU's `-object` takes them, but for this crate's own properties:
+/// `memory-backend-memfd,size=64M,dump=off`.
 ///
 /// What is written can be [read](RamOptions#impl-FromStr-for-RamOptions) again and gives the same
 /// options, if they are [valid](RamOptions::check) and have a size, which QEMU demands and typed
-/// options need not have. Without one the size is left out, and reading says so. A path that is not
-/// UTF-8 is written with replacement characters: reading gives another path then.
+/// options need not have. Without one the size is left out, and reading says so. A path that is
+/// not UTF-8 is written with replacement characters: reading gives another path then.
 ///
 /// ```
 /// use guest_memory_shm::{BackingSource, Populate, RamOptions};
@@ -33,7 +34,7 @@ use crate::options::{
 /// ```
 impl fmt::Display for RamOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(Kind::of(&self.backing).name())?;
+        f.write_str(BackendType::of(&self.backing).name())?;
         if let Some(name) = &self.name {
             write!(f, ",id={}", write_value(name))?;
         }
@@ -47,10 +48,10 @@ impl fmt::Display for RamOptions {
         self.write_pages(f)?;
         self.write_populate(f)?;
         self.write_numa(f)?;
-        match self.merge {
+        match self.unused.merge {
             None => {}
-            Some(Merge::On) => f.write_str(",merge=on")?,
-            Some(Merge::Off) => f.write_str(",merge=off")?,
+            Some(true) => f.write_str(",merge=on")?,
+            Some(false) => f.write_str(",merge=off")?,
         }
         if self.core_dump == CoreDump::Exclude {
             f.write_str(",dump=off")?;

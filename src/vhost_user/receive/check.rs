@@ -56,7 +56,7 @@ fn check_region(index: usize, region: &ReceivedRegion) -> Result<(), ReceiveErro
         let cause = InvalidRange::Empty {
             start: region.guest_addr,
         };
-        return Err(ReceiveError::Range { index, cause });
+        return Err(ReceiveError::region(index, cause));
     }
     for (part, limit) in [
         (RangePart::Address, u64::MAX),
@@ -126,5 +126,5 @@ pub(super) fn check_pages(
     [RangePart::Address, RangePart::Offset, RangePart::Size]
         .into_iter()
         .try_for_each(|part| part.check_aligned(region.part(part), page_size))
-        .map_err(|cause| ReceiveError::Range { index, cause })
+        .map_err(|cause| ReceiveError::region(index, cause))
 }

@@ -5,9 +5,9 @@ use std::fmt;
 use nix::errno::Errno;
 
 use crate::backing::BackingError;
-use crate::error::Error;
 use crate::mapping::MapError;
-use crate::range::{InvalidRange, RangePart};
+use crate::range::RangePart;
+use crate::region::MemoryError;
 use crate::units::{Counted, HumanSize};
 
 /// Why a daemon does not take a memory table, a change of it, or an address.
@@ -29,18 +29,14 @@ use crate::units::{Counted, HumanSize};
 /// };
 /// let table = ReceivedTable::<()>::new(ReceivePolicy::new());
 /// let refused = table.set([region], Vec::<OwnedFd>::new()).unwrap_err();
-/// assert!(matches!(refused, ReceiveError::Descriptors { regions: 1, descriptors: 0 }));
+/// assert!(matches!(refused, ReceiveError::Descriptors { regions: 1, descriptors: 0, .. }));
 /// assert_ne!(refused.reply_code(), 0);
 /// ```
 #[non_exhaustive]
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug)]
 pub enum ReceiveError {
     /// The payload of a message is not as long as its contents say.
-    #[error(
-        "the payload of {message} has {} and must have {expected}: the frontend and this daemon do \
-         not speak the same protocol",
-        Counted(len, "byte")
-    )]
+    #[non_exhaustive]
     Payload {
         /// The message.
         message: &'static str,
@@ -51,15 +47,10 @@ pub enum ReceiveError {
     },
 
     /// A table without any region.
-    #[error("the memory table has no region, and a daemon without memory can do nothing: send one")]
     NoRegions,
 
     /// The number of descriptors is not that of the regions.
-    #[error(
-        "{} came with {}: send one for each region",
-        Counted(regions, "region"),
-        Counted(descriptors, "file descriptor")
-    )]
+    #[non_exhaustive]
     Descriptors {
         /// The number of regions.
         regions: usize,
@@ -68,10 +59,7 @@ pub enum ReceiveError {
     },
 
     /// More regions than the daemon takes.
-    #[error(
-        "{regions} regions are more than the {limit} that this daemon takes: use fewer regions, \
-         or have the daemon offer more memory slots (ReceivePolicy::with_mem_slots)"
-    )]
+    #[non_exhaustive]
     TooManyRegions {
         /// The number of regions that the table would have.
         regions: usize,
@@ -80,11 +68,7 @@ pub enum ReceiveError {
     },
 
     /// More memory than the daemon maps.
-    #[error(
-        "{} of memory are more than the {} that this daemon maps: share less, or have the daemon \
-         allow more (ReceivePolicy::with_max_size)",
-        huge_size(*.size), HumanSize(*.limit)
-    )]
+    #[non_exhaustive]
     TooMuchMemory {
         /// The size that all regions would have together, in bytes.
         size: u128,
@@ -93,11 +77,7 @@ pub enum ReceiveError {
     },
 
     /// A region whose end has no 64-bit address, or lies where no file can be.
-    #[error(
-        "region {index} has {} at {part} {start:#x}, which ends past {limit:#x}: lower its {part} \
-         or its size",
-        HumanSize(*.size)
-    )]
+    #[non_exhaustive]
     Wraps {
         /// Which region it is.
         index: usize,
@@ -112,10 +92,7 @@ pub enum ReceiveError {
     },
 
     /// Two regions have addresses in common.
-    #[error(
-        "region {index} has the {part}es {}, of which {} has {}: move or shorten one of them",
-        Span(.range.0, .range.1), other_region(*.other), Span(.other_range.0, .other_range.1)
-    )]
+    #[non_exhaustive]
     Overlap {
         /// Which region it is.
         index: usize,
@@ -129,43 +106,19 @@ pub enum ReceiveError {
         other_range: (u64, u64),
     },
 
-    /// A region that is empty, or does not consist of whole pages of its file.
-    #[error("region {index}: {cause}")]
-    Range {
+    /// A region that is empty or not whole pages, whose descriptor cannot be adopted or has too
+    /// short a file, or that cannot be mapped.
+    #[non_exhaustive]
+    Region {
         /// Which region it is.
         index: usize,
-        /// What is wrong with it.
-        cause: InvalidRange,
+        /// Why it was not mapped.
+        cause: Box<MemoryError>,
     },
-
-    /// A region that reaches past the end of its file, where touching it would be SIGBUS.
-    #[error(
-        "region {index} has {} at mmap offset {offset:#x}, and its file has {}: touching what is \
-         past the end would be SIGBUS, make the file longer or the region shorter",
-        HumanSize(*.size), HumanSize(*.len)
-    )]
-    FileTooShort {
-        /// Which region it is.
-        index: usize,
-        /// Where it starts in the file, in bytes.
-        offset: u64,
-        /// Its size in bytes.
-        size: u64,
-        /// The length of the file in bytes.
-        len: u64,
-    },
-
-    /// A region whose descriptor cannot be adopted, or that cannot be mapped.
-    #[error(transparent)]
-    Region(#[from] RegionError),
 
     /// A region that is to be removed and is not there: guest address, user address and size must
     /// be those of one region.
-    #[error(
-        "there is no region of {} at guest address {guest_addr:#x} and user address \
-         {user_addr:#x}: remove a region as it was added",
-        HumanSize(*.size)
-    )]
+    #[non_exhaustive]
     NoSuchRegion {
         /// The guest address.
         guest_addr: u64,
@@ -176,21 +129,14 @@ pub enum ReceiveError {
     },
 
     /// A user address that is in no region.
-    #[error(
-        "user address {user_addr:#x} is in no region of the memory table: send the table before \
-         the addresses in it, and addresses in terms of that table"
-    )]
+    #[non_exhaustive]
     NotMapped {
         /// The address.
         user_addr: u64,
     },
 
     /// A ring that runs past the end of its region.
-    #[error(
-        "{} at user address {user_addr:#x} run past the end of their region, {} further on: a \
-         ring must lie inside one region",
-        HumanSize(*.len), HumanSize(*.left)
-    )]
+    #[non_exhaustive]
     RingEnds {
         /// Where the ring starts.
         user_addr: u64,
@@ -201,14 +147,13 @@ pub enum ReceiveError {
     },
 }
 
-/// Why one region of a message was not mapped.
-#[derive(Debug)]
-pub struct RegionError {
-    pub(crate) index: usize,
-    pub(crate) error: Box<Error>,
-}
-
 impl ReceiveError {
+    /// A region was not mapped, for this reason.
+    pub(super) fn region(index: usize, cause: impl Into<MemoryError>) -> Self {
+        let cause = Box::new(cause.into());
+        Self::Region { index, cause }
+    }
+
     /// What to answer to a message that wants to know (REPLY_ACK): never 0, which is success.
     ///
     /// Any other number is a failure (vhost-user specification,
@@ -234,59 +179,139 @@ impl ReceiveError {
             Self::NotMapped { .. } | Self::RingEnds { .. } => Errno::EFAULT,
             Self::TooManyRegions { .. } => Errno::ENOSPC,
             Self::TooMuchMemory { .. } => Errno::EFBIG,
-            Self::FileTooShort { .. } => Errno::ENXIO,
-            Self::Region(refused) => refused.errno(),
+            Self::Region { cause, .. } => errno(cause),
             Self::Payload { .. }
             | Self::NoRegions
             | Self::Descriptors { .. }
-            | Self::Range { .. }
             | Self::Wraps { .. } => Errno::EINVAL,
         };
         (errno as i32).unsigned_abs().into()
     }
 }
 
-impl RegionError {
-    /// Which region of the message it is, from 0.
-    pub fn index(&self) -> usize {
-        self.index
-    }
-
-    /// Why it was not mapped.
-    pub fn error(&self) -> &Error {
-        &self.error
-    }
-
-    fn errno(&self) -> Errno {
-        match &*self.error {
-            Error::Backing(BackingError::WriteSealed { .. } | BackingError::NotSealed { .. }) => {
-                Errno::EPERM
-            }
-            Error::Backing(
-                BackingError::NotMemory { .. }
-                | BackingError::NotWritable
-                | BackingError::OnDisk { .. }
-                | BackingError::Inspect { .. },
-            )
-            | Error::Map(MapError::NotShareable { .. }) => Errno::EBADF,
-            Error::Range(_) => Errno::EINVAL,
-            Error::Backing(BackingError::Truncated { .. } | BackingError::Outside { .. }) => {
-                Errno::ENXIO
-            }
+/// The code for a region that was not mapped.
+fn errno(cause: &MemoryError) -> Errno {
+    match cause {
+        MemoryError::Range(_) => Errno::EINVAL,
+        MemoryError::Map(MapError::NotShareable { .. }) => Errno::EBADF,
+        MemoryError::Backing(cause) => match cause {
+            BackingError::WriteSealed { .. } | BackingError::NotSealed { .. } => Errno::EPERM,
+            BackingError::NotMemory { .. }
+            | BackingError::NotWritable
+            | BackingError::OnDisk { .. }
+            | BackingError::Inspect { .. }
+            | BackingError::File(_) => Errno::EBADF,
+            BackingError::TooShort { .. }
+            | BackingError::Outside { .. }
+            | BackingError::Truncated { .. } => Errno::ENXIO,
             _ => Errno::ENOMEM,
+        },
+        _ => Errno::ENOMEM,
+    }
+}
+
+impl fmt::Display for ReceiveError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Payload {
+                message,
+                len,
+                expected,
+            } => write!(
+                f,
+                "the payload of {message} has {} and must have {expected}: the frontend and this \
+                 daemon do not speak the same protocol",
+                Counted(len, "byte")
+            ),
+            Self::NoRegions => f.write_str(
+                "the memory table has no region, and a daemon without memory can do nothing: send \
+                 one",
+            ),
+            Self::Descriptors {
+                regions,
+                descriptors,
+            } => write!(
+                f,
+                "{} came with {}: send one for each region",
+                Counted(regions, "region"),
+                Counted(descriptors, "file descriptor")
+            ),
+            Self::TooManyRegions { regions, limit } => write!(
+                f,
+                "{regions} regions are more than the {limit} that this daemon takes: use fewer \
+                 regions, or have the daemon offer more memory slots \
+                 (ReceivePolicy::with_mem_slots)"
+            ),
+            Self::TooMuchMemory { size, limit } => write!(
+                f,
+                "{} of memory are more than the {} that this daemon maps: share less, or have the \
+                 daemon allow more (ReceivePolicy::with_max_size)",
+                huge_size(*size),
+                HumanSize(*limit)
+            ),
+            Self::Wraps {
+                index,
+                part,
+                start,
+                size,
+                limit,
+            } => write!(
+                f,
+                "region {index} has {} at {part} {start:#x}, which ends past {limit:#x}: lower \
+                 its {part} or its size",
+                HumanSize(*size)
+            ),
+            Self::Overlap {
+                index,
+                part,
+                range,
+                other,
+                other_range,
+            } => write!(
+                f,
+                "region {index} has the {part}es {}, of which {} has {}: move or shorten one of \
+                 them",
+                Span(range.0, range.1),
+                other_region(*other),
+                Span(other_range.0, other_range.1)
+            ),
+            Self::Region { index, cause } => write!(f, "region {index}: {cause}"),
+            Self::NoSuchRegion {
+                guest_addr,
+                user_addr,
+                size,
+            } => write!(
+                f,
+                "there is no region of {} at guest address {guest_addr:#x} and user address \
+                 {user_addr:#x}: remove a region as it was added",
+                HumanSize(*size)
+            ),
+            Self::NotMapped { user_addr } => write!(
+                f,
+                "user address {user_addr:#x} is in no region of the memory table: send the table \
+                 before the addresses in it, and addresses in terms of that table"
+            ),
+            Self::RingEnds {
+                user_addr,
+                len,
+                left,
+            } => write!(
+                f,
+                "{} at user address {user_addr:#x} run past the end of their region, {} further \
+                 on: a ring must lie inside one region",
+                HumanSize(*len),
+                HumanSize(*left)
+            ),
         }
     }
 }
 
-impl fmt::Display for RegionError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "region {}: {}", self.index, self.error)
-    }
-}
-
-impl std::error::Error for RegionError {
+impl std::error::Error for ReceiveError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.error.source()
+        match self {
+            Self::Region { cause, .. } => cause.source(),
+            _ => None,
+        }
     }
 }
 

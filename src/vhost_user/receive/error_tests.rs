@@ -5,8 +5,7 @@ use std::error::Error as _;
 use vm_memory::GuestAddress;
 
 use super::*;
-use crate::backing::BackingError;
-use crate::range::RangePart;
+use crate::range::InvalidRange;
 
 #[test]
 fn texts_name_the_region_the_limit_and_the_way_out() {
@@ -54,12 +53,12 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
              have the daemon allow more (ReceivePolicy::with_max_size)",
         ),
         (
-            ReceiveError::Range {
-                index: 2,
-                cause: InvalidRange::Empty {
+            ReceiveError::region(
+                2,
+                InvalidRange::Empty {
                     start: GuestAddress(0x1000),
                 },
-            },
+            ),
             22,
             "region 2: the range at guest address 0x1000 has size 0: give it at least one page",
         ),
@@ -100,28 +99,29 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
              is there already has 0x0..=0x1fff (8 KiB): move or shorten one of them",
         ),
         (
-            ReceiveError::Range {
-                index: 4,
-                cause: InvalidRange::Unaligned {
+            ReceiveError::region(
+                4,
+                InvalidRange::Unaligned {
                     part: RangePart::Offset,
                     value: 0x30_0000,
                     page_size: 2 << 20,
                 },
-            },
+            ),
             22,
             "region 4: offset 0x300000 is not a multiple of the page size 2 MiB: the nearest is \
              0x200000",
         ),
         (
-            ReceiveError::FileTooShort {
-                index: 0,
-                offset: 4096,
-                size: 1 << 20,
-                len: 1 << 20,
-            },
+            ReceiveError::region(
+                0,
+                BackingError::TooShort {
+                    len: 1 << 20,
+                    needed: 2 << 20,
+                },
+            ),
             6,
-            "region 0 has 1 MiB at mmap offset 0x1000, and its file has 1 MiB: touching what \
-             is past the end would be SIGBUS, make the file longer or the region shorter",
+            "region 0: cannot adopt a file of 1 MiB for RAM of 2 MiB: touching RAM past the end \
+             of the file would be SIGBUS, make the file longer first",
         ),
         (
             ReceiveError::NoSuchRegion {
@@ -158,28 +158,24 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
 
 #[test]
 fn a_region_that_is_not_mapped_says_why_and_what_the_system_said() {
-    let region = |error| {
-        ReceiveError::from(RegionError {
-            index: 3,
-            error: Box::new(error),
-        })
-    };
-    let refused = region(Error::Backing(BackingError::Inspect {
-        source: std::io::Error::from_raw_os_error(9),
-    }));
+    let refused = ReceiveError::region(
+        3,
+        BackingError::Inspect {
+            source: std::io::Error::from_raw_os_error(9),
+        },
+    );
     assert_eq!(
         refused.to_string(),
-        "region 3: cannot ask the kernel about a descriptor that is RAM, or is to be"
+        "region 3: cannot ask the kernel about a descriptor that is RAM or is to become RAM"
     );
     let cause = refused.source().expect("the system said why").to_string();
     assert!(cause.contains("os error 9"), "{cause}");
     assert_eq!(refused.reply_code(), 9);
-    assert_eq!(
-        region(Error::Backing(BackingError::NotWritable)).reply_code(),
-        9
-    );
-    assert_eq!(
-        region(crate::region::MemoryError::NoRanges.into()).reply_code(),
-        12
-    );
+    let codes = [
+        (BackingError::NotWritable.into(), 9),
+        (MemoryError::NoRanges, 12),
+    ];
+    for (cause, code) in codes {
+        assert_eq!(ReceiveError::region(3, cause).reply_code(), code);
+    }
 }

@@ -14,12 +14,12 @@ const BASELINE_REGIONS: usize = 8;
 ///
 /// ```
 /// use guest_memory_shm::receive::ReceivePolicy;
-/// use guest_memory_shm::{AdoptPolicy, SealPolicy};
+/// use guest_memory_shm::{AdoptPolicy};
 ///
 /// let policy = ReceivePolicy::new()
 ///     .with_mem_slots(509) // the answer to GET_MAX_MEM_SLOTS
 ///     .with_max_size(1 << 40)
-///     .with_descriptors(AdoptPolicy::new().with_seals(SealPolicy::Require));
+///     .with_descriptors(AdoptPolicy::new().with_required_seals());
 /// assert_eq!(policy.mem_slots(), 509);
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]

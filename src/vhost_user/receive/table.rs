@@ -8,11 +8,10 @@ use vm_memory::GuestAddress;
 use vm_memory::bitmap::NewBitmap;
 
 use super::check::{check_numbers, check_pages};
-use super::error::{ReceiveError, RegionError};
+use super::error::ReceiveError;
 use super::policy::ReceivePolicy;
 use super::wire::ReceivedRegion;
 use crate::backing::{BackingError, ShmBacking, base_page_size};
-use crate::error::Error;
 use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
 use crate::region::{GuestRegionShm, new_bitmap};
@@ -42,7 +41,7 @@ use crate::region::{GuestRegionShm, new_bitmap};
 /// };
 ///
 /// let empty = ReceivedTable::<()>::new(ReceivePolicy::new());
-/// let table = empty.add(region, theirs.as_fd().try_clone_to_owned()?)?;
+/// let table = empty.add(region, [theirs.as_fd().try_clone_to_owned()?])?;
 /// let ring = table.ring(0x7f00_0000_1000, 4096)?;
 /// assert_eq!(ring, GuestAddress((4 << 30) + 0x1000));
 /// table.memory().write_obj(42_u16, ring)?;
@@ -104,8 +103,8 @@ impl<B> ReceivedTable<B> {
     /// drops it. The descriptors are kept as long as their regions; they are closed if anything is
     /// wrong. No descriptor is looked at before the numbers of all regions are right, and nothing
     /// is mapped before all descriptors are, so that a refused message costs the daemon next to
-    /// nothing. With [`SealPolicy::Add`](crate::SealPolicy::Add) the files that come before the
-    /// one that is refused may have been sealed.
+    /// nothing. With [`AdoptPolicy::with_added_seals`](crate::AdoptPolicy::with_added_seals) the
+    /// files that come before the one that is refused may have been sealed.
     ///
     /// Of each region are checked: a size that is not 0, and no wrap of guest addresses, user
     /// addresses or file offsets; no overlap of guest addresses or user addresses with another
@@ -115,22 +114,20 @@ impl<B> ReceivedTable<B> {
     /// # Errors
     ///
     /// [`ReceiveError::NoRegions`], [`ReceiveError::Descriptors`],
-    /// [`ReceiveError::TooManyRegions`], [`ReceiveError::Range`], [`ReceiveError::Wraps`],
-    /// [`ReceiveError::TooMuchMemory`], [`ReceiveError::Overlap`], [`ReceiveError::FileTooShort`],
-    /// and [`ReceiveError::Region`] for a descriptor or a mapping.
+    /// [`ReceiveError::TooManyRegions`], [`ReceiveError::Wraps`], [`ReceiveError::TooMuchMemory`],
+    /// [`ReceiveError::Overlap`], and [`ReceiveError::Region`] for a descriptor or a mapping.
     pub fn set(
         &self,
         regions: impl IntoIterator<Item = impl Into<ReceivedRegion>>,
         files: impl IntoIterator<Item = impl Into<OwnedFd>>,
     ) -> Result<Self, ReceiveError> {
         let regions: Vec<_> = regions.into_iter().map(Into::into).collect();
-        let files = files.into_iter().map(Into::into).collect();
         self.rebuilt(GuestMemoryShm::new(), Vec::new())
             .extended(&regions, files)
     }
 
     /// This table and one region more (ADD_MEM_REG), as a new table; the other regions stay mapped
-    /// where they are.
+    /// where they are. `files` are the descriptors of the message, of which there must be one.
     ///
     /// # Errors
     ///
@@ -138,9 +135,9 @@ impl<B> ReceivedTable<B> {
     pub fn add(
         &self,
         region: impl Into<ReceivedRegion>,
-        file: impl Into<OwnedFd>,
+        files: impl IntoIterator<Item = impl Into<OwnedFd>>,
     ) -> Result<Self, ReceiveError> {
-        self.extended(&[region.into()], vec![file.into()])
+        self.extended(&[region.into()], files)
     }
 
     /// This table without a region (REM_MEM_REG), as a new table.
@@ -228,7 +225,12 @@ impl<B> ReceivedTable<B> {
     }
 
     /// Checks and maps `new` beside what is there.
-    fn extended(&self, new: &[ReceivedRegion], files: Vec<OwnedFd>) -> Result<Self, ReceiveError> {
+    fn extended(
+        &self,
+        new: &[ReceivedRegion],
+        files: impl IntoIterator<Item = impl Into<OwnedFd>>,
+    ) -> Result<Self, ReceiveError> {
+        let files: Vec<OwnedFd> = files.into_iter().map(Into::into).collect();
         check_numbers(&self.regions, new, files.len(), &self.policy)?;
         for (index, region) in new.iter().enumerate() {
             // No page is smaller.
@@ -249,10 +251,13 @@ impl<B> ReceivedTable<B> {
                 (guest_addr, size),
                 &*self.bitmap,
             );
-            memory.push(Arc::new(placed.map_err(|error| at(index, error))?));
+            memory.push(Arc::new(
+                placed.map_err(|error| ReceiveError::region(index, error))?,
+            ));
         }
         // The numbers are checked: they are disjoint, and there is at least one.
-        let memory = GuestMemoryShm::from_unsorted(memory).map_err(|error| at(0, error.into()))?;
+        let memory = GuestMemoryShm::from_unsorted(memory)
+            .map_err(|error| ReceiveError::region(0, error))?;
         let mut regions = self.regions.to_vec();
         regions.extend(new);
         Ok(self.rebuilt(memory, regions))
@@ -264,23 +269,13 @@ impl<B> ReceivedTable<B> {
         region: &ReceivedRegion,
         file: OwnedFd,
     ) -> Result<ShmBacking, ReceiveError> {
-        let (offset, size) = (region.mmap_offset, region.size);
         // It does not wrap.
-        let policy = self.policy.descriptors().clone();
-        let policy = policy.with_min_len(offset + size);
-        match ShmBacking::adopt(file, &policy).map_err(BackingError::from) {
-            Ok(backing) => {
-                check_pages(index, region, backing.page_size())?;
-                Ok(backing)
-            }
-            Err(BackingError::TooShort { len, .. }) => Err(ReceiveError::FileTooShort {
-                index,
-                offset,
-                size,
-                len,
-            }),
-            Err(error) => Err(at(index, error.into())),
-        }
+        let end = region.mmap_offset + region.size;
+        let policy = self.policy.descriptors().clone().with_min_len(end);
+        let backing = ShmBacking::adopt(file, &policy).map_err(BackingError::from);
+        let backing = backing.map_err(|error| ReceiveError::region(index, error))?;
+        check_pages(index, region, backing.page_size())?;
+        Ok(backing)
     }
 
     /// Another table of the same daemon.
@@ -306,11 +301,6 @@ impl<B> ReceivedTable<B> {
             bitmap,
         }
     }
-}
-
-fn at(index: usize, error: Error) -> ReceiveError {
-    let error = Box::new(error);
-    RegionError { index, error }.into()
 }
 
 impl<B: NewBitmap + 'static> Default for ReceivedTable<B> {

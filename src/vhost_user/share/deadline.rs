@@ -144,11 +144,6 @@ impl CallDeadline {
         }
     }
 
-    /// The time that each call has.
-    pub fn limit(&self) -> Duration {
-        self.limit
-    }
-
     pub(super) fn set_limit(&mut self, limit: Duration) {
         self.limit = limit;
         // It may sleep towards a deadline that is later than the next one.

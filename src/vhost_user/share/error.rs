@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::range::GuestRange;
+use crate::region::MemoryError;
 use crate::units::{Counted, HumanSize};
 use crate::vhost_user::table::TableError;
 
@@ -47,7 +48,7 @@ pub enum ShareError {
     LogNotShared,
 
     /// There is no memfd for the daemon's dirty log. The daemon was not told of it.
-    Log(Box<crate::error::Error>),
+    Log(Box<MemoryError>),
 
     /// The time that a daemon takes cannot be watched; nothing was sent.
     #[non_exhaustive]
@@ -146,8 +147,9 @@ impl fmt::Display for ShareError {
             ),
             Self::Log(error) => error.fmt(f),
             Self::NoDeadline { .. } => f.write_str(
-                "the daemon's time to answer cannot be limited, and it might never answer: nothing \
-                 was sent; raise RLIMIT_NPROC (ulimit -u), or connect anew in this process",
+                "the daemon's time to answer cannot be limited, and it might never answer: \
+                 nothing was sent; raise RLIMIT_NPROC (ulimit -u), or connect anew in this \
+                 process",
             ),
             Self::GivenUp { reason } => f.write_str(reason),
             Self::Broken { reason } => {
@@ -166,8 +168,16 @@ impl Error for ShareError {
             Self::Daemon { failure, .. } => failure.source(),
             Self::Log(error) => error.source(),
             Self::NoDeadline { source } => Some(source),
+            // What is displayed of the reason does not name its cause.
+            Self::Broken { reason } => reason.source(),
             _ => None,
         }
+    }
+}
+
+impl From<MemoryError> for ShareError {
+    fn from(error: MemoryError) -> Self {
+        Self::Log(Box::new(error))
     }
 }
 
@@ -327,11 +337,14 @@ mod tests {
     fn the_connections_own_error_is_the_cause() {
         let failure = DaemonFailure::hung_up(io::Error::from_raw_os_error(104));
         let request = DaemonRequest::GetMaxSlots;
-        let error = ShareError::Daemon { request, failure };
-        let cause = error
-            .source()
-            .and_then(|cause| cause.downcast_ref::<io::Error>());
-        assert_eq!(cause.and_then(io::Error::raw_os_error), Some(104));
+        let first = ShareError::Daemon { request, failure };
+        let cause = |error: &ShareError| {
+            let cause = error.source()?.downcast_ref::<io::Error>();
+            cause.and_then(io::Error::raw_os_error)
+        };
+        assert_eq!(cause(&first), Some(104));
+        let reason = Arc::new(first);
+        assert_eq!(cause(&ShareError::Broken { reason }), Some(104));
         assert!(size_of::<ShareError>() <= 56, "{}", size_of::<ShareError>());
     }
 }

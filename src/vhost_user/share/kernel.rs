@@ -1,6 +1,5 @@
 //! The vhost backends inside the kernel (vhost-net, vhost-scsi, vhost-vsock) as a connection.
 
-use std::fmt;
 use std::sync::Arc;
 
 use vhost::{VHOST_MAX_MEMORY_REGIONS, VhostBackend, VhostUserMemoryRegionInfo};
@@ -44,6 +43,7 @@ const DEFAULT_MAX_REGIONS: usize = 64;
 ///     Ok(())
 /// }
 /// ```
+#[derive(Debug)]
 pub struct KernelVhost<V> {
     /// Before the mappings: dropped, it must not use them any more.
     backend: V,
@@ -134,16 +134,6 @@ impl<V: VhostBackend> DaemonConnection for KernelVhost<V> {
 
     fn disconnector(&self) -> Option<Disconnector> {
         None
-    }
-}
-
-impl<V: fmt::Debug> fmt::Debug for KernelVhost<V> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KernelVhost")
-            .field("backend", &self.backend)
-            .field("regions", &self.mapped.len())
-            .field("max_regions", &self.max_regions)
-            .finish()
     }
 }
 

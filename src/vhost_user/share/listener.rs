@@ -30,9 +30,15 @@ where
 
     fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
         self.update_memory(memory)
-            // Whoever attaches or connects waits for the daemon here; later no question is left
+            // Attaching or connecting waits for the daemon here; later no question is left
             // for `check`, which asks one daemon after the other.
-            .and_then(|_| self.learn_limits())
+            .and_then(|_| {
+                if self.mem_slots {
+                    self.max_slots().map(drop)
+                } else {
+                    Ok(())
+                }
+            })
             .map_err(|error| self.failed(error))
     }
 
@@ -51,14 +57,6 @@ impl<F: DaemonConnection> VhostUserShare<F> {
             return Err(ShareError::Gone);
         }
         self.check_not_broken()
-    }
-
-    /// Asks for what the limits are, if that is not known yet.
-    fn learn_limits(&mut self) -> Result<()> {
-        match self.mem_slots {
-            true => self.max_slots().map(drop),
-            false => Ok(()),
-        }
     }
 
     /// Lets go of what the daemon had acknowledged before the share broke.

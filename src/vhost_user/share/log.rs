@@ -6,11 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{GuestAddress, GuestMemoryRegion, VolatileMemory, VolatileSlice};
 
-use super::error::{Result, ShareError};
 use crate::backing::{ShmBacking, base_page_size};
 use crate::mapping::to_usize;
 use crate::range::{GuestRange, RangeSet};
-use crate::region::GuestRegionShm;
+use crate::region::{GuestRegionShm, MemoryError};
 use crate::vhost_user::table::MemoryTable;
 
 /// Bytes of guest memory per bit (vhost-user specification, "Migration"), whatever the page size.
@@ -62,8 +61,8 @@ impl DaemonLog {
     }
 
     /// A log without a bit set, in which no page counts yet. The size is a multiple of 8.
-    pub(super) fn new(size: u64) -> Result<Self> {
-        let backing = ShmBacking::create_growable("dirty-log", file_len(size)).map_err(no_memfd)?;
+    pub(super) fn new(size: u64) -> Result<Self, MemoryError> {
+        let backing = ShmBacking::create_growable("dirty-log", file_len(size))?;
         Ok(Self {
             bits: map(&backing)?,
             size,
@@ -73,10 +72,10 @@ impl DaemonLog {
 
     /// Makes it longer, a multiple of 8 bytes, if it is shorter than that. Mappings from before
     /// are mappings of the same bits.
-    pub(super) fn grow(&mut self, size: u64) -> Result<()> {
+    pub(super) fn grow(&mut self, size: u64) -> Result<(), MemoryError> {
         let len = file_len(size);
         if len > self.bits.backing().end() {
-            self.bits = map(&self.bits.backing().grow(len).map_err(no_memfd)?)?;
+            self.bits = map(&self.bits.backing().grow(len)?)?;
         }
         self.size = self.size.max(size);
         Ok(())
@@ -118,8 +117,8 @@ impl DaemonLog {
         for (word, mask) in self.pages.iter().flat_map(words) {
             let bits = self.with_word(word, |bits| match bits.load(Ordering::Relaxed) {
                 0 => 0,
-                // At once: a bit that is set from now on is seen next time. Whoever copies the
-                // page after this sees what was written before its bit was set.
+                // At once: a bit that is set from now on is seen next time. A copy of
+                // the page made after this has what was written before its bit was set.
                 _ => bits.fetch_and(!mask.to_le(), Ordering::SeqCst),
             });
             let bits = u64::from_le(bits) & mask;
@@ -152,12 +151,8 @@ fn file_len(size: u64) -> u64 {
     size.next_multiple_of(base_page_size())
 }
 
-fn map(backing: &ShmBacking) -> Result<GuestRegionShm> {
-    GuestRegionShm::from_backing(backing, 0, (GuestAddress(0), backing.end())).map_err(no_memfd)
-}
-
-fn no_memfd(error: impl Into<crate::error::Error>) -> ShareError {
-    ShareError::Log(Box::new(error.into()))
+fn map(backing: &ShmBacking) -> Result<GuestRegionShm, MemoryError> {
+    GuestRegionShm::from_backing(backing, 0, (GuestAddress(0), backing.end()))
 }
 
 fn pages_of(range: GuestRange) -> Range<u64> {

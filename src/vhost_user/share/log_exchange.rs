@@ -59,7 +59,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///         Ok(limit.run(|| frontend.set_features(features | LOG_ALL))??) // it uses it
     ///     })?
     /// }
-    /// // Each round, for as long as it logs: space.with_listener(&disk, |share| share.drain_dirty())?
+    /// // Each round, for as long as it logs:
+    /// // space.with_listener(&disk, |share| share.drain_dirty())?
     /// // At the end: SET_FEATURES without LOG_ALL, then share.stop_log().
     /// ```
     ///
@@ -101,7 +102,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// daemon, and one that goes on logging meets regions that its log has no bits for.
     pub fn stop_log(&mut self) -> StoppedLog {
         let stopped = self.logging.take().map(Logging::stop).unwrap_or_default();
-        for daemon in stopped.former_daemons() {
+        for daemon in &stopped.former_daemons {
             logs::warn!("logging stops, and {daemon}");
         }
         stopped

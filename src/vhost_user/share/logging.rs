@@ -187,7 +187,7 @@ impl Logging {
         });
         StoppedLog {
             dirty,
-            former: former.collect(),
+            former_daemons: former.collect(),
         }
     }
 }

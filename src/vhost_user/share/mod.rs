@@ -44,7 +44,7 @@ pub use stopped::{FormerDaemon, StoppedLog};
 
 /// How long a daemon may take to answer, unless set otherwise: mapping a region takes it
 /// microseconds, but it may be busy with I/O.
-const TIME_LIMIT: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(10);
 
 /// One daemon's memory table, kept equal to a [`MemoryTable`].
 ///
@@ -63,7 +63,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// use vhost::VhostBackend;
 /// use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
 /// # use guest_memory_shm::mock::MockDaemon;
-/// # ///
+/// # use vm_memory::GuestAddress;
 /// # let daemon = MockDaemon::builder().start_unnamed()?;
 /// # let stream = daemon.connect()?;
 /// # let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
@@ -108,21 +108,12 @@ pub struct VhostUserShare<F> {
 
 /// What an update did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ShareReport {
-    removed: usize,
-    added: usize,
-}
-
-impl ShareReport {
     /// The number of regions that the daemon was told to forget.
-    pub fn removed(&self) -> usize {
-        self.removed
-    }
-
+    pub removed: usize,
     /// The number of regions that the daemon was told of newly.
-    pub fn added(&self) -> usize {
-        self.added
-    }
+    pub added: usize,
 }
 
 impl<F: DaemonConnection> VhostUserShare<F> {
@@ -134,7 +125,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         let mut share = Self {
             connection,
             deadline: None,
-            limit: TIME_LIMIT,
+            limit: DEADLINE,
             mem_slots: false,
             reply_ack: false,
             acks_due: false,
@@ -226,11 +217,26 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         if *table == self.held {
             return Ok(());
         }
-        table.check_pages().map_err(TableError::from)?;
+        table.check_pages()?;
         self.connection.check_table(table)?;
-        match self.mem_slots {
-            true => self.check_slots(table),
-            false => Ok(check_whole(table, self.connection.max_table_regions())?),
+        let (limit, slots) = match self.mem_slots {
+            // Removals come first, so there are never more regions than in one of the two tables.
+            true => (self.max_slots()?, SlotLimit::Daemon),
+            false => {
+                let limit = self.connection.max_table_regions() as u64;
+                (limit, SlotLimit::Message)
+            }
+        };
+        match table.regions().len() {
+            0 if !self.mem_slots => Err(TableError::Empty.into()),
+            regions if regions as u64 > limit => {
+                Err(ShareError::Table(TableError::TooManyRegions {
+                    regions,
+                    limit,
+                    slots,
+                }))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -352,33 +358,6 @@ impl<F: DaemonConnection> VhostUserShare<F> {
                 Ok(*self.slots.insert(limit))
             }
         }
-    }
-
-    fn check_slots(&mut self, table: &MemoryTable) -> Result<()> {
-        let limit = self.max_slots()?;
-        let regions = table.regions().len();
-        // Removals come first, so there are never more regions than in one of the two tables.
-        if regions as u64 > limit {
-            let slots = SlotLimit::Daemon;
-            Err(TableError::TooManyRegions {
-                regions,
-                limit,
-                slots,
-            })?;
-        }
-        Ok(())
-    }
-}
-
-fn check_whole(table: &MemoryTable, limit: usize) -> Result<(), TableError> {
-    match table.regions().len() {
-        0 => Err(TableError::Empty),
-        regions if regions > limit => Err(TableError::TooManyRegions {
-            regions,
-            limit: limit as u64,
-            slots: SlotLimit::Message,
-        }),
-        _ => Ok(()),
     }
 }
 

@@ -15,31 +15,19 @@ use crate::range::GuestRange;
 ///     share: &mut VhostUserShare<impl DaemonConnection>,
 /// ) -> Result<Vec<guest_memory_shm::GuestRange>, String> {
 ///     let stopped = share.stop_log();
-///     match stopped.former_daemons() {
-///         [] => Ok(stopped.into_dirty()),
+///     match &stopped.former_daemons[..] {
+///         [] => Ok(stopped.dirty),
 ///         [first, ..] => Err(first.to_string()),
 ///     }
 /// }
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[must_use = "it has the last dirty pages"]
+#[non_exhaustive]
 pub struct StoppedLog {
-    pub(super) dirty: Vec<GuestRange>,
-    pub(super) former: Vec<FormerDaemon>,
-}
-
-impl StoppedLog {
     /// The pages that are dirty since the last
     /// [`drain_dirty`](crate::VhostUserShare::drain_dirty), as that gives them.
-    pub fn dirty(&self) -> &[GuestRange] {
-        &self.dirty
-    }
-
-    /// The same, to keep.
-    pub fn into_dirty(self) -> Vec<GuestRange> {
-        self.dirty
-    }
-
+    pub dirty: Vec<GuestRange>,
     /// The daemons whose connection ended while they logged, and that are not known to be dead, in
     /// the order of their ends, each process once. A daemon that closed its end of the connection
     /// is among them, and so is one that has served several connections and lives on.
@@ -47,28 +35,17 @@ impl StoppedLog {
     /// What they noted until now is in [`dirty`](Self::dirty). They still map guest RAM and the
     /// log, and what they write from now on is noted where it is not read any more. See that they
     /// are dead before the log is stopped, or count all that they can reach as dirty.
-    pub fn former_daemons(&self) -> &[FormerDaemon] {
-        &self.former
-    }
+    pub former_daemons: Vec<FormerDaemon>,
 }
 
 /// A daemon whose connection ended while it logged, and that may still write to guest RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct FormerDaemon {
-    pub(super) process: Option<u32>,
-    pub(super) reason: String,
-}
-
-impl FormerDaemon {
     /// The number of its process, if that is known: of the one that answered the log.
-    pub fn process(&self) -> Option<u32> {
-        self.process
-    }
-
+    pub process: Option<u32>,
     /// Why its connection ended.
-    pub fn reason(&self) -> &str {
-        &self.reason
-    }
+    pub reason: String,
 }
 
 impl fmt::Display for FormerDaemon {
@@ -95,8 +72,8 @@ mod tests {
             process: Some(12),
             reason: "it was silent".to_owned(),
         };
-        let text = "the daemon in process 12 may still write to guest RAM: see that it is dead (its \
-                    connection ended: it was silent)";
+        let text = "the daemon in process 12 may still write to guest RAM: see that it is dead \
+                    (its connection ended: it was silent)";
         assert_eq!(daemon.to_string(), text);
         daemon.process = None;
         assert!(

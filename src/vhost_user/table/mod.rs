@@ -13,7 +13,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use crate::backing::ShmBacking;
 use crate::mapping::Mapping;
 use crate::memory::GuestMemoryShm;
-use crate::range::{Difference, GuestRange, InvalidRange, Placed, holder, place_of};
+use crate::range::{Difference, GuestRange, Placed, holder, place_of};
 use crate::region::GuestRegionShm;
 
 mod error;
@@ -133,9 +133,9 @@ impl MemoryTable {
     }
 
     /// Refuses regions that are not whole pages: daemons map pages.
-    pub(crate) fn check_pages(&self) -> Result<(), InvalidRange> {
+    pub(crate) fn check_pages(&self) -> Result<(), TableError> {
         let whole = |region: &TableRegion| region.range.check_pages(region.backing.page_size());
-        self.regions.iter().try_for_each(whole)
+        Ok(self.regions.iter().try_for_each(whole)?)
     }
 
     /// Whether this very region is in the table.

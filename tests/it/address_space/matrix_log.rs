@@ -45,8 +45,8 @@ impl Writes {
         self.frozen.clear();
     }
 
-    /// Each daemon writes to a page of its own in each region that it maps; one in a process of its
-    /// own only if it is told of as `process`.
+    /// Each daemon writes to a page of its own in each region that it maps; one in a process of
+    /// its own only if it is told of as `process`.
     pub(super) fn write(&mut self, operation: Operation, process: Option<&Server>) {
         let starts: BTreeSet<u64> = regions(operation).map(|(start, _)| start * MIB).collect();
         let mut page = || {
@@ -125,7 +125,7 @@ impl World<'_> {
             let (true, Some(stopped)) = (self.case.logs, stopped) else {
                 continue;
             };
-            member.writes.harvest(stopped.dirty());
+            member.writes.harvest(&stopped.dirty);
             member.writes.are_harvested(&member.name);
             assert!(member.writes.are_some(), "{} wrote nothing", member.name);
             let lost = self.expected.broken[at] && self.case.subject() != Some(at);
@@ -137,11 +137,11 @@ impl World<'_> {
 
 /// Asserts that daemons that may write are named, and those that are known to be dead are not.
 fn names_the_living(stopped: &StoppedLog, lost: bool, name: &str) {
-    let named = stopped.former_daemons();
+    let named = &stopped.former_daemons;
     assert!(!lost || !named.is_empty(), "{name} may write");
     for daemon in named {
         // All others were killed.
-        assert_eq!(daemon.process(), Some(std::process::id()), "{daemon}");
+        assert_eq!(daemon.process, Some(std::process::id()), "{daemon}");
     }
 }
 

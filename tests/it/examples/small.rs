@@ -12,7 +12,7 @@ const SMALL: [(&str, &[&str]); 5] = [
     (
         "ram",
         &[
-            "merge=on has no effect",
+            "reserve=on reserves nothing",
             "Read back: 0xcafe, hello",
             "In the hole: ",
             "After the device: 0xbeef",

@@ -9,7 +9,7 @@ use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable};
 use guest_memory_shm::{
     Access, AdoptPolicy, BackingError, BackingSource, CoreDump, Error, GuestMemoryShm,
     GuestRegionShm, GuestRom, NodeSet, NumaPolicy, OnFailure, PageSize, Populate, PopulateOptions,
-    Populated, RamOptions, SealPolicy, ShmBacking,
+    Populated, RamOptions, ShmBacking,
 };
 use nix::errno::Errno;
 use tempfile::TempDir;
@@ -22,7 +22,8 @@ const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 /// Two regions of this size, with a hole between them.
 const SIZE: u64 = 2 * MIB;
-const REGIONS: [(GuestAddress, u64); 2] = [(GuestAddress(0), SIZE), (GuestAddress(4 * SIZE), SIZE)];
+const REGIONS: [(GuestAddress, u64); 2] =
+    [(GuestAddress(0), SIZE), (GuestAddress(4 * SIZE), SIZE)];
 
 pub(super) const BUILDS: &[Operation] = &[
     Operation::new("build a memfd", |stage| build(stage, &RamOptions::new())),
@@ -83,7 +84,7 @@ fn huge() -> RamOptions {
 
 fn try_new(options: &RamOptions) -> Result<GuestMemoryShm, Error> {
     let builder = GuestMemoryShm::builder();
-    builder.add_ram(options.clone(), REGIONS).build()
+    Ok(builder.add_ram(options.clone(), REGIONS).build()?)
 }
 
 fn new(options: &RamOptions) -> GuestMemoryShm {
@@ -216,9 +217,7 @@ fn adopt(stage: &Stage) -> Outcome {
             .try_clone_to_owned()
             .unwrap(),
     );
-    let policy = AdoptPolicy::new()
-        .with_min_len(SIZE)
-        .with_seals(SealPolicy::Add);
+    let policy = AdoptPolicy::new().with_min_len(SIZE).with_added_seals();
     let adopted = stage.attacked(|| ShmBacking::adopt(fd.into(), &policy));
     match adopted {
         Ok(backing) => {
@@ -320,7 +319,8 @@ fn tell(stage: &Stage, options: &RamOptions) -> Outcome {
     let start = GuestAddress(4 * SIZE);
     memory.write_obj(1_u64, start).unwrap();
     let page = memory.iter().next().unwrap().backing().page_size();
-    let told = stage.attacked(|| -> Result<_, Error> { Ok((memory.stats()?, memory.extents(0)?)) });
+    let told =
+        stage.attacked(|| -> Result<_, Error> { Ok((memory.stats()?, memory.extents(0)?)) });
     match told {
         Ok((stats, extents)) => {
             assert_eq!((stats.size(), stats.allocated()), (2 * SIZE, page));
@@ -356,11 +356,11 @@ fn receive(stage: &Stage) -> Outcome {
     };
     let files = [file(&one), file(&two)];
     let third = file(&three);
-    let seals = AdoptPolicy::new().with_seals(SealPolicy::Require);
+    let seals = AdoptPolicy::new().with_required_seals();
     let policy = ReceivePolicy::new().with_descriptors(seals);
     let received = stage.attacked(|| {
         let table = ReceivedTable::<()>::new(policy).set([region(0), region(1)], files)?;
-        table.add(region(2), third)?.remove(region(0))
+        table.add(region(2), [third])?.remove(region(0))
     });
     match received {
         Ok(table) => {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use source::{Edge, House};
+use source::{Edge, House, public_names};
 
 mod lines;
 mod source;
@@ -106,6 +106,13 @@ fn no_files_use_each_other_in_a_circle() {
         .map(|Edge { from, to, name }| format!("{from} uses {name} of {to}"))
         .collect();
     assert!(circles.is_empty(), "{}", circles.join("\n"));
+}
+
+#[test]
+fn the_default_build_has_few_public_names() {
+    let names = public_names(&src(), &["kvm", "mock", "postcopy", "serde"]);
+    assert!(names.contains(&"GuestMemoryShm".to_owned()), "{names:?}");
+    assert!(names.len() <= 90, "{} names: {names:?}", names.len());
 }
 
 /// All that a file uses, by itself and through others.

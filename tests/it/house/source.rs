@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use syn::visit::{self, Visit};
-use syn::{Attribute, Item, ItemUse, UseTree, Visibility};
+use syn::{Attribute, Item, ItemUse, Meta, UseTree, Visibility};
 
 /// The files of a crate and what they use of each other, tests left out.
 pub(crate) struct House {
@@ -86,6 +86,32 @@ impl House {
         // A module as a whole is used by what is named of it elsewhere in the file.
         None
     }
+}
+
+/// The names that the root and its public modules hand on, without those of the features `off`.
+pub(crate) fn public_names(src: &Path, off: &[&str]) -> Vec<String> {
+    let mut names = Vec::new();
+    for file in ["lib.rs", "vhost_user/receive/mod.rs"] {
+        let tree = syn::parse_file(&fs::read_to_string(src.join(file)).unwrap()).unwrap();
+        for item in &tree.items {
+            let Item::Use(item) = item else { continue };
+            let feature = item
+                .attrs
+                .iter()
+                .find_map(|attribute| match &attribute.meta {
+                    Meta::List(list) if list.path.is_ident("cfg") => Some(list.tokens.to_string()),
+                    _ => None,
+                });
+            let is_off =
+                |text: &String| off.iter().any(|name| text.contains(&format!("{name:?}")));
+            if matches!(item.vis, Visibility::Public(_)) && !feature.as_ref().is_some_and(is_off) {
+                let mut leaves = Vec::new();
+                flatten(&item.tree, &mut Vec::new(), &mut leaves);
+                names.extend(leaves.into_iter().map(|(_, name)| name));
+            }
+        }
+    }
+    names
 }
 
 fn read_folder(folder: &Path, module: &[String], files: &mut BTreeMap<Module, Contents>) {

@@ -1,4 +1,4 @@
-//! Each misbehaviour, as the front-end meets it and as the daemon's table shows it.
+//! Each misbehaviour, as the frontend meets it and as the daemon's table shows it.
 
 use super::*;
 use std::sync::mpsc;

@@ -110,7 +110,7 @@ fn a_second_front_end_waits_for_its_turn() {
 fn a_drop_ends_every_kind_of_connection() {
     drop_in_time(MockDaemon::builder().start_unnamed().unwrap());
 
-    // Connected and idle, with a queue that runs; another front-end waits.
+    // Connected and idle, with a queue that runs; another frontend waits.
     let memory = guest(&[(0, 1 << 20)]);
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let (mut frontend, device) = negotiated(&daemon);
@@ -126,7 +126,7 @@ fn a_drop_ends_every_kind_of_connection() {
     assert!(frontend.get_features().is_err());
     drop(waiting);
 
-    // Silent, or about to answer in an hour, with a front-end that waits for it.
+    // Silent, or about to answer in an hour, with a frontend that waits for it.
     for fault in [
         Fault::NeverAnswer,
         Fault::AnswerLate(Duration::from_secs(3600)),

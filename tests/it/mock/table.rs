@@ -124,7 +124,7 @@ fn protocol_features_can_be_withheld() {
         assert_eq!(device.protocol_features().contains(acks), has_acks);
         let memory = guest(&[(0, 1 << 16)]);
         frontend.set_mem_table(&infos(&memory)).unwrap();
-        // A barrier, as a front-end without acknowledgements needs it.
+        // A barrier, as a frontend without acknowledgements needs it.
         frontend.get_features().unwrap();
         assert_eq!(daemon.table(), expected_table(&memory));
     }

@@ -22,11 +22,10 @@ fn accepted_by_us(text: &str) -> Result<(), String> {
     let build = |options: RamOptions| {
         let size = options.size().expect("a string has a size");
         match options.access() {
-            Access::ReadWrite => {
-                GuestRegionShm::<()>::new((GuestAddress(0), size), &options).map(drop)
-            }
             Access::ReadOnly => GuestRom::new((GuestAddress(0), size), &options).map(drop),
+            _ => GuestRegionShm::<()>::new((GuestAddress(0), size), &options).map(drop),
         }
+        .map_err(Error::from)
     };
     text.parse()
         .map_err(Error::from)
@@ -56,7 +55,10 @@ const ONLY_QEMU: &[Exception] = &[
     },
     Exception {
         reason: "touching what /dev/shm cannot hold is SIGBUS in QEMU",
-        holds: |_, ours| matches!(ours, Err(refusal) if refusal.contains(" the file system of /dev/shm holds ")),
+        holds: |_, ours| {
+            let short = " the file system of /dev/shm holds ";
+            ours.as_ref().is_err_and(|refusal| refusal.contains(short))
+        },
     },
     Exception {
         reason: "QEMU takes odd sizes of huge pages for powers of two",

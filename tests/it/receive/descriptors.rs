@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 
-use guest_memory_shm::{BackingError, BackingSource, Error, InvalidRange, PageSize, RangePart};
+use guest_memory_shm::{BackingError, BackingSource, InvalidRange, PageSize, RangePart};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 
@@ -10,7 +10,6 @@ use super::*;
 use crate::fork::dies_of_reading;
 use crate::isolation::{HugePool, in_own_process};
 use crate::proc::leaves_nothing;
-use crate::support::huge_pages_short;
 
 const HUGE: u64 = 2 << 20;
 
@@ -18,44 +17,47 @@ fn take(policy: &ReceivePolicy, file: impl Into<OwnedFd>) -> Result<ReceivedTabl
     map_table([good(0)], [file.into()], policy)
 }
 
-fn seals(seals: SealPolicy) -> ReceivePolicy {
-    ReceivePolicy::new().with_descriptors(AdoptPolicy::new().with_seals(seals))
+fn of(policy: AdoptPolicy) -> ReceivePolicy {
+    ReceivePolicy::new().with_descriptors(policy)
+}
+
+fn required() -> AdoptPolicy {
+    AdoptPolicy::new().with_required_seals()
+}
+
+fn added() -> AdoptPolicy {
+    AdoptPolicy::new().with_added_seals()
 }
 
 /// The error of the region's descriptor or mapping.
 #[track_caller]
-fn cause(error: &ReceiveError) -> &Error {
-    let ReceiveError::Region(refused) = error else {
-        panic!("{error:?}");
-    };
-    assert_eq!(refused.index(), 0);
+fn cause(error: &ReceiveError) -> &MemoryError {
     assert!(error.to_string().starts_with("region 0: "), "{error}");
-    refused.error()
+    cause_at(0, error)
 }
 
 #[test]
 fn an_unsealed_file_is_refused_when_the_policy_demands_seals() {
     in_own_process(|| {
-        let error =
-            leaves_nothing(|| take(&seals(SealPolicy::Require), unsealed(MIB)).unwrap_err());
+        let error = leaves_nothing(|| take(&of(required()), unsealed(MIB)).unwrap_err());
         assert!(matches!(
             cause(&error),
-            Error::Backing(BackingError::NotSealed { .. })
+            MemoryError::Backing(BackingError::NotSealed { .. })
         ));
         assert_eq!(error.reply_code(), 1);
         assert!(error.to_string().contains("MFD_ALLOW_SEALING"), "{error}");
 
         let half = unsealed(MIB);
         fcntl(&half, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).unwrap();
-        assert!(take(&seals(SealPolicy::Require), half).is_err());
+        assert!(take(&of(required()), half).is_err());
 
         let options = RamOptions::new().with_backing(BackingSource::PosixShm);
         let shm = ShmBacking::create(&options, MIB).unwrap();
         let fd = shm.as_fd().try_clone_to_owned().unwrap();
-        let error = take(&seals(SealPolicy::Require), fd).unwrap_err();
+        let error = take(&of(required()), fd).unwrap_err();
         assert!(matches!(
             cause(&error),
-            Error::Backing(BackingError::NotSealed { .. })
+            MemoryError::Backing(BackingError::NotSealed { .. })
         ));
     });
 }
@@ -64,11 +66,11 @@ fn an_unsealed_file_is_refused_when_the_policy_demands_seals() {
 fn a_frontend_cannot_truncate_a_file_that_the_policy_wants_sealed() {
     in_own_process(|| {
         for (policy, file, dies) in [
-            (SealPolicy::Any, unsealed(MIB), Some(Signal::SIGBUS)),
-            (SealPolicy::Add, unsealed(MIB), None),
-            (SealPolicy::Require, sealed(MIB), None),
+            (AdoptPolicy::new(), unsealed(MIB), Some(Signal::SIGBUS)),
+            (added(), unsealed(MIB), None),
+            (required(), sealed(MIB), None),
         ] {
-            let table = take(&seals(policy), file.try_clone().unwrap()).unwrap();
+            let table = take(&of(policy.clone()), file.try_clone().unwrap()).unwrap();
             let truncated = ftruncate(&file, 0);
             assert_eq!(truncated.is_ok(), dies.is_some(), "{policy:?}");
             let host = table.memory().get_host_address(GuestAddress(PAGE)).unwrap();
@@ -83,7 +85,7 @@ fn a_file_that_is_truncated_before_it_is_mapped_is_refused() {
     let sent = file.try_clone().unwrap();
     ftruncate(&file, PAGE as i64).unwrap();
     let error = take(&ReceivePolicy::new(), sent).unwrap_err();
-    let ReceiveError::FileTooShort { len: PAGE, .. } = error else {
+    let MemoryError::Backing(BackingError::TooShort { len: PAGE, .. }) = cause(&error) else {
         panic!("{error:?}");
     };
 }
@@ -91,13 +93,13 @@ fn a_file_that_is_truncated_before_it_is_mapped_is_refused() {
 #[test]
 fn a_file_that_is_sealed_against_writing_is_refused_whatever_the_policy() {
     for flag in [SealFlag::F_SEAL_WRITE, SealFlag::F_SEAL_FUTURE_WRITE] {
-        for policy in [SealPolicy::Any, SealPolicy::Add, SealPolicy::Require] {
+        for policy in [AdoptPolicy::new(), added(), required()] {
             let file = unsealed(MIB);
             fcntl(&file, FcntlArg::F_ADD_SEALS(flag)).unwrap();
-            let error = take(&seals(policy), file).unwrap_err();
+            let error = take(&of(policy.clone()), file).unwrap_err();
             assert!(matches!(
                 cause(&error),
-                Error::Backing(BackingError::WriteSealed { .. })
+                MemoryError::Backing(BackingError::WriteSealed { .. })
             ));
         }
     }
@@ -141,7 +143,7 @@ fn a_file_on_disk_is_refused_unless_the_policy_allows_it() {
     let error = take(&ReceivePolicy::new(), file.try_clone().unwrap()).unwrap_err();
     assert!(matches!(
         cause(&error),
-        Error::Backing(BackingError::OnDisk { .. })
+        MemoryError::Backing(BackingError::OnDisk { .. })
     ));
     assert_eq!(error.reply_code(), 9);
     let policy = ReceivePolicy::new().with_descriptors(AdoptPolicy::new().with_disk_files());
@@ -155,10 +157,7 @@ fn the_second_of_two_descriptors_is_named_and_the_first_is_given_back() {
             let files = [sealed(MIB), unsealed(MIB)];
             map_table([good(0), good(1)], files, &require_seals()).unwrap_err()
         });
-        let ReceiveError::Region(refused) = &error else {
-            panic!("{error:?}");
-        };
-        assert_eq!(refused.index(), 1);
+        cause_at(1, &error);
     });
 }
 
@@ -187,23 +186,22 @@ fn huge_pages_are_mapped_where_all_of_a_region_is_at_huge_pages() {
             (RangePart::Size, region(0, 0xa_0000, USER, 0)),
         ] {
             let error = leaves_nothing(|| map(region).unwrap_err());
-            let ReceiveError::Range {
-                cause:
-                    InvalidRange::Unaligned {
-                        part,
-                        page_size: HUGE,
-                        ..
-                    },
+            let MemoryError::Range(InvalidRange::Unaligned {
+                part,
+                page_size: HUGE,
                 ..
-            } = error
+            }) = cause(&error)
             else {
                 panic!("{error:?}");
             };
-            assert_eq!(part, at);
+            assert_eq!(*part, at);
         }
         let error = leaves_nothing(|| map(region(0, 5 * HUGE, USER, 0)).unwrap_err());
         assert!(
-            matches!(error, ReceiveError::FileTooShort { .. }),
+            matches!(
+                cause(&error),
+                MemoryError::Backing(BackingError::TooShort { .. })
+            ),
             "{error:?}"
         );
     });
@@ -224,7 +222,8 @@ fn a_pool_that_is_short_is_an_error_and_not_a_sigbus() {
             let file = file.try_clone().unwrap();
             map_table([region], [file], &ReceivePolicy::new()).unwrap_err()
         });
-        assert_eq!(huge_pages_short(cause(&error)), Some((1, 0)));
+        let short = cause(&error).shortage().unwrap();
+        assert_eq!((short.needed, short.left), (HUGE, 0));
         assert_eq!(error.reply_code(), 12);
     });
 }
@@ -236,19 +235,16 @@ fn a_daemon_without_address_space_refuses_and_keeps_its_table() {
         let (_, hard) = getrlimit(Resource::RLIMIT_AS).unwrap();
         setrlimit(Resource::RLIMIT_AS, 4 << 30, hard).unwrap();
         let giant = region(8 * MIB, 1 << 40, 0, 0);
-        let error = leaves_nothing(|| old.add(giant, sealed(1 << 40)).unwrap_err());
-        assert!(matches!(cause(&error), Error::Map(_)));
+        let error = leaves_nothing(|| old.add(giant, [sealed(1 << 40)]).unwrap_err());
+        assert!(matches!(cause(&error), MemoryError::Map(_)));
         assert_eq!(error.reply_code(), 12);
         // The second of a table, when the first is mapped already.
         let error = leaves_nothing(|| {
             let files = vec![sealed(MIB), sealed(1 << 40)];
             map(&[good(0), giant], files).unwrap_err()
         });
-        let ReceiveError::Region(refused) = &error else {
-            panic!("{error:?}");
-        };
-        assert_eq!(refused.index(), 1);
+        cause_at(1, &error);
         assert_eq!(old.ring(USER, MIB).unwrap(), GuestAddress(0));
-        assert!(old.add(good(2), sealed(MIB)).is_ok());
+        assert!(old.add(good(2), [sealed(MIB)]).is_ok());
     });
 }

@@ -4,8 +4,8 @@ use vhost::vhost_user::message::{
     self, VhostUserMemoryRegion, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags,
 };
 use vhost::vhost_user::{
-    Result as ProtocolResult, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures as Features,
-    VhostUserVirtioFeatures,
+    Result as ProtocolResult, VhostUserBackendReqHandlerMut,
+    VhostUserProtocolFeatures as Features, VhostUserVirtioFeatures,
 };
 use vm_memory::GuestMemoryAtomic;
 
@@ -63,7 +63,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         file: File,
         _postcopy: Option<bool>,
     ) -> ProtocolResult<Option<u64>> {
-        let table = self.table.add(region, file)?;
+        let table = self.table.add(region, [file])?;
         self.publish(table);
         Ok(None)
     }

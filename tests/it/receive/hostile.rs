@@ -1,6 +1,6 @@
 //! Tables that are refused for their numbers, and what is left as it was.
 
-use guest_memory_shm::{InvalidRange, RangePart};
+use guest_memory_shm::{BackingError, InvalidRange, MemoryError, RangePart};
 
 use super::*;
 use crate::isolation::in_own_process;
@@ -28,11 +28,11 @@ fn refused(make: impl Fn() -> (Vec<ReceivedRegion>, Vec<File>)) -> ReceiveError 
 fn refused_to_add(region: ReceivedRegion, make: impl Fn() -> File) -> ReceiveError {
     let old = table(2);
     old.memory().write_obj(0x5a_u8, GuestAddress(3)).unwrap();
-    let refused = leaves_nothing(|| old.add(region, make()).unwrap_err());
+    let refused = leaves_nothing(|| old.add(region, [make()]).unwrap_err());
     assert_ne!(refused.reply_code(), 0);
     is_whole(&old);
     // The next good one is taken.
-    assert_eq!(old.add(good(2), sealed(MIB)).unwrap().regions().len(), 3);
+    assert_eq!(old.add(good(2), [sealed(MIB)]).unwrap().regions().len(), 3);
     refused
 }
 
@@ -66,6 +66,7 @@ fn a_descriptor_too_few_or_too_many_is_refused() {
             let ReceiveError::Descriptors {
                 regions: r,
                 descriptors: d,
+                ..
             } = error
             else {
                 panic!("{error:?}");
@@ -85,7 +86,8 @@ fn a_ninth_region_is_refused() {
                 error,
                 ReceiveError::TooManyRegions {
                     regions: 9,
-                    limit: 8
+                    limit: 8,
+                    ..
                 }
             ),
             "{error:?}"
@@ -98,8 +100,8 @@ fn a_ninth_region_is_refused() {
 fn more_memory_than_the_policy_allows_is_refused() {
     let policy = require_seals().with_max_size(3 * MIB);
     let three = map_table((0..3).map(good), files(3), &policy).unwrap();
-    let fourth = three.add(good(3), sealed(MIB)).unwrap_err();
-    let ReceiveError::TooMuchMemory { size, limit } = fourth else {
+    let fourth = three.add(good(3), [sealed(MIB)]).unwrap_err();
+    let ReceiveError::TooMuchMemory { size, limit, .. } = fourth else {
         panic!("{fourth:?}");
     };
     assert_eq!((size, limit), (4 << 20, 3 * MIB));
@@ -120,25 +122,15 @@ fn a_region_of_size_zero_is_refused() {
     in_own_process(|| {
         let empty = ReceivedRegion { size: 0, ..good(2) };
         let error = refused(|| (vec![good(0), empty], files(2)));
+        let cause = cause_at(1, &error);
         assert!(
-            matches!(
-                error,
-                ReceiveError::Range {
-                    index: 1,
-                    cause: InvalidRange::Empty { .. }
-                }
-            ),
+            matches!(cause, MemoryError::Range(InvalidRange::Empty { .. })),
             "{error:?}"
         );
         let error = refused_to_add(empty, || sealed(MIB));
+        let cause = cause_at(0, &error);
         assert!(
-            matches!(
-                error,
-                ReceiveError::Range {
-                    index: 0,
-                    cause: InvalidRange::Empty { .. }
-                }
-            ),
+            matches!(cause, MemoryError::Range(InvalidRange::Empty { .. })),
             "{error:?}"
         );
     });
@@ -244,6 +236,7 @@ fn an_overlap_is_found_among_many_regions() {
         range,
         other,
         other_range,
+        ..
     } = error
     else {
         panic!("{error:?}");
@@ -260,18 +253,14 @@ fn neighbours_do_not_overlap() {
 }
 
 /// What of region 0 is not at a page, and its value.
-fn unaligned(error: ReceiveError) -> (RangePart, u64) {
-    match error {
-        ReceiveError::Range {
-            index: 0,
-            cause:
-                InvalidRange::Unaligned {
-                    part,
-                    value,
-                    page_size: PAGE,
-                    ..
-                },
-        } => (part, value),
+fn unaligned(error: &ReceiveError) -> (RangePart, u64) {
+    match cause_at(0, error) {
+        MemoryError::Range(InvalidRange::Unaligned {
+            part,
+            value,
+            page_size: PAGE,
+            ..
+        }) => (*part, *value),
         _ => panic!("{error:?}"),
     }
 }
@@ -286,7 +275,7 @@ fn what_is_not_at_pages_is_refused() {
             ] {
                 let error = refused(|| (vec![region], files(1)));
                 assert_eq!(error.reply_code(), 22);
-                let (part, value) = unaligned(error);
+                let (part, value) = unaligned(&error);
                 assert_eq!((part, value % PAGE), (at, odd));
             }
             let part = region(8 * MIB, PAGE + odd, USER + 64 * MIB, 0);
@@ -294,7 +283,7 @@ fn what_is_not_at_pages_is_refused() {
                 refused(|| (vec![part], files(1))),
                 refused_to_add(part, || sealed(MIB)),
             ] {
-                assert_eq!(unaligned(error), (RangePart::Size, PAGE + odd));
+                assert_eq!(unaligned(&error), (RangePart::Size, PAGE + odd));
             }
         }
     });
@@ -321,21 +310,20 @@ fn a_region_that_is_longer_than_its_file_is_refused() {
             (0, PAGE, 0),
         ] {
             let long = region(8 * MIB, size, USER + 64 * MIB, offset);
-            for error in [
-                refused(|| (vec![long], vec![sealed(len)])),
-                refused(|| (vec![good(0), long], vec![sealed(MIB), sealed(len)])),
-                refused_to_add(long, || sealed(len)),
+            for (at, error) in [
+                (0, refused(|| (vec![long], vec![sealed(len)]))),
+                (
+                    1,
+                    refused(|| (vec![good(0), long], vec![sealed(MIB), sealed(len)])),
+                ),
+                (0, refused_to_add(long, || sealed(len))),
             ] {
-                let ReceiveError::FileTooShort {
-                    offset: o,
-                    size: s,
-                    len: l,
-                    ..
-                } = error
+                let MemoryError::Backing(BackingError::TooShort { len: l, needed, .. }) =
+                    cause_at(at, &error)
                 else {
                     panic!("{error:?}");
                 };
-                assert_eq!((o, s, l), (offset, size, len));
+                assert_eq!((*l, *needed), (len, offset + size));
                 assert_eq!(error.reply_code(), 6);
             }
         }
@@ -344,8 +332,8 @@ fn a_region_that_is_longer_than_its_file_is_refused() {
 
 #[test]
 fn no_descriptor_is_looked_at_before_the_numbers_are_right() {
-    // With SealPolicy::Add the look would be seen.
-    let policy = AdoptPolicy::new().with_seals(SealPolicy::Add);
+    // With added seals the look would be seen.
+    let policy = AdoptPolicy::new().with_added_seals();
     let policy = ReceivePolicy::new().with_descriptors(policy);
     let file = unsealed(MIB);
     let overlapping = [

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use guest_memory_shm::receive::{ReceiveError, ReceivePolicy, ReceivedRegion, ReceivedTable};
-use guest_memory_shm::{AdoptPolicy, GuestMemoryShm, RamOptions, SealPolicy, ShmBacking};
+use guest_memory_shm::{AdoptPolicy, GuestMemoryShm, MemoryError, RamOptions, ShmBacking};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
@@ -57,7 +57,7 @@ fn good(number: u64) -> ReceivedRegion {
 }
 
 fn require_seals() -> ReceivePolicy {
-    let seals = AdoptPolicy::new().with_seals(SealPolicy::Require);
+    let seals = AdoptPolicy::new().with_required_seals();
     ReceivePolicy::new().with_descriptors(seals)
 }
 
@@ -65,6 +65,15 @@ fn require_seals() -> ReceivePolicy {
 fn table(count: u64) -> ReceivedTable {
     let files = (0..count).map(|_| sealed(MIB));
     map_table((0..count).map(good), files, &require_seals()).unwrap()
+}
+
+/// Why the region at this place in the message was not mapped.
+#[track_caller]
+fn cause_at(place: usize, error: &ReceiveError) -> &MemoryError {
+    match error {
+        ReceiveError::Region { index, cause, .. } if *index == place => cause,
+        _ => panic!("{error:?}"),
+    }
 }
 
 /// What a daemon without any region makes of SET_MEM_TABLE.

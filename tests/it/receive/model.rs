@@ -120,7 +120,7 @@ fn tables_and_translations_are_those_of_a_naive_model() {
                 Step::Add(new) => {
                     let fits = model.len() < 8 && new.can_be_in(&model);
                     let expected = fits.then(|| [&model[..], &[new]].concat());
-                    (1, table.add(new.region(), file()), expected)
+                    (1, table.add(new.region(), [file()]), expected)
                 }
                 Step::Remove(which, other) => {
                     let region = match (other, model.is_empty()) {

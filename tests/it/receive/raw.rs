@@ -95,19 +95,14 @@ fn serve(socket: &UnixStream, policy: ReceivePolicy) -> ReceivedTable {
         let Message {
             request,
             payload,
-            mut files,
+            files,
         } = message;
         let next = match request {
-            SET_MEM_TABLE => {
-                ReceivedRegion::decode_table(&payload).and_then(|regions| table.set(regions, files))
+            SET_MEM_TABLE => ReceivedRegion::decode_table(&payload)
+                .and_then(|regions| table.set(regions, files)),
+            ADD_MEM_REG => {
+                ReceivedRegion::decode(&payload).and_then(|region| table.add(region, files))
             }
-            ADD_MEM_REG => ReceivedRegion::decode(&payload).and_then(|region| match files.pop() {
-                Some(file) if files.is_empty() => table.add(region, file),
-                last => Err(ReceiveError::Descriptors {
-                    regions: 1,
-                    descriptors: files.len() + last.iter().len(),
-                }),
-            }),
             REM_MEM_REG => {
                 drop(files);
                 ReceivedRegion::decode(&payload).and_then(|region| table.remove(region))

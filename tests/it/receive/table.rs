@@ -87,7 +87,8 @@ fn eight_regions_are_taken_and_more_where_more_slots_are_offered() {
             refused,
             ReceiveError::TooManyRegions {
                 regions: 9,
-                limit: 8
+                limit: 8,
+                ..
             }
         ),
         "{refused:?}"
@@ -95,20 +96,24 @@ fn eight_regions_are_taken_and_more_where_more_slots_are_offered() {
     let more = ReceivePolicy::new().with_mem_slots(9);
     let nine: ReceivedTable = map_table((0..9).map(good), files(), &more).unwrap();
     assert_eq!(nine.memory().num_regions(), 9);
-    let tenth = nine.add(good(9), sealed(MIB)).unwrap_err();
+    let tenth = nine.add(good(9), [sealed(MIB)]).unwrap_err();
     assert!(
         matches!(
             tenth,
             ReceiveError::TooManyRegions {
                 regions: 10,
-                limit: 9
+                limit: 9,
+                ..
             }
         ),
         "{tenth:?}"
     );
     // A slot that is free again can be used again.
     let eight = nine.remove(good(3)).unwrap();
-    assert_eq!(eight.add(good(9), sealed(MIB)).unwrap().regions().len(), 9);
+    assert_eq!(
+        eight.add(good(9), [sealed(MIB)]).unwrap().regions().len(),
+        9
+    );
 
     let few = ReceivePolicy::new().with_mem_slots(1);
     assert!(map_table([good(0), good(1)], files().take(2), &few).is_err());
@@ -127,13 +132,13 @@ fn fills_and_empties_509_slots() {
     let at = |n: u64| region(n * 2 * PAGE, PAGE, USER + (1000 - n) * PAGE, n * PAGE);
     let mut table = ReceivedTable::<()>::new(require_seals().with_mem_slots(509));
     for n in 0..509 {
-        table = table.add(at(n), file.try_clone().unwrap()).unwrap();
+        table = table.add(at(n), [file.try_clone().unwrap()]).unwrap();
     }
     for n in 0..509 {
         let user = USER + (1000 - n) * PAGE + 5;
         assert_eq!(table.guest_addr(user), Some(GuestAddress(n * 2 * PAGE + 5)));
     }
-    assert!(table.add(at(600), file.try_clone().unwrap()).is_err());
+    assert!(table.add(at(600), [file.try_clone().unwrap()]).is_err());
     for n in (0..509).rev() {
         table = table.remove(at(n)).unwrap();
     }
@@ -148,7 +153,7 @@ fn adding_and_removing_leaves_the_other_regions_where_they_are() {
         let addr = GuestAddress(2 * n * MIB);
         table.memory().get_host_address(addr).unwrap().addr()
     };
-    let new = old.add(good(2), sealed(MIB)).unwrap();
+    let new = old.add(good(2), [sealed(MIB)]).unwrap();
     assert_eq!(
         (host(&new, 0), host(&new, 1)),
         (host(&old, 0), host(&old, 1))
@@ -213,7 +218,7 @@ fn a_removed_region_stays_mapped_as_long_as_a_queue_uses_it() {
         let nothing = Holdings::now();
         let file = sealed(MIB);
         let empty = ReceivedTable::<()>::new(require_seals());
-        let old = empty.add(good(0), file.try_clone().unwrap()).unwrap();
+        let old = empty.add(good(0), [file.try_clone().unwrap()]).unwrap();
         let published = GuestMemoryAtomic::new(old.memory().clone());
         let queue = published.memory();
 
@@ -282,6 +287,7 @@ fn a_ring_must_lie_inside_one_region() {
             user_addr,
             len: refused_len,
             left: found,
+            ..
         } = refused
         else {
             panic!("{refused:?}");
@@ -292,7 +298,9 @@ fn a_ring_must_lie_inside_one_region() {
     for user in [0, USER - 1, USER + 2 * MIB, u64::MAX] {
         for len in [0, 1, u64::MAX] {
             let refused = table.ring(user, len).unwrap_err();
-            assert!(matches!(refused, ReceiveError::NotMapped { user_addr } if user_addr == user));
+            assert!(
+                matches!(refused, ReceiveError::NotMapped { user_addr, .. } if user_addr == user)
+            );
             assert_eq!(refused.reply_code(), 14);
         }
     }
@@ -373,7 +381,7 @@ fn a_function_makes_the_bitmaps_of_all_tables_that_follow() {
     });
     let large = region(0, 2 * MIB, USER, 0);
     let one = none.set([large], [sealed(2 * MIB)]).unwrap();
-    let two = one.add(good(1), sealed(MIB)).unwrap();
+    let two = one.add(good(1), [sealed(MIB)]).unwrap();
     for addr in [0x3000, 2 * MIB + 0x3000] {
         two.memory().write_obj(1_u8, GuestAddress(addr)).unwrap();
     }
@@ -394,7 +402,7 @@ fn a_function_that_panics_leaves_nothing() {
         });
         let table = empty.set([good(0)], [sealed(MIB)]).unwrap();
         leaves_nothing(|| {
-            let added = AssertUnwindSafe(|| table.add(good(1), sealed(MIB)));
+            let added = AssertUnwindSafe(|| table.add(good(1), [sealed(MIB)]));
             assert!(catch_unwind(added).is_err());
         });
         assert_eq!(table.memory().num_regions(), 1);

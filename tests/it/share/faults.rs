@@ -23,9 +23,9 @@ fn play(fault: Fault, builder: &MockDaemonBuilder, acks: bool, slots: bool) {
             (&first, "remove the region 0x100000..=0x1fffff (1 MiB)"),
         ],
         false => [
-            (&first, "take a memory table of 1 regions"),
+            (&first, "take a memory table of 1 region"),
             (&more, "take a memory table of 2 regions"),
-            (&first, "take a memory table of 1 regions"),
+            (&first, "take a memory table of 1 region"),
         ],
     };
     for failing in 0..updates.len() {
@@ -83,7 +83,7 @@ fn play(fault: Fault, builder: &MockDaemonBuilder, acks: bool, slots: bool) {
         }
         assert_eq!(peer.daemon.requests(), [], "a broken share sends nothing");
 
-        // It serves one front-end at a time: the broken one has to go first.
+        // It serves one frontend at a time: the broken one has to go first.
         drop(share.into_connection());
         let (mut share, _) = peer.share();
         share.update_table(&more.memory_table()).unwrap();
@@ -197,20 +197,17 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
         if fault == Fault::Refuse {
             // It is there, and holds the first region.
             assert!(share.broken().is_none());
-            assert_eq!(
-                share.update_table(&memory.memory_table()).unwrap().added(),
-                2
-            );
+            assert_eq!(share.update_table(&memory.memory_table()).unwrap().added, 2);
             peer.holds(&memory.memory_table());
             continue;
         }
-        // The daemon serves one front-end at a time: the broken share must have hung up.
+        // The daemon serves one frontend at a time: the broken share must have hung up.
         let (frontend, device) = peer.connect();
         drop(share.reconnect(frontend, device.protocol_features()));
         assert!(share.broken().is_none());
         let mut share = share.with_deadline(PATIENCE);
         let report = share.update_table(&memory.memory_table()).unwrap();
-        assert_eq!(report.added(), 3, "{fault:?}");
+        assert_eq!(report.added, 3, "{fault:?}");
         peer.holds(&memory.memory_table());
         share
             .update_table(&without(&memory, &[1]).memory_table())
@@ -275,7 +272,7 @@ fn after_a_hang_up_the_whole_present_table_is_sent_anew() {
     drop(share.reconnect(frontend, device.protocol_features()));
     assert_eq!(share.table(), &MemoryTable::default());
     let report = share.update_table(&now.memory_table()).unwrap();
-    assert_eq!((report.removed(), report.added()), (0, 10));
+    assert_eq!((report.removed, report.added), (0, 10));
     peer.holds(&now.memory_table());
 }
 

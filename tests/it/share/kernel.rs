@@ -111,7 +111,7 @@ fn the_kernel_is_told_whole_tables_and_a_refusal_changes_nothing() {
     // More than vhost-user's message carries.
     let starts: Vec<u64> = (0..20).collect();
     let first = memory(&starts);
-    assert_eq!(share.update_memory(&first).unwrap().added(), 20);
+    assert_eq!(share.update_memory(&first).unwrap().added, 20);
     backend.holds(&first);
 
     let second = without(&with(&first, &[30]), &[3]);

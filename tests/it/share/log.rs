@@ -21,8 +21,8 @@ pub(super) fn logging(peer: &Peer) -> (Share, BlkDevice) {
     (share.with_deadline(PATIENCE), device)
 }
 
-/// The numbers of the pages that are dirty, but for the rings: the device writes there for a moment
-/// after it has answered, to be notified of the next request.
+/// The numbers of the pages that are dirty, but for the rings: the device writes there for a
+/// moment after it has answered, to be notified of the next request.
 pub(super) fn drain(share: &mut Share) -> BTreeSet<u64> {
     let mut dirty = pages(&share.drain_dirty());
     dirty.remove(&(RINGS.0 / PAGE));
@@ -165,8 +165,8 @@ fn the_log_goes_before_a_table_that_grows_and_after_each_and_never_gets_smaller(
     expect(&mut share, &first, &[("ADD", 0), ("ADD", 10), ("LOG", 31)]);
     let stopped = share.stop_log();
     // Other RAM came to these addresses once, which counts as written.
-    assert_eq!(pages(stopped.dirty()), (0..MIB / PAGE).collect());
-    assert_eq!(stopped.former_daemons(), []);
+    assert_eq!(pages(&stopped.dirty), (0..MIB / PAGE).collect());
+    assert_eq!(stopped.former_daemons, []);
     expect(&mut share, &grown, &[("ADD", 20)]);
 }
 
@@ -210,8 +210,8 @@ fn nothing_dirty_is_lost_while_the_log_grows_and_shrinks() {
     share.update_memory(&grown).unwrap();
     written.insert(touch(&mut driver, 40 * MIB + PAGE));
     let stopped = share.stop_log();
-    assert_eq!(stopped.former_daemons(), []);
-    let dirty = stopped.into_dirty();
+    assert_eq!(stopped.former_daemons, []);
+    let dirty = stopped.dirty;
     assert!(written.is_subset(&pages(&dirty)), "{written:?} {dirty:?}");
     assert!(dirty.is_sorted() && !share.is_logging());
     assert_eq!(share.drain_dirty(), []);
@@ -382,7 +382,7 @@ fn a_daemon_of_an_address_space_logs_what_is_plugged_and_a_change_that_is_undone
     space.remove((GuestAddress(40 * MIB), MIB)).told_all();
     written.insert(touch(&mut driver, 10 * MIB + 2 * PAGE));
     let stopped = space.with_listener(&blk, Share::stop_log).unwrap();
-    let dirty = stopped.dirty();
+    let dirty = &stopped.dirty;
     assert!(written.is_subset(&pages(dirty)), "{written:?} {dirty:?}");
 }
 

@@ -34,7 +34,8 @@ fn reconnect(peer: &Peer, share: &mut Share, to: &GuestMemoryShm) -> MockWriter 
 }
 
 #[test]
-fn what_a_daemon_notes_in_a_log_that_it_never_answers_is_harvested_before_and_after_reconnecting() {
+fn what_a_daemon_notes_in_a_log_that_it_never_answers_is_harvested_before_and_after_reconnecting()
+{
     for builder in [
         MockDaemon::builder(),
         MockDaemon::builder().without_mem_slots(),
@@ -71,7 +72,7 @@ fn what_a_daemon_notes_in_a_log_that_it_never_answers_is_harvested_before_and_af
                 let all = BTreeSet::from([later, after, by_the_new]);
                 assert!(dirty.is_superset(&all), "{kind:?}: {all:?} {dirty:?}");
                 let last = write(&writer, 10 * MIB + 5 * PAGE);
-                assert!(pages(share.stop_log().dirty()).contains(&last));
+                assert!(pages(&share.stop_log().dirty).contains(&last));
             }
         }
     }
@@ -112,8 +113,8 @@ fn what_a_daemon_holds_without_logging_counts_when_it_ends_and_again_when_the_lo
 
     write(&writer, 20 * MIB);
     let stopped = share.stop_log();
-    assert!(pages(stopped.dirty()).contains(&(20 * MIB / PAGE)));
-    assert_eq!(stopped.former_daemons().len(), 1);
+    assert!(pages(&stopped.dirty).contains(&(20 * MIB / PAGE)));
+    assert_eq!(stopped.former_daemons.len(), 1);
 }
 
 #[test]
@@ -129,16 +130,16 @@ fn a_daemon_that_was_hung_up_on_is_named_once_with_its_process_and_the_reason() 
         reconnect(&peer, &mut share, &first);
     }
     let stopped = share.stop_log();
-    let [daemon] = stopped.former_daemons() else {
+    let [daemon] = &stopped.former_daemons[..] else {
         panic!("{stopped:?}");
     };
     // This one.
-    assert_eq!(daemon.process(), Some(std::process::id()));
-    assert!(daemon.reason().contains("within 500ms"), "{daemon}");
+    assert_eq!(daemon.process, Some(std::process::id()));
+    assert!(daemon.reason.contains("within 500ms"), "{daemon}");
 
     // A log that starts anew has nothing to say of those before it.
     share.start_log().unwrap();
-    assert_eq!(share.stop_log().former_daemons(), []);
+    assert_eq!(share.stop_log().former_daemons, []);
 }
 
 #[test]
@@ -149,7 +150,7 @@ fn one_that_could_reach_no_ram_and_one_that_goes_on_are_not_named() {
     peer.daemon.inject_at_log(1, Fault::HangUpBefore);
     share.update_memory(&memory(&[0])).unwrap_err();
     reconnect(&peer, &mut share, &memory(&[0]));
-    assert_eq!(share.stop_log().former_daemons(), []);
+    assert_eq!(share.stop_log().former_daemons, []);
 }
 
 #[test]
@@ -165,8 +166,8 @@ fn one_that_was_replaced_while_it_was_well_is_named() {
     reconnect(&second, &mut share, &memory);
     let noted = write(&writer, PAGE);
     let stopped = share.stop_log();
-    assert!(pages(stopped.dirty()).contains(&noted));
-    let reason = stopped.former_daemons()[0].reason();
+    assert!(pages(&stopped.dirty).contains(&noted));
+    let reason = &stopped.former_daemons[0].reason;
     assert_eq!(reason, "another connection took its place");
 }
 
@@ -193,9 +194,9 @@ fn a_process_that_is_dead_is_not_named_and_one_that_is_stopped_is() {
         share.update_memory(&with(&first, &[10])).unwrap_err();
         let named: Vec<_> = share
             .stop_log()
-            .former_daemons()
+            .former_daemons
             .iter()
-            .map(|former| former.process())
+            .map(|former| former.process)
             .collect();
         match dies {
             true => assert_eq!(named, []),
@@ -294,5 +295,5 @@ fn a_daemon_that_hangs_up_right_after_its_answer_did_not_take_the_log() {
         "{gone}"
     );
     let named = share.stop_log();
-    assert_eq!(named.former_daemons().len(), 1);
+    assert_eq!(named.former_daemons.len(), 1);
 }

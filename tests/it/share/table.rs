@@ -15,7 +15,7 @@ fn the_daemon_maps_our_files_and_bytes_pass_both_ways() {
         let peer = Peer::start(MockDaemon::builder());
         let (mut share, device) = peer.share();
         let report = share.update_table(&memory.memory_table()).unwrap();
-        assert_eq!((report.removed(), report.added()), (0, 2));
+        assert_eq!((report.removed, report.added), (0, 2));
         // The same inode: shared, not copied.
         peer.holds(&memory.memory_table());
         let [low, high] = &peer.daemon.table()[..] else {
@@ -112,7 +112,7 @@ fn only_the_difference_is_sent_removals_from_above_then_additions_from_below() {
     peer.daemon.clear_requests();
     let second = without(&with(&first, &[5, 20, 40]), &[10, 30]);
     let report = share.update_table(&second.memory_table()).unwrap();
-    assert_eq!((report.removed(), report.added()), (3, 3));
+    assert_eq!((report.removed, report.added), (3, 3));
     let expected = [
         ("REM", 30),
         ("REM", 20),
@@ -129,7 +129,7 @@ fn only_the_difference_is_sent_removals_from_above_then_additions_from_below() {
 
     peer.daemon.clear_requests();
     let report = share.update_table(&second.memory_table()).unwrap();
-    assert_eq!((report.removed(), report.added()), (0, 0));
+    assert_eq!((report.removed, report.added), (0, 0));
     assert_eq!(peer.daemon.requests(), []);
 }
 

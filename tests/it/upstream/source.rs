@@ -192,8 +192,7 @@ impl Patched {
         write(&dir, "lib.rs", &lib);
         manifest(
             &dir,
-            "vmm-sys-util = \"0.15\"
-             [features]
+            "[features]
              default = [\"backend-atomic\", \"backend-bitmap\", \"backend-mmap\", \"rawfd\"]
              backend-atomic = []
              backend-bitmap = []
@@ -226,10 +225,10 @@ impl Patched {
         }
         manifest(
             &dir,
-            "log = \"0.4\"
+            "[dev-dependencies]
+             log = \"0.4\"
              memoffset = \"0.9\"
-             virtio-bindings = \"0.2\"
-             vmm-sys-util = \"0.15\"",
+             virtio-bindings = \"0.2\"",
         );
         Self { dir, tests }
     }
@@ -293,7 +292,10 @@ fn manifest(dir: &Path, more: &str) {
          [workspace]
          [dependencies]
          guest-memory-shm = {{ path = {:?}, default-features = false }}
-         vm-memory = {{ version = \"0.18\", features = [\"backend-atomic\", \"backend-bitmap\", \"backend-mmap\"] }}
+         vmm-sys-util = \"0.15\"
+         [dependencies.vm-memory]
+         version = \"0.18\"
+         features = [\"backend-atomic\", \"backend-bitmap\", \"backend-mmap\"]
          {more}",
         top()
     );

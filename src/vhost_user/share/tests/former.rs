@@ -16,7 +16,7 @@ fn addresses_that_are_mapped_anew_count_as_written() {
     share.update_table(&table(&[0, 10])).unwrap();
     share.start_log().unwrap();
     assert_eq!(share.drain_dirty(), []);
-    // Other RAM at 0; what comes at 20 is used by nobody yet.
+    // Other RAM at 0; what comes at 20 is not used yet.
     let mut next = share.table().clone();
     next.remove(&next.regions()[0].clone());
     let news = table(&[0, 20]);
@@ -60,7 +60,7 @@ fn what_one_wrote_without_logging_before_it_died_counts_when_its_death_is_known(
             assert_eq!(count(&share.drain_dirty()), 0, "once");
         }
         let stopped = share.stop_log();
-        assert_eq!(count(stopped.dirty()), if is_last { whole } else { 0 });
-        assert_eq!(stopped.former_daemons(), []);
+        assert_eq!(count(&stopped.dirty), if is_last { whole } else { 0 });
+        assert_eq!(stopped.former_daemons, []);
     }
 }

@@ -180,7 +180,7 @@ fn with_slots_and_acks_only_the_difference_is_sent_and_confirmed_once() {
 
     share.connection_mut().said.clear();
     let report = share.update_table(&table(&[1, 3, 5])).unwrap();
-    assert_eq!((report.removed(), report.added()), (2, 3));
+    assert_eq!((report.removed, report.added), (2, 3));
     assert_eq!(
         share.connection().said,
         [Remove(2), Remove(0), Add(1), Add(3), Add(5), Barrier]

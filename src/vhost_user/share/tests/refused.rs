@@ -86,7 +86,7 @@ fn a_failure_at_any_step_breaks_the_share_until_it_is_connected_anew() {
                     ..Script::default()
                 };
                 let _ = share.reconnect(fresh, features);
-                assert_eq!(share.update_table(&second).unwrap().added(), 2);
+                assert_eq!(share.update_table(&second).unwrap().added, 2);
                 assert!(share.broken().is_none());
                 assert_eq!(share.table(), &second);
                 let said = &share.connection().said;

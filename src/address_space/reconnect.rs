@@ -1,4 +1,4 @@
-//! Listeners that are daemons, which come and go.
+//! A new connection to a daemon that is a listener.
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
@@ -14,14 +14,14 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// Goes on with a new connection to a daemon, and tells it the present memory; gives back the
     /// old connection.
     ///
-    /// That is the memory only. What else the daemon knew, the VMM tells it again: before
-    /// this the virtio features (with `VHOST_F_LOG_ALL` not before the log was sent, that is after
-    /// it), after it the rings, and that they are enabled.
+    /// It is told the memory only. The VMM tells it the rest again: before this call the virtio
+    /// features (but `VHOST_F_LOG_ALL` after it, as the log comes with the memory), after it the
+    /// rings, and that they are enabled.
     ///
     /// `features` are the protocol features that were acknowledged on the new connection, and the
     /// daemon's limits are asked for anew: it may be another program by now. The daemon gets the
-    /// memory as at first, one region after the other where it takes them so, so that it does not
-    /// matter how far the memory has grown. Where it maps the regions while postcopy listens, the
+    /// memory as at first, one region after the other where it takes them so: it does not matter
+    /// how far the memory has grown. Where it maps the regions while postcopy listens, the
     /// [handler](VhostUserShare::with_base_handler) is told.
     ///
     /// Most daemons serve one frontend at a time: the old connection must have ended before they

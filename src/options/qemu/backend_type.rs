@@ -5,7 +5,7 @@ use crate::options::error::{OptionsError, Result};
 
 /// A type of memory backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(in crate::options) enum BackendType {
     Memfd,
     Shm,
     File,
@@ -23,16 +23,16 @@ macro_rules! properties {
     };
 }
 
-impl Kind {
+impl BackendType {
     const ALL: [Self; 3] = [Self::Memfd, Self::Shm, Self::File];
 
     /// The type with this name, if RAM of it can be shared.
     pub(super) fn from_name(name: &str) -> Result<Self> {
-        let kind = Self::ALL.into_iter().find(|kind| kind.name() == name);
-        kind.ok_or_else(|| OptionsError::UnknownType { found: name.into() })
+        let found = Self::ALL.into_iter().find(|known| known.name() == name);
+        found.ok_or_else(|| OptionsError::UnknownType { found: name.into() })
     }
 
-    pub(super) fn of(backing: &BackingSource) -> Self {
+    pub(in crate::options) fn of(backing: &BackingSource) -> Self {
         match backing {
             BackingSource::Memfd => Self::Memfd,
             BackingSource::PosixShm => Self::Shm,
@@ -41,7 +41,7 @@ impl Kind {
     }
 
     /// Its name in QEMU.
-    pub(super) fn name(self) -> &'static str {
+    pub(in crate::options) fn name(self) -> &'static str {
         match self {
             Self::Memfd => "memory-backend-memfd",
             Self::Shm => "memory-backend-shm",
