@@ -3,9 +3,9 @@
 //! which a reader takes anew for each batch of 256 accesses. Then the two once more on the
 //! concrete type, as a VMM's own code calls them, where `GuestMemoryShm` has methods of its own.
 //!
-//! `cargo bench --bench access` ends with two tables of the ratios of the two in this run; a filter
-//! (`-- write_obj`, `-- concrete`) leaves out what it does not name. Addresses are spread over all
-//! regions, so that a look-up cannot profit from the one before it.
+//! `cargo bench --bench access` ends with two tables of the ratios of the two in this run; a
+//! filter (`-- write_obj`, `-- concrete`) leaves out what it does not name. Addresses are spread
+//! over all regions, so that a look-up cannot profit from the one before it.
 
 use std::hint::black_box;
 use std::marker::PhantomData;

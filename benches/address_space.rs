@@ -38,16 +38,24 @@ fn main() -> Result<(), Failure> {
     let rounds = rounds.and_then(|rounds| rounds.parse().ok());
     let rounds = if test { 3 } else { rounds.unwrap_or(2000) };
 
-    println!("insert and remove of a region of 2 MiB, best and median of {rounds} rounds each, us");
+    println!(
+        "insert and remove of a region of 2 MiB, best and median of {rounds} rounds each, us"
+    );
     println!(
         "{:<10}{:>18}{:>24}{:>20}{:>16}{:>16}",
-        "daemons", "bare messages", "with the question", "AddressSpace", "ratio", "to the question"
+        "daemons",
+        "bare messages",
+        "with the question",
+        "AddressSpace",
+        "ratio",
+        "to the question"
     );
     for daemons in [1, 4, 16] {
         plug(daemons, rounds, None)?;
     }
     println!(
-        "and where the daemons take {LATE:?} for each change, each of them longer than the CPUs need:"
+        "and where the daemons take {LATE:?} for each change, each of them longer than the CPUs \
+         need:"
     );
     for daemons in [1, 4, 16] {
         plug(daemons, rounds.div_ceil(10), Some(LATE))?;

@@ -1,8 +1,9 @@
 //! Asking for the facts about running RAM: how long `stats` and `extents` take.
 //!
-//! `cargo bench --bench facts` prints the median times for 64 GiB of RAM around a PCI hole in which
-//! 10,000 scattered pages exist, for 4 GiB of which all but a page exists (so that nothing is known
-//! without a look), touched and mapped, and for as much that was allocated and never touched.
+//! `cargo bench --bench facts` prints the median times for 64 GiB of RAM around a PCI hole in
+//! which 10,000 scattered pages exist, for 4 GiB of which all but a page exists (so that nothing
+//! is known without a look), touched and mapped, and for as much that was allocated and never
+//! touched.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};

@@ -1,8 +1,8 @@
 //! One way of populating RAM, once: what `benches/populate_vs_qemu.sh` runs in turn with QEMU.
 //!
 //! `cargo bench --bench populate -- --mode prefault --backing shm --size 4096` prints the seconds
-//! that building took in this process. The script measures whole processes instead, as it must with
-//! QEMU: this one with `--mode lazy` and with another mode, the difference is the time of
+//! that building took in this process. The script measures whole processes instead, as it must
+//! with QEMU: this one with `--mode lazy` and with another mode, the difference is the time of
 //! populating, and of freeing it again at the end.
 
 use std::num::NonZeroU32;

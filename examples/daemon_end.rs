@@ -1,5 +1,5 @@
-//! A daemon's end: vhost's handler of requests on `receive`, which checks and maps the memory table
-//! of a frontend. That one is in the same process here, so that the example runs by itself.
+//! A daemon's end: vhost's handler of requests on `receive`, which checks and maps the memory
+//! table of a frontend. That one is in the same process here, so that the example runs by itself.
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;

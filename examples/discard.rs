@@ -31,8 +31,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let discarded = memory.discard((GuestAddress(1 << 20), 1 << 20))?;
     println!("           and then {} KiB are free", discarded.freed >> 10);
 
-    // Balloons report pages of 4 KiB. Huge pages are freed as a whole only: this collects them, and
-    // passes on at once what is backed by pages of 4 KiB, as here.
+    // Balloons report pages of 4 KiB. Huge pages are freed as a whole only: this collects them,
+    // and passes on at once what is backed by pages of 4 KiB, as here.
     let mut accumulator = DiscardAccumulator::new();
     let mut freed = 0;
     for page in (8 << 20..12 << 20).step_by(4096) {

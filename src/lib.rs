@@ -20,8 +20,8 @@
 //!
 //! # Four ideas
 //!
-//! - A **backing** ([`ShmBacking`]) is the object behind RAM: a descriptor of known size, a sealed
-//!   memfd unless asked otherwise ([`RamOptions`]). Daemons get this descriptor.
+//! - A **backing** ([`ShmBacking`]) is the object that backs RAM: a descriptor of known size, a
+//!   sealed memfd unless asked otherwise ([`RamOptions`]). Daemons get this descriptor.
 //! - A **region** ([`GuestRegionShm`]) is one mapping of a part of a backing, placed at a guest
 //!   address.
 //! - A **memory** ([`GuestMemoryShm`]) is an immutable, sorted set of regions with a constant-time
@@ -47,8 +47,8 @@
 //! | `range` | [`GuestRange`], sets of ranges, and the walk over regions held and wanted |
 //! | `host` | what this machine offers and forbids; the only reader of /proc and /sys |
 //! | `shortage` | [`Shortage`]: what is short, by which limit, and what to do; an error and a note |
-//! | `options` | [`RamOptions`]: what RAM is asked for, typed or in QEMU's syntax |
-//! | `report` | [`BuildReport`]: what building has to say: options without effect, limits that are near |
+//! | `options` | [`RamOptions`]: the RAM that is asked for, typed or in QEMU's syntax |
+//! | `report` | [`BuildReport`]: what building reports: options without effect, limits that are near |
 //! | `backing` | [`ShmBacking`]: a sized descriptor; requested, created, adopted |
 //! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
 //! | `ram` | the RAM of a region: mapping, backing, and the place in both |
@@ -57,11 +57,11 @@
 //! | `region` | [`GuestRegionShm`]: RAM placed at a guest address, with its dirty bitmap |
 //! | `rom` | [`GuestRom`]: a file that the guest only reads |
 //! | `memory` | [`GuestMemoryShm`]: the set of regions, its index and its builder |
-//! | `listener` | [`MemoryListener`]: what must know the memory, told as a whole or by [region](RegionListener) |
+//! | `listener` | [`MemoryListener`]: what is told of the memory, as a whole or by [region](RegionListener) |
 //! | `discard` | giving pages back to the host, forbidding it, and collecting balloon reports |
-//! | `stats` | [`MemoryStats`], [`Extents`]: what of the RAM exists, where, and by which pages |
+//! | `stats` | [`MemoryStats`], [`Extents`]: which RAM is allocated, where, and by which pages |
 //! | `vhost_user::table` | `MemoryTable`: what a daemon is told, as plain data; `TableView`: how much of it |
-//! | [`vhost_user::receive`](receive) | the daemon's end: a memory table that was sent is checked and mapped |
+//! | [`vhost_user::receive`](receive) | the daemon's end: checks and maps a memory table that was sent |
 //! | `vhost_user::share` | `VhostUserShare`: one daemon's view kept equal to a table, its dirty log, and in-kernel vhost |
 //! | `address_space` | [`AddressSpace`]: memory that changes, published to readers and told to listeners |
 //! | `kvm` | `KvmSlots`, with the feature `kvm`: the memory slots of KVM, or of any `HypervisorVm`, kept equal to the memory; `SlotNumbers` |
@@ -80,12 +80,12 @@
 //!    mapped. Memory that cannot be shared cannot be expressed, so no daemon is ever sent a
 //!    private mapping. A region *stays* inside a sealed backing. POSIX shm, plain files, memfds
 //!    made with [`Sealing::Unsealed`] and descriptors adopted without seals can be truncated by
-//!    any process that has them: [`Seals`] says so, nothing pretends.
+//!    any process that has them: [`Seals`] tells which.
 //! 3. A created memfd is sealed (`SHRINK|GROW|SEAL`) before it is first mapped. *Except* with
 //!    [`Sealing::Unsealed`]; and a daemon's dirty log is sealed against shrinking only, because it
 //!    grows with the memory.
 //! 4. No `&[u8]` or `&mut [u8]` over guest RAM, ever: `VolatileSlice`, or an address.
-//! 5. What a call can know, it says by an error: capacity is checked or allocated before RAM is
+//! 5. What a call can know, it reports as an error: capacity is checked or allocated before RAM is
 //!    promised, so no call of this crate raises SIGBUS or SIGXFSZ in its caller, and populating is
 //!    refused before the kernel would end the process for it. *Except* with
 //!    [`OnShortage::TryAnyway`], and where others take the memory in between: populating looks
@@ -99,9 +99,9 @@
 //!    between shm_open(3) and shm_unlink(3), or the kernel refuses the latter; what the kernel or
 //!    the hypervisor refuses to unmap.
 //! 8. A change of an [`AddressSpace`] reaches all listeners that are there, or none, also when a
-//!    listener, a callback or the logger panics. One that is away, and was not
-//!    attached as [required](AddressSpace::attach_required), is left out and named
-//!    ([`ChangeReport::stale`]); so is one that could not be put back. They are told everything when they are back.
+//!   listener, a callback or the logger panics. One that is away, and was not attached as
+//!   [required](AddressSpace::attach_required), is left out and named ([`ChangeReport::stale`]);
+//!   so is one that could not be put back. They are told everything when they are back.
 //! 9. No wait for another process without a time limit. It is one for each message; and what a
 //!    listener of the VMM's own does, or [`AddressSpace::with_listener`] is given to do, is not
 //!    covered.
@@ -118,12 +118,13 @@
 //! a reference to it: accesses go through vm-memory's volatile and atomic operations. A mapping
 //! inside a sealed file cannot fault. A mapping of an unsealed file (POSIX shm, a file with a
 //! path) faults with SIGBUS when another process truncates the file: hand those descriptors to
-//! trusted processes only. Unsafe code is in `host` (cachestat(2), which counts pages of files), in
-//! `mapping` (mmap and its kin, and the words with a guard that dirty logs are read into), in `region` (the volatile slice that vm-memory wants made
-//! from a pointer), in `kvm` (the host addresses that a hypervisor is given, which stay mapped as
-//! long as it has them; the calls that read and clear dirty logs; `HypervisorVm`, whose
-//! implementations promise the same), in `share` (the socket of vhost's `Frontend`, borrowed by its
-//! number), and in the mock (descriptors received from a socket).
+//! trusted processes only. Unsafe code is in `host` (cachestat(2), which counts pages of files),
+//! in `mapping` (mmap and its kin, and the words with a guard that dirty logs are read into), in
+//! `region` (the volatile slice that vm-memory wants made from a pointer), in `kvm` (the host
+//! addresses that a hypervisor is given, which stay mapped as long as it has them; the calls that
+//! read and clear dirty logs; `HypervisorVm`, whose implementations promise the same), in `share`
+//! (the socket of vhost's `Frontend`, borrowed by its number), and in the mock (descriptors
+//! received from a socket).
 //!
 //! # What it does not do
 //!
@@ -142,7 +143,8 @@
 
 #[cfg(not(target_os = "linux"))]
 compile_error!(
-    "guest-memory-shm needs Linux: sealed memfds, MADV_REMOVE and huge pages of shared memory exist there only"
+    "guest-memory-shm needs Linux: sealed memfds, MADV_REMOVE and huge pages of shared memory \
+     exist there only"
 );
 
 mod logs;

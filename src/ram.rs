@@ -14,8 +14,8 @@ use crate::range::{GuestRange, InvalidRange};
 /// The RAM of a region, without its bitmap: for what is done to RAM as a whole. Cheap to clone; it
 /// stays mapped as long as any clone lives.
 ///
-/// Its mapping is whole pages. The range need not be, where it was made as vm-memory makes regions:
-/// what is mapped after it belongs to nothing else, and is not RAM.
+/// Its mapping is whole pages. The range need not be, where it was made as vm-memory makes
+/// regions: the rest of its last page is mapped, but is not RAM.
 #[derive(Clone, Debug)]
 pub(crate) struct Ram {
     pub(crate) range: GuestRange,
@@ -36,8 +36,8 @@ impl Ram {
         self.offset + inside.start..self.offset + inside.end
     }
 
-    /// The guest addresses at these byte offsets in the region, some of which must be in the guest:
-    /// of the last page there may be less.
+    /// The guest addresses at these byte offsets in the region, some of which must be in the
+    /// guest: the last page may be there in part.
     pub(crate) fn in_guest(&self, inside: Range<u64>) -> GuestRange {
         let start = self.range.start_addr().0 + inside.start;
         let end = inside.end.min(self.range.size());
@@ -55,7 +55,8 @@ impl Ram {
     /// offsets must be multiples of the page size.
     pub(crate) fn remove(&self, range: Range<u64>) -> io::Result<()> {
         match self.mapping.remove(range.clone()) {
-            // Forbidden by a filter. The descriptor does the same, but tells no userfaultfd.
+            // A filter forbids it. Punching a hole by the descriptor does the same, but tells no
+            // userfaultfd.
             Err(error) if was_refused(&error) => self
                 .backing
                 .punch(self.in_backing(range))

@@ -1,4 +1,4 @@
-//! What building has to say: options that have no effect here, and limits that are near.
+//! What building reports: options that have no effect here, and limits that are near.
 
 use std::fmt;
 use std::io;
@@ -9,7 +9,7 @@ use crate::options::NumaPolicy;
 use crate::shortage::{ResourceLimit, Shortage};
 use crate::units::HumanSize;
 
-/// What building found out about RAM that the one who asked for it should know.
+/// What building found out about the RAM, apart from errors.
 ///
 /// Nothing in it is an error: the RAM is there. `Display` prints a line for each note.
 ///
@@ -39,7 +39,7 @@ struct Line {
     note: BuildNote,
 }
 
-/// Something about RAM that is not as its options may let expect.
+/// Something about RAM that its options may not lead one to expect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BuildNote {
@@ -69,13 +69,13 @@ pub enum BuildNote {
         /// Its answer.
         errno: i32,
     },
-    /// A limit is too small for all of the RAM: one day it may not be had.
+    /// A limit is too small for all of the RAM: some of it may not be had one day.
     Shortage(Shortage),
 }
 
 impl BuildReport {
-    /// The notes, in the order of the backings, each with the name of the backing that it is about,
-    /// or its kind if it has none. There are none if everything is as asked for.
+    /// The notes, in the order of the backings, each with the name of the backing that it is
+    /// about, or its kind if it has none. There are none if everything is as asked for.
     pub fn notes(&self) -> impl Iterator<Item = (&str, &BuildNote)> {
         let lines = self.lines.iter();
         lines.map(|line| (line.backing.as_str(), &line.note))
@@ -95,7 +95,7 @@ impl BuildReport {
     }
 }
 
-/// Logs notes as warnings; whoever finds them does.
+/// Logs notes as warnings, where they are found.
 pub(crate) fn log_notes(backing: &str, notes: &[BuildNote]) {
     for note in notes {
         logs::warn!("{backing}: {note}");
@@ -148,8 +148,8 @@ impl fmt::Display for BuildNote {
                 "merge=on has no effect: the kernel merges private pages only, never shared ones",
             ),
             Self::Reserve => f.write_str(
-                "reserve=on reserves nothing here: only huge pages of a pool are reserved; populate \
-                 the RAM to be sure of it",
+                "reserve=on reserves nothing here: only huge pages of a pool are reserved; \
+                 populate the RAM to be sure of it",
             ),
             Self::NotHuge(why @ ThpObstacle::Alignment { .. }) => {
                 write!(f, "not all of it can be transparent huge pages: {why}")

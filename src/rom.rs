@@ -115,8 +115,8 @@ impl GuestRom {
     ///
     /// # Errors
     ///
-    /// [`MemoryError::OutsideRom`] if it has not that much;
-    /// [`BackingError::Truncated`] if the file has it no more;
+    /// [`MemoryError::OutsideRom`] if it is shorter than that;
+    /// [`BackingError::Truncated`] if the file has become shorter;
     /// [`MemoryError::ReadRom`] if reading fails.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let (len, size) = (buf.len() as u64, self.range.size());

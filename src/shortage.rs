@@ -40,7 +40,7 @@ pub struct Shortage {
     /// What can still be had, in the same unit. Of memory without what cannot be reclaimed, with
     /// what can be swapped out, and less a margin for what this process needs besides.
     pub left: u64,
-    /// What leaves so little.
+    /// The limit that leaves so little.
     pub limit: ResourceLimit,
 }
 
@@ -110,10 +110,10 @@ impl Shortage {
         }
     }
 
-    /// What is short of so many pages of a pool, if anything is.
+    /// The shortage of so many pages of a pool, if there is one.
     ///
-    /// Others may take them right after; the reservation at mmap time is what decides, this gives
-    /// the clear answer beforehand.
+    /// Others may take them right after: the reservation at mmap time decides, and this gives a
+    /// clear error beforehand.
     pub(crate) fn of_pool(page_size: u64, pages: u64) -> io::Result<Option<Self>> {
         let pool = Pool::read(page_size)?;
         let limit = ResourceLimit::HugePages {
@@ -126,7 +126,7 @@ impl Shortage {
         Ok(short.then(|| Self::new(bytes(pages), bytes(pool.available()), limit)))
     }
 
-    /// The shortage of descriptors that an answer of the system is, if it is one.
+    /// The shortage of descriptors, if that is what an answer of the system means.
     pub(crate) fn of_descriptors(answer: &io::Error) -> Option<Self> {
         descriptors::is_none_left(answer).then(|| Self::no_descriptors(answer))
     }
@@ -142,13 +142,13 @@ impl Shortage {
         Self::new(1, 0, limit)
     }
 
-    /// What there is to know, for a note: nothing was refused.
+    /// The text without a way to insist, for a note: nothing was refused.
     pub(crate) fn fact(&self) -> String {
         let (needed, left) = (HumanSize(self.needed), HumanSize(self.left));
         match &self.limit {
             ResourceLimit::ControlGroup { file } => format!(
-                "{needed} more are needed, and {left} are left of the control group's limit in {}: \
-                 raise it, or ask for less RAM",
+                "{needed} more are needed, and {left} are left of the control group's limit in \
+                 {}: raise it, or ask for less RAM",
                 file.display()
             ),
             ResourceLimit::Machine { size } => format!(
@@ -158,8 +158,8 @@ impl Shortage {
             ),
             ResourceLimit::Nodes { nodes } => format!(
                 "{needed} more are needed, and {left} are left of the memory of node {nodes} \
-                 (/sys/devices/system/node): free memory there or allow more nodes, or ask for less \
-                 RAM"
+                 (/sys/devices/system/node): free memory there or allow more nodes, or ask for \
+                 less RAM"
             ),
             ResourceLimit::HugePages {
                 page_size,
@@ -194,9 +194,9 @@ impl Shortage {
                     ""
                 };
                 format!(
-                    "{needed} more are needed, and the file system {which} holds {} and has {left} \
-                     free: remove files from it, remount it with a larger size, or use a memfd \
-                     backing{never}",
+                    "{needed} more are needed, and the file system {which} holds {} and has \
+                     {left} free: remove files from it, remount it with a larger size, or use a \
+                     memfd backing{never}",
                     HumanSize(*size)
                 )
             }
@@ -291,9 +291,9 @@ mod tests {
                     path: None,
                     size: 64 << 20,
                 },
-                "1 GiB more are needed, and the file system that backs the RAM holds 64 MiB and has \
-                 1 MiB free: remove files from it, remount it with a larger size, or use a memfd \
-                 backing; RAM that stays sparse is allowed by reserve=off"
+                "1 GiB more are needed, and the file system that backs the RAM holds 64 MiB and \
+                 has 1 MiB free: remove files from it, remount it with a larger size, or use a \
+                 memfd backing; RAM that stays sparse is allowed by reserve=off"
                     .to_owned(),
             ),
             (
@@ -318,23 +318,24 @@ mod tests {
         assert_eq!(
             shortage.to_string(),
             "512 more huge pages of 2 MiB are needed, and 40 can be had (44 unused, 4 of them \
-             reserved by others): raise \
-             /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages by 472, or leave out hugetlb=on \
-             (PageSize::Base)"
+             reserved by others): raise /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages \
+             by 472, or leave out hugetlb=on (PageSize::Base)"
         );
         let process = ResourceLimit::Descriptors { limit: 1024 };
         assert_eq!(
             Shortage::new(5, 2, process).to_string(),
-            "5 file descriptors are needed, and 2 are left of the 1024 that this process may have: \
-             raise RLIMIT_NOFILE (ulimit -n), or put several ranges on one backing"
+            "5 file descriptors are needed, and 2 are left of the 1024 that this process may \
+             have: raise RLIMIT_NOFILE (ulimit -n), or put several ranges on one backing"
         );
         let of = |errno: Errno| Shortage::of_descriptors(&errno.into());
         assert!(of(Errno::EMFILE).is_some_and(|short| {
             let text = short.to_string();
-            text.starts_with("no file descriptor is left of the ") && text.contains("RLIMIT_NOFILE")
+            text.starts_with("no file descriptor is left of the ")
+                && text.contains("RLIMIT_NOFILE")
         }));
         assert!(
-            of(Errno::ENFILE).is_some_and(|short| short.to_string().contains("sysctl fs.file-max"))
+            of(Errno::ENFILE)
+                .is_some_and(|short| short.to_string().contains("sysctl fs.file-max"))
         );
         assert_eq!(of(Errno::ENOENT), None);
     }

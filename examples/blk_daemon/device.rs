@@ -1,4 +1,4 @@
-//! The device that one front-end sees: what it offers, and the requests in its queues.
+//! The device that one frontend sees: what it offers, and the requests in its queues.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -86,7 +86,7 @@ impl Device {
     /// True: there is more to do.
     ///
     /// The queue is locked only to take a request and to give it back, not while the image is
-    /// used: the front-end may change or stop it meanwhile.
+    /// used: the frontend may change or stop it meanwhile.
     fn serve_batch(&self, vring: &Vring, memory: &Arc<Memory>, lane: &mut Lane) -> bool {
         let write_through = self.write_through.load(Ordering::Relaxed);
         for _ in 0..BATCH {

@@ -1,4 +1,4 @@
-//! The dirty log that a front-end shares, and the marks that writes to guest RAM leave in it (see
+//! The dirty log that a frontend shares, and the marks that writes to guest RAM leave in it (see
 //! "Migration" in the vhost-user specification).
 
 use std::fs::File;
@@ -27,7 +27,8 @@ impl Log {
             let text = format!("the dirty log of {size} bytes at offset {offset:#x} {reason}");
             io::Error::new(ErrorKind::InvalidInput, text)
         };
-        seal(&file).map_err(|error| refuse(format!("is not sealed against shrinking: {error}")))?;
+        seal(&file)
+            .map_err(|error| refuse(format!("is not sealed against shrinking: {error}")))?;
         let len = file.metadata()?.len();
         let end = offset.checked_add(size);
         if size == 0 || end.is_none_or(|end| end > len) {
@@ -62,7 +63,7 @@ fn seal(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// The dirty bitmap of a region: marks go to the log that the front-end shared last, if any.
+/// The dirty bitmap of a region: marks go to the log that the frontend shared last, if any.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Marks {
     place: Arc<RwLock<Option<Place>>>,

@@ -1,4 +1,4 @@
-//! What the daemon does at each message of a front-end, every word of which may be wrong.
+//! What the daemon does at each message of a frontend, every word of which may be wrong.
 
 use std::fs::File;
 use std::io;
@@ -20,10 +20,10 @@ use crate::image::{Image, Lane};
 use crate::not_offered::not_offered;
 use crate::queue::QueueThread;
 
-/// How many regions a front-end may share: what others offer.
+/// How many regions a frontend may share: what others offer.
 const MEM_SLOTS: usize = 509;
 
-/// All that one front-end was told, and has told.
+/// All that one frontend was told, and has told.
 pub(crate) struct Handler {
     device: Arc<Device>,
     image: Arc<Image>,
@@ -214,7 +214,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         Ok(())
     }
 
-    /// No answer to this message is a refusal: the front-end is hung up on.
+    /// No answer to this message is a refusal: the frontend is hung up on.
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
         let (offset, size) = (log.mmap_offset, log.mmap_size);
         let log = Log::map(file, offset, size).map_err(Error::ReqHandlerError)?;

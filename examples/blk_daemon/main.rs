@@ -3,10 +3,10 @@
 //!
 //! How a daemon does it, in the order of the files:
 //!
-//! - `socket`: the socket that front-ends find, and that is gone when the daemon is;
-//! - `server`: one front-end after the other, and the end by a signal;
+//! - `socket`: the socket that frontends find, and that is gone when the daemon is;
+//! - `server`: one frontend after the other, and the end by a signal;
 //! - `handler`: what each message does; memory and logs are checked before they are used;
-//! - `dirty_log`: the front-end's dirty log; `queue`: the threads that serve queues;
+//! - `dirty_log`: the frontend's dirty log; `queue`: the threads that serve queues;
 //! - `device`: features, and the requests in a queue;
 //! - `request`: one request, every word of which is the guest's and may be wrong;
 //! - `buffers`: the request's pieces of guest RAM; no reference to guest RAM is ever made;

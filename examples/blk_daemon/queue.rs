@@ -82,7 +82,7 @@ impl QueueThread {
         Ok(())
     }
 
-    /// Waits for no kick. To be called before the descriptor is closed: the front-end has the
+    /// Waits for no kick. To be called before the descriptor is closed: the frontend has the
     /// eventfd, too, so closing alone would not end the wait for it.
     pub(crate) fn ignore_kicks(&mut self) {
         if let Some(kick) = self.watched.take()

@@ -1,4 +1,4 @@
-//! One front-end after the other, until a signal ends the daemon.
+//! One frontend after the other, until a signal ends the daemon.
 
 use std::io::{self, ErrorKind};
 use std::net::Shutdown;
@@ -55,7 +55,7 @@ pub(crate) fn end_by(signals: SigSet, ending: Arc<Ending>, socket: Arc<Socket>) 
         .or_fail(|| "cannot start a thread")
 }
 
-/// What a signal has to interrupt: the wait for a front-end, or the connection.
+/// What a signal has to interrupt: the wait for a frontend, or the connection.
 pub(crate) struct Ending {
     listener: OwnedFd,
     state: Mutex<EndingState>,
@@ -76,7 +76,7 @@ impl Ending {
         })
     }
 
-    /// Makes the wait for a front-end fail, and the connection end.
+    /// Makes the wait for a frontend fail, and the connection end.
     fn begin(&self) {
         let mut state = self.lock();
         state.begun = true;
@@ -109,11 +109,11 @@ impl Ending {
 }
 
 fn hang_up(connection: &UnixStream) {
-    // An error says that the front-end was faster.
+    // An error says that the frontend was faster.
     let _ = connection.shutdown(Shutdown::Both);
 }
 
-/// Serves one front-end after the other until `ending` begins.
+/// Serves one frontend after the other until `ending` begins.
 pub(crate) fn serve(
     listener: &UnixListener,
     image: &Arc<Image>,
@@ -125,9 +125,9 @@ pub(crate) fn serve(
             Ok((connection, _)) => connection,
             Err(_) if ending.has_begun() => break,
             Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
-            Err(error) => return Err(error).or_fail(|| "cannot accept a front-end"),
+            Err(error) => return Err(error).or_fail(|| "cannot accept a frontend"),
         };
-        log::info!("a front-end is here");
+        log::info!("a frontend is here");
         let ended = serve_one(connection, image, queues, ending);
         ending.set_connection(None);
         match ended {
@@ -135,17 +135,17 @@ pub(crate) fn serve(
                 ProtocolError::Disconnected
                 | ProtocolError::PartialMessage
                 | ProtocolError::SocketBroken(_),
-            ) => log::info!("the front-end has gone"),
-            _ if ending.has_begun() => log::info!("the front-end was hung up on"),
-            Ok(error) => log::warn!("the front-end was given up: {error}"),
+            ) => log::info!("the frontend has gone"),
+            _ if ending.has_begun() => log::info!("the frontend was hung up on"),
+            Ok(error) => log::warn!("the frontend was given up: {error}"),
             // The next one may find more descriptors or memory.
-            Err(error) => log::warn!("cannot serve a front-end, it was hung up on: {error}"),
+            Err(error) => log::warn!("cannot serve a frontend, it was hung up on: {error}"),
         }
     }
     Ok(())
 }
 
-/// Serves a front-end to its end, which is the result. Nothing is left of it then.
+/// Serves a frontend to its end, which is the result. Nothing is left of it then.
 fn serve_one(
     connection: UnixStream,
     image: &Arc<Image>,

@@ -1,4 +1,4 @@
-//! The socket that front-ends connect to.
+//! The socket that frontends connect to.
 
 use std::fs;
 use std::io::ErrorKind;

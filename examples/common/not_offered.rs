@@ -1,7 +1,7 @@
 //! What a daemon does not offer: vhost's handler has a method for each message.
 
-/// Methods of `VhostUserBackendReqHandlerMut` that refuse, by their names, or by those of groups of
-/// them. vhost's module `message` is to be in scope.
+/// Methods of `VhostUserBackendReqHandlerMut` that refuse, by their names, or by those of groups
+/// of them. vhost's module `message` is to be in scope.
 macro_rules! not_offered {
     ($($method:ident),*) => { $(not_offered!(@$method);)* };
     (@features) => {

@@ -9,12 +9,12 @@ Plugs RAM into a guest that runs under KVM, has it written by the guest's own co
 vhost-user daemon.
 
 Everything happens in this process: a virtual machine with one vCPU whose memory is an address \
-space with two listeners, KVM's memory slots and a vhost-user-blk daemon on a Unix socket. A region \
-is plugged into both, the guest's code writes a pattern to some of its pages, KVM's dirty log says \
-to which, and the daemon writes those pages to its disk out of the descriptor that it was sent. \
-What is on the disk is compared with what the guest's code computes. Then the region is unplugged, \
-and neither reaches it any more. Exit status: 0, also where there is no KVM (a line says so); 2 where \
-the command line is wrong, 1 after any other error.";
+space with two listeners, KVM's memory slots and a vhost-user-blk daemon on a Unix socket. A \
+region is plugged into both, the guest's code writes a pattern to some of its pages, KVM's dirty \
+log says to which, and the daemon writes those pages to its disk out of the descriptor that it \
+was sent. What is on the disk is compared with what the guest's code computes. Then the region \
+is unplugged, and neither reaches it any more. Exit status: 0, also where there is no KVM (a \
+line says so); 2 where the command line is wrong, 1 after any other error.";
 
 const EXAMPLES: &str = "\
 Examples (in the source tree, kvm_guest is: cargo run --example kvm_guest --):
@@ -26,7 +26,8 @@ It needs /dev/kvm, readable and writable (often: membership in the group kvm), o
 RUST_LOG=debug shows what happens on the way.";
 
 #[derive(Debug, Parser)]
-#[command(name = "kvm_guest", long_about = ABOUT, after_long_help = EXAMPLES, next_line_help = true)]
+#[command(name = "kvm_guest", next_line_help = true)]
+#[command(long_about = ABOUT, after_long_help = EXAMPLES)]
 /// Plugs RAM into a guest that runs under KVM, and shares it with a vhost-user daemon
 pub(crate) struct Args {
     /// Size of the region that is plugged, in MiB, from 1 to 2048

@@ -134,8 +134,8 @@ impl Guest {
         }
     }
 
-    /// For KVM a write by MMIO is over when the vCPU is entered again: enters it and comes straight
-    /// back (EINTR).
+    /// For KVM a write by MMIO is over when the vCPU is entered again: enters it and comes
+    /// straight back (EINTR).
     fn complete(&mut self) {
         self.0.set_kvm_immediate_exit(1);
         let _ = self.0.run();

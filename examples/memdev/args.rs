@@ -7,11 +7,10 @@ Builds guest RAM from QEMU's memory backend options and says what came of it.
 
 Each OPTIONS is what QEMU's -object takes: memory-backend-shm, memory-backend-memfd or \
 memory-backend-file and its properties (id may be left out; beyond QEMU's there are thp=on for \
-transparent huge pages, populate=allocate, and on-shortage=try-anyway to populate although there is \
-not enough memory). For each one it prints what QEMU's monitor \
-prints for `info memdev`, then facts from the kernel, and what of the options has no effect here. \
-The RAM is gone when it ends. Exit status: 0; 2 where the command line or an option is wrong, 1 \
-after any other error.";
+transparent huge pages, populate=allocate, and on-shortage=try-anyway to populate although there \
+is not enough memory). For each one it prints what QEMU's monitor prints for `info memdev`, then \
+facts from the kernel, and what of the options has no effect here. The RAM is gone when it ends. \
+Exit status: 0; 2 where the command line or an option is wrong, 1 after any other error.";
 
 const EXAMPLES: &str = "\
 Examples (in the source tree, memdev is: cargo run --release --example memdev --):

@@ -49,8 +49,8 @@ fn info_memdev(id: &str, options: &RamOptions) -> String {
         .map(|node| node.to_string())
         .collect();
     format!(
-        "memory backend: {id}\n  size:  {}\n  merge: {}\n  dump: {}\n  prealloc: {}\n  share: true\n  \
-         reserve: {}\n  policy: {}\n  host nodes: {}\n",
+        "memory backend: {id}\n  size:  {}\n  merge: {}\n  dump: {}\n  prealloc: {}\n\
+         \x20 share: true\n  reserve: {}\n  policy: {}\n  host nodes: {}\n",
         options.size().unwrap_or_default(),
         merge(options),
         options.core_dump() == CoreDump::Include,

@@ -12,18 +12,18 @@ use crate::ram::MAX_DAEMONS;
 const ABOUT: &str = "\
 Shares guest RAM with a vhost-user-blk daemon and copies a disk through it.
 
-Without any option everything happens in this process: guest RAM around a PCI hole, a daemon on a \
-real Unix socket, negotiation, the memory table, a region that is hot-added, reads and writes \
+Without any option everything happens in this process: guest RAM around a PCI hole, a daemon on \
+a real Unix socket, negotiation, the memory table, a region that is hot-added, reads and writes \
 through a virtqueue that lives in the shared RAM, each byte compared with the daemon's disk, and \
 the removal of the region. The report at the end says what happened.
 
 With --socket the daemon is another process, for example qemu-storage-daemon. Its disk is only \
 written by --write-from and --overwrite: without any of those and --read-to the first 64 MiB of \
-the disk are read twice, through different regions, and compared (a disk that somebody else writes to \
-meanwhile can differ).
+the disk are read twice, through different regions, and compared (a disk that somebody else \
+writes to meanwhile can differ).
 
-Exit status: 0; 2 where the command line is wrong, 1 after any other error. SIGINT and SIGTERM end \
-it at any time, and nothing is left behind.";
+Exit status: 0; 2 where the command line is wrong, 1 after any other error. SIGINT and SIGTERM \
+end it at any time, and nothing is left behind.";
 
 const EXAMPLES: &str = "\
 Examples (in the source tree, share is: cargo run --release --example share --):
@@ -69,8 +69,9 @@ pub(crate) struct Args {
 
     /// Guest RAM, in bytes or with K, M, G or T (powers of 1024)
     ///
-    /// A multiple of 2M, at least 4M. It is split in two around a PCI hole: RAM up to 3 GiB at half
-    /// its size, larger RAM at 3 GiB. The region of 2 MiB that is hot-added comes on top of it.
+    /// A multiple of 2M, at least 4M. It is split in two around a PCI hole: RAM up to 3 GiB at
+    /// half its size, larger RAM at 3 GiB. The region of 2 MiB that is hot-added comes on top of
+    /// it.
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size,
         allow_negative_numbers = true)]
     pub(crate) ram: u64,

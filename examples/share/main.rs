@@ -8,7 +8,8 @@
 //! - `hotplug`, `worker`: many regions that come and go under many daemons while I/O runs;
 //! - `disk`: requests whose buffers lie in several regions, several of them in flight;
 //! - `copy`, `selftest`: what is done with it; no reference to guest RAM is ever made;
-//! - `daemon`: the daemon in this process; `args`, `facts`: the command line, and what is reported;
+//! - `daemon`: the daemon in this process; `args`, `facts`: the command line, and what is
+//!   reported;
 //! - `bar`, `ending`, `failure`, `report`, `rim`: what the examples have in common.
 
 mod args;

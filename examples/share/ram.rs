@@ -58,7 +58,8 @@ impl Ram {
         if ram_size < 2 * REGION_ALIGN || !ram_size.is_multiple_of(REGION_ALIGN) {
             return Err(Failure::usage(format!(
                 "guest RAM of {} cannot be: the rings and buffers on both sides of the hole need \
-                 {}, and the regions are whole huge pages of {}: give a larger multiple with --ram",
+                 {}, and the regions are whole huge pages of {}: give a larger multiple with \
+                 --ram",
                 size(ram_size),
                 size(2 * REGION_ALIGN),
                 size(REGION_ALIGN)

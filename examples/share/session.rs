@@ -64,7 +64,7 @@ impl Session {
         let peer = stream.try_clone().or_fail(doing)?;
         let mut frontend = Frontend::from_stream(stream, 1);
 
-        // A daemon that is busy with another front-end accepts us later, if ever.
+        // A daemon that is busy with another frontend accepts us later, if ever.
         let mut time = CallDeadline::new(&frontend, limit);
         let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
         let device = time

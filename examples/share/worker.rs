@@ -84,7 +84,12 @@ impl Guest {
     }
 
     /// Waits until each of so many workers has used the region.
-    pub(crate) fn wait_used(&self, region: &Usable, workers: usize, limit: Duration) -> Result<()> {
+    pub(crate) fn wait_used(
+        &self,
+        region: &Usable,
+        workers: usize,
+        limit: Duration,
+    ) -> Result<()> {
         let unused = |state: &mut State| {
             let used = |n: &AtomicU64| n.load(Ordering::Relaxed) > 0;
             state.failed.is_none() && !region.carried[..workers].iter().all(used)

@@ -1,4 +1,5 @@
-//! Any string: reading it does not panic, and what is read is the same when written and read again.
+//! Any string: reading it does not panic, and what is read is the same when written and read
+//! again.
 
 #![no_main]
 

@@ -148,8 +148,8 @@ impl fmt::Display for AddressSpaceError {
             }
             Self::Memory(error) => error.fmt(f),
             Self::NoSuchListener => f.write_str(
-                "no such listener is attached here: it was detached, or belongs to another address \
-                 space",
+                "no such listener is attached here: it was detached, or belongs to another \
+                 address space",
             ),
             Self::Reentrant => f.write_str(
                 "the address space was called by code that it was running itself (a listener, a \

@@ -42,7 +42,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// # let daemon = MockDaemon::builder().start_unnamed()?;
     /// # let connect = || -> Result<_, Box<dyn std::error::Error>> {
     /// #     let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
-    /// #     let features = BlkDevice::negotiate(&mut frontend, Features::all())?.protocol_features();
+    /// #     let agreed = BlkDevice::negotiate(&mut frontend, Features::all())?;
+    /// #     let features = agreed.protocol_features();
     /// #     Ok(VhostUserShare::new(frontend, features).with_deadline(Duration::from_millis(50)))
     /// # };
     /// # let share = connect()?;

@@ -20,8 +20,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// `features` are the protocol features that were acknowledged on the new connection, and the
     /// daemon's limits are asked for anew: it may be another program by now. The daemon gets the
-    /// memory as at first, one region after the other where it takes them so: it does not matter how
-    /// far the memory has grown. Where it maps the regions while postcopy listens, the
+    /// memory as at first, one region after the other where it takes them so: it does not matter
+    /// how far the memory has grown. Where it maps the regions while postcopy listens, the
     /// [handler](VhostUserShare::with_base_handler) is told.
     ///
     /// Most daemons serve one frontend at a time: the old connection must have ended before they

@@ -208,15 +208,12 @@ impl<B> Steps<B> {
         removals: Vec<Result<GuestRange, InvalidRange>>,
         additions: Vec<Arc<GuestRegionShm<B>>>,
     ) -> Result<Self> {
-        let mut without = None;
-        let mut removed = Vec::new();
-        for range in removals {
-            let range = range.map_err(MemoryError::from)?;
-            let from = without.as_ref().unwrap_or(before);
-            let (smaller, region) = from.remove_region(range.start_addr(), range.size())?;
-            without = Some(smaller);
-            removed.push(region);
-        }
+        let removals: Vec<GuestRange> = removals
+            .into_iter()
+            .collect::<Result<_, _>>()
+            .map_err(MemoryError::from)?;
+        let (without, removed) = before.remove_regions(&removals)?;
+        let without = (!removed.is_empty()).then_some(without);
         let subject = additions.first().or(removed.first());
         let subject = subject.map(|region| region.range());
         let from = without.as_ref().unwrap_or(before);

@@ -1,4 +1,4 @@
-//! Adopting a descriptor that came from elsewhere: everything is checked, nothing is believed.
+//! Adopting a descriptor that came from elsewhere: everything about it is checked.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -40,7 +40,7 @@ pub struct AdoptPolicy {
     disk_files: bool,
     seals: Demand,
     map_options: MapOptions,
-    /// Whether the file may end within a page. What is mapped after its end is not SIGBUS there.
+    /// Whether the file may end within a page. Touching the rest of that page is not SIGBUS.
     partial_page: bool,
 }
 
@@ -112,10 +112,10 @@ impl AdoptPolicy {
 impl ShmBacking {
     /// Adopts a descriptor that came from elsewhere, after checking that it can be RAM.
     ///
-    /// Checked are: a regular file, open for reading and writing, on a tmpfs (that is a memfd or
-    /// POSIX shared memory), a hugetlbfs, or, if the policy allows it, any other file system; a
-    /// length that is not 0, whole pages, and at least what the policy asks for; seals that forbid
-    /// no writing and are what the policy demands.
+    /// It must be a regular file, open for reading and writing, on a tmpfs (that is a memfd or
+    /// POSIX shared memory), a hugetlbfs, or, if the policy allows it, any other file system. Its
+    /// length must be whole pages, at least one, and what the policy asks for; its seals must not
+    /// forbid writing, and must be what the policy demands.
     ///
     /// ```
     /// use guest_memory_shm::{AdoptPolicy, BackingError, ShmBacking};
@@ -185,8 +185,8 @@ fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
     }
     check_read_write(file)?;
     let (kind, page_size) = file_system(file, policy)?;
-    // Before the seals, so that a refused file is not sealed; and once more behind them, because
-    // its owner could change its length until then, and a length that is not true is SIGBUS.
+    // Before the seals, so that a refused file is not sealed; and once more after them, because
+    // its owner could change its length until then, and a wrong length is SIGBUS.
     check_len(found.len(), page_size, policy)?;
     let seals = check_seals(file, policy.seals)?;
     let metadata = file.metadata().map_err(BackingError::inspect)?;

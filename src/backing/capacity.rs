@@ -1,6 +1,11 @@
 //! What the system can hold, asked before anything is created: file systems, descriptors, lengths.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fs;
+use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -8,6 +13,7 @@ use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
 
 use super::error::Result;
 use crate::host::descriptors;
+use crate::range::RangeSet;
 use crate::report::BuildNote;
 use crate::shortage::{ResourceLimit, Shortage};
 
@@ -27,7 +33,7 @@ impl Capacity {
         Self::new(&statvfs(path).ok()?)
     }
 
-    /// Nothing is known of a tmpfs without a limit, which says 0 blocks.
+    /// None for a tmpfs without a limit, which reports 0 blocks.
     fn new(stat: &Statvfs) -> Option<Self> {
         let unit = stat.fragment_size();
         let total = stat.blocks().saturating_mul(unit);
@@ -37,7 +43,8 @@ impl Capacity {
         })
     }
 
-    /// Refuses what is more than it holds of `all`, or more than is free of what is needed `now`.
+    /// Refuses `all` if it exceeds the size, and `now`, what is needed at once, if it exceeds what
+    /// is free.
     pub(super) fn check(self, all: u64, now: u64, path: &Path) -> Result<()> {
         if all > self.total {
             Err(self.shortage(all, Some(path)).into())
@@ -48,7 +55,7 @@ impl Capacity {
         }
     }
 
-    /// That it has not so many bytes more, of the file system of what is at a path.
+    /// The error that so many bytes are not free, in the file system of what is at a path.
     fn shortage(self, needed: u64, path: Option<&Path>) -> Shortage {
         let limit = ResourceLimit::FileSystem {
             path: path.map(Path::to_owned),
@@ -58,7 +65,56 @@ impl Capacity {
     }
 }
 
-/// The note about a file system that holds the RAM, but not now.
+/// What RAM takes from a file system.
+#[derive(Debug)]
+pub(super) struct Draw<'a> {
+    /// The name of the RAM, for errors.
+    pub(super) path: &'a Path,
+    /// Something that is on the file system.
+    pub(super) there: &'a Path,
+    /// Which part of what is at the path, unless that is new and nameless: the same part of a file
+    /// is only taken once.
+    pub(super) part: Option<Range<u64>>,
+    /// In bytes.
+    pub(super) all: u64,
+    /// What of it is taken before it is in use.
+    pub(super) now: u64,
+}
+
+/// Refuses what file systems can never hold, or, of what is to be populated, cannot hold now:
+/// touching it would be SIGBUS.
+pub(super) fn check_file_systems<'a>(draws: impl Iterator<Item = Draw<'a>>) -> Result<()> {
+    let mut sums: BTreeMap<u64, (Draw<'a>, Capacity)> = BTreeMap::new();
+    let mut parts: BTreeMap<&Path, RangeSet> = BTreeMap::new();
+    for mut draw in draws {
+        // Nothing is known of a file system that does not answer: creating says what is wrong.
+        let (Ok(metadata), Some(capacity)) = (fs::metadata(draw.there), Capacity::at(draw.there))
+        else {
+            continue;
+        };
+        if let Some(part) = draw.part.take() {
+            let taken = parts.entry(draw.path).or_default();
+            draw.all = taken
+                .gaps(part.clone())
+                .map(|new| new.end - new.start)
+                .sum();
+            draw.now = draw.now.min(draw.all);
+            taken.insert(part);
+        }
+        match sums.entry(metadata.dev()) {
+            Entry::Vacant(first) => drop(first.insert((draw, capacity))),
+            Entry::Occupied(mut sum) => {
+                let (sum, _) = sum.get_mut();
+                sum.all = sum.all.saturating_add(draw.all);
+                sum.now = sum.now.saturating_add(draw.now);
+            }
+        }
+    }
+    let mut sums = sums.values();
+    sums.try_for_each(|(draw, capacity)| capacity.check(draw.all, draw.now, draw.path))
+}
+
+/// The note about a file system that is large enough for the RAM, but too full now.
 pub(super) fn note(file: &impl AsFd, size: u64) -> Option<BuildNote> {
     let capacity = Capacity::new(&fstatvfs(file).ok()?)?;
     (size > capacity.free).then(|| BuildNote::Shortage(capacity.shortage(size, None)))
@@ -75,8 +131,7 @@ pub(super) fn check_descriptors(needed: u64) -> Result<()> {
     }
 }
 
-/// Refuses what ftruncate(2) would answer with SIGXFSZ, which ends a process that does not
-/// expect it.
+/// Refuses what ftruncate(2) would answer with SIGXFSZ, which kills a process that does not handle it.
 pub(super) fn check_file_size(len: u64) -> Result<()> {
     match getrlimit(Resource::RLIMIT_FSIZE) {
         Ok((limit, _)) if len > limit => {

@@ -1,4 +1,4 @@
-//! Why there is no backing, or not the part of it that was asked for.
+//! Why a backing cannot be had, or not the part of it that was asked for.
 
 use std::fmt;
 use std::fs::FileType;
@@ -85,8 +85,8 @@ pub enum BackingError {
 
     /// None of the NUMA nodes that were asked for has memory.
     #[error(
-        "cannot place RAM on host-nodes={} (policy={}): this machine has memory on nodes {present}; \
-         choose nodes that are there and that this process may use (cpuset)",
+        "cannot place RAM on host-nodes={} (policy={}): this machine has memory on nodes \
+         {present}; choose nodes that are there and that this process may use (cpuset)",
         .policy.nodes(), .policy.name()
     )]
     #[non_exhaustive]
@@ -109,7 +109,9 @@ pub enum BackingError {
     },
 
     /// Every name that was tried for a POSIX shared memory object exists already.
-    #[error("{tried} names for POSIX shared memory exist already, the last is {last}: remove them")]
+    #[error(
+        "{tried} names for POSIX shared memory exist already, the last is {last}: remove them"
+    )]
     #[non_exhaustive]
     ShmNamesTaken {
         /// How many names were tried.
@@ -153,7 +155,7 @@ pub enum BackingError {
     },
 
     /// What a descriptor is could not be asked (fstat(2), fstatfs(2), fcntl(2)).
-    #[error("cannot ask the kernel about a descriptor that is RAM, or is to be")]
+    #[error("cannot ask the kernel about a descriptor that is RAM or is to become RAM")]
     #[non_exhaustive]
     Inspect {
         /// The system's answer.
@@ -203,8 +205,8 @@ pub enum BackingError {
 
     /// A file that was to be adopted is sealed against writing.
     #[error(
-        "cannot adopt a file whose seals are: {seals}; RAM must be writable, ask its owner for one \
-         without write seals"
+        "cannot adopt a file whose seals are: {seals}; RAM must be writable, ask its owner for \
+         one without write seals"
     )]
     #[non_exhaustive]
     WriteSealed {
@@ -215,9 +217,9 @@ pub enum BackingError {
     /// The size of a file that was to be adopted is not sealed, and cannot be, as the policy
     /// demands.
     #[error(
-        "cannot adopt a file whose seals are: {seals}; its size must be sealed, ask its owner for a \
-         memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), or trust the \
-         owner and adopt it without AdoptPolicy::with_required_seals"
+        "cannot adopt a file whose seals are: {seals}; its size must be sealed, ask its owner \
+         for a memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), or \
+         trust the owner and adopt it without AdoptPolicy::with_required_seals"
     )]
     #[non_exhaustive]
     NotSealed {
@@ -339,7 +341,9 @@ fn shm_remedy(source: &io::Error) -> &'static str {
         io::ErrorKind::NotFound => "/dev/shm does not exist, mount a tmpfs there",
         io::ErrorKind::ReadOnlyFilesystem => "/dev/shm is read-only, remount it read-write",
         io::ErrorKind::PermissionDenied => "/dev/shm may not be written, check its mode",
-        io::ErrorKind::StorageFull => "/dev/shm is full, remove files from it or remount it larger",
+        io::ErrorKind::StorageFull => {
+            "/dev/shm is full, remove files from it or remount it larger"
+        }
         _ => "check /dev/shm",
     }
 }

@@ -1,7 +1,7 @@
 //! Which parts of a backing are allocated.
 //!
-//! On a tmpfs cachestat(2) counts the pages of a range. lseek(2), which other files are asked with,
-//! would take those for holes that were allocated by fallocate(2) and not touched yet
+//! On a tmpfs cachestat(2) counts the pages of a range. lseek(2), which other files
+//! need, would take pages for holes that fallocate(2) allocated and no process has touched yet
 //! ([`Populate::Allocate`](crate::Populate::Allocate)), and would walk over all of them each time.
 
 use std::fs::File;
@@ -27,19 +27,19 @@ const FINE: u64 = 8;
 /// that is allocated, and little for those that are not.
 const CHUNK: u64 = 128 << 20;
 
-/// What `st_blocks` tells of the parts of a backing without a look at each.
+/// What `st_blocks` tells about a backing as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Allocation {
     Nothing,
     Everything,
     /// So many bytes of it, and nothing besides.
     Some(u64),
-    /// At most so many bytes: others are in parts of the file that are not of the backing.
+    /// At most so many bytes: some may be in parts of the file outside the backing.
     AtMost(u64),
 }
 
 impl ShmBacking {
-    /// What is allocated of all of it.
+    /// What is allocated of it as a whole.
     pub(crate) fn allocation(&self) -> io::Result<Allocation> {
         let metadata = self.file().metadata()?;
         let bytes = metadata.blocks() * BLOCK;
@@ -57,7 +57,8 @@ impl ShmBacking {
         Ok(Allocation::Some(bytes.min(self.size())))
     }
 
-    /// How many bytes of the range are allocated. Not for hugetlb, where the kernel does not tell.
+    /// How many bytes of the range are allocated. Not for hugetlb, where the kernel does not
+    /// report it.
     pub(crate) fn allocated_in(&self, range: Range<u64>) -> io::Result<u64> {
         if self.is_on_tmpfs()
             && let Some(bytes) = cached(self, range.clone())?
@@ -80,7 +81,7 @@ impl ShmBacking {
     }
 
     /// The parts of the range that are allocated, sorted and merged, in steps of `step` bytes from
-    /// its start, rounded outwards. Not for hugetlb, where the kernel does not tell.
+    /// its start, rounded outwards. Not for hugetlb, where the kernel does not report it.
     ///
     /// `step` must be a multiple of the page size.
     pub(crate) fn extents_in(&self, range: Range<u64>, step: u64) -> io::Result<RangeSet> {
@@ -111,7 +112,7 @@ impl ShmBacking {
             if step < FINE * page {
                 at = self.count_run(at, steps)?;
             } else if self.count_in(at..at + page)? > 0 {
-                // One page tells that the whole step is to be reported.
+                // One page suffices: the whole step is reported.
                 steps.add(at..at + page);
                 at = steps.up(at + page);
                 continue;
@@ -149,20 +150,20 @@ impl ShmBacking {
     fn skip_hole(&self, mut at: u64, steps: &Steps) -> io::Result<u64> {
         let (step, end) = (steps.step, steps.range.end);
         let mut window = step;
-        let mut behind = at;
+        let mut after = at;
         while at < end {
-            behind = at.saturating_add(window).min(end);
-            if self.count_in(at..behind)? > 0 {
+            after = at.saturating_add(window).min(end);
+            if self.count_in(at..after)? > 0 {
                 break;
             }
-            at = behind;
+            at = after;
             window = window.saturating_mul(2);
         }
-        // It is in at..behind.
-        while behind - at > step {
-            let middle = steps.down(at + (behind - at) / 2).max(at + step);
+        // It is in at..after.
+        while after - at > step {
+            let middle = steps.down(at + (after - at) / 2).max(at + step);
             if self.count_in(at..middle)? > 0 {
-                behind = middle;
+                after = middle;
             } else {
                 at = middle;
             }
@@ -204,7 +205,7 @@ impl Steps {
         offset - (offset - self.range.start) % self.step
     }
 
-    /// The end of the last step that has an offset below this one.
+    /// The end of the last step that begins below the offset.
     fn up(&self, offset: u64) -> u64 {
         let steps = (offset - self.range.start).div_ceil(self.step);
         let end = steps.checked_mul(self.step);
@@ -229,7 +230,7 @@ pub(crate) struct Data<'a> {
 }
 
 impl Data<'_> {
-    /// The parts of a range that are data, each looked for when the one before is done with.
+    /// The parts of a range that are data, each looked for when the previous one has been used.
     pub(crate) fn parts(
         &self,
         mut rest: Range<u64>,

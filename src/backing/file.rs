@@ -1,12 +1,13 @@
 //! Files as RAM, named or nameless, as QEMU's `memory-backend-file` has them.
 //!
 //! A file that has contents keeps its length; one that is empty, or does not exist yet, is made as
-//! long as the RAM needs, and is put back if nothing comes of it. Everything that can be known is
+//! long as the RAM needs, and is put back if building fails. Everything that can be known is
 //! checked before anything is opened, and once more on the open file.
 
 use std::path::Path;
 use std::sync::Arc;
 
+use super::capacity::check_file_size;
 use super::error::Result;
 use super::file_end::{FileEnd, Undo, punch};
 use super::file_error::FileError;
@@ -45,6 +46,8 @@ pub(super) fn open(options: &RamOptions, path: &Path, size: u64) -> Result<Made>
             end.undo = Undo::Empty;
         }
         let len = start + size;
+        // What was looked at before may have been another file, which was long enough.
+        check_file_size(len)?;
         file.set_len(len).map_err(|source| FileError::Resize {
             path: path.to_owned(),
             len,

@@ -22,7 +22,7 @@ pub(super) struct FileEnd {
     pub(super) discard: Option<Range<u64>>,
 }
 
-/// What is undone if nothing comes of the RAM.
+/// What is undone if building the RAM fails.
 pub(super) enum Undo {
     Nothing,
     /// The file was created at this path.
@@ -85,7 +85,7 @@ pub(super) fn punch(file: &File, range: Range<u64>) -> io::Result<()> {
     let too_far = |_| io::Error::from(io::ErrorKind::FileTooLarge);
     let start = i64::try_from(range.start).map_err(too_far)?;
     let len = i64::try_from(range.end - range.start).map_err(too_far)?;
-    // A signal may interrupt it: what is freed stays so.
+    // A signal may interrupt it; what is freed by then stays free.
     Ok(retried(|| fallocate(file, flags, start, len))?)
 }
 
@@ -104,7 +104,7 @@ mod tests {
         };
         drop(end(Undo::Remove(path.clone())));
         assert!(!path.exists());
-        // Somebody put another file there meanwhile.
+        // Another process put another file there meanwhile.
         let ours = end(Undo::Remove(path.clone()));
         fs::remove_file(&path).unwrap();
         fs::write(&path, "theirs").unwrap();

@@ -48,7 +48,7 @@ pub enum FileError {
         source: io::Error,
     },
 
-    /// What the file is could not be asked (fstat(2), fstatfs(2), fcntl(2)).
+    /// The kernel does not tell what the file is (fstat(2), fstatfs(2), fcntl(2)).
     #[error("cannot ask the kernel what {} is", .path.display())]
     #[non_exhaustive]
     Inspect {
@@ -72,8 +72,8 @@ pub enum FileError {
 
     /// The file has contents, and is shorter than the RAM.
     #[error(
-        "{} has {}, too short for {} at offset {offset:#x}: a file that is not empty is never made \
-         longer, so make it longer first (truncate -s {}) or ask for less",
+        "{} has {}, too short for {} at offset {offset:#x}: a file that is not empty is never \
+         made longer, so make it longer first (truncate -s {}) or ask for less",
         .path.display(), HumanSize(*.len), HumanSize(*.size), .offset.saturating_add(*.size)
     )]
     #[non_exhaustive]
@@ -86,21 +86,6 @@ pub enum FileError {
         offset: u64,
         /// The size of the RAM in bytes.
         size: u64,
-    },
-
-    /// The alignment of the host address cannot be had.
-    #[error(
-        "align={align:#x} is not a power of two that is a multiple of the page size {} of {}",
-        HumanSize(*.page_size), .path.display()
-    )]
-    #[non_exhaustive]
-    Align {
-        /// The path that was given.
-        path: PathBuf,
-        /// The alignment in bytes.
-        align: u64,
-        /// The size of the file's pages in bytes.
-        page_size: u64,
     },
 
     /// The file is sealed against writing.
@@ -117,7 +102,7 @@ pub enum FileError {
         seals: Seals,
     },
 
-    /// What the file holds cannot be discarded.
+    /// The contents of the file cannot be discarded.
     #[error(
         "discard-data=on cannot be kept for {}: {}, so leave it off",
         .path.display(), why_not_discarded(.source)
@@ -177,7 +162,7 @@ fn remedy(source: &io::Error) -> &'static str {
         Some(Errno::ELOOP) => "its symbolic links lead in a circle, name the file itself",
         Some(Errno::ENOTDIR) => "a part of the path is no directory, check the path",
         Some(Errno::ENAMETOOLONG) => "the name is too long, use a shorter one",
-        Some(Errno::ETXTBSY) => "it is a program that runs now, use a copy of it",
+        Some(Errno::ETXTBSY) => "it is a program that is running, use a copy of it",
         Some(Errno::ENOSPC | Errno::EDQUOT) => {
             "there is no room for another file, remove some or use another file system"
         }
@@ -226,8 +211,8 @@ mod tests {
                     path: path(),
                     found: std::fs::metadata("/dev/null").unwrap().file_type(),
                 },
-                "/dev/shm/ram is a character device: RAM needs a regular file, or a directory for a \
-                 nameless one",
+                "/dev/shm/ram is a character device: RAM needs a regular file, or a directory \
+                 for a nameless one",
             ),
             (
                 FileError::DanglingLink { path: path() },
@@ -245,7 +230,7 @@ mod tests {
             ),
             (
                 open(Errno::ETXTBSY),
-                "cannot open /dev/shm/ram: it is a program that runs now, use a copy of it",
+                "cannot open /dev/shm/ram: it is a program that is running, use a copy of it",
             ),
             (
                 open(Errno::ENOSPC),
@@ -282,8 +267,9 @@ mod tests {
             ),
             (
                 no_discard(Errno::EPERM),
-                "discard-data=on cannot be kept for /dev/shm/ram: it is sealed against writing, may \
-                 only be appended to, or a seccomp filter forbids fallocate(2), so leave it off",
+                "discard-data=on cannot be kept for /dev/shm/ram: it is sealed against writing, \
+                 may only be appended to, or a seccomp filter forbids fallocate(2), so leave it \
+                 off",
             ),
             (
                 no_discard(Errno::EOPNOTSUPP),

@@ -16,8 +16,8 @@ use crate::options::Access;
 /// Only this user reads guest RAM. Daemons are sent a descriptor, they need no name.
 const MODE: u32 = 0o600;
 
-/// How often something else may change what the path names while it is opened, and how many names
-/// are tried for a file that has none in the end.
+/// How often the path may come to name something else while it is opened, and how many names are
+/// tried for a file that ends up without one.
 const TRIES: usize = 128;
 
 /// What was made by opening.
@@ -32,7 +32,7 @@ pub(super) enum Created {
 pub(super) fn open_or_create(path: &Path, access: Access) -> Result<(File, Created)> {
     let writable = access == Access::ReadWrite;
     let mut options = OpenOptions::new();
-    // Whoever puts a FIFO or a terminal there meanwhile cannot make us wait or own it.
+    // A FIFO that appears there meanwhile cannot make us wait, nor a terminal become ours.
     let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     options
         .read(true)
@@ -57,7 +57,7 @@ pub(super) fn open_or_create(path: &Path, access: Access) -> Result<(File, Creat
         };
         match answer {
             Ok(opened) => return Ok(opened),
-            // Somebody was faster: then it is there, unless it is a link to nothing.
+            // Another process was faster: the file is there, unless it is a link to nothing.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 check_no_link(path)?;
                 last = Some(error);
@@ -71,7 +71,7 @@ pub(super) fn open_or_create(path: &Path, access: Access) -> Result<(File, Creat
 
 /// A file without a name on the file system of a directory.
 fn nameless(dir: &Path) -> io::Result<File> {
-    // O_EXCL: nobody can give it a name either.
+    // O_EXCL: no process can give it a name later.
     let flags = OFlag::O_TMPFILE | OFlag::O_EXCL;
     let answer = OpenOptions::new()
         .read(true)

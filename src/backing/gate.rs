@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 /// Discards run in parallel with each other; [`close`](Self::close) waits for those that run.
 #[derive(Debug, Default)]
 pub(crate) struct DiscardGate {
-    /// How many hold it closed. A number is never half changed: a poisoned lock is as good as any.
+    /// How many hold it closed. The number is always valid, even if the lock is poisoned.
     holders: RwLock<usize>,
 }
 
@@ -24,11 +24,11 @@ pub(crate) struct Closed {
 }
 
 impl DiscardGate {
-    /// Lets a discard in, or says by how many the gate is held closed.
+    /// Lets a discard in, or returns how many hold the gate closed.
     ///
-    /// Whoever needs several gates enters them in the order of [`place`](Self::place), each once:
-    /// a gate that somebody waits to close lets nobody in any more, so two discards that enter
-    /// two gates in opposite order would wait for each other.
+    /// A discard that needs several gates enters them in the order of [`place`](Self::place), each
+    /// once: a gate that is about to close lets no discard in, so two discards that enter two
+    /// gates in opposite order would wait for each other.
     pub(crate) fn enter(&self) -> std::result::Result<Passage<'_>, usize> {
         let holders = self.holders.read().unwrap_or_else(PoisonError::into_inner);
         match *holders {
@@ -37,10 +37,10 @@ impl DiscardGate {
         }
     }
 
-    /// Closes the gate; when this returns, no discard is behind it, and none gets in.
+    /// Closes the gate; when this returns, no discard is inside, and none gets in.
     ///
-    /// The caller must not wait for another gate with this lock held, and does not: it is let go
-    /// of at once, and the count keeps the gate closed.
+    /// The lock is released at once and the count keeps the gate closed, so the caller never waits
+    /// for another gate with this lock held.
     pub(crate) fn close(self: &Arc<Self>) -> Closed {
         self.change(|holders| holders + 1);
         Closed { gate: self.clone() }

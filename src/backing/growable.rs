@@ -9,21 +9,21 @@ use super::seals::Seals;
 use super::shm_backing::ShmBacking;
 use crate::options::RamOptions;
 
-/// No process can take a page away, or add a seal that would stop the growing.
+/// No process can take a page away, or add a seal that would stop it from growing.
 const GROWABLE: Seals = Seals::SHRINK.union(Seals::SEAL);
 
 impl ShmBacking {
     /// A memfd of `len` bytes, whole pages, that is sealed against shrinking only.
     ///
     /// Any process that has the descriptor can make it longer. That costs only the one that then
-    /// writes there: nothing depends on where it ends but that this is not before `len`.
+    /// writes there: nothing depends on its end, as long as that is not below `len`.
     pub(crate) fn create_growable(name: &str, len: u64) -> Result<Self> {
         let options = RamOptions::new().with_name(name);
         let request = Resolved::new(&options)?.with_len(len)?;
         request.with_seals(GROWABLE).create_alone()
     }
 
-    /// The same file with `len` bytes, whole pages, at least as many as there were.
+    /// The same file with `len` bytes, whole pages, no fewer than before.
     pub(crate) fn grow(&self, len: u64) -> Result<Self> {
         let file = self.file();
         let is_there = || Ok(file.metadata()?.len() >= len);

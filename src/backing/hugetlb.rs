@@ -36,7 +36,7 @@ pub(crate) fn check_pool(needed: u64, page_size: u64) -> Result<()> {
 }
 
 /// Checks that the control groups of this process leave `needed` pages of `page_size` bytes, and
-/// their promise.
+/// as much to reserve.
 pub(crate) fn check_groups(needed: u64, page_size: u64) -> Result<()> {
     let kind = Kind::Huge {
         page_size,
@@ -50,7 +50,7 @@ pub(crate) fn check_groups(needed: u64, page_size: u64) -> Result<()> {
     }
 }
 
-/// What is there cannot be known: no more descriptors, or a masked /sys.
+/// The pools cannot be read: no descriptor is left, or /sys is masked.
 fn unreadable(source: io::Error) -> BackingError {
     match Shortage::of_descriptors(&source) {
         Some(shortage) => shortage.into(),

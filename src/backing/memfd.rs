@@ -17,7 +17,7 @@ const NAME: &str = "guest-memory-shm";
 /// A memfd of `len` bytes with these seals, with pages from the hugetlb pool of `huge` bytes if
 /// given.
 ///
-/// The order is the point: the size is fixed by seals before anybody can map it or be sent it.
+/// The order matters: the size is sealed before the memfd is mapped or sent to another process.
 pub(super) fn create(
     options: &RamOptions,
     len: u64,
@@ -40,8 +40,8 @@ pub(super) fn create(
     Ok(file)
 }
 
-/// The name of the options, or a general one, as much of it as memfd_create(2) takes: it is there to
-/// be shown, and no reason to refuse RAM that QEMU makes too.
+/// The name of the options, or a general one, as much of it as memfd_create(2) takes: it is only
+/// shown, so a long one is no reason to refuse RAM.
 fn shown_name(options: &RamOptions) -> &str {
     const LONGEST: usize = 249;
     let name = options.name().unwrap_or(NAME);

@@ -1,13 +1,14 @@
 //! Backings: the objects that back RAM, each a descriptor of known size whose pages can be shared.
 //!
-//! A [`ShmBacking`] is created from [`RamOptions`](crate::RamOptions), or adopted from a descriptor
-//! that came from elsewhere. Either way its length, its page size and its seals are known and
-//! checked before anything is mapped, because a mapping that reaches past the end of its file is
-//! SIGBUS.
+//! A [`ShmBacking`] is created from [`RamOptions`](crate::RamOptions), or adopted from a
+//! descriptor that came from elsewhere. Either way its length, its page size and its seals are
+//! known and checked before anything is mapped, because a mapping that reaches past the end of its
+//! file is SIGBUS.
 //!
-//! Creating takes three steps. Options are [`Resolved`], once, with what this machine has and what
-//! is at the path; with a length they are a [`Request`], and all requests are checked together;
-//! then each becomes a [provisional](request::Provisional) backing, which leaves nothing unless it is kept.
+//! Creating takes three steps. Options are [`Resolved`] once, against this machine and what is
+//! at the path; with a length they become a [`Request`], and all requests are checked together;
+//! then each becomes a [provisional](request::Provisional) backing, which leaves nothing behind
+//! unless it is kept.
 
 mod adopt;
 mod capacity;

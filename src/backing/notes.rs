@@ -1,4 +1,4 @@
-//! What of the options has no effect on a backing, known before it is mapped.
+//! Options without effect on a backing, as far as known before it is mapped.
 
 use super::kind::BackingKind;
 use crate::host::nodes;

@@ -5,12 +5,12 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::capacity::Capacity;
+use super::capacity::Draw;
 use super::error::{BackingError, Result};
 use super::file_error::FileError;
 use super::file_system::FileSystem;
 use super::kind::{BLOCK, BackingKind};
-use crate::options::{Access, RamOptions};
+use crate::options::{Access, OptionsError, RamOptions};
 use crate::range::RangePart;
 use crate::shortage::Shortage;
 
@@ -50,7 +50,11 @@ impl<'a> Place<'a> {
         }
     }
 
-    pub(super) fn of(path: &'a Path, metadata: &Metadata, file_system: FileSystem) -> Result<Self> {
+    pub(super) fn of(
+        path: &'a Path,
+        metadata: &Metadata,
+        file_system: FileSystem,
+    ) -> Result<Self> {
         let found = metadata.file_type();
         if !found.is_file() && !found.is_dir() {
             let path = path.to_owned();
@@ -88,18 +92,10 @@ impl<'a> Place<'a> {
         RangePart::Offset.check_aligned(options.offset(), page_size)?;
         RangePart::Size.check_aligned(size, page_size)?;
         match options.align() {
-            // As in QEMU, 0 is no wish.
+            // As in QEMU, 0 means unset.
             None | Some(0) => {}
             Some(align) if align.is_power_of_two() && align.is_multiple_of(page_size) => {}
-            Some(align) => {
-                let path = self.path.to_owned();
-                let error = FileError::Align {
-                    path,
-                    align,
-                    page_size,
-                };
-                return Err(error.into());
-            }
+            Some(align) => return Err(OptionsError::Align { align, page_size }.into()),
         }
         if !self.is_new() {
             return check_len(self.path, self.len, options.offset(), size);
@@ -111,20 +107,20 @@ impl<'a> Place<'a> {
         Ok(())
     }
 
-    /// Refuses RAM that the file system can never hold, or, if it is to be populated, cannot hold
-    /// now: touching it would be SIGBUS.
-    pub(super) fn check_capacity(&self, options: &RamOptions, size: u64) -> Result<()> {
+    /// What RAM of these options takes from the file system, unless it has all of it already.
+    pub(super) fn draw(&self, options: &RamOptions, size: u64) -> Option<Draw<'a>> {
         let missing = size.saturating_sub(self.allocated);
-        if options.is_unreserved() || missing == 0 {
-            return Ok(());
-        }
-        let there = match self.found {
-            Some(_) => self.path,
-            None => parent(self.path),
-        };
-        let now = if options.is_lazy() { 0 } else { missing };
-        // Nothing is known of a file system that does not answer.
-        Capacity::at(there).map_or(Ok(()), |capacity| capacity.check(size, now, self.path))
+        let (start, is_dir) = (options.offset(), self.found.is_some_and(|is| is.is_dir()));
+        (missing > 0).then(|| Draw {
+            path: self.path,
+            there: match self.found {
+                Some(_) => self.path,
+                None => parent(self.path),
+            },
+            part: (!is_dir).then(|| start..start.saturating_add(size)),
+            all: size,
+            now: if options.is_lazy() { 0 } else { missing },
+        })
     }
 }
 
@@ -142,7 +138,7 @@ pub(super) fn check_len(path: &Path, len: u64, offset: u64, size: u64) -> Result
     Err(error.into())
 }
 
-/// A link to nothing cannot be created exclusively, and following it is not for us to decide.
+/// Creating exclusively fails on a link to nothing, and following it is the caller's decision.
 pub(super) fn check_no_link(path: &Path) -> Result<()> {
     match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_symlink() => {

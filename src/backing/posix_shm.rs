@@ -17,7 +17,7 @@ use super::error::{BackingError, Result};
 use super::kind::BackingKind;
 
 /// How many names are tried: a name can be left by a process that was killed between two system
-/// calls and whose pid came round again, or be squatted.
+/// calls and whose pid was reused, or by another user's on purpose.
 const NAMES: usize = 128;
 
 /// A nameless POSIX shared memory object of `len` bytes.
@@ -46,7 +46,7 @@ fn open_nameless(len: u64, names: impl Iterator<Item = String>) -> Result<OwnedF
     let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL;
     let (mut tried, mut last) = (0, String::new());
     for name in names {
-        // Mode 0: nobody can open the name while it exists.
+        // Mode 0: no other process can open the name while it exists.
         match shm_open(name.as_str(), flags, Mode::empty()) {
             Ok(fd) => {
                 shm_unlink(name.as_str()).map_err(failed)?;

@@ -1,4 +1,4 @@
-//! Seals on a file: what nobody may do to it any more (fcntl(2), "File Sealing").
+//! Seals on a file: what no process may do to it any more (fcntl(2), "File Sealing").
 
 use std::fmt;
 use std::io;
@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 
 bitflags::bitflags! {
-    /// What nobody may do to a file any more, whichever descriptor they hold.
+    /// What no process may do to a file any more, whichever descriptor it holds.
     ///
     /// ```
     /// use guest_memory_shm::{RamOptions, Seals, ShmBacking};
@@ -22,7 +22,7 @@ bitflags::bitflags! {
         /// No more seals can be added. Alone, the mark of a tmpfs file that cannot be sealed.
         #[doc(alias = "F_SEAL_SEAL")]
         const SEAL = 0x1;
-        /// The file cannot become shorter: nobody can take pages away from under a mapping.
+        /// The file cannot become shorter: no process can take pages away from a mapping.
         #[doc(alias = "F_SEAL_SHRINK")]
         const SHRINK = 0x2;
         /// The file cannot become longer.

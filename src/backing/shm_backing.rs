@@ -21,7 +21,7 @@ use crate::range::RangePart;
 use crate::report::BuildNote;
 use crate::units::HumanSize;
 
-/// The object behind guest RAM: a descriptor of known length, cheap to clone.
+/// The object that backs guest RAM: a descriptor of known length, cheap to clone.
 ///
 /// Clones share the descriptor; the pages live as long as any clone, any region on it, or any
 /// other process's copy of it.
@@ -114,9 +114,9 @@ impl ShmBacking {
 
     /// Where RAM ends in it, in bytes from the start of the file: no region reaches further.
     ///
-    /// Of a [`BackingSource::File`] that is [`RamOptions::offset`] and the size of the RAM, and the file
-    /// may be longer; of all others it is the length of the file when the backing was made, which
-    /// sealed ones keep.
+    /// Of a [`BackingSource::File`] that is [`RamOptions::offset`] and the size of the RAM, and
+    /// the file may be longer; of all others it is the length of the file when the backing was
+    /// made, which sealed ones keep.
     pub fn end(&self) -> u64 {
         self.inner.end
     }

@@ -274,7 +274,11 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig {
+            cases: 512,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
 
         /// The model: a set of pages; a unit is discarded at once when all of its pages are in it.
         #[test]
@@ -310,7 +314,8 @@ mod tests {
                         let found = collector.add(&units, &(), range);
                         let found: Vec<u64> = found
                             .into_iter()
-                            .flat_map(|range| (range.start - base) / PAGE..(range.end - base) / PAGE)
+                            .map(|range| range.start - base..range.end - base)
+                            .flat_map(|range| range.start / PAGE..range.end / PAGE)
                             .collect();
                         let mut expected = Vec::new();
                         if whole {

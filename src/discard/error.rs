@@ -45,8 +45,8 @@ pub enum DiscardError {
 
     /// Pages in the range are locked into memory, and the kernel does not take those away.
     #[error(
-        "cannot discard {range}: pages of it are locked (mlock or mlockall), which the kernel does \
-         not give back: munlock them first"
+        "cannot discard {range}: pages of it are locked (mlock or mlockall), which the kernel \
+         does not give back: munlock them first"
     )]
     #[non_exhaustive]
     Locked {
@@ -77,8 +77,8 @@ pub enum DiscardError {
 
     /// The kernel does not tell whether pages may be given back, or were.
     #[error(
-        "cannot discard {range}: the kernel does not say which of its pages it gives back, {} were \
-         given back before",
+        "cannot discard {range}: the kernel does not say which of its pages it gives back, {} \
+         were given back before",
         HumanSize(*.freed)
     )]
     #[non_exhaustive]
@@ -120,8 +120,8 @@ mod tests {
                     range,
                     first: GuestAddress(0x2000),
                 },
-                "there is no RAM at guest address 0x2000, discard what is before and after the gap \
-                 apart",
+                "there is no RAM at guest address 0x2000, discard what is before and after the \
+                 gap apart",
             ),
             (
                 DiscardError::Inhibited { range, by: 2 },
@@ -142,8 +142,8 @@ mod tests {
                     range,
                     kind: BackingKind::AdoptedFile,
                 },
-                "the file system of its adopted file cannot punch holes into files, use a memfd, or \
-                 a file on a tmpfs, ext4, xfs or btrfs",
+                "the file system of its adopted file cannot punch holes into files, use a memfd, \
+                 or a file on a tmpfs, ext4, xfs or btrfs",
             ),
             (
                 DiscardError::Failed {

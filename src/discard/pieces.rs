@@ -61,7 +61,11 @@ impl Piece<'_> {
     }
 
     /// Gives back the whole pages of it, after so many bytes of `range`.
-    pub(super) fn discard(&self, range: GuestRange, freed: u64) -> Result<Discarded, DiscardError> {
+    pub(super) fn discard(
+        &self,
+        range: GuestRange,
+        freed: u64,
+    ) -> Result<Discarded, DiscardError> {
         let (whole, mut discarded) = split(self.inside.clone(), self.ram.backing.page_size());
         if whole.is_empty() {
             return Ok(discarded);

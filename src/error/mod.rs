@@ -1,4 +1,4 @@
-//! The crate's one error type: each variant names the operation, the values and the way out.
+//! The root of the crate's errors: a sum of those of the modules.
 
 use crate::range::InvalidRange;
 use crate::shortage::Shortage;
@@ -68,7 +68,7 @@ pub enum Error {
     #[error(transparent)]
     Discard(DiscardError),
 
-    /// The kernel does not say what of the RAM exists.
+    /// The kernel does not report which RAM is allocated.
     #[error(transparent)]
     Stats(#[from] StatsError),
 
@@ -99,15 +99,22 @@ pub enum Error {
     #[error(transparent)]
     Range(#[from] InvalidRange),
 
-    /// Regions make no memory.
+    /// A region or a ROM cannot be made, or regions do not make a memory.
     #[error(transparent)]
     Memory(Box<MemoryError>),
 }
 
 impl Error {
-    /// What is short, if that is the reason.
+    /// What is short, if that is the reason: of RAM, of the dirty log that a daemon was to be
+    /// sent, or of what a daemon was to map.
     pub fn shortage(&self) -> Option<&Shortage> {
         match self {
+            #[cfg(feature = "vhost-user")]
+            Self::Share(ShareError::Log(error)) => error.shortage(),
+            Self::Receive(error) => match &**error {
+                ReceiveError::Region { cause, .. } => cause.shortage(),
+                _ => None,
+            },
             Self::Shortage(shortage)
             | Self::Populate(
                 PopulateError::Shortage { shortage, .. } | PopulateError::CannotLook { shortage },

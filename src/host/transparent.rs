@@ -117,8 +117,8 @@ pub(crate) fn forbidden_on_tmpfs(dev: u64) -> Option<ThpObstacle> {
     )
 }
 
-/// The switch is for the kernel's own mount, on which memfds are, but for its values that overrule
-/// everybody; other mounts have an option.
+/// The switch is for the kernel's own mount, on which memfds are, except for its values that
+/// overrule all mounts; other mounts have an option.
 fn forbidden(switch: &str, mount: Option<&Mount>, process_may_not: bool) -> Option<ThpObstacle> {
     if process_may_not {
         return Some(ThpObstacle::Process);

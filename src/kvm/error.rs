@@ -51,8 +51,8 @@ pub enum KvmError {
 
     /// All slot numbers are taken.
     #[error(
-        "all slot numbers of {numbers:?} are taken: use fewer slots, or make SlotNumbers with more \
-         numbers"
+        "all slot numbers of {numbers:?} are taken: use fewer slots, or make SlotNumbers with \
+         more numbers"
     )]
     #[non_exhaustive]
     NoFreeNumber {
@@ -100,8 +100,8 @@ pub enum KvmError {
 
     /// A part of a region has a slot number assigned, and a region has one as a whole.
     #[error(
-        "the region {region} is not {assigned}, to which slot number {number} is assigned: let the \
-         region be what it was when it had that number, or assign no number"
+        "the region {region} is not {assigned}, to which slot number {number} is assigned: let \
+         the region be what it was when it had that number, or assign no number"
     )]
     #[non_exhaustive]
     PartlyAssigned {
@@ -280,8 +280,8 @@ impl fmt::Display for Meaning<'_> {
                  in slots already: free memory on the host, or use fewer or smaller regions"
             }
             Errno::EIO => {
-                "the VM belongs to another process (fork), or KVM has given it up: use it where it \
-                 was made, or start it anew"
+                "the VM belongs to another process (fork), or KVM has given it up: use it where \
+                 it was made, or start it anew"
             }
             _ => "see the cause",
         })
@@ -298,9 +298,9 @@ impl fmt::Display for LogMeaning<'_> {
                 "the VM has a dirty ring (KVM_CAP_DIRTY_LOG_RING) in its place: harvest that"
             }
             Errno::ENOENT => {
-                "the slot is not logged any more, another part of the VMM has changed it: have all \
-                 slots take their numbers from one SlotNumbers; to go on, stop the log, start it \
-                 again, and count all pages as written"
+                "the slot is not logged any more, another part of the VMM has changed it: have \
+                 all slots take their numbers from one SlotNumbers; to go on, stop the log, \
+                 start it again, and count all pages as written"
             }
             Errno::EFAULT => {
                 "the slot is larger than this region, another part of the VMM has put its own \

@@ -149,7 +149,8 @@ pub unsafe trait HypervisorVm: Send + Sync + 'static {
     ///
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) if these are no words of the slot's log,
     /// otherwise the hypervisor's answer.
-    fn clear_dirty_log(&self, slot: &SlotMapping, first_page: u64, bits: &[u64]) -> io::Result<()>;
+    fn clear_dirty_log(&self, slot: &SlotMapping, first_page: u64, bits: &[u64])
+    -> io::Result<()>;
 
     /// How many slots the VM can have (KVM_CAP_NR_MEMSLOTS): their numbers are below that.
     ///

@@ -60,7 +60,12 @@ unsafe impl HypervisorVm for VmFd {
         Ok(())
     }
 
-    fn clear_dirty_log(&self, slot: &SlotMapping, first_page: u64, bits: &[u64]) -> io::Result<()> {
+    fn clear_dirty_log(
+        &self,
+        slot: &SlotMapping,
+        first_page: u64,
+        bits: &[u64],
+    ) -> io::Result<()> {
         let pages = cleared_pages(slot, first_page, bits.len())?;
         let mut request = kvm_clear_dirty_log {
             slot: slot.number(),

@@ -183,7 +183,11 @@ impl<L: RegionListener<B>, B: Bitmap> RegionAdapter<L, B> {
     }
 
     fn drop_held(&mut self, region: &GuestRegionShm<B>) {
-        self.held.retain(|held| !held.is(region));
+        if let Ok(at) = place_of(&self.held, region.start_addr())
+            && self.held[at].is(region)
+        {
+            self.held.remove(at);
+        }
     }
 
     /// What it held no longer matters once it is away.

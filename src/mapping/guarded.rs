@@ -1,4 +1,4 @@
-//! Memory for answers of the kernel whose length is not ours to choose.
+//! Memory for answers of the kernel whose length the kernel chooses.
 
 use std::fmt;
 use std::io;
@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, mprotect};
 
-use super::{Span, to_usize};
+use super::span::{Span, to_usize};
 use crate::backing::base_page_size;
 
 /// Words of private memory, and inaccessible address space from the end of the last word on: a
@@ -127,7 +127,7 @@ mod tests {
                 count * 8
             );
             assert!(words.last(count).iter().all(|word| *word == 0));
-            // It stops at the last word, whatever it was to write.
+            // It stops at the last word, however much it was to write.
             words.last_mut(count).fill(u64::MAX);
             let written = kernel_writes(&mut words, count, GUARD);
             assert!(written.is_err() || written.unwrap() <= count * 8);

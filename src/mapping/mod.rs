@@ -9,16 +9,12 @@
     reason = "the memory map of the process is changed and raw memory is handed out here"
 )]
 
-use std::ffi::c_void;
 use std::fmt;
-use std::num::NonZeroUsize;
-use std::ptr::NonNull;
 
-use nix::sys::mman::{MmapAdvise, madvise, munmap};
+use nix::sys::mman::{MmapAdvise, madvise};
 
 use crate::backing::ShmBacking;
 use crate::host::transparent::{self, ThpObstacle};
-use crate::logs;
 use crate::options::CoreDump;
 use crate::report::{BuildNote, log_notes};
 
@@ -30,49 +26,26 @@ mod populate;
 mod remove;
 mod reserve;
 mod scan;
+mod span;
 
 pub use error::MapError;
 use error::Result;
 #[cfg(feature = "kvm")]
 pub(crate) use guarded::GuardedWords;
 use reserve::{Reservation, placement, rehearse};
+use span::Span;
+pub(crate) use span::{HostAddr, to_usize};
 
 /// A part of a backing, mapped shared for reading and writing, with a guard page at both ends.
 ///
 /// Dropping it unmaps all of it, hugetlb mappings included.
 pub(crate) struct Mapping {
-    /// The reservation: guard, RAM, guard.
-    reserved: Span,
-    /// The RAM in it.
-    ram: Span,
+    /// Guard, RAM, guard.
+    place: Reservation,
     /// Whether it is mapped by transparent huge pages, but for parts of it.
     is_huge: bool,
-    /// What the kernel does not do that was asked for.
+    /// What was asked for and the kernel does not do.
     notes: Vec<BuildNote>,
-}
-
-/// Where a mapping is. Safe to have and to pass on; what is there is accessed through raw pointers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct HostAddr(NonNull<u8>);
-
-impl HostAddr {
-    /// The address of what another part of the process has mapped.
-    #[cfg(feature = "kvm")]
-    pub(crate) fn new(addr: NonNull<u8>) -> Self {
-        Self(addr)
-    }
-
-    #[inline]
-    pub(crate) fn as_ptr(self) -> *mut u8 {
-        self.0.as_ptr()
-    }
-}
-
-/// A range of host addresses.
-#[derive(Clone, Copy)]
-struct Span {
-    start: NonNull<c_void>,
-    len: NonZeroUsize,
 }
 
 // SAFETY: a Mapping owns its range of the address space, which belongs to the process, not to a
@@ -81,11 +54,6 @@ struct Span {
 unsafe impl Send for Mapping {}
 // SAFETY: as above; through a shared reference only the address and the length can be read.
 unsafe impl Sync for Mapping {}
-// SAFETY: an address is a number; to access what is there takes unsafe code elsewhere.
-unsafe impl Send for HostAddr {}
-// SAFETY: as above.
-unsafe impl Sync for HostAddr {}
-
 impl Mapping {
     /// Maps `size` bytes at `offset` of `backing`.
     ///
@@ -107,9 +75,13 @@ impl Mapping {
             rehearse(backing, offset, size)?;
         }
         let (modulus, congruent) = placement(backing, offset, size);
-        let reserved = Reservation::new(size, congruent, modulus)?;
-        let ram = reserved.map(backing, offset)?;
-        let mut mapping = reserved.into_mapping(ram);
+        let place = Reservation::new(size, congruent, modulus)?;
+        place.map(backing, offset)?;
+        let mut mapping = Self {
+            place,
+            is_huge: false,
+            notes: Vec::new(),
+        };
         // Nodes and advice come before the first page: afterwards they are without effect.
         mapping.bind(backing.map_options().numa)?;
         mapping.advise(backing, offset);
@@ -119,15 +91,20 @@ impl Mapping {
 
     /// The host address of the first byte. It may be kept beside the mapping, not longer.
     pub(crate) fn host_addr(&self) -> HostAddr {
-        HostAddr(self.ram.start.cast())
+        HostAddr::of(self.ram().start)
+    }
+
+    /// The RAM, between the guard pages.
+    fn ram(&self) -> Span {
+        self.place.ram()
     }
 
     /// The length in bytes, without the guard pages.
     pub(crate) fn len(&self) -> usize {
-        self.ram.len.get()
+        self.ram().len.get()
     }
 
-    /// What the kernel does not do that was asked for.
+    /// What was asked for and the kernel does not do.
     pub(crate) fn notes(&self) -> &[BuildNote] {
         &self.notes
     }
@@ -139,8 +116,8 @@ impl Mapping {
 
     fn advise(&mut self, backing: &ShmBacking, offset: u64) {
         let options = backing.map_options();
-        // Advice that the kernel does not know (it may be built without the feature) is no reason
-        // to do without RAM.
+        // Advice that the kernel does not know (it may be built without the feature) is no reason to
+        // fail.
         if options.core_dump == CoreDump::Exclude
             && let Err(errno) = self.advise_one(MmapAdvise::MADV_DONTDUMP)
         {
@@ -154,7 +131,7 @@ impl Mapping {
                     errno: errno as i32,
                 }),
             };
-            // A few parts that are not aligned do not keep the others from being huge.
+            // A few parts that are not aligned do not stop the others from being huge.
             self.is_huge = matches!(obstacle, None | Some(ThpObstacle::Alignment { .. }));
             self.notes.extend(obstacle.map(BuildNote::NotHuge));
         }
@@ -163,46 +140,13 @@ impl Mapping {
     fn advise_one(&self, what: MmapAdvise) -> nix::Result<()> {
         // SAFETY: the range is a mapping of ours, whole pages, and neither MADV_DONTDUMP nor
         // MADV_HUGEPAGE changes what is in it.
-        unsafe { madvise(self.ram.start, self.ram.len.get(), what) }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        self.reserved.unmap();
+        unsafe { madvise(self.ram().start, self.ram().len.get(), what) }
     }
 }
 
 impl fmt::Debug for Mapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Mapping({:p} + {:#x})", self.ram.start, self.len())
-    }
-}
-
-impl Span {
-    fn unmap(self) {
-        // SAFETY: spans are only made of address space that this module mapped and still owns (no
-        // failed MAP_FIXED has torn a hole into it, see `rehearse`), and are unmapped only when
-        // their owner is dropped or trims what it never hands out: no pointer into them is in use.
-        // They hold whole hugetlb mappings, so the length needs no rounding to huge pages.
-        let answer = unsafe { munmap(self.start, self.len.get()) };
-        if let Err(errno) = answer {
-            logs::error!(
-                "cannot unmap {:#x} bytes at {:p}: {errno}",
-                self.len,
-                self.start
-            );
-        }
-    }
-
-    /// `len` bytes, `at` bytes into the span.
-    fn part(self, at: usize, len: usize) -> Self {
-        // Both stay inside the span: the callers see to that.
-        let start = self.start.as_ptr().map_addr(|addr| addr + at);
-        match (NonNull::new(start), NonZeroUsize::new(len)) {
-            (Some(start), Some(len)) => Self { start, len },
-            _ => unreachable!("a part of a mapping is neither null nor empty"),
-        }
+        write!(f, "Mapping({:p} + {:#x})", self.ram().start, self.len())
     }
 }
 
@@ -226,17 +170,6 @@ fn thp_obstacle(backing: &ShmBacking, offset: u64, size: u64) -> Option<ThpObsta
     (!whole).then_some(ThpObstacle::Alignment { offset, size, huge })
 }
 
-/// The one conversion of sizes in guest or file space to sizes in this process.
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "usize has 64 bits: vm-memory builds for no other target"
-)]
-#[inline]
-pub(crate) const fn to_usize(size: u64) -> usize {
-    const { assert!(size_of::<usize>() == size_of::<u64>()) };
-    size as usize
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -257,7 +190,7 @@ mod tests {
         let small = backing(16 << 20);
         for offset in [0, page, 2 << 20, (2 << 20) + 3 * page, (4 << 20) - page] {
             for size in [page, 1 << 20, 2 << 20, 4 << 20] {
-                let host = map(&small, offset, size).ram.start.addr().get() as u64;
+                let host = map(&small, offset, size).ram().start.addr().get() as u64;
                 assert_eq!(
                     host % (2 << 20),
                     offset % (2 << 20),
@@ -267,7 +200,7 @@ mod tests {
         }
         let large = backing(5 << 30);
         for offset in [0, page, 1 << 30, (1 << 30) + (2 << 20)] {
-            let host = map(&large, offset, 2 << 30).ram.start.addr().get() as u64;
+            let host = map(&large, offset, 2 << 30).ram().start.addr().get() as u64;
             assert_eq!(host % (1 << 30), offset % (1 << 30), "{offset:#x}");
         }
     }
@@ -277,10 +210,10 @@ mod tests {
         let page = to_usize(base_page_size());
         let mapping = map(&backing(4 << 20), 0, 4 << 20);
         assert_eq!(mapping.len(), 4 << 20);
-        assert_eq!(mapping.reserved.len.get(), (4 << 20) + 2 * page);
+        assert_eq!(mapping.place.span().len.get(), (4 << 20) + 2 * page);
         assert_eq!(
-            mapping.reserved.start.addr().get() + page,
-            mapping.ram.start.addr().get()
+            mapping.place.span().start.addr().get() + page,
+            mapping.ram().start.addr().get()
         );
     }
 

@@ -20,7 +20,7 @@ const MPOL_PREFERRED_MANY: c_int = 5;
 const MPOL_MF_STRICT: c_uint = 1;
 const MPOL_MF_MOVE: c_uint = 2;
 
-/// As many words as [`NodeSet::LIMIT`] bits take.
+/// The words that [`NodeSet::LIMIT`] bits take.
 const WORDS: usize = NodeSet::LIMIT as usize / c_ulong::BITS as usize;
 
 impl Mapping {
@@ -61,8 +61,8 @@ impl Mapping {
         let answer = unsafe {
             syscall(
                 SYS_mbind,
-                self.ram.start.as_ptr(),
-                self.ram.len.get(),
+                self.ram().start.as_ptr(),
+                self.ram().len.get(),
                 mode,
                 mask.as_ptr(),
                 maxnode,

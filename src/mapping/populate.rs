@@ -1,4 +1,4 @@
-//! Bringing in the pages of a mapping ahead of their first use (madvise(2)).
+//! Allocating the pages of a mapping before their first use (madvise(2)).
 
 use std::io;
 use std::ops::Range;
@@ -14,7 +14,7 @@ impl Mapping {
     /// pages of its backing; pages that are there are left as they are.
     ///
     /// `MADV_POPULATE_WRITE`, or `MADV_POPULATE_READ` where the mapping cannot be written: no
-    /// signal is raised where a page cannot be had.
+    /// signal is raised where a page cannot be allocated.
     ///
     /// # Errors
     ///
@@ -57,7 +57,7 @@ mod tests {
     fn resident(mapping: &Mapping) -> Vec<bool> {
         let pages = mapping.len() as u64 / base_page_size();
         let text = crate::host::pagemap().unwrap();
-        let first = mapping.ram.start.addr().get() as u64 / base_page_size();
+        let first = mapping.ram().start.addr().get() as u64 / base_page_size();
         (first..first + pages)
             .map(|page| {
                 let mut entry = [0; 8];

@@ -7,7 +7,8 @@ use std::ops::Range;
 use nix::errno::Errno;
 use nix::sys::mman::{MmapAdvise, MsFlags, madvise, msync};
 
-use super::{Mapping, Span, to_usize};
+use super::Mapping;
+use super::span::{Span, to_usize};
 use crate::host::calls::{is_refused, retried};
 
 impl Mapping {
@@ -30,10 +31,10 @@ impl Mapping {
         Ok(())
     }
 
-    /// Whether a page at these offsets is locked (mlock(2)): the kernel does not remove such pages.
-    /// The offsets must be multiples of the page size.
+    /// Whether a page at these offsets is locked (mlock(2)): the kernel does not remove such
+    /// pages. The offsets must be multiples of the page size.
     ///
-    /// msync(2) with `MS_INVALIDATE` says so, and does nothing else on Linux.
+    /// msync(2) with `MS_INVALIDATE` tells, and does nothing else on Linux.
     pub(crate) fn is_locked(&self, range: Range<u64>) -> io::Result<bool> {
         let Some(span) = self.inside(range)? else {
             return Ok(false);
@@ -43,21 +44,21 @@ impl Mapping {
         match unsafe { msync(span.start, span.len.get(), MsFlags::MS_INVALIDATE) } {
             Ok(()) => Ok(false),
             Err(Errno::EBUSY) => Ok(true),
-            // By a filter; a page that is locked is found when it is to be removed, then.
+            // A filter forbids it: then a locked page is noticed when it is to be removed.
             Err(errno) if is_refused(errno) => Ok(false),
             Err(errno) => Err(errno.into()),
         }
     }
 
-    /// The host addresses of these byte offsets; none if they are none.
+    /// The host addresses of these byte offsets; none if there are none.
     ///
-    /// Fails for offsets behind the end: what is there belongs to others.
+    /// Fails for offsets past the end: what is there belongs to others.
     pub(super) fn inside(&self, range: Range<u64>) -> io::Result<Option<Span>> {
         if range.start > range.end || range.end > self.len() as u64 {
             return Err(Errno::EINVAL.into());
         }
         let len = NonZeroUsize::new(to_usize(range.end - range.start));
-        Ok(len.map(|len| self.ram.part(to_usize(range.start), len.get())))
+        Ok(len.map(|len| self.ram().part(to_usize(range.start), len.get())))
     }
 }
 

@@ -8,14 +8,14 @@ use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
 use super::error::{MapError, Result};
-use super::{Mapping, Span, to_usize};
+use super::span::{Span, to_usize};
 use crate::backing::{BackingError, ShmBacking, base_page_size, check_groups, check_pool};
 use crate::options::Access;
 
 /// Sizes for which the kernel and the hypervisor can use one large mapping, largest first.
 const LARGE: [u64; 2] = [1 << 30, 2 << 20];
 
-/// Address space that is set aside for a mapping, and given back if it comes to nothing.
+/// Address space that is set aside for a mapping, and given back with all that is mapped there.
 pub(super) struct Reservation {
     span: Span,
     /// Where the RAM goes in it.
@@ -23,8 +23,8 @@ pub(super) struct Reservation {
 }
 
 impl Reservation {
-    /// Reserves room for `size` bytes at a host address congruent with `offset` modulo `modulus`, a
-    /// power of two, and for a guard page on either side.
+    /// Reserves room for `size` bytes at a host address congruent with `offset` modulo `modulus`,
+    /// a power of two, and for a guard page on either side.
     pub(super) fn new(size: u64, offset: u64, modulus: u64) -> Result<Self> {
         let failed = |errno: Errno| MapError::Reserve {
             size,
@@ -36,8 +36,8 @@ impl Reservation {
             .and_then(|room| NonZeroUsize::new(to_usize(room)))
             .ok_or_else(|| failed(Errno::ENOMEM))?;
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses, and PROT_NONE
-        // pages cannot be accessed by anybody.
+        // SAFETY: without MAP_FIXED the kernel chooses unused addresses, and PROT_NONE pages
+        // cannot be accessed at all.
         let answer = unsafe { mmap_anonymous(None, room, ProtFlags::PROT_NONE, flags) };
         let whole = Span {
             start: answer.map_err(failed)?,
@@ -65,13 +65,12 @@ impl Reservation {
     /// Maps the backing over the middle of the reservation.
     ///
     /// A file's own mmap must not fail here, see [`rehearse`].
-    pub(super) fn map(&self, backing: &ShmBacking, offset: u64) -> Result<Span> {
+    pub(super) fn map(&self, backing: &ShmBacking, offset: u64) -> Result<()> {
         let size = self.ram.len.get() as u64;
         let at = file_offset(backing, offset, size)?;
         let flags = shared_flags(backing) | MapFlags::MAP_FIXED;
-        // SAFETY: MAP_FIXED replaces pages of this reservation only: PROT_NONE pages that nobody
-        // else knows of. The range of the file exists (`check_inside`), so that no access to the
-        // mapping is SIGBUS as long as nobody truncates the file, which seals forbid; that
+        // SAFETY: MAP_FIXED replaces pages of this reservation only: PROT_NONE pages that nothing else knows of. The range of the file exists (`check_inside`), so that no access to the
+        // mapping is SIGBUS as long as no process truncates the file, which seals forbid; that
         // unsealed files can be truncated is documented on `ShmBacking`.
         let answer = unsafe {
             mmap(
@@ -84,37 +83,37 @@ impl Reservation {
             )
         };
         match answer {
-            Ok(_) => Ok(self.ram),
+            Ok(_) => Ok(()),
             Err(errno) => Err(map_error(backing, size, errno)),
         }
     }
 
-    pub(super) fn into_mapping(self, ram: Span) -> Mapping {
-        let reserved = self.span;
-        std::mem::forget(self);
-        Mapping {
-            reserved,
-            ram,
-            is_huge: false,
-            notes: Vec::new(),
-        }
+    /// All of it.
+    #[cfg(test)]
+    pub(super) fn span(&self) -> Span {
+        self.span
+    }
+
+    /// Where the RAM goes.
+    pub(super) fn ram(&self) -> Span {
+        self.ram
     }
 }
 
 /// Maps a part of a backing anywhere, and unmaps it again, to learn whether it can be mapped.
 ///
 /// MAP_FIXED takes away what was there before it asks the file, and does not put it back when the
-/// file's answer is no, as that of a short hugetlb pool: then there is a hole in the reservation,
+/// file refuses, for example because a hugetlb pool is short: then the reservation has a hole,
 /// another thread may map something into it, and giving the reservation back would unmap that.
-/// Where the file says yes now, it says so then too: the huge pages are promised to the inode, and
-/// stay promised. A tmpfs never says no.
+/// Where the file agrees now, it agrees then too: the huge pages are reserved for the inode, and
+/// stay reserved. A tmpfs never refuses.
 pub(super) fn rehearse(backing: &ShmBacking, offset: u64, size: u64) -> Result<()> {
     let at = file_offset(backing, offset, size)?;
     let failed = |errno| map_error(backing, size, errno);
     let len = NonZeroUsize::new(to_usize(size)).ok_or_else(|| failed(Errno::EINVAL))?;
     let access = protection(backing);
-    // SAFETY: without MAP_FIXED the kernel chooses addresses that nobody uses, and nobody is told
-    // of the mapping.
+    // SAFETY: without MAP_FIXED the kernel chooses unused addresses, and nothing is told of the
+    // mapping.
     let answer = unsafe { mmap(None, len, access, shared_flags(backing), backing, at) };
     let start = answer.map_err(failed)?;
     Span { start, len }.unmap();
@@ -149,8 +148,8 @@ fn shared_flags(backing: &ShmBacking) -> MapFlags {
 pub(super) fn placement(backing: &ShmBacking, offset: u64, size: u64) -> (u64, u64) {
     let large = large_page(size, backing);
     match backing.map_options().align {
-        // Both are powers of two. Where the offset is no multiple of `align`, the address cannot be
-        // congruent with it.
+        // Both are powers of two. Where the offset is no multiple of `align`, the address cannot
+        // be congruent with it.
         Some(align) if align > 0 && !offset.is_multiple_of(align) => (large.max(align), 0),
         Some(align) => (large.max(align), offset),
         None => (large, offset),
@@ -183,7 +182,7 @@ fn map_error(backing: &ShmBacking, size: u64, errno: Errno) -> MapError {
     }
     let source = io::Error::from(errno);
     match errno {
-        // These are answers of the file, not of the address space.
+        // These errors are the file's, not the address space's.
         Errno::ENODEV | Errno::EINVAL | Errno::EACCES | Errno::EPERM => {
             MapError::NotShareable { size, source }
         }

@@ -7,7 +7,8 @@ use std::os::fd::AsRawFd;
 use nix::errno::Errno;
 use nix::libc;
 
-use super::{Mapping, Span, to_usize};
+use super::Mapping;
+use super::span::{Span, to_usize};
 use crate::host::calls::{is_refused, was_refused};
 use crate::host::{base_page_size, pagemap};
 use crate::range::RangeSet;
@@ -52,8 +53,8 @@ impl Mapping {
     /// The byte offsets in the mapping of the pages of a hugetlb backing that this process has
     /// mapped, in order (mincore(2)). `page_size` is that of the backing.
     ///
-    /// Pages that exist, but were only touched by other processes, are not among them, and none is
-    /// where a filter forbids the call. (For a tmpfs mincore would name them too.)
+    /// Pages that only other processes have touched are not among them, and none is where a filter
+    /// forbids the call. (For a tmpfs mincore would name them too.)
     pub(crate) fn mapped(&self, page_size: u64) -> io::Result<RangeSet> {
         let base = base_page_size();
         let window = WINDOW.max(page_size).min(self.len() as u64);
@@ -61,9 +62,9 @@ impl Mapping {
         let mut found = RangeSet::default();
         for from in (0..self.len() as u64).step_by(to_usize(window)) {
             let len = window.min(self.len() as u64 - from);
-            let span = self.ram.part(to_usize(from), to_usize(len));
+            let span = self.ram().part(to_usize(from), to_usize(len));
             match mincore(span, &mut answer) {
-                // By a filter: then it cannot be told of any page.
+                // A filter forbids it: nothing is known of any page then.
                 Err(error) if was_refused(&error) => return Ok(RangeSet::default()),
                 done => done?,
             }
@@ -83,14 +84,14 @@ impl Mapping {
     }
 
     /// How many bytes of a part of it this process has mapped, in whatever way; none if that
-    /// cannot be told, as above.
+    /// cannot be known, as above.
     pub(crate) fn mapped_in(&self, range: Range<u64>) -> io::Result<Option<u64>> {
         self.bytes_that_are(PAGE_IS_PRESENT, range)
     }
 
     fn bytes_that_are(&self, category: u64, range: Range<u64>) -> io::Result<Option<u64>> {
         let pagemap = pagemap()?;
-        let start = self.ram.start.addr().get() as u64;
+        let start = self.ram().start.addr().get() as u64;
         let (mut at, end) = (start + range.start, start + range.end);
         let mut answer = [PageRegion::default(); 256];
         let mut bytes = 0;

@@ -2,7 +2,7 @@
 //!
 //! Nearly every access lies in one region, in the one that the index names first. vm-memory's
 //! `Bytes` finds that out in a loop over slices, which costs more than the look-up and the copy
-//! together. What is not like that goes to `Bytes`, so there is one answer to all of it.
+//! together. All other accesses go to `Bytes`, so the results are the same.
 
 use vm_memory::bitmap::{BS, Bitmap};
 use vm_memory::guest_memory::Result as AccessResult;

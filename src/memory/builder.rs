@@ -13,7 +13,7 @@ use crate::range::{GuestRange, InvalidRange, check_disjoint};
 use crate::region::{GuestRegionShm, MemoryError, Result, new_bitmap};
 use crate::report::{BuildReport, log_notes};
 
-/// What the report calls all RAM that is built.
+/// The report's name for all RAM that is built.
 const ALL: &str = "all RAM";
 
 /// Builds a [`GuestMemoryShm`] of several backings, each of which can carry several ranges.
@@ -26,7 +26,7 @@ const ALL: &str = "all RAM";
 /// let memory = GuestMemoryShm::<()>::builder()
 ///     // One descriptor carries the RAM below and above the hole.
 ///     .add_ram(RamOptions::new(), ram_around_hole(4 << 30, hole)?)
-///     // Another one, which can be truncated by whoever holds it, is for a trusted daemon.
+///     // Another one, which any process that holds it can truncate, is for a trusted daemon.
 ///     .add_ram(
 ///         RamOptions::new().with_backing(BackingSource::PosixShm),
 ///         [(GuestAddress(1 << 40), 16 << 20)],
@@ -45,10 +45,9 @@ pub struct GuestMemoryShmBuilder<B = ()> {
 /// Which sizes and addresses regions may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sizes {
-    /// Whole pages: whoever builds RAM with options is told at once what memory slots, daemons and
-    /// discards would refuse later.
+    /// Whole pages: what memory slots, daemons and discards would refuse later is refused at once.
     Pages,
-    /// Any, as code expects that was written for vm-memory's type.
+    /// Any, as code written for vm-memory's type expects.
     Any,
 }
 
@@ -105,7 +104,7 @@ impl<B: NewBitmap> GuestMemoryShmBuilder<B> {
 
 impl<B> GuestMemoryShmBuilder<B> {
     /// Has a function make the dirty bitmap of each region, of any type: for bitmaps that are no
-    /// `NewBitmap`, as `Option<AtomicBitmap>` is none, or that are set up otherwise.
+    /// `NewBitmap`, such as `Option<AtomicBitmap>`, or that are set up in another way.
     ///
     /// Default: `NewBitmap::with_len`. The function is called during [`build`](Self::build), once
     /// for each region, after all is checked and before anything is created. If it panics, so does
@@ -179,8 +178,8 @@ impl<B> GuestMemoryShmBuilder<B> {
 
 impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     /// Creates the backings, maps them, places the regions, and populates those on new backings as
-    /// their options say: all together, with as many threads as the options ask for that ask for
-    /// the most.
+    /// their options say: all together, with the largest number of threads that any of the options
+    /// asks for.
     ///
     /// Costs per region, not per byte, unless RAM is populated: no page is allocated then.
     ///
@@ -201,8 +200,8 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
         self.build_with_report().map(|(memory, _)| memory)
     }
 
-    /// As [`build`](Self::build), and says what of the options has no effect and which limits are
-    /// near. (The log says so, too.)
+    /// As [`build`](Self::build), and reports which options have no effect and which limits are
+    /// near. (The log has it, too.)
     ///
     /// # Errors
     ///
@@ -217,7 +216,7 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
         let all: Vec<GuestRange> = plans.iter().flat_map(|plan| plan.ranges.clone()).collect();
         check_disjoint(&all)?;
         Request::check_all(requests(&plans))?;
-        // Code of others: whatever it does, nothing is there yet.
+        // The caller's code, which may panic: nothing has been created yet.
         let bitmaps = all.iter().map(|range| self.bitmaps.make(*range)).collect();
         let (regions, report) = create(&plans, bitmaps)?;
         let regions = regions.into_iter().map(Arc::new).collect();
@@ -361,8 +360,11 @@ fn requests<'p>(plans: &'p [Plan<'p>]) -> impl Iterator<Item = &'p Request<'p>> 
 }
 
 /// Creates, maps and populates what was planned and checked, with these bitmaps for the ranges in
-/// their order. Whatever fails leaves nothing.
-fn create<B>(plans: &[Plan<'_>], bitmaps: Vec<B>) -> Result<(Vec<GuestRegionShm<B>>, BuildReport)> {
+/// their order. A failure leaves nothing behind.
+fn create<B>(
+    plans: &[Plan<'_>],
+    bitmaps: Vec<B>,
+) -> Result<(Vec<GuestRegionShm<B>>, BuildReport)> {
     let mut report = BuildReport::default();
     let notes = memory_notes(requests(plans));
     log_notes(ALL, &notes);

@@ -1,7 +1,7 @@
 //! Constructors with the shapes of vm-memory's own type, for code that was written for it.
 //!
 //! They take ranges as `GuestMemoryMmap` does: sorted, of any size, at any address. A region is as
-//! long as it was asked for, and what is mapped of its last page after that is in no region. What
+//! long as it was asked for, and the rest of its last page is mapped, but in no region. What
 //! needs whole pages refuses such a region ([`InvalidRange::PartialPages`]); the builder never
 //! makes one.
 //!
@@ -43,7 +43,7 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
     ///
     /// Any file that can be mapped shared, for reading and writing, is taken: a memfd, one on a
     /// hugetlbfs or on a disk. It must be long enough. One that is not sealed can be truncated by
-    /// whoever has it, and touching what is gone is SIGBUS.
+    /// any process that has it, and touching what is gone is SIGBUS.
     ///
     /// ```
     /// use guest_memory_shm::GuestMemoryShm;
@@ -84,7 +84,7 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
         if !new.is_empty() {
             builder = builder.add_ram(RamOptions::new(), new);
         }
-        // Ranges of one file share its backing, and so all that is known of it.
+        // Ranges of one file share its backing, and so what is known of it.
         let mut backings: Vec<(Arc<File>, ShmBacking)> = Vec::new();
         for (addr, size, file) in on_files {
             let known = backings

@@ -68,7 +68,8 @@ impl<R: Placed + Clone> Index<R> {
     /// None if no region holds it, for all addresses past the last region.
     #[inline]
     pub(super) fn get(&self, addr: u64) -> Option<&R> {
-        // Below the first region this is some number, with or without a bucket.
+        // Below the first region this wraps to some number, with or without a bucket: the caller
+        // checks the region in any case.
         let bucket = addr.wrapping_sub(self.start) >> self.shift;
         self.buckets.get(to_usize(bucket))
     }

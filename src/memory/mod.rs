@@ -120,21 +120,37 @@ impl<B> GuestMemoryShm<B> {
         start: GuestAddress,
         size: GuestUsize,
     ) -> Result<(Self, Arc<GuestRegionShm<B>>)> {
-        let found = place_of(&self.regions, start).ok();
-        let found = found.map(|at| (at, self.regions[at].range().size()));
-        let at = match found {
-            Some((at, found)) if found == size => at,
-            _ => {
-                return Err(MemoryError::NoSuchRegion {
-                    start,
-                    size,
-                    found: found.map(|(_, found)| found),
-                });
-            }
-        };
         let mut regions = self.arc_regions();
-        let removed = regions.remove(at);
+        let removed = regions.remove(self.place_of_region(start, size)?);
         Ok((Self::index(regions), removed))
+    }
+
+    /// This memory without these regions, as a new memory, and the regions, in this order.
+    pub(crate) fn remove_regions(
+        &self,
+        ranges: &[GuestRange],
+    ) -> Result<(Self, Vec<Arc<GuestRegionShm<B>>>)> {
+        let mut left: Vec<_> = self.regions.iter().map(Some).collect();
+        let mut removed = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            let (start, size) = (range.start_addr(), range.size());
+            let region = left[self.place_of_region(start, size)?].take();
+            // It was named before.
+            let found = None;
+            let region = region.ok_or(MemoryError::NoSuchRegion { start, size, found })?;
+            removed.push(region.clone());
+        }
+        Ok((
+            Self::index(left.into_iter().flatten().cloned().collect()),
+            removed,
+        ))
+    }
+
+    fn place_of_region(&self, start: GuestAddress, size: u64) -> Result<usize> {
+        let at = place_of(&self.regions, start).ok();
+        let found = at.map(|at| self.regions[at].range().size());
+        let at = at.filter(|_| found == Some(size));
+        at.ok_or(MemoryError::NoSuchRegion { start, size, found })
     }
 
     /// The regions, sorted by address, to make other memories of.

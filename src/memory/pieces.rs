@@ -9,8 +9,7 @@ use crate::ram::Ram;
 use crate::range::GuestRange;
 
 impl<B> GuestMemoryShm<B> {
-    /// What a range consists of, in order: the RAM of a region, and byte offsets in it, never
-    /// none.
+    /// The parts of a range, in order: the RAM of a region, and byte offsets in it, never none.
     ///
     /// # Errors
     ///

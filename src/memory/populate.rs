@@ -8,9 +8,9 @@ use crate::{CancelToken, OnFailure, OnShortage, Populate};
 impl<B> GuestMemoryShm<B> {
     /// Populates the RAM, or a part of it, and returns when that is done.
     ///
-    /// What is there already is left as it is, so a guest may run meanwhile (then with
+    /// Pages that exist already are left as they are, so a guest may run meanwhile (then with
     /// [`OnFailure::Keep`]). When it succeeds, no later touch of that RAM is SIGBUS for want of a
-    /// page, whoever touches it, until pages are given back or a process truncates an unsealed
+    /// page, in any process, until pages are given back or a process truncates an unsealed
     /// backing. [`Populate::Prefault`] fills the page tables of this process only.
     ///
     /// # Errors
@@ -24,7 +24,7 @@ impl<B> GuestMemoryShm<B> {
     }
 
     /// Populates the RAM, or a part of it, while the caller goes on; the handle tells how far it
-    /// is, and waits for it; a [`CancelToken`] cancels it.
+    /// has come, and waits for it; a [`CancelToken`] cancels it.
     ///
     /// The RAM stays mapped until it is done, even if this memory and its regions are dropped.
     ///
@@ -40,7 +40,7 @@ impl<B> GuestMemoryShm<B> {
         populate::populate_in_background(self.parts(&options)?, options)
     }
 
-    /// What the options are about.
+    /// The RAM that the options are about.
     fn parts(&self, options: &PopulateOptions<'_>) -> Result<Parts, PopulateError> {
         let Some(range) = options.range() else {
             let rams = self.regions.iter().map(|region| region.ram());

@@ -80,7 +80,8 @@ impl Backend {
     }
 
     fn serve_queue(&self, vring: &Vring) {
-        while self.serve_batch(vring.get_mut().deref_mut()) && !self.over.load(Ordering::Relaxed) {}
+        while self.serve_batch(vring.get_mut().deref_mut()) && !self.over.load(Ordering::Relaxed) {
+        }
     }
 
     /// Carries out what is available, at most one ring full. True: there is more to do.

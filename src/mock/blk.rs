@@ -70,8 +70,8 @@ fn carry_out<M: GuestMemory>(
     match u32::from_le_bytes([t0, t1, t2, t3]) {
         VIRTIO_BLK_T_IN => {
             let length = output.remaining();
-            let copied =
-                sectors(&mut bytes, sector, length).and_then(|part| output.copy_from(memory, part));
+            let copied = sectors(&mut bytes, sector, length)
+                .and_then(|part| output.copy_from(memory, part));
             match (copied, u32::try_from(length)) {
                 (Some(()), Ok(written)) => (VIRTIO_BLK_S_OK, written),
                 _ => (VIRTIO_BLK_S_IOERR, 0),

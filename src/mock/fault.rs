@@ -42,7 +42,9 @@ impl Fault {
             | Self::NeverAnswerAfter
             | Self::AnswerNonsense
             | Self::HangUpAfter => true,
-            Self::Refuse | Self::NeverAnswer | Self::HangUpBefore | Self::AnswerThenHangUp => false,
+            Self::Refuse | Self::NeverAnswer | Self::HangUpBefore | Self::AnswerThenHangUp => {
+                false
+            }
         }
     }
 }

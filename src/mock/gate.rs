@@ -251,7 +251,9 @@ fn relay_answers(link: &Link, shared: &Shared, barrier: &Barrier) -> io::Result<
                 None
             }
             // vhost's backend half adds REPLY_ACK whatever the device says.
-            (Some(FrontendReq::GET_PROTOCOL_FEATURES), Some(bits)) if !shared.options.reply_ack => {
+            (Some(FrontendReq::GET_PROTOCOL_FEATURES), Some(bits))
+                if !shared.options.reply_ack =>
+            {
                 Some(bits & !VhostUserProtocolFeatures::REPLY_ACK.bits())
             }
             // And it always says 509.
@@ -316,8 +318,8 @@ enum Asker {
     Gate,
 }
 
-/// Tells the gate's own GET_FEATURES and SET_LOG_BASE from the frontend's, and says when the answer
-/// to its GET_FEATURES came.
+/// Tells the gate's own GET_FEATURES and SET_LOG_BASE from the frontend's, and says when the
+/// answer to its GET_FEATURES came.
 #[derive(Debug, Default)]
 struct Barrier {
     state: Mutex<BarrierState>,

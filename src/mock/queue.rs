@@ -11,7 +11,8 @@ use vm_memory::{AtomicAccess, ByteValued, Bytes, GuestAddress, GuestAddressSpace
 
 use super::blk_error::BlkError;
 use super::ring::{
-    AVAIL_HEADER_SIZE, DESCRIPTOR_SIZE, INDEX_OFFSET, RingLayout, USED_ENTRY_SIZE, USED_HEADER_SIZE,
+    AVAIL_HEADER_SIZE, DESCRIPTOR_SIZE, INDEX_OFFSET, RingLayout, USED_ENTRY_SIZE,
+    USED_HEADER_SIZE,
 };
 
 #[expect(clippy::cast_possible_truncation, reason = "the value is 1")]

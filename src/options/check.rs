@@ -16,8 +16,8 @@ impl RamOptions {
     /// Checks everything that the options say, each by itself and all together.
     ///
     /// Nothing is created, and the system is asked for nothing: whether there are such huge pages,
-    /// such nodes, such a file and enough room, is found out when RAM is built. Building calls this
-    /// first, and so does reading a string.
+    /// such nodes, such a file and enough room, is found out when RAM is built. Building calls
+    /// this first, and so does reading a string.
     ///
     /// ```
     /// use guest_memory_shm::{OptionsError, Populate, RamOptions, Reserve};
@@ -57,7 +57,7 @@ impl RamOptions {
         }
     }
 
-    /// That each option is one of those that the backing has.
+    /// Checks that the backing has each option.
     fn check_backing(&self) -> Result<()> {
         let only_for_files = [
             ("align", self.align.is_some()),
@@ -87,8 +87,8 @@ impl RamOptions {
         OptionsError::NotOfBacking { property, of }
     }
 
-    /// The size of the pages in bytes, as far as it is known: of a hugetlb pool's default size, and
-    /// of a file's pages, only that base pages divide them.
+    /// The size of the pages in bytes, as far as it is known. All that is known of a hugetlb
+    /// pool's default size, and of a file's pages, is that base pages divide them.
     fn check_page_size(&self) -> Result<u64> {
         for size in [self.asked_huge_size(), self.unused.hugetlb_size] {
             if let Some(size) = size.filter(|size| !size.is_power_of_two()) {
@@ -121,7 +121,7 @@ impl RamOptions {
             }
             RangePart::Size.check_aligned(size, page_size)?;
         }
-        // As in QEMU, 0 is no wish.
+        // As in QEMU, 0 means unset.
         if let Some(align) = self.align.filter(|align| *align != 0)
             && (!align.is_power_of_two() || !align.is_multiple_of(page_size))
         {
@@ -138,7 +138,7 @@ impl RamOptions {
         }
     }
 
-    /// What would write to RAM that must not be written, or be had without having it.
+    /// Refuses what would write to RAM that is read-only, or allocate RAM that is not reserved.
     fn check_writing(&self) -> Result<()> {
         if self.access == Access::ReadOnly && self.discard_data == DiscardData::OnDrop {
             return Err(OptionsError::Conflict {

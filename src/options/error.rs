@@ -1,4 +1,4 @@
-//! What is wrong with options: each names the property, the value, and what to write instead.
+//! Why options are refused: each error names the property, the value, and what to write instead.
 
 use crate::host::NodeSet;
 use crate::range::InvalidRange;
@@ -29,9 +29,10 @@ pub enum OptionsError {
     )]
     MissingType,
 
-    /// A string names something that is no backend of RAM that can be shared.
+    /// A string names something other than a backend of RAM that can be shared.
     #[error(
-        "qom-type={found}: expected memory-backend-memfd, memory-backend-shm or memory-backend-file"
+        "qom-type={found}: expected memory-backend-memfd, memory-backend-shm or \
+         memory-backend-file"
     )]
     #[non_exhaustive]
     UnknownType {
@@ -59,7 +60,7 @@ pub enum OptionsError {
         property: &'static str,
     },
 
-    /// The value of a property is none that it can have.
+    /// A property cannot have this value.
     #[error("{property}={value}: expected {}", expected(.property))]
     #[non_exhaustive]
     Value {
@@ -94,9 +95,9 @@ pub enum OptionsError {
     #[error("{first} and {second} contradict each other: {}", why_not_both(.first, .second))]
     #[non_exhaustive]
     Conflict {
-        /// The one, with its value.
+        /// The first property, with its value.
         first: &'static str,
-        /// The other, with its value.
+        /// The second property, with its value.
         second: &'static str,
     },
 
@@ -129,7 +130,7 @@ pub enum OptionsError {
 
     /// A size of huge pages that is no power of two.
     #[error(
-        "hugetlbsize={}: huge pages have a power of two of bytes, 2M and 1G are usual",
+        "hugetlbsize={}: the size of a huge page is a power of two, usually 2M or 1G",
         HumanSize(*.size)
     )]
     #[non_exhaustive]
@@ -153,7 +154,7 @@ pub enum OptionsError {
 
     /// RAM that ends past the end that a file can have.
     #[error(
-        "offset={offset:#x} and a size of {} end past 2^63, where no file reaches: lower the \
+        "offset={offset:#x} and a size of {} end past 2^63, longer than any file: lower the \
          offset or the size",
         HumanSize(*.size)
     )]
@@ -178,8 +179,8 @@ pub enum OptionsError {
         ram: u64,
     },
 
-    /// A NUMA policy without the nodes that it is about.
-    #[error("policy={policy}: it needs nodes, write host-nodes=0 or those that are meant")]
+    /// A NUMA policy without the nodes that it applies to.
+    #[error("policy={policy}: it needs nodes, write host-nodes=0, or the nodes that are meant")]
     #[non_exhaustive]
     PolicyWithoutNodes {
         /// The policy.
@@ -197,7 +198,7 @@ pub enum OptionsError {
         nodes: NodeSet,
     },
 
-    /// A NUMA node beyond those that can be named.
+    /// A NUMA node above the highest that can be named.
     #[error("host-nodes: there is no node {node}, the highest that can be named is 127")]
     #[non_exhaustive]
     NodeNumber {
@@ -211,7 +212,8 @@ fn expected(property: &str) -> &'static str {
     match property {
         "id" => "a letter, then letters, digits, '-', '.' and '_'",
         "size" | "hugetlbsize" | "align" | "offset" => {
-            "a number of bytes, or one with K, M, G, T, P or E after it (64M, 1.5G), or 0x and digits"
+            "a number of bytes, or one with K, M, G, T, P or E after it (64M, 1.5G), or 0x and \
+             digits"
         }
         "prealloc-threads" => "a number from 1 to 4294967295",
         "host-nodes" => "a node or a range of nodes (0 or 0-3); for others write host-nodes again",
@@ -227,7 +229,7 @@ fn expected(property: &str) -> &'static str {
 fn how_to_write(property: &str) -> &'static str {
     match property {
         "mem-path" => "write mem-path=PATH of a file, or of a directory for a nameless file",
-        _ => "write size=64M, or how much RAM there shall be",
+        _ => "write size=64M, or another amount of RAM",
     }
 }
 
@@ -241,16 +243,16 @@ fn instead_of(property: &str) -> &'static str {
 fn why_not_both(first: &str, second: &str) -> &'static str {
     match (first, second) {
         // QEMU takes it, and then silently discards nothing.
-        ("discard-data=on", _) => "discarding writes, leave one of them out",
-        (_, "reserve=off") => "populated RAM is always reserved, leave one of them out",
+        ("discard-data=on", _) => "discarding writes, drop one of the two",
+        (_, "reserve=off") => "populated RAM is always reserved, drop one of the two",
         // QEMU dies of SIGSEGV: it populates by writing.
         ("prealloc=on" | "populate=allocate", "readonly=on") => {
-            "populating writes, leave one of them out"
+            "populating writes, drop one of the two"
         }
-        ("hugetlb=on", _) => "pages are of a pool or gathered by the kernel, leave one of them out",
+        ("hugetlb=on", _) => "pages are of a pool or gathered by the kernel, drop one of the two",
         ("readonly=on", _) => "what is shared and read-only is a ROM, leave rom=off out",
         ("rom=on", _) => "a ROM that is shared must be read-only, write readonly=on",
-        _ => "prealloc=on is populate=prefault, leave one of them out",
+        _ => "prealloc=on is populate=prefault, drop one of the two",
     }
 }
 
@@ -269,7 +271,8 @@ fn where_it_goes(property: &str, of: &str) -> &'static str {
             "its pages are those of its file system, name a path on a hugetlbfs"
         }
         ("hugetlb", _) => {
-            "it has no huge pages of a pool, use a memfd backing, or page size transparent (thp=on)"
+            "it has no huge pages of a pool, use a memfd backing, or page size transparent \
+             (thp=on)"
         }
         ("seal=off", _) => "it cannot be sealed at all, leave seal out or use a memfd",
         _ => "only a file has it, use BackingSource::File",

@@ -27,7 +27,7 @@ fn texts_name_the_property_the_value_and_the_way_out() {
         ),
         (
             OptionsError::Missing { property: "size" },
-            "size is missing: write size=64M, or how much RAM there shall be",
+            "size is missing: write size=64M, or another amount of RAM",
         ),
         (
             OptionsError::Value {
@@ -58,7 +58,7 @@ fn texts_name_the_property_the_value_and_the_way_out() {
                 second: "reserve=off",
             },
             "prealloc=on and reserve=off contradict each other: populated RAM is always reserved, \
-             leave one of them out",
+             drop one of the two",
         ),
         (
             OptionsError::NotOfBacking {
@@ -76,7 +76,7 @@ fn texts_name_the_property_the_value_and_the_way_out() {
         ),
         (
             OptionsError::HugePageSize { size: 3 << 20 },
-            "hugetlbsize=3 MiB: huge pages have a power of two of bytes, 2M and 1G are usual",
+            "hugetlbsize=3 MiB: the size of a huge page is a power of two, usually 2M or 1G",
         ),
         (
             OptionsError::Align {
@@ -90,7 +90,7 @@ fn texts_name_the_property_the_value_and_the_way_out() {
                 offset: 0x7fff_ffff_ffff_f000,
                 size: 8192,
             },
-            "offset=0x7ffffffffffff000 and a size of 8 KiB end past 2^63, where no file reaches: \
+            "offset=0x7ffffffffffff000 and a size of 8 KiB end past 2^63, longer than any file: \
              lower the offset or the size",
         ),
         (
@@ -98,12 +98,12 @@ fn texts_name_the_property_the_value_and_the_way_out() {
                 set: 1 << 20,
                 ram: 2 << 20,
             },
-            "size=1 MiB does not match the RAM of 2 MiB: leave the size out, or make the ranges as \
-             large",
+            "size=1 MiB does not match the RAM of 2 MiB: leave the size out, or make the ranges \
+             as large",
         ),
         (
             OptionsError::PolicyWithoutNodes { policy: "bind" },
-            "policy=bind: it needs nodes, write host-nodes=0 or those that are meant",
+            "policy=bind: it needs nodes, write host-nodes=0, or the nodes that are meant",
         ),
         (
             OptionsError::NodesWithoutPolicy {

@@ -63,9 +63,10 @@ pub enum PageSize {
     Transparent,
     /// Pages from a hugetlb pool, of this size in bytes, or of the default size if `None`.
     ///
-    /// Only with [`BackingSource::Memfd`] (a [`BackingSource::File`] has the pages of its file system). The
-    /// pool is filled by the administrator (`/proc/sys/vm/nr_hugepages`); the pages are reserved
-    /// when the RAM is mapped, so that touching it never fails, unless [`Reserve::Off`] is set.
+    /// Only with [`BackingSource::Memfd`] (a [`BackingSource::File`] has the pages of its file
+    /// system). The pool is filled by the administrator (`/proc/sys/vm/nr_hugepages`); the pages
+    /// are reserved when the RAM is mapped, so that touching it never fails, unless
+    /// [`Reserve::Off`] is set.
     #[doc(alias = "MFD_HUGETLB")]
     Huge(Option<u64>),
 }
@@ -85,7 +86,8 @@ pub enum PageSize {
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 #[non_exhaustive]
 pub enum Sealing {
-    /// Sealed before it is first mapped: nobody can change its size any more (QEMU's `seal=on`).
+    /// Sealed before it is first mapped: no process can change its size any more (QEMU's
+    /// `seal=on`).
     #[default]
     #[doc(alias = "F_ADD_SEALS")]
     Sealed,
@@ -122,7 +124,7 @@ pub enum Reserve {
     Off,
 }
 
-/// How much of RAM exists before it is first used.
+/// How much of the RAM is allocated before it is first used.
 ///
 /// ```
 /// use guest_memory_shm::{Populate, RamOptions, ShmBacking, GuestMemoryShm};
@@ -159,11 +161,11 @@ pub enum Populate {
     Prefault,
 }
 
-/// What becomes of populating RAM for which there is not enough memory.
+/// What happens when there is not enough memory to populate RAM.
 ///
 /// The kernel refuses nothing by itself: it ends a process (the OOM killer's SIGKILL), this one or
-/// another. So this crate looks at what limits memory before it populates, and again and again while
-/// it does: the control groups of this process (cgroups(7)), the machine (proc_meminfo(5)), and the
+/// another. So this crate looks at what limits memory before it populates, and repeatedly while it
+/// does: the control groups of this process (cgroups(7)), the machine (proc_meminfo(5)), and the
 /// NUMA nodes that the pages must come from.
 ///
 /// ```
@@ -181,11 +183,11 @@ pub enum OnShortage {
     /// It is an error: before the first page if it can be known then, and later if others take the
     /// memory meanwhile.
     ///
-    /// That is as good as what the kernel tells, and as fast: if others take memory faster than
-    /// this process looks, the kernel may still end one.
+    /// This is as accurate as what the kernel reports, and as fast: if others take memory faster
+    /// than this process looks, the kernel may still end one.
     #[default]
     Refuse,
-    /// Nothing is looked at (`on-shortage=try-anyway`). Where memory is short, a process is ended.
+    /// Nothing is checked (`on-shortage=try-anyway`). Where memory is short, a process is ended.
     TryAnyway,
 }
 
@@ -209,7 +211,7 @@ pub enum CoreDump {
     Include,
 }
 
-/// Whether a file is RAM, or a ROM that nobody writes.
+/// Whether a file is RAM, or a ROM, which is never written.
 ///
 /// ```
 /// use guest_memory_shm::{Access, BackingSource, RamOptions};
@@ -250,7 +252,7 @@ pub enum DiscardData {
     /// They stay in the file.
     #[default]
     Keep,
-    /// They are freed, unwritten ones are not written back (QEMU's `discard-data=on`); the file
+    /// They are freed, and changed pages are not written back (QEMU's `discard-data=on`); the file
     /// keeps its name and its length.
     OnDrop,
 }

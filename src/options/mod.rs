@@ -1,4 +1,4 @@
-//! What RAM is asked for: [`RamOptions`] and its parts.
+//! The RAM that is asked for: [`RamOptions`] and its parts.
 
 use std::num::NonZeroU32;
 
@@ -20,7 +20,9 @@ pub use numa::NumaPolicy;
 /// same options can be read from and written in the syntax of QEMU's `-object`:
 ///
 /// ```
-/// use guest_memory_shm::{BackingSource, CoreDump, GuestMemoryShm, PageSize, Populate, RamOptions};
+/// use guest_memory_shm::{
+///     BackingSource, CoreDump, GuestMemoryShm, PageSize, Populate, RamOptions,
+/// };
 /// use vm_memory::GuestAddress;
 ///
 /// let options = RamOptions::new()
@@ -38,8 +40,8 @@ pub use numa::NumaPolicy;
 ///
 /// A string begins with `memory-backend-memfd`, `memory-backend-shm` or `memory-backend-file` (or
 /// has it anywhere as `qom-type=`), and goes on with properties, `key=value` or the switches `key`
-/// and `nokey`, separated by commas; a comma in a value is doubled. Of a property that is there
-/// several times the last counts, of `id` the first, of `host-nodes` all. JSON is not read.
+/// and `nokey`, separated by commas; a comma in a value is doubled. Of a property given several
+/// times the last counts, of `id` the first, of `host-nodes` all. JSON is not read.
 ///
 /// | property | value | typed | where |
 /// |---|---|---|---|
@@ -69,15 +71,15 @@ pub use numa::NumaPolicy;
 /// | `on-shortage` | `refuse`, `try-anyway`, which QEMU does not have | [`with_on_shortage`](Self::with_on_shortage) | |
 ///
 /// Switches are `on`, `true`, `yes`, `y` and `off`, `false`, `no`, `n`. Sizes are numbers of bytes
-/// with the suffixes `K`, `M`, `G`, `T`, `P`, `E` for powers of 1024, with a fraction if they have a
-/// suffix (`1.5G`), or hexadecimal without one.
+/// with the suffixes `K`, `M`, `G`, `T`, `P`, `E` for powers of 1024, with a fraction if they have
+/// a suffix (`1.5G`), or hexadecimal without one.
 ///
 /// A whole program that reads and writes such strings: `examples/option_strings.rs`.
 ///
 /// # Serialized
 ///
-/// With the feature `serde` options are a structure with the names of the setters; what is left out
-/// is as in [`new`](Self::new), and a field that is not known is an error. They are not
+/// With the feature `serde` options are a structure with the names of the setters; what is left
+/// out is as in [`new`](Self::new), and a field that is not known is an error. They are not
 /// [checked](Self::check) when they are read.
 ///
 /// ```json
@@ -105,7 +107,7 @@ pub struct RamOptions {
     unused: Unused,
 }
 
-/// Properties of QEMU's that are accepted and mean nothing here, kept to be reported and written
+/// Properties of QEMU that are accepted and mean nothing here, kept to be reported and written
 /// back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -168,16 +170,16 @@ impl RamOptions {
         self
     }
 
-    /// Sets whether what the RAM needs is set aside (QEMU's `reserve`); done, as far as it can be,
-    /// unless set.
+    /// Sets whether what the RAM needs is set aside (QEMU's `reserve`); as far as possible, unless
+    /// set.
     #[must_use]
     pub fn with_reserve(mut self, reserve: Reserve) -> Self {
         self.reserve = Some(reserve);
         self
     }
 
-    /// Sets how much of the RAM exists before it is first used (QEMU's `prealloc`); nothing unless
-    /// set. What there is not enough memory for is [refused](Self::with_on_shortage).
+    /// Sets how much of the RAM is allocated before it is first used (QEMU's `prealloc`); nothing
+    /// unless set. What exceeds the memory is [refused](Self::with_on_shortage).
     #[must_use]
     pub fn with_populate(mut self, populate: Populate) -> Self {
         self.populate = populate;
@@ -192,8 +194,8 @@ impl RamOptions {
         self
     }
 
-    /// Sets what becomes of populating it if there is not enough memory (`on-shortage` in strings);
-    /// it is refused unless set.
+    /// Sets what happens if there is not enough memory to populate it (`on-shortage` in strings);
+    /// populating is refused unless set.
     #[must_use]
     pub fn with_on_shortage(mut self, on_shortage: OnShortage) -> Self {
         self.on_shortage = on_shortage;
@@ -215,24 +217,24 @@ impl RamOptions {
         self
     }
 
-    /// Sets a power of two, in bytes, that the host address of a [`BackingSource::File`] is a multiple of
-    /// (QEMU's `align`); what suits huge pages unless set.
+    /// Sets a power of two, in bytes, that the host address of a [`BackingSource::File`] is a
+    /// multiple of (QEMU's `align`); what suits huge pages unless set.
     #[must_use]
     pub fn with_align(mut self, align: u64) -> Self {
         self.align = Some(align);
         self
     }
 
-    /// Sets where in a [`BackingSource::File`] the RAM starts, in bytes (QEMU's `offset`); at its start
-    /// unless set.
+    /// Sets where in a [`BackingSource::File`] the RAM starts, in bytes (QEMU's `offset`); at its
+    /// start unless set.
     #[must_use]
     pub fn with_offset(mut self, offset: u64) -> Self {
         self.offset = offset;
         self
     }
 
-    /// Sets whether a [`BackingSource::File`] is RAM or a ROM (QEMU's `readonly` and `rom`); RAM unless
-    /// set.
+    /// Sets whether a [`BackingSource::File`] is RAM or a ROM (QEMU's `readonly` and `rom`); RAM
+    /// unless set.
     #[must_use]
     pub fn with_access(mut self, access: Access) -> Self {
         self.access = access;
@@ -277,7 +279,7 @@ impl RamOptions {
         self.reserve
     }
 
-    /// How much of the RAM exists before it is first used.
+    /// How much of the RAM is allocated before it is first used.
     pub fn populate(&self) -> Populate {
         self.populate
     }
@@ -287,7 +289,7 @@ impl RamOptions {
         self.populate_threads
     }
 
-    /// What becomes of populating it if there is not enough memory.
+    /// What happens if there is not enough memory to populate it.
     pub fn on_shortage(&self) -> OnShortage {
         self.on_shortage
     }
@@ -302,8 +304,8 @@ impl RamOptions {
         self.core_dump
     }
 
-    /// Whether equal pages are to be merged, if a string says so. The kernel does that with private
-    /// pages only (KSM), so that it has no effect.
+    /// Whether equal pages are to be merged, if a string says so. The kernel does that with
+    /// private pages only (KSM), so that it has no effect.
     pub fn merge(&self) -> Option<bool> {
         self.unused.merge
     }
@@ -328,12 +330,12 @@ impl RamOptions {
         self.discard_data
     }
 
-    /// What is set and means nothing here.
+    /// Properties that are set and mean nothing here.
     pub(crate) fn unused(&self) -> &Unused {
         &self.unused
     }
 
-    /// Whether nothing of the RAM is to exist before it is used.
+    /// Whether no page is to be allocated before it is used.
     pub(crate) fn is_lazy(&self) -> bool {
         self.populate == Populate::Lazy
     }

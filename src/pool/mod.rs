@@ -4,6 +4,8 @@
 //! Its threads live as long as one run: work in the background has a thread that runs a pool.
 
 use std::fmt;
+use std::mem::forget;
+use std::panic::resume_unwind;
 use std::sync::RwLock;
 use std::sync::mpsc;
 use std::thread;
@@ -22,7 +24,7 @@ pub(crate) use queue::Queue;
 pub use stop::CancelToken;
 pub(crate) use stop::Stop;
 
-/// Threads need little but their few calls; the default of 2 MiB is address space for nothing.
+/// Threads make few calls: the default of 2 MiB would waste address space.
 const STACK: usize = 256 << 10;
 
 /// How many results of each thread may wait to be told: a caller that wants to cancel is heard in
@@ -67,7 +69,8 @@ pub(crate) struct Outcome<E> {
     pub(crate) failure: Option<E>,
 }
 
-/// Sets it when it is dropped: the threads stop, too, if the one that waits for them panics.
+/// Sets it when it is dropped: all threads stop, too, if one of them panics, or the one that waits
+/// for them.
 struct StopOnDrop<'a>(&'a Stop);
 
 impl Drop for StopOnDrop<'_> {
@@ -82,7 +85,8 @@ impl<T: Sync> Pool<'_, T> {
     /// called in this thread with the bytes that are done so far, whenever there are more.
     ///
     /// If the system refuses threads, there are fewer; if it refuses all, this one does the work.
-    /// A panic of `told` stops all of them and is resumed.
+    /// A panic of `work` or `told` stops all of them and is resumed: what it leaves undone is
+    /// never taken for something else.
     pub(crate) fn run<E: Send>(
         &self,
         work: impl Fn(&T) -> Result<u64, E> + Sync,
@@ -135,10 +139,12 @@ impl<T: Sync> Pool<'_, T> {
                     let _ = SigSet::all().thread_block();
                     // Whether it was opened or abandoned: `stop` says what to do.
                     drop(gate.read());
+                    let stop = StopOnDrop(self.stop);
                     self.work_through(home as usize, work, |result| {
                         // It is received unless this is abandoned.
                         let _ = sender.send(result);
                     });
+                    forget(stop);
                 };
                 let builder = thread::Builder::new().name(self.name.to_owned());
                 match builder.stack_size(STACK).spawn_scoped(scope, body) {
@@ -157,14 +163,13 @@ impl<T: Sync> Pool<'_, T> {
                 return 1;
             }
             receiver.iter().for_each(note);
-            let mut count = 0;
+            let (mut count, mut panic) = (0, None);
             for thread in started {
-                // The scope would only wait for the end of its work, not for its stack to go. No
-                // code of others runs in it that could panic.
-                let _ = thread.join();
+                // The scope would only wait for the end of its work, not for its stack to go.
+                panic = panic.or(thread.join().err());
                 count += 1;
             }
-            count
+            panic.map_or(count, |panic| resume_unwind(panic))
         })
     }
 
@@ -284,5 +289,21 @@ mod tests {
         let run = std::panic::AssertUnwindSafe(|| pool.run(work, |_| panic!("on purpose")));
         assert!(std::panic::catch_unwind(run).is_err());
         assert!(stop.is_set());
+    }
+
+    #[test]
+    fn a_panic_of_work_stops_the_threads_and_is_no_smaller_result() {
+        let queues = queues(&[100_000]);
+        let stop = Stop::default();
+        let work = |piece: &(usize, u64)| match piece.1 {
+            5 => panic!("on purpose"),
+            _ => Ok::<_, Infallible>(10),
+        };
+        let pool = pool(2, &queues, &stop);
+        let run = std::panic::AssertUnwindSafe(|| pool.run(work, |_| {}));
+        let panic = std::panic::catch_unwind(run).unwrap_err();
+        assert_eq!(panic.downcast_ref(), Some(&"on purpose"));
+        assert!(stop.is_set());
+        assert!(queues[0].taken().len() < 100_000);
     }
 }

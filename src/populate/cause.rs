@@ -40,7 +40,12 @@ pub(super) fn truncated(part: &Part, range: GuestRange) -> Option<PopulateError>
 }
 
 /// What is short of the `needed` bytes, when this range could not be had.
-fn short(part: &Part, range: GuestRange, needed: u64, source: &io::Error) -> Option<PopulateError> {
+fn short(
+    part: &Part,
+    range: GuestRange,
+    needed: u64,
+    source: &io::Error,
+) -> Option<PopulateError> {
     let shortage = pool_empty(part, needed)
         .or_else(|| file_system_full(part, needed, range.size(), source))
         .or_else(|| not_enough(part, needed, range.size()))?;

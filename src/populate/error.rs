@@ -28,7 +28,8 @@ use crate::units::HumanSize;
 pub enum PopulateError {
     /// A part of the range that was given is no RAM. Nothing was populated.
     #[error(
-        "cannot populate {range}: there is no RAM at guest address {:#x}, give a range of RAM only",
+        "cannot populate {range}: there is no RAM at guest address {:#x}, give a range of RAM \
+         only",
         .first.0
     )]
     #[non_exhaustive]
@@ -103,8 +104,8 @@ pub enum PopulateError {
 
     /// The handle is a copy in a child of fork(2), which has none of the threads.
     #[error(
-        "populating in the background goes on in the process that started it, not in its children: \
-         wait for it there"
+        "populating in the background goes on in the process that started it, not in its \
+         children: wait for it there"
     )]
     OtherProcess,
 
@@ -120,8 +121,8 @@ pub enum PopulateError {
 
     /// Pages could not be mapped, for a reason that has no variant of its own.
     #[error(
-        "cannot populate {range}: the kernel did not map pages by madvise(2), MADV_POPULATE_WRITE, \
-         which Linux has since 5.14 and a seccomp filter has to allow"
+        "cannot populate {range}: the kernel did not map pages by madvise(2), \
+         MADV_POPULATE_WRITE, which Linux has since 5.14 and a seccomp filter has to allow"
     )]
     #[non_exhaustive]
     Map {
@@ -162,8 +163,8 @@ mod tests {
                     Shortage::new(1 << 30, 1 << 20, limit)
                 }),
                 "1 GiB more are needed, and 1 MiB are left of this machine's 2 GiB of memory and \
-                 swap (/proc/meminfo): free memory or add swap, or ask for less RAM, or try anyway \
-                 and risk SIGKILL (OnShortage::TryAnyway, on-shortage=try-anyway)",
+                 swap (/proc/meminfo): free memory or add swap, or ask for less RAM, or try \
+                 anyway and risk SIGKILL (OnShortage::TryAnyway, on-shortage=try-anyway)",
             ),
             (
                 PopulateError::Truncated {
@@ -171,8 +172,8 @@ mod tests {
                     end: 1 << 30,
                     now: 0,
                 },
-                "its backing had at least 1 GiB and has 0 bytes now, another process truncated it; \
-                 use a sealed memfd or a trusted peer",
+                "its backing had at least 1 GiB and has 0 bytes now, another process truncated \
+                 it; use a sealed memfd or a trusted peer",
             ),
             (
                 PopulateError::Allocate {

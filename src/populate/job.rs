@@ -141,7 +141,8 @@ impl Job {
             return Some(PopulateError::Cancelled { done, total });
         }
         // Pages of a file are no use past its end.
-        let truncated = |part: &Part| cause::truncated(part, part.ram.in_guest(part.range.clone()));
+        let truncated =
+            |part: &Part| cause::truncated(part, part.ram.in_guest(part.range.clone()));
         parts.iter().find_map(truncated)
     }
 

@@ -1,4 +1,4 @@
-//! Where RAM lies in the guest, and why a range is none.
+//! Where RAM lies in the guest, and why a range is invalid.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -8,7 +8,7 @@ use vm_memory::GuestAddress;
 
 use crate::units::HumanSize;
 
-/// The result of what can fail for a range alone.
+/// The result of operations that only an invalid range makes fail.
 type Result<T, E = InvalidRange> = std::result::Result<T, E>;
 
 /// A contiguous range of guest addresses, at least one byte long, whose end fits in 64 bits.
@@ -39,8 +39,8 @@ impl GuestRange {
     ///
     /// # Errors
     ///
-    /// [`InvalidRange::Empty`] if `size` is 0, and [`InvalidRange::Overflow`] if the byte after the
-    /// range has no 64-bit address (vhost-user and KVM cannot express such a range either).
+    /// [`InvalidRange::Empty`] if `size` is 0, and [`InvalidRange::Overflow`] if the byte after
+    /// the range has no 64-bit address (vhost-user and KVM cannot express such a range either).
     pub fn new(start: GuestAddress, size: u64) -> Result<Self> {
         if size == 0 {
             return Err(InvalidRange::Empty { start });
@@ -142,11 +142,11 @@ impl fmt::Debug for GuestRange {
     }
 }
 
-/// Why a range cannot be what it should be: a place in the guest, or in a backing.
+/// Why a range cannot be a place in the guest or in a backing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidRange {
-    /// It has no byte.
+    /// It is empty.
     #[error("the range at guest address {:#x} has size 0: give it at least one page", .start.0)]
     #[non_exhaustive]
     Empty {
@@ -185,7 +185,7 @@ pub enum InvalidRange {
     )]
     #[non_exhaustive]
     Unaligned {
-        /// What of it is not aligned.
+        /// The number that is not aligned.
         part: RangePart,
         /// Its value in bytes.
         value: u64,
@@ -193,7 +193,8 @@ pub enum InvalidRange {
         page_size: u64,
     },
 
-    /// A region that is there does not consist of whole pages: vm-memory's constructors allow that.
+    /// A region that is there does not consist of whole pages: vm-memory's constructors allow
+    /// that.
     #[error(
         "the region {range} is not whole pages of {}, which memory tables, memory slots and \
          discards need: make it of an address and a size that are multiples of that",
@@ -209,14 +210,14 @@ pub enum InvalidRange {
 }
 
 impl From<Infallible> for InvalidRange {
-    /// A [`GuestRange`] is one already.
+    /// Never happens: a [`GuestRange`] is valid already.
     fn from(never: Infallible) -> Self {
         match never {}
     }
 }
 
 impl InvalidRange {
-    /// That two ranges overlap, in any order.
+    /// The error that two ranges overlap, given in any order.
     pub(crate) fn overlap(one: GuestRange, other: GuestRange) -> Self {
         Self::Overlap {
             first: one.min(other),
@@ -302,8 +303,8 @@ impl RangePart {
 ///
 /// # Errors
 ///
-/// [`InvalidRange::Empty`] if `size` is 0; [`InvalidRange::Overflow`] if the RAM after the hole does
-/// not fit in the address space.
+/// [`InvalidRange::Empty`] if `size` is 0; [`InvalidRange::Overflow`] if the RAM after the hole
+/// does not fit in the address space.
 pub fn ram_around_hole(size: u64, hole: GuestRange) -> Result<Vec<GuestRange>> {
     let below = size.min(hole.start);
     let after = GuestAddress(hole.start + hole.size);
@@ -407,7 +408,8 @@ mod tests {
             ),
             (
                 RangePart::Offset.check_aligned(0x30_0000, 2 << 20),
-                "offset 0x300000 is not a multiple of the page size 2 MiB: the nearest is 0x200000",
+                "offset 0x300000 is not a multiple of the page size 2 MiB: the nearest is \
+                 0x200000",
             ),
             (
                 GuestRange::new(GuestAddress(0x1000), 0).map(drop),
@@ -420,9 +422,9 @@ mod tests {
             ),
             (
                 range(0x1000, 300).check_pages(4096),
-                "the region 0x1000..=0x112b (300 bytes) is not whole pages of 4 KiB, which memory \
-                 tables, memory slots and discards need: make it of an address and a size that are \
-                 multiples of that",
+                "the region 0x1000..=0x112b (300 bytes) is not whole pages of 4 KiB, which \
+                 memory tables, memory slots and discards need: make it of an address and a size \
+                 that are multiples of that",
             ),
             (
                 check_disjoint(&[range(4096, 4096), range(0, 8192)]),

@@ -25,12 +25,12 @@ impl<T: Placed> Placed for Arc<T> {
     }
 }
 
-/// What of a list starts at this address, or where it would be.
+/// The place in a list of what starts at this address, or where it would go.
 pub(crate) fn place_of<T: Placed>(list: &[T], start: GuestAddress) -> Result<usize, usize> {
     list.binary_search_by_key(&start, self::start)
 }
 
-/// What of a list has this address.
+/// What in a list contains this address.
 pub(crate) fn holder<T: Placed>(list: &[T], addr: GuestAddress) -> Option<&T> {
     let past = list.partition_point(|placed| start(placed) <= addr);
     let holder = &list[past.checked_sub(1)?];
@@ -41,7 +41,7 @@ pub(crate) fn holder<T: Placed>(list: &[T], addr: GuestAddress) -> Option<&T> {
 /// then all additions, lowest first.
 ///
 /// That is QEMU's order, which daemons and hypervisors rely on: what shrinks, grows or moves never
-/// overlaps its successor on the way, and at no time is more held than before or after.
+/// overlaps its successor on the way, and at no time is more held than the larger of the two.
 #[derive(Debug)]
 pub(crate) struct Difference<H, W> {
     pub(crate) removals: Vec<H>,
@@ -49,8 +49,8 @@ pub(crate) struct Difference<H, W> {
 }
 
 impl<H: Placed, W: Placed> Difference<H, W> {
-    /// Walks over both lists at once. `is` says whether what is held at the place of what is wanted
-    /// is that already.
+    /// Walks over both lists at once. `is` says whether what is held at the place of what is
+    /// wanted is that already.
     pub(crate) fn between(
         held: impl IntoIterator<Item = H>,
         wanted: impl IntoIterator<Item = W>,
@@ -117,7 +117,10 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig {
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
 
         #[test]
         fn what_is_held_becomes_what_is_wanted_without_an_overlap(

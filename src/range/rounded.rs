@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-/// The whole pages in `range`; none at its end if it has none.
+/// The whole pages in `range`; an empty range at its end if it has none.
 pub(crate) fn inwards(range: Range<u64>, page: u64) -> Range<u64> {
     let end = range.end - range.end % page;
     match range.start.checked_next_multiple_of(page) {

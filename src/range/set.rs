@@ -18,7 +18,7 @@ pub(crate) struct RangeSet {
 }
 
 impl RangeSet {
-    /// Adds all of `range`. It costs least if that is past all others.
+    /// Adds all of `range`. It is cheapest past all others.
     pub(crate) fn insert(&mut self, range: Range<u64>) {
         match self.ranges.last_mut() {
             _ if range.is_empty() => {}
@@ -85,7 +85,7 @@ impl RangeSet {
         self.gaps(range).next().is_none()
     }
 
-    /// What it has of `range`, in ascending order.
+    /// The parts of `range` that are in the set, in ascending order.
     pub(crate) fn within(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let first = self
             .ranges
@@ -96,7 +96,7 @@ impl RangeSet {
             .take_while(|part| !part.is_empty())
     }
 
-    /// What it does not have of `range`, in ascending order.
+    /// The parts of `range` that are not in the set, in ascending order.
     pub(crate) fn gaps(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let end = range.end;
         let mut from = range.start;
@@ -117,7 +117,7 @@ impl RangeSet {
     pub(crate) fn to_guest(&self, unit: u64) -> Vec<GuestRange> {
         let range = |range: &Range<u64>| {
             let start = GuestAddress(range.start * unit);
-            // None is empty, or has no end.
+            // No range is empty or runs past 2^64.
             GuestRange::new(start, (range.end - range.start) * unit).ok()
         };
         self.ranges.iter().filter_map(range).collect()
@@ -139,7 +139,7 @@ impl Extend<Range<u64>> for RangeSet {
 impl FromIterator<Range<u64>> for RangeSet {
     fn from_iter<T: IntoIterator<Item = Range<u64>>>(ranges: T) -> Self {
         let mut ranges: Vec<_> = ranges.into_iter().collect();
-        // None is inserted among others.
+        // Nothing goes between other ranges.
         ranges.sort_unstable_by_key(|range| range.start);
         let mut set = Self::default();
         set.extend(ranges);
@@ -178,7 +178,10 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig {
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
 
         /// The model: a set of numbers.
         #[test]

@@ -1,4 +1,4 @@
-//! Why there is no region, why regions make no memory, and what is wrong with a ROM.
+//! Why a region or a ROM cannot be made, and why regions do not make a memory.
 
 use std::io;
 
@@ -13,7 +13,7 @@ use crate::units::HumanSize;
 
 pub(crate) type Result<T, E = MemoryError> = std::result::Result<T, E>;
 
-/// Why there is no region or ROM, or why regions make no memory.
+/// Why a region or a ROM cannot be made or read, or regions do not make a memory.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -21,7 +21,7 @@ pub enum MemoryError {
     #[error(transparent)]
     Range(#[from] InvalidRange),
 
-    /// The backing could not be created, or does not have the part.
+    /// The backing could not be created, or does not have that part.
     #[error(transparent)]
     Backing(BackingError),
 
@@ -67,12 +67,12 @@ pub enum MemoryError {
 
     /// A file that is open for reading only was to be guest RAM.
     #[error(
-        "what is opened for reading only (readonly=on) is no RAM, which guests and daemons write: \
-         map it with GuestRom, or open it for writing"
+        "a file that is opened for reading only (readonly=on) cannot be RAM, which guests and \
+         daemons write: map it with GuestRom, or open it for writing"
     )]
     ReadOnlyRam,
 
-    /// A ROM was to be made of something that is not a file opened for reading only.
+    /// A ROM was to be made of something other than a file opened for reading only.
     #[error(
         "a ROM is made of a file that is opened for reading only: use BackingSource::File and \
          Access::ReadOnly (mem-path=..., readonly=on, rom=on)"
@@ -106,7 +106,7 @@ pub enum MemoryError {
         source: io::Error,
     },
 
-    /// A second view on the RAM, as vm-memory's own type, could not be made.
+    /// A second view of the RAM, as vm-memory's own type, could not be made.
     #[error("cannot map {range} once more as vm-memory's GuestMemoryMmap")]
     #[non_exhaustive]
     Remap {

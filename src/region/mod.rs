@@ -130,7 +130,8 @@ impl<B> GuestRegionShm<B> {
         Self::place(backing, offset, range, bitmap(range))
     }
 
-    /// Maps the pages of the range, which begin at `offset`; it need not end with the last of them.
+    /// Maps the pages of the range, which begin at `offset`; it need not end with the last of
+    /// them.
     pub(crate) fn place(
         backing: &ShmBacking,
         offset: u64,
@@ -256,8 +257,8 @@ impl<B: Bitmap> GuestRegionShm<B> {
         let bitmap = self.shared.bitmap.slice_at(at);
         // SAFETY: `start..start + count` lies in the range, as just checked, and the mapping is at
         // least as long. It lives as long as `self.shared`, and so as `self`, which the slice
-        // borrows. The RAM is only ever accessed by volatile or atomic operations: this crate makes
-        // no reference to it.
+        // borrows. The RAM is only ever accessed by volatile or atomic operations: this crate
+        // makes no reference to it.
         Some(unsafe { VolatileSlice::with_bitmap(start, count, bitmap, None) })
     }
 }

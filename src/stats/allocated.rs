@@ -1,9 +1,9 @@
 //! What of each region is allocated, where regions share backings.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 
 use super::error::{StatsError, failed};
-use crate::backing::Allocation;
+use crate::backing::{Allocation, FileIdentity};
 use crate::ram::Ram;
 use crate::range::RangeSet;
 
@@ -88,18 +88,13 @@ fn covers_once(regions: &[&Ram]) -> bool {
     covered.contains(0..end) && sizes.sum::<u64>() == end
 }
 
-/// The regions of each backing: their places in `rams`.
+/// The regions of each backing: their places in `rams`, in the order of the first of each.
 pub(super) fn by_backing(rams: &[&Ram]) -> Vec<Vec<usize>> {
-    let mut groups: Vec<Vec<usize>> = Vec::new();
+    let mut groups: BTreeMap<FileIdentity, Vec<usize>> = BTreeMap::new();
     for (at, ram) in rams.iter().enumerate() {
-        let same = groups.iter_mut().find(|group| {
-            let other = rams[group[0]];
-            Arc::ptr_eq(other.backing.file(), ram.backing.file()) || other.backing == ram.backing
-        });
-        match same {
-            Some(group) => group.push(at),
-            None => groups.push(vec![at]),
-        }
+        groups.entry(ram.backing.identity()).or_default().push(at);
     }
+    let mut groups: Vec<_> = groups.into_values().collect();
+    groups.sort_unstable();
     groups
 }

@@ -4,7 +4,7 @@ use std::io;
 
 /// The kernel does not say what of the RAM exists; `source()` is its answer.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {doing}, to say what of the RAM exists: mount procfs, and see the cause")]
+#[error("cannot {doing}, to report which RAM is allocated: mount procfs, and see the cause")]
 pub struct StatsError {
     doing: &'static str,
     source: io::Error,

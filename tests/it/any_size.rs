@@ -178,9 +178,9 @@ fn statistics_count_pages_and_extents_stay_in_the_regions() {
 fn discards_are_refused_by_the_name_of_the_region() {
     let memory = memory();
     memory.write_obj(1u8, GuestAddress(0x5ff0)).unwrap();
-    let text = "the region 0x5ff0..=0x6ff4 (4.0 KiB (4101 bytes)) is not whole pages of 4 KiB, which \
-                memory tables, memory slots and discards need: make it of an address and a size \
-                that are multiples of that";
+    let text = "the region 0x5ff0..=0x6ff4 (4.0 KiB (4101 bytes)) is not whole pages of 4 KiB, \
+                which memory tables, memory slots and discards need: make it of an address and a \
+                size that are multiples of that";
     let discard = memory.discard((GuestAddress(0x5ff0), PAGE));
     assert_refused!(
         discard,
@@ -206,10 +206,11 @@ fn discards_are_refused_by_the_name_of_the_region() {
 #[test]
 fn the_builder_and_regions_with_options_take_whole_pages_only() {
     in_own_process_leaving_nothing!(|| {
-        let builder =
-            || GuestMemoryShm::<()>::builder().add_ram(RamOptions::new(), [(GuestAddress(0), 300)]);
-        let text = "size 300 bytes is not a multiple of the page size 4 KiB: the nearest larger is \
-                    4 KiB";
+        let builder = || {
+            GuestMemoryShm::<()>::builder().add_ram(RamOptions::new(), [(GuestAddress(0), 300)])
+        };
+        let text = "size 300 bytes is not a multiple of the page size 4 KiB: the nearest larger \
+                    is 4 KiB";
         assert_refused!(
             builder().build(),
             MemoryError::Range(InvalidRange::Unaligned {

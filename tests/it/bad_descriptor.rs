@@ -260,9 +260,9 @@ fn an_unsealed_memfd_is_adopted_as_the_policy_says() {
         assert_refused!(
             adopt(clone(), &required),
             Error::Backing(BackingError::NotSealed { .. }),
-            "cannot adopt a file whose seals are: none; its size must be sealed, ask its owner for \
-             a memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), or \
-             trust the owner and adopt it without AdoptPolicy::with_required_seals",
+            "cannot adopt a file whose seals are: none; its size must be sealed, ask its owner \
+             for a memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), \
+             or trust the owner and adopt it without AdoptPolicy::with_required_seals",
         );
         let any = adopt(clone(), &any).unwrap();
         assert_eq!(any.seals(), Seals::empty());
@@ -373,8 +373,8 @@ fn a_file_that_was_truncated_after_its_adoption_is_not_mapped() {
         assert_refused!(
             build(),
             MemoryError::Backing(BackingError::Truncated { now: PAGE, .. }),
-            "the backing had at least 1 MiB and has 4 KiB now: another process truncated it, touching what is \
-             gone would be SIGBUS; use a sealed memfd or a trusted peer",
+            "the backing had at least 1 MiB and has 4 KiB now: another process truncated it, \
+             touching what is gone would be SIGBUS; use a sealed memfd or a trusted peer",
         );
         ftruncate(&file, MIB as i64).unwrap();
         assert!(build().is_ok());

@@ -67,8 +67,8 @@ fn size_0_is_refused() {
             assert_refused!(
                 ShmBacking::create(&options, 0),
                 BackingError::Length { len: 0, .. },
-                "a backing of 0 bytes cannot exist: it must have at least one page and at most 7.9 EiB \
-                 (9223372036854775807 bytes)",
+                "a backing of 0 bytes cannot exist: it must have at least one page and at most \
+                 7.9 EiB (9223372036854775807 bytes)",
             );
         }
         assert_refused!(
@@ -217,8 +217,8 @@ fn a_range_past_the_address_space_is_refused() {
         assert_refused!(
             build(RamOptions::new(), &[(u64::MAX - PAGE + 1, 2 * PAGE)]),
             Error::Range(InvalidRange::Overflow { .. }),
-            "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address after it: \
-             lower its address or its size",
+            "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address after \
+             it: lower its address or its size",
         );
         // Its last byte has an address, but the byte behind it has not: vhost-user and vm-memory
         // refuse that too.
@@ -232,8 +232,8 @@ fn a_range_past_the_address_space_is_refused() {
 #[test]
 fn ram_that_no_file_can_hold_is_refused() {
     in_own_process_leaving_nothing!(|| {
-        let text = "a backing of 8 EiB cannot exist: it must have at least one page and at most 7.9 EiB \
-                    (9223372036854775807 bytes)";
+        let text = "a backing of 8 EiB cannot exist: it must have at least one page and at most \
+                    7.9 EiB (9223372036854775807 bytes)";
         for options in [kind(BackingSource::Memfd), kind(BackingSource::PosixShm)] {
             assert_refused!(
                 ShmBacking::create(&options, 1 << 63),
@@ -258,8 +258,8 @@ fn regions_that_are_not_sorted_are_refused() {
         assert_refused!(
             GuestMemoryShm::from_regions(vec![region(0), region(8 * PAGE), region(PAGE)]),
             MemoryError::Unsorted { .. },
-            "the guest range 0x1000..=0x1fff (4 KiB) was given after 0x8000..=0x8fff (4 KiB): sort \
-             them by address, or use GuestMemoryShm::builder, which takes any order",
+            "the guest range 0x1000..=0x1fff (4 KiB) was given after 0x8000..=0x8fff (4 KiB): \
+             sort them by address, or use GuestMemoryShm::builder, which takes any order",
         );
         assert!(GuestMemoryShm::from_regions(vec![region(0), region(PAGE)]).is_ok());
     });

@@ -152,9 +152,10 @@ fn a_memory_of_which_only_the_last_region_cannot_be_mapped_leaves_nothing() {
                     ],
                 )
                 .build();
-            assert!(
-                matches!(result, Err(MemoryError::Map(MapError::Reserve { size, .. })) if size == 1 << 49)
-            );
+            assert!(matches!(
+                result,
+                Err(MemoryError::Map(MapError::Reserve { size, .. })) if size == 1 << 49
+            ));
         });
     });
 }
@@ -171,8 +172,8 @@ fn posix_shm_that_its_file_system_can_never_hold_is_refused() {
             assert_refused!(
                 memory(&BackingSource::PosixShm, 64 * MIB),
                 Error::Shortage(_),
-                "64 MiB more are needed, and the file system of /dev/shm holds 8 MiB and has 8 MiB \
-                 free: remove files from it, remount it with a larger size, or use a memfd \
+                "64 MiB more are needed, and the file system of /dev/shm holds 8 MiB and has 8 \
+                 MiB free: remove files from it, remount it with a larger size, or use a memfd \
                  backing; RAM that stays sparse is allowed by reserve=off",
             );
             fs::write("/dev/shm/ballast", vec![1; 3 * MIB as usize]).unwrap();

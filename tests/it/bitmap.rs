@@ -145,7 +145,8 @@ fn a_function_that_panics_leaves_nothing() {
                 catch_unwind(AssertUnwindSafe(|| builder.build())).unwrap_err();
 
                 let bug = |_| -> Tracked { panic!("a bitmap's bug") };
-                let new = || GuestRegionShm::new_with_bitmap((GuestAddress(0), MIB), &options, bug);
+                let new =
+                    || GuestRegionShm::new_with_bitmap((GuestAddress(0), MIB), &options, bug);
                 catch_unwind(AssertUnwindSafe(new)).unwrap_err();
             });
             assert_eq!(names(), before);

@@ -122,7 +122,11 @@ fn a_region_in_place_of_another_starts_anew() {
 const PAGES: u64 = 3 * 512 + 100;
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 48,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     /// The model: the set of reported pages, and that of the pages that exist. A unit goes when
     /// all of its pages are reported. Two regions without a gap, the second in the middle of a

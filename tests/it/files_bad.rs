@@ -97,7 +97,8 @@ fn numbers_that_do_not_fit_pages_are_refused() {
         for offset in [1, 0x400, 0x1fff] {
             let nearest = offset / PAGE * PAGE;
             let text = format!(
-                "offset {offset:#x} is not a multiple of the page size 4 KiB: the nearest is {nearest:#x}"
+                "offset {offset:#x} is not a multiple of the page size 4 KiB: the nearest is \
+                 {nearest:#x}"
             );
             refused(&file_options(&path).with_offset(offset), MIB, &text);
         }
@@ -340,6 +341,7 @@ fn a_file_that_is_truncated_between_creation_and_mapping_is_refused() {
     file.set_len(2 * MIB - PAGE).unwrap();
     assert!(matches!(
         map(),
-        Err(MemoryError::Backing(BackingError::Truncated { end, now, .. })) if (end, now) == (2 * MIB, 2 * MIB - PAGE)
+        Err(MemoryError::Backing(BackingError::Truncated { end, now, .. }))
+            if (end, now) == (2 * MIB, 2 * MIB - PAGE)
     ));
 }

@@ -1,8 +1,13 @@
 //! Files that the system or a later step stops: told beforehand, or undone.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Barrier;
+use std::sync::mpsc::{TryRecvError, channel};
 
 use guest_memory_shm::{
     BuildNote, DiscardData, Error, FileError, GuestMemoryShm, MemoryError, Populate, RamOptions,
@@ -11,8 +16,9 @@ use guest_memory_shm::{
 use nix::mount::{MsFlags, umount};
 use nix::sys::resource::Resource;
 use nix::sys::signal::Signal;
-use nix::unistd::pipe;
-use vm_memory::{Bytes, GuestAddress, MemoryRegionAddress};
+use nix::sys::stat::Mode;
+use nix::unistd::{mkfifo, pipe};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, MemoryRegionAddress};
 
 use crate::bad_system::with_limit;
 use crate::files::{file_options, pattern};
@@ -84,6 +90,55 @@ fn ram_that_its_file_system_can_never_hold_is_refused_unless_that_is_meant() {
 }
 
 #[test]
+fn files_of_one_memory_must_fit_together() {
+    in_own_process(|| {
+        if !own_mounts() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        mount_tmpfs(dir.path().to_str().unwrap(), MsFlags::empty(), "size=8m");
+        let build = |parts: &[(&Path, u64, u64)], populate| {
+            let mut builder = GuestMemoryShm::<()>::builder();
+            for (at, (path, offset, size)) in parts.iter().enumerate() {
+                let options = file_options(path).with_offset(*offset);
+                let range = (GuestAddress((at as u64) << 30), *size);
+                builder = builder.add_ram(options.with_populate(populate), [range]);
+            }
+            builder.build()
+        };
+        let (one, two) = (&dir.path().join("one"), &dir.path().join("two"));
+        let short =
+            |built: Result<_, MemoryError>| room_short(&built.map(drop).unwrap_err().into());
+        for parts in [
+            [(one.as_path(), 0, 5 * MIB), (two, 0, 4 * MIB)],
+            [(dir.path(), 0, 5 * MIB), (dir.path(), 0, 4 * MIB)],
+        ] {
+            let refused = short(build(&parts, Populate::Lazy));
+            assert_eq!(refused, Some((9 * MIB, 8 * MIB)));
+            assert_eq!(names(dir.path()), <[&str; 0]>::default());
+        }
+        // Now, if they are to be populated.
+        let ballast = dir.path().join("ballast");
+        fs::write(&ballast, vec![1; 2 * MIB as usize]).unwrap();
+        let both = [(one.as_path(), 0, 4 * MIB), (two, 0, 4 * MIB)];
+        let refused = short(build(&both, Populate::Allocate));
+        assert_eq!(refused, Some((8 * MIB, 6 * MIB)));
+        assert_eq!(names(dir.path()), ["ballast"]);
+        drop(build(&both, Populate::Lazy).unwrap());
+
+        // A part of a file that is RAM twice takes its room once.
+        let twice = [(one.as_path(), 0, 4 * MIB), (one, MIB, 3 * MIB)];
+        let allocated = build(&twice, Populate::Allocate).unwrap();
+        let backing = allocated.iter().next().unwrap().backing();
+        assert_eq!(backing.allocated().unwrap(), 4 * MIB);
+        let thrice = [twice[0], twice[0], twice[0]];
+        build(&thrice, Populate::Lazy).unwrap();
+        drop(allocated);
+        umount(dir.path()).unwrap();
+    });
+}
+
+#[test]
 fn the_limit_on_file_sizes_concerns_files_that_are_made_longer() {
     in_own_process(|| {
         let dir = shm_dir();
@@ -107,6 +162,67 @@ fn the_limit_on_file_sizes_concerns_files_that_are_made_longer() {
                 .unwrap();
         });
         assert_eq!(names(dir.path()), ["long"]);
+    });
+}
+
+#[test]
+fn what_a_path_names_may_change_at_any_time() {
+    in_own_process(|| {
+        let dir = shm_dir();
+        let at = |name: &str| dir.path().join(name);
+        File::create(at("long")).unwrap().set_len(4 * MIB).unwrap();
+        File::create(at("empty")).unwrap();
+        mkfifo(&at("fifo"), Mode::S_IRWXU).unwrap();
+        fs::create_dir(at("dir")).unwrap();
+        let named = ["long", "empty", "fifo", "dir", "nothing", "/dev/null"];
+        let path = at("ram");
+        std::os::unix::fs::symlink("long", &path).unwrap();
+        let (mut outcomes, begin) = (BTreeMap::<_, u32>::new(), Barrier::new(2));
+        std::thread::scope(|scope| {
+            let (_going_on, ended) = channel::<()>();
+            let (path, at, begin) = (&path, &at, &begin);
+            scope.spawn(move || {
+                begin.wait();
+                for target in named.iter().cycle() {
+                    if ended.try_recv() != Err(TryRecvError::Empty) {
+                        break;
+                    }
+                    std::os::unix::fs::symlink(target, at("next")).unwrap();
+                    fs::rename(at("next"), path).unwrap();
+                }
+            });
+            begin.wait();
+            // A file that is made longer than this is SIGXFSZ.
+            with_limit(Resource::RLIMIT_FSIZE, MIB, || {
+                // Until all of it was met, and RAM so often that other files were met in its
+                // place.
+                while outcomes.len() < 4 || outcomes["RAM"] < 30 {
+                    let outcome = match region(&file_options(path), 4 * MIB) {
+                        Ok(ram) => {
+                            let last = MemoryRegionAddress(4 * MIB - 1);
+                            ram.write_obj(1u8, last).unwrap();
+                            "RAM"
+                        }
+                        Err(Error::Shortage(short)) => {
+                            assert_eq!((short.needed, short.left), (4 * MIB, MIB));
+                            "too long"
+                        }
+                        Err(Error::File(FileError::NotAFile { .. })) => "no file",
+                        Err(Error::File(FileError::DanglingLink { .. })) => "dangling",
+                        // It became that while it was looked at.
+                        Err(Error::File(FileError::Open { source, .. }))
+                            if source.kind() == ErrorKind::NotFound =>
+                        {
+                            "dangling"
+                        }
+                        Err(other) => panic!("{}", chain(&other)),
+                    };
+                    *outcomes.entry(outcome).or_default() += 1;
+                }
+            });
+        });
+        assert_eq!(fs::metadata(at("empty")).unwrap().len(), 0);
+        assert_eq!(names(dir.path()).len(), named.len() - 1);
     });
 }
 

@@ -133,8 +133,8 @@ fn a_rom_is_no_part_of_a_memory() {
     in_own_process(|| {
         let (_dir, path) = firmware();
         let options = rom_options(&path);
-        let text = "what is opened for reading only (readonly=on) is no RAM, which guests and \
-                    daemons write: map it with GuestRom, or open it for writing";
+        let text = "a file that is opened for reading only (readonly=on) cannot be RAM, which \
+                    guests and daemons write: map it with GuestRom, or open it for writing";
         let rom = GuestRom::new((START, 64 * PAGE), &options).unwrap();
         let backing = ShmBacking::create(&options, MIB / 4).unwrap();
         leaves_nothing(|| {
@@ -227,8 +227,8 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
             assert_refused!(
                 GuestRom::new((START, PAGE), &options),
                 MemoryError::WritableRom,
-                "a ROM is made of a file that is opened for reading only: use BackingSource::File and \
-                 Access::ReadOnly (mem-path=..., readonly=on, rom=on)",
+                "a ROM is made of a file that is opened for reading only: use \
+                 BackingSource::File and Access::ReadOnly (mem-path=..., readonly=on, rom=on)",
             );
         }
     });
@@ -246,7 +246,8 @@ fn a_rom_that_somebody_truncated_is_an_error_to_read_and_no_signal() {
     rom.read(PAGE - 8, &mut bytes).unwrap();
     assert!(matches!(
         rom.read(PAGE - 4, &mut bytes),
-        Err(MemoryError::Backing(BackingError::Truncated { end, now, .. })) if (end, now) == (4 * PAGE, PAGE)
+        Err(MemoryError::Backing(BackingError::Truncated { end, now, .. }))
+            if (end, now) == (4 * PAGE, PAGE)
     ));
     // The control: the mapping has no such answer.
     let gone = rom.as_ptr().wrapping_add(PAGE as usize);

@@ -15,9 +15,9 @@ use crate::support::{NO_HOST_CHANGES, Process, may_change_host, skip};
 
 /// A file of sysfs that this test alone may write, until it is dropped.
 ///
-/// One at a time on the whole machine: the file itself is locked, so that other checkouts and other
-/// users' tests wait as well. A process of its own holds the lock, too, and puts the setting back
-/// when this end of its pipe is closed, which the kernel does when a test is killed.
+/// One at a time on the whole machine: the file itself is locked, so that other checkouts and
+/// other users' tests wait as well. A process of its own holds the lock, too, and puts the setting
+/// back when this end of its pipe is closed, which the kernel does when a test is killed.
 pub(crate) struct HostSetting {
     path: PathBuf,
     before: String,

@@ -58,8 +58,8 @@ pub(crate) fn in_own_process<F: FnOnce()>(test: F) {
     assert!(out.contains("1 passed"), "{name} was not run: {out}");
 }
 
-/// A directory in /dev/shm, removed when it is dropped, and when this process is one of a test's own
-/// ([`in_own_process`]) and dies.
+/// A directory in /dev/shm, removed when it is dropped, and when this process is one of a test's
+/// own ([`in_own_process`]) and dies.
 pub(crate) fn shm_dir() -> TempDir {
     let prefix = format!("gms-{}-dir-", std::process::id());
     TempDir::with_prefix_in(prefix, SHM).expect("there is room for a directory")

@@ -192,7 +192,8 @@ fn the_ranges_of_one_backing_lie_behind_each_other_in_one_file() {
 fn two_regions_on_one_part_of_a_backing_are_the_same_ram() {
     let backing = ShmBacking::create(&RamOptions::new(), MIB).unwrap();
     let place = |addr| {
-        let region = GuestRegionShm::<()>::from_backing(&backing, PAGE, (GuestAddress(addr), PAGE));
+        let region =
+            GuestRegionShm::<()>::from_backing(&backing, PAGE, (GuestAddress(addr), PAGE));
         Arc::new(region.unwrap())
     };
     let memory = GuestMemoryShm::from_arc_regions(vec![place(0), place(GIB)]).unwrap();

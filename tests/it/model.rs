@@ -47,8 +47,8 @@ fn layout() -> impl Strategy<Value = Vec<(GuestAddress, usize)>> {
     ];
     let size = prop_oneof![8 => 1..4u64, 1 => 4..64u64];
     let count = prop_oneof![1..4usize, 4..40usize];
-    let parts =
-        count.prop_flat_map(move |count| prop::collection::vec((gap.clone(), size.clone()), count));
+    let parts = count
+        .prop_flat_map(move |count| prop::collection::vec((gap.clone(), size.clone()), count));
     (base, parts, unit).prop_map(|(mut at, parts, (unit, shift))| {
         let mut ranges = Vec::new();
         for (number, (gap, size)) in parts.into_iter().enumerate() {

@@ -25,7 +25,8 @@ fn memory(options: RamOptions) -> Result<GuestMemoryShm, Error> {
         .map_err(Error::from)
 }
 
-/// The policy of the mapping at `start` in /proc/self/numa_maps, as `bind:0`, and the words behind.
+/// The policy of the mapping at `start` in /proc/self/numa_maps, as `bind:0`, and the words
+/// behind.
 fn numa_maps(start: *const u8) -> Option<(String, String)> {
     let text = fs::read_to_string("/proc/self/numa_maps").ok()?;
     let prefix = format!("{:x} ", start.addr());
@@ -113,8 +114,9 @@ fn a_node_that_is_not_there_is_refused_before_anything_is_created() {
                 refused,
                 Error::Backing(BackingError::NoSuchNodes { .. }),
                 format!(
-                    "cannot place RAM on host-nodes=126-127 (policy={}): this machine has memory on \
-                     nodes {}; choose nodes that are there and that this process may use (cpuset)",
+                    "cannot place RAM on host-nodes=126-127 (policy={}): this machine has memory \
+                     on nodes {}; choose nodes that are there and that this process may use \
+                     (cpuset)",
                     policy.name(),
                     present.trim(),
                 )

@@ -168,7 +168,7 @@ fn what_qemu_refuses_is_refused_with_a_remedy() {
         ),
         (
             "memory-backend-shm",
-            "size is missing: write size=64M, or how much RAM there shall be",
+            "size is missing: write size=64M, or another amount of RAM",
         ),
         (
             "memory-backend-shm,size=-1",
@@ -190,7 +190,7 @@ fn what_qemu_refuses_is_refused_with_a_remedy() {
         (
             "memory-backend-shm,size=1M,prealloc=on,reserve=off",
             "prealloc=on and reserve=off contradict each other: populated RAM is always \
-             reserved, leave one of them out",
+             reserved, drop one of the two",
         ),
         (
             "memory-backend-shm,size=1M,prealloc-threads=0",
@@ -207,11 +207,11 @@ fn what_qemu_refuses_is_refused_with_a_remedy() {
         ),
         (
             "memory-backend-shm,size=1M,policy=bind",
-            "policy=bind: it needs nodes, write host-nodes=0 or those that are meant",
+            "policy=bind: it needs nodes, write host-nodes=0, or the nodes that are meant",
         ),
         (
             "memory-backend-memfd,size=1M,hugetlbsize=3M",
-            "hugetlbsize=3 MiB: huge pages have a power of two of bytes, 2M and 1G are usual",
+            "hugetlbsize=3 MiB: the size of a huge page is a power of two, usually 2M or 1G",
         ),
         (
             "memory-backend-memfd,size=3M,hugetlb=on,hugetlbsize=2M",
@@ -302,7 +302,7 @@ fn every_property_that_is_wrong_is_named() {
         (
             &memfd,
             "hugetlbsize=0",
-            "hugetlbsize=0 bytes: huge pages have a power of two",
+            "hugetlbsize=0 bytes: the size of a huge page is a power of two",
         ),
         (
             &memfd,

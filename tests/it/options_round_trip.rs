@@ -128,10 +128,12 @@ fn valid_options() -> impl Strategy<Value = RamOptions> {
 /// Strings of parts that mean something, or nearly.
 fn strings() -> impl Strategy<Value = String> {
     let part = prop_oneof![
-        "(no)?(share|reserve|prealloc|merge|dump|hugetlb|seal|thp|readonly|discard-data)(=(on|off|y|no))?",
+        "(no)?(share|reserve|prealloc|merge|dump|hugetlb|seal|thp|readonly|discard-data)\
+         (=(on|off|y|no))?",
         "(size|hugetlbsize|align|offset)=[0-9]{1,3}(\\.5)?[KMG]?",
         "(policy=(bind|default)|host-nodes=[0-9](-[0-9])?|prealloc-threads=[0-9])",
-        "(id=[a-c1]|mem-path=[/a,=]{1,4}|rom=(on|off|auto)|populate=(lazy|allocate)|on-shortage=(refuse|try-anyway))",
+        "(id=[a-c1]|mem-path=[/a,=]{1,4}|rom=(on|off|auto)|\
+         populate=(lazy|allocate)|on-shortage=(refuse|try-anyway))",
         "x-use-canonical-path-for-ramblock-id(=off)?",
     ];
     let kind = select(vec!["memfd", "shm", "file"]);
@@ -158,7 +160,8 @@ proptest! {
     #[test]
     fn valid_options_are_the_same_when_serialized_and_read(options in valid_options()) {
         let text = serde_json::to_string(&options).unwrap();
-        prop_assert_eq!(serde_json::from_str::<RamOptions>(&text).map_err(|e| e.to_string()), Ok(options));
+        let read = serde_json::from_str::<RamOptions>(&text).map_err(|error| error.to_string());
+        prop_assert_eq!(read, Ok(options));
     }
 
     #[test]

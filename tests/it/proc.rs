@@ -117,7 +117,8 @@ impl Holdings {
 }
 
 impl Holdings {
-    /// As [`now`](Self::now), but for address space that is set aside, for the heaps of threads too.
+    /// As [`now`](Self::now), but for address space that is set aside, for the heaps of threads
+    /// too.
     pub(crate) fn beside_heaps() -> Self {
         Self {
             reserved: 0,
@@ -125,8 +126,8 @@ impl Holdings {
         }
     }
 
-    /// As [`now`](Self::now), but for what the C library sets aside for threads: the guard page of a
-    /// stack, which it keeps for the next thread, and the rest of a heap, which ends at 64 MiB.
+    /// As [`now`](Self::now), but for what the C library sets aside for threads: the guard page of
+    /// a stack, which it keeps for the next thread, and the rest of a heap, which ends at 64 MiB.
     pub(crate) fn beside_threads() -> Self {
         const HEAP: u64 = 64 << 20;
         let all = maps();

@@ -71,7 +71,8 @@ fn ram_larger_than_the_machine_is_reported_and_built() {
     let text = notes[0].to_string();
     assert!(
         text.starts_with(
-            "using all of the RAM would end a process or slow it down: 64 TiB more are needed, and "
+            "using all of the RAM would end a process or slow it down: 64 TiB more are needed, \
+             and "
         ),
         "{text}"
     );

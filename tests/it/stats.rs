@@ -89,8 +89,9 @@ fn regions_are_described_as_they_are() {
         "seals": shm.seals.to_string(),
     });
     assert_eq!(data["regions"][1], region);
-    let note = json!([{ "backing": "memfd", "note": { "property": "reserve", "text": BuildNote::Reserve.to_string() } }]);
-    assert_eq!(data["notes"], note);
+    let text = BuildNote::Reserve.to_string();
+    let note = json!({ "property": "reserve", "text": text });
+    assert_eq!(data["notes"], json!([{ "backing": "memfd", "note": note }]));
     let table = stats.to_string();
     assert!(
         table.contains("20 KiB") && table.contains("reserve=on reserves nothing"),
@@ -145,7 +146,8 @@ fn parts_of_a_backing_that_are_no_region_are_not_counted() {
 #[test]
 fn locked_memory_is_that_of_the_process() {
     in_own_process(|| {
-        let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), MIB as usize)]).unwrap();
+        let memory =
+            GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), MIB as usize)]).unwrap();
         let before = memory.stats().unwrap().locked;
         let start = NonNull::new(memory.get_host_address(GuestAddress(0)).unwrap()).unwrap();
         // SAFETY: the range is mapped.

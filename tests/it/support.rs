@@ -74,8 +74,8 @@ pub(crate) fn attach_as<L: MemoryListener>(
     }
 }
 
-/// Whether tests may change this machine's settings: pools of huge pages, switches in sysfs, control
-/// groups. Prints why the test is skipped if not.
+/// Whether tests may change this machine's settings: pools of huge pages, switches in sysfs,
+/// control groups. Prints why the test is skipped if not.
 ///
 /// They may with `HOST_CHANGES=1`, as in CI; nobody who runs `cargo test` has asked for it.
 pub(crate) fn host_changes() -> bool {
@@ -97,8 +97,9 @@ pub(crate) const NO_HOST_CHANGES: &str =
 
 /// The binary of an example, as its sources are now.
 ///
-/// `cargo test` builds it before the tests; `cargo test --test it` does not, so it is built here if
-/// it is missing or older than a source. Where that cannot be done, the one that is there is used.
+/// `cargo test` builds it before the tests; `cargo test --test it` does not, so it is built here
+/// if it is missing or older than a source. Where that cannot be done, the one that is there is
+/// used.
 pub(crate) fn example(name: &str) -> PathBuf {
     static BUILDING: Mutex<()> = Mutex::new(());
     let _one = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -230,8 +231,8 @@ impl StorageDaemon {
 /// Lets this process, and what it starts, have `wanted` descriptors, or prints why the test is
 /// skipped.
 ///
-/// The soft limit is 1,024 nearly everywhere (`ulimit -n`); the hard one, up to which a process may
-/// raise it, is larger on most machines.
+/// The soft limit is 1,024 nearly everywhere (`ulimit -n`); the hard one, up to which a process
+/// may raise it, is larger on most machines.
 pub(crate) fn may_have_descriptors(wanted: u64) -> bool {
     // Another thread may raise it, too, and must not lower it.
     static RAISING: Mutex<()> = Mutex::new(());

@@ -250,8 +250,25 @@ fn everything_that_is_shared_can_be_shared_between_threads() {
         shareable::<ShmBacking>();
         shareable::<RamOptions>();
         shareable::<BackingSource>();
-        shareable::<guest_memory_shm::Error>();
+        shareable::<guest_memory_shm::AddressSpaceError>();
         shareable::<guest_memory_shm::AdoptError>();
+        shareable::<guest_memory_shm::BackingError>();
+        shareable::<guest_memory_shm::DiscardError>();
+        shareable::<guest_memory_shm::Error>();
+        shareable::<guest_memory_shm::FileError>();
+        shareable::<guest_memory_shm::InvalidRange>();
+        shareable::<guest_memory_shm::KvmError>();
+        shareable::<guest_memory_shm::ListenerError>();
+        shareable::<guest_memory_shm::MapError>();
+        shareable::<guest_memory_shm::MemoryError>();
+        shareable::<guest_memory_shm::OptionsError>();
+        shareable::<guest_memory_shm::PopulateError>();
+        shareable::<guest_memory_shm::ShareError>();
+        shareable::<guest_memory_shm::Shortage>();
+        shareable::<guest_memory_shm::StatsError>();
+        shareable::<guest_memory_shm::TableError>();
+        shareable::<guest_memory_shm::mock::MockError>();
+        shareable::<guest_memory_shm::receive::ReceiveError>();
     };
     // And it is of use: made here, used and dropped there.
     let memory = always_there();

@@ -119,7 +119,8 @@ fn the_switch_that_forbids_huge_pages_is_named() {
                 report.to_string().lines().next().unwrap(),
                 format!(
                     "memfd: transparent huge pages will not come: \
-                     /sys/kernel/mm/transparent_hugepage/shmem_enabled is {value}, set it to advise"
+                     /sys/kernel/mm/transparent_hugepage/shmem_enabled is {value}, set it to \
+                     advise"
                 )
             );
         }

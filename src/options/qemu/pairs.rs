@@ -15,15 +15,15 @@ impl<'a> Pairs<'a> {
         let mut rest = text;
         while !rest.is_empty() {
             let end = rest.find(['=', ',']).unwrap_or(rest.len());
-            let (key, behind) = rest.split_at(end);
-            if let Some(value) = behind.strip_prefix('=') {
-                let (value, behind) = read_value(value);
+            let (key, after) = rest.split_at(end);
+            if let Some(value) = after.strip_prefix('=') {
+                let (value, after) = read_value(value);
                 pairs.push((key, value));
-                rest = behind;
+                rest = after;
             } else if pairs.is_empty() {
-                let (value, behind) = read_value(rest);
+                let (value, after) = read_value(rest);
                 pairs.push((first_key, value));
-                rest = behind;
+                rest = after;
             } else {
                 // A flag has no value in which a comma could be doubled.
                 let (key, value) = match key.strip_prefix("no") {
@@ -31,13 +31,13 @@ impl<'a> Pairs<'a> {
                     None => (key, "on"),
                 };
                 pairs.push((key, value.to_owned()));
-                rest = behind.strip_prefix(',').unwrap_or(behind);
+                rest = after.strip_prefix(',').unwrap_or(after);
             }
         }
         Self { pairs }
     }
 
-    /// The keys, in order, as often as they are there.
+    /// The keys, in order and with repetitions.
     pub(super) fn keys(&self) -> impl Iterator<Item = &'a str> {
         self.pairs.iter().map(|(key, _)| *key)
     }
@@ -54,7 +54,7 @@ impl<'a> Pairs<'a> {
     }
 }
 
-/// The value at the start of `text`, with its commas single, and what is behind the comma after it.
+/// The value at the start of `text`, with its commas single, and what follows the comma after it.
 fn read_value(text: &str) -> (String, &str) {
     let mut value = String::new();
     let mut rest = text;
@@ -64,14 +64,14 @@ fn read_value(text: &str) -> (String, &str) {
                 value.push_str(rest);
                 return (value, "");
             }
-            Some((part, behind)) => {
+            Some((part, after)) => {
                 value.push_str(part);
-                match behind.strip_prefix(',') {
-                    Some(behind) => {
+                match after.strip_prefix(',') {
+                    Some(after) => {
                         value.push(',');
-                        rest = behind;
+                        rest = after;
                     }
-                    None => return (value, behind),
+                    None => return (value, after),
                 }
             }
         }

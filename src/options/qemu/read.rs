@@ -17,7 +17,7 @@ use crate::options::{
 /// Reads what QEMU's `-object` takes: `memory-backend-memfd,size=64M,prealloc=on`.
 ///
 /// The [properties](RamOptions#qemus-syntax) mean what they mean in QEMU 10, with its defaults, so
-/// that `dump` is on unless written, other than in typed options.
+/// `dump` is on unless written, unlike in typed options.
 ///
 /// ```
 /// use guest_memory_shm::{BackingSource, CoreDump, Populate, RamOptions};
@@ -61,7 +61,7 @@ impl FromStr for RamOptions {
     }
 }
 
-/// The properties of a backend of a known type, none of them unknown.
+/// The properties of a backend of a known type, all of them known.
 struct Reader<'a> {
     pairs: Pairs<'a>,
     kind: BackendType,
@@ -113,7 +113,7 @@ impl Reader<'_> {
         })
     }
 
-    /// What QEMU has and nothing here can do.
+    /// Refuses what QEMU can do and this crate cannot.
     fn refuse_unsupported(&self) -> Result<()> {
         if self.switch("pmem")? == Some(true) {
             return Err(OptionsError::Unsupported {
@@ -151,7 +151,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The pages, and a size of huge pages that are not asked for.
+    /// The pages, and a `hugetlbsize` without `hugetlb=on`.
     fn pages(&self) -> Result<(PageSize, Option<u64>)> {
         let size = self.size("hugetlbsize")?;
         let hugetlb = self.switch("hugetlb")? == Some(true);
@@ -221,7 +221,7 @@ impl Reader<'_> {
             let (first, last) = values::range(text).ok_or_else(refused)?;
             let last = u32::try_from(last).map_err(|_| refused())?;
             let first = u32::try_from(first).map_err(|_| refused())?;
-            // The first that there is not ends it: a range is not walked for ever.
+            // The first node that does not exist ends the walk, however long the range is.
             for node in first..=last {
                 if !nodes.insert(node) {
                     return Err(OptionsError::NodeNumber { node });
@@ -273,7 +273,7 @@ impl Reader<'_> {
         self.read(property, values::switch)
     }
 
-    /// The value of a property that counts; those before it are not looked at, as in QEMU.
+    /// The value of a property that counts; earlier ones are ignored, as in QEMU.
     fn read<T>(
         &self,
         property: &'static str,

@@ -1,4 +1,5 @@
-//! The values of properties: sizes, numbers, switches and node numbers, in all of QEMU's spellings.
+//! The values of properties: sizes, numbers, switches and node numbers, in all of QEMU's
+//! spellings.
 
 /// A number of bytes: `4096`, `64M`, `1.5G`, `0x1000`.
 ///
@@ -88,8 +89,7 @@ fn unsigned(text: &str) -> &str {
     text.strip_prefix('+').unwrap_or(text)
 }
 
-/// A number of at least one digit and nothing else, which the standard library alone does not ask
-/// for: it takes a sign.
+/// A number of digits and nothing else: the standard library alone would take a sign.
 fn digits_only(digits: &str, radix: u32) -> Option<u64> {
     if !digits.chars().all(|c| c.is_digit(radix)) {
         return None;
@@ -112,7 +112,7 @@ fn unit(suffix: &str) -> Option<u64> {
 
 /// The decimal fraction `0.digits` of `unit`, rounded to the nearest.
 fn part_of(digits: &str, unit: u64) -> u64 {
-    // Units have at most 61 bits and 10^20 has 67: the product fits. Digits behind the twentieth
+    // Units have at most 61 bits and 10^20 has 67: the product fits. Digits past the twentieth
     // are worth less than a thousandth of a byte of the largest unit.
     const DIGITS: usize = 20;
     const ONE: u128 = 10u128.pow(20);
@@ -122,7 +122,7 @@ fn part_of(digits: &str, unit: u64) -> u64 {
         fraction = fraction * 10 + u128::from(digit);
     }
     let part = (fraction * u128::from(unit) + ONE / 2) / ONE;
-    // Below 1 it was, so at most the unit it is.
+    // The fraction was below 1, so the part is at most the unit.
     u64::try_from(part).unwrap_or(unit)
 }
 

@@ -10,12 +10,13 @@ use crate::options::{
     Reserve, Sealing,
 };
 
-/// As QEMU's `-object` takes them, or nearly: `memory-backend-memfd,size=64M,dump=off`.
+/// As QEMU's `-object` takes them, but for this crate's own properties:
+/// `memory-backend-memfd,size=64M,dump=off`.
 ///
 /// What is written can be [read](RamOptions#impl-FromStr-for-RamOptions) again and gives the same
 /// options, if they are [valid](RamOptions::check) and have a size, which QEMU demands and typed
-/// options need not have. Without one the size is left out, and reading says so. A path that is not
-/// UTF-8 is written with replacement characters: reading gives another path then.
+/// options need not have. Without one the size is left out, and reading says so. A path that is
+/// not UTF-8 is written with replacement characters: reading gives another path then.
 ///
 /// ```
 /// use guest_memory_shm::{BackingSource, Populate, RamOptions};

@@ -257,8 +257,8 @@ impl fmt::Display for ReceiveError {
                 limit,
             } => write!(
                 f,
-                "region {index} has {} at {part} {start:#x}, which ends past {limit:#x}: lower its \
-                 {part} or its size",
+                "region {index} has {} at {part} {start:#x}, which ends past {limit:#x}: lower \
+                 its {part} or its size",
                 HumanSize(*size)
             ),
             Self::Overlap {

@@ -120,8 +120,8 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
                 },
             ),
             6,
-            "region 0: cannot adopt a file of 1 MiB for RAM of 2 MiB: touching RAM past the end of \
-             the file would be SIGBUS, make the file longer first",
+            "region 0: cannot adopt a file of 1 MiB for RAM of 2 MiB: touching RAM past the end \
+             of the file would be SIGBUS, make the file longer first",
         ),
         (
             ReceiveError::NoSuchRegion {
@@ -166,7 +166,7 @@ fn a_region_that_is_not_mapped_says_why_and_what_the_system_said() {
     );
     assert_eq!(
         refused.to_string(),
-        "region 3: cannot ask the kernel about a descriptor that is RAM, or is to be"
+        "region 3: cannot ask the kernel about a descriptor that is RAM or is to become RAM"
     );
     let cause = refused.source().expect("the system said why").to_string();
     assert!(cause.contains("os error 9"), "{cause}");

@@ -32,8 +32,10 @@ pub trait DaemonConnection {
     /// # Errors
     ///
     /// The way in which the daemon did not take it.
-    fn set_mem_table(&mut self, regions: &[TableRegion])
-    -> Result<Option<Vec<u64>>, DaemonFailure>;
+    fn set_mem_table(
+        &mut self,
+        regions: &[TableRegion],
+    ) -> Result<Option<Vec<u64>>, DaemonFailure>;
 
     /// ADD_MEM_REG: adds one region.
     ///

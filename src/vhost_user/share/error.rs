@@ -152,8 +152,9 @@ impl fmt::Display for ShareError {
             ),
             Self::Log(error) => error.fmt(f),
             Self::NoDeadline { .. } => f.write_str(
-                "the daemon's time to answer cannot be limited, and it might never answer: nothing \
-                 was sent; raise RLIMIT_NPROC (ulimit -u), or connect anew in this process",
+                "the daemon's time to answer cannot be limited, and it might never answer: \
+                 nothing was sent; raise RLIMIT_NPROC (ulimit -u), or connect anew in this \
+                 process",
             ),
             Self::GivenUp { reason } => f.write_str(reason),
             Self::Broken { reason } => {

@@ -45,7 +45,9 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         for region in &change.additions {
             let step = DaemonRequest::AddRegion(region.range());
             self.expect_unlogged(std::slice::from_ref(region));
-            if let Some(base) = self.change(step, |connection| connection.add_mem_region(region))? {
+            if let Some(base) =
+                self.change(step, |connection| connection.add_mem_region(region))?
+            {
                 // The answer says that it was taken.
                 self.held.insert(region);
                 self.take_up(step, std::slice::from_ref(region), &[base])?;

@@ -30,7 +30,7 @@ where
 
     fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
         self.update_memory(memory)
-            // Whoever attaches or connects waits for the daemon here; later no question is left
+            // Attaching or connecting waits for the daemon here; later no question is left
             // for `check`, which asks one daemon after the other.
             .and_then(|_| {
                 if self.mem_slots {

@@ -117,8 +117,8 @@ impl DaemonLog {
         for (word, mask) in self.pages.iter().flat_map(words) {
             let bits = self.with_word(word, |bits| match bits.load(Ordering::Relaxed) {
                 0 => 0,
-                // At once: a bit that is set from now on is seen next time. Whoever copies the
-                // page after this sees what was written before its bit was set.
+                // At once: a bit that is set from now on is seen next time. A copy of
+                // the page made after this has what was written before its bit was set.
                 _ => bits.fetch_and(!mask.to_le(), Ordering::SeqCst),
             });
             let bits = u64::from_le(bits) & mask;

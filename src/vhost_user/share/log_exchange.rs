@@ -59,7 +59,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///         Ok(limit.run(|| frontend.set_features(features | LOG_ALL))??) // it uses it
     ///     })?
     /// }
-    /// // Each round, for as long as it logs: space.with_listener(&disk, |share| share.drain_dirty())?
+    /// // Each round, for as long as it logs:
+    /// // space.with_listener(&disk, |share| share.drain_dirty())?
     /// // At the end: SET_FEATURES without LOG_ALL, then share.stop_log().
     /// ```
     ///

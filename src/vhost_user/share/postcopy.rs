@@ -19,8 +19,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// is the *daemon* that registers these addresses with userfaultfd(2), and the frontend has
     /// the descriptor, from VHOST_USER_POSTCOPY_ADVISE. Faults that are read from it name
     /// addresses of the daemon: one at `address` is at
-    /// `range.start_addr() + (address - base)` in the guest, and is resolved at `address`. Whoever
-    /// does so must know the base first: from the acknowledgement on, faults can come. So the
+    /// `range.start_addr() + (address - base)` in the guest, and is resolved at `address`. The
+    /// base must be known before: from the acknowledgement on, faults can come. So the
     /// handler is called with the region and its base, and then the share acknowledges
     /// ([`DaemonConnection::acknowledge_bases`]).
     ///
@@ -45,7 +45,8 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// # use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
     ///
     /// # let daemon = MockDaemon::builder().start_unnamed()?;
-    /// # let (frontend, features) = (Frontend::from_stream(daemon.connect()?, 1), Features::empty());
+    /// # let frontend = Frontend::from_stream(daemon.connect()?, 1);
+    /// # let features = Features::empty();
     /// let bases = Arc::new(Mutex::new(Vec::new())); // also for the thread that reads the faults
     /// let known = Arc::clone(&bases);
     /// let share = VhostUserShare::new(frontend, features)

@@ -72,8 +72,8 @@ mod tests {
             process: Some(12),
             reason: "it was silent".to_owned(),
         };
-        let text = "the daemon in process 12 may still write to guest RAM: see that it is dead (its \
-                    connection ended: it was silent)";
+        let text = "the daemon in process 12 may still write to guest RAM: see that it is dead \
+                    (its connection ended: it was silent)";
         assert_eq!(daemon.to_string(), text);
         daemon.process = None;
         assert!(

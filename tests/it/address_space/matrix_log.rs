@@ -45,8 +45,8 @@ impl Writes {
         self.frozen.clear();
     }
 
-    /// Each daemon writes to a page of its own in each region that it maps; one in a process of its
-    /// own only if it is told of as `process`.
+    /// Each daemon writes to a page of its own in each region that it maps; one in a process of
+    /// its own only if it is told of as `process`.
     pub(super) fn write(&mut self, operation: Operation, process: Option<&Server>) {
         let starts: BTreeSet<u64> = regions(operation).map(|(start, _)| start * MIB).collect();
         let mut page = || {

@@ -57,7 +57,8 @@ pub(super) struct Member {
 fn limit_for(case: &Case, at: usize) -> Option<Duration> {
     let silent = |fault| matches!(fault, Fault::Silent | Fault::SilentAfter | Fault::Stopped);
     let planned = case.faults_of(at).find(|f| silent(f.fault))?;
-    // In a transaction the first message is the first that it is sent; otherwise it is asked before.
+    // In a transaction the first message is the first that it is sent; otherwise it is asked
+    // before.
     let first = if case.operation.is_transaction() {
         1
     } else {
@@ -296,7 +297,8 @@ impl Member {
             assert_eq!(share.table(), table, "the share of {name}");
         });
         if let Some(machine) = &mut self.machine {
-            let mib = |(start, size, ..): &(u64, u64, u64, FileIdentity)| (start >> 20, size >> 20);
+            let mib =
+                |(start, size, ..): &(u64, u64, u64, FileIdentity)| (start >> 20, size >> 20);
             let regions: Vec<_> = expected.iter().map(mib).collect();
             let held = |slots: &mut KvmSlots| {
                 let ranges = slots.slots().map(KvmSlot::range);

@@ -56,7 +56,7 @@ impl Server {
         daemon.wait_disconnected(PATIENCE).unwrap();
     }
 
-    /// Arms the daemon, and tells what the front-end has to do to it.
+    /// Arms the daemon, and tells what the frontend has to do to it.
     pub(super) fn arm(&self, case: &Case, at: usize) -> Vec<Hook> {
         let mut hooks = Vec::new();
         for planned in case.faults_of(at) {

@@ -18,7 +18,7 @@ pub(super) struct Hook {
     pub(super) act: Box<dyn FnOnce() + Send>,
 }
 
-/// A front-end with hooks. Without a front-end it only keeps a place.
+/// A frontend with hooks. Without a frontend it only keeps a place.
 #[derive(Default)]
 pub(super) struct Sink {
     frontend: Option<Frontend>,

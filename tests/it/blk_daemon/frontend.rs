@@ -1,4 +1,4 @@
-//! A front-end of the daemon: RAM that it shares, and a guest's driver for each queue.
+//! A frontend of the daemon: RAM that it shares, and a guest's driver for each queue.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;

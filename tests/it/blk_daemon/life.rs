@@ -1,4 +1,4 @@
-//! Front-ends that come and go, and the daemon's own end.
+//! Frontends that come and go, and the daemon's own end.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -37,7 +37,7 @@ fn front_ends_are_served_one_after_the_other() {
         guest.drivers[0].submit_read(0, &[(DATA, 1 << 20)]).unwrap();
         guest.drivers[0].submit_flush().unwrap();
         drop(guest);
-        daemon.wait_for_log("the front-end has gone");
+        daemon.wait_for_log("the frontend has gone");
     }
     // What a connection held is given back.
     let pid = daemon.process().pid();
@@ -52,7 +52,7 @@ fn front_ends_are_served_one_after_the_other() {
         assert_eq!(shared(), 1);
         counts.push(held());
         drop(guest);
-        daemon.wait_for_log("the front-end has gone");
+        daemon.wait_for_log("the frontend has gone");
     }
     assert_eq!(counts[0], counts[1]);
     daemon.end(Signal::SIGTERM);
@@ -65,7 +65,7 @@ fn a_front_end_that_is_killed_does_not_take_the_daemon_along() {
     // More than can be copied before it is killed.
     sparse(&image, 1 << 40);
     let mut daemon = place.daemon(&image);
-    for text in ["a front-end is here", "memory table with 3 regions"] {
+    for text in ["a frontend is here", "memory table with 3 regions"] {
         let child = Command::new(example("share"))
             .arg("--socket")
             .arg(daemon.socket())
@@ -78,7 +78,7 @@ fn a_front_end_that_is_killed_does_not_take_the_daemon_along() {
         daemon.wait_for_log(text);
         assert!(share.0.try_wait().unwrap().is_none());
         share.kill();
-        daemon.wait_for_log("the front-end");
+        daemon.wait_for_log("the frontend");
     }
     let mut guest = Guest::connect(daemon.socket());
     guest.write(5, &[5; 512]).unwrap();
@@ -128,7 +128,7 @@ fn a_region_beyond_the_end_of_its_file_is_refused() {
             mmap_handle: file.as_raw_fd(),
         };
         assert!(frontend.set_mem_table(&[region]).is_err());
-        let line = daemon.wait_for_log("the front-end was given up");
+        let line = daemon.wait_for_log("the frontend was given up");
         assert!(line.contains("cannot adopt a file of 1 MiB"), "{line}");
     }
     assert_eq!(Guest::connect(daemon.socket()).capacity(), 4096);
@@ -142,11 +142,11 @@ fn signals_end_it_cleanly_whatever_it_does() {
         let image = place.image(1 << 20);
         // Nobody is there.
         place.daemon(&image).end(signal);
-        // A front-end is there, and goes.
+        // A frontend is there, and goes.
         let daemon = place.daemon(&image);
         drop(Guest::connect(daemon.socket()));
         daemon.end(signal);
-        // A front-end is there, and has requests under way.
+        // A frontend is there, and has requests under way.
         let daemon = place.daemon(&image);
         let mut guest = Guest::connect(daemon.socket());
         for part in 0..4 {
@@ -192,7 +192,7 @@ fn the_socket_of_a_daemon_that_died_is_replaced_and_one_that_is_not_ours_is_left
     assert_eq!(Guest::connect(daemon.socket()).capacity(), 4096);
 
     fs::remove_file(place.socket()).unwrap();
-    fs::write(place.socket(), "somebody else's").unwrap();
+    fs::write(place.socket(), "another's").unwrap();
     let inode = fs::metadata(place.socket()).unwrap().ino();
     daemon.send(Signal::SIGTERM);
     assert!(daemon.wait().success());
@@ -372,11 +372,11 @@ fn a_dirty_log_that_could_end_the_daemon_is_refused() {
         let mut guest = Guest::connect(daemon.socket());
         let log = DirtyLog::new(flags, len, size, offset);
         log.send(&mut guest).expect_err(reason);
-        let line = daemon.wait_for_log("the front-end was given up");
+        let line = daemon.wait_for_log("the frontend was given up");
         assert!(line.contains(reason), "{line}");
     }
 
-    // A log that is sealed by its front-end is taken as well as one that is not yet; neither can
+    // A log that is sealed by its frontend is taken as well as one that is not yet; neither can
     // be cut then, and the daemon goes on writing.
     let sealed = DirtyLog::new(sealable, 4096, LOG, 0);
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
@@ -388,7 +388,7 @@ fn a_dirty_log_that_could_end_the_daemon_is_refused() {
         guest.read(0, 4096).unwrap();
         assert!(log.has(DATA));
         drop(guest);
-        daemon.wait_for_log("the front-end has gone");
+        daemon.wait_for_log("the frontend has gone");
     }
     daemon.end(Signal::SIGTERM);
 }

@@ -1,4 +1,4 @@
-//! The example `blk_daemon` as a person runs it, with this crate as its front-end.
+//! The example `blk_daemon` as a person runs it, with this crate as its frontend.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};

@@ -172,8 +172,9 @@ fn a_listener_of_regions_that_was_away_is_told_all_of_them_when_it_is_back() {
     for _ in 0..2 {
         let error = space.insert(region(4)).unwrap_err().to_string();
         assert!(
-            error
-                .starts_with("nothing was changed, but \"dma\" is stale: listener \"dma\" is away"),
+            error.starts_with(
+                "nothing was changed, but \"dma\" is stale: listener \"dma\" is away"
+            ),
             "{error}"
         );
     }

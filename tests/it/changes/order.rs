@@ -1,5 +1,7 @@
 //! Changes: their order, what readers see, who lags and who refuses.
 
+use std::time::{Duration, Instant};
+
 use super::*;
 
 #[test]
@@ -31,7 +33,8 @@ fn they_are_told_in_order_and_undone_in_reverse() {
     }
     assert_eq!(
         chain(&error),
-        "nothing was changed: listener \"c\" refuses the region 0x400000..=0x4fffff (1 MiB): no room"
+        "nothing was changed: listener \"c\" refuses the region 0x400000..=0x4fffff (1 MiB): no \
+         room"
     );
 
     space.insert(region(4)).told_all();
@@ -136,8 +139,57 @@ fn a_region_that_is_replaced_is_never_seen_in_both_shapes() {
         gone.commit(),
         Err(AddressSpaceError::Memory(MemoryError::NoSuchRegion { .. }))
     ));
+    let twice = space
+        .transaction()
+        .remove((GuestAddress(0), MIB))
+        .remove((GuestAddress(0), MIB));
+    assert!(matches!(
+        twice.commit(),
+        Err(AddressSpaceError::Memory(MemoryError::NoSuchRegion {
+            found: None,
+            ..
+        }))
+    ));
     assert_eq!(said(&log), []);
     assert_eq!(present(&space), [0, 2]);
+}
+
+#[test]
+fn removing_many_regions_costs_no_more_than_inserting_them() {
+    const COUNT: u64 = 2000;
+    let ranges: Vec<_> = (0..COUNT)
+        .map(|at| (GuestAddress(at * 0x3000), 0x1000))
+        .collect();
+    let builder = GuestMemoryShm::<()>::builder().add_ram(RamOptions::new(), ranges.clone());
+    let space = AddressSpace::new(builder.build().unwrap());
+    let round = |_| {
+        let start = Instant::now();
+        let report = ranges
+            .iter()
+            .rev()
+            .fold(space.transaction(), |change, range| change.remove(*range))
+            .commit();
+        let removing = start.elapsed();
+        let removed = report.unwrap().into_removed();
+        assert!(
+            removed
+                .iter()
+                .map(|region| region.range().start_addr())
+                .eq(ranges.iter().rev().map(|range| range.0))
+        );
+        let start = Instant::now();
+        let change = removed
+            .into_iter()
+            .fold(space.transaction(), Transaction::insert);
+        change.commit().told_all();
+        (removing, start.elapsed())
+    };
+    let rounds: Vec<_> = (0..5).map(round).collect();
+    // One at a time takes hundreds of times as long: each makes an index.
+    let best = |of: fn(&(Duration, Duration)) -> Duration| rounds.iter().map(of).min().unwrap();
+    let (removing, inserting) = (best(|round| round.0), best(|round| round.1));
+    assert!(removing < 20 * inserting, "{removing:?} {inserting:?}");
+    assert_eq!(space.memory().memory().num_regions(), COUNT as usize);
 }
 
 #[test]
@@ -211,7 +263,8 @@ fn who_cannot_be_put_back_is_stale_until_the_next_change() {
     let error = space.insert(region(4)).unwrap_err();
     assert!(
         error.to_string().starts_with(
-            "nothing was changed, but \"a\" is stale (it could not be put back: no room): listener \"b\""
+            "nothing was changed, but \"a\" is stale (it could not be put back: no room): \
+             listener \"b\""
         ),
         "{error}"
     );
@@ -282,9 +335,9 @@ fn an_error_says_what_came_of_it_and_the_way_out() {
     let error = space.insert(region(4)).unwrap_err();
     assert_eq!(
         chain(&error),
-        "nothing was changed, but \"c\" is stale: listener \"c\" is away and cannot be told of the \
-         region 0x400000..=0x4fffff (1 MiB), connect it anew (AddressSpace::reconnect), detach it, \
-         or attach it without requiring it (AddressSpace::attach): it died"
+        "nothing was changed, but \"c\" is stale: listener \"c\" is away and cannot be told of \
+         the region 0x400000..=0x4fffff (1 MiB), connect it anew (AddressSpace::reconnect), \
+         detach it, or attach it without requiring it (AddressSpace::attach): it died"
     );
     let error = space.remove((GuestAddress(64 * MIB), MIB)).unwrap_err();
     assert!(

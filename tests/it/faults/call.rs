@@ -154,8 +154,8 @@ impl Call {
         }
     }
 
-    /// Whether all further calls may fail by this error, too: it is a state, and nobody tries again
-    /// for as long as it lasts.
+    /// Whether all further calls may fail by this error, too: it is a state, and nobody tries
+    /// again for as long as it lasts.
     ///
     /// vhost's `Frontend` does, where a message cannot be sent or received for want of memory:
     /// what ends that is the end of the connection, after which no kernel says so any more.

@@ -8,8 +8,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::libc::{
-    self, BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, c_long, c_ulong, seccomp_notif,
-    seccomp_notif_resp, sock_filter, sock_fprog,
+    self, BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, c_long, c_ulong,
+    seccomp_notif, seccomp_notif_resp, sock_filter, sock_fprog,
 };
 
 /// Where `struct seccomp_data` has the number of the call.

@@ -1,4 +1,5 @@
-//! Fault injection: each system call of what the crate does fails in turn, in each way that it may.
+//! Fault injection: each system call of what the crate does fails in turn, in each way that it
+//! may.
 //!
 //! An operation runs in a thread with a seccomp filter that asks a supervisor about each call
 //! (seccomp_unotify(2)); threads that it starts inherit the filter. The first run only lists the
@@ -8,14 +9,14 @@
 //!
 //! After each run the operation was done, as looking at its effect shows, or it gave an error that
 //! says something (but a signal, EINTR, is no failure); nothing panicked or hung; no descriptor,
-//! mapping, reservation, thread or name is left; every listener holds what readers see, or is called
-//! stale; and the same operation succeeds without a fault. Which calls are not played, and why,
-//! stands at [`call::Call::is_exempt`]. What fails to give something back leaves that, and it is
-//! swept up: munmap(2) and unlink(2).
+//! mapping, reservation, thread or name is left; every listener holds what readers see, or is
+//! called stale; and the same operation succeeds without a fault. Which calls are not played, and
+//! why, stands at [`call::Call::is_exempt`]. What fails to give something back leaves that, and it
+//! is swept up: munmap(2) and unlink(2).
 //!
-//! Played is a sample, by the seed `FAULTS_SEED` or one that is printed: each call of each operation,
-//! and each error of each call. `FAULTS=all` plays all, `FAULTS=text` those whose description contains
-//! the text, such as one that a failure printed.
+//! Played is a sample, by the seed `FAULTS_SEED` or one that is printed: each call of each
+//! operation, and each error of each call. `FAULTS=all` plays all, `FAULTS=text` those whose
+//! description contains the text, such as one that a failure printed.
 #![cfg(target_arch = "x86_64")]
 
 mod call;

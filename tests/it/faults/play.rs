@@ -118,7 +118,8 @@ impl State {
     }
 }
 
-/// Plays the cases of all operations, in a process of its own, and asserts that each has a good end.
+/// Plays the cases of all operations, in a process of its own, and asserts that each has a good
+/// end.
 pub(super) fn play(operations: &[Operation]) {
     let Some(failures) = failures_of(operations, PATIENCE) else {
         return;
@@ -286,8 +287,8 @@ fn numbers(count: usize) -> impl Iterator<Item = usize> {
 }
 
 /// The cases that are to be played: all with `FAULTS=all`, those that contain a text with
-/// `FAULTS=text`, otherwise a sample that has each call of each operation, each error of each call,
-/// and each call that fails for good. The sample is made by a seed, which is given back.
+/// `FAULTS=text`, otherwise a sample that has each call of each operation, each error of each
+/// call, and each call that fails for good. The sample is made by a seed, which is given back.
 fn chosen(mut cases: Vec<Case<'_>>) -> (u64, Vec<Case<'_>>) {
     let seed = std::env::var("FAULTS_SEED").map(|seed| seed.parse().expect("a number"));
     let seed = seed.unwrap_or_else(|_| {

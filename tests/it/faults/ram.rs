@@ -22,7 +22,8 @@ const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 /// Two regions of this size, with a hole between them.
 const SIZE: u64 = 2 * MIB;
-const REGIONS: [(GuestAddress, u64); 2] = [(GuestAddress(0), SIZE), (GuestAddress(4 * SIZE), SIZE)];
+const REGIONS: [(GuestAddress, u64); 2] =
+    [(GuestAddress(0), SIZE), (GuestAddress(4 * SIZE), SIZE)];
 
 pub(super) const BUILDS: &[Operation] = &[
     Operation::new("build a memfd", |stage| build(stage, &RamOptions::new())),
@@ -318,7 +319,8 @@ fn tell(stage: &Stage, options: &RamOptions) -> Outcome {
     let start = GuestAddress(4 * SIZE);
     memory.write_obj(1_u64, start).unwrap();
     let page = memory.iter().next().unwrap().backing().page_size();
-    let told = stage.attacked(|| -> Result<_, Error> { Ok((memory.stats()?, memory.extents(0)?)) });
+    let told =
+        stage.attacked(|| -> Result<_, Error> { Ok((memory.stats()?, memory.extents(0)?)) });
     match told {
         Ok((stats, extents)) => {
             assert_eq!((stats.size(), stats.allocated()), (2 * SIZE, page));

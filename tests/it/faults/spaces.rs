@@ -75,7 +75,8 @@ impl World {
         GuestMemoryShm::clone(&self.space.memory().memory())
     }
 
-    /// Asserts that each listener holds what is published, or is called stale. Says whether one is.
+    /// Asserts that each listener holds what is published, or is called stale. Says whether one
+    /// is.
     fn is_consistent(&self) -> bool {
         let memory = self.published();
         for region in memory.arc_regions() {

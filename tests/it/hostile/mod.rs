@@ -1,7 +1,7 @@
 //! Peers that do anything: random answers to a frontend, random messages to a daemon.
 //!
-//! A conversation is made by a number. Played are some, from the number `HOSTILE_SEED` or one that is
-//! printed on; `HOSTILE=number` plays as many conversations as that.
+//! A conversation is made by a number. Played are some, from the number `HOSTILE_SEED` or one that
+//! is printed on; `HOSTILE=number` plays as many conversations as that.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 

@@ -5,19 +5,23 @@ use std::path::{Path, PathBuf};
 
 use super::src;
 
-/// The lines of all sources but comments, with the path below `src` of each, for which `broken` says
-/// that they break a rule.
+/// All files of Rust below a folder.
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let files = entries.flat_map(|path| match path.is_dir() {
+        true => files(&path),
+        false => vec![path],
+    });
+    files
+        .filter(|path| path.extension().is_some_and(|ext| ext == "rs"))
+        .collect()
+}
+
+/// The lines of all sources but comments, with the path below `src` of each, for which `broken`
+/// says that they break a rule.
 fn lines_that(broken: impl Fn(&str, &str) -> bool) -> Vec<String> {
-    fn files(dir: &Path) -> Vec<PathBuf> {
-        let entries = fs::read_dir(dir)
-            .unwrap()
-            .map(|entry| entry.unwrap().path());
-        let files = entries.flat_map(|path| match path.is_dir() {
-            true => files(&path),
-            false => vec![path],
-        });
-        files.collect()
-    }
     let source = src();
     let mut found = Vec::new();
     for path in files(&source) {
@@ -30,6 +34,47 @@ fn lines_that(broken: impl Fn(&str, &str) -> bool) -> Vec<String> {
         found.extend(lines.map(|line| format!("{path}: {}", line.trim())));
     }
     found
+}
+
+/// The lines that people write, of all packages and comments too, for which `broken` says that
+/// they break a rule.
+fn written_lines_that(broken: impl Fn(&str) -> bool) -> Vec<String> {
+    let mut found = Vec::new();
+    for folder in ["src", "examples", "tests/it", "benches"] {
+        let all = files(&src().join("..").join(folder));
+        assert!(all.len() > 5, "{folder}: {all:?}");
+        for path in all {
+            let text = fs::read_to_string(&path).unwrap();
+            let lines = text.lines().enumerate().filter(|(_, line)| broken(line));
+            found.extend(lines.map(|(at, _)| format!("{}:{}", path.display(), at + 1)));
+        }
+    }
+    found
+}
+
+/// rustfmt sees to code, but to neither comments nor strings nor most macros. A row of a table in
+/// the docs must be one line.
+#[test]
+fn lines_end_before_column_100() {
+    let is_row = |line: &str| line.starts_with("/// |") || line.starts_with("//! |");
+    let found =
+        written_lines_that(|line| line.chars().count() >= 100 && !is_row(line.trim_start()));
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+/// One word for one thing: what talks to a daemon is a frontend.
+#[test]
+fn words_that_were_given_up_do_not_come_back() {
+    let words = ["front-end", "for ever"];
+    let has = |line: &str, word: &str| {
+        let mut rests = line.split(word).skip(1);
+        rests.any(|rest| !rest.starts_with(char::is_alphabetic)) // "for every" is fine
+    };
+    let found = written_lines_that(|line| {
+        let is_list = line.contains("let words = ");
+        words.iter().any(|word| has(line, word)) && !is_list
+    });
+    assert!(found.is_empty(), "{found:#?}");
 }
 
 /// A call that goes past `logs` panics when the logger does.

@@ -102,7 +102,8 @@ pub(crate) fn public_names(src: &Path, off: &[&str]) -> Vec<String> {
                     Meta::List(list) if list.path.is_ident("cfg") => Some(list.tokens.to_string()),
                     _ => None,
                 });
-            let is_off = |text: &String| off.iter().any(|name| text.contains(&format!("{name:?}")));
+            let is_off =
+                |text: &String| off.iter().any(|name| text.contains(&format!("{name:?}")));
             if matches!(item.vis, Visibility::Public(_)) && !feature.as_ref().is_some_and(is_off) {
                 let mut leaves = Vec::new();
                 flatten(&item.tree, &mut Vec::new(), &mut leaves);

@@ -170,7 +170,7 @@ fn a_linux_guest_uses_the_disk_across_plugged_ram_and_a_killed_daemon() {
     assert!(cached > IMAGE / 2, "{cached} bytes in what was plugged");
 
     pair.machine.end();
-    daemon.wait_for_log("the front-end has gone");
+    daemon.wait_for_log("the frontend has gone");
     daemon.end(Signal::SIGTERM);
 }
 

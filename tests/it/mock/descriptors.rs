@@ -1,5 +1,5 @@
 //! The mock daemon where this process is short of descriptors, and what else a frontend can do to
-//! it: no client waits for ever, nothing leaks, nothing kills the process that it lives in.
+//! it: no client waits indefinitely, nothing leaks, nothing kills the process that it lives in.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -91,7 +91,8 @@ fn negotiate(daemon: &MockDaemon) -> (Frontend, BlkDevice) {
     (frontend, device)
 }
 
-/// Asks for the features. By hand: vhost's `Frontend` waits for ever, whatever the socket says.
+/// Asks for the features. By hand: vhost's `Frontend` waits indefinitely, whatever the socket
+/// says.
 fn assert_served(mut stream: &UnixStream) {
     let request = [1u32, 1, 0].map(u32::to_ne_bytes);
     stream.write_all(request.as_flattened()).unwrap();

@@ -11,7 +11,7 @@ fn copy_both_ways(backing: &str) {
     assert!(!same(&image, &other));
 
     for (option, file) in [("--read-to", &out), ("--write-from", &other)] {
-        // It serves one front-end and takes its socket away then.
+        // It serves one frontend and takes its socket away then.
         let Some(daemon) = StorageDaemon::start(&image, None) else {
             return;
         };

@@ -90,7 +90,8 @@ fn a_daemon_that_never_answers_is_given_up_at_the_time_limit() {
         command
             .args(["--time-limit", "1", "--socket"])
             .arg(&daemon.socket);
-        Run::of(&mut command).fails_with(&["cannot use the daemon at", "did not answer within 1s"]);
+        Run::of(&mut command)
+            .fails_with(&["cannot use the daemon at", "did not answer within 1s"]);
     }
 }
 

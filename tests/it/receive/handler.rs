@@ -4,8 +4,8 @@ use vhost::vhost_user::message::{
     self, VhostUserMemoryRegion, VhostUserSingleMemoryRegion, VhostUserVringAddrFlags,
 };
 use vhost::vhost_user::{
-    Result as ProtocolResult, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures as Features,
-    VhostUserVirtioFeatures,
+    Result as ProtocolResult, VhostUserBackendReqHandlerMut,
+    VhostUserProtocolFeatures as Features, VhostUserVirtioFeatures,
 };
 use vm_memory::GuestMemoryAtomic;
 

@@ -98,9 +98,8 @@ fn serve(socket: &UnixStream, policy: ReceivePolicy) -> ReceivedTable {
             files,
         } = message;
         let next = match request {
-            SET_MEM_TABLE => {
-                ReceivedRegion::decode_table(&payload).and_then(|regions| table.set(regions, files))
-            }
+            SET_MEM_TABLE => ReceivedRegion::decode_table(&payload)
+                .and_then(|regions| table.set(regions, files)),
             ADD_MEM_REG => {
                 ReceivedRegion::decode(&payload).and_then(|region| table.add(region, files))
             }

@@ -90,7 +90,10 @@ fn a_single_region_is_read_as_it_was_written_and_at_no_other_length() {
             for len in (0..=41).filter(|len| *len != 40) {
                 let error = ReceivedRegion::decode(&long[..len]).unwrap_err();
                 assert!(
-                    matches!(error, ReceiveError::Payload { expected: 40, len: l, .. } if l == len),
+                    matches!(
+                        error,
+                        ReceiveError::Payload { expected: 40, len: found, .. } if found == len
+                    ),
                     "{error:?}"
                 );
             }

@@ -83,7 +83,7 @@ fn play(fault: Fault, builder: &MockDaemonBuilder, acks: bool, slots: bool) {
         }
         assert_eq!(peer.daemon.requests(), [], "a broken share sends nothing");
 
-        // It serves one front-end at a time: the broken one has to go first.
+        // It serves one frontend at a time: the broken one has to go first.
         drop(share.into_connection());
         let (mut share, _) = peer.share();
         share.update_table(&more.memory_table()).unwrap();
@@ -201,7 +201,7 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
             peer.holds(&memory.memory_table());
             continue;
         }
-        // The daemon serves one front-end at a time: the broken share must have hung up.
+        // The daemon serves one frontend at a time: the broken share must have hung up.
         let (frontend, device) = peer.connect();
         drop(share.reconnect(frontend, device.protocol_features()));
         assert!(share.broken().is_none());

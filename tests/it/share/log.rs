@@ -21,8 +21,8 @@ pub(super) fn logging(peer: &Peer) -> (Share, BlkDevice) {
     (share.with_deadline(PATIENCE), device)
 }
 
-/// The numbers of the pages that are dirty, but for the rings: the device writes there for a moment
-/// after it has answered, to be notified of the next request.
+/// The numbers of the pages that are dirty, but for the rings: the device writes there for a
+/// moment after it has answered, to be notified of the next request.
 pub(super) fn drain(share: &mut Share) -> BTreeSet<u64> {
     let mut dirty = pages(&share.drain_dirty());
     dirty.remove(&(RINGS.0 / PAGE));

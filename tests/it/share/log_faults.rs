@@ -34,7 +34,8 @@ fn reconnect(peer: &Peer, share: &mut Share, to: &GuestMemoryShm) -> MockWriter 
 }
 
 #[test]
-fn what_a_daemon_notes_in_a_log_that_it_never_answers_is_harvested_before_and_after_reconnecting() {
+fn what_a_daemon_notes_in_a_log_that_it_never_answers_is_harvested_before_and_after_reconnecting()
+{
     for builder in [
         MockDaemon::builder(),
         MockDaemon::builder().without_mem_slots(),

@@ -13,8 +13,8 @@ use guest_memory_shm::mock::{
 };
 use guest_memory_shm::{
     AddressSpace, BackingSource, DaemonConnection, DaemonFailure, DaemonLog, Disconnector,
-    GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange, KernelVhost, MemoryTable, RamOptions,
-    ShareError, SlotLimit, TableError, TableRegion, TableView, VhostUserShare,
+    GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange, KernelVhost, MemoryTable,
+    RamOptions, ShareError, SlotLimit, TableError, TableRegion, TableView, VhostUserShare,
 };
 use tempfile::TempDir;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};

@@ -141,8 +141,8 @@ impl Postcopy {
         let mut share = VhostUserShare::new(frontend, device.protocol_features())
             .with_deadline(PATIENCE)
             .with_base_handler(move |range, base| told.lock().unwrap().push((range, base)));
-        // Before any region, and for whole tables only: QEMU 10's daemons go at the acknowledgement
-        // of ADD_MEM_REG, because it brings no descriptor.
+        // Before any region, and for whole tables only: QEMU 10's daemons go at the
+        // acknowledgement of ADD_MEM_REG, because it brings no descriptor.
         let faults = share.connection_mut().postcopy_advise().unwrap();
         share.connection_mut().postcopy_listen().unwrap();
         Some(Self {

@@ -84,7 +84,7 @@ impl Strict {
         (share, bases, peer)
     }
 
-    /// The next message, its flags and what came with it. `None`: the front-end has gone.
+    /// The next message, its flags and what came with it. `None`: the frontend has gone.
     fn receive(&mut self) -> Option<(u32, u32, Vec<u8>, Option<File>)> {
         let mut header = [0; 12];
         let (size, file) = self.socket.recv_with_fd(&mut header).unwrap();
@@ -104,7 +104,7 @@ impl Strict {
         self.socket.write_all(&message).unwrap();
     }
 
-    /// Serves until the front-end goes; what it holds then.
+    /// Serves until the frontend goes; what it holds then.
     fn serve(mut self) -> Vec<u64> {
         while let Some((request, flags, body, file)) = self.receive() {
             let mut answer = Some(0);

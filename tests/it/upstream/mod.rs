@@ -32,7 +32,8 @@ enum How {
 const EACH_REGION_HAS_A_FILE: &str = "RAM without a file cannot be shared: each region has one";
 
 /// Of the files of vm-memory that test its `GuestMemoryMmap` or its collection of regions. (Those
-/// of iommu.rs need its feature `iommu`, and so the crate rangemap, which nothing else here needs.)
+/// of iommu.rs need its feature `iommu`, and so the crate rangemap, which nothing else here
+/// needs.)
 const VM_MEMORY: [Differs; 4] = [
     Differs {
         test: "guest_memory::tests::test_guest_memory_mmap_is_hugetlbfs",

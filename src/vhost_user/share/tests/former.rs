@@ -16,7 +16,7 @@ fn addresses_that_are_mapped_anew_count_as_written() {
     share.update_table(&table(&[0, 10])).unwrap();
     share.start_log().unwrap();
     assert_eq!(share.drain_dirty(), []);
-    // Other RAM at 0; what comes at 20 is used by nobody yet.
+    // Other RAM at 0; what comes at 20 is not used yet.
     let mut next = share.table().clone();
     next.remove(&next.regions()[0].clone());
     let news = table(&[0, 20]);

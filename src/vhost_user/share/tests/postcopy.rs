@@ -184,7 +184,10 @@ fn a_connection_that_cannot_acknowledge_fails_the_change() {
         let mut share = VhostUserShare::new(Plain(Some(7)), features);
         let failed = share.update_table(&table(&[3])).unwrap_err();
         assert!(
-            matches!(failed, ShareError::Daemon { request, failure: NoPostcopy } if request == step),
+            matches!(
+                failed,
+                ShareError::Daemon { request, failure: NoPostcopy } if request == step
+            ),
             "{failed}"
         );
         assert!(failed.to_string().contains("feature postcopy"), "{failed}");

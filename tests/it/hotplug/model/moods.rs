@@ -139,7 +139,8 @@ impl MemoryListener for Moody {
         self.meddle();
         let mood = {
             let mut plan = self.plan.lock().unwrap();
-            let starts = GuestMemoryBackend::iter(memory).map(|region| region.start_addr().0 / MIB);
+            let starts =
+                GuestMemoryBackend::iter(memory).map(|region| region.start_addr().0 / MIB);
             plan.held = starts.collect();
             plan.updates.pop_front().flatten()
         };
