@@ -170,12 +170,13 @@ impl fmt::Display for ShareError {
 impl Error for ShareError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
-            Self::Daemon { failure, .. } => match failure {
-                DaemonFailure::Refused(cause)
-                | DaemonFailure::HungUp(cause)
-                | DaemonFailure::Protocol(cause) => Some(&**cause),
-                _ => None,
-            },
+            Self::Daemon {
+                failure:
+                    DaemonFailure::Refused(cause)
+                    | DaemonFailure::HungUp(cause)
+                    | DaemonFailure::Protocol(cause),
+                ..
+            } => Some(&**cause),
             Self::Log(error) => error.source(),
             Self::NoDeadline { source } => Some(source),
             // What is displayed of the reason does not name its cause.
