@@ -168,6 +168,8 @@ impl Error for ShareError {
             Self::Daemon { failure, .. } => failure.source(),
             Self::Log(error) => error.source(),
             Self::NoDeadline { source } => Some(source),
+            // What is displayed of the reason does not name its cause.
+            Self::Broken { reason } => reason.source(),
             _ => None,
         }
     }
@@ -335,11 +337,14 @@ mod tests {
     fn the_connections_own_error_is_the_cause() {
         let failure = DaemonFailure::hung_up(io::Error::from_raw_os_error(104));
         let request = DaemonRequest::GetMaxSlots;
-        let error = ShareError::Daemon { request, failure };
-        let cause = error
-            .source()
-            .and_then(|cause| cause.downcast_ref::<io::Error>());
-        assert_eq!(cause.and_then(io::Error::raw_os_error), Some(104));
+        let first = ShareError::Daemon { request, failure };
+        let cause = |error: &ShareError| {
+            let cause = error.source()?.downcast_ref::<io::Error>();
+            cause.and_then(io::Error::raw_os_error)
+        };
+        assert_eq!(cause(&first), Some(104));
+        let reason = Arc::new(first);
+        assert_eq!(cause(&ShareError::Broken { reason }), Some(104));
         assert!(size_of::<ShareError>() <= 56, "{}", size_of::<ShareError>());
     }
 }
