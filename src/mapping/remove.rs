@@ -69,7 +69,7 @@ mod tests {
     use crate::options::RamOptions;
 
     #[test]
-    fn nothing_behind_the_end_is_touched() {
+    fn nothing_past_the_end_is_touched() {
         let backing = ShmBacking::create(&RamOptions::new(), 8192).unwrap();
         let mapping = Mapping::new(&backing, 0, 8192).unwrap();
         let ends = [(4096, 12288), (8192, 12288), (8192, 4096), (0, u64::MAX)];

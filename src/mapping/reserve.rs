@@ -69,7 +69,8 @@ impl Reservation {
         let size = self.ram.len.get() as u64;
         let at = file_offset(backing, offset, size)?;
         let flags = shared_flags(backing) | MapFlags::MAP_FIXED;
-        // SAFETY: MAP_FIXED replaces pages of this reservation only: PROT_NONE pages that nothing else knows of. The range of the file exists (`check_inside`), so that no access to the
+        // SAFETY: MAP_FIXED replaces pages of this reservation only: PROT_NONE pages that nothing
+        // else knows of. The range of the file exists (`check_inside`), so that no access to the
         // mapping is SIGBUS as long as no process truncates the file, which seals forbid; that
         // unsealed files can be truncated is documented on `ShmBacking`.
         let answer = unsafe {

@@ -108,7 +108,7 @@ impl<B> GuestMemoryShmBuilder<B> {
     ///
     /// Default: `NewBitmap::with_len`. The function is called during [`build`](Self::build), once
     /// for each region, after all is checked and before anything is created. If it panics, so does
-    /// that, and nothing is left behind.
+    /// that, and nothing is left.
     ///
     /// ```
     /// use std::num::NonZeroUsize;

@@ -127,34 +127,52 @@ impl RamOptions {
         Self::default()
     }
 
-    /// Sets a name, which `/proc/PID/maps` shows for a memfd (QEMU's `id`); a general one unless
-    /// set.
+    /// Sets a name (QEMU's `id`); a general one unless set.
     ///
-    /// QEMU's rule holds: it begins with a letter, and has letters, digits, `-`, `.` and `_`.
+    /// It is the name of a memfd (memfd_create(2)), which `/proc/PID/maps` shows as far as the
+    /// kernel takes it, 249 bytes. Reports and stats call every backing by it. QEMU's rule holds:
+    /// it begins with a letter, and has letters, digits, `-`, `.` and `_`.
+    ///
+    /// ```
+    /// use guest_memory_shm::{RamOptions, ShmBacking};
+    ///
+    /// let backing = ShmBacking::create(&RamOptions::new().with_name("ram0"), 1 << 20)?;
+    /// assert_eq!(backing.name(), Some("ram0"));
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
     #[must_use]
     pub fn with_name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Sets the size in bytes (QEMU's `size`).
+    /// Sets the size in bytes (QEMU's `size`); any size unless set.
     ///
     /// The ranges of a region or a memory say how large the RAM is; a size that is set must be
     /// theirs.
+    ///
+    /// ```
+    /// use guest_memory_shm::{RamOptions, ShmBacking};
+    ///
+    /// let options = RamOptions::new().with_size(1 << 20);
+    /// assert!(ShmBacking::create(&options, 1 << 20).is_ok());
+    /// assert!(ShmBacking::create(&options, 2 << 20).is_err());
+    /// ```
     #[must_use]
     pub fn with_size(mut self, size: u64) -> Self {
         self.size = Some(size);
         self
     }
 
-    /// Sets where the object that backs the RAM comes from; a memfd unless set.
+    /// Sets where the object that backs the RAM comes from (memfd_create(2), shm_open(3) or
+    /// open(2)); a memfd unless set.
     #[must_use]
     pub fn with_backing(mut self, backing: BackingSource) -> Self {
         self.backing = backing;
         self
     }
 
-    /// Sets the pages of the RAM; base pages unless set.
+    /// Sets the pages of the RAM (`MFD_HUGETLB`, `MADV_HUGEPAGE`); base pages unless set.
     ///
     /// [`PageSize::Huge`] goes with [`BackingSource::Memfd`] only.
     #[must_use]
@@ -163,23 +181,31 @@ impl RamOptions {
         self
     }
 
-    /// Sets whether the size of a memfd is sealed (QEMU's `seal`); sealed unless set.
+    /// Sets whether the size of a memfd is sealed (`F_ADD_SEALS`, QEMU's `seal`); sealed unless
+    /// set.
+    ///
+    /// Other objects cannot be sealed: [`Sealing::Sealed`] has no effect there, and
+    /// [`Sealing::Unsealed`] is refused.
     #[must_use]
     pub fn with_sealing(mut self, sealing: Sealing) -> Self {
         self.sealing = sealing;
         self
     }
 
-    /// Sets whether what the RAM needs is set aside (QEMU's `reserve`); as far as possible, unless
-    /// set.
+    /// Sets whether what the RAM needs is set aside (`MAP_NORESERVE` if not, QEMU's `reserve`);
+    /// done unless set.
+    ///
+    /// Only huge pages of a pool can be reserved: [`Reserve::On`] has no effect on others, and the
+    /// [report](crate::BuildReport) says so.
     #[must_use]
     pub fn with_reserve(mut self, reserve: Reserve) -> Self {
         self.reserve = Some(reserve);
         self
     }
 
-    /// Sets how much of the RAM is allocated before it is first used (QEMU's `prealloc`); nothing
-    /// unless set. What exceeds the memory is [refused](Self::with_on_shortage).
+    /// Sets how much of the RAM is allocated before it is first used (fallocate(2),
+    /// `MADV_POPULATE_WRITE`, QEMU's `prealloc`); nothing unless set. What exceeds the memory is
+    /// [refused](Self::with_on_shortage).
     #[must_use]
     pub fn with_populate(mut self, populate: Populate) -> Self {
         self.populate = populate;
@@ -187,7 +213,21 @@ impl RamOptions {
     }
 
     /// Sets how many threads populate (QEMU's `prealloc-threads`); as many as there are CPUs, at
-    /// most one for 64 MiB, unless set.
+    /// most one for 64 MiB, unless set. It has no effect with [`Populate::Lazy`].
+    ///
+    /// ```
+    /// use std::num::NonZeroU32;
+    ///
+    /// use guest_memory_shm::{GuestRegionShm, Populate, RamOptions};
+    /// use vm_memory::GuestAddress;
+    ///
+    /// let options = RamOptions::new()
+    ///     .with_populate(Populate::Prefault)
+    ///     .with_populate_threads(NonZeroU32::MIN);
+    /// let region = GuestRegionShm::<()>::new((GuestAddress(0), 1 << 20), &options)?;
+    /// assert_eq!(region.backing().allocated()?, 1 << 20);
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
     #[must_use]
     pub fn with_populate_threads(mut self, threads: NonZeroU32) -> Self {
         self.populate_threads = Some(threads);
@@ -195,22 +235,26 @@ impl RamOptions {
     }
 
     /// Sets what happens if there is not enough memory to populate it (`on-shortage` in strings);
-    /// populating is refused unless set.
+    /// populating is refused unless set. It has no effect with [`Populate::Lazy`], but on huge
+    /// pages of a pool.
     #[must_use]
     pub fn with_on_shortage(mut self, on_shortage: OnShortage) -> Self {
         self.on_shortage = on_shortage;
         self
     }
 
-    /// Sets on which NUMA nodes pages are allocated (QEMU's `policy` and `host-nodes`); the
-    /// default policy unless set.
+    /// Sets on which NUMA nodes pages are allocated (mbind(2), QEMU's `policy` and `host-nodes`);
+    /// the default policy unless set.
+    ///
+    /// It has no effect on a machine with one node, which the [report](crate::BuildReport) says.
     #[must_use]
     pub fn with_numa(mut self, numa: NumaPolicy) -> Self {
         self.numa = numa;
         self
     }
 
-    /// Sets whether core dumps of this process hold the RAM (QEMU's `dump`); left out unless set.
+    /// Sets whether core dumps of this process hold the RAM (`MADV_DONTDUMP` if not, QEMU's
+    /// `dump`); left out unless set.
     #[must_use]
     pub fn with_core_dump(mut self, core_dump: CoreDump) -> Self {
         self.core_dump = core_dump;
@@ -218,31 +262,45 @@ impl RamOptions {
     }
 
     /// Sets a power of two, in bytes, that the host address of a [`BackingSource::File`] is a
-    /// multiple of (QEMU's `align`); what suits huge pages unless set.
+    /// multiple of (QEMU's `align`); what suits huge pages unless set, or if it is 0.
+    ///
+    /// ```
+    /// use guest_memory_shm::{BackingSource, GuestRegionShm, RamOptions};
+    /// use vm_memory::GuestAddress;
+    ///
+    /// let options = RamOptions::new()
+    ///     .with_backing(BackingSource::File("/dev/shm".into()))
+    ///     .with_align(1 << 30);
+    /// let region = GuestRegionShm::<()>::new((GuestAddress(0), 1 << 20), &options)?;
+    /// assert_eq!(region.as_ptr().addr() % (1 << 30), 0);
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
     #[must_use]
     pub fn with_align(mut self, align: u64) -> Self {
         self.align = Some(align);
         self
     }
 
-    /// Sets where in a [`BackingSource::File`] the RAM starts, in bytes (QEMU's `offset`); at its
-    /// start unless set.
+    /// Sets where in a [`BackingSource::File`] the RAM starts, in bytes (the offset of mmap(2),
+    /// QEMU's `offset`); at its start unless set.
+    ///
+    /// An example is at [`ShmBacking::size`](crate::ShmBacking::size).
     #[must_use]
     pub fn with_offset(mut self, offset: u64) -> Self {
         self.offset = offset;
         self
     }
 
-    /// Sets whether a [`BackingSource::File`] is RAM or a ROM (QEMU's `readonly` and `rom`); RAM
-    /// unless set.
+    /// Sets whether a [`BackingSource::File`] is RAM or a ROM (`O_RDONLY` and `PROT_READ`, QEMU's
+    /// `readonly` and `rom`); RAM unless set.
     #[must_use]
     pub fn with_access(mut self, access: Access) -> Self {
         self.access = access;
         self
     }
 
-    /// Sets what becomes of the contents of a [`BackingSource::File`] at the end (QEMU's
-    /// `discard-data`); they are kept unless set.
+    /// Sets what becomes of the contents of a [`BackingSource::File`] at the end
+    /// (`FALLOC_FL_PUNCH_HOLE` of fallocate(2), QEMU's `discard-data`); they are kept unless set.
     #[must_use]
     pub fn with_discard_data(mut self, discard_data: DiscardData) -> Self {
         self.discard_data = discard_data;
