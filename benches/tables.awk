@@ -58,7 +58,7 @@ bench == "share" && /^ratio/ { add("share", $2) }
 
 bench == "address_space" && /^daemons/ { part = "busy" }
 bench == "address_space" && /^and where the daemons/ { part = "late" }
-bench == "address_space" && /^(1|4|16) .*[0-9]$/ && NF == 11 {
+bench == "address_space" && /^(1|4|16) / && NF == 11 && $2 ~ /^[0-9]+$/ {
     add(part $1, $9)
     add(part " question" $1, $11)
 }
