@@ -24,8 +24,15 @@ pub(super) fn shortage(parts: &[Part], watch: &Watch) -> Option<(usize, Short)> 
     let needed = demand(parts, &missing);
     let bounds = watch.bounds(&needed);
     let short = needed.shortage(&bounds)?;
-    let ends = |at: &usize| demand(&parts[..=*at], &missing).shortage(&bounds).is_some();
-    Some(((0..parts.len()).find(ends).unwrap_or(0), short))
+    // Part by part, until it is too much.
+    let mut sum = Demand::default();
+    let ends = parts.iter().zip(missing).position(|(part, bytes)| {
+        part.watched().is_some_and(|kind| {
+            sum.add(kind, bytes);
+            sum.shortage(&bounds).is_some()
+        })
+    });
+    Some((ends.unwrap_or(0), short))
 }
 
 /// So many bytes of each part, as far as it is to be looked at.
