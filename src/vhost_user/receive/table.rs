@@ -186,8 +186,7 @@ impl<B> ReceivedTable<B> {
 
     /// The guest address of what the frontend calls `user_addr`, if that is in a region.
     pub fn guest_addr(&self, user_addr: u64) -> Option<GuestAddress> {
-        let (region, offset) = self.find(user_addr)?;
-        Some(GuestAddress(region.guest_addr.0 + offset))
+        self.ring(user_addr, 1).ok()
     }
 
     /// The guest address of a ring of `len` bytes that the frontend calls `user_addr`

@@ -93,19 +93,24 @@ pub enum DaemonRequest {
 }
 
 /// In which way a daemon did not do what it was told.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DaemonFailure {
     /// It answered, with a refusal.
-    Refused(Cause),
+    #[error("refused")]
+    Refused(#[source] Cause),
     /// It hung up, then or right after it.
-    HungUp(Cause),
+    #[error("hung up")]
+    HungUp(#[source] Cause),
     /// It did not answer in this time; the connection was closed.
+    #[error("no answer within {0:?}")]
     Silent(Duration),
     /// It answered something else; the two sides may be out of step.
-    Protocol(Cause),
+    #[error("an answer that does not fit the protocol")]
+    Protocol(#[source] Cause),
     /// It answered as daemons do while postcopy listens, and waits for an acknowledgement that
     /// this connection cannot send.
+    #[error("addresses that cannot be acknowledged")]
     NoPostcopy,
 }
 
@@ -165,7 +170,13 @@ impl fmt::Display for ShareError {
 impl Error for ShareError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {
-            Self::Daemon { failure, .. } => failure.source(),
+            Self::Daemon {
+                failure:
+                    DaemonFailure::Refused(cause)
+                    | DaemonFailure::HungUp(cause)
+                    | DaemonFailure::Protocol(cause),
+                ..
+            } => Some(&**cause),
             Self::Log(error) => error.source(),
             Self::NoDeadline { source } => Some(source),
             // What is displayed of the reason does not name its cause.
@@ -272,27 +283,6 @@ impl DaemonFailure {
                  build guest-memory-shm with its feature postcopy, or implement \
                  DaemonConnection::acknowledge_bases"
             ),
-        }
-    }
-}
-
-impl fmt::Display for DaemonFailure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Refused(_) => f.write_str("refused"),
-            Self::HungUp(_) => f.write_str("hung up"),
-            Self::Silent(limit) => write!(f, "no answer within {limit:?}"),
-            Self::Protocol(_) => f.write_str("an answer that does not fit the protocol"),
-            Self::NoPostcopy => f.write_str("addresses that cannot be acknowledged"),
-        }
-    }
-}
-
-impl Error for DaemonFailure {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        match self {
-            Self::Refused(cause) | Self::HungUp(cause) | Self::Protocol(cause) => Some(&**cause),
-            Self::Silent(_) | Self::NoPostcopy => None,
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The share without a socket: a connection that plays a daemon by a script.
 
+use std::sync::Mutex;
+
 use vm_memory::GuestAddress;
 
 use super::connection::Answer;
@@ -40,10 +42,18 @@ struct Script {
     /// Nothing that is said after that is answered.
     leaves: bool,
     base: Option<u64>,
+    /// How many bases come for a whole table, if not as many as it has regions.
+    bases: Option<usize>,
+    /// What the handler of bases was told, and how much that was at each acknowledgement.
+    told: Told,
+    told_at_acks: Vec<usize>,
     /// What answers the log.
     process: Option<u32>,
     panics: Option<Panics>,
 }
+
+/// What a handler of bases was told; addresses in MiB.
+type Told = Arc<Mutex<Vec<(u64, u64)>>>;
 
 /// Where the connection panics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +86,8 @@ impl DaemonConnection for Script {
     fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
         self.say(Said::Set(regions.iter().map(mib).collect()))?;
         self.held = regions.iter().map(mib).collect();
-        Ok(self.base.map(|base| (base..).take(regions.len()).collect()))
+        let bases = self.bases.unwrap_or(regions.len());
+        Ok(self.base.map(|base| (base..).take(bases).collect()))
     }
     fn add_mem_region(&mut self, region: &TableRegion) -> Answer<Option<u64>> {
         self.say(Said::Add(mib(region)))?;
@@ -94,6 +105,7 @@ impl DaemonConnection for Script {
         Ok(self.slots)
     }
     fn acknowledge_bases(&mut self, change: DaemonRequest) -> Answer<()> {
+        self.told_at_acks.push(self.told.lock().unwrap().len());
         self.say(Said::AckBases(change))
     }
     fn barrier(&mut self) -> Answer<()> {

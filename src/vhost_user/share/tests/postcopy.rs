@@ -1,13 +1,9 @@
 //! Bases that a daemon returns while postcopy listens: told, and acknowledged.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::range::GuestRange;
-
-/// What the handler was told; addresses in MiB.
-type Told = Arc<Mutex<Vec<(u64, u64)>>>;
 
 fn listening(features: Features) -> (VhostUserShare<Script>, Told) {
     let told = Told::default();
@@ -90,74 +86,29 @@ fn without_bases_nothing_is_acknowledged_and_the_handler_hears_nothing() {
     }
 }
 
-/// Answers as a daemon does, and looks what the handler was told by the time of each
-/// acknowledgement.
-struct Watching {
-    told: Told,
-    at_acks: Vec<usize>,
-    /// How many bases come for the first region.
-    bases: usize,
-}
-
-impl DaemonConnection for Watching {
-    fn request_acks(&mut self) {}
-    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
-        Ok(Some(vec![9; regions.len() - 1 + self.bases]))
-    }
-    fn add_mem_region(&mut self, _: &TableRegion) -> Answer<Option<u64>> {
-        Ok(Some(9))
-    }
-    fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
-        Ok(())
-    }
-    fn max_mem_slots(&mut self) -> Answer<u64> {
-        Ok(8)
-    }
-    fn acknowledge_bases(&mut self, _: DaemonRequest) -> Answer<()> {
-        self.at_acks.push(self.told.lock().unwrap().len());
-        Ok(())
-    }
-    fn barrier(&mut self) -> Answer<()> {
-        Ok(())
-    }
-    fn disconnector(&self) -> Option<Disconnector> {
-        None
-    }
-}
-
-fn watching(features: Features, bases: usize) -> VhostUserShare<Watching> {
-    let told = Told::default();
-    let tell = Arc::clone(&told);
-    let connection = Watching {
-        told,
-        at_acks: Vec::new(),
-        bases,
-    };
-    VhostUserShare::new(connection, features).with_base_handler(move |range, base| {
-        tell.lock().unwrap().push((range.start_addr().0, base));
-    })
-}
-
 #[test]
 fn the_handler_knows_each_base_before_it_is_acknowledged() {
     for (features, at_acks) in [(SLOTS | ACK, vec![1, 2, 3]), (ACK, vec![3])] {
-        let mut share = watching(features, 1);
+        let (mut share, told) = listening(features);
+        share.connection_mut().told = told;
         share.update_table(&table(&[0, 1, 2])).unwrap();
-        assert_eq!(share.connection().at_acks, at_acks);
+        assert_eq!(share.connection().told_at_acks, at_acks);
     }
 }
 
 #[test]
 fn fewer_or_more_bases_than_regions_break_the_share() {
-    for bases in [0, 2] {
-        let mut share = watching(ACK, bases);
+    for bases in [1, 3] {
+        let (mut share, _) = listening(ACK);
+        share.connection_mut().bases = Some(bases);
         let wrong = share.update_table(&table(&[0, 1])).unwrap_err();
         assert!(
             matches!(wrong.failure(), Some(DaemonFailure::Protocol(_))),
             "{wrong}"
         );
+        let said = share.connection().said.last();
         assert!(
-            share.connection().at_acks.is_empty(),
+            matches!(said, Some(Said::Set(_))),
             "nothing is acknowledged"
         );
         assert!(share.broken().is_some());
