@@ -131,7 +131,8 @@ pub(super) fn check_descriptors(needed: u64) -> Result<()> {
     }
 }
 
-/// Refuses what ftruncate(2) would answer with SIGXFSZ, which kills a process that does not handle it.
+/// Refuses what ftruncate(2) would answer with SIGXFSZ, which kills a process that does not handle
+/// it.
 pub(super) fn check_file_size(len: u64) -> Result<()> {
     match getrlimit(Resource::RLIMIT_FSIZE) {
         Ok((limit, _)) if len > limit => {
