@@ -159,7 +159,7 @@ fn addresses(regions: u64) -> Vec<GuestAddress> {
         .collect()
 }
 
-/// Has the pages exist before the clock starts.
+/// Allocates the pages before the clock starts.
 fn touch<M: GuestMemoryBackend>(memory: &M, addresses: &[GuestAddress]) {
     for addr in addresses {
         memory.write_obj(0u64, *addr).expect(RAM);
@@ -189,7 +189,7 @@ fn measure(
     samples.first().copied()
 }
 
-/// The operations, as code sees them that is generic over the memory, like virtio-queue and the
+/// The operations, as seen by code that is generic over the memory, like virtio-queue and the
 /// devices on it.
 struct Operations<M>(PhantomData<M>);
 
@@ -258,13 +258,13 @@ impl<M: GuestMemoryBackend> Operations<M> {
     }
 }
 
-/// Folding the answers costs less than telling the compiler that each is needed.
+/// Adding the answers up costs less than telling the compiler that each is needed.
 #[inline(always)]
 fn fold(addresses: &[GuestAddress], access: impl Fn(GuestAddress) -> u64) -> u64 {
     addresses.iter().fold(0, |all, addr| all ^ access(*addr))
 }
 
-/// The accesses, as code sees them that names the type.
+/// The accesses, as seen by code that names the type.
 macro_rules! concrete {
     ($module:ident, $memory:ty) => {
         mod $module {

@@ -26,7 +26,7 @@ use vm_memory::GuestAddress;
 const PLUG: GuestAddress = GuestAddress(1 << 42);
 const SIZE: u64 = 2 << 20;
 const GIB: usize = 1 << 30;
-/// What a daemon takes that has something else to do first.
+/// How long a daemon takes that has other work to do first.
 const LATE: Duration = Duration::from_millis(3);
 
 type Failure = Box<dyn Error>;
@@ -66,7 +66,7 @@ fn main() -> Result<(), Failure> {
     reconnect(if test { 1 } else { 20 })
 }
 
-/// The same time and again: the best and the median of it.
+/// Repeated measurements: the best and the median of them.
 #[derive(Default)]
 struct Times(Vec<Duration>);
 
@@ -161,7 +161,7 @@ fn change(space: &AddressSpace) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A thread for each daemon, which sends it what it is told to.
+/// A thread for each daemon, which sends it the given messages.
 struct Bare {
     threads: Vec<(Sender<Step>, Receiver<()>)>,
 }

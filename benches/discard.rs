@@ -86,7 +86,7 @@ fn bare_call(memory: &GuestMemoryShm, size: u64) {
         .expect("there is RAM");
     let start = NonNull::new(start).expect("mapped").cast::<c_void>();
     let len = usize::try_from(size).expect("64 bits");
-    // SAFETY: the range is mapped, and nobody has a reference to it.
+    // SAFETY: the range is mapped, and there is no reference to it.
     let done = unsafe { madvise(start, len, MmapAdvise::MADV_REMOVE) };
     done.expect("removed");
 }

@@ -1,8 +1,8 @@
 //! Asking for the facts about running RAM: how long `stats` and `extents` take.
 //!
 //! `cargo bench --bench facts` prints the median times for 64 GiB of RAM around a PCI hole in
-//! which 10,000 scattered pages exist, for 4 GiB of which all but a page exists (so that nothing
-//! is known without a look), touched and mapped, and for as much that was allocated and never
+//! which 10,000 scattered pages are allocated, for 4 GiB of which all but one page is (so nothing
+//! is known without looking), touched and mapped, and for as much that was allocated and never
 //! touched.
 
 use std::os::fd::AsFd;
@@ -31,7 +31,7 @@ fn main() {
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1);
         let page = (random >> 33) % (64 * GIB / PAGE);
-        // The hole is as large as what lies behind it.
+        // The hole is as large as the RAM above it.
         let addr = if page * PAGE < 3 * GIB {
             page * PAGE
         } else {

@@ -2,8 +2,8 @@
 //!
 //! `cargo bench --bench populate -- --mode prefault --backing shm --size 4096` prints the seconds
 //! that building took in this process. The script measures whole processes instead, as it must
-//! with QEMU: this one with `--mode lazy` and with another mode, the difference is the time of
-//! populating, and of freeing it again at the end.
+//! with QEMU: this one with `--mode lazy` and with another mode. The difference is the time of
+//! populating, and of freeing the pages at the end.
 
 use std::num::NonZeroU32;
 use std::time::Instant;
@@ -17,10 +17,10 @@ const MIB: u64 = 1 << 20;
 /// Builds guest RAM, and prints the seconds that took.
 #[derive(Parser)]
 struct Args {
-    /// What is behind the RAM
+    /// What backs the RAM
     #[arg(long, value_enum, default_value = "memfd")]
     backing: Kind,
-    /// How much of it exists when it is built
+    /// How much of it is allocated when it is built
     #[arg(long, value_enum, default_value = "prefault")]
     mode: Mode,
     /// All RAM, in MiB

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Populates RAM by QEMU's memory backends and by this crate, in turn, and prints the times and their
-# ratios beside what is aimed at.
+# ratios beside the targets.
 #
 #   SIZE=4096 ROUNDS=5 benches/populate_vs_qemu.sh     # MiB of RAM, and how often; these are the defaults
 #

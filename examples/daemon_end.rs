@@ -41,6 +41,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let daemon = Arc::new(Mutex::new(Daemon(table)));
     let (ours, theirs) = UnixStream::pair()?;
     let mut requests = BackendReqHandler::from_stream(theirs, Arc::clone(&daemon));
+    // Without REPLY_ACK a refusal is a hang-up; with it, go on after vhost's ReqHandlerError.
     std::thread::spawn(move || while requests.handle_request().is_ok() {});
     let mut share = VhostUserShare::new(Frontend::from_stream(ours, 1), Features::empty());
     for backend in ["memory-backend-memfd,size=2M", "memory-backend-shm,size=2M"] {
@@ -49,9 +50,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .build()?;
         memory.write_obj(0xcafe_u16, GuestAddress(0x1000))?;
         println!("{backend}:");
-        if let Err(error) = share.update_memory(&memory) {
-            println!("  the frontend: {error}");
-        }
+        let sent = share.update_memory(&memory);
+        _ = sent.inspect_err(|error| println!("  the frontend: {error}"));
         let table = &daemon.lock().map_err(|_| "a handler panicked")?.0;
         let number = table.memory().read_obj::<u16>(GuestAddress(0x1000))?;
         println!("  the daemon reads {number:#x}");

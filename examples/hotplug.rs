@@ -40,8 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for (name, most) in [("net", 8), ("gpu", 2)] {
         space.attach(name, RegionAdapter::new(Device { name, most }))?;
     }
-    // What a device's thread has: it takes the memory as it is now for each batch, and never
-    // waits.
+    // What a device's thread has: it takes the present memory for each batch, and never waits.
     let memory = space.memory();
 
     println!("A region is plugged, and one more");

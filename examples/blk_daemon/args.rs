@@ -9,13 +9,13 @@ Serves a disk image to a guest as a vhost-user-blk daemon.
 
 The guest reads, writes, flushes, discards and zeroes the image through the RAM that its VMM \
 shares with this process. One frontend is served after the other: one that hangs up or dies is \
-no error, and a VMM that connects again goes on where it was. SIGINT and SIGTERM end the daemon: \
-what is under way is finished, and the socket is removed. Exit status: 0; 2 where the command \
-line is wrong, 1 after any other error.
+no error, and a VMM that connects again continues where it was. SIGINT and SIGTERM end the \
+daemon: what is under way is finished, and the socket is removed. Exit status: 0; 2 where the \
+command line is wrong, 1 after any other error.
 
 The size of the image never changes. If it is no multiple of 512 bytes, the disk has one sector \
-more than the image has whole sectors: what lies beyond the end of the file reads as zeroes, and \
-a write is refused with an I/O error, as a whole, unless it has nothing but zeroes there. So no \
+more than the image has whole sectors: what lies past the end of the file reads as zeroes, and a \
+write is refused with an I/O error, as a whole, unless it has nothing but zeroes there. So no \
 byte that a guest wrote is ever lost silently.
 
 A flush by the guest reaches the medium (fdatasync). A guest that does not know flushes has each \

@@ -62,9 +62,9 @@ impl Buffers {
         let mut rest = target;
         for (addr, len) in &self.parts {
             let split = rest.split_at_mut_checked(*len as usize);
-            let (part, behind) = split.ok_or(ErrorKind::InvalidInput)?;
+            let (part, after) = split.ok_or(ErrorKind::InvalidInput)?;
             memory.read_slice(part, *addr).map_err(io::Error::other)?;
-            rest = behind;
+            rest = after;
         }
         Ok(())
     }
@@ -74,9 +74,9 @@ impl Buffers {
         let mut rest = source;
         for (addr, len) in &self.parts {
             let split = rest.split_at_checked(*len as usize);
-            let (part, behind) = split.ok_or(ErrorKind::InvalidInput)?;
+            let (part, after) = split.ok_or(ErrorKind::InvalidInput)?;
             memory.write_slice(part, *addr).map_err(io::Error::other)?;
-            rest = behind;
+            rest = after;
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ pub(crate) const MAX_RANGES: u32 = 32;
 /// Sectors per range: 2 GiB.
 pub(crate) const MAX_RANGE_SECTORS: u32 = 1 << 22;
 
-/// The configuration space, with zeroes behind it: a frontend may ask for the fields of features
+/// The configuration space, with zeroes after it: a frontend may ask for the fields of features
 /// that this device lacks.
 pub(crate) fn bytes(image: &Image, queues: u16) -> [u8; VHOST_USER_CONFIG_SIZE as usize] {
     let mut bytes = [0; VHOST_USER_CONFIG_SIZE as usize];

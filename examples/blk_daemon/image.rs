@@ -1,4 +1,4 @@
-//! The file behind the disk.
+//! The file that the disk is stored in.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};

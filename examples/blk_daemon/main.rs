@@ -10,7 +10,7 @@
 //! - `device`: features, and the requests in a queue;
 //! - `request`: one request, every word of which is the guest's and may be wrong;
 //! - `buffers`: the request's pieces of guest RAM; no reference to guest RAM is ever made;
-//! - `image`: the file behind the disk, and its last, partial sector;
+//! - `image`: the file that the disk is stored in, and its last, partial sector;
 //! - `config`: what the guest is told about the disk; `args`: the command line;
 //! - `failure`, `not_offered`, `rim`: what the examples have in common.
 
@@ -64,7 +64,7 @@ fn run(args: &Args) -> Result<()> {
 fn serve(args: &Args, image: &Arc<Image>, socket: &Arc<Socket>, signals: SigSet) -> Result<()> {
     let ending = Arc::new(Ending::new(socket.listener())?);
     server::end_by(signals, Arc::clone(&ending), Arc::clone(socket))?;
-    // For whoever waits until there is something to connect to; nobody need listen.
+    // For scripts that wait until there is something to connect to; a closed pipe is no error.
     let _ = writeln!(
         std::io::stdout(),
         "serving {}, {} bytes, {}, on {}",

@@ -38,8 +38,7 @@ pub(crate) fn watch() -> Result<()> {
     thread.spawn(wait).map(drop).or_fail(doing)
 }
 
-/// What is done as long as the result lives is done wholly before a signal ends the process: it
-/// has to be little.
+/// As long as the result lives, no signal ends the process: it must not live long.
 pub(crate) fn whole() -> MutexGuard<'static, ()> {
     lock(&WHOLE)
 }

@@ -5,8 +5,8 @@ use std::fmt;
 
 pub(crate) type Result<T> = std::result::Result<T, Failure>;
 
-/// What the crate's errors call something, and what this program's user calls it. The crate speaks
-/// to those who program with it; here, no one can call a function.
+/// What the crate's errors call something, and what it is called in this program's command line.
+/// The crate addresses programmers; the user of a program cannot call a function.
 pub(crate) type Words = &'static [(&'static str, &'static str)];
 
 /// What could not be done, and its cause.
@@ -92,8 +92,8 @@ impl Error for Failure {
     }
 }
 
-/// A text of the crate's in the words of this program. What is left of functions and types, in
-/// parentheses behind what people know, is left out.
+/// A text of the crate's in the words of this program. Names of functions and types that remain,
+/// in parentheses after what people know, are left out.
 pub(crate) fn in_words(text: &str, words: Words) -> String {
     let replace = |text: String, (theirs, ours): &(&str, &str)| text.replace(theirs, ours);
     let mut text = words.iter().fold(text.to_owned(), replace);

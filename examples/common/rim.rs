@@ -1,4 +1,4 @@
-//! What is around the work of all examples: the command line, what is printed, and the end.
+//! What surrounds the work of all examples: the command line, what is printed, and the end.
 
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use clap::Parser;
 
 use crate::failure::{Failure, OrFail, Result};
 
-/// The width of a terminal that no one has made wider.
+/// The usual width of a terminal.
 const COLUMNS: usize = 80;
 
 /// Reads the command line, does the work, and says what failed. `RUST_LOG` says what is logged, or

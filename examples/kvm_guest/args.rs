@@ -11,10 +11,10 @@ vhost-user daemon.
 Everything happens in this process: a virtual machine with one vCPU whose memory is an address \
 space with two listeners, KVM's memory slots and a vhost-user-blk daemon on a Unix socket. A \
 region is plugged into both, the guest's code writes a pattern to some of its pages, KVM's dirty \
-log says to which, and the daemon writes those pages to its disk out of the descriptor that it \
+log names these, and the daemon writes those pages to its disk out of the descriptor that it \
 was sent. What is on the disk is compared with what the guest's code computes. Then the region \
-is unplugged, and neither reaches it any more. Exit status: 0, also where there is no KVM (a \
-line says so); 2 where the command line is wrong, 1 after any other error.";
+is unplugged, and neither reaches it any more. Exit status: 0, also where there is no KVM (which \
+is reported); 2 where the command line is wrong, 1 after any other error.";
 
 const EXAMPLES: &str = "\
 Examples (in the source tree, kvm_guest is: cargo run --example kvm_guest --):

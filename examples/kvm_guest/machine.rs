@@ -43,7 +43,7 @@ impl Machine {
             .or_fail(|| "cannot load the guest's code")?;
         let space = AddressSpace::new(boot);
 
-        // The hypervisor comes first: nobody tells the guest of memory that it does not have.
+        // The hypervisor comes first: the guest never learns of memory that it does not have.
         let guest = Guest::new(&vm)?;
         let slots = KvmSlots::new(vm).or_fail(|| "cannot use KVM's memory slots")?;
         let kvm = space
@@ -132,7 +132,7 @@ impl Machine {
         table.iter().map(|region| region.guest_addr).collect()
     }
 
-    /// Has the daemon write the pages to its disk, one behind the other.
+    /// Has the daemon write the pages to its disk, one after the other.
     ///
     /// The driver does what the guest's kernel would do: it puts the addresses of the pages into
     /// the virtqueue. The bytes are read by the daemon, through its own mapping.
@@ -149,7 +149,7 @@ impl Machine {
             .or_fail(|| "the daemon cannot flush its disk")
     }
 
-    /// Compares the disk with what the guest's code computes, behind the back of the virtqueue.
+    /// Compares the disk with what the guest's code computes, without the virtqueue.
     pub(crate) fn check_disk(&self, pages: Pages) -> Result<()> {
         let mut found = vec![0; PAGE as usize];
         let offsets = (0..).step_by(PAGE as usize);

@@ -66,7 +66,7 @@ fn run(_args: &Args) -> Result<Report> {
     ))
 }
 
-/// A report that says why there is nothing to report.
+/// A report of why no guest was run.
 fn no_guest(reason: impl fmt::Display) -> Report {
     let mut report = Report::default();
     report.section(format_args!("kvm_guest: {reason}"));

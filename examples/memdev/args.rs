@@ -3,13 +3,13 @@
 use clap::Parser;
 
 const ABOUT: &str = "\
-Builds guest RAM from QEMU's memory backend options and says what came of it.
+Builds guest RAM from QEMU's memory backend options and reports what it became.
 
 Each OPTIONS is what QEMU's -object takes: memory-backend-shm, memory-backend-memfd or \
 memory-backend-file and its properties (id may be left out; beyond QEMU's there are thp=on for \
 transparent huge pages, populate=allocate, and on-shortage=try-anyway to populate although there \
 is not enough memory). For each one it prints what QEMU's monitor prints for `info memdev`, then \
-facts from the kernel, and what of the options has no effect here. The RAM is gone when it ends. \
+facts from the kernel, and which options have no effect here. The RAM is gone when it ends. \
 Exit status: 0; 2 where the command line or an option is wrong, 1 after any other error.";
 
 const EXAMPLES: &str = "\
@@ -26,7 +26,7 @@ RUST_LOG=debug shows what happens on the way.";
 
 #[derive(Debug, Parser)]
 #[command(name = "memdev", long_about = ABOUT, after_long_help = EXAMPLES, next_line_help = true)]
-/// Builds guest RAM from QEMU's memory backend options and says what came of it
+/// Builds guest RAM from QEMU's memory backend options and reports what it became
 pub(crate) struct Args {
     /// Options in the syntax of QEMU's -object
     #[arg(required = true, value_name = "OPTIONS")]

@@ -1,4 +1,4 @@
-//! Builds guest RAM from QEMU's memory backend options and says what came of it.
+//! Builds guest RAM from QEMU's memory backend options and reports what it became.
 
 use std::process::ExitCode;
 

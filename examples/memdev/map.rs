@@ -32,7 +32,7 @@ pub(crate) fn draw(
         text += &picture(&range, &extents.ranges, cell);
         if extents.unlocated > 0 {
             text += &format!(
-                "  and {} of which the kernel does not say where\n",
+                "  and {} at places that the kernel does not report\n",
                 BinaryBytes(extents.unlocated)
             );
         }

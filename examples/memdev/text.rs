@@ -61,7 +61,7 @@ fn info_memdev(id: &str, options: &RamOptions) -> String {
     )
 }
 
-/// QEMU merges unless told otherwise, with as little effect on shared memory.
+/// QEMU merges unless told otherwise, which has no effect on shared memory there either.
 pub(crate) fn merge(options: &RamOptions) -> bool {
     options.merge() != Some(false)
 }

@@ -19,8 +19,8 @@ the removal of the region. The report at the end says what happened.
 
 With --socket the daemon is another process, for example qemu-storage-daemon. Its disk is only \
 written by --write-from and --overwrite: without any of those and --read-to the first 64 MiB of \
-the disk are read twice, through different regions, and compared (a disk that somebody else \
-writes to meanwhile can differ).
+the disk are read twice, through different regions, and compared (they differ if another process \
+writes to the disk meanwhile).
 
 Exit status: 0; 2 where the command line is wrong, 1 after any other error. SIGINT and SIGTERM \
 end it at any time, and nothing is left behind.";
@@ -34,7 +34,7 @@ Examples (in the source tree, share is: cargo run --release --example share --):
   share --hotplug 40 --daemons 4
           Adds 40 regions under 4 daemons while each does I/O in all of them, and removes them.
   share --hotplug 40 --daemons 4 --refuse 3
-          The same, and the third daemon refuses the region in the middle: nobody keeps it.
+          The same, and the third daemon refuses the region in the middle: then none keeps it.
   share --socket /tmp/blk.sock --hotplug 40
           Under a daemon that is another process, which is only read from.
   share --socket /tmp/scratch.sock --hotplug 40 --overwrite

@@ -38,7 +38,7 @@ impl LocalDaemon {
         &self.daemon
     }
 
-    /// Compares the daemon's disk at `offset` with `expected`, behind the back of the virtqueue.
+    /// Compares the daemon's disk at `offset` with `expected`, without the virtqueue.
     pub(crate) fn check_disk(&self, offset: u64, expected: &[u8]) -> Result<()> {
         let mut found = vec![0; expected.len()];
         let read = self.daemon.disk().read(offset, &mut found);

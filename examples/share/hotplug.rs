@@ -52,7 +52,7 @@ impl Daemons {
         self.local.get(usize::try_from(at).ok()?)
     }
 
-    /// Who of those in this process maps a region that starts there; by name.
+    /// The names of those in this process that map a region that starts there.
     fn who_holds(&self, start: GuestAddress) -> Vec<String> {
         let first = 1 + usize::from(self.foreign.is_some());
         let holds = |daemon: &LocalDaemon| {
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &Args, regions: u64, ram: &Arc<Ram>) -> Result<()> {
         && daemons.local(nth).is_none()
     {
         let problem = match nth {
-            1 if args.socket.is_some() => "daemon 1 is the one behind --socket".to_owned(),
+            1 if args.socket.is_some() => "daemon 1 is the one at --socket".to_owned(),
             _ => format!("the daemons are 1 to {}, see --daemons", args.daemons),
         };
         return Err(Failure::usage(format!(
@@ -128,7 +128,7 @@ pub(crate) fn run(args: &Args, regions: u64, ram: &Arc<Ram>) -> Result<()> {
     report.line("carried", format_args!("{} of checked I/O", size(carried)));
     report.line(
         "removed",
-        format_args!("{gone} regions, held by nobody any more"),
+        format_args!("{gone} regions, and no daemon or guest holds them"),
     );
     report.line("slowest change", format_args!("{:.1?}", hotplug.slowest));
 
@@ -172,7 +172,7 @@ impl Hotplug<'_> {
         Ok(())
     }
 
-    /// Has a daemon refuse the n-th region, and looks at who keeps it.
+    /// Has a daemon refuse the n-th region, and checks that none keeps it.
     fn refused(
         &mut self,
         nth: u64,
@@ -207,7 +207,7 @@ impl Hotplug<'_> {
                 "region {nth} was refused, and kept by {holders}"
             )));
         }
-        report.line("kept by", "nobody: neither the guest nor a daemon has it");
+        report.line("kept by", "none: neither the guest nor a daemon has it");
         Ok(())
     }
 

@@ -102,7 +102,7 @@ enum Job {
 
 fn run(args: &Args) -> Result<()> {
     ending::watch()?;
-    // What can fail without the daemon fails before it is bothered.
+    // What can fail without the daemon fails before it is contacted.
     let ram = Arc::new(Ram::new(args.ram, &args.ram_options())?);
     if let Some(regions) = args.hotplug {
         return hotplug::run(args, regions, &ram);
@@ -232,7 +232,7 @@ fn work(
             })?;
             report.io("read", bytes, time);
             report.line("verified", "two reads through different buffers are equal");
-            report.line("written", "nothing: the disk belongs to somebody else");
+            report.line("written", "nothing: the disk is not ours");
             Ok(None)
         }
     }

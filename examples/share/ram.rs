@@ -14,14 +14,14 @@ use crate::facts::size;
 use crate::failure::{Failure, OrFail, Result};
 
 const GIB: u64 = 1 << 30;
-/// Where a PC has its PCI hole at the latest, and where RAM goes on behind it.
+/// Where a PC has its PCI hole at the latest, and where RAM goes on above it.
 const HOLE_START: u64 = 3 * GIB;
 const HOLE_END: u64 = 4 * GIB;
 /// Regions begin and end at multiples of this, which suits huge pages too.
 const REGION_ALIGN: u64 = 2 << 20;
 
 /// Where the virtqueue of the first daemon lies, with the headers and the status bytes of
-/// requests; those of others lie behind it.
+/// requests; those of others lie after it.
 const RINGS: GuestAddress = GuestAddress(0x1000);
 pub(crate) const QUEUE_SIZE: u16 = 128;
 const RINGS_STRIDE: u64 = 16 << 10;
@@ -109,7 +109,7 @@ impl Ram {
         &self.plug
     }
 
-    /// Another region, behind the first that can be hot-added and `nth` others.
+    /// Another region, above the first that can be hot-added and `nth` others.
     pub(crate) fn another_plug(&self, nth: u64) -> Result<GuestRegionShm> {
         let start = self.plug.range().start_addr().0 + nth * PLUG_SIZE;
         let _whole = ending::whole();

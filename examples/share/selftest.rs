@@ -92,8 +92,8 @@ pub(crate) fn read_twice(session: &mut Session, bar: &ProgressBar) -> Result<u64
             return Ok(());
         }
         Err(Failure::new(format!(
-            "two reads of the disk at byte {offset} differ: somebody wrote to it meanwhile, or \
-             shared memory is not shared"
+            "two reads of the disk at byte {offset} differ: another process wrote to it \
+             meanwhile, or shared memory is not shared"
         )))
     })?;
     Ok(2 * len)
@@ -135,9 +135,9 @@ fn bytes_of(
     let mut bytes = vec![0; usize::try_from(total(buffers)).unwrap_or(0)];
     let mut rest = bytes.as_mut_slice();
     for (addr, length) in buffers {
-        let (part, behind) = rest.split_at_mut(*length as usize);
+        let (part, after) = rest.split_at_mut(*length as usize);
         memory.read_slice(part, *addr)?;
-        rest = behind;
+        rest = after;
     }
     Ok(bytes)
 }

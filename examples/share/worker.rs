@@ -16,7 +16,7 @@ use crate::session::Session;
 
 /// Bytes of a request.
 const BLOCK: u32 = 32 << 10;
-/// Where the first buffer lies in a region: behind the rings, in the lowest one.
+/// Where the first buffer lies in a region: after the rings, in the lowest one.
 const BUFFERS: u64 = 1 << 20;
 
 // Every worker has two buffers in each region.
@@ -28,7 +28,7 @@ const _: () = assert!(BUFFERS + 2 * MAX_DAEMONS as u64 * BLOCK as u64 <= crate::
 pub(crate) struct Guest {
     state: Mutex<State>,
     ended: AtomicBool,
-    /// Signalled when a region was used, and when somebody failed.
+    /// Signalled when a region was used, and when a worker failed.
     changed: Condvar,
 }
 
@@ -150,7 +150,7 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Does I/O as the `nth` worker: writes and reads back, or, on a disk that is somebody else's,
+    /// Does I/O as the `nth` worker: writes and reads back, or, on a disk that is not ours,
     /// reads twice through different regions.
     pub(crate) fn start(
         nth: usize,
@@ -197,7 +197,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.guest.ended.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
-            // What it failed of is said by whoever asks.
+            // The one that asks for the result reports why it failed.
             let _ = thread.join();
         }
     }

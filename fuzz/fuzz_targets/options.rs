@@ -1,5 +1,5 @@
-//! Any string: reading it does not panic, and what is read is the same when written and read
-//! again.
+//! Any string: reading it does not panic, and what was read stays the same when it is written and
+//! read again.
 
 #![no_main]
 

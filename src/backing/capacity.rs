@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::fs;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -72,6 +70,8 @@ pub(super) struct Draw<'a> {
     pub(super) path: &'a Path,
     /// Something that is on the file system.
     pub(super) there: &'a Path,
+    /// The device of the file system.
+    pub(super) device: u64,
     /// Which part of what is at the path, unless that is new and nameless: the same part of a file
     /// is only taken once.
     pub(super) part: Option<Range<u64>>,
@@ -88,8 +88,7 @@ pub(super) fn check_file_systems<'a>(draws: impl Iterator<Item = Draw<'a>>) -> R
     let mut parts: BTreeMap<&Path, RangeSet> = BTreeMap::new();
     for mut draw in draws {
         // Nothing is known of a file system that does not answer: creating says what is wrong.
-        let (Ok(metadata), Some(capacity)) = (fs::metadata(draw.there), Capacity::at(draw.there))
-        else {
+        let Some(capacity) = Capacity::at(draw.there) else {
             continue;
         };
         if let Some(part) = draw.part.take() {
@@ -101,7 +100,7 @@ pub(super) fn check_file_systems<'a>(draws: impl Iterator<Item = Draw<'a>>) -> R
             draw.now = draw.now.min(draw.all);
             taken.insert(part);
         }
-        match sums.entry(metadata.dev()) {
+        match sums.entry(draw.device) {
             Entry::Vacant(first) => drop(first.insert((draw, capacity))),
             Entry::Occupied(mut sum) => {
                 let (sum, _) = sum.get_mut();
@@ -131,7 +130,8 @@ pub(super) fn check_descriptors(needed: u64) -> Result<()> {
     }
 }
 
-/// Refuses what ftruncate(2) would answer with SIGXFSZ, which kills a process that does not handle it.
+/// Refuses what ftruncate(2) would answer with SIGXFSZ, which kills a process that does not handle
+/// it.
 pub(super) fn check_file_size(len: u64) -> Result<()> {
     match getrlimit(Resource::RLIMIT_FSIZE) {
         Ok((limit, _)) if len > limit => {

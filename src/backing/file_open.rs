@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_somebody_else_made_meanwhile_is_opened_and_not_ours() {
+    fn a_file_that_appeared_meanwhile_is_opened_and_not_ours() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ram");
         let (_file, created) = open_or_create(&path, Access::ReadWrite).unwrap();

@@ -55,7 +55,7 @@ mod tests {
     use crate::host::base_page_size;
 
     #[test]
-    fn it_grows_and_nobody_can_shrink_or_seal_it() {
+    fn it_grows_and_cannot_be_shrunk_or_sealed() {
         let page = base_page_size();
         let short = ShmBacking::create_growable("log", page).unwrap();
         let long = short.grow(3 * page).unwrap();

@@ -21,6 +21,8 @@ pub(super) struct Place<'a> {
     /// A file, a directory, or nothing.
     found: Option<FileType>,
     file_system: FileSystem,
+    /// The device of the file system.
+    device: u64,
     /// The length of the file in bytes.
     len: u64,
     /// In bytes.
@@ -38,10 +40,12 @@ impl<'a> Place<'a> {
             }
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 check_no_link(path)?;
+                let parent = parent(path);
                 Ok(Self {
                     path,
                     found: None,
-                    file_system: FileSystem::at(parent(path)).map_err(failed)?,
+                    file_system: FileSystem::at(parent).map_err(failed)?,
+                    device: fs::metadata(parent).map_err(failed)?.dev(),
                     len: 0,
                     allocated: 0,
                 })
@@ -64,6 +68,7 @@ impl<'a> Place<'a> {
             path,
             found: Some(found),
             file_system,
+            device: metadata.dev(),
             len: if found.is_file() { metadata.len() } else { 0 },
             allocated: metadata.blocks() * BLOCK,
         })
@@ -117,6 +122,7 @@ impl<'a> Place<'a> {
                 Some(_) => self.path,
                 None => parent(self.path),
             },
+            device: self.device,
             part: (!is_dir).then(|| start..start.saturating_add(size)),
             all: size,
             now: if options.is_lazy() { 0 } else { missing },

@@ -2,6 +2,7 @@
 //! checked together, and only then is anything made.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use super::capacity::{self, Draw, check_descriptors, check_file_size, check_file_systems};
@@ -237,6 +238,8 @@ impl<'a> Request<'a> {
             None if self.of.kind == BackingKind::PosixShm => Some(Draw {
                 path: capacity::SHM.as_ref(),
                 there: capacity::SHM.as_ref(),
+                // If it is not there, creating says so.
+                device: fs::metadata(capacity::SHM).ok()?.dev(),
                 part: None,
                 all: self.len,
                 now: if options.is_lazy() { 0 } else { self.len },

@@ -20,8 +20,8 @@ pub use inhibit::DiscardInhibitor;
 use pieces::{Piece, pieces};
 
 impl<B> GuestMemoryShm<B> {
-    /// Gives `len` bytes of RAM at `addr` back to the host: what a balloon, free page reporting or
-    /// virtio-mem ask for.
+    /// Gives a range of RAM back to the host: what a balloon, free page reporting or virtio-mem
+    /// ask for.
     ///
     /// The bytes become 0 in every process that maps them, daemons included, and the pages take no
     /// memory until they are touched again. It suffices that a daemon *reads* one: shared

@@ -116,8 +116,8 @@ impl Mapping {
 
     fn advise(&mut self, backing: &ShmBacking, offset: u64) {
         let options = backing.map_options();
-        // Advice that the kernel does not know (it may be built without the feature) is no reason to
-        // fail.
+        // Advice that the kernel does not know (it may be built without the feature) is no reason
+        // to fail.
         if options.core_dump == CoreDump::Exclude
             && let Err(errno) = self.advise_one(MmapAdvise::MADV_DONTDUMP)
         {

@@ -121,7 +121,7 @@ fn regions_are_inserted_and_removed_by_their_own_size() {
     ));
     let (less, region) = memory.remove_region(GuestAddress(0x1002), 300).unwrap();
     assert_eq!(less.num_regions(), 2);
-    // The pages that the others are rounded up to are in nobody's way.
+    // The pages that the others are rounded up to are in no other region's way.
     let more = less.insert_region(region).unwrap();
     assert_eq!(more.num_regions(), 3);
 }

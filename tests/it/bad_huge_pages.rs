@@ -176,7 +176,7 @@ fn a_mapping_that_fails_takes_no_memory_of_other_threads_with_it() {
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             // Maps the first free place, which is not aligned for a size below that of a huge
-            // page, and dies of SIGSEGV if anybody else unmaps it.
+            // page, and dies of SIGSEGV if another process unmaps it.
             scope.spawn(|| {
                 while !done.load(Ordering::Acquire) {
                     let others = MmapRegion::<()>::new((HUGE - PAGE) as usize).unwrap();

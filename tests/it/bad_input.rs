@@ -24,7 +24,7 @@ pub(crate) fn huge(size: u64) -> RamOptions {
     RamOptions::new().with_page_size(PageSize::Huge(Some(size)))
 }
 
-/// A memory of a good range on a memfd, and of `ranges` with `options` behind it.
+/// A memory of a good range on a memfd, and of `ranges` with `options` after it.
 pub(crate) fn build(options: RamOptions, ranges: &[(u64, u64)]) -> Result<GuestMemoryShm, Error> {
     let ranges: Vec<_> = ranges
         .iter()
@@ -185,7 +185,7 @@ fn ranges_that_overlap_are_refused_on_one_backing_and_on_two() {
             MemoryError::Range(InvalidRange::Overlap { .. }),
             text
         );
-        // The control: right behind it there is no overlap.
+        // The control: right after it there is no overlap.
         assert!(memory.insert_region(region(2 * PAGE, PAGE)).is_ok());
     });
 }
@@ -220,7 +220,7 @@ fn a_range_past_the_address_space_is_refused() {
             "the range of 8 KiB at guest address 0xfffffffffffff000 has no 64-bit address after \
              it: lower its address or its size",
         );
-        // Its last byte has an address, but the byte behind it has not: vhost-user and vm-memory
+        // Its last byte has an address, but the byte after it has not: vhost-user and vm-memory
         // refuse that too.
         assert!(matches!(
             build(RamOptions::new(), &[(u64::MAX - PAGE + 1, PAGE)]),

@@ -52,7 +52,7 @@ pub(crate) fn with_limit<R>(resource: Resource, soft: u64, scenario: impl FnOnce
 }
 
 #[test]
-fn a_file_larger_than_the_limit_is_refused_and_nobody_dies_of_sigxfsz() {
+fn a_file_larger_than_the_limit_is_refused_without_sigxfsz() {
     in_own_process(|| {
         const SIGXFSZ_MASK: u64 = 1 << (Signal::SIGXFSZ as u64 - 1);
         let status = fs::read_to_string("/proc/self/status").unwrap();

@@ -224,7 +224,7 @@ fn what_is_left_of_a_pinned_huge_page_is_reported_as_kept() {
         assert_eq!(byte(&memory, 2 * HUGE + tail), 0xa5);
         assert_eq!(byte(&memory, 2 * HUGE), 0);
 
-        // When nobody has them pinned any more, the same discard frees them.
+        // When no device has them pinned any more, the same discard frees them.
         drop((out, into));
         let freed = discard(&memory, addr, len);
         assert_eq!(freed, (len, 0, 0));

@@ -81,7 +81,7 @@ fn no_discard_is_running_once_discards_are_inhibited() {
     const ROUNDS: u64 = 300;
     let (one, other) = (new_backing(), new_backing());
     // The same backings in both orders: discards that took their gates in the order of the regions
-    // would wait for each other as soon as somebody waits to inhibit them.
+    // would wait for each other as soon as a third thread waits to inhibit them.
     let memories = [(&one, &other), (&other, &one)].map(|(first, second)| {
         GuestMemoryShm::from_arc_regions(vec![region(0, first, 0), region(SIZE, second, 0)])
             .unwrap()

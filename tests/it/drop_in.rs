@@ -53,12 +53,12 @@ struct Request {
 
 // Plain integers without padding.
 #[allow(unsafe_code, reason = "ByteValued is an unsafe trait")]
-// SAFETY: two u32 behind each other: no padding, and any bytes are a valid value.
+// SAFETY: two u32, one after the other: no padding, and any bytes are a valid value.
 unsafe impl ByteValued for Request {}
 
 const MAGIC: u32 = 0x0047_4d53;
 const QUEUE_SIZE: u16 = 8;
-/// The descriptor table, and the two rings behind it.
+/// The descriptor table, and the two rings after it.
 const RINGS: [u64; 3] = [0x1000, 0x2000, 0x3000];
 const BUFFERS: u64 = 0x4000;
 
@@ -234,8 +234,8 @@ macro_rules! vmm {
                     .read_slice(&mut text, GuestAddress(0x8000))
                     .expect("there is RAM");
                 assert_eq!(&text, b"console=ttyS0 panic=1\0");
-                let behind = memory.last_addr();
-                let refused = load_cmdline(&memory, behind, &cmdline);
+                let past = memory.last_addr();
+                let refused = load_cmdline(&memory, past, &cmdline);
                 assert_eq!(refused, Err(LoaderError::CommandLineOverflow));
             }
 

@@ -74,7 +74,7 @@ fn a_file_that_has_contents_becomes_ram_with_them_and_keeps_its_length() {
         assert_eq!(beside.size(), MIB, "the size is not where it ends");
         assert!(!ram.backing().seals().intersects(Seals::RESIZE));
 
-        // What is written is in the file, for everybody who reads that.
+        // What is written is in the file, for all that read it.
         ram.write_obj(0xfeed_u16, MemoryRegionAddress(2 * MIB - 2))
             .unwrap();
         drop(ram);
@@ -240,7 +240,7 @@ fn ram_starts_at_the_offset_for_every_mapper_and_in_the_memory_table() {
 }
 
 #[test]
-fn what_is_before_the_offset_and_behind_the_ram_is_left_alone() {
+fn what_is_before_the_offset_and_after_the_ram_is_left_alone() {
     for (dir, _) in dirs() {
         let path = dir.path().join("ram");
         let contents = pattern(MIB);

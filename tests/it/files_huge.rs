@@ -136,7 +136,7 @@ fn a_file_that_has_its_pages_already_needs_none_of_the_pool() {
             let first = region(&options, 2 * HUGE).unwrap();
             first.write_obj(1u8, MemoryRegionAddress(0)).unwrap();
             assert_eq!((pool.free() - pool.reserved(), pool.reserved()), (0, 1));
-            // The second page is promised to the file, whoever maps it.
+            // The second page is reserved for the file, in whichever process it is mapped.
             let second = region(&options, 2 * HUGE).unwrap();
             second.write_obj(2u8, MemoryRegionAddress(HUGE)).unwrap();
             assert_eq!(first.read_obj::<u8>(MemoryRegionAddress(HUGE)).unwrap(), 2);
@@ -236,7 +236,7 @@ fn discard_data_gives_huge_pages_back_and_keeps_the_file() {
             ram.write_obj(7u8, MemoryRegionAddress(HUGE)).unwrap();
             assert_eq!(pool.free(), free - 1);
             drop(ram);
-            // The promise of the page that nobody touched is the file's, as long as it exists.
+            // The reservation of the untouched page is the file's, as long as it exists.
             assert_eq!((pool.free(), pool.reserved()), (free, 1));
             let metadata = fs::metadata(&path).unwrap();
             assert_eq!((metadata.len(), metadata.blocks()), (2 * HUGE, 0));

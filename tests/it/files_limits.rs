@@ -54,8 +54,8 @@ fn ram_that_its_file_system_can_never_hold_is_refused_unless_that_is_meant() {
         }
         assert_eq!(names(dir.path()), ["sparse"]);
         // The RAM counts, not what is before it: that is a hole.
-        let behind = file_options(&path).with_offset(32 * MIB);
-        let ram = region(&behind, 8 * MIB).unwrap();
+        let above = file_options(&path).with_offset(32 * MIB);
+        let ram = region(&above, 8 * MIB).unwrap();
         let all = vec![1; 8 * MIB as usize];
         ram.write_slice(&all, MemoryRegionAddress(0)).unwrap();
         drop(ram);
@@ -267,7 +267,7 @@ fn when_a_later_step_fails_a_new_file_is_removed_and_an_empty_one_is_empty_again
                 for result in [
                     region(&options, UNMAPPABLE).map(drop),
                     memory(&options, UNMAPPABLE).map(drop),
-                    // The file is mapped, what comes behind it is not.
+                    // The file is mapped, what comes after it is not.
                     GuestMemoryShm::<()>::builder()
                         .add_ram(
                             options.clone().with_discard_data(DiscardData::OnDrop),

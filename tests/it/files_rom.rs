@@ -25,7 +25,7 @@ use crate::proc::{leaves_nothing, maps_in};
 const MIB: u64 = 1 << 20;
 const START: GuestAddress = GuestAddress(0xfff0_0000);
 
-/// A file with 64 pages of a pattern that nobody may write.
+/// A file with 64 pages of a pattern that is read-only.
 fn firmware() -> (TempDir, PathBuf) {
     let dir = shm_dir();
     let path = dir.path().join("firmware");
@@ -235,7 +235,7 @@ fn what_cannot_be_a_rom_is_refused_and_nothing_is_created() {
 }
 
 #[test]
-fn a_rom_that_somebody_truncated_is_an_error_to_read_and_no_signal() {
+fn a_truncated_rom_is_an_error_to_read_and_no_signal() {
     let dir = shm_dir();
     let path = dir.path().join("rom");
     fs::write(&path, pattern(4 * PAGE)).unwrap();

@@ -74,7 +74,7 @@ pub(crate) fn dies_of_reading(addr: *const u8) -> Option<Signal> {
 /// The signal that a child of this process dies of when it writes the byte at `addr`.
 pub(crate) fn dies_of_writing(addr: *mut u8) -> Option<Signal> {
     dies_of(|| {
-        // SAFETY: as above; what is there is guest RAM, to which nobody has a reference.
+        // SAFETY: as above; what is there is guest RAM, to which there is no reference.
         unsafe { addr.write_volatile(1) }
     })
 }
@@ -135,7 +135,7 @@ impl Peer {
                         let at = u64::from_ne_bytes(at) as usize % len;
                         let byte = start.as_ptr().wrapping_add(at);
                         if order[8] == 1 {
-                            // SAFETY: inside the mapping, to which nobody has a reference.
+                            // SAFETY: inside the mapping, to which there is no reference.
                             unsafe { byte.write_volatile(order[9]) };
                         }
                         // SAFETY: as above.

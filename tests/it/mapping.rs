@@ -103,7 +103,7 @@ fn options_hold_for_every_region_on_a_backing_however_it_is_placed() {
     let created = ShmBacking::create(&options, 4 * MIB).unwrap();
     assert_eq!(flags(&created), (true, false));
     let fd = || created.as_fd().try_clone_to_owned().unwrap();
-    // The options are not the file's, but those of whoever maps it.
+    // The options are not the file's, but those of the process that maps it.
     let plain = ShmBacking::adopt(fd(), &AdoptPolicy::new()).unwrap();
     assert_eq!(flags(&plain), (false, true));
     let policy = AdoptPolicy::new()
@@ -153,7 +153,7 @@ fn the_guards_are_one_inaccessible_page_on_either_side() {
 }
 
 #[test]
-fn the_ranges_of_one_backing_lie_behind_each_other_in_one_file() {
+fn the_ranges_of_one_backing_lie_one_after_the_other_in_one_file() {
     let ranges = [
         (GuestAddress(4 * GIB), 2 * MIB),
         (GuestAddress(0), PAGE),

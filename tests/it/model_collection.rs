@@ -189,7 +189,7 @@ fn the_last_region_can_be_removed_and_another_one_inserted() {
 }
 
 #[test]
-fn the_removed_region_is_still_mapped_while_somebody_has_it() {
+fn the_removed_region_is_still_mapped_while_it_is_held() {
     let maker = Maker::new();
     let memory =
         GuestMemoryShm::from_arc_regions(vec![maker.region((0, 1)), maker.region((4, 1))]);

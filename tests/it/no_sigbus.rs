@@ -147,7 +147,7 @@ fn huge_pages_that_were_promised_can_be_touched_and_others_are_refused() {
         });
         for populate in [Populate::Lazy, Populate::Allocate, Populate::Prefault] {
             let memory = build(&huge.clone().with_populate(populate), 2 * HUGE).unwrap();
-            // All are promised or taken: there is none for anybody else.
+            // All are promised or taken: there is none for another process.
             let next = build(&huge, HUGE).unwrap_err();
             assert_eq!(huge_pages_short(&next), Some((1, 0)), "{next}");
             assert_eq!(dies_of_touching_all(&memory), None, "{populate:?}");
@@ -165,7 +165,7 @@ fn huge_pages_without_a_promise_are_sigbus_where_there_are_none() {
         let promised = RamOptions::new().with_page_size(PageSize::Huge(Some(HUGE)));
         let unreserved = promised.clone().with_reserve(Reserve::Off);
         let memory = build(&unreserved, HUGE).unwrap();
-        // It took nothing, so that somebody else can have it.
+        // It took nothing, so another process can have it.
         let other = build(&promised, HUGE).unwrap();
         assert_eq!(dies_of_touching_all(&memory), Some(Signal::SIGBUS));
         assert_eq!(dies_of_touching_all(&other), None);

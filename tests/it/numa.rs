@@ -25,8 +25,8 @@ fn memory(options: RamOptions) -> Result<GuestMemoryShm, Error> {
         .map_err(Error::from)
 }
 
-/// The policy of the mapping at `start` in /proc/self/numa_maps, as `bind:0`, and the words
-/// behind.
+/// The policy of the mapping at `start` in /proc/self/numa_maps, as `bind:0`, and the words after
+/// it.
 fn numa_maps(start: *const u8) -> Option<(String, String)> {
     let text = fs::read_to_string("/proc/self/numa_maps").ok()?;
     let prefix = format!("{:x} ", start.addr());

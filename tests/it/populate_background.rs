@@ -28,7 +28,7 @@ fn standing_still(
     let options = options
         .with_threads(threads(1))
         .with_progress(move |progress| {
-            // Only the first time somebody listens.
+            // Only the first time a thread listens.
             if reached.send(progress.done).is_ok() {
                 let _ = gone.recv();
             }
@@ -119,7 +119,7 @@ fn dropping_the_handle_cancels_and_leaves_no_thread() {
 }
 
 #[test]
-fn a_callback_that_panics_harms_nobody_who_drops_the_handle() {
+fn dropping_the_handle_after_a_callback_panicked_is_harmless() {
     /// Panics when it is dropped, too.
     struct Bomb;
     impl Drop for Bomb {

@@ -273,7 +273,7 @@ fn ram_that_is_promised_raises_no_signal_when_the_file_system_is_full() {
             let promised = range(MIB, 4 * MIB);
             let options = PopulateOptions::new(mode).with_range(promised);
             memory.populate(options).unwrap();
-            // Somebody takes all the rest.
+            // Another file takes all the rest.
             let ballast = vec![1; 8 * MIB as usize];
             assert!(fs::write("/dev/shm/ballast", &ballast).is_err());
             let child = |start: u64, size: u64| {
@@ -281,7 +281,7 @@ fn ram_that_is_promised_raises_no_signal_when_the_file_system_is_full() {
                 dies_of(|| touch(host, size))
             };
             assert_eq!(child(MIB, 4 * MIB), None, "{mode:?}");
-            // The control: a page behind it cannot be had.
+            // The control: a page past it cannot be had.
             assert_eq!(child(5 * MIB, PAGE), Some(Signal::SIGBUS));
             fs::remove_file("/dev/shm/ballast").unwrap();
         }
@@ -291,7 +291,7 @@ fn ram_that_is_promised_raises_no_signal_when_the_file_system_is_full() {
 #[allow(unsafe_code, reason = "only a store can be SIGBUS")]
 fn touch(host: *mut u8, size: u64) {
     for at in (0..size as usize).step_by(PAGE as usize) {
-        // SAFETY: the address is in a region of guest RAM, to which nobody has a reference; if
+        // SAFETY: the address is in a region of guest RAM, to which there is no reference; if
         // there is no page, the child dies, which is what the caller wants to know.
         unsafe { host.wrapping_add(at).write_volatile(1) }
     }

@@ -12,7 +12,7 @@ use crate::isolation::{PAGE, shm_dir};
 use crate::support::skip;
 
 const MIB: u64 = 1 << 20;
-/// Two regions on one backing, without a gap between them; behind a gap, one on another.
+/// Two regions on one backing, without a gap between them; after a gap, one on another.
 const REGIONS: [(u64, u64); 3] = [(0, 300), (300, 500), (2000, 450)];
 
 fn memory() -> GuestMemoryShm {

@@ -267,7 +267,7 @@ fn an_example_is_built_again_when_a_source_is_newer() {
     write(&binary, "", built);
     assert!(
         is_older_than_its_sources(&binary),
-        "nobody says of what it is made"
+        "it is not said what it is made of"
     );
     let escaped = source.to_str().unwrap().replace(' ', "\\ ");
     let line = format!("{}: /gone.rs {escaped}\n", binary.display());

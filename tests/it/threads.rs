@@ -70,7 +70,7 @@ fn look(memory: &GuestMemoryShm) -> Option<u64> {
 }
 
 fn publish(atomic: &GuestMemoryAtomic<GuestMemoryShm>, memory: GuestMemoryShm) {
-    atomic.lock().expect("nobody panicked").replace(memory);
+    atomic.lock().expect("no thread panicked").replace(memory);
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn a_reader_that_holds_an_old_memory_keeps_its_regions_mapped() {
             };
             let with_old = mappings();
             drop(old);
-            // Only now nobody has it.
+            // Only now no thread has it.
             assert_eq!(mappings(), with_old - 1);
         });
     });

@@ -65,7 +65,7 @@ fn none_huge(memory: &GuestMemoryShm) -> bool {
 #[test]
 fn posix_shm_on_a_mount_that_allows_huge_pages_is_mapped_by_them() {
     in_own_process(|| {
-        // The mount's option decides, as long as nobody sets the switch to deny.
+        // The mount's option decides, as long as the switch is not set to deny.
         let Some(_switch) = ShmemHuge::set("never") else {
             return;
         };
@@ -130,7 +130,7 @@ fn the_switch_that_forbids_huge_pages_is_named() {
 #[test]
 fn a_mount_that_forbids_huge_pages_is_named() {
     in_own_process(|| {
-        // The mount's option decides, as long as nobody sets the switch to deny.
+        // The mount's option decides, as long as the switch is not set to deny.
         let Some(_switch) = ShmemHuge::set("never") else {
             return;
         };
@@ -172,7 +172,7 @@ fn a_process_that_switched_them_off_is_told() {
 #[test]
 fn an_uneven_part_is_reported_and_the_rest_is_huge() {
     in_own_process(|| {
-        // The mount's option decides, as long as nobody sets the switch to deny.
+        // The mount's option decides, as long as the switch is not set to deny.
         let Some(_switch) = ShmemHuge::set("never") else {
             return;
         };

@@ -33,7 +33,7 @@
 //!
 //! # The handlers of a daemon
 //!
-//! The example `daemon_end` has vhost's. A daemon that reads messages by itself:
+//! `examples/daemon_end.rs` has vhost's. A daemon that reads messages by itself:
 //!
 //! ```
 //! use std::os::fd::OwnedFd;

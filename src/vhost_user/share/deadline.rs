@@ -353,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn without_anybody_to_watch_no_call_is_made_until_a_thread_can_be_had() {
+    fn without_a_watcher_no_call_is_made_until_a_thread_can_be_had() {
         let calls = [libc::SYS_clone3, libc::SYS_clone];
         let (mut unwatched, hung_up) = forbidden(&calls, Errno::EPERM, || {
             let (mut unwatched, hung_up) = limit(Duration::from_secs(3600));

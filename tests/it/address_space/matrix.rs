@@ -256,8 +256,8 @@ impl Drop for Failing<'_> {
     }
 }
 
-/// KVM refuses, or a daemon does behind it.
-fn behind_kvm() -> Vec<Case> {
+/// KVM refuses, or a daemon does after it.
+fn after_kvm() -> Vec<Case> {
     let mut cases = Vec::new();
     for operation in OPERATIONS {
         for count in 1..=4 {
@@ -330,9 +330,9 @@ fn one_fault_while_a_daemon_is_connected_to_anew() {
 }
 
 #[test]
-fn one_fault_of_kvm_or_behind_it() {
+fn one_fault_of_kvm_or_after_it() {
     if has_kvm() {
-        let cases = chosen(behind_kvm(), 130);
+        let cases = chosen(after_kvm(), 130);
         in_own_process(|| play_all(&cases, ""));
     }
 }

@@ -51,9 +51,9 @@ pub(super) enum Fault {
     HangUpAfter,
     /// It says "done", which it is not, and hangs up.
     DoneThenHangUp,
-    /// It had hung up before the change began, and nobody has noticed.
+    /// It had hung up before the change began, and that was not noticed.
     Gone,
-    /// It had hung up, and somebody has noticed: the share is broken.
+    /// It had hung up, and that was noticed: the share is broken.
     Broken,
     /// It has as many slots as there were regions: message 0.
     OutOfSlots,

@@ -1,4 +1,4 @@
-//! A listener of the matrix, and the daemon behind it.
+//! A listener of the matrix, and its daemon.
 
 use std::time::Duration;
 

@@ -98,7 +98,7 @@ impl Peer {
             held: if absent { Vec::new() } else { case.before() },
             broken: false,
             stale: false,
-            // Whoever was told something is asked first.
+            // A listener that was told something is asked first.
             asked: !absent,
             gone: false,
             log: (case.logs && case.kinds[at].is_daemon()).then_some(match case.operation {

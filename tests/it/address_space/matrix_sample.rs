@@ -1,4 +1,4 @@
-//! Which cases of the matrix are played when nobody asks for others.
+//! Which cases of the matrix are played unless others are asked for.
 
 use std::cmp::Ordering;
 use std::collections::HashSet;
@@ -20,7 +20,7 @@ enum Essence {
     /// Processes and virtual machines take longer: each fault at each message of each kind.
     Slow(Operation, Kind, usize, Fault),
     /// Of two faults, the second at each message after or beside each of the first, at the same
-    /// listener, one before it and one behind it.
+    /// listener, one before it and one after it.
     Pair(Operation, usize, usize, Fault, Ordering),
     /// The second at each message about the log, and at each of these listeners.
     LogPair(Operation, usize, Fault),

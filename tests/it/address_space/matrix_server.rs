@@ -1,4 +1,4 @@
-//! The daemon behind a listener of the matrix, and how it is made to fail.
+//! The daemon of a listener of the matrix, and how it is made to fail.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;

@@ -147,7 +147,7 @@ impl<'a> World<'a> {
         }
         self.settle();
         for (at, member) in self.members.iter().enumerate() {
-            // Nobody heard of anything else. One who hung up earlier heard of less.
+            // No daemon heard of anything else. One that hung up earlier heard of less.
             let gone = |f: &Planned| matches!(f.fault, Fault::Gone | Fault::Broken);
             if let Some(messages) = member.messages()
                 && !self.case.faults_of(at).any(|f| gone(&f))
@@ -300,7 +300,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Looks at everybody after the operation: `memory` is what should be published.
+    /// Checks all participants after the operation: `memory` is what should be published.
     fn look(&mut self, memory: &GuestMemoryShm) {
         self.settle();
         let table = memory.memory_table();

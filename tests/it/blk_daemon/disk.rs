@@ -30,7 +30,7 @@ fn an_image_of_any_size_keeps_it_and_loses_nothing() {
         let capacity = len.next_multiple_of(512);
         assert_eq!(guest.capacity(), capacity as u64);
 
-        // The disk is the image, and zeroes behind it.
+        // The disk is the image, and zeroes after it.
         let mut expected = pattern(0, len);
         expected.resize(capacity, 0);
         let size = u32::try_from(capacity).unwrap();

@@ -140,7 +140,7 @@ fn signals_end_it_cleanly_whatever_it_does() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let place = Place::new();
         let image = place.image(1 << 20);
-        // Nobody is there.
+        // No frontend is there.
         place.daemon(&image).end(signal);
         // A frontend is there, and goes.
         let daemon = place.daemon(&image);

@@ -153,7 +153,7 @@ fn no_chain_harms_the_daemon() {
         ("zoned commands", 15, &[header, status], UNSUPP),
         ("reading nothing", IN, &[header, status], OK),
         (
-            "a status behind the data",
+            "a status after the data",
             IN,
             &[header, (STATUS - 512, 513, WRITE, 0)],
             OK,
@@ -165,7 +165,7 @@ fn no_chain_harms_the_daemon() {
             OK,
         ),
         (
-            "a chain that loops behind its status",
+            "a chain that loops after its status",
             IN,
             &[header, (STATUS, 1, WRITE | NEXT, 0)],
             IOERR,

@@ -189,7 +189,7 @@ fn a_listener_of_regions_that_was_away_is_told_all_of_them_when_it_is_back() {
 }
 
 #[test]
-fn a_removed_region_stays_mapped_while_somebody_reads_it() {
+fn a_removed_region_stays_mapped_while_it_is_read() {
     let space = space();
     space.insert(region(4)).told_all();
     let address = GuestAddress(4 * MIB);

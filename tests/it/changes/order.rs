@@ -45,7 +45,7 @@ fn they_are_told_in_order_and_undone_in_reverse() {
 }
 
 #[test]
-fn everybody_is_asked_before_anybody_is_told() {
+fn all_are_asked_before_any_is_told() {
     let (space, log) = (space(), Said::default());
     space.attach("a", script("a", &log)).unwrap();
     let full = Script {
@@ -123,7 +123,7 @@ fn a_region_that_is_replaced_is_never_seen_in_both_shapes() {
     let report = space.transaction().commit().unwrap();
     assert_eq!(report.removed().len(), 0);
     assert_eq!(said(&log), []);
-    // What cannot be is found before anybody hears of it.
+    // What is impossible is found before any listener is told.
     let twice = space.transaction().insert(region(9)).insert(region(9));
     assert!(matches!(
         twice.commit(),

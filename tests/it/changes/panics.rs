@@ -1,4 +1,5 @@
-//! Code of others that panics, in the middle of changes: they happen for all or for nobody.
+//! Code of others that panics, in the middle of changes: they happen for all listeners or for
+//! none.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -89,7 +90,7 @@ fn an_error_that_panics_is_a_reason_like_any_other() {
             };
             let b = space.attach("b", faulty).unwrap();
             let c = Script {
-                // Nobody behind one that refuses is told, unless beside it.
+                // No listener after one that refuses is told, unless at the same time.
                 answers: Vec::from_iter((away || waits).then_some((2, error))),
                 waits,
                 ..script("c", &log)

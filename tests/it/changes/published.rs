@@ -64,7 +64,7 @@ fn a_foreign_memory_in_the_mirror_is_an_error_once_and_is_put_back() {
         // Readers never see it.
         assert_eq!(present(&space), [0]);
         assert!(says_replaced(space.insert(region(8))));
-        assert_eq!(said(&log), [], "somebody was told");
+        assert_eq!(said(&log), [], "a listener was told");
         assert_eq!(mib(&space.atomic().memory()), [0]);
         space.insert(region(8)).told_all();
         assert_eq!(mib(&space.atomic().memory()), [0, 8]);

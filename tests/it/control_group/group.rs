@@ -50,8 +50,8 @@ impl Group {
 
     /// A group of version 2 with these limits on huge pages, in bytes, or none after printing why.
     ///
-    /// The controller is switched on for it: whoever does that holds the [pool](HugePool), which
-    /// only one can.
+    /// The controller is switched on for it: the test that does that holds the [pool](HugePool),
+    /// which only one can.
     pub(super) fn of_huge_pages(_pool: &HugePool, limits: &[(&'static str, u64)]) -> Option<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let line = mounts.lines().find(|line| line.contains(" - cgroup2 "));

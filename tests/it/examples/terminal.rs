@@ -22,7 +22,7 @@ const COLUMNS: u16 = 80;
 struct Screen {
     lines: Vec<Vec<char>>,
     row: usize,
-    /// [`COLUMNS`] behind the last column: the next character begins the next line.
+    /// [`COLUMNS`] past the last column: the next character begins the next line.
     column: usize,
 }
 

@@ -74,7 +74,7 @@ impl Call {
         )
     }
 
-    /// Whether it gives something back: failing, it leaves that, whoever calls it.
+    /// Whether it gives something back: failing, it leaves that, wherever it is called.
     pub(super) fn gives_back(self) -> bool {
         matches!(
             self.number,
@@ -154,7 +154,7 @@ impl Call {
         }
     }
 
-    /// Whether all further calls may fail by this error, too: it is a state, and nobody tries
+    /// Whether all further calls may fail by this error, too: it is a state, and no caller tries
     /// again for as long as it lasts.
     ///
     /// vhost's `Frontend` does, where a message cannot be sent or received for want of memory:

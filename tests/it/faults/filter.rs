@@ -112,7 +112,7 @@ pub(super) fn receive(listener: &OwnedFd) -> Option<seccomp_notif> {
         let answer = unsafe { libc::ioctl(listener.as_raw_fd(), RECEIVE, &raw mut call) };
         match Errno::result(answer) {
             Ok(_) => return Some(call),
-            // Somebody else took it, or the thread is gone.
+            // It was taken otherwise, or the thread is gone.
             Err(Errno::EINTR | Errno::ENOENT) => {}
             Err(errno) => panic!("SECCOMP_IOCTL_NOTIF_RECV: {errno}"),
         }

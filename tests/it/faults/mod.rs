@@ -41,7 +41,9 @@ fn each_system_call_of_a_build_may_fail() {
 
 #[test]
 fn a_path_is_looked_at_once_before_it_is_opened() {
-    in_own_process(ram::looks);
+    in_own_process(|| {
+        ram::looks();
+    });
 }
 
 #[test]

@@ -105,8 +105,8 @@ pub(super) fn looks() {
             drop(region.unwrap());
         },
     ];
-    // Nothing is at a path only if no link is there either, which takes another look.
-    for (path, expected) in [(&old, 1), (&dir.path().to_owned(), 1), (&new, 2)] {
+    // Nothing is at a path only if no link is there either; and its folder is looked at instead.
+    for (path, expected) in [(&old, 1), (&dir.path().to_owned(), 1), (&new, 3)] {
         for way in ways {
             let looks = |options: &RamOptions| {
                 let stage = Stage::counting(&[]);

@@ -56,7 +56,7 @@ struct Shared {
 }
 
 impl Stage {
-    /// Nothing fails, and nobody looks.
+    /// Nothing fails, and nothing is watched.
     pub(super) fn calm() -> Self {
         Self::new(None, &[], true)
     }

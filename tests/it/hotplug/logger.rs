@@ -1,4 +1,5 @@
-//! A logger that panics in the middle of changes: `eprintln!`, when nobody reads standard error.
+//! A logger that panics in the middle of changes: `eprintln!`, when no process reads standard
+//! error.
 
 use std::io::pipe;
 use std::os::fd::AsFd;
@@ -94,7 +95,7 @@ fn a_logger_that_panics_loses_its_lines_and_nothing_else() {
         drop(reader);
         let shown = dup(std::io::stderr()).unwrap();
         dup2_stderr(writer.as_fd()).unwrap();
-        let panics = std::panic::catch_unwind(|| eprintln!("nobody reads this"));
+        let panics = std::panic::catch_unwind(|| eprintln!("this is not read"));
         let done = std::panic::catch_unwind(changes);
         dup2_stderr(shown).unwrap();
         assert!(panics.is_err(), "the logger does not panic");

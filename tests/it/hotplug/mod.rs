@@ -48,8 +48,8 @@ fn share(daemon: &MockDaemon, limit: Duration) -> Share {
 /// Changes the time limit of a daemon that is attached.
 fn set_limit(space: &AddressSpace, id: &ListenerId<Share>, limit: Duration) {
     let changed = space.with_listener(id, |share| {
-        let (nobody, _) = UnixStream::pair().unwrap();
-        let place = Share::new(Frontend::from_stream(nobody, 1), Features::empty());
+        let (unread, _) = UnixStream::pair().unwrap();
+        let place = Share::new(Frontend::from_stream(unread, 1), Features::empty());
         *share = std::mem::replace(share, place).with_deadline(limit);
     });
     changed.unwrap();

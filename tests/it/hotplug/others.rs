@@ -222,7 +222,7 @@ fn a_refusal_is_an_error_that_names_the_device_the_region_and_the_cause() {
 
 /// QEMU: a daemon that hangs blocks all others indefinitely.
 #[test]
-fn a_silent_device_costs_its_time_limit_and_nobody_else_more() {
+fn a_silent_device_costs_its_time_limit_and_others_no_more() {
     let (space, silent, there) = (space(), daemon(), daemon());
     let id = space.attach("silent", share(&silent, PATIENCE)).unwrap();
     space.attach("there", share(&there, PATIENCE)).unwrap();

@@ -70,7 +70,6 @@ fn the_table_names_each_module_and_no_other() {
 }
 
 #[test]
-#[ignore = "not yet"]
 fn modules_use_only_those_above_them_in_the_table() {
     let order = order();
     let house = House::read(&src());
@@ -87,7 +86,6 @@ fn modules_use_only_those_above_them_in_the_table() {
 }
 
 #[test]
-#[ignore = "not yet"]
 fn no_files_use_each_other_in_a_circle() {
     let house = House::read(&src());
     let mut uses: BTreeMap<&str, Vec<&str>> = BTreeMap::new();

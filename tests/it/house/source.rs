@@ -222,7 +222,7 @@ impl<'ast> Visit<'ast> for Reader {
     }
 
     fn visit_item_use(&mut self, item: &'ast ItemUse) {
-        // Handing on is no use: it ties nobody to anything.
+        // A re-export is no use: it makes no file depend on another.
         if matches!(item.vis, Visibility::Inherited) {
             let mut leaves = Vec::new();
             flatten(&item.tree, &mut Vec::new(), &mut leaves);

@@ -105,7 +105,7 @@ fn logging_stays_on_for_regions_that_come_later() {
     assert_eq!(machine.dirty(), [(PLUG_PAGE + 3, 1)]);
 }
 
-/// Takes the slot of `region` away behind everybody's back, and puts another there, so that KVM
+/// Takes the slot of `region` away unnoticed, and puts another there, so that KVM
 /// refuses what is asked of the first.
 fn usurp(machine: &Machine, number: u32, region: &guest_memory_shm::GuestRegionShm) {
     remove_by_hand(&machine.vm, number, region).unwrap();
@@ -153,7 +153,7 @@ fn a_harvest_that_fails_half_way_loses_nothing() {
     machine.space.insert(plugged.clone()).told_all();
     machine.slots(KvmSlots::start_dirty_logging).unwrap();
     machine.write(0x10 * PAGE);
-    // Somebody switches the log of the second slot off.
+    // Other code switches the log of the second slot off.
     set_by_hand(&machine.vm, 1, &plugged, 0).unwrap();
     for page in [0x12, 0x13] {
         let error = machine.slots(KvmSlots::dirty_log).unwrap_err();

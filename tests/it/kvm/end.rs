@@ -1,4 +1,4 @@
-//! The end of slots and of what is behind them.
+//! The end of slots and of what they map.
 
 use super::*;
 use crate::isolation::{in_own_process, in_own_process_leaving_nothing};
@@ -36,7 +36,7 @@ fn dropped_slots_are_gone_from_kvm() {
 }
 
 #[test]
-fn what_is_behind_a_slot_stays_mapped_until_the_slot_is_gone() {
+fn what_a_slot_maps_stays_mapped_until_the_slot_is_gone() {
     in_own_process(|| {
         stays_until_the_slot_is_gone();
     });
@@ -66,13 +66,13 @@ fn stays_until_the_slot_is_gone() {
 }
 
 #[test]
-fn what_kvm_does_not_let_go_stays_mapped_for_ever() {
+fn what_kvm_does_not_let_go_stays_mapped() {
     in_own_process(|| {
-        stays_for_ever();
+        stays_mapped();
     });
 }
 
-fn stays_for_ever() {
+fn stays_mapped() {
     let Some(machine) = Machine::new() else {
         return;
     };
@@ -82,7 +82,7 @@ fn stays_for_ever() {
     let first = machine.space.memory().memory().arc_regions().remove(0);
     let first_host = first.as_ptr().addr() as u64;
     drop(first);
-    // KVM says no to the removal of a slot that somebody has removed.
+    // KVM says no to the removal of a slot that has been removed already.
     remove_by_hand(&machine.vm, 1, &plugged).unwrap();
     drop(plugged);
     let error = machine.space.remove((GuestAddress(PLUG), MIB)).unwrap_err();

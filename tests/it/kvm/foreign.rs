@@ -1,4 +1,4 @@
-//! Slots that others change: other `KvmSlots` of the same VM, and whoever has its descriptor.
+//! Slots that others change: other `KvmSlots` of the same VM, and all that have its descriptor.
 #![expect(
     unsafe_code,
     reason = "a second VmFd of one VM is made from a descriptor, which kvm-ioctls calls unsafe"

@@ -164,7 +164,7 @@ pub(crate) fn set_by_hand(
     set(vm, slot, region, region.len(), flags)
 }
 
-/// Removes a slot by hand, whoever made it.
+/// Removes a slot by hand, wherever it comes from.
 pub(crate) fn remove_by_hand(vm: &VmFd, slot: u32, region: &GuestRegionShm) -> Result<(), i32> {
     set(vm, slot, region, 0, 0)
 }

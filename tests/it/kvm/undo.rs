@@ -1,4 +1,4 @@
-//! What KVM refuses is undone for everybody, and what others refuse is undone in KVM.
+//! What KVM refuses is undone for all, and what others refuse is undone in KVM.
 
 use guest_memory_shm::VhostUserShare;
 use guest_memory_shm::mock::{BlkDevice, MockDaemon};
@@ -57,8 +57,8 @@ struct Others {
     daemon: MockDaemon,
 }
 
-/// A machine with these slots, behind a recorder and a daemon.
-fn machine_behind_others(vm: Arc<VmFd>, slots: KvmSlots) -> (Machine, Others) {
+/// A machine with these slots, after a recorder and a daemon.
+fn machine_after_others(vm: Arc<VmFd>, slots: KvmSlots) -> (Machine, Others) {
     let memory = GuestMemoryShm::from_regions(vec![boot()]).unwrap();
     let space = AddressSpace::new(memory);
     let recorder = Recorder::default();
@@ -94,10 +94,10 @@ impl Others {
 }
 
 #[test]
-fn out_of_slots_is_said_before_anybody_is_told() {
+fn out_of_slots_is_reported_before_any_listener_is_told() {
     let Some(vm) = new_vm() else { return };
     let slots = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), 4..6).unwrap());
-    let (mut machine, others) = machine_behind_others(vm, slots);
+    let (mut machine, others) = machine_after_others(vm, slots);
     machine.space.insert(region(PLUG, MIB)).told_all();
     assert_eq!(others.recorder.take(), ["add 1024"]);
 
@@ -139,11 +139,11 @@ fn out_of_slots_is_said_before_anybody_is_told() {
 fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     let Some(vm) = new_vm() else { return };
     let slots = KvmSlots::with_numbers(SlotNumbers::new(vm.clone(), 0..8).unwrap());
-    let (mut machine, others) = machine_behind_others(vm.clone(), slots);
+    let (mut machine, others) = machine_after_others(vm.clone(), slots);
     machine.space.insert(region(PLUG, MIB)).told_all();
     assert!(machine.guest.writes(PLUG, 0x77));
     others.recorder.take();
-    // A part of the VMM that nobody told of KvmSlots has a slot behind the second region.
+    // A part of the VMM that does not know of KvmSlots has a slot past the second region.
     let foreign = region(2 * PLUG + MIB, MIB);
     set_by_hand(&vm, 100, &foreign, 0).unwrap();
 
@@ -177,7 +177,7 @@ fn a_foreign_slot_in_the_way_is_named_and_all_is_put_back() {
     assert_eq!((*slot, *of), (3, range(2 * PLUG, 2 * MIB)));
     assert_eq!(source.raw_os_error(), Some(nix::libc::EEXIST));
 
-    // Everybody has what was there: the very region, with its contents.
+    // All have what was there: the very region, with its contents.
     assert_eq!(machine.guest.reads(PLUG), Some(0x77));
     machine.reaches(PLUG + MIB - 1);
     machine.misses(PLUG + MIB);
@@ -269,10 +269,10 @@ fn an_address_that_the_cpu_has_not_is_refused_with_a_remedy() {
 }
 
 #[test]
-fn a_region_too_large_for_a_slot_is_refused_before_anybody_is_told() {
+fn a_region_too_large_for_a_slot_is_refused_before_any_listener_is_told() {
     let Some(vm) = new_vm() else { return };
     let slots = KvmSlots::new(vm.clone()).unwrap();
-    let (machine, others) = machine_behind_others(vm, slots);
+    let (machine, others) = machine_after_others(vm, slots);
     // 2^31 pages, none of them there.
     let error = machine.space.insert(region(1 << 44, 1 << 43)).unwrap_err();
     assert!(chain(&error).contains("split it"), "{error}");

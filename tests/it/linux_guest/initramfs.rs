@@ -79,7 +79,7 @@ serial() { echo "@$(cat /sys/block/vda/serial)"; }
 queues() { set -- /sys/block/vda/mq/*; echo "@$#"; }
 
 until [ -b /dev/vda ]; do sleep 0.1; done
-# Its pages are forgotten when nobody has it open.
+# Its pages are forgotten when no process has it open.
 exec 3< /dev/vda
 echo @ready
 while read -r command; do

@@ -45,7 +45,7 @@ fn the_whole_disk_goes_through_two_regions_with_requests_in_flight() {
         assert_eq!(on_disk, expected, "request {index}");
     }
 
-    // The disk changes behind the device, and the guest sees it, whichever request it waits for.
+    // The disk changes without the device, and the guest sees it, whichever request it waits for.
     let changed = pattern(DISK, 0xc3);
     daemon.disk().write(0, &changed).unwrap();
     let requests: Vec<_> = (0..8)
@@ -79,7 +79,7 @@ fn a_small_queue_is_reused_many_times_and_refuses_more_than_it_holds() {
         .with_deadline(LIMIT);
     let buffer = GuestAddress(0x10000);
 
-    // Nobody serves the queue yet: what is submitted stays in flight.
+    // No device serves the queue yet: what is submitted stays in flight.
     let first = driver.submit_write(0, &[(buffer, 512)]).unwrap();
     let error = driver.submit_write(0, &[(buffer, 512)]).unwrap_err();
     assert!(

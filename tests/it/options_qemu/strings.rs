@@ -148,11 +148,11 @@ const USUAL: [&str; 25] = [
     "pmem=off",
 ];
 
-/// How many of [`BEHIND`] come behind every backend; the others are about lists as such.
-const SOME_BEHIND: usize = 15;
+/// How many of [`AFTER`] come after every backend; the others are about lists as such.
+const SOME_AFTER: usize = 15;
 
-/// What comes behind the backends.
-const BEHIND: [&str; 45] = [
+/// What comes after the backends.
+const AFTER: [&str; 45] = [
     "",
     ",",
     ",foo",
@@ -278,9 +278,9 @@ pub(super) fn all() -> Vec<String> {
             true => all,
             false => some,
         };
-        let mut add = |behind: String| strings.push(format!("{backend}{behind}"));
-        for behind in all_or_some(&BEHIND, &BEHIND[..SOME_BEHIND]) {
-            add((*behind).to_owned());
+        let mut add = |after: String| strings.push(format!("{backend}{after}"));
+        for after in all_or_some(&AFTER, &AFTER[..SOME_AFTER]) {
+            add((*after).to_owned());
         }
         for (name, values) in [
             ("size", all_or_some(&SIZES, &SOME_SIZES)),

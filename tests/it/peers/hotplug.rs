@@ -13,7 +13,7 @@ fn regions_come_and_go_under_many_daemons() {
     run.passes();
     for line in [
         "  added             30 regions of 2 MiB, told to all\n",
-        "  removed           30 regions, held by nobody any more\n",
+        "  removed           30 regions, and no daemon or guest holds them\n",
         "  data              every byte that was read is what was written\n",
     ] {
         assert!(run.out.contains(line), "{}", run.out);
@@ -22,7 +22,7 @@ fn regions_come_and_go_under_many_daemons() {
 }
 
 #[test]
-fn whoever_refuses_a_region_nobody_keeps_it() {
+fn a_region_that_one_daemon_refuses_is_kept_by_none() {
     for daemon in ["1", "2", "3"] {
         let place = Place::new();
         let mut share = place.share();
@@ -30,7 +30,7 @@ fn whoever_refuses_a_region_nobody_keeps_it() {
         run.passes();
         let refused = format!(" nothing was changed: \"daemon {daemon}\" refuses the region\n");
         assert!(run.out.contains(&refused), "{}", run.out);
-        let kept = "  kept by           nobody: neither the guest nor a daemon has it\n";
+        let kept = "  kept by           none: neither the guest nor a daemon has it\n";
         assert!(run.out.contains(kept), "{}", run.out);
         // The daemon goes on: it takes the next ones.
         assert!(
@@ -42,7 +42,7 @@ fn whoever_refuses_a_region_nobody_keeps_it() {
 }
 
 #[test]
-fn a_limit_is_met_before_anybody_is_told() {
+fn a_limit_is_met_before_any_daemon_is_told() {
     // The example has each region's descriptor twice: the daemon is a part of it.
     if !support::may_have_descriptors(2 * 510 + 100) {
         return;
@@ -91,7 +91,7 @@ fn regions_come_and_go_under_a_real_daemon() {
         let mut share = place.share();
         let run = Run::of(share.args(options).arg("--socket").arg(&daemon.socket));
         run.passes();
-        let regions = format!("  removed           {} regions, held by nobody", options[1]);
+        let regions = format!("  removed           {} regions, and no daemon", options[1]);
         assert!(run.out.contains(&regions), "{}", run.out);
         assert_eq!(same(&image, &before), !write, "{options:?}");
     }

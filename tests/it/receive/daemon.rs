@@ -237,7 +237,7 @@ fn hostile() -> Vec<(&'static str, ReceivedRegion, File)> {
             beside(0, 2 * MIB, far, 0),
             sealed(MIB),
         ),
-        ("behind the file", beside(0, MIB, far, PAGE), sealed(MIB)),
+        ("past the file", beside(0, MIB, far, PAGE), sealed(MIB)),
         ("empty file", beside(0, PAGE, far, 0), sealed(0)),
         ("guest unaligned", beside(8, PAGE, far, 0), sealed(MIB)),
         ("size unaligned", beside(0, 5000, far, 0), sealed(MIB)),

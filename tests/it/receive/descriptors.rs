@@ -213,7 +213,7 @@ fn a_pool_that_is_short_is_an_error_and_not_a_sigbus() {
         let Some(_pool) = HugePool::with_available(HUGE, 0) else {
             return;
         };
-        // Nobody has mapped the frontend's file yet, so nothing of the pool is promised to it.
+        // No process has mapped the frontend's file yet, so nothing of the pool is promised to it.
         let flags = MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB | MFdFlags::MFD_CLOEXEC;
         let file = File::from(memfd_create("theirs", flags).unwrap());
         file.set_len(HUGE).unwrap();

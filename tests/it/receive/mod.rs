@@ -34,7 +34,7 @@ fn unsealed(len: u64) -> File {
     file
 }
 
-/// A frontend's memfd that nobody can truncate.
+/// A frontend's memfd that no process can truncate.
 fn sealed(len: u64) -> File {
     let file = unsealed(len);
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;

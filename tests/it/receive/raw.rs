@@ -59,7 +59,7 @@ fn receive(mut socket: &UnixStream) -> Option<Message> {
 
 #[allow(unsafe_code, reason = "descriptors come from a socket as bare numbers")]
 fn own(fd: RawFd) -> OwnedFd {
-    // SAFETY: the kernel has just made it for this message, and nobody else knows of it.
+    // SAFETY: the kernel has just made it for this message, and nothing else knows of it.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 

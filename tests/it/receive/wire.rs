@@ -30,7 +30,7 @@ fn a_table_is_read_as_it_was_written() {
             .collect();
         assert_eq!(read, expected);
     }
-    // Nobody says what padding holds.
+    // The specification leaves open what padding holds.
     assert_eq!(
         ReceivedRegion::decode_table(&table_payload(1, !0, &REGIONS[..1]))
             .unwrap()

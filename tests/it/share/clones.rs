@@ -30,7 +30,7 @@ fn wait_on_clone(peer: &Peer, frontend: &Frontend, acks: bool) -> JoinHandle<()>
     waits
 }
 
-/// Does the work in another thread, and says what came of it; hangs up if nothing does.
+/// Does the work in another thread, and sends its result; hangs up if there is none.
 fn in_time<T: Send + 'static>(peer: &Peer, work: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = mpsc::channel();
     let works = thread::spawn(move || sender.send(work()));

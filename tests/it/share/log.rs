@@ -88,7 +88,7 @@ fn writes_to_a_region_that_was_plugged_while_the_daemon_logs_are_logged() {
         );
         let old = touch(&mut driver, 10 * MIB + PAGE);
 
-        // Behind the end of the log, and below it.
+        // Past the end of the log, and below it.
         let second = with(&first, &[5, 20]);
         share.update_memory(&second).unwrap();
         let plugged = [5 * MIB, 20 * MIB + 7 * PAGE].map(|addr| touch(&mut driver, addr));

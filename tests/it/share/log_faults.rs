@@ -208,7 +208,7 @@ fn a_process_that_is_dead_is_not_named_and_one_that_is_stopped_is() {
 }
 
 #[test]
-fn a_daemon_may_make_the_log_longer_and_nobody_can_make_it_shorter() {
+fn a_daemon_may_make_the_log_longer_and_none_can_make_it_shorter() {
     use std::cell::RefCell;
 
     /// A sink that keeps the descriptors of the logs that it sends.

@@ -185,7 +185,7 @@ fn qemu_storage_daemon_waits_for_late_pages_of_regions_that_were_acknowledged() 
     let start = |share: &mut VhostUserShare<Frontend>| driver(&all, share, &device);
     let mut driver = space.with_listener(&id, start).unwrap();
 
-    // The daemon reads a page that nobody has written, and then writes another one.
+    // The daemon reads a page that no process has written, and then writes another one.
     let (late, other) = (10 * MIB + 7 * PAGE, 10 * MIB + 9 * PAGE);
     driver
         .write(0, &[(GuestAddress(late), PAGE as u32)])
@@ -200,7 +200,7 @@ fn qemu_storage_daemon_waits_for_late_pages_of_regions_that_were_acknowledged() 
     all.read_slice(&mut page, GuestAddress(other)).unwrap();
     assert_eq!(page, [0x42; PAGE as usize]);
 
-    // Afterwards it takes regions as ever, and nobody waits for pages.
+    // Afterwards it takes regions as ever, and no daemon waits for pages.
     let end = |share: &mut VhostUserShare<Frontend>| share.connection_mut().postcopy_end();
     space.with_listener(&id, end).unwrap().unwrap();
     drop(stop);

@@ -25,7 +25,7 @@ pub(super) fn userfaultfd() -> Option<File> {
         support::skip("userfaultfd(2) may not be used here");
         return None;
     };
-    // SAFETY: the kernel has just made it, and nobody else knows of it.
+    // SAFETY: the kernel has just made it, and nothing else knows of it.
     let fd = unsafe { File::from_raw_fd(fd as i32) };
     let mut api = Api {
         version: 0xaa,

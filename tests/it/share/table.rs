@@ -41,8 +41,8 @@ fn the_daemon_maps_our_files_and_bytes_pass_both_ways() {
     }
 }
 
-/// The daemon's descriptor of the file behind the only region, opened anew; or, where its mode 0
-/// forbids that (POSIX shm, and not root), ours, which is what the daemon was sent.
+/// The daemon's descriptor of the file that backs the only region, opened anew; or, where its mode
+/// 0 forbids that (POSIX shm, and not root), ours, which is what the daemon was sent.
 fn daemons_descriptor(memory: &GuestMemoryShm) -> File {
     use std::os::fd::AsRawFd;
     let table = memory.memory_table();

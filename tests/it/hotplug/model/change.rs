@@ -49,7 +49,7 @@ impl World {
             return format!("{what}, stopped by a foreign memory");
         }
         if next == self.present {
-            // Nothing is asked of anybody.
+            // No participant is asked.
             self.expect_done(done, &what);
             return String::from("an empty transaction");
         }
@@ -95,7 +95,7 @@ impl World {
         format!("{what}, undone for {name}")
     }
 
-    /// Everybody is asked, one after the other, until one stops it.
+    /// All are asked, one after the other, until one stops it.
     fn asked(&mut self, checks: &[Option<Mood>]) -> Option<Objection> {
         for (member, mood) in self.members.iter_mut().zip(checks) {
             let Some(mood) = mood else { continue };
@@ -107,7 +107,7 @@ impl World {
                 return Some((member.name.to_owned(), true));
             }
         }
-        // Who must be there and is not stops it before those behind it are asked.
+        // A required listener that is away stops it before those after it are asked.
         for peer in &mut self.peers {
             if let State::Holds(_) = peer.state {
                 continue;

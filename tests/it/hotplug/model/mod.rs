@@ -23,7 +23,7 @@ const SEEDS: u64 = 60;
 const STEPS: usize = 60;
 /// Where regions may be, in MiB: 0 is always there.
 const PLACES: u64 = 12;
-/// How long a silent daemon holds everybody up. The others are given more than they ever need.
+/// How long a silent daemon holds all up. The others are given more than they ever need.
 const LIMIT: Duration = Duration::from_millis(500);
 /// Daemons are silent in every so many sequences only: each costs its limit.
 const SILENCE: u64 = 10;

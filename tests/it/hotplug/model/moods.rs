@@ -116,7 +116,7 @@ pub(super) struct Moody {
 }
 
 impl Moody {
-    /// Nobody gets in while a change is under way.
+    /// No listener gets in while a change is under way.
     fn meddle(&self) {
         let Some(space) = self.space.upgrade() else {
             return;

@@ -11,7 +11,7 @@ use super::*;
 pub(super) enum State {
     /// Its table is this one. It is stale if that is not what is published.
     Holds(BTreeSet<u64>),
-    /// It hung up, and nobody has noticed.
+    /// It hung up, and that was not noticed.
     Gone,
     Away,
 }
@@ -40,7 +40,7 @@ impl Peer {
     /// What it will answer to being told `next`; its fault is spent if anything is said to it.
     pub(super) fn answer(&mut self, next: &BTreeSet<u64>) -> Answer {
         let State::Holds(held) = &self.state else {
-            unreachable!("nobody tells {} anything", self.name);
+            unreachable!("{} is told nothing", self.name);
         };
         if held == next {
             return Answer::Takes;

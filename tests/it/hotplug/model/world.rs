@@ -1,4 +1,4 @@
-//! The address space, everybody who is told, and what the model says of them.
+//! The address space, all who are told, and what the model says of them.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -44,7 +44,7 @@ pub(super) struct World {
     pub(super) members: Vec<Member>,
     pub(super) peers: Vec<Peer>,
     pub(super) present: BTreeSet<u64>,
-    /// Somebody put another memory into the mirror.
+    /// Other code put another memory into the mirror.
     pub(super) replaced: bool,
     daemons: usize,
     /// Whether daemons may be silent, which costs their time limit.
@@ -229,7 +229,7 @@ impl World {
 
     fn reconnect(&mut self) -> String {
         let Some(peer) = self.peers.iter_mut().find(|peer| peer.state == State::Away) else {
-            return String::from("nobody to reconnect");
+            return String::from("no daemon to reconnect");
         };
         if peer.fault != Some(Fault::NeverAnswer) {
             set_limit(&self.space, &peer.id, PATIENCE);
