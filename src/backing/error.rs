@@ -144,16 +144,6 @@ pub enum BackingError {
         source: io::Error,
     },
 
-    /// Its length could not be sealed (fcntl(2)).
-    #[error("cannot seal a memfd of {}", HumanSize(*.len))]
-    #[non_exhaustive]
-    Seal {
-        /// Its length in bytes.
-        len: u64,
-        /// The system's answer.
-        source: io::Error,
-    },
-
     /// What a descriptor is could not be asked (fstat(2), fstatfs(2), fcntl(2)).
     #[error("cannot ask the kernel about a descriptor that is RAM or is to become RAM")]
     #[non_exhaustive]

@@ -14,7 +14,7 @@ use super::file_error::FileError;
 use super::file_open::{Created, open_or_create};
 use super::file_system::FileSystem;
 use super::made::Made;
-use super::place::{Place, check_len};
+use super::place::{Place, check_len, open_error};
 use super::seals::{self, Seals};
 use crate::options::{Access, DiscardData, RamOptions};
 
@@ -27,14 +27,11 @@ pub(super) fn open(options: &RamOptions, path: &Path, size: u64) -> Result<Made>
     if created == Created::Named {
         end.undo = Undo::Remove(path.to_owned());
     }
-    let inspect = |source| FileError::Inspect {
-        path: path.to_owned(),
-        source,
-    };
-    let metadata = file.metadata().map_err(inspect)?;
-    let place = Place::of(path, &metadata, FileSystem::of(&file).map_err(inspect)?)?;
+    let failed = |source| open_error(path, source);
+    let metadata = file.metadata().map_err(failed)?;
+    let place = Place::of(path, &metadata, FileSystem::of(&file).map_err(failed)?)?;
     place.check(options, size)?;
-    let seals = seals::read(&file).map_err(inspect)?;
+    let seals = seals::read(&file).map_err(failed)?;
     let writable = options.access() == Access::ReadWrite;
     if writable && seals.intersects(Seals::WRITE | Seals::FUTURE_WRITE) {
         let path = path.to_owned();
@@ -54,7 +51,7 @@ pub(super) fn open(options: &RamOptions, path: &Path, size: u64) -> Result<Made>
             source,
         })?;
     }
-    let metadata = file.metadata().map_err(inspect)?;
+    let metadata = file.metadata().map_err(failed)?;
     check_len(path, metadata.len(), start, size)?;
     if options.discard_data() == DiscardData::OnDrop {
         let after = metadata.len().next_multiple_of(place.page_size());

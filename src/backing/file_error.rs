@@ -48,16 +48,6 @@ pub enum FileError {
         source: io::Error,
     },
 
-    /// The kernel does not tell what the file is (fstat(2), fstatfs(2), fcntl(2)).
-    #[error("cannot ask the kernel what {} is", .path.display())]
-    #[non_exhaustive]
-    Inspect {
-        /// The path that was given.
-        path: PathBuf,
-        /// The system's answer.
-        source: io::Error,
-    },
-
     /// Its length could not be set (ftruncate(2)).
     #[error("cannot set the length of {} to {}", .path.display(), HumanSize(*.len))]
     #[non_exhaustive]

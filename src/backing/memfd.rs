@@ -36,7 +36,7 @@ pub(super) fn create(
     let file = File::from(file.map_err(|errno| BackingError::create(kind, len, errno.into()))?);
     file.set_len(len)
         .map_err(|source| BackingError::Resize { kind, len, source })?;
-    seals::add(&file, seals).map_err(|source| BackingError::Seal { len, source })?;
+    seals::add(&file, seals).map_err(|source| BackingError::Create { kind, len, source })?;
     Ok(file)
 }
 

@@ -5,7 +5,7 @@ use std::io;
 use std::num::NonZeroUsize;
 
 use nix::errno::Errno;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, mprotect};
+use nix::sys::mman::{ProtFlags, mprotect};
 
 use super::span::{Span, to_usize};
 use crate::backing::base_page_size;
@@ -41,18 +41,14 @@ impl GuardedWords {
         let (Some(len), Some(all)) = (len, all) else {
             return Err(Errno::ENOMEM.into());
         };
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: without MAP_FIXED the kernel chooses addresses that nothing uses, and PROT_NONE
-        // pages cannot be accessed at all.
-        let start = unsafe { mmap_anonymous(None, all, ProtFlags::PROT_NONE, flags) }?;
-        let reserved = Span { start, len: all };
+        let reserved = Span::reserve(all)?;
         let this = Self {
             reserved,
             window: reserved.part(0, len),
         };
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: these are pages of the reservation, which nothing else knows of.
-        unsafe { mprotect(start, len, access) }?;
+        unsafe { mprotect(reserved.start, len, access) }?;
         Ok(this)
     }
 

@@ -5,7 +5,7 @@ use std::io;
 use std::num::NonZeroUsize;
 
 use nix::errno::Errno;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 
 use super::error::{MapError, Result};
 use super::span::{Span, to_usize};
@@ -35,14 +35,7 @@ impl Reservation {
             .checked_add(modulus + 2 * guard)
             .and_then(|room| NonZeroUsize::new(to_usize(room)))
             .ok_or_else(|| failed(Errno::ENOMEM))?;
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: without MAP_FIXED the kernel chooses unused addresses, and PROT_NONE pages
-        // cannot be accessed at all.
-        let answer = unsafe { mmap_anonymous(None, room, ProtFlags::PROT_NONE, flags) };
-        let whole = Span {
-            start: answer.map_err(failed)?,
-            len: room,
-        };
+        let whole = Span::reserve(room).map_err(failed)?;
 
         // The first suitable address that leaves room for the guard before it.
         let first = whole.start.addr().get() as u64 + guard;

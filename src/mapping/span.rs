@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 
-use nix::sys::mman::munmap;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 use crate::logs;
 
@@ -43,6 +43,15 @@ unsafe impl Send for HostAddr {}
 unsafe impl Sync for HostAddr {}
 
 impl Span {
+    /// Address space that nothing uses, inaccessible and without memory.
+    pub(super) fn reserve(len: NonZeroUsize) -> nix::Result<Self> {
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: without MAP_FIXED the kernel chooses unused addresses, and PROT_NONE pages
+        // cannot be accessed at all.
+        let start = unsafe { mmap_anonymous(None, len, ProtFlags::PROT_NONE, flags) }?;
+        Ok(Self { start, len })
+    }
+
     pub(super) fn unmap(self) {
         // SAFETY: spans are only made of address space that this module mapped and still owns (no
         // failed MAP_FIXED has torn a hole into it, see `rehearse`), and are unmapped only when
