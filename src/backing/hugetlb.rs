@@ -5,7 +5,7 @@ use std::io;
 use nix::sys::memfd::MFdFlags;
 
 use super::error::{BackingError, Result};
-use crate::host::memory::{Demand, Kind, MemoryLimits};
+use crate::host::memory::{Demand, MemoryLimits, Pages};
 use crate::host::pools;
 use crate::shortage::Shortage;
 
@@ -38,11 +38,11 @@ pub(crate) fn check_pool(needed: u64, page_size: u64) -> Result<()> {
 /// Checks that the control groups of this process leave `needed` pages of `page_size` bytes, and
 /// as much to reserve.
 pub(crate) fn check_groups(needed: u64, page_size: u64) -> Result<()> {
-    let kind = Kind::Huge {
+    let pages = Pages::Huge {
         page_size,
         reserving: true,
     };
-    let demand = Demand::of(kind, needed.saturating_mul(page_size));
+    let demand = Demand::of(pages, needed.saturating_mul(page_size));
     let limits = MemoryLimits::of_this_process().map_err(unreadable)?;
     match demand.shortage(&limits.bounds(&demand, 0)) {
         Some(short) => Err(Shortage::from(short).into()),

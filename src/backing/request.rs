@@ -13,7 +13,7 @@ use super::place::Place;
 use super::seals::{self, Seals};
 use super::shm_backing::{Inner, ShmBacking};
 use super::{file, hugetlb, memfd, notes, posix_shm};
-use crate::host::memory::{Demand, Kind, MemoryLimits};
+use crate::host::memory::{Demand, MemoryLimits, Pages};
 use crate::host::{NodeSet, base_page_size, nodes};
 use crate::logs;
 use crate::options::{
@@ -262,14 +262,14 @@ impl<'a> Request<'a> {
     }
 
     /// What its pages will be made of; nothing that the kernel could not drop, if it is on a disk.
-    fn memory(&self) -> Option<Kind> {
+    fn memory(&self) -> Option<Pages> {
         match self.of.kind {
             BackingKind::File => None,
-            kind if kind.is_hugetlb() => Some(Kind::Huge {
+            kind if kind.is_hugetlb() => Some(Pages::Huge {
                 page_size: self.of.page_size,
                 reserving: true,
             }),
-            _ => Some(Kind::Base(NodeSet::new())),
+            _ => Some(Pages::Base(NodeSet::new())),
         }
     }
 }

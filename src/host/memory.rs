@@ -27,7 +27,7 @@ const OVERHEAD: u64 = 128;
 
 /// What pages are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum Pages {
     /// Memory of the machine, from these nodes, or from anywhere if they are none.
     Base(NodeSet),
     /// Pages of a pool.
@@ -39,36 +39,36 @@ pub(crate) enum Kind {
     },
 }
 
-/// How much is needed of each kind, in bytes.
+/// How much is needed of which pages, in bytes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Demand {
-    of: Vec<(Kind, u64)>,
+    of: Vec<(Pages, u64)>,
 }
 
 impl Demand {
-    pub(crate) fn of(kind: Kind, bytes: u64) -> Self {
+    pub(crate) fn of(pages: Pages, bytes: u64) -> Self {
         let mut demand = Self::default();
-        demand.add(kind, bytes);
+        demand.add(pages, bytes);
         demand
     }
 
-    pub(crate) fn add(&mut self, kind: Kind, bytes: u64) {
-        match self.of.iter_mut().find(|(known, _)| *known == kind) {
+    pub(crate) fn add(&mut self, pages: Pages, bytes: u64) {
+        match self.of.iter_mut().find(|(known, _)| *known == pages) {
             Some((_, sum)) => *sum = sum.saturating_add(bytes),
-            None => self.of.push((kind, bytes)),
+            None => self.of.push((pages, bytes)),
         }
     }
 
-    pub(crate) fn take(&mut self, kind: Kind, bytes: u64) {
-        if let Some((_, sum)) = self.of.iter_mut().find(|(known, _)| *known == kind) {
+    pub(crate) fn take(&mut self, pages: Pages, bytes: u64) {
+        if let Some((_, sum)) = self.of.iter_mut().find(|(known, _)| *known == pages) {
             *sum = sum.saturating_sub(bytes);
         }
     }
 
     /// What of it a limit is about, with what the kernel needs for it.
     pub(crate) fn on(&self, bound: &Bound) -> u64 {
-        let concerned = self.of.iter().filter(|(kind, _)| bound.scope.has(*kind));
-        let charged = concerned.map(|(kind, bytes)| kind.charged(*bytes));
+        let concerned = self.of.iter().filter(|(pages, _)| bound.scope.has(*pages));
+        let charged = concerned.map(|(pages, bytes)| pages.charged(*bytes));
         charged.fold(0, u64::saturating_add)
     }
 
@@ -80,7 +80,7 @@ impl Demand {
 
     /// All of it, with what the kernel needs for it.
     pub(crate) fn total(&self) -> u64 {
-        let charged = self.of.iter().map(|(kind, bytes)| kind.charged(*bytes));
+        let charged = self.of.iter().map(|(pages, bytes)| pages.charged(*bytes));
         charged.fold(0, u64::saturating_add)
     }
 
@@ -94,7 +94,7 @@ impl Demand {
     }
 }
 
-impl Kind {
+impl Pages {
     /// What is charged for so many bytes.
     pub(crate) fn charged(self, bytes: u64) -> u64 {
         match self {
@@ -134,7 +134,7 @@ pub(crate) struct Bound {
     pub(crate) left: u64,
 }
 
-/// Which kinds a limit is about.
+/// Which pages a limit is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scope {
     Base,
@@ -144,11 +144,11 @@ enum Scope {
 }
 
 impl Scope {
-    fn has(self, kind: Kind) -> bool {
-        match (self, kind) {
-            (Self::Base, Kind::Base(_)) | (Self::BaseAndHuge, _) => true,
-            (Self::Nodes(nodes), Kind::Base(of)) => nodes == of,
-            (Self::Huge(size), Kind::Huge { page_size, .. }) => size == page_size,
+    fn has(self, pages: Pages) -> bool {
+        match (self, pages) {
+            (Self::Base, Pages::Base(_)) | (Self::BaseAndHuge, _) => true,
+            (Self::Nodes(nodes), Pages::Base(of)) => nodes == of,
+            (Self::Huge(size), Pages::Huge { page_size, .. }) => size == page_size,
             _ => false,
         }
     }
@@ -242,7 +242,7 @@ impl MemoryLimits {
         let base = demand
             .of
             .iter()
-            .any(|(kind, _)| matches!(kind, Kind::Base(_)));
+            .any(|(pages, _)| matches!(pages, Pages::Base(_)));
         if base || self.accounts_hugetlb {
             let meminfo = self.meminfo.read().unwrap_or_default();
             let swap = bytes(&meminfo, "SwapFree").unwrap_or(0);
@@ -250,19 +250,19 @@ impl MemoryLimits {
             if base {
                 bounds.extend(machine(&meminfo, swap));
             }
-            for (kind, _) in &demand.of {
-                if let Kind::Base(of) = kind
+            for (pages, _) in &demand.of {
+                if let Pages::Base(of) = pages
                     && !of.is_empty()
                 {
                     bounds.extend(self.of_nodes(*of, swap));
                 }
             }
         }
-        for (kind, _) in &demand.of {
-            if let Kind::Huge {
+        for (pages, _) in &demand.of {
+            if let Pages::Huge {
                 page_size,
                 reserving,
-            } = *kind
+            } = *pages
             {
                 let branches = self.hugetlb.iter();
                 let left = branches.flat_map(|branch| branch.hugetlb(page_size, reserving));
@@ -280,7 +280,10 @@ impl MemoryLimits {
         let high = self.groups.iter().filter_map(MemoryGroup::left_to_high);
         bounds.extend(high.map(|left| Bound::of_group(left, self.scope(), 0)));
         let short = |bound: &Bound| {
-            let concerned = demand.of.iter().filter(|(kind, _)| bound.scope.has(*kind));
+            let concerned = demand
+                .of
+                .iter()
+                .filter(|(pages, _)| bound.scope.has(*pages));
             let bytes = concerned.map(|(_, bytes)| *bytes);
             Short {
                 needed: bytes.fold(0, u64::saturating_add),

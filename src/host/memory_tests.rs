@@ -5,7 +5,7 @@ use super::*;
 const MIB: u64 = 1 << 20;
 /// Memory and swap of the machine.
 const SIZE: u64 = (8 << 30) + (99_999_999 << 10);
-const ANYWHERE: Kind = Kind::Base(NodeSet::new());
+const ANYWHERE: Pages = Pages::Base(NodeSet::new());
 
 /// A machine with 8 GiB, of which some are available, and a tree of groups of version 2.
 struct Machine {
@@ -56,8 +56,8 @@ impl Machine {
     }
 }
 
-fn short(limits: &MemoryLimits, kind: Kind, bytes: u64) -> Option<Short> {
-    let demand = Demand::of(kind, bytes);
+fn short(limits: &MemoryLimits, pages: Pages, bytes: u64) -> Option<Short> {
+    let demand = Demand::of(pages, bytes);
     demand.shortage(&limits.bounds(&demand, 0))
 }
 
@@ -131,7 +131,7 @@ fn huge_pages_are_no_memory_of_the_machine_and_of_a_group_only_if_it_counts_them
     machine.group("vm", 64 * MIB);
     machine.write("cgroup/vm/hugetlb.2MB.max", &(32 * MIB).to_string());
     machine.write("cgroup/vm/hugetlb.2MB.current", &(2 * MIB).to_string());
-    let huge = Kind::Huge {
+    let huge = Pages::Huge {
         page_size: 2 * MIB,
         reserving: false,
     };
@@ -140,7 +140,7 @@ fn huge_pages_are_no_memory_of_the_machine_and_of_a_group_only_if_it_counts_them
     let shortage = short(&limits, huge, 32 * MIB).unwrap();
     assert_eq!((shortage.needed, shortage.left), (32 * MIB, 30 * MIB));
     assert!(is_in(&shortage, "vm/hugetlb.2MB.max"));
-    let other = Kind::Huge {
+    let other = Pages::Huge {
         page_size: 1 << 30,
         reserving: false,
     };
@@ -167,7 +167,7 @@ fn nodes_have_what_is_free_and_clean_less_a_reserve() {
     node(0, 100 * MIB);
     node(1, 1000 * MIB);
     let limits = machine.limits("/", "rw");
-    let on = |nodes: &[u32]| Kind::Base(NodeSet::from_nodes(nodes.iter().copied()).unwrap());
+    let on = |nodes: &[u32]| Pages::Base(NodeSet::from_nodes(nodes.iter().copied()).unwrap());
     // 20 MiB of files can be dropped, 8 MiB of 4 GiB stay.
     let shortage = short(&limits, on(&[0]), 200 * MIB).unwrap();
     assert_eq!(shortage.left, 112 * MIB);

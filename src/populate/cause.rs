@@ -79,7 +79,7 @@ fn file_system_full(part: &Part, needed: u64, len: u64, source: &io::Error) -> O
 
 /// Without memory it was refused by what limits that, though it was not looked at before.
 fn not_enough(part: &Part, needed: u64, len: u64) -> Option<Shortage> {
-    let demand = Demand::of(part.kind?, len);
+    let demand = Demand::of(part.pages?, len);
     let limits = MemoryLimits::of_this_process().ok()?;
     let mut short = demand.shortage(&limits.bounds(&demand, 0))?;
     short.needed = needed.max(short.needed);

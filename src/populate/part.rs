@@ -9,7 +9,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use crate::backing::ShmBacking;
 use crate::host::NodeSet;
 use crate::host::calls::{is_refused, retried};
-use crate::host::memory::Kind;
+use crate::host::memory::Pages;
 use crate::options::{NumaPolicy, OnShortage, Populate};
 use crate::ram::Ram;
 use crate::range::outwards;
@@ -23,7 +23,7 @@ pub(super) struct Part {
     pub(super) mode: Populate,
     /// What its pages are made of: none where the kernel could drop them, as those of a file on a
     /// disk.
-    pub(super) kind: Option<Kind>,
+    pub(super) pages: Option<Pages>,
     on_shortage: OnShortage,
 }
 
@@ -39,7 +39,7 @@ impl Part {
     ) -> Self {
         Self {
             range: outwards(range, ram.backing.page_size()),
-            kind: kind(&ram.backing, allowed),
+            pages: pages(&ram.backing, allowed),
             ram,
             mode,
             on_shortage,
@@ -60,11 +60,11 @@ impl Part {
         &self.ram.backing
     }
 
-    /// The kind of memory of which there must be enough, if that is to be looked at.
-    pub(super) fn watched(&self) -> Option<Kind> {
+    /// The pages of which there must be enough, if that is to be looked at.
+    pub(super) fn watched(&self) -> Option<Pages> {
         match self.on_shortage {
             OnShortage::TryAnyway => None,
-            OnShortage::Refuse => self.kind,
+            OnShortage::Refuse => self.pages,
         }
     }
 
@@ -111,10 +111,10 @@ impl Part {
     }
 }
 
-fn kind(backing: &ShmBacking, allowed: NodeSet) -> Option<Kind> {
+fn pages(backing: &ShmBacking, allowed: NodeSet) -> Option<Pages> {
     let options = backing.map_options();
     if backing.is_hugetlb() {
-        return Some(Kind::Huge {
+        return Some(Pages::Huge {
             page_size: backing.page_size(),
             reserving: options.unreserved,
         });
@@ -125,7 +125,7 @@ fn kind(backing: &ShmBacking, allowed: NodeSet) -> Option<Kind> {
         NumaPolicy::Bind(nodes) => nodes.intersection(allowed),
         _ => allowed,
     };
-    backing.is_on_tmpfs().then_some(Kind::Base(nodes))
+    backing.is_on_tmpfs().then_some(Pages::Base(nodes))
 }
 
 #[cfg(test)]
@@ -138,20 +138,20 @@ mod tests {
         let set = |nodes: &[u32]| NodeSet::from_nodes(nodes.iter().copied()).unwrap();
         let of = |options: &RamOptions, allowed| {
             let backing = ShmBacking::create(options, 1 << 20).unwrap();
-            kind(&backing, allowed)
+            pages(&backing, allowed)
         };
         let (plain, anywhere) = (RamOptions::new(), NodeSet::new());
-        assert_eq!(of(&plain, anywhere), Some(Kind::Base(anywhere)));
-        assert_eq!(of(&plain, set(&[1])), Some(Kind::Base(set(&[1]))));
+        assert_eq!(of(&plain, anywhere), Some(Pages::Base(anywhere)));
+        assert_eq!(of(&plain, set(&[1])), Some(Pages::Base(set(&[1]))));
         let thp = plain.clone().with_page_size(PageSize::Transparent);
-        assert_eq!(of(&thp, anywhere), Some(Kind::Base(anywhere)));
+        assert_eq!(of(&thp, anywhere), Some(Pages::Base(anywhere)));
         let bound = plain.clone().with_numa(NumaPolicy::Bind(set(&[0])));
-        assert_eq!(of(&bound, anywhere), Some(Kind::Base(set(&[0]))));
-        assert_eq!(of(&bound, set(&[0, 1])), Some(Kind::Base(set(&[0]))));
+        assert_eq!(of(&bound, anywhere), Some(Pages::Base(set(&[0]))));
+        assert_eq!(of(&bound, set(&[0, 1])), Some(Pages::Base(set(&[0]))));
         let spread = plain.clone().with_numa(NumaPolicy::Interleave(set(&[0])));
-        assert_eq!(of(&spread, anywhere), Some(Kind::Base(anywhere)));
+        assert_eq!(of(&spread, anywhere), Some(Pages::Base(anywhere)));
         let file = |dir: &str| plain.clone().with_backing(BackingSource::File(dir.into()));
-        assert_eq!(of(&file("/dev/shm"), anywhere), Some(Kind::Base(anywhere)));
+        assert_eq!(of(&file("/dev/shm"), anywhere), Some(Pages::Base(anywhere)));
         let disk = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         assert_eq!(of(&file(disk.path().to_str().unwrap()), anywhere), None);
     }

@@ -10,7 +10,7 @@
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use crate::host::memory::{Bound, Demand, Kind, MemoryLimits, Short};
+use crate::host::memory::{Bound, Demand, MemoryLimits, Pages, Short};
 use crate::pool::Stop;
 
 /// At most this part of what is left is worked on at once.
@@ -55,7 +55,7 @@ type Look = dyn Fn(&Demand, u64) -> Vec<Bound> + Send + Sync;
 /// A piece of work that has begun; when it is dropped, its pages are there, or will not come.
 pub(super) struct Pass<'a> {
     watch: &'a Watch,
-    kind: Kind,
+    pages: Pages,
     bytes: u64,
     /// How much may be done, in bytes.
     pub(super) len: u64,
@@ -63,7 +63,7 @@ pub(super) struct Pass<'a> {
 
 /// What is to be begun.
 pub(super) struct Wish {
-    pub(super) kind: Kind,
+    pub(super) pages: Pages,
     /// In bytes.
     pub(super) len: u64,
     /// The least that is worth a call, in bytes.
@@ -121,13 +121,13 @@ impl Watch {
         while !stop.is_set() {
             let all = under_way.total().saturating_add(wish.len);
             // Limits on what others work on, and this does not, are none of its business.
-            let wished = Demand::of(wish.kind, wish.len);
+            let wished = Demand::of(wish.pages, wish.len);
             let bounds = (self.look)(&wished, all.saturating_mul(2 * AT_ONCE));
             let pass = |under_way: &mut Demand, len: u64, bytes: u64| {
-                under_way.add(wish.kind, bytes);
+                under_way.add(wish.pages, bytes);
                 Some(Pass {
                     watch: self,
-                    kind: wish.kind,
+                    pages: wish.pages,
                     bytes,
                     len,
                 })
@@ -146,7 +146,7 @@ impl Watch {
             if tight.all(|bound| under_way.on(bound) == 0) {
                 // Alone the last pages are taken, too, those that are there already for nothing.
                 let bytes = missing(least);
-                let needed = Demand::of(wish.kind, bytes);
+                let needed = Demand::of(wish.pages, bytes);
                 return match needed.shortage(&bounds) {
                     None => Ok(pass(&mut under_way, least, bytes)),
                     Some(shortage) => Err(shortage),
@@ -162,7 +162,7 @@ impl Watch {
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
         let under_way = &self.watch.under_way;
-        under_way.lock().take(self.kind, self.bytes);
+        under_way.lock().take(self.pages, self.bytes);
         under_way.done.notify_all();
     }
 }
@@ -176,7 +176,7 @@ mod tests {
     use crate::host::NodeSet;
 
     const MIB: u64 = 1 << 20;
-    const KIND: Kind = Kind::Base(NodeSet::new());
+    const PAGES: Pages = Pages::Base(NodeSet::new());
 
     /// A machine of which so much is left, and a watch that looks at it.
     fn machine(left: u64) -> (Arc<AtomicU64>, Watch) {
@@ -195,7 +195,7 @@ mod tests {
 
     fn wish(len: u64) -> Wish {
         Wish {
-            kind: KIND,
+            pages: PAGES,
             len,
             grain: 2 * MIB,
         }
@@ -230,7 +230,7 @@ mod tests {
         left.store(2 * MIB, Ordering::Relaxed);
         let short = begin(&watch, 16 * MIB).err().unwrap();
         assert_eq!(short.left, 2 * MIB);
-        assert_eq!(short.needed, KIND.charged(2 * MIB));
+        assert_eq!(short.needed, PAGES.charged(2 * MIB));
         // It is not the end of everything: nothing is under way that was not begun.
         left.store(100 * MIB, Ordering::Relaxed);
         assert_eq!(begin(&watch, 16 * MIB).unwrap().len, 16 * MIB);
@@ -309,7 +309,7 @@ mod tests {
         let short = on_machine(&left, Arc::clone(&under_way));
         let other = Watch::among(under_way, |_, _| Vec::new());
         let huge = Wish {
-            kind: Kind::Huge {
+            pages: Pages::Huge {
                 page_size: 2 * MIB,
                 reserving: false,
             },

@@ -33,7 +33,7 @@ impl Plan {
             error,
         };
         let (start, end) = (chunk.range.start, chunk.range.end);
-        let Some(kind) = part.watched() else {
+        let Some(pages) = part.watched() else {
             self.populate_piece(part, start..end).map_err(failed)?;
             return Ok(end - start);
         };
@@ -41,7 +41,7 @@ impl Plan {
         let mut at = start;
         while at < end {
             let wish = Wish {
-                kind,
+                pages,
                 len: end - at,
                 grain,
             };
