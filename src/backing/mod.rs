@@ -44,6 +44,3 @@ pub use kind::{BackingKind, FileIdentity};
 pub(crate) use request::{Request, Resolved, memory_notes};
 pub use seals::Seals;
 pub use shm_backing::ShmBacking;
-
-#[cfg(test)]
-mod tests;

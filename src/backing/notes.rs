@@ -14,8 +14,8 @@ pub(super) fn of_options(options: &RamOptions, kind: BackingKind) -> Vec<BuildNo
     if options.reserve() == Some(Reserve::On) && !kind.is_hugetlb() {
         notes.push(BuildNote::Reserve);
     }
-    let one_node = nodes::with_memory().is_some_and(|nodes| nodes.len() == 1);
-    if options.numa() != NumaPolicy::Default && one_node {
+    let one_node = || nodes::with_memory().is_some_and(|nodes| nodes.len() == 1);
+    if options.numa() != NumaPolicy::Default && one_node() {
         notes.push(BuildNote::OneNode {
             policy: options.numa(),
         });

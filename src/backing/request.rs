@@ -166,7 +166,11 @@ impl<'a> Request<'a> {
     pub(crate) fn check_all<'r>(
         requests: impl Iterator<Item = &'r Request<'r>> + Clone,
     ) -> Result<()> {
-        check_descriptors(requests.clone().count() as u64)?;
+        let count = requests.clone().count() as u64;
+        // Creating a single one says as much.
+        if count > 1 {
+            check_descriptors(count)?;
+        }
         check_file_systems(requests.clone().filter_map(Request::draw))?;
         // Pages of each size that the pool must have, and of these those that a control group must
         // leave.
@@ -304,8 +308,11 @@ pub(crate) fn memory_notes<'r>(requests: impl Iterator<Item = &'r Request<'r>>) 
 
 /// Refuses a policy of which no node has memory, as mbind(2) would.
 fn check_nodes(policy: NumaPolicy) -> Result<()> {
+    if policy == NumaPolicy::Default {
+        return Ok(());
+    }
     match nodes::with_memory() {
-        Some(present) if policy != NumaPolicy::Default && !present.intersects(policy.nodes()) => {
+        Some(present) if !present.intersects(policy.nodes()) => {
             Err(BackingError::NoSuchNodes { policy, present })
         }
         _ => Ok(()),

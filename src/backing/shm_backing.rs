@@ -300,3 +300,29 @@ impl PartialEq for ShmBacking {
 }
 
 impl Eq for ShmBacking {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::base_page_size;
+    use crate::options::{BackingSource, RamOptions};
+
+    #[test]
+    fn a_created_backing_has_its_size_and_no_page() {
+        for source in [BackingSource::Memfd, BackingSource::PosixShm] {
+            let options = RamOptions::new().with_backing(source);
+            let backing = ShmBacking::create(&options, 1 << 20).unwrap();
+            assert_eq!(backing.file().metadata().unwrap().len(), 1 << 20);
+            assert_eq!(backing.allocated().unwrap(), 0);
+            assert_eq!(backing.page_size(), base_page_size());
+        }
+    }
+
+    #[test]
+    fn clones_are_the_same_file_and_others_are_not() {
+        let create = || ShmBacking::create(&RamOptions::new(), 1 << 20).unwrap();
+        let one = create();
+        assert_eq!(one, one.clone());
+        assert_ne!(one, create());
+    }
+}
