@@ -61,7 +61,7 @@
 //! | `discard` | giving pages back to the host, forbidding it, and collecting balloon reports |
 //! | `stats` | [`MemoryStats`], [`Extents`]: which RAM is allocated, where, and by which pages |
 //! | `vhost_user::table` | `MemoryTable`: what a daemon is told, as plain data; `TableView`: how much of it |
-//! | [`vhost_user::receive`](receive) | the daemon's end: checks and maps a memory table that was sent |
+//! | [`vhost_user::receive`] | the daemon's end: checks and maps a memory table that was sent |
 //! | `vhost_user::share` | `VhostUserShare`: one daemon's view kept equal to a table, its dirty log, and in-kernel vhost |
 //! | `address_space` | [`AddressSpace`]: memory that changes, published to readers and told to listeners |
 //! | `kvm` | `KvmSlots`, with the feature `kvm`: the memory slots of KVM, or of any `HypervisorVm`, kept equal to the memory; `SlotNumbers` |
@@ -99,10 +99,10 @@
 //!    between shm_open(3) and shm_unlink(3), or the kernel refuses the latter; what the kernel or
 //!    the hypervisor refuses to unmap.
 //! 8. A change of an [`AddressSpace`] reaches all listeners that are there, or none, also when a
-//!   listener, a callback or the logger panics. One that is away, and was not attached as
-//!   [required](AddressSpace::attach_required), is left out and named ([`ChangeReport::stale`]);
-//!   so is one that could not be put back. They are told everything when they are back.
-//! 9. No wait for another process without a time limit. It is one for each message; and what a
+//!    listener, a callback or the logger panics. One that is away, and was not attached as
+//!    [required](AddressSpace::attach_required), is left out and named ([`ChangeReport::stale`]);
+//!    so is one that could not be put back. They are told everything when they are back.
+//! 9. No wait for another process without a deadline. It is one for each message; and what a
 //!    listener of the VMM's own does, or [`AddressSpace::with_listener`] is given to do, is not
 //!    covered.
 //! 10. No page that a daemon noted in its dirty log is missing from what is harvested until the

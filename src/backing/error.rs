@@ -207,7 +207,7 @@ pub enum BackingError {
     /// The size of a file that was to be adopted is not sealed, and cannot be, as the policy
     /// demands.
     #[error(
-        "cannot adopt a file whose seals are: {seals}; its size must be sealed, ask its owner \
+        "cannot adopt a file whose size is not sealed (its seals are: {seals}): ask its owner \
          for a memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), or \
          trust the owner and adopt it without AdoptPolicy::with_required_seals"
     )]

@@ -260,7 +260,7 @@ fn an_unsealed_memfd_is_adopted_as_the_policy_says() {
         assert_refused!(
             adopt(clone(), &required),
             Error::Backing(BackingError::NotSealed { .. }),
-            "cannot adopt a file whose seals are: none; its size must be sealed, ask its owner \
+            "cannot adopt a file whose size is not sealed (its seals are: none): ask its owner \
              for a memfd made with MFD_ALLOW_SEALING (and sealed against shrinking and growing), \
              or trust the owner and adopt it without AdoptPolicy::with_required_seals",
         );
@@ -290,7 +290,7 @@ fn half_a_seal_is_not_enough_where_the_size_must_be_sealed() {
         let clone = file.try_clone().unwrap();
         let require = AdoptPolicy::new().with_required_seals();
         let error = adopt(clone, &require).unwrap_err().to_string();
-        assert!(error.contains(&format!(" are: {name}; ")), "{error}");
+        assert!(error.contains(&format!(" are: {name}): ")), "{error}");
         // The missing half is added, unless no seal can be added any more.
         seal(&file, SealFlag::F_SEAL_SEAL);
         let add = AdoptPolicy::new().with_added_seals();

@@ -33,7 +33,7 @@ const SMALL: [(&str, &[&str]); 5] = [
         "daemon_end",
         &[
             "memory-backend-memfd,size=2M:\n  the daemon reads 0xcafe\n",
-            "the daemon refuses: region 0: cannot adopt a file whose seals are",
+            "the daemon refuses: region 0: cannot adopt a file whose size is not sealed",
             "the frontend: the daemon hung up",
         ],
     ),
