@@ -6,7 +6,7 @@
 //!
 //! ```
 //! use guest_memory_shm::{GuestMemoryShm, GuestRange, RamOptions, ram_around_hole};
-//! use vm_memory::{Bytes, GuestAddress};
+//! use vm_memory::GuestAddress;
 //!
 //! let pci_hole = GuestRange::new(GuestAddress(3 << 30), 1 << 30)?;
 //! let memory = GuestMemoryShm::<()>::builder()

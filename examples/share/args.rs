@@ -114,7 +114,7 @@ pub(crate) struct Args {
     /// How long the daemon may take for each answer
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds,
         allow_negative_numbers = true)]
-    pub(crate) time_limit: Duration,
+    pub(crate) deadline: Duration,
 }
 
 /// The kinds of RAM by the names of the command line.

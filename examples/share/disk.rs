@@ -222,7 +222,7 @@ impl Disk {
         self.outcome(request, &doing)?.or_fail(doing)
     }
 
-    /// Waits until the daemon has completed `request`, until it hangs up, or for the time limit.
+    /// Waits until the daemon has completed `request`, until it hangs up, or until the deadline.
     /// The inner result is that of the request.
     fn outcome(
         &mut self,
@@ -238,7 +238,7 @@ impl Disk {
                     if left.is_some_and(|left| left.is_zero()) {
                         return Err(Failure::new(format!(
                             "{}: the daemon did not answer within {:?}, with {in_flight} requests \
-                             in flight; restart it, or allow more with --time-limit",
+                             in flight; restart it, or allow more with --deadline",
                             doing(),
                             self.limit
                         )));

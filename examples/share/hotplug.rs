@@ -93,7 +93,7 @@ pub(crate) fn run(args: &Args, regions: u64, ram: &Arc<Ram>) -> Result<()> {
     let guest = Arc::new(Guest::default());
     let mut workers = Vec::new();
     for (nth, endpoint) in endpoints.iter().enumerate() {
-        let session = Session::start(nth, endpoint, ram.clone(), args.time_limit)?;
+        let session = Session::start(nth, endpoint, ram.clone(), args.deadline)?;
         let ours = nth > 0 || daemons.foreign.is_none() || args.overwrite;
         if nth == 0 {
             for region in ram.memory().arc_regions() {

@@ -4,7 +4,7 @@
 //! How a VMM does it, in the order of the files:
 //!
 //! - `ram`: guest RAM on one descriptor around a PCI hole, and regions to hot-add;
-//! - `session`: negotiation, the memory table, the virtqueue, hotplug, each within a time limit;
+//! - `session`: negotiation, the memory table, the virtqueue, hotplug, each with a deadline;
 //! - `hotplug`, `worker`: many regions that come and go under many daemons while I/O runs;
 //! - `disk`: requests whose buffers lie in several regions, several of them in flight;
 //! - `copy`, `selftest`: what is done with it; no reference to guest RAM is ever made;
@@ -49,10 +49,10 @@ use session::{Endpoint, Session};
 
 /// The remedies of the crate's errors, as far as this program has them.
 const WORDS: Words = &[
-    ("VhostUserShare::with_deadline", "--time-limit"),
+    ("VhostUserShare::with_deadline", "--deadline"),
     (
         "daemon or allow more time",
-        "daemon or allow more with --time-limit",
+        "daemon or allow more with --deadline",
     ),
     (
         "restart it or reconnect to it",
@@ -122,7 +122,7 @@ fn run(args: &Args) -> Result<()> {
         (None, None) => return Err(Failure::new("there is no daemon")),
     };
 
-    let mut session = Session::start(0, &endpoint, ram, args.time_limit)?;
+    let mut session = Session::start(0, &endpoint, ram, args.deadline)?;
     let mut report = Report::default();
     session.plug()?;
     report.section(format_args!(

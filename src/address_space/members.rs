@@ -19,7 +19,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// errors and logs.
     ///
     /// Changes may happen while it is away. A daemon that died, or does not answer in time, costs
-    /// the change its time limit, and then the change *succeeds without it*: the daemon knows
+    /// the change its deadline, and then the change *succeeds without it*: the daemon knows
     /// nothing of the new memory, and a guest that gives it a buffer there sees its device fail.
     /// So look at [`ChangeReport::stale`](crate::ChangeReport::stale) before the guest is told of
     /// the memory, or [require](Self::attach_required) the daemon.
@@ -150,8 +150,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
 
     /// Runs a closure on a listener. No change happens meanwhile, as changes wait: so what may
     /// wait itself, such as a request to a daemon, needs a
-    #[cfg_attr(feature = "vhost-user", doc = "[time limit](crate::CallDeadline).")]
-    #[cfg_attr(not(feature = "vhost-user"), doc = "time limit.")]
+    #[cfg_attr(feature = "vhost-user", doc = "[deadline](crate::CallDeadline).")]
+    #[cfg_attr(not(feature = "vhost-user"), doc = "deadline.")]
     /// Calls of this address space from `work` are [`AddressSpaceError::Reentrant`], except
     /// [`memory`](Self::memory) and [`atomic`](Self::atomic).
     ///

@@ -21,7 +21,7 @@ use super::ring::{ALIGNMENT, RingLayout};
 /// A request needs its header, its status and at least one buffer; a power of two holds them.
 const MIN_QUEUE_SIZE: u16 = 4;
 
-const DEFAULT_TIME_LIMIT: Duration = Duration::from_secs(10);
+const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What the status byte holds until the device writes it.
 const NO_STATUS: u8 = 0xff;
@@ -60,7 +60,7 @@ pub struct BlkDriver<S> {
     call: EventFd,
     /// Watches `call`.
     epoll: Epoll,
-    time_limit: Duration,
+    deadline: Duration,
     /// The requests in flight, by the first descriptor of their chains.
     requests: BTreeMap<u16, RequestId>,
     /// The status of requests that are complete and have not been waited for.
@@ -96,7 +96,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
             kick: EventFd::new(flags).map_err(BlkError::Event)?,
             call: EventFd::new(flags).map_err(BlkError::Event)?,
             epoll: Epoll::new().map_err(BlkError::Event)?,
-            time_limit: DEFAULT_TIME_LIMIT,
+            deadline: DEFAULT_DEADLINE,
             requests: BTreeMap::new(),
             finished: BTreeMap::new(),
             next_id: 0,
@@ -112,7 +112,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
 
     /// How long [`wait`](Self::wait) and what builds on it wait for the device. Default: 10 s.
     pub fn with_deadline(mut self, limit: Duration) -> Self {
-        self.time_limit = limit;
+        self.deadline = limit;
         self
     }
 
@@ -222,13 +222,13 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
     /// order; their status is kept until they are waited for.
     ///
     /// # Errors
-    /// - [`BlkError::TimedOut`]: not within the time limit; it may be waited for again.
+    /// - [`BlkError::TimedOut`]: not by the deadline; it may be waited for again.
     /// - [`BlkError::Status`]: the device could not carry it out.
     /// - [`BlkError::UnknownRequest`]: it is not in flight.
     /// - [`BlkError::BrokenRing`], [`BlkError::Memory`], [`BlkError::Event`]: the queue cannot be
     ///   used any more.
     pub fn wait(&mut self, request: RequestId) -> Result<()> {
-        let deadline = Instant::now().checked_add(self.time_limit);
+        let deadline = Instant::now().checked_add(self.deadline);
         loop {
             self.take_completions()?;
             if let Some(status) = self.finished.remove(&request) {
@@ -244,7 +244,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
         }
     }
 
-    /// Waits for every request that has not been waited for, oldest first. The time limit holds
+    /// Waits for every request that has not been waited for, oldest first. The deadline holds
     /// for each.
     ///
     /// # Errors
@@ -315,7 +315,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
                 let left = deadline.saturating_duration_since(Instant::now());
                 if left.is_zero() {
                     return Err(BlkError::TimedOut {
-                        limit: self.time_limit,
+                        limit: self.deadline,
                         in_flight: self.in_flight(),
                     });
                 }

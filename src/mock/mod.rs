@@ -63,7 +63,7 @@
 //! - It has a weakness of `vhost-user-backend`: regions that are added after SET_LOG_BASE are not
 //!   logged until the log is set again.
 //! - The driver uses neither EVENT_IDX nor indirect descriptors. It notices that a daemon is gone
-//!   only by its time limit.
+//!   only by its deadline.
 //! - It needs Linux: abstract sockets, eventfd, epoll.
 
 mod backend;

@@ -218,7 +218,7 @@ impl CallDeadline {
 impl Shared {
     fn start(shared: &Arc<Self>) -> io::Result<JoinHandle<()>> {
         let watched = Arc::clone(shared);
-        let thread = std::thread::Builder::new().name("vhost-time-limit".to_owned());
+        let thread = std::thread::Builder::new().name("vhost-deadline".to_owned());
         thread.spawn(move || watched.watch())
     }
 

@@ -52,7 +52,7 @@ pub(super) struct Member {
     pub(super) writes: Writes,
 }
 
-/// The time limit that is short enough for a test of silence, and long enough for the messages
+/// The deadline that is short enough for a test of silence, and long enough for the messages
 /// before it.
 fn limit_for(case: &Case, at: usize) -> Option<Duration> {
     let silent = |fault| matches!(fault, Fault::Silent | Fault::SilentAfter | Fault::Stopped);

@@ -291,7 +291,7 @@ impl<'a> World<'a> {
     }
 
     /// Waits until the daemons that were hung up on have read all that they were sent before: on a
-    /// busy machine a time limit can be over before a daemon has met its fault.
+    /// busy machine a deadline can be over before a daemon has met its fault.
     fn settle(&self) {
         for (member, broken) in self.members.iter().zip(&self.expected.broken) {
             if let (Some(Server::Mock(daemon)), true) = (&member.server, broken) {

@@ -45,7 +45,7 @@ fn share(daemon: &MockDaemon, limit: Duration) -> Share {
     VhostUserShare::new(frontend, device.protocol_features()).with_deadline(limit)
 }
 
-/// Changes the time limit of a daemon that is attached.
+/// Changes the deadline of a daemon that is attached.
 fn set_limit(space: &AddressSpace, id: &ListenerId<Share>, limit: Duration) {
     let changed = space.with_listener(id, |share| {
         let (unread, _) = UnixStream::pair().unwrap();

@@ -222,7 +222,7 @@ fn a_refusal_is_an_error_that_names_the_device_the_region_and_the_cause() {
 
 /// QEMU: a daemon that hangs blocks all others indefinitely.
 #[test]
-fn a_silent_device_costs_its_time_limit_and_others_no_more() {
+fn a_silent_device_costs_its_deadline_and_others_no_more() {
     let (space, silent, there) = (space(), daemon(), daemon());
     let id = space.attach("silent", share(&silent, PATIENCE)).unwrap();
     space.attach("there", share(&there, PATIENCE)).unwrap();
@@ -238,7 +238,7 @@ fn a_silent_device_costs_its_time_limit_and_others_no_more() {
 }
 
 /// All silent at once: were they told one after the other, the last would be told only after the
-/// time limits of the others, each of which fails the test by its length.
+/// deadlines of the others, each of which fails the test by its length.
 #[test]
 fn devices_are_told_side_by_side() {
     let space = space();

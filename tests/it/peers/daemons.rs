@@ -6,7 +6,7 @@ use super::*;
 /// back its one line of an error, without those of the log.
 fn disturbed_copy(
     place: &Place,
-    time_limit: &str,
+    deadline: &str,
     disturb: impl FnOnce(&mut StorageDaemon),
 ) -> Option<String> {
     let image = place.path("image");
@@ -15,7 +15,7 @@ fn disturbed_copy(
     let mut daemon = StorageDaemon::start(&image, Some(4 * MIB))?;
     let child = place
         .share()
-        .args(["--time-limit", time_limit, "--socket"])
+        .args(["--deadline", deadline, "--socket"])
         .arg(&daemon.socket)
         .arg("--read-to")
         .arg(place.path("out"))
@@ -57,19 +57,16 @@ fn a_daemon_that_is_killed_half_way_ends_the_copy() {
 }
 
 #[test]
-fn a_daemon_that_falls_silent_half_way_ends_the_copy_at_the_time_limit() {
+fn a_daemon_that_falls_silent_half_way_ends_the_copy_at_the_deadline() {
     let place = Place::new();
     if let Some(line) = disturbed_copy(&place, "3", |daemon| daemon.process.stop()) {
         let text = "did not answer within 3s";
-        assert!(
-            line.contains(text) && line.contains("--time-limit"),
-            "{line}"
-        );
+        assert!(line.contains(text) && line.contains("--deadline"), "{line}");
     }
 }
 
 #[test]
-fn a_daemon_that_never_answers_is_given_up_at_the_time_limit() {
+fn a_daemon_that_never_answers_is_given_up_at_the_deadline() {
     let place = Place::new();
     // It listens, and its backlog takes the connection, but it never accepts it.
     let path = place.path("silent.sock");
@@ -77,7 +74,7 @@ fn a_daemon_that_never_answers_is_given_up_at_the_time_limit() {
     let run = Run::of(
         place
             .share()
-            .args(["--time-limit", "0.2", "--socket"])
+            .args(["--deadline", "0.2", "--socket"])
             .arg(&path),
     );
     run.fails_with(&["cannot use the daemon at", "did not answer within 200ms"]);
@@ -88,7 +85,7 @@ fn a_daemon_that_never_answers_is_given_up_at_the_time_limit() {
         daemon.process.stop();
         let mut command = place.share();
         command
-            .args(["--time-limit", "1", "--socket"])
+            .args(["--deadline", "1", "--socket"])
             .arg(&daemon.socket);
         Run::of(&mut command)
             .fails_with(&["cannot use the daemon at", "did not answer within 1s"]);
@@ -177,7 +174,7 @@ fn a_daemon_that_will_not_have_the_hot_added_region_is_named() {
     ] {
         // What it is told before, it answers: within the time that it has on a busy machine, too.
         let builder = MockDaemon::builder().with_fault(3, fault);
-        let (run, _daemon, place) = with_mock(builder, &["--time-limit", "5", "--read-to", "out"]);
+        let (run, _daemon, place) = with_mock(builder, &["--deadline", "5", "--read-to", "out"]);
         run.fails_with(&["cannot hot-add RAM", text, add]);
         assert_eq!(place.names(), ["mock.sock"]);
     }

@@ -122,7 +122,7 @@ fn memory_of(space: &AddressSpace) -> GuestMemoryShm {
 }
 
 #[test]
-fn a_time_limit_ends_calls_of_clones_too_but_not_those_from_before_it() {
+fn a_deadline_ends_calls_of_clones_too_but_not_those_from_before_it() {
     let peer = Peer::start(MockDaemon::builder());
     let (frontend, _) = peer.connect();
     let mut limit = CallDeadline::new(&frontend, LIMIT);

@@ -47,7 +47,7 @@ pub(super) struct World {
     /// Other code put another memory into the mirror.
     pub(super) replaced: bool,
     daemons: usize,
-    /// Whether daemons may be silent, which costs their time limit.
+    /// Whether daemons may be silent, which costs their deadline.
     silence: bool,
 }
 
