@@ -46,7 +46,7 @@ fn main() {
             let ours = measure(&mut group, "GuestMemoryShm", || {
                 call(black_box(&shm), &addresses)
             });
-            let published = AddressSpace::new(shm.clone()).memory();
+            let published = AddressSpace::new(shm.clone()).published();
             let held = measure(&mut group, "AddressSpace", || {
                 call(&black_box(&published).memory(), &addresses)
             });

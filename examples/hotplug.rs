@@ -41,7 +41,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         space.attach(name, RegionAdapter::new(Device { name, most }))?;
     }
     // What a device's thread has: it takes the present memory for each batch, and never waits.
-    let memory = space.memory();
+    let memory = space.published();
 
     println!("A region is plugged, and one more");
     let region = |start| GuestRegionShm::new((GuestAddress(start), 2 << 20), &RamOptions::new());

@@ -64,7 +64,7 @@ impl Machine {
             .attach_required("disk", share.with_deadline(PATIENCE))
             .or_fail(doing)?;
 
-        let driver = BlkDriver::new(space.memory(), RINGS, 16).or_fail(doing)?;
+        let driver = BlkDriver::new(space.published(), RINGS, 16).or_fail(doing)?;
         let driver = driver.with_deadline(PATIENCE);
         let started = space.with_listener(&share, |share| {
             let table = share.table().clone();

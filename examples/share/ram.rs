@@ -96,12 +96,12 @@ impl Ram {
 
     /// For the guest's driver, which sees every change from then on.
     pub(crate) fn published(&self) -> PublishedMemory {
-        self.space.memory()
+        self.space.published()
     }
 
     /// What the guest sees now.
     pub(crate) fn memory(&self) -> GuestMemoryShm {
-        GuestMemoryShm::clone(&self.space.memory().memory())
+        GuestMemoryShm::clone(&self.space.published().memory())
     }
 
     /// The region that is hot-added and removed.

@@ -90,7 +90,7 @@ pub enum AddressSpaceError {
     /// bases, or the closure of [`with_listener`](crate::AddressSpace::with_listener). The call
     /// would wait for itself; nothing was done.
     ///
-    /// [`AddressSpace::memory`](crate::AddressSpace::memory) and
+    /// [`AddressSpace::published`](crate::AddressSpace::published) and
     /// [`AddressSpace::atomic`](crate::AddressSpace::atomic) can be called there.
     Reentrant,
 

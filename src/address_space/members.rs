@@ -153,7 +153,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     #[cfg_attr(feature = "vhost-user", doc = "[deadline](crate::CallDeadline).")]
     #[cfg_attr(not(feature = "vhost-user"), doc = "deadline.")]
     /// Calls of this address space from `work` are [`AddressSpaceError::Reentrant`], except
-    /// [`memory`](Self::memory) and [`atomic`](Self::atomic).
+    /// [`published`](Self::published) and [`atomic`](Self::atomic).
     ///
     /// If `work` panics, so does this call. The listener is as `work` left it then, and is told
     /// the memory at the next change, or by [`refresh`](Self::refresh).

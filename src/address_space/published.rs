@@ -32,7 +32,7 @@ use crate::panics::caught;
 ///
 /// let boot = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
 /// let space = AddressSpace::new(boot);
-/// let device = Device { memory: space.memory() };
+/// let device = Device { memory: space.published() };
 /// // Once for each batch of a queue.
 /// let memory = device.memory.memory();
 /// memory.write_obj(7u64, GuestAddress(0x1000)).expect("there is RAM");

@@ -37,11 +37,11 @@ use crate::memory::GuestMemoryShm;
 /// [reports](crate::ChangeReport::stale).
 ///
 /// A listener, and the closure of [`with_listener`](Self::with_listener), cannot call the address
-/// space, except [`memory`](Self::memory) and [`atomic`](Self::atomic): that is
+/// space, except [`published`](Self::published) and [`atomic`](Self::atomic): that is
 /// [`AddressSpaceError::Reentrant`]. Calls from other threads wait for the change that is under
 /// way.
 ///
-/// Readers, such as the threads of virtqueues, take [`memory`](Self::memory) and hold it for a
+/// Readers, such as the threads of virtqueues, take [`published`](Self::published) and hold it for a
 /// batch. They never wait for a change, and never see memory that a listener was not told of,
 /// except a stale one. A region that was removed stays mapped until the last of them lets go.
 ///
@@ -61,7 +61,7 @@ use crate::memory::GuestMemoryShm;
 /// let disk = space.attach("disk0", VhostUserShare::new(frontend, features))?;
 ///
 /// // A device's thread.
-/// let memory = space.memory();
+/// let memory = space.published();
 /// memory.memory().write_obj(7u64, GuestAddress(0x1000))?;
 ///
 /// // Hotplug, and unplug.
@@ -109,7 +109,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// A clone of it costs one reference count; taking the memory out of it
     /// (`GuestAddressSpace::memory`) gives the present one, which stays as it is while it is held.
-    pub fn memory(&self) -> PublishedMemory<B> {
+    pub fn published(&self) -> PublishedMemory<B> {
         self.publisher.readers()
     }
 
@@ -118,7 +118,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// That type lets its users publish (`lock().replace(..)`), and no listener would be told. It
     /// is for reading only. What other code puts there is seen by the users of this, and not by
-    /// those of [`memory`](Self::memory), until the next change: that fails with
+    /// those of [`published`](Self::published), until the next change: that fails with
     /// [`AddressSpaceError::MirrorReplaced`] and puts the memory of the address space back, and
     /// later changes work as before. A change waits for the holder of its `lock()`, and one made
     /// *by* its holder waits indefinitely: nothing can detect that.

@@ -36,7 +36,7 @@ use crate::region::{GuestRegionShm, MemoryError};
 ///     .insert(GuestRegionShm::new((GuestAddress(4 << 30), MIB), &RamOptions::new())?)
 ///     .commit()?;
 /// assert_eq!(report.removed()[0].range().size(), MIB);
-/// assert_eq!(space.memory().memory().num_regions(), 2);
+/// assert_eq!(space.published().memory().num_regions(), 2);
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
 #[must_use = "nothing happens before commit()"]
@@ -337,7 +337,7 @@ mod tests {
         assert!(catch_unwind(AssertUnwindSafe(work)).is_err());
         // Only the one that had been told was put back.
         assert_eq!(*told.lock().unwrap(), [1, 2]);
-        assert!(space.memory().memory().is(&before));
+        assert!(space.published().memory().is(&before));
         assert!(space.atomic().memory().is(&before));
         let report = space.remove((GuestAddress(0), 1 << 20)).unwrap();
         assert_eq!(report.removed().len(), 1);

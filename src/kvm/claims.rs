@@ -125,14 +125,4 @@ mod tests {
         assert!(!is_known(&weak));
         assert_eq!(next.free(), 32);
     }
-
-    #[test]
-    fn a_vm_is_the_same_by_any_pointer_to_it() {
-        let one = Arc::new(NoHypervisor);
-        let numbers = SlotNumbers::new(one.clone(), 0..3).unwrap();
-        assert!(SlotNumbers::new(one.clone(), 2..4).is_err());
-        assert!(SlotNumbers::new(one.clone(), 3..4).is_ok());
-        let other = SlotNumbers::new(Arc::new(NoHypervisor), 0..3).unwrap();
-        assert_eq!((numbers.free(), other.free()), (3, 3));
-    }
 }

@@ -87,7 +87,7 @@ fn regions_with_such_bitmaps_are_plugged_like_any_other() {
     let part = GuestRegionShm::from_backing_with_bitmap(&backing, MIB, (start, MIB), tracked);
     space.insert(part.unwrap()).told_all();
 
-    let memory = space.memory().memory();
+    let memory = space.published().memory();
     for start in [0, 4, 8] {
         let at = GuestAddress(start * MIB + start * 4096);
         memory.write_obj(7u8, at).unwrap();

@@ -115,7 +115,7 @@ impl<'a> World<'a> {
     }
 
     fn published(&self) -> GuestMemoryShm {
-        GuestMemoryShm::clone(&self.space.memory().memory())
+        GuestMemoryShm::clone(&self.space.published().memory())
     }
 
     fn commit(

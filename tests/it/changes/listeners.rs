@@ -193,10 +193,10 @@ fn a_removed_region_stays_mapped_while_it_is_read() {
     let space = space();
     space.insert(region(4)).told_all();
     let address = GuestAddress(4 * MIB);
-    let held = space.memory().memory();
+    let held = space.published().memory();
     held.write_obj(42_u64, address).unwrap();
     drop(space.remove((address, MIB)).unwrap());
 
     assert_eq!(held.read_obj::<u64>(address).unwrap(), 42);
-    assert!(space.memory().memory().read_obj::<u64>(address).is_err());
+    assert!(space.published().memory().read_obj::<u64>(address).is_err());
 }

@@ -98,7 +98,7 @@ fn region(at: u64) -> GuestRegionShm {
 }
 
 fn present(space: &AddressSpace) -> Vec<u64> {
-    mib(&space.memory().memory())
+    mib(&space.published().memory())
 }
 
 fn said(said: &Said) -> Vec<(&'static str, String)> {

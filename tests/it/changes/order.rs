@@ -68,7 +68,7 @@ fn all_are_asked_before_any_is_told() {
 fn readers_lose_memory_before_listeners_and_get_it_after_them() {
     let (space, log) = (space(), Said::default());
     let watching = Script {
-        readers: Some(space.memory()),
+        readers: Some(space.published()),
         answers: vec![(4, refused), (7, refused)],
         ..script("a", &log)
     };
@@ -101,7 +101,7 @@ fn readers_lose_memory_before_listeners_and_get_it_after_them() {
 fn a_region_that_is_replaced_is_never_seen_in_both_shapes() {
     let (space, log) = (space(), Said::default());
     let watching = Script {
-        readers: Some(space.memory()),
+        readers: Some(space.published()),
         ..script("a", &log)
     };
     space.attach("a", watching).unwrap();
@@ -189,7 +189,7 @@ fn removing_many_regions_costs_no_more_than_inserting_them() {
     let best = |of: fn(&(Duration, Duration)) -> Duration| rounds.iter().map(of).min().unwrap();
     let (removing, inserting) = (best(|round| round.0), best(|round| round.1));
     assert!(removing < 20 * inserting, "{removing:?} {inserting:?}");
-    assert_eq!(space.memory().memory().num_regions(), COUNT as usize);
+    assert_eq!(space.published().memory().num_regions(), COUNT as usize);
 }
 
 #[test]

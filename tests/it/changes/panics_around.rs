@@ -233,7 +233,7 @@ fn a_memory_that_panics_when_it_is_dropped_by_a_publication_does_not_stop_it() {
     let region = GuestRegionShm::new_with_bitmap((place.0, place.1), &RamOptions::new(), new);
     space.insert(region.unwrap()).told_all();
     assert!(!ARMED.get(), "nothing was dropped");
-    assert_eq!(space.memory().memory().num_regions(), 2);
+    assert_eq!(space.published().memory().num_regions(), 2);
     assert_eq!(space.atomic().memory().num_regions(), 2);
     let told = space.with_listener(&id, |saboteur| saboteur.1.clone());
     assert_eq!(told.unwrap(), [1, 2]);

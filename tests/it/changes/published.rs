@@ -30,7 +30,7 @@ fn readers_and_the_mirror_see_the_same_memory_at_every_step() {
         }
     }
     let space = space();
-    let (readers, mirror) = (space.memory(), space.atomic());
+    let (readers, mirror) = (space.published(), space.atomic());
     let compares = Compares(readers.clone(), mirror.clone());
     space.attach("a", compares).unwrap();
     let same = || assert!(same(&readers.memory(), &mirror.memory()));
@@ -79,7 +79,7 @@ fn a_foreign_memory_in_the_mirror_is_an_error_once_and_is_put_back() {
     assert!(says_replaced(space.transaction().commit()));
     space.transaction().commit().told_all();
     drop(space.atomic().lock());
-    replace(GuestMemoryShm::clone(&space.memory().memory()));
+    replace(GuestMemoryShm::clone(&space.published().memory()));
     space.insert(region(4)).told_all();
 }
 
@@ -124,7 +124,7 @@ fn a_poisoned_mirror_is_written_to() {
 #[test]
 fn debug_shows_the_regions() {
     let space = space();
-    let shown = format!("{:?}", space.memory());
+    let shown = format!("{:?}", space.published());
     assert!(
         shown.starts_with("PublishedMemory(GuestMemoryShm ["),
         "{shown}"

@@ -72,7 +72,7 @@ impl World {
     }
 
     fn published(&self) -> GuestMemoryShm {
-        GuestMemoryShm::clone(&self.space.memory().memory())
+        GuestMemoryShm::clone(&self.space.published().memory())
     }
 
     /// Asserts that each listener holds what is published, or is called stale. Says whether one

@@ -279,7 +279,7 @@ pub(super) fn converse(mut random: Random) {
         look(&space, &daemons);
     }
     for _ in 0..8 {
-        let before = space.memory().memory().memory_table();
+        let before = space.published().memory().memory_table();
         let at = 2 * random.below(12);
         let start = GuestAddress(at * MIB);
         let changed: Result<(), Error> = match random.below(4) {
@@ -297,7 +297,7 @@ pub(super) fn converse(mut random: Random) {
         };
         if let Err(error) = changed {
             says_something(&error);
-            assert_eq!(space.memory().memory().memory_table(), before);
+            assert_eq!(space.published().memory().memory_table(), before);
         }
         look(&space, &daemons);
     }
@@ -351,7 +351,7 @@ fn negotiate(
 
 /// Asserts that each daemon was told what is published, by its own account, or is called stale.
 fn look(space: &AddressSpace, daemons: &[ListenerId<Share>]) {
-    let table = space.memory().memory().memory_table();
+    let table = space.published().memory().memory_table();
     for status in space.listeners().unwrap() {
         let id = daemons.iter().find(|id| status.is(id));
         let id = id.expect("it is one of these");

@@ -68,7 +68,7 @@ fn reconnect(
 
 /// The regions that readers see: address and file.
 fn published(space: &AddressSpace) -> Vec<(GuestAddress, u64)> {
-    let regions = space.memory().memory().arc_regions();
+    let regions = space.published().memory().arc_regions();
     let place =
         |region: &GuestRegionShm| (region.range().start_addr(), region.backing().identity().ino);
     regions.iter().map(|region| place(region)).collect()

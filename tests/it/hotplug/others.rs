@@ -173,7 +173,7 @@ fn every_region_has_a_descriptor_and_is_in_the_table() {
         let region = GuestRegionShm::new((GuestAddress(at * MIB), MIB), &options).unwrap();
         space.insert(region).told_all();
     }
-    let memory = space.memory().memory();
+    let memory = space.published().memory();
     assert!(memory.iter().all(|region| region.file_offset().is_some()));
     assert_eq!(memory.memory_table().regions().len(), memory.num_regions());
     assert_eq!(mapped(&daemon), published(&space));
@@ -190,7 +190,7 @@ fn what_is_no_ram_is_in_no_table() {
         .with_access(Access::ReadOnly);
     let _rom = GuestRom::new((GuestAddress(8 * MIB), MIB), &options).unwrap();
     assert!(GuestRegionShm::<()>::new((GuestAddress(8 * MIB), MIB), &options).is_err());
-    assert_eq!(space().memory().memory().memory_table().regions().len(), 1);
+    assert_eq!(space().published().memory().memory_table().regions().len(), 1);
 }
 
 /// QEMU: a daemon that refuses a region at hotplug is only logged, and the plug succeeds.

@@ -42,7 +42,7 @@ fn work(
     usable: &Usable,
     ended: &AtomicBool,
 ) -> u64 {
-    let memory = space.memory();
+    let memory = space.published();
     let rings = GuestAddress(0x1000 + worker * 0x4000);
     let mut driver = BlkDriver::new(memory.clone(), rings, 16)
         .unwrap()
@@ -141,7 +141,7 @@ fn scenario() {
             })
             .collect();
         for _ in 0..READERS {
-            let memory = space.memory();
+            let memory = space.published();
             scope.spawn(move || {
                 let _end = EndOnDrop(ended);
                 look(&memory, ended, seen);

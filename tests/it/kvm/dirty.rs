@@ -49,7 +49,7 @@ fn the_log_names_exactly_the_pages_that_the_guest_wrote() {
     }
     assert_eq!(machine.guest.reads(0x20 * PAGE), Some(0));
     // What the VMM writes is not KVM's to know.
-    let memory = machine.space.memory().memory().clone();
+    let memory = machine.space.published().memory().clone();
     memory.write_obj(1u8, GuestAddress(0x30 * PAGE)).unwrap();
     let written = [
         (0x10, 2),
@@ -182,7 +182,7 @@ fn a_log_that_cannot_be_stopped_everywhere_can_be_stopped_later() {
     let Some(mut machine) = Machine::new() else {
         return;
     };
-    let memory = machine.space.memory().memory().arc_regions();
+    let memory = machine.space.published().memory().arc_regions();
     machine.space.insert(region(PLUG, MIB)).told_all();
     machine.slots(KvmSlots::start_dirty_logging).unwrap();
     usurp(&machine, 0, &memory[0]);

@@ -79,7 +79,7 @@ fn stays_mapped() {
     let plugged = region(PLUG, MIB);
     let host = plugged.as_ptr().addr() as u64;
     machine.space.insert(plugged.clone()).told_all();
-    let first = machine.space.memory().memory().arc_regions().remove(0);
+    let first = machine.space.published().memory().arc_regions().remove(0);
     let first_host = first.as_ptr().addr() as u64;
     drop(first);
     // KVM says no to the removal of a slot that has been removed already.

@@ -64,7 +64,7 @@ pub(crate) fn boot() -> GuestRegionShm {
 /// The byte at `addr`, as the VMM sees it.
 pub(crate) fn byte_of(space: &AddressSpace, addr: u64) -> u8 {
     space
-        .memory()
+        .published()
         .memory()
         .read_obj(GuestAddress(addr))
         .unwrap()

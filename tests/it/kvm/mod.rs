@@ -22,6 +22,7 @@ mod fake;
 mod foreign;
 mod guest;
 mod hypervisor;
+mod numbers;
 mod plug;
 mod read_only;
 mod shared;
@@ -76,7 +77,7 @@ impl Machine {
     /// Asserts that the guest reaches RAM at `addr`, the very RAM that the VMM sees there.
     #[track_caller]
     fn reaches(&mut self, addr: u64) {
-        let memory = self.space.memory().memory().clone();
+        let memory = self.space.published().memory().clone();
         for byte in [0x5a, 0xc3] {
             assert!(self.guest.writes(addr, byte), "{addr:#x}");
             assert_eq!(byte_of(&self.space, addr), byte, "{addr:#x}");

@@ -173,7 +173,7 @@ fn a_guest_that_runs_does_not_notice_what_happens_elsewhere() {
         }
         runs.join().unwrap();
     });
-    let memory = machine.space.memory().memory().clone();
+    let memory = machine.space.published().memory().clone();
     let counted: u32 = memory.read_obj(GuestAddress(PLUG)).unwrap();
     assert_eq!(counted, TIMES, "after {changes} changes");
 }

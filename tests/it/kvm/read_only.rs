@@ -32,7 +32,7 @@ fn the_guest_reads_a_read_only_region_and_its_writes_exit() {
         machine.space.insert(region(start, MIB)).told_all();
     }
     for start in [PLUG, PLUG + 2 * MIB] {
-        let memory = machine.space.memory().memory().clone();
+        let memory = machine.space.published().memory().clone();
         memory.write_obj(0x42u8, GuestAddress(start)).unwrap();
         assert_eq!(machine.guest.reads(start), Some(0x42));
         assert!(!machine.guest.writes(start, 7));

@@ -118,7 +118,7 @@ fn a_reconnection_to_a_frontend_that_a_clone_waits_on_fails_in_time_and_leaves_t
 
 fn memory_of(space: &AddressSpace) -> GuestMemoryShm {
     use vm_memory::GuestAddressSpace;
-    GuestMemoryShm::clone(&space.memory().memory())
+    GuestMemoryShm::clone(&space.published().memory())
 }
 
 #[test]

@@ -140,7 +140,7 @@ fn the_kernel_follows_an_address_space_and_its_refusal_undoes_a_change() {
     space.attach("blk", peer.share().0).unwrap();
     space.attach("net", share(&backend)).unwrap();
     let both_hold = |space: &AddressSpace| {
-        let memory = space.memory().memory();
+        let memory = space.published().memory();
         backend.holds(&memory);
         peer.holds(&memory.memory_table());
         memory.num_regions()

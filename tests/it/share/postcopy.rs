@@ -178,7 +178,7 @@ fn qemu_storage_daemon_waits_for_late_pages_of_regions_that_were_acknowledged() 
     assert_eq!(starts, [0, 0, 10]);
 
     let (stop, stopped) = UnixStream::pair().unwrap();
-    let all = GuestMemoryShm::clone(&space.memory().memory());
+    let all = GuestMemoryShm::clone(&space.published().memory());
     let (pid, known) = (daemon.process.pid(), all.clone());
     let place = move |address| place_of(pid, &known, address);
     let resolver = thread::spawn(move || resolve(&faults, place, &stopped));

@@ -295,7 +295,7 @@ impl World {
 
     /// What the model says is what is there.
     pub(super) fn check(&self, context: &str) {
-        let memory = self.space.memory().memory();
+        let memory = self.space.published().memory();
         let places = |memory: &GuestMemoryShm| -> BTreeSet<u64> {
             let regions = memory.arc_regions();
             let place = |region: &Arc<GuestRegionShm>| region.range().start_addr().0 / MIB;
