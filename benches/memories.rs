@@ -1,6 +1,8 @@
 //! What the benches of accesses share: the two memories, the addresses, and the clock.
 
 use std::hint::black_box;
+use std::marker::PhantomData;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use criterion::measurement::WallTime;
@@ -14,6 +16,15 @@ const REGION_SIZE: u64 = 1 << 20;
 const STRIDE: u64 = 2 << 20;
 /// Addresses per measured batch.
 pub(crate) const BATCH: u64 = 256;
+
+pub(crate) const OPERATIONS: [&str; 6] = [
+    "read_obj",
+    "write_obj",
+    "load",
+    "get_slice",
+    "get_host_address",
+    "virtqueue",
+];
 
 pub(crate) const RAM: &str = "the address is RAM";
 
@@ -87,4 +98,73 @@ pub(crate) fn measure(
 #[inline(always)]
 pub(crate) fn fold(addresses: &[GuestAddress], access: impl Fn(GuestAddress) -> u64) -> u64 {
     addresses.iter().fold(0, |all, addr| all ^ access(*addr))
+}
+
+/// The operations, as seen by code that is generic over the memory, like virtio-queue and the
+/// devices on it.
+pub(crate) struct Operations<M>(PhantomData<M>);
+
+impl<M: GuestMemoryBackend> Operations<M> {
+    /// In the order of `OPERATIONS`.
+    pub(crate) const ALL: [fn(&M, &[GuestAddress]) -> u64; OPERATIONS.len()] = [
+        Self::read_obj,
+        Self::write_obj,
+        Self::load,
+        Self::get_slice,
+        Self::get_host_address,
+        Self::virtqueue,
+    ];
+
+    #[inline(never)]
+    fn read_obj(memory: &M, addresses: &[GuestAddress]) -> u64 {
+        fold(addresses, |addr| memory.read_obj::<u64>(addr).expect(RAM))
+    }
+
+    #[inline(never)]
+    fn write_obj(memory: &M, addresses: &[GuestAddress]) -> u64 {
+        fold(addresses, |addr| {
+            memory.write_obj(addr.0, addr).expect(RAM);
+            0
+        })
+    }
+
+    #[inline(never)]
+    fn load(memory: &M, addresses: &[GuestAddress]) -> u64 {
+        fold(addresses, |addr| {
+            memory.load::<u64>(addr, Ordering::Acquire).expect(RAM)
+        })
+    }
+
+    #[inline(never)]
+    fn get_slice(memory: &M, addresses: &[GuestAddress]) -> u64 {
+        fold(addresses, |addr| {
+            let slice = GuestMemoryBackend::get_slice(memory, addr, 8).expect(RAM);
+            slice.ptr_guard().as_ptr().addr() as u64
+        })
+    }
+
+    #[inline(never)]
+    fn get_host_address(memory: &M, addresses: &[GuestAddress]) -> u64 {
+        fold(addresses, |addr| {
+            memory.get_host_address(addr).expect(RAM).addr() as u64
+        })
+    }
+
+    /// What a device does for one request: it looks for an available descriptor, reads it and
+    /// the header that it points to, writes a status and the used element, and publishes it.
+    #[inline(never)]
+    fn virtqueue(memory: &M, addresses: &[GuestAddress]) -> u64 {
+        fold(addresses, |addr| {
+            let idx: u16 = memory.load(addr, Ordering::Acquire).expect(RAM);
+            let head: u16 = memory.read_obj(addr).expect(RAM);
+            let descriptor: [u64; 2] = memory.read_obj(addr).expect(RAM);
+            let kind: u32 = memory.read_obj(addr).expect(RAM);
+            memory.write_obj(0u8, addr).expect(RAM);
+            memory.write_obj([7u32, 512], addr).expect(RAM);
+            memory.write_obj(idx, addr).expect(RAM);
+            memory.write_obj(kind, addr).expect(RAM);
+            memory.store(idx, addr, Ordering::Release).expect(RAM);
+            descriptor[0] ^ u64::from(head)
+        })
+    }
 }

@@ -190,7 +190,10 @@ fn what_is_no_ram_is_in_no_table() {
         .with_access(Access::ReadOnly);
     let _rom = GuestRom::new((GuestAddress(8 * MIB), MIB), &options).unwrap();
     assert!(GuestRegionShm::<()>::new((GuestAddress(8 * MIB), MIB), &options).is_err());
-    assert_eq!(space().published().memory().memory_table().regions().len(), 1);
+    assert_eq!(
+        space().published().memory().memory_table().regions().len(),
+        1
+    );
 }
 
 /// QEMU: a daemon that refuses a region at hotplug is only logged, and the plug succeeds.
