@@ -5,7 +5,7 @@
 //! `cargo bench --bench access` ends with a table of the ratios of the two in this run; a filter
 //! (`-- write_obj`) leaves out what it does not name. Addresses are spread over all regions, so
 //! that a look-up cannot profit from the one before it. Calls on the concrete type have a bench of
-//! their own, `access_on_type`: in one program, each changes what the compiler inlines in the other.
+//! their own, `access_on_type`: in one program they change what the compiler inlines here.
 
 mod memories;
 

@@ -41,8 +41,8 @@ use crate::memory::GuestMemoryShm;
 /// [`AddressSpaceError::Reentrant`]. Calls from other threads wait for the change that is under
 /// way.
 ///
-/// Readers, such as the threads of virtqueues, take [`published`](Self::published) and hold it for a
-/// batch. They never wait for a change, and never see memory that a listener was not told of,
+/// Readers, such as the threads of virtqueues, take [`published`](Self::published) and hold it for
+/// a batch. They never wait for a change, and never see memory that a listener was not told of,
 /// except a stale one. A region that was removed stays mapped until the last of them lets go.
 ///
 /// ```

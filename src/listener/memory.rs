@@ -20,8 +20,8 @@ use crate::memory::GuestMemoryShm;
 ///
 /// Calls come from one thread at a time, but not always from the same one. The methods of the
 /// [`AddressSpace`](crate::AddressSpace) that makes them cannot be used meanwhile, except
-/// [`memory`](crate::AddressSpace::published) and [`atomic`](crate::AddressSpace::atomic): a change
-/// would wait for itself, and is
+/// [`published`](crate::AddressSpace::published) and [`atomic`](crate::AddressSpace::atomic): a
+/// change would wait for itself, and is
 /// [`AddressSpaceError::Reentrant`](crate::AddressSpaceError::Reentrant) instead. That is detected
 /// on the thread that makes the call: a listener that has *another* thread change the address
 /// space, and waits for it, waits indefinitely. A listener may change another address space. Two

@@ -1,6 +1,6 @@
 //! What several tests need: peers that may be missing, and processes.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -294,4 +294,17 @@ pub(crate) fn room_short(error: &Error) -> Option<(u64, u64)> {
     let short = error.shortage()?;
     let is_room = matches!(short.limit, ResourceLimit::FileSystem { .. });
     is_room.then_some((short.needed, short.left))
+}
+
+/// All files of Rust below a folder.
+pub(crate) fn sources(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let all = entries.flat_map(|path| match path.is_dir() {
+        true => sources(&path),
+        false => vec![path],
+    });
+    all.filter(|path| path.extension().is_some_and(|ext| ext == "rs"))
+        .collect()
 }

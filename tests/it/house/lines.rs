@@ -1,30 +1,16 @@
 //! Rules that each line of the sources keeps.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
 use super::src;
-
-/// All files of Rust below a folder.
-fn files(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
-    let files = entries.flat_map(|path| match path.is_dir() {
-        true => files(&path),
-        false => vec![path],
-    });
-    files
-        .filter(|path| path.extension().is_some_and(|ext| ext == "rs"))
-        .collect()
-}
+use crate::support::sources;
 
 /// The lines of all sources but comments, with the path below `src` of each, for which `broken`
 /// says that they break a rule.
 fn lines_that(broken: impl Fn(&str, &str) -> bool) -> Vec<String> {
     let source = src();
     let mut found = Vec::new();
-    for path in files(&source) {
+    for path in sources(&source) {
         let text = fs::read_to_string(&path).unwrap();
         let path = path.strip_prefix(&source).unwrap().to_str().unwrap();
         let code = text
@@ -41,7 +27,7 @@ fn lines_that(broken: impl Fn(&str, &str) -> bool) -> Vec<String> {
 fn written_lines_that(broken: impl Fn(&str) -> bool) -> Vec<String> {
     let mut found = Vec::new();
     for folder in ["src", "examples", "tests/it", "benches"] {
-        let all = files(&src().join("..").join(folder));
+        let all = sources(&src().join("..").join(folder));
         assert!(all.len() > 5, "{folder}: {all:?}");
         for path in all {
             let text = fs::read_to_string(&path).unwrap();

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::{skip, top};
+use crate::support::{skip, sources, top};
 
 /// A copy of a crate's tests, with our types in it.
 pub(super) struct Patched {
@@ -210,7 +210,7 @@ impl Patched {
         }";
         let dir = folder("virtio-queue");
         let mut tests = Vec::new();
-        for file in files(&upstream.join("src")) {
+        for file in sources(&upstream.join("src")) {
             let text = fs::read_to_string(&file).unwrap();
             let file = file.strip_prefix(upstream.join("src")).unwrap();
             let module = file.with_extension("").to_str().unwrap().replace('/', "::");
@@ -258,20 +258,6 @@ fn folder(name: &str) -> PathBuf {
         .join(name);
     fs::create_dir_all(dir.join("src")).unwrap();
     dir
-}
-
-/// All source files in a folder.
-fn files(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
-    let files = entries.flat_map(|path| match path.is_dir() {
-        true => files(&path),
-        false => vec![path],
-    });
-    files
-        .filter(|path| path.extension().is_some_and(|end| end == "rs"))
-        .collect()
 }
 
 /// Writes what is new, so that the rest need not be built again.
