@@ -1,0 +1,144 @@
+//! What a daemon was told, and in which way it did not do it.
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::range::GuestRange;
+use crate::units::{Counted, HumanSize};
+
+/// The cause of a failure, as the connection gave it.
+type Cause = Arc<dyn Error + Send + Sync>;
+
+/// What a daemon was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DaemonRequest {
+    /// GET_MAX_MEM_SLOTS: how many regions it takes.
+    GetMaxSlots,
+    /// SET_MEM_TABLE with this many regions.
+    SetTable(usize),
+    /// ADD_MEM_REG of this range.
+    AddRegion(GuestRange),
+    /// REM_MEM_REG of this range.
+    RemoveRegion(GuestRange),
+    /// SET_LOG_BASE with a log of this many bytes.
+    SetLog(u64),
+    /// Another message.
+    Other,
+}
+
+/// In which way a daemon did not do what it was told.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonFailure {
+    /// It answered, with a refusal.
+    #[error("refused")]
+    Refused(#[source] Cause),
+    /// It hung up, then or right after it.
+    #[error("hung up")]
+    HungUp(#[source] Cause),
+    /// It did not answer in this time.
+    #[error("no answer within {0:?}")]
+    Silent(Duration),
+    /// It answered something else; the two sides may be out of step.
+    #[error("an answer that does not fit the protocol")]
+    Protocol(#[source] Cause),
+    /// It answered as daemons do while postcopy listens, which the share was not told
+    /// ([`VhostUserShare::set_postcopy`](crate::VhostUserShare::set_postcopy)).
+    #[error("addresses for postcopy")]
+    NoPostcopy,
+}
+
+impl DaemonRequest {
+    /// Why a daemon refuses it, most likely.
+    fn likely_refusal(self) -> &'static str {
+        match self {
+            Self::RemoveRegion(_) => {
+                "it may not know the region by this address and size, or remove no regions at all"
+            }
+            _ => {
+                "it may be out of memory, address space or memory slots, or its policy (seals) \
+                 forbids it"
+            }
+        }
+    }
+}
+
+impl fmt::Display for DaemonRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::GetMaxSlots => f.write_str("say how many memory slots it has"),
+            Self::SetTable(regions) => {
+                write!(f, "take a memory table of {}", Counted(regions, "region"))
+            }
+            Self::AddRegion(range) => write!(f, "add the region {range}"),
+            Self::RemoveRegion(range) => write!(f, "remove the region {range}"),
+            Self::SetLog(size) => write!(f, "take a dirty log of {}", HumanSize(*size)),
+            Self::Other => f.write_str("answer"),
+        }
+    }
+}
+
+impl DaemonFailure {
+    /// It refuses, for this cause.
+    pub fn refused(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::Refused(Arc::from(cause.into()))
+    }
+
+    /// It hung up, as this cause shows.
+    pub fn hung_up(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::HungUp(Arc::from(cause.into()))
+    }
+
+    /// Its answer does not fit the protocol, as this cause shows.
+    pub fn protocol(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::Protocol(Arc::from(cause.into()))
+    }
+
+    /// Says what became of a request, and the way out.
+    pub(crate) fn explain(
+        &self,
+        request: DaemonRequest,
+        f: &mut fmt::Formatter<'_>,
+    ) -> fmt::Result {
+        match self {
+            Self::Refused(_) => {
+                let why = request.likely_refusal();
+                write!(f, "the daemon refused to {request}: {why}: look at its log")
+            }
+            Self::HungUp(_) => write!(
+                f,
+                "the daemon hung up when told to {request}: it died, or that is how it refuses; \
+                 restart it or reconnect to it"
+            ),
+            Self::Silent(limit) => {
+                let (told, remedy) = match request {
+                    DaemonRequest::Other => (String::new(), "time"),
+                    _ => (
+                        format!(" when told to {request}"),
+                        "with VhostUserShare::with_deadline",
+                    ),
+                };
+                write!(
+                    f,
+                    "the daemon did not answer within {limit:?}{told}: its connection is given \
+                     up, restart the daemon or allow more {remedy}"
+                )
+            }
+            Self::Protocol(_) => write!(
+                f,
+                "the daemon could not be made to {request}: its answer does not fit the protocol, \
+                 and its connection is given up; it is faulty, or the share was given protocol \
+                 features other than those acknowledged (SET_PROTOCOL_FEATURES)"
+            ),
+            Self::NoPostcopy => write!(
+                f,
+                "the daemon could not be made to {request}: it answered with addresses for \
+                 postcopy, and its connection is given up; if postcopy listens, say so before \
+                 (VhostUserShare::set_postcopy)"
+            ),
+        }
+    }
+}
