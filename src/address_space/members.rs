@@ -8,11 +8,10 @@ use super::attached::{Attached, Listeners};
 use super::error::{AddressSpaceError, AttachError, Result};
 use super::space::AddressSpace;
 use super::status::{ListenerId, ListenerStatus};
-use super::workers::{Call, panicked};
 use crate::listener::{ListenerError, MemoryListener};
 use crate::logs;
 use crate::memory::GuestMemoryShm;
-use crate::panics::{caught, discard};
+use crate::panics::caught;
 
 impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// Attaches a listener, after the others, and tells it the present memory. `name` is for
@@ -43,8 +42,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// # let connect = || -> Result<_, Box<dyn std::error::Error>> {
     /// #     let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
     /// #     let agreed = BlkDevice::negotiate(&mut frontend, Features::all())?;
-    /// #     let features = agreed.protocol_features();
-    /// #     Ok(VhostUserShare::new(frontend, features).with_deadline(Duration::from_millis(50)))
+    /// #     let share = VhostUserShare::new(&frontend, agreed.protocol_features())?;
+    /// #     Ok(share.with_deadline(Duration::from_millis(50)))
     /// # };
     /// # let share = connect()?;
     /// let boot = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
@@ -111,15 +110,14 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         let memory = self.publisher.current();
         let id = ListenerId::new();
         let mut attached = Attached::new(id.id, name, required, listener);
-        let asked = attached.ask_waits().map_err(|error| (error, false));
-        match asked.and_then(|()| attached.bring_up(&memory)) {
+        match attached.bring_up(&memory) {
             Ok(()) => {
                 logs::debug!("listener {:?} attached", attached.status.name);
                 listeners.all.push(attached);
                 Ok(id)
             }
             Err((error, told)) => {
-                let take_back = || attached.call(Call::Update, &GuestMemoryShm::new()).err();
+                let take_back = || attached.update(&GuestMemoryShm::new()).err();
                 let error = AddressSpaceError::Attach {
                     stale: told.then(take_back).flatten(),
                     listener: attached.status.name.clone(),
@@ -150,8 +148,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
 
     /// Runs a closure on a listener. No change happens meanwhile, as changes wait: so what may
     /// wait itself, such as a request to a daemon, needs a
-    #[cfg_attr(feature = "vhost-user", doc = "[deadline](crate::CallDeadline).")]
-    #[cfg_attr(not(feature = "vhost-user"), doc = "deadline.")]
+    /// deadline.
     /// Calls of this address space from `work` are [`AddressSpaceError::Reentrant`], except
     /// [`published`](Self::published) and [`atomic`](Self::atomic).
     ///
@@ -181,35 +178,29 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// [`AddressSpaceError::Refresh`]: it is stale, with this reason.
     /// [`AddressSpaceError::NoSuchListener`] and [`AddressSpaceError::Reentrant`].
     pub fn refresh<L: MemoryListener<B>>(&self, id: &ListenerId<L>) -> Result<()> {
-        self.refresh_after(id, |_| (), |_, _| ())
+        self.refresh_after(id, |_| Ok(()), |_, _| ())
     }
 
     /// Changes a listener and brings it up to date, without another change in between. Tells it
     /// the reason if that fails; a panic is a failure, of `work` as of the listener.
-    pub(super) fn refresh_after<L: MemoryListener<B>, T>(
+    pub(super) fn refresh_after<L: MemoryListener<B>>(
         &self,
         id: &ListenerId<L>,
-        work: impl FnOnce(&mut L) -> T,
+        work: impl FnOnce(&mut L) -> Result<(), ListenerError>,
         failed: impl FnOnce(&mut L, &ListenerError),
-    ) -> Result<T> {
+    ) -> Result<()> {
         let mut listeners = self.lock()?;
         let memory = self.publisher.current();
         let at = listeners.place_of(id)?;
         let attached = &mut listeners.all[at];
         let listener = attached.downcast();
         let listener = listener.ok_or(AddressSpaceError::NoSuchListener)?;
-        let error = match caught(|| work(listener)) {
-            Err(panic) => panicked(&panic),
-            Ok(done) => match attached.bring_up(&memory) {
-                Ok(()) => {
-                    attached.status.stale = None;
-                    return Ok(done);
-                }
-                Err((error, _)) => {
-                    discard(done);
-                    error
-                }
-            },
+        let done = caught(|| work(listener));
+        let done = done.unwrap_or_else(|panic| Err(ListenerError::panicked(&panic)));
+        let told = done.and_then(|()| attached.bring_up(&memory).map_err(|(error, _)| error));
+        let Err(error) = told else {
+            attached.status.stale = None;
+            return Ok(());
         };
         attached.become_stale(error.clone(), false);
         if let Some(listener) = attached.downcast() {
@@ -245,9 +236,7 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
 impl<B: Bitmap + Send + Sync + 'static> Attached<B> {
     /// Asks it, and tells it. A failure says whether it was told.
     fn bring_up(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), (ListenerError, bool)> {
-        for (call, told) in [(Call::Check, false), (Call::Update, true)] {
-            self.call(call, memory).map_err(|error| (error, told))?;
-        }
-        Ok(())
+        self.check(memory).map_err(|error| (error, false))?;
+        self.update(memory).map_err(|error| (error, true))
     }
 }

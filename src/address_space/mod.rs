@@ -13,7 +13,6 @@ mod reconnect;
 mod space;
 mod status;
 mod transaction;
-mod workers;
 
 pub use error::{AddressSpaceError, AttachError};
 pub use published::PublishedMemory;

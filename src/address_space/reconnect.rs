@@ -8,11 +8,12 @@ use super::error::AddressSpaceError;
 use super::error::Result;
 use super::space::AddressSpace;
 use super::status::ListenerId;
-use crate::vhost_user::share::{DaemonConnection, VhostUserShare};
+use crate::listener::ListenerError;
+use crate::vhost_user::share::VhostUserShare;
+use crate::vhost_user::wire::DaemonSocket;
 
 impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
-    /// Goes on with a new connection to a daemon, and tells it the present memory; gives back the
-    /// old connection.
+    /// Goes on with a new connection to a daemon, and tells it the present memory.
     ///
     /// It is told the memory only. The VMM tells it the rest again: before this call the virtio
     /// features (but `VHOST_F_LOG_ALL` after it, as the log comes with the memory), after it the
@@ -25,22 +26,27 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// [handler](VhostUserShare::with_base_handler) is told.
     ///
     /// Most daemons serve one frontend at a time: the old connection must have ended before they
-    /// answer on the new one. That of a daemon that is away has.
+    /// answer on the new one. So drop its frontend first: of a daemon that is away nobody else has
+    /// it.
     ///
     /// # Errors
     ///
-    /// Those of [`refresh`](Self::refresh); the new connection is closed then, and so is the old
-    /// one: the daemon is away, as before. With [`AddressSpaceError::NoSuchListener`] and
-    /// [`AddressSpaceError::Reentrant`] only the new one is closed, and the daemon is what it was.
-    pub fn reconnect<F: DaemonConnection + Send + 'static>(
+    /// Those of [`refresh`](Self::refresh): the daemon is away, as before. With
+    /// [`AddressSpaceError::NoSuchListener`] and [`AddressSpaceError::Reentrant`] the daemon is
+    /// what it was.
+    pub fn reconnect(
         &self,
-        id: &ListenerId<VhostUserShare<F>>,
-        sink: F,
+        id: &ListenerId<VhostUserShare>,
+        socket: impl DaemonSocket,
         features: Features,
-    ) -> Result<F> {
+    ) -> Result<()> {
         self.refresh_after(
             id,
-            |share| share.reconnect(sink, features),
+            |share| {
+                share
+                    .reconnect(socket, features)
+                    .map_err(ListenerError::away)
+            },
             |share, error| share.give_up(error.reason().to_owned()),
         )
     }

@@ -21,7 +21,7 @@ use crate::memory::GuestMemoryShm;
 /// 1. Every listener is asked whether it can hold the new memory.
 /// 2. Regions that go are taken from the readers: a memory without them is published.
 /// 3. The listeners are told, in the order in which they were attached; neighbours that
-///    [wait](crate::MemoryListener::waits) for another process are told side by side.
+///    [wait](crate::MemoryListener::begin_update) for another process are told side by side.
 /// 4. The new memory is published.
 ///
 /// If a listener refuses, those already told are put back, in reverse, and the old memory stays
@@ -58,7 +58,7 @@ use crate::memory::GuestMemoryShm;
 /// # let daemon = MockDaemon::builder().start_unnamed()?;
 /// # let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
 /// # let features = BlkDevice::negotiate(&mut frontend, Features::all())?.protocol_features();
-/// let disk = space.attach("disk0", VhostUserShare::new(frontend, features))?;
+/// let disk = space.attach("disk0", VhostUserShare::new(&frontend, features)?)?;
 ///
 /// // A device's thread.
 /// let memory = space.published();

@@ -244,8 +244,8 @@ struct Change<'a, B: Bitmap + Send + Sync + 'static> {
     publisher: &'a Publisher<B>,
     listeners: &'a mut Listeners<B>,
     before: &'a GuestMemoryShm<B>,
-    /// The groups that were told, or are being told.
-    told: Vec<Vec<usize>>,
+    /// Those that were told, or are being told, in order.
+    told: Vec<usize>,
     complete: bool,
 }
 

@@ -51,6 +51,11 @@ impl ListenerError {
         }
     }
 
+    /// What a listener answers that panicked.
+    pub(crate) fn panicked(message: &str) -> Self {
+        Self::refused(format!("it panicked: {message}"))
+    }
+
     /// Names the region at which it failed.
     #[must_use]
     pub fn at(mut self, range: GuestRange) -> Self {

@@ -1,8 +1,10 @@
 //! What must know the guest's memory, and how it is told.
 
 use std::any::Any;
+use std::time::Instant;
 
 use super::error::ListenerError;
+use super::exchange::Exchange;
 use crate::memory::GuestMemoryShm;
 
 /// A part of the VMM that must know the guest's memory at all times: a vhost-user daemon, the
@@ -79,11 +81,19 @@ pub trait MemoryListener<B = ()>: Any + Send {
     /// before, tells it to undo that.
     fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError>;
 
-    /// Whether telling it means waiting for another process.
+    /// Begins to make what it holds equal to `memory`, without waiting: for a listener that waits
+    /// for another process. `None`, as it is unless implemented: [`update`](Self::update) does it,
+    /// which is not called otherwise. It is asked each time that it is to be told something.
     ///
-    /// Asked once, when it is attached. Neighbours in the order of attachment that wait are told
-    /// side by side: they cost the time of the slowest, not the sum.
-    fn waits(&self) -> bool {
-        false
+    /// Neighbours in the order of attachment that begin are told side by side, by one thread
+    /// ([`Exchange`]). What [`update`](Self::update) promises holds when the exchange has ended.
+    /// A deadline of the listener's own counts from `begun`: when the change was begun, less the
+    /// time of listeners that have no exchange.
+    fn begin_update<'a>(
+        &'a mut self,
+        _memory: &GuestMemoryShm<B>,
+        _begun: Instant,
+    ) -> Option<Box<dyn Exchange + 'a>> {
+        None
     }
 }

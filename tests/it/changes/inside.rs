@@ -1,7 +1,11 @@
 //! Calls of the address space from inside of its own changes, which would wait for themselves.
 
+use std::cell::{Cell, RefCell};
+use std::io;
 use std::sync::Weak;
 use std::thread;
+
+use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 
 use super::*;
 
@@ -35,10 +39,10 @@ fn all_refuse(space: &AddressSpace, id: Option<&ListenerId<Script>>) {
     assert!(shown.contains("a change is under way"), "{shown}");
 }
 
-/// Does something whenever it is told.
+/// Does something whenever it is called.
 struct Does<F> {
     what: F,
-    waits: bool,
+    in_steps: bool,
 }
 
 impl<F: FnMut() + Send + 'static> MemoryListener for Does<F> {
@@ -50,8 +54,48 @@ impl<F: FnMut() + Send + 'static> MemoryListener for Does<F> {
         (self.what)();
         Ok(())
     }
-    fn waits(&self) -> bool {
-        self.waits
+    fn begin_update<'a>(
+        &'a mut self,
+        _: &GuestMemoryShm,
+        _: Instant,
+    ) -> Option<Box<dyn Exchange + 'a>> {
+        if !self.in_steps {
+            return None;
+        }
+        (self.what)();
+        let calls = Cell::new(0);
+        let what = RefCell::new(&mut self.what);
+        Some(Box::new(DoesInSteps { what, calls }))
+    }
+}
+
+/// Does something at each of its four calls, the last of which is its drop.
+struct DoesInSteps<'a, F: FnMut()> {
+    what: RefCell<&'a mut F>,
+    calls: Cell<usize>,
+}
+
+impl<F: FnMut()> DoesInSteps<'_, F> {
+    fn call(&self) -> usize {
+        (self.what.borrow_mut())();
+        self.calls.set(self.calls.get() + 1);
+        self.calls.get()
+    }
+}
+
+impl<F: FnMut()> Exchange for DoesInSteps<'_, F> {
+    fn advance(&mut self, _: Instant) -> Option<Result<(), ListenerError>> {
+        (self.call() > 1).then_some(Ok(()))
+    }
+    fn waits_for(&self) -> WaitFor<'_> {
+        self.call();
+        WaitFor::moment(Instant::now())
+    }
+}
+
+impl<F: FnMut()> Drop for DoesInSteps<'_, F> {
+    fn drop(&mut self) {
+        self.call();
     }
 }
 
@@ -59,7 +103,7 @@ impl<F: FnMut() + Send + 'static> MemoryListener for Does<F> {
 fn meddler(
     space: &Arc<AddressSpace>,
     id: &ListenerId<Script>,
-    waits: bool,
+    in_steps: bool,
     calls: &Arc<Mutex<usize>>,
 ) -> Does<impl FnMut() + Send + 'static> {
     let (space, id, calls) = (Arc::downgrade(space), id.clone(), calls.clone());
@@ -68,25 +112,25 @@ fn meddler(
             all_refuse(&Weak::upgrade(&space).unwrap(), Some(&id));
             *calls.lock().unwrap() += 1;
         },
-        waits,
+        in_steps,
     }
 }
 
 #[test]
 fn a_listener_that_calls_the_address_space_is_told_so() {
-    // Two that wait are told by two threads, one of which is a worker.
-    for waits in [false, true] {
+    // Told: by one call, or by five of an exchange.
+    for (in_steps, told) in [(false, 1), (true, 5)] {
         let (space, log, calls) = (Arc::new(space()), Said::default(), Arc::default());
         let id = space.attach("a", script("a", &log)).unwrap();
         for name in ["b", "c", "d"] {
-            let meddler = meddler(&space, &id, waits, &calls);
+            let meddler = meddler(&space, &id, in_steps, &calls);
             space.attach(name, meddler).unwrap();
         }
         *calls.lock().unwrap() = 0;
         space.insert(region(4)).told_all();
         space.remove((GuestAddress(4 * MIB), MIB)).told_all();
-        // Asked and told.
-        assert_eq!(*calls.lock().unwrap(), 3 * 2 * 2);
+        // Each is asked and told, twice.
+        assert_eq!(*calls.lock().unwrap(), 3 * 2 * (1 + told));
         assert_eq!(present(&space), [0]);
         assert_eq!(space.listeners().unwrap().len(), 4);
         let shown = format!("{space:?}");
@@ -159,7 +203,7 @@ fn what_is_dropped_or_displayed_in_a_change_cannot_call_it_either() {
 fn a_listener_may_change_another_address_space_but_not_by_way_of_it_its_own() {
     let (first, second) = (Arc::new(space()), Arc::new(space()));
     let calls = Arc::new(Mutex::new(0));
-    // Its listeners are told by two threads.
+    // Its listeners are told side by side.
     for name in ["a", "b"] {
         let (first, calls) = (Arc::downgrade(&first), Arc::clone(&calls));
         let meddles = Does {
@@ -171,7 +215,7 @@ fn a_listener_may_change_another_address_space_but_not_by_way_of_it_its_own() {
                     *calls.lock().unwrap() += 1;
                 }
             },
-            waits: true,
+            in_steps: true,
         };
         second.attach(name, meddles).unwrap();
     }
@@ -189,15 +233,16 @@ fn a_listener_may_change_another_address_space_but_not_by_way_of_it_its_own() {
             "c",
             Does {
                 what: changes,
-                waits: false,
+                in_steps: false,
             },
         )
         .unwrap();
     *calls.lock().unwrap() = 0;
     first.insert(region(4)).told_all();
-    // Two changes of the second, one when the listener is asked and one when it is told.
+    // Two changes of the second, one when the listener is asked and one when it is told: in each,
+    // both are asked, and told by five calls.
     assert_eq!(present(&second).len(), 1 + 4);
-    assert_eq!(*calls.lock().unwrap(), 2 * 2 * 2);
+    assert_eq!(*calls.lock().unwrap(), 2 * 2 * (1 + 5));
 }
 
 #[test]
@@ -217,7 +262,7 @@ fn other_threads_wait_for_a_change_and_go_on_after_it() {
             "a",
             Does {
                 what: starts,
-                waits: false,
+                in_steps: false,
             },
         )
         .unwrap();
@@ -227,49 +272,58 @@ fn other_threads_wait_for_a_change_and_go_on_after_it() {
     assert_eq!(present(&space), [0, 4, 8]);
 }
 
+/// A daemon while postcopy listens: it has as many slots as it likes, takes everything, and gives
+/// the base 7.
+pub(super) fn listens(mut socket: UnixStream) -> io::Result<()> {
+    const GET_FEATURES: u32 = 1;
+    const ADD_MEM_REG: u32 = 37;
+    let mut header = [0; 12];
+    loop {
+        socket.read_exact(&mut header)?;
+        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+        let mut body = vec![0; word(8) as usize];
+        socket.read_exact(&mut body)?;
+        let answer = match word(0) {
+            // The acknowledgement of a base.
+            ADD_MEM_REG if body.len() == 8 => continue,
+            ADD_MEM_REG => {
+                body[24..32].copy_from_slice(&7_u64.to_ne_bytes());
+                body
+            }
+            GET_FEATURES | 36 => 8_u64.to_ne_bytes().to_vec(),
+            _ => vec![0; 8],
+        };
+        let header = [word(0), 1 | 4, answer.len() as u32].map(u32::to_ne_bytes);
+        socket.write_all(&[header.as_flattened(), &answer].concat())?;
+    }
+}
+
 #[test]
 fn a_handler_of_bases_cannot_call_it_either() {
-    use vhost::vhost_user::VhostUserProtocolFeatures as Features;
-
-    /// A daemon while postcopy listens.
-    struct Listens;
-    impl DaemonConnection for Listens {
-        fn request_acks(&mut self) {}
-        fn set_mem_table(&mut self, _: &[TableRegion]) -> Result<Option<Vec<u64>>, DaemonFailure> {
-            unreachable!("it has slots")
-        }
-        fn add_mem_region(&mut self, _: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
-            Ok(Some(7))
-        }
-        fn remove_mem_region(&mut self, _: &TableRegion) -> Result<(), DaemonFailure> {
-            Ok(())
-        }
-        fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
-            Ok(8)
-        }
-        fn acknowledge_bases(&mut self, _: DaemonRequest) -> Result<(), DaemonFailure> {
-            Ok(())
-        }
-        fn barrier(&mut self) -> Result<(), DaemonFailure> {
-            Ok(())
-        }
-        /// It could wait, and so is told by a worker beside another.
-        fn disconnector(&self) -> Option<Disconnector> {
-            Some(Disconnector::new(|| ()))
-        }
-    }
     let (space, calls) = (Arc::new(space()), Arc::new(Mutex::new(0)));
     let features = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
-    for name in ["a", "b"] {
+    let attach = |name| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let daemon = thread::spawn(|| listens(theirs));
         let (inner, calls) = (Arc::downgrade(&space), Arc::clone(&calls));
-        let handler = move |_, _| {
+        let handler = move |_, base| {
+            assert_eq!(base, 7);
             all_refuse(&inner.upgrade().unwrap(), None);
             *calls.lock().unwrap() += 1;
         };
-        let share = VhostUserShare::new(Listens, features).with_base_handler(handler);
+        let share = VhostUserShare::new(ours, features).unwrap();
+        let mut share = share.with_deadline(PATIENCE).with_base_handler(handler);
+        share.set_postcopy(true);
         space.attach(name, share).unwrap();
-    }
-    *calls.lock().unwrap() = 0;
-    space.insert(region(4)).told_all();
+        daemon
+    };
+    let daemons = ["a", "b"].map(attach);
     assert_eq!(*calls.lock().unwrap(), 2);
+    space.insert(region(4)).told_all();
+    assert_eq!(*calls.lock().unwrap(), 4);
+    drop(space);
+    for daemon in daemons {
+        // It was hung up on.
+        daemon.join().unwrap().unwrap_err();
+    }
 }

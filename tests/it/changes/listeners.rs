@@ -1,74 +1,22 @@
-//! Listeners: side by side, attached and detached, by regions.
+//! Listeners: attached and detached, by regions.
 
 use super::*;
-
-/// It returns only when all of them have been told.
-struct Meets(Arc<Barrier>, usize);
-
-impl MemoryListener for Meets {
-    fn check(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
-        Ok(())
-    }
-    fn update(&mut self, memory: &GuestMemoryShm) -> Result<(), ListenerError> {
-        if memory.num_regions() > 1 {
-            self.0.wait();
-            self.1 += 1;
-        }
-        Ok(())
-    }
-    fn waits(&self) -> bool {
-        true
-    }
-}
-
-#[test]
-fn neighbours_that_wait_are_told_side_by_side() {
-    let space = space();
-    let barrier = Arc::new(Barrier::new(5));
-    let ids: Vec<_> = (0..5)
-        .map(|at| {
-            space
-                .attach(format!("{at}"), Meets(barrier.clone(), 0))
-                .unwrap()
-        })
-        .collect();
-    for _ in 0..50 {
-        space.insert(region(4)).told_all();
-        space.remove((GuestAddress(4 * MIB), MIB)).told_all();
-    }
-    for id in ids {
-        assert_eq!(space.detach(id).unwrap().1, 50);
-    }
-}
-
-#[test]
-fn one_that_does_not_wait_parts_its_neighbours() {
-    let (space, log) = (space(), Said::default());
-    for (name, waits) in [("a", true), ("b", false), ("c", true)] {
-        let one = Script {
-            waits,
-            ..script(name, &log)
-        };
-        space.attach(name, one).unwrap();
-    }
-    said(&log);
-    space.insert(region(4)).told_all();
-    let order: Vec<_> = said(&log).into_iter().map(|(who, _)| who).collect();
-    assert_eq!(order, ["a", "b", "c"]);
-}
 
 #[test]
 fn attaching_undoes_itself_and_gives_the_listener_back() {
     let (space, log) = (space(), Said::default());
-    let refusing = Script {
-        answers: vec![(1, refused)],
-        ..script("a", &log)
-    };
-    let error = space.attach("a", refusing).unwrap_err();
-    let text = "it was not attached: listener \"a\" refuses the memory: no room";
-    assert_eq!(chain(&error), text);
-    assert!(error.into_listener().held.is_empty());
-    assert_eq!(said(&log).last().unwrap().1, "[]");
+    for told in both_ways() {
+        let refusing = Script {
+            answers: vec![(1, refused)],
+            told,
+            ..script("a", &log)
+        };
+        let error = space.attach("a", refusing).unwrap_err();
+        let text = "it was not attached: listener \"a\" refuses the memory: no room";
+        assert_eq!(chain(&error), text);
+        assert!(error.into_listener().held.is_empty());
+        assert_eq!(said(&log).last().unwrap().1, "[]");
+    }
 
     // One that was only asked is not told anything.
     let full = Script {

@@ -18,13 +18,9 @@ fn they_are_told_in_order_and_undone_in_reverse() {
     said(&log);
 
     let error = space.insert(region(4)).unwrap_err();
-    let told: Vec<_> = said(&log)
-        .into_iter()
-        .map(|(who, what)| format!("{who}{what}"))
-        .collect();
     // c may hold a part of what it refused.
     assert_eq!(
-        told,
+        lines(&log),
         ["a[0, 4]", "b[0, 4]", "c[0, 4]", "c[0]", "b[0]", "a[0]"]
     );
     assert_eq!(present(&space), [0]);
@@ -194,7 +190,8 @@ fn removing_many_regions_costs_no_more_than_inserting_them() {
 
 #[test]
 fn who_is_away_lags_or_stops_everything() {
-    for stops in [false, true] {
+    let both = both_ways().into_iter();
+    for (told, stops) in both.flat_map(|told| [(told.clone(), false), (told, true)]) {
         let (space, log) = (space(), Said::default());
         let a = space.attach("a", script("a", &log)).unwrap();
         let dying = Script {
@@ -204,6 +201,7 @@ fn who_is_away_lags_or_stops_everything() {
             } else {
                 vec![(2, away)]
             },
+            told: told.clone(),
             ..script("b", &log)
         };
         let b = attach_as(&space, "b", stops, dying).unwrap();
@@ -249,64 +247,33 @@ fn who_is_away_lags_or_stops_everything() {
 
 #[test]
 fn who_cannot_be_put_back_is_stale_until_the_next_change() {
-    let (space, log) = (space(), Said::default());
-    let stuck = Script {
-        answers: vec![(3, refused)],
-        ..script("a", &log)
-    };
-    let a = space.attach("a", stuck).unwrap();
-    let refusing = Script {
-        answers: vec![(2, refused)],
-        ..script("b", &log)
-    };
-    space.attach("b", refusing).unwrap();
-    let error = space.insert(region(4)).unwrap_err();
-    assert!(
-        error.to_string().starts_with(
-            "nothing was changed, but \"a\" is stale (it could not be put back: no room): \
-             listener \"b\""
-        ),
-        "{error}"
-    );
-    assert_eq!(held(&space, &a, all), [0, 4]);
-    assert_eq!(present(&space), [0]);
-    space.insert(region(6)).told_all();
-    assert_eq!(held(&space, &a, all), [0, 6]);
-    assert!(space.listeners().unwrap()[0].stale().is_none());
-}
-
-#[test]
-fn a_listener_that_panics_refuses() {
-    struct Panics(bool);
-    impl MemoryListener for Panics {
-        fn check(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
-            Ok(())
-        }
-        fn update(&mut self, memory: &GuestMemoryShm) -> Result<(), ListenerError> {
-            assert!(memory.num_regions() < 2, "as it was told to");
-            Ok(())
-        }
-        fn waits(&self) -> bool {
-            self.0
-        }
-    }
-    // Here, and beside another, on another thread.
-    for waits in [false, true] {
+    for told in both_ways() {
         let (space, log) = (space(), Said::default());
-        space.attach("a", Panics(waits)).unwrap();
-        let other = Script {
-            waits,
+        let stuck = Script {
+            answers: vec![(3, refused)],
+            told: told.clone(),
+            ..script("a", &log)
+        };
+        let a = space.attach("a", stuck).unwrap();
+        let refusing = Script {
+            answers: vec![(2, refused)],
+            told,
             ..script("b", &log)
         };
-        let b = space.attach("b", other).unwrap();
+        space.attach("b", refusing).unwrap();
         let error = space.insert(region(4)).unwrap_err();
-        let error = chain(&error);
-        assert!(error.contains("\"a\" refuses"), "{error}");
-        assert!(error.contains("panicked"), "{error}");
-        assert_eq!(held(&space, &b, all), [0]);
+        assert!(
+            error.to_string().starts_with(
+                "nothing was changed, but \"a\" is stale (it could not be put back: no room): \
+             listener \"b\""
+            ),
+            "{error}"
+        );
+        assert_eq!(held(&space, &a, all), [0, 4]);
         assert_eq!(present(&space), [0]);
-        let stale = |listener: &ListenerStatus| listener.stale().is_some();
-        assert!(!space.listeners().unwrap().iter().any(stale));
+        space.insert(region(6)).told_all();
+        assert_eq!(held(&space, &a, all), [0, 6]);
+        assert!(space.listeners().unwrap()[0].stale().is_none());
     }
 }
 

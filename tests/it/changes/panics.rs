@@ -79,20 +79,20 @@ const FAULTS: [(bool, fn() -> ListenerError); 6] = [
 #[test]
 fn an_error_that_panics_is_a_reason_like_any_other() {
     for (away, error) in FAULTS {
-        // Told by itself, and beside another, on another thread.
-        for waits in [false, true] {
+        // Told by itself, and beside another.
+        for told in both_ways() {
             let (space, log) = (space(), Said::default());
             let a = space.attach("a", script("a", &log)).unwrap();
             let faulty = Script {
                 answers: vec![(2, error)],
-                waits,
+                told: told.clone(),
                 ..script("b", &log)
             };
             let b = space.attach("b", faulty).unwrap();
             let c = Script {
                 // No listener after one that refuses is told, unless at the same time.
-                answers: Vec::from_iter((away || waits).then_some((2, error))),
-                waits,
+                answers: Vec::from_iter((away || told.is_in_steps()).then_some((2, error))),
+                told,
                 ..script("c", &log)
             };
             let c = space.attach_required("c", c).unwrap();
@@ -171,23 +171,44 @@ fn who_cannot_be_put_back_with_an_error_that_panics_is_stale() {
     }
 }
 
+/// Where a listener panics.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Place {
+    /// When it is told at once.
+    Update,
+    /// When it begins to be told in steps.
+    Begin,
+    /// At the first step.
+    First,
+    Later,
+    WaitsFor,
+}
+
+pub(super) const PLACES: [Place; 5] = [
+    Place::Update,
+    Place::Begin,
+    Place::First,
+    Place::Later,
+    Place::WaitsFor,
+];
+
 /// It panics at one call of each kind, and counts what it is told.
 pub(super) struct Panics {
     pub(super) check: bool,
     /// At these updates.
     pub(super) updates: Vec<usize>,
     pub(super) told: usize,
-    pub(super) waits: bool,
+    pub(super) place: Place,
     pub(super) held: Vec<u64>,
     pub(super) how: fn(),
 }
 
-pub(super) fn panics(updates: &[usize], waits: bool, how: fn()) -> Panics {
+pub(super) fn panics(updates: &[usize], place: Place, how: fn()) -> Panics {
     Panics {
         check: false,
         updates: updates.to_vec(),
         told: 0,
-        waits,
+        place,
         held: Vec::new(),
         how,
     }
@@ -203,13 +224,47 @@ impl MemoryListener for Panics {
     fn update(&mut self, memory: &GuestMemoryShm) -> Result<(), ListenerError> {
         self.told += 1;
         self.held = mib(memory);
-        if self.updates.contains(&self.told) {
-            (self.how)();
-        }
+        self.panic_at(Place::Update);
         Ok(())
     }
-    fn waits(&self) -> bool {
-        self.waits
+    fn begin_update<'a>(
+        &'a mut self,
+        memory: &GuestMemoryShm,
+        _begun: Instant,
+    ) -> Option<Box<dyn Exchange + 'a>> {
+        if self.place == Place::Update {
+            return None;
+        }
+        self.told += 1;
+        self.held = mib(memory);
+        self.panic_at(Place::Begin);
+        Some(Box::new(Falls(self, 0)))
+    }
+}
+
+impl Panics {
+    fn panic_at(&self, place: Place) {
+        if self.place == place && self.updates.contains(&self.told) {
+            (self.how)();
+        }
+    }
+}
+
+/// An exchange of two steps.
+struct Falls<'a>(&'a mut Panics, usize);
+
+impl Exchange for Falls<'_> {
+    fn advance(&mut self, _: Instant) -> Option<Result<(), ListenerError>> {
+        self.1 += 1;
+        self.0.panic_at(match self.1 {
+            1 => Place::First,
+            _ => Place::Later,
+        });
+        (self.1 > 1).then_some(Ok(()))
+    }
+    fn waits_for(&self) -> WaitFor<'_> {
+        self.0.panic_at(Place::WaitsFor);
+        WaitFor::moment(Instant::now())
     }
 }
 
@@ -219,15 +274,24 @@ pub(super) const WAYS: [(fn(), &str); 3] = [
     (|| panic_any(Bomb), "no text"),
 ];
 
+/// How its neighbour is told.
+fn beside(place: Place) -> Told {
+    let [at_once, in_steps] = both_ways();
+    match place {
+        Place::Update => at_once,
+        _ => in_steps,
+    }
+}
+
 #[test]
 fn a_payload_that_panics_when_it_is_dropped_spoils_no_later_change() {
     for (how, text) in WAYS {
-        for waits in [false, true] {
+        for place in PLACES {
             let (space, log) = (space(), Said::default());
             let a = space.attach("a", script("a", &log)).unwrap();
-            let b = space.attach("b", panics(&[2], waits, how)).unwrap();
+            let b = space.attach("b", panics(&[2], place, how)).unwrap();
             let beside = Script {
-                waits,
+                told: beside(place),
                 ..script("c", &log)
             };
             let c = space.attach("c", beside).unwrap();
@@ -252,14 +316,14 @@ fn a_payload_that_panics_when_it_is_dropped_spoils_no_later_change() {
 #[test]
 fn who_panics_when_put_back_is_stale_and_the_others_are_put_back() {
     for (how, text) in WAYS {
-        for waits in [false, true] {
+        for place in PLACES {
             let (space, log) = (space(), Said::default());
             let a = space.attach("a", script("a", &log)).unwrap();
             // Told, put back.
-            space.attach("b", panics(&[3], waits, how)).unwrap();
+            space.attach("b", panics(&[3], place, how)).unwrap();
             let refusing = Script {
                 answers: vec![(2, refused)],
-                waits,
+                told: beside(place),
                 ..script("c", &log)
             };
             space.attach("c", refusing).unwrap();

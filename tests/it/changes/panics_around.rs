@@ -1,57 +1,59 @@
 //! Panics around changes: when listeners come and go, are used and refreshed; in listeners of
-//! regions, in bitmaps, and in connections.
+//! regions, in bitmaps, and in sockets.
 
 use std::cell::Cell;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
+use guest_memory_shm::mock::{BlkDevice, MockDaemon};
+use nix::errno::Errno;
+use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::bitmap::Bitmap;
 
-use super::panics::{Bomb, WAYS, panics};
+use super::inside::listens;
+use super::panics::{Bomb, PLACES, WAYS, panics};
 use super::*;
 
 #[test]
 fn a_listener_that_panics_when_it_is_attached_is_given_back() {
-    struct Shy;
-    impl MemoryListener for Shy {
-        fn check(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
-            Ok(())
-        }
-        fn update(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
-            unreachable!("it was never attached")
-        }
-        fn waits(&self) -> bool {
-            panic!("a listener's bug")
-        }
-    }
     let space = space();
-    let error = space.attach("a", Shy).unwrap_err();
-    assert!(
-        chain(&error).contains("it panicked: a listener's bug"),
-        "{error}"
-    );
-    let Shy = error.into_listener();
+    for place in PLACES {
+        let error = space
+            .attach("a", panics(&[1], place, WAYS[0].0))
+            .unwrap_err();
+        let text = chain(&error);
+        assert!(text.contains("it panicked: a listener's bug"), "{text}");
+        // What it was told was taken back.
+        let listener = error.into_listener();
+        assert_eq!((listener.told, &listener.held), (2, &vec![]), "{place:?}");
+    }
 
     // It panics at what it is told, and when that is taken back.
-    let error = space
-        .attach("b", panics(&[1, 2], false, WAYS[2].0))
-        .unwrap_err();
-    assert!(error.to_string().contains("\"b\" is stale"), "{error}");
-    assert_eq!(error.into_listener().told, 2);
+    for place in PLACES {
+        let error = space.attach("b", panics(&[1, 2], place, WAYS[2].0));
+        let error = error.unwrap_err();
+        assert!(error.to_string().contains("\"b\" is stale"), "{error}");
+        assert_eq!(error.into_listener().told, 2);
+    }
     assert!(space.listeners().unwrap().is_empty());
     space.insert(region(4)).told_all();
 }
 
 #[test]
 fn who_panics_when_refreshed_is_stale_until_it_does_not() {
-    let space = space();
-    let a = space.attach("a", panics(&[2], false, WAYS[2].0)).unwrap();
-    let error = chain(&space.refresh(&a).unwrap_err());
-    assert!(error.contains("it panicked"), "{error}");
-    let status = space.listeners().unwrap().remove(0).to_string();
-    assert!(status.contains("it panicked"), "{status}");
-    space.refresh(&a).unwrap();
-    assert!(space.listeners().unwrap()[0].stale().is_none());
+    for place in PLACES {
+        let space = space();
+        let a = space.attach("a", panics(&[2], place, WAYS[2].0)).unwrap();
+        let error = chain(&space.refresh(&a).unwrap_err());
+        assert!(error.contains("it panicked"), "{error}");
+        let status = space.listeners().unwrap().remove(0).to_string();
+        assert!(status.contains("it panicked"), "{status}");
+        space.refresh(&a).unwrap();
+        assert!(space.listeners().unwrap()[0].stale().is_none());
+    }
 }
 
 #[test]
@@ -75,9 +77,6 @@ fn listeners_that_panic_when_they_are_dropped_are_all_dropped() {
         }
         fn update(&mut self, _: &GuestMemoryShm) -> Result<(), ListenerError> {
             Ok(())
-        }
-        fn waits(&self) -> bool {
-            true
         }
     }
     impl Drop for Last {
@@ -247,47 +246,80 @@ fn a_memory_that_panics_when_it_is_dropped_by_a_publication_does_not_stop_it() {
 }
 
 #[test]
-fn a_connection_that_panics_when_it_is_taken_leaves_the_daemon_away() {
-    use vhost::vhost_user::VhostUserProtocolFeatures as Features;
-
-    struct Sink(bool);
-    impl DaemonConnection for Sink {
-        fn request_acks(&mut self) {
-            assert!(!self.0, "a connection's bug");
-        }
-        fn set_mem_table(&mut self, _: &[TableRegion]) -> Result<Option<Vec<u64>>, DaemonFailure> {
-            Ok(None)
-        }
-        fn add_mem_region(&mut self, _: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
-            Ok(None)
-        }
-        fn remove_mem_region(&mut self, _: &TableRegion) -> Result<(), DaemonFailure> {
-            Ok(())
-        }
-        fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
-            Ok(8)
-        }
-        fn barrier(&mut self) -> Result<(), DaemonFailure> {
-            Ok(())
-        }
-        fn disconnector(&self) -> Option<Disconnector> {
-            None
+fn a_socket_that_cannot_be_had_or_panics_when_it_is_taken_leaves_the_daemon_away() {
+    /// It panics, or there is no descriptor for it.
+    struct Faulty(bool);
+    impl DaemonSocket for Faulty {
+        fn into_socket(self) -> io::Result<OwnedFd> {
+            assert!(!self.0, "a socket's bug");
+            Err(io::Error::from_raw_os_error(Errno::EMFILE as i32))
         }
     }
     let space = space();
+    let daemon = MockDaemon::builder().start_unnamed().unwrap();
+    let connect = || {
+        let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 1);
+        let wanted = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
+        let features = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
+        (frontend, features.protocol_features())
+    };
+    let (frontend, features) = connect();
+    let share = VhostUserShare::new(&frontend, features).unwrap();
+    let id = space.attach("daemon", share).unwrap();
+    drop(frontend);
+    for (panics, text) in [(true, "it panicked: a socket's bug"), (false, "ulimit -n")] {
+        let error = chain(&space.reconnect(&id, Faulty(panics), features).unwrap_err());
+        assert!(error.contains(text), "{error}");
+        let status = space.listeners().unwrap().remove(0).to_string();
+        assert!(status.contains(text), "{status}");
+        // It is away, and so it lags; nothing is left of the connection from before.
+        daemon.wait_disconnected(PATIENCE).unwrap();
+        let report = space.insert(region(4)).unwrap();
+        assert!(report.stale()[0].is(&id));
+
+        let (frontend, features) = connect();
+        space.reconnect(&id, &frontend, features).unwrap();
+        assert_eq!(daemon.table().len(), 2);
+        space.remove((GuestAddress(4 * MIB), MIB)).told_all();
+    }
+}
+
+#[test]
+fn a_handler_of_bases_that_panics_breaks_its_share_and_the_change_is_undone() {
     let features = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
-    let share = VhostUserShare::new(Sink(false), features);
-    let daemon = space.attach("daemon", share).unwrap();
-    let failed = space.reconnect(&daemon, Sink(true), features);
-    let error = chain(&failed.map(drop).unwrap_err());
-    assert!(error.contains("it panicked: a connection's bug"), "{error}");
-    let status = space.listeners().unwrap().remove(0).to_string();
-    assert!(status.contains("a connection's bug"), "{status}");
-    // It is away, and so it lags.
-    let report = space.insert(region(4)).unwrap();
-    assert!(report.stale()[0].is(&daemon));
-    let Sink(panics) = space.reconnect(&daemon, Sink(false), features).unwrap();
-    assert!(panics, "it is the one from before");
-    let held = space.with_listener(&daemon, |share| share.table().regions().len());
-    assert_eq!(held.unwrap(), 2);
+    let connect = || {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let daemon = thread::spawn(|| listens(theirs));
+        let handler = |range: GuestRange, _| {
+            assert!(range.start_addr().0 != 4 * MIB, "a handler's bug");
+        };
+        let share = VhostUserShare::new(ours, features).unwrap();
+        let mut share = share.with_deadline(PATIENCE).with_base_handler(handler);
+        share.set_postcopy(true);
+        (share, daemon)
+    };
+    let (space, log) = (space(), Said::default());
+    let a = space.attach("a", script("a", &log)).unwrap();
+    let (share, daemon) = connect();
+    let b = space.attach("b", share).unwrap();
+    let error = chain(&space.insert(region(4)).unwrap_err());
+    assert!(error.contains("\"b\" refuses"), "{error}");
+    assert!(error.contains("a handler's bug"), "{error}");
+    assert_eq!(held(&space, &a, all), [0]);
+    let broken = space.with_listener(&b, |share| share.broken().map(ToString::to_string));
+    assert_eq!(broken.unwrap().unwrap(), "the handler of bases panicked");
+    assert!(space.listeners().unwrap()[1].stale().is_some());
+    // It was hung up on before it was acknowledged.
+    daemon.join().unwrap().unwrap_err();
+
+    // Without an address space it is an error, too.
+    let (mut share, daemon) = connect();
+    let memory = |at| GuestMemoryShm::from_regions(vec![region(at)]).unwrap();
+    share.update_memory(&memory(2)).unwrap();
+    for _ in 0..2 {
+        let error = share.update_memory(&memory(4)).unwrap_err();
+        assert!(matches!(error, ShareError::Broken { .. }), "{error}");
+        assert!(error.to_string().contains("the handler of bases panicked"));
+    }
+    daemon.join().unwrap().unwrap_err();
 }

@@ -69,7 +69,7 @@ fn changes() {
     assert!(LINES.load(Ordering::Relaxed) > before, "nothing was logged");
     assert!(report.stale()[0].is(&second) && report.stale().len() == 1);
     all_map(&[&daemons[0], &daemons[2]]);
-    drop(reconnect(&space, &second, &daemons[1]).unwrap());
+    reconnect(&space, &second, &daemons[1]).unwrap();
     all_map(&[&daemons[0], &daemons[1], &daemons[2]]);
 
     // One that must not be away stops the change.
@@ -78,7 +78,7 @@ fn changes() {
     space.remove((GuestAddress(8 * MIB), MIB)).unwrap_err();
     assert_eq!(published(&space).len(), 3);
     all_map(&[&daemons[1], &daemons[2]]);
-    drop(reconnect(&space, &first, &daemons[0]).unwrap());
+    reconnect(&space, &first, &daemons[0]).unwrap();
     drop(space.detach(first).unwrap());
     space.remove((GuestAddress(8 * MIB), MIB)).told_all();
     all_map(&[&daemons[1], &daemons[2]]);

@@ -15,15 +15,17 @@ use vm_memory::{GuestAddress, GuestAddressSpace};
 use crate::support::ToldAll;
 
 mod logger;
+mod many;
 mod model;
 mod others;
+mod tasks;
 mod threads;
 
 const MIB: u64 = 1 << 20;
 /// For what comes at once unless something is wrong.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-type Share = VhostUserShare<Frontend>;
+type Share = VhostUserShare;
 
 /// A region of 1 MiB.
 fn region(at_mib: u64) -> GuestRegionShm {
@@ -40,18 +42,16 @@ fn connect(daemon: &MockDaemon) -> (Frontend, BlkDevice) {
     (frontend, device)
 }
 
+/// A share with the only copy of its socket: nothing else keeps the connection.
 fn share(daemon: &MockDaemon, limit: Duration) -> Share {
     let (frontend, device) = connect(daemon);
-    VhostUserShare::new(frontend, device.protocol_features()).with_deadline(limit)
+    let share = VhostUserShare::new(&frontend, device.protocol_features());
+    share.unwrap().with_deadline(limit)
 }
 
 /// Changes the deadline of a daemon that is attached.
 fn set_limit(space: &AddressSpace, id: &ListenerId<Share>, limit: Duration) {
-    let changed = space.with_listener(id, |share| {
-        let (unread, _) = UnixStream::pair().unwrap();
-        let place = Share::new(Frontend::from_stream(unread, 1), Features::empty());
-        *share = std::mem::replace(share, place).with_deadline(limit);
-    });
+    let changed = space.with_listener(id, |share| share.set_deadline(limit));
     changed.unwrap();
 }
 
@@ -60,10 +60,10 @@ fn reconnect(
     space: &AddressSpace,
     id: &ListenerId<Share>,
     daemon: &MockDaemon,
-) -> Result<Frontend, AddressSpaceError> {
+) -> Result<(), AddressSpaceError> {
     daemon.wait_disconnected(PATIENCE).unwrap();
     let (frontend, device) = connect(daemon);
-    space.reconnect(id, frontend, device.protocol_features())
+    space.reconnect(id, &frontend, device.protocol_features())
 }
 
 /// The regions that readers see: address and file.

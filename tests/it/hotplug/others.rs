@@ -113,8 +113,9 @@ fn a_guest_that_grew_past_eight_regions_reconnects() {
         .start_unnamed()
         .unwrap();
     let (frontend, device) = connect(&simple);
-    let done = space.reconnect(&id, frontend, device.protocol_features());
-    let error = chain(&done.map(drop).unwrap_err());
+    let done = space.reconnect(&id, &frontend, device.protocol_features());
+    drop(frontend);
+    let error = chain(&done.unwrap_err());
     assert!(error.contains("21 regions"), "{error}");
     assert_eq!(changes(&simple), [""; 0]);
     assert!(space.listeners().unwrap()[0].is(&id));

@@ -36,7 +36,7 @@ type Usable = RwLock<Vec<u64>>;
 /// compares. Both pages lie in regions that may be used now, and are the worker's own.
 fn work(
     worker: u64,
-    device: &BlkDevice,
+    (mut frontend, device): (Frontend, BlkDevice),
     space: &AddressSpace,
     id: &ListenerId<Share>,
     usable: &Usable,
@@ -50,9 +50,7 @@ fn work(
     let start = |share: &mut Share| {
         let table = share.table().clone();
         device
-            .start_queue(share.connection_mut(), 0, &driver, |addr| {
-                table.user_addr(addr)
-            })
+            .start_queue(&mut frontend, 0, &driver, |addr| table.user_addr(addr))
             .unwrap();
     };
     space.with_listener(id, start).unwrap();
@@ -118,12 +116,12 @@ fn scenario() {
                 .unwrap()
         })
         .collect();
-    let ids: Vec<_> = daemons
+    let devices: Vec<_> = daemons
         .iter()
         .map(|daemon| {
             let (frontend, device) = connect(daemon);
-            let share = VhostUserShare::new(frontend, device.protocol_features());
-            (device, space.attach("device", share).unwrap())
+            let share = VhostUserShare::new(&frontend, device.protocol_features()).unwrap();
+            ((frontend, device), space.attach("device", share).unwrap())
         })
         .collect();
     let seen = AtomicU64::new(0);
@@ -132,11 +130,11 @@ fn scenario() {
         // However this ends, the others end too.
         let _end = EndOnDrop(ended);
         let workers: Vec<_> = (0u64..)
-            .zip(&ids)
+            .zip(devices)
             .map(|(worker, (device, id))| {
                 scope.spawn(move || {
                     let _end = EndOnDrop(ended);
-                    work(worker, device, space, id, usable, ended)
+                    work(worker, device, space, &id, usable, ended)
                 })
             })
             .collect();

@@ -63,12 +63,15 @@ impl World {
                 if objection.is_some() {
                     break;
                 }
+                let mut begins = true;
                 if there(group) {
                     told.push(group);
                     let mood = updates[group].pop_front().flatten();
                     objection = self.members[group].takes(mood);
+                    begins = mood.is_none_or(Mood::begins);
                 }
-                if group == 1 {
+                // Those that are told beside it begin after it.
+                if group == 1 && begins {
                     let daemons = self.daemons_told(&next);
                     objection = objection.or(daemons);
                 }

@@ -6,8 +6,11 @@ use std::fmt;
 use std::panic::panic_any;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Once, Weak};
+use std::time::Instant;
 
-use guest_memory_shm::{AddressSpace, GuestMemoryShm, ListenerError, MemoryListener};
+use guest_memory_shm::{
+    AddressSpace, Exchange, GuestMemoryShm, ListenerError, MemoryListener, WaitFor,
+};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::super::MIB;
@@ -19,11 +22,19 @@ const ON_PURPOSE: &str = "on purpose";
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Mood {
     /// With text.
-    Panics,
+    Panics(Place),
     /// With a payload whose drop panics.
-    PanicsTwice,
+    PanicsTwice(Place),
     Refuses(Faulty),
     Leaves(Faulty),
+}
+
+/// Where one panics that is told in steps; any other does it as soon as it is told.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Place {
+    Begin,
+    Step,
+    WaitsFor,
 }
 
 /// What of an error panics.
@@ -40,11 +51,25 @@ impl Mood {
         matches!(self, Mood::Leaves(_))
     }
 
-    pub(super) fn pick(number: u64) -> Mood {
-        let faulty = [Faulty::Display, Faulty::Source, Faulty::Drop][(number / 4 % 3) as usize];
-        match number % 4 {
-            0 => Mood::Panics,
-            1 => Mood::PanicsTwice,
+    /// Whether one that is told in steps begins, at least.
+    pub(super) fn begins(self) -> bool {
+        self.place() != Some(Place::Begin)
+    }
+
+    fn place(self) -> Option<Place> {
+        match self {
+            Mood::Panics(place) | Mood::PanicsTwice(place) => Some(place),
+            _ => None,
+        }
+    }
+
+    /// One of four, and one of the three kinds of each.
+    pub(super) fn pick(number: u64, kind: u64) -> Mood {
+        let faulty = [Faulty::Display, Faulty::Source, Faulty::Drop][kind as usize];
+        let place = [Place::Begin, Place::Step, Place::WaitsFor][kind as usize];
+        match number {
+            0 => Mood::Panics(place),
+            1 => Mood::PanicsTwice(place),
             2 => Mood::Refuses(faulty),
             _ => Mood::Leaves(faulty),
         }
@@ -52,8 +77,8 @@ impl Mood {
 
     fn answer(self) -> ListenerError {
         match self {
-            Mood::Panics => panic!("{ON_PURPOSE}"),
-            Mood::PanicsTwice => panic_any(Bomb),
+            Mood::Panics(_) => panic!("{ON_PURPOSE}"),
+            Mood::PanicsTwice(_) => panic_any(Bomb),
             Mood::Refuses(faulty) => ListenerError::refused(Cause(faulty)),
             Mood::Leaves(faulty) => ListenerError::away(Cause(faulty)),
         }
@@ -112,7 +137,7 @@ pub(super) struct Plan {
 pub(super) struct Moody {
     pub(super) plan: Arc<Mutex<Plan>>,
     pub(super) space: Weak<AddressSpace>,
-    pub(super) waits: bool,
+    pub(super) in_steps: bool,
 }
 
 impl Moody {
@@ -125,6 +150,53 @@ impl Moody {
         assert!(space.transaction().commit().is_err());
         drop(format!("{space:?}"));
     }
+
+    /// Notes what it is told, and how it is to take that.
+    fn hear(&self, memory: &GuestMemoryShm) -> Option<Mood> {
+        self.meddle();
+        let mut plan = self.plan.lock().unwrap();
+        let starts = GuestMemoryBackend::iter(memory).map(|region| region.start_addr().0 / MIB);
+        plan.held = starts.collect();
+        plan.updates.pop_front().flatten()
+    }
+}
+
+/// A listener that is told in two steps.
+struct Hears<'a> {
+    moody: &'a Moody,
+    mood: Option<Mood>,
+    is_first: bool,
+}
+
+impl Hears<'_> {
+    fn panic_at(&self, place: Place) {
+        self.moody.meddle();
+        if let Some(mood) = self.mood.filter(|mood| mood.place() == Some(place)) {
+            drop(mood.answer());
+        }
+    }
+}
+
+impl Exchange for Hears<'_> {
+    fn advance(&mut self, _: Instant) -> Option<Result<(), ListenerError>> {
+        self.moody.meddle();
+        if std::mem::take(&mut self.is_first) {
+            return None;
+        }
+        self.panic_at(Place::Step);
+        let mood = self.mood.take();
+        Some(mood.map_or(Ok(()), |mood| Err(mood.answer())))
+    }
+    fn waits_for(&self) -> WaitFor<'_> {
+        self.panic_at(Place::WaitsFor);
+        WaitFor::moment(Instant::now())
+    }
+}
+
+impl Drop for Hears<'_> {
+    fn drop(&mut self) {
+        self.moody.meddle();
+    }
 }
 
 impl MemoryListener for Moody {
@@ -136,19 +208,25 @@ impl MemoryListener for Moody {
     }
 
     fn update(&mut self, memory: &GuestMemoryShm) -> Result<(), ListenerError> {
-        self.meddle();
-        let mood = {
-            let mut plan = self.plan.lock().unwrap();
-            let starts =
-                GuestMemoryBackend::iter(memory).map(|region| region.start_addr().0 / MIB);
-            plan.held = starts.collect();
-            plan.updates.pop_front().flatten()
-        };
+        let mood = self.hear(memory);
         mood.map_or(Ok(()), |mood| Err(mood.answer()))
     }
 
-    fn waits(&self) -> bool {
-        self.waits
+    fn begin_update<'a>(
+        &'a mut self,
+        memory: &GuestMemoryShm,
+        _: Instant,
+    ) -> Option<Box<dyn Exchange + 'a>> {
+        if !self.in_steps {
+            return None;
+        }
+        let hears = Hears {
+            mood: self.hear(memory),
+            moody: self,
+            is_first: true,
+        };
+        hears.panic_at(Place::Begin);
+        Some(Box::new(hears))
     }
 }
 

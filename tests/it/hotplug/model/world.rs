@@ -57,13 +57,13 @@ impl World {
         let space = Arc::new(space());
         let recorder = RegionAdapter::new(Recorder(BTreeSet::new()));
         let recorder = space.attach("recorder", recorder).unwrap();
-        let attach = |(name, waits)| {
+        let attach = |(name, in_steps)| {
             let required = random.below(2) == 1;
             let plan = Arc::new(Mutex::new(Plan::default()));
             let moody = Moody {
                 plan: Arc::clone(&plan),
                 space: Arc::downgrade(&space),
-                waits,
+                in_steps,
             };
             Member {
                 id: attach_as(&space, name, required, moody).unwrap(),
@@ -110,7 +110,7 @@ impl World {
     }
 
     fn some_mood(&mut self) -> Mood {
-        Mood::pick(self.random.below(12))
+        Mood::pick(self.random.below(4), self.random.below(3))
     }
 
     /// One of those with moods gets some, for what comes next.
@@ -154,7 +154,7 @@ impl World {
         let moody = Moody {
             plan: Arc::clone(&plan),
             space: Arc::downgrade(&self.space),
-            waits: true,
+            in_steps: self.random.below(2) == 1,
         };
         let error = self.space.attach("new", moody).unwrap_err();
         let (error, _moody) = error.into_parts();
@@ -237,7 +237,7 @@ impl World {
         let done = reconnect(&self.space, &peer.id, &peer.daemon);
         peer.state = State::Holds(BTreeSet::new());
         match peer.answer(&self.present) {
-            Answer::Takes => drop(done.unwrap()),
+            Answer::Takes => done.unwrap(),
             Answer::Refuses => expect_failure(done, &peer.name, false, "reconnect"),
             Answer::Leaves => expect_failure(done, &peer.name, true, "reconnect"),
         }
