@@ -62,7 +62,9 @@
 //! | `stats` | [`MemoryStats`], [`Extents`]: which RAM is allocated, where, and by which pages |
 //! | `vhost_user::table` | `MemoryTable`: what a daemon is told, as plain data; `TableView`: how much of it |
 //! | [`vhost_user::receive`] | the daemon's end: checks and maps a memory table that was sent |
-//! | `vhost_user::share` | `VhostUserShare`: one daemon's view kept equal to a table, its dirty log, and in-kernel vhost |
+//! | `vhost_user::wire` | messages about memory, on a socket that is never waited on; `DaemonFailure` |
+//! | `vhost_user::share` | `VhostUserShare`: one daemon's view kept equal to a table, and its dirty log |
+//! | `vhost_user::kernel` | `KernelVhost`: the same for vhost inside the kernel |
 //! | `address_space` | [`AddressSpace`]: memory that changes, published to readers and told to listeners |
 //! | `kvm` | `KvmSlots`, with the feature `kvm`: the memory slots of KVM, or of any `HypervisorVm`, kept equal to the memory; `SlotNumbers` |
 //! | `error` | the root [`Error`], a sum of the errors of the modules above |
@@ -102,9 +104,9 @@
 //!    listener, a callback or the logger panics. One that is away, and was not attached as
 //!    [required](AddressSpace::attach_required), is left out and named ([`ChangeReport::stale`]);
 //!    so is one that could not be put back. They are told everything when they are back.
-//! 9. No wait for another process without a deadline. It is one for each message; and what a
-//!    listener of the VMM's own does, or [`AddressSpace::with_listener`] is given to do, is not
-//!    covered.
+//! 9. No wait for another process without a deadline. A change has one for all messages and all
+//!    daemons, and undoing it has another. *Except* for what a listener of the VMM's own does, or
+//!    [`AddressSpace::with_listener`] is given to do.
 //! 10. No page that a daemon noted in its dirty log is missing from what is harvested until the
 //!     log is stopped, whatever becomes of the daemon or its connection. Too many pages is
 //!     allowed, and said.
@@ -122,9 +124,9 @@
 //! in `mapping` (mmap and its kin, and the words with a guard that dirty logs are read into), in
 //! `region` (the volatile slice that vm-memory wants made from a pointer), in `kvm` (the host
 //! addresses that a hypervisor is given, which stay mapped as long as it has them; the calls that
-//! read and clear dirty logs; `HypervisorVm`, whose implementations promise the same), in `share`
-//! (the socket of vhost's `Frontend`, borrowed by its number), and in the mock (descriptors
-//! received from a socket).
+//! read and clear dirty logs; `HypervisorVm`, whose implementations promise the same), in `wire`
+//! (the socket of vhost's `Frontend`, borrowed by its number, and descriptors received from one),
+//! and in the mock (descriptors received from a socket).
 //!
 //! # What it does not do
 //!
@@ -207,7 +209,9 @@ pub use kvm::{
     DirtyPages, HypervisorVm, KvmError, KvmSlot, KvmSlots, LogBuffer, SlotChange, SlotFlags,
     SlotMapping, SlotNumber, SlotNumbers,
 };
-pub use listener::{ListenerError, MemoryListener, RegionAdapter, RegionListener};
+pub use listener::{
+    Exchange, ListenerError, MemoryListener, RegionAdapter, RegionListener, WaitFor,
+};
 pub use memory::{GuestMemoryShm, GuestMemoryShmBuilder};
 pub use options::{
     Access, BackingSource, CoreDump, DiscardData, NumaPolicy, OnShortage, PageSize, Populate,
@@ -222,12 +226,15 @@ pub use rom::GuestRom;
 pub use shortage::{ResourceLimit, Shortage};
 pub use stats::{Extents, MemoryStats, RegionStats, StatsError};
 #[cfg(feature = "vhost-user")]
+pub use vhost_user::kernel::KernelVhost;
+#[cfg(feature = "vhost-user")]
 pub use vhost_user::share::{
-    CallDeadline, DaemonConnection, DaemonFailure, DaemonLog, DaemonRequest, Disconnector,
-    FormerDaemon, KernelVhost, ShareError, ShareReport, StoppedLog, VhostUserShare,
+    DaemonLog, FormerDaemon, ShareError, ShareReport, StoppedLog, VhostUserShare,
 };
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::table::{MemoryTable, SlotLimit, TableError, TableRegion, TableView};
+#[cfg(feature = "vhost-user")]
+pub use vhost_user::wire::{DaemonFailure, DaemonRequest, DaemonSocket};
 
 /// Pages for those who begin; with the features `kvm` and `mock`, whose types they name.
 #[cfg(all(any(doc, doctest), feature = "kvm", feature = "mock"))]

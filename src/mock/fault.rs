@@ -25,6 +25,13 @@ pub enum Fault {
     NeverAnswerAfter,
     /// The change is applied, and its answer is none of the protocol. The connection stays.
     AnswerNonsense,
+    /// The change is applied, and its answer comes twice. The connection stays.
+    AnswerTwice,
+    /// The change is applied. In place of its answer, one comes to a request that nobody made. The
+    /// connection stays.
+    AnswerOther,
+    /// The change is applied, and the daemon hangs up within its answer.
+    HangUpWithinAnswer,
     /// The change is not applied and the daemon hangs up.
     HangUpBefore,
     /// The change is applied and the daemon hangs up without having answered.
@@ -41,6 +48,9 @@ impl Fault {
             Self::AnswerLate(_)
             | Self::NeverAnswerAfter
             | Self::AnswerNonsense
+            | Self::AnswerTwice
+            | Self::AnswerOther
+            | Self::HangUpWithinAnswer
             | Self::HangUpAfter => true,
             Self::Refuse | Self::NeverAnswer | Self::HangUpBefore | Self::AnswerThenHangUp => {
                 false

@@ -37,6 +37,9 @@ const MAX_TABLE_REGIONS: usize = 8;
 const DONE: u64 = 0;
 const REFUSED: u64 = 1;
 
+/// How much of an answer there is that is cut off: more than the header.
+const CUT_OFF: usize = 15;
+
 /// Relays between the two sockets of `link` until either side hangs up or a fault does.
 pub(super) fn relay(link: &Arc<Link>, shared: &Arc<Shared>) -> io::Result<()> {
     let barrier = Arc::new(Barrier::default());
@@ -51,15 +54,19 @@ pub(super) fn relay(link: &Arc<Link>, shared: &Arc<Shared>) -> io::Result<()> {
                 result
             })?
     };
-    let requests = Gate {
+    let mut gate = Gate {
         link,
         shared,
         barrier: &barrier,
         receiver: Receiver::new(),
         reply_ack: false,
+        regions: 0,
+        daemon_ended: false,
+    };
+    let requests = gate.relay_requests();
+    if !gate.daemon_ended {
+        link.hang_up();
     }
-    .relay_requests();
-    link.hang_up();
     let answers = answers
         .join()
         .unwrap_or_else(|_| Err(io::Error::other("the answering thread panicked")));
@@ -74,6 +81,10 @@ struct Gate<'a> {
     receiver: Receiver,
     /// REPLY_ACK was offered and acknowledged.
     reply_ack: bool,
+    /// How many regions the daemon has, once it has handled all that was passed on.
+    regions: usize,
+    /// It hung up. What it answered before has yet to be passed on, which ends the connection.
+    daemon_ended: bool,
 }
 
 impl Gate<'_> {
@@ -90,6 +101,8 @@ impl Gate<'_> {
     fn relay(&mut self, mut message: Message) -> io::Result<ControlFlow<()>> {
         match message.code() {
             Some(FrontendReq::SET_LOG_BASE) if !has_room(&message) => {
+                // What it was told before is answered.
+                self.pass_barrier()?;
                 return Ok(ControlFlow::Break(()));
             }
             Some(FrontendReq::SET_LOG_BASE) => return self.set_log(message),
@@ -103,9 +116,13 @@ impl Gate<'_> {
         self.pass(&message)
     }
 
-    fn pass(&self, message: &Message) -> io::Result<ControlFlow<()>> {
-        message.send(&self.link.inner)?;
-        Ok(ControlFlow::Continue(()))
+    fn pass(&mut self, message: &Message) -> io::Result<ControlFlow<()>> {
+        let sent = message.send(&self.link.inner);
+        self.daemon_ended = sent.as_ref().is_err_and(is_hang_up);
+        match self.daemon_ended {
+            true => Ok(ControlFlow::Break(())),
+            false => sent.map(ControlFlow::Continue),
+        }
     }
 
     fn receive(&mut self) -> io::Result<Option<Message>> {
@@ -135,8 +152,11 @@ impl Gate<'_> {
         let fault = self.shared.state().faults.next(At::Table);
         let fault = match fault {
             Some(fault) => fault,
-            None if !has_room(&message) || self.exceeds_limits(&message)? => Fault::Refuse,
-            None => return self.pass(&message),
+            None if !has_room(&message) || self.exceeds_limits(&message) => Fault::Refuse,
+            None => {
+                self.count(&message);
+                return self.pass(&message);
+            }
         };
         let refuses_by = wants_answer.then_some(REFUSED);
         self.misbehave(message, fault, wants_answer, refuses_by)
@@ -176,6 +196,7 @@ impl Gate<'_> {
             false => Ok(()),
         };
         if fault.applies() {
+            self.count(&message);
             self.apply(message)?;
         }
         let stays = match fault {
@@ -193,6 +214,20 @@ impl Gate<'_> {
                 nonsense.body.resize(16, 0x5a);
                 nonsense.send(&self.link.front).map(|()| true)?
             }
+            Fault::AnswerTwice => answer(DONE).and_then(|()| answer(DONE)).map(|()| true)?,
+            Fault::AnswerOther => {
+                let other = FrontendReq::GET_QUEUE_NUM.into();
+                Message::answer(other, 1)
+                    .send(&self.link.front)
+                    .map(|()| true)?
+            }
+            Fault::HangUpWithinAnswer => {
+                if wants_answer {
+                    let done = Message::answer(request, DONE);
+                    done.send_part(&self.link.front, CUT_OFF)?;
+                }
+                false
+            }
             Fault::NeverAnswer | Fault::NeverAnswerAfter => {
                 while self.receive()?.is_some() {}
                 false
@@ -206,21 +241,26 @@ impl Gate<'_> {
 
     /// Whether a daemon with this mock's limits would refuse the change. vhost-user-backend itself
     /// takes tables of 32 regions and does not count slots.
-    fn exceeds_limits(&self, message: &Message) -> io::Result<bool> {
-        Ok(match LoggedRequest::of(message) {
+    fn exceeds_limits(&self, message: &Message) -> bool {
+        match LoggedRequest::of(message) {
             LoggedRequest::SetMemTable(regions) => regions.len() > MAX_TABLE_REGIONS,
-            LoggedRequest::AddMemRegion(_) => match self.shared.options.max_mem_slots {
-                Some(limit) => {
-                    // Earlier changes may still be under way where no answers are waited for.
-                    if !self.reply_ack || !message.wants_answer() {
-                        self.pass_barrier()?;
-                    }
-                    self.shared.state().table.len() as u64 >= limit
-                }
-                None => false,
-            },
+            LoggedRequest::AddMemRegion(_) => {
+                let limit = self.shared.options.max_mem_slots;
+                limit.is_some_and(|limit| self.regions as u64 >= limit)
+            }
             _ => false,
-        })
+        }
+    }
+
+    /// Counts the regions that the daemon will have. Earlier changes may still be under way, so it
+    /// cannot be asked; and at one that it refuses by itself it hangs up.
+    fn count(&mut self, message: &Message) {
+        self.regions = match LoggedRequest::of(message) {
+            LoggedRequest::SetMemTable(regions) => regions.len(),
+            LoggedRequest::AddMemRegion(_) => self.regions + 1,
+            LoggedRequest::RemoveMemRegion(_) => self.regions.saturating_sub(1),
+            _ => self.regions,
+        };
     }
 
     /// Has the daemon apply the change and returns once it has, without an answer.
@@ -266,6 +306,13 @@ fn relay_answers(link: &Link, shared: &Shared, barrier: &Barrier) -> io::Result<
         message.send(&link.front)?;
     }
     Ok(())
+}
+
+fn is_hang_up(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
+    )
 }
 
 /// Whether the files that came with a message are as long as the message says: to touch what is

@@ -33,14 +33,14 @@
 //! let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
 //! let device = BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all())?;
 //! assert_eq!(device.capacity(), Some(4096));
-//! let mut share = VhostUserShare::new(frontend, device.protocol_features());
+//! let mut share = VhostUserShare::new(&frontend, device.protocol_features())?;
 //! share.update_table(&memory.memory_table())?;
 //! assert_eq!(daemon.table()[0].size, 1 << 20);
 //!
 //! // Drive the device: its rings are told in terms of the table.
 //! let mut driver = BlkDriver::new(&memory, GuestAddress(0x1000), 16)?;
 //! let table = share.table().clone();
-//! device.start_queue(share.connection_mut(), 0, &driver, |addr| table.user_addr(addr))?;
+//! device.start_queue(&mut frontend, 0, &driver, |addr| table.user_addr(addr))?;
 //! memory.write_slice(&[7; 512], GuestAddress(0x8000))?;
 //! driver.write(1, &[(GuestAddress(0x8000), 512)])?;
 //! let mut sector = [0; 512];

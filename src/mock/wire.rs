@@ -77,15 +77,25 @@ impl Message {
         Some(u64::from_ne_bytes(bytes.try_into().ok()?))
     }
 
-    /// Sends the message with its descriptors.
-    pub(super) fn send(&self, socket: &UnixStream) -> io::Result<()> {
+    /// Sends the first bytes of the message, without descriptors.
+    pub(super) fn send_part(&self, mut socket: &UnixStream, len: usize) -> io::Result<()> {
+        let bytes = self.bytes()?;
+        socket.write_all(&bytes[..len.min(bytes.len())])
+    }
+
+    fn bytes(&self) -> io::Result<Vec<u8>> {
         let size = u32::try_from(self.body.len()).map_err(io::Error::other)?;
         let mut bytes = Vec::with_capacity(HEADER_SIZE + self.body.len());
         for field in [self.request, self.flags, size] {
             bytes.extend_from_slice(&field.to_ne_bytes());
         }
         bytes.extend_from_slice(&self.body);
+        Ok(bytes)
+    }
 
+    /// Sends the message with its descriptors.
+    pub(super) fn send(&self, socket: &UnixStream) -> io::Result<()> {
+        let bytes = self.bytes()?;
         let raw: Vec<RawFd> = self.fds.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
         let control = if raw.is_empty() { &[][..] } else { &rights[..] };

@@ -4,6 +4,10 @@
 pub mod receive;
 
 #[cfg(feature = "vhost-user")]
+pub(crate) mod kernel;
+#[cfg(feature = "vhost-user")]
 pub(crate) mod share;
 #[cfg(feature = "vhost-user")]
 pub(crate) mod table;
+#[cfg(feature = "vhost-user")]
+pub(crate) mod wire;

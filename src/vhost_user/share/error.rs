@@ -9,18 +9,14 @@ use std::error::Error;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::range::GuestRange;
 use crate::region::MemoryError;
-use crate::units::{Counted, HumanSize};
 use crate::vhost_user::table::TableError;
+use crate::vhost_user::wire::{DaemonFailure, DaemonRequest};
 
 /// What a share's calls return.
 pub(super) type Result<T, E = ShareError> = std::result::Result<T, E>;
-
-/// The cause of a failure, as the connection gave it.
-type Cause = Arc<dyn Error + Send + Sync>;
 
 /// Why a daemon does not hold the memory that it should, or does not log what it writes.
 ///
@@ -50,16 +46,16 @@ pub enum ShareError {
     /// There is no memfd for the daemon's dirty log. The daemon was not told of it.
     Log(Box<MemoryError>),
 
-    /// The time that a daemon takes cannot be watched; nothing was sent.
+    /// No descriptor is left for a copy of the frontend's socket.
     #[non_exhaustive]
-    NoDeadline {
-        /// Why there is no thread to watch it.
+    Socket {
+        /// Why there is none.
         source: io::Error,
     },
 
-    /// This end closed the connection, after a panic of what the share calls, or because an
-    /// address space could not bring the daemon up to date. Never returned as such, but the reason
-    /// of [`Broken`](Self::Broken).
+    /// This end says no more on the connection, after a panic of what the share calls, or because
+    /// an address space could not bring the daemon up to date. Never returned as such, but the
+    /// reason of [`Broken`](Self::Broken).
     #[non_exhaustive]
     GivenUp {
         /// What had happened.
@@ -72,46 +68,6 @@ pub enum ShareError {
         /// Why it broke.
         reason: Arc<Self>,
     },
-}
-
-/// What a daemon was told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DaemonRequest {
-    /// GET_MAX_MEM_SLOTS: how many regions it takes.
-    GetMaxSlots,
-    /// SET_MEM_TABLE with this many regions.
-    SetTable(usize),
-    /// ADD_MEM_REG of this range.
-    AddRegion(GuestRange),
-    /// REM_MEM_REG of this range.
-    RemoveRegion(GuestRange),
-    /// SET_LOG_BASE with a log of this many bytes.
-    SetLog(u64),
-    /// Another message, by a caller of [`CallDeadline::run`](crate::CallDeadline::run).
-    Other,
-}
-
-/// In which way a daemon did not do what it was told.
-#[derive(Clone, Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DaemonFailure {
-    /// It answered, with a refusal.
-    #[error("refused")]
-    Refused(#[source] Cause),
-    /// It hung up, then or right after it.
-    #[error("hung up")]
-    HungUp(#[source] Cause),
-    /// It did not answer in this time; the connection was closed.
-    #[error("no answer within {0:?}")]
-    Silent(Duration),
-    /// It answered something else; the two sides may be out of step.
-    #[error("an answer that does not fit the protocol")]
-    Protocol(#[source] Cause),
-    /// It answered as daemons do while postcopy listens, and waits for an acknowledgement that
-    /// this connection cannot send.
-    #[error("addresses that cannot be acknowledged")]
-    NoPostcopy,
 }
 
 impl ShareError {
@@ -151,10 +107,9 @@ impl fmt::Display for ShareError {
                  LOG_SHMFD with it, or stop the log (VhostUserShare::stop_log)",
             ),
             Self::Log(error) => error.fmt(f),
-            Self::NoDeadline { .. } => f.write_str(
-                "the daemon's time to answer cannot be limited, and it might never answer: \
-                 nothing was sent; raise RLIMIT_NPROC (ulimit -u), or connect anew in this \
-                 process",
+            Self::Socket { .. } => f.write_str(
+                "the frontend's socket cannot be had a second time: raise RLIMIT_NOFILE \
+                 (ulimit -n)",
             ),
             Self::GivenUp { reason } => f.write_str(reason),
             Self::Broken { reason } => {
@@ -178,7 +133,7 @@ impl Error for ShareError {
                 ..
             } => Some(&**cause),
             Self::Log(error) => error.source(),
-            Self::NoDeadline { source } => Some(source),
+            Self::Socket { source } => Some(source),
             // What is displayed of the reason does not name its cause.
             Self::Broken { reason } => reason.source(),
             _ => None,
@@ -198,97 +153,10 @@ impl From<TableError> for ShareError {
     }
 }
 
-impl DaemonRequest {
-    /// Why a daemon refuses it, most likely.
-    fn likely_refusal(self) -> &'static str {
-        match self {
-            Self::RemoveRegion(_) => {
-                "it may not know the region by this address and size, or remove no regions at all"
-            }
-            _ => {
-                "it may be out of memory, address space or memory slots, or its policy (seals) \
-                 forbids it"
-            }
-        }
-    }
-}
-
-impl fmt::Display for DaemonRequest {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::GetMaxSlots => f.write_str("say how many memory slots it has"),
-            Self::SetTable(regions) => {
-                write!(f, "take a memory table of {}", Counted(regions, "region"))
-            }
-            Self::AddRegion(range) => write!(f, "add the region {range}"),
-            Self::RemoveRegion(range) => write!(f, "remove the region {range}"),
-            Self::SetLog(size) => write!(f, "take a dirty log of {}", HumanSize(*size)),
-            Self::Other => f.write_str("answer"),
-        }
-    }
-}
-
-impl DaemonFailure {
-    /// It refuses, for this cause.
-    pub fn refused(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self::Refused(Arc::from(cause.into()))
-    }
-
-    /// It hung up, as this cause shows.
-    pub fn hung_up(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self::HungUp(Arc::from(cause.into()))
-    }
-
-    /// Its answer does not fit the protocol, as this cause shows.
-    pub fn protocol(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self::Protocol(Arc::from(cause.into()))
-    }
-
-    /// Says what became of a request, and the way out.
-    fn explain(&self, request: DaemonRequest, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Refused(_) => {
-                let why = request.likely_refusal();
-                write!(f, "the daemon refused to {request}: {why}: look at its log")
-            }
-            Self::HungUp(_) => write!(
-                f,
-                "the daemon hung up when told to {request}: it died, or that is how it refuses; \
-                 restart it or reconnect to it"
-            ),
-            Self::Silent(limit) => {
-                let (told, remedy) = match request {
-                    DaemonRequest::Other => (String::new(), "time"),
-                    _ => (
-                        format!(" when told to {request}"),
-                        "with VhostUserShare::with_deadline",
-                    ),
-                };
-                write!(
-                    f,
-                    "the daemon did not answer within {limit:?}{told}: the connection was closed, \
-                     restart the daemon or allow more {remedy}"
-                )
-            }
-            Self::Protocol(_) => write!(
-                f,
-                "the daemon could not be made to {request}: its answer does not fit the protocol, \
-                 and the connection was closed; it is faulty, or the share was given protocol \
-                 features other than those acknowledged (SET_PROTOCOL_FEATURES)"
-            ),
-            Self::NoPostcopy => write!(
-                f,
-                "the daemon could not be made to {request}: it answered with addresses for \
-                 postcopy, which this connection cannot acknowledge; the connection was closed, \
-                 build guest-memory-shm with its feature postcopy, or implement \
-                 DaemonConnection::acknowledge_bases"
-            ),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use vm_memory::GuestAddress;
 
     use super::*;
@@ -307,8 +175,8 @@ mod tests {
                 DaemonRequest::AddRegion(range),
                 DaemonFailure::Silent(Duration::from_secs(5)),
                 "the daemon did not answer within 5s when told to add the region \
-                 0x100000000..=0x13fffffff (1 GiB): the connection was closed, restart the daemon \
-                 or allow more with VhostUserShare::with_deadline",
+                 0x100000000..=0x13fffffff (1 GiB): its connection is given up, restart the \
+                 daemon or allow more with VhostUserShare::with_deadline",
             ),
             (
                 DaemonRequest::RemoveRegion(range),

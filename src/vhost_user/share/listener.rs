@@ -1,14 +1,17 @@
 //! A daemon as a listener, which comes and goes.
 
+use std::time::Instant;
+
 use vm_memory::bitmap::Bitmap;
 
 use super::VhostUserShare;
-use super::connection::DaemonConnection;
-use super::deadline::CallDeadline;
-use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
-use crate::listener::{ListenerError, MemoryListener};
+use super::error::{Result, ShareError};
+use super::stage::{Stage, UPDATE};
+use super::update::Update;
+use crate::listener::{Exchange, ListenerError, MemoryListener, WaitFor, drive};
 use crate::memory::GuestMemoryShm;
 use crate::vhost_user::table::MemoryTable;
+use crate::vhost_user::wire::{DaemonFailure, DaemonRequest};
 
 /// A daemon, which is away once its share is broken, until it is
 /// [connected to anew](crate::AddressSpace::reconnect).
@@ -17,11 +20,7 @@ use crate::vhost_user::table::MemoryTable;
 /// is how libvhost-user refuses, and daemons without REPLY_ACK; if it died at that very moment,
 /// the change is undone for nothing, and the next attempt finds it away. A daemon that has hung up
 /// before, or is silent, is away.
-impl<F, B> MemoryListener<B> for VhostUserShare<F>
-where
-    F: DaemonConnection + Send + 'static,
-    B: Bitmap + Send + Sync + 'static,
-{
+impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for VhostUserShare {
     fn check(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
         self.check_there()
             .and_then(|()| self.check_memory(memory))
@@ -29,30 +28,62 @@ where
     }
 
     fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
-        self.update_memory(memory)
-            // Attaching or connecting waits for the daemon here; later no question is left
-            // for `check`, which asks one daemon after the other.
-            .and_then(|_| {
-                if self.mem_slots {
-                    self.max_slots().map(drop)
-                } else {
-                    Ok(())
-                }
-            })
-            .map_err(|error| self.failed(error))
+        let exchange = self.tell(memory, Instant::now());
+        drive(vec![exchange]).pop().unwrap_or(Ok(()))
     }
 
-    /// A daemon is another process, of which a call may wait; the kernel answers at once.
-    fn waits(&self) -> bool {
-        self.deadline.is_some()
+    fn begin_update<'a>(
+        &'a mut self,
+        memory: &GuestMemoryShm<B>,
+        begun: Instant,
+    ) -> Option<Box<dyn Exchange + 'a>> {
+        Some(self.tell(memory, begun))
     }
 }
 
-impl<F: DaemonConnection> VhostUserShare<F> {
+/// An update, as a listener's.
+struct Telling<'a>(Update<'a>);
+
+impl Exchange for Telling<'_> {
+    fn advance(&mut self, now: Instant) -> Option<Result<(), ListenerError>> {
+        let ended = self.0.advance(now)?;
+        Some(ended.map_err(|error| self.0.share().failed(error)))
+    }
+
+    fn waits_for(&self) -> WaitFor<'_> {
+        self.0.waits_for()
+    }
+}
+
+impl VhostUserShare {
+    fn tell<B: Bitmap>(
+        &mut self,
+        memory: &GuestMemoryShm<B>,
+        begun: Instant,
+    ) -> Box<dyn Exchange + '_> {
+        let table = memory.memory_table_as(&self.view).map_err(ShareError::from);
+        let checked = table.and_then(|table| self.check_now(&table).map(|()| table));
+        let (stages, table) = match checked {
+            // Attaching or connecting waits for the number of slots here: later no question is
+            // left for `check`, which asks one daemon after the other.
+            Ok(table) if self.held == table && !self.log_is_due() => {
+                (&[Stage::Slots][..], Ok(table))
+            }
+            Ok(table) => (UPDATE, Ok(table)),
+            Err(error) => (&[][..], Err(error)),
+        };
+        let (table, refused) = match table {
+            Ok(table) => (table, None),
+            Err(error) => (MemoryTable::default(), Some(error)),
+        };
+        let mut update = self.begin(stages, table, begun);
+        update.refuse(refused);
+        Box::new(Telling(update))
+    }
+
     /// Breaks the share if the daemon has hung up since it was last told something, and says so.
     fn check_there(&mut self) -> Result<()> {
-        let is_gone = self.deadline.as_mut().is_some_and(CallDeadline::is_gone);
-        if self.broken.is_none() && is_gone {
+        if self.broken.is_none() && self.wire.has_hung_up() {
             self.break_off(ShareError::Gone);
             return Err(ShareError::Gone);
         }
@@ -64,7 +95,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         self.held = MemoryTable::default();
     }
 
-    /// Closes the connection to a daemon that does not take what it has to.
+    /// Says no more to a daemon that does not take what it has to.
     pub(crate) fn give_up(&mut self, reason: String) {
         self.forget_table();
         if self.broken.is_none() {
@@ -73,7 +104,6 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     }
 
     fn failed(&mut self, error: ShareError) -> ListenerError {
-        let range = error.range();
         // The answer counts, also of a daemon that hangs up then, as most do: or a change that one
         // refuses would happen without it.
         let refuses = match &error {
@@ -90,13 +120,20 @@ impl<F: DaemonConnection> VhostUserShare<F> {
             // RAM that is unplugged while the daemon is away must not be kept for it.
             self.forget_table();
         }
-        let failed = match broken && !refuses {
-            true => ListenerError::away(error),
-            false => ListenerError::refused(error),
-        };
-        match range {
-            Some(range) => failed.at(range),
-            None => failed,
+        match (broken && !refuses, error.range()) {
+            (false, _) => error.into(),
+            (true, Some(range)) => ListenerError::away(error).at(range),
+            (true, None) => ListenerError::away(error),
+        }
+    }
+}
+
+/// A refusal.
+impl From<ShareError> for ListenerError {
+    fn from(error: ShareError) -> Self {
+        match error.range() {
+            Some(range) => Self::refused(error).at(range),
+            None => Self::refused(error),
         }
     }
 }

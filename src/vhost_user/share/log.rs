@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{GuestAddress, GuestMemoryRegion, VolatileMemory, VolatileSlice};
@@ -11,6 +12,7 @@ use crate::mapping::to_usize;
 use crate::range::{GuestRange, RangeSet};
 use crate::region::{GuestRegionShm, MemoryError};
 use crate::vhost_user::table::MemoryTable;
+use crate::vhost_user::wire::Descriptor;
 
 /// Bytes of guest memory per bit (vhost-user specification, "Migration"), whatever the page size.
 const PAGE: u64 = 4096;
@@ -136,6 +138,13 @@ impl DaemonLog {
             .and_then(|all| all.get_atomic_ref::<AtomicU64>(offset).ok());
         // The mapping begins at a page, and all words are inside it.
         word.map_or(0, access)
+    }
+}
+
+impl DaemonLog {
+    /// The descriptor, to be sent.
+    pub(super) fn descriptor(&self) -> Descriptor {
+        Arc::new(self.bits.backing().clone())
     }
 }
 

@@ -17,15 +17,16 @@
 //! size: whichever message a daemon handled last, it sets bits in the same pages, and they are
 //! harvested. That includes a daemon that does not know yet that its connection has ended.
 
-use super::error::{DaemonRequest, Result, ShareError};
+use super::VhostUserShare;
+use super::error::{Result, ShareError};
 use super::logging::Logging;
+use super::stage::Stage;
 use super::stopped::StoppedLog;
-use super::{DaemonConnection, VhostUserShare};
 use crate::logs;
 use crate::range::GuestRange;
 use crate::vhost_user::table::{MemoryTable, TableRegion};
 
-impl<F: DaemonConnection> VhostUserShare<F> {
+impl VhostUserShare {
     /// Has the daemon log the pages that it writes, from now on and across changes of its table
     /// and reconnections, until [`stop_log`](Self::stop_log). Does nothing if it does already.
     ///
@@ -39,9 +40,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// sent. Used rings are logged where SET_VRING_ADDR says so.
     ///
     /// ```no_run
-    /// use std::time::Duration;
-    ///
-    /// use guest_memory_shm::{AddressSpace, ListenerId, CallDeadline, VhostUserShare};
+    /// use guest_memory_shm::{AddressSpace, ListenerId, VhostUserShare};
     /// use vhost::VhostBackend;
     /// use vhost::vhost_user::Frontend;
     ///
@@ -49,15 +48,12 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// fn start(
     ///     space: &AddressSpace,
-    ///     disk: &ListenerId<VhostUserShare<Frontend>>,
-    ///     features: u64, // as acknowledged before
+    ///     disk: &ListenerId<VhostUserShare>,
+    ///     frontend: &Frontend, // the disk's
+    ///     features: u64,       // as acknowledged before
     /// ) -> Result<(), Box<dyn std::error::Error>> {
-    ///     space.with_listener(disk, |share| -> Result<(), Box<dyn std::error::Error>> {
-    ///         share.start_log()?; // it has the log
-    ///         let frontend = share.connection_mut();
-    ///         let mut limit = CallDeadline::new(frontend, Duration::from_secs(10));
-    ///         Ok(limit.run(|| frontend.set_features(features | LOG_ALL))??) // it uses it
-    ///     })?
+    ///     space.with_listener(disk, |share| share.start_log())??; // it has the log
+    ///     Ok(frontend.set_features(features | LOG_ALL)?) // it uses it
     /// }
     /// // Each round, for as long as it logs:
     /// // space.with_listener(&disk, |share| share.drain_dirty())?
@@ -66,9 +62,6 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// Without SET_FEATURES there is no error: the daemon logs nothing. The log can be started
     /// before or after a table was sent.
-    ///
-    /// SET_LOG_BASE goes past the lock of vhost's `Frontend`: as long as the daemon logs, no other
-    /// call may be made on a clone of it while the table changes, or the daemon is reconnected to.
     ///
     /// # Errors
     ///
@@ -83,13 +76,9 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         }
         self.check_log_shmfd()?;
         self.logging = Some(Logging::new(self.held != MemoryTable::default()));
-        let table = self.held.clone();
-        let sent = self.log_before(&table);
-        let sent = sent.and_then(|()| self.confirm_log());
-        match (&sent, &mut self.logging) {
-            // The regions were there before the log: once is enough.
-            (Ok(()), Some(logging)) => logging.settle(),
-            _ => self.logging = None,
+        let sent = self.run(&[Stage::LogBefore, Stage::LogTaken], self.held.clone());
+        if sent.is_err() {
+            self.logging = None;
         }
         sent
     }
@@ -144,41 +133,6 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         self.logging.as_ref().is_some_and(Logging::is_due) && self.held != MemoryTable::default()
     }
 
-    /// Before `table` is sent: the daemon has a log that is long enough for it.
-    pub(super) fn log_before(&mut self, table: &MemoryTable) -> Result<()> {
-        let Some(logging) = &mut self.logging else {
-            return Ok(());
-        };
-        if logging.prepare(&self.held, table)? {
-            self.send_log()?;
-        }
-        if let Some(logging) = &mut self.logging {
-            logging.unsettle();
-        }
-        Ok(())
-    }
-
-    /// After the table was sent: the daemon logs in all of its regions.
-    pub(super) fn log_after(&mut self) -> Result<()> {
-        let Some(logging) = &self.logging else {
-            return Ok(());
-        };
-        // Without a region nothing can be written, and there may be no log.
-        let sent = match logging.log() {
-            Some(_) if self.held != MemoryTable::default() => {
-                self.send_log().and_then(|()| self.confirm_log())
-            }
-            _ => Ok(()),
-        };
-        if let Some(logging) = &mut self.logging {
-            match &sent {
-                Ok(()) => logging.settle(),
-                Err(_) => logging.fall_behind(),
-            }
-        }
-        sent
-    }
-
     /// The daemon is to be told of these regions.
     pub(super) fn expect_unlogged(&mut self, regions: &[TableRegion]) {
         if let Some(logging) = &mut self.logging {
@@ -188,11 +142,11 @@ impl<F: DaemonConnection> VhostUserShare<F> {
 
     /// Guest addresses that the daemon holds and is to hold by another region: it may be using
     /// them already when it gets that one, and logs there only once the log has followed.
-    pub(super) fn mark_what_is_mapped_anew(&self, additions: &[TableRegion]) {
+    pub(super) fn mark_what_is_mapped_anew(&self, additions: &[GuestRange]) {
         if let Some(logging) = &self.logging {
             let held = self.held.regions();
             let known = |new: &GuestRange| held.iter().any(|held| held.range().overlaps(new));
-            logging.mark(additions.iter().map(TableRegion::range).filter(known));
+            logging.mark(additions.iter().copied().filter(known));
         }
     }
 
@@ -203,29 +157,5 @@ impl<F: DaemonConnection> VhostUserShare<F> {
             let stay = held.filter(|region| next.contains(region));
             logging.mark(stay.map(TableRegion::range));
         }
-    }
-
-    /// The answer to a log cannot refuse it. A daemon that does not take it hangs up: that it is
-    /// there after its answer shows that it did.
-    fn confirm_log(&mut self) -> Result<()> {
-        match self.logging.as_ref().and_then(Logging::log) {
-            Some(log) => self.call(DaemonRequest::SetLog(log.size()), F::barrier),
-            None => Ok(()),
-        }
-    }
-
-    fn send_log(&mut self) -> Result<()> {
-        // A handle of its own: the log stays where it is, whatever the connection does.
-        let Some(log) = self.logging.as_ref().and_then(Logging::log).cloned() else {
-            return Ok(());
-        };
-        let size = log.size();
-        let process = self.change(DaemonRequest::SetLog(size), |connection| {
-            connection.set_log_base(&log)
-        })?;
-        if let Some(logging) = &mut self.logging {
-            logging.take(size, process);
-        }
-        Ok(())
     }
 }

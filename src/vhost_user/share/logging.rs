@@ -16,8 +16,6 @@ pub(super) struct Logging {
     taken: u64,
     /// The daemon took it after it took the table that it holds.
     settled: bool,
-    /// It did not, and an update has ended since the table.
-    overdue: bool,
     /// Regions that the daemon may hold, and may not log yet.
     unlogged: Vec<GuestRange>,
     /// The daemon was told of a region, on this connection.
@@ -98,11 +96,6 @@ impl Logging {
         self.settled = false;
     }
 
-    /// The log did not follow its table.
-    pub(super) fn fall_behind(&mut self) {
-        self.overdue = true;
-    }
-
     /// The daemon is to be told of these regions.
     pub(super) fn expect_unlogged(&mut self, ranges: impl Iterator<Item = GuestRange>) {
         self.reaches_ram = true;
@@ -124,7 +117,6 @@ impl Logging {
         }
         self.taken = 0;
         self.settled = false;
-        self.overdue = false;
     }
 
     fn note_former(&mut self, mut daemon: Former) {
@@ -142,11 +134,7 @@ impl Logging {
 
     /// The daemon logs all that it writes.
     pub(super) fn settle(&mut self) {
-        if self.overdue {
-            self.mark(self.unlogged.iter().copied());
-        }
         self.unlogged.clear();
-        self.overdue = false;
         self.settled = true;
     }
 
@@ -188,6 +176,51 @@ impl Logging {
         StoppedLog {
             dirty,
             former_daemons: former.collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::memory::GuestMemoryShm;
+    use crate::vhost_user::table::TableRegion;
+
+    #[test]
+    fn what_one_wrote_without_logging_before_it_died_counts_when_its_death_is_known() {
+        for is_last in [false, true] {
+            let mut command = Command::new("cat");
+            let mut daemon = command.stdin(Stdio::piped()).spawn().unwrap();
+            let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+            let table = memory.memory_table();
+            let mut logging = Logging::new(true);
+            logging.prepare(&table, &table).unwrap();
+            logging.take(64, Some(daemon.id()));
+            logging.settle();
+            assert_eq!(logging.harvest(false), []);
+            logging.unsettle();
+            // The log does not follow: until it comes a daemon may log nothing at all.
+            logging.expect_unlogged(table.regions().iter().map(TableRegion::range));
+            logging.end("gone");
+
+            let whole = [table.regions()[0].range()];
+            assert_eq!(logging.harvest(false), whole);
+            assert_eq!(logging.harvest(false), [], "it lives on");
+            // It writes, and then:
+            daemon.kill().unwrap();
+            daemon.wait().unwrap();
+            if !is_last {
+                assert_eq!(logging.harvest(false), whole);
+                assert_eq!(logging.harvest(false), [], "once");
+            }
+            let stopped = logging.stop();
+            let last = if is_last { &whole[..] } else { &[] };
+            assert_eq!(stopped.dirty, last);
+            assert_eq!(stopped.former_daemons, []);
         }
     }
 }

@@ -5,7 +5,9 @@
 //! survives it and is known to hold what it held. Any other failure on the wire breaks the share:
 //! what the daemon holds is no longer known, so it needs a new connection.
 
-use std::sync::Arc;
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
@@ -13,53 +15,56 @@ use vm_memory::bitmap::Bitmap;
 
 use crate::logs;
 use crate::memory::GuestMemoryShm;
+use crate::range::GuestRange;
 use crate::vhost_user::table::{MemoryTable, SlotLimit, TableError, TableView};
+use crate::vhost_user::wire::{DaemonSocket, Wire};
 
-mod bases;
-mod connection;
-mod deadline;
-mod disconnector;
 mod error;
-mod exchange;
-mod kernel;
 mod listener;
 mod log;
 mod log_exchange;
 mod logging;
 mod postcopy;
-mod socket;
+mod stage;
 mod stopped;
-mod wire;
+mod update;
 
 pub use self::log::DaemonLog;
-use bases::BaseHandler;
-pub use connection::DaemonConnection;
-pub use deadline::CallDeadline;
-pub use disconnector::Disconnector;
 use error::Result;
-pub use error::{DaemonFailure, DaemonRequest, ShareError};
-pub use kernel::KernelVhost;
+pub use error::ShareError;
 use logging::Logging;
+use stage::{Stage, UPDATE};
 pub use stopped::{FormerDaemon, StoppedLog};
 
-/// How long a daemon may take to answer, unless set otherwise: mapping a region takes it
+/// How long a daemon may take for a change, unless set otherwise: mapping a region takes it
 /// microseconds, but it may be busy with I/O.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// One daemon's memory table, kept equal to a [`MemoryTable`].
+/// The most regions in SET_MEM_TABLE (vhost-user specification, "Memory regions description").
+const MAX_TABLE_REGIONS: u64 = 8;
+
+/// One daemon's memory table, kept equal to a [`MemoryTable`], on the socket of a frontend that
+/// the VMM has.
 ///
 /// The VMM negotiates features with the daemon and passes the acknowledged protocol features in.
 /// With CONFIGURE_MEM_SLOTS regions are added and removed one by one (ADD_MEM_REG, REM_MEM_REG),
 /// up to the daemon's GET_MAX_MEM_SLOTS; without it the whole table is sent (SET_MEM_TABLE), at
 /// most 8 regions. Every change is acknowledged by the daemon before
 /// [`update_table`](Self::update_table) returns: by REPLY_ACK where it was negotiated, otherwise
-/// by a round trip. No call waits longer than the [deadline](Self::with_deadline) for an answer; a
-/// change of many regions is as many calls.
+/// by a question that follows it. Several messages are under way at the same time.
+///
+/// A change has one [deadline](Self::with_deadline) for all of its messages. No thread is started,
+/// and no lock of the frontend is taken. In return nobody else may use the connection meanwhile:
+/// no request of the frontend, or of a clone of it, may be under way during a call of the share,
+/// or of the address space that it is a listener of. An answer to somebody else's request breaks
+/// the share, and says so.
+///
+/// The connection is the VMM's: a share that [broke](Self::broken) lets go of it, says nothing
+/// more, and does not end it. Most daemons serve one frontend at a time, so drop that before a new
+/// one is made.
 ///
 /// ```
-/// use std::time::Duration;
-///
-/// use guest_memory_shm::{GuestMemoryShm, CallDeadline, VhostUserShare};
+/// use guest_memory_shm::{GuestMemoryShm, VhostUserShare};
 /// use vhost::VhostBackend;
 /// use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
 /// # use guest_memory_shm::mock::MockDaemon;
@@ -68,43 +73,39 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// # let stream = daemon.connect()?;
 /// # let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
 /// let mut frontend = Frontend::from_stream(stream, 1);
-/// let mut limit = CallDeadline::new(&frontend, Duration::from_secs(10));
-/// let features = limit.run(|| -> vhost::Result<Features> {
-///     frontend.set_owner()?;
-///     // What the guest's driver knows of them; 26 is VHOST_F_LOG_ALL, for when there is a log.
-///     frontend.set_features(frontend.get_features()? & !(1 << 26))?;
-///     let features = frontend.get_protocol_features()?
-///         & (Features::CONFIGURE_MEM_SLOTS | Features::REPLY_ACK);
-///     frontend.set_protocol_features(features)?;
-///     Ok(features)
-/// })??;
+/// frontend.set_owner()?;
+/// // What the guest's driver knows of them; 26 is VHOST_F_LOG_ALL, for when there is a log.
+/// frontend.set_features(frontend.get_features()? & !(1 << 26))?;
+/// let features = frontend.get_protocol_features()?
+///     & (Features::CONFIGURE_MEM_SLOTS | Features::REPLY_ACK);
+/// frontend.set_protocol_features(features)?;
 ///
-/// let mut share = VhostUserShare::new(frontend, features);
+/// let mut share = VhostUserShare::new(&frontend, features)?;
 /// share.update_table(&memory.memory_table())?;
 /// # assert_eq!(daemon.table().len(), 1);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-#[derive(Debug)]
-pub struct VhostUserShare<F> {
-    connection: F,
-    /// Absent only if no call of the connection ever waits.
-    deadline: Option<CallDeadline>,
+pub struct VhostUserShare {
+    wire: Wire,
     limit: Duration,
     mem_slots: bool,
     reply_ack: bool,
-    /// The connection has yet to be told that changes are acknowledged.
-    acks_due: bool,
     log_shmfd: bool,
     /// The daemon's answer to GET_MAX_MEM_SLOTS, once it was asked.
     slots: Option<u64>,
     view: TableView,
     /// What the daemon has acknowledged.
     held: MemoryTable,
-    base_handler: BaseHandler,
+    /// Told of bases. The lock is never contended: it keeps the share `Sync`.
+    base_handler: Option<Mutex<BaseHandler>>,
+    /// Postcopy listens: the daemon answers with its bases.
+    listens: bool,
     /// Present while the daemon is to log what it writes.
     logging: Option<Logging>,
     broken: Option<Arc<ShareError>>,
 }
+
+type BaseHandler = Box<dyn FnMut(GuestRange, u64) + Send>;
 
 /// What an update did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -116,44 +117,50 @@ pub struct ShareReport {
     pub added: usize,
 }
 
-impl<F: DaemonConnection> VhostUserShare<F> {
-    /// A share with a daemon that is connected and holds no region yet.
+impl VhostUserShare {
+    /// A share with a daemon that is connected and holds no region yet. On vhost's `Frontend`:
+    /// `VhostUserShare::new(&frontend, features)`, and the VMM keeps the frontend.
     ///
     /// `features` are the protocol features that were acknowledged (SET_PROTOCOL_FEATURES).
-    pub fn new(connection: F, features: Features) -> Self {
-        let disconnector = connection.disconnector();
+    ///
+    /// # Errors
+    ///
+    /// [`ShareError::Socket`] if no descriptor is left for a copy of the frontend's.
+    pub fn new(socket: impl DaemonSocket, features: Features) -> Result<Self> {
         let mut share = Self {
-            connection,
-            deadline: None,
+            wire: Wire::new(taken(socket)?, false),
             limit: DEADLINE,
             mem_slots: false,
             reply_ack: false,
-            acks_due: false,
             log_shmfd: false,
             slots: None,
             view: TableView::default(),
             held: MemoryTable::default(),
-            base_handler: BaseHandler::default(),
+            base_handler: None,
+            listens: false,
             logging: None,
             broken: None,
         };
-        share.begin(features, disconnector);
-        share
+        share.begin_with(features);
+        Ok(share)
     }
 
-    /// Sets how long the daemon may take for each answer; 10 seconds unless set. Without any time
-    /// every update fails.
+    /// Sets how long the daemon may take for a change, all of its messages together; 10 seconds
+    /// unless set. Without any time every update fails.
     ///
-    /// A call that another thread makes on a clone of the frontend uses up this time while it
-    /// waits, because it holds the frontend's lock; when the time is over, the connection is
-    /// closed for both.
+    /// For each whole GiB that it is newly told of it has 5 seconds more: a daemon may lock what
+    /// it maps (mlockall(2)), which allocates and clears all of it. In a change of an address
+    /// space the time counts from the beginning of the change, for all daemons; one whose turn
+    /// comes when others have used it up has a tenth of it.
     #[must_use]
     pub fn with_deadline(mut self, limit: Duration) -> Self {
-        self.limit = limit;
-        if let Some(watching) = &mut self.deadline {
-            watching.set_limit(limit);
-        }
+        self.set_deadline(limit);
         self
+    }
+
+    /// Sets it from now on, as [`with_deadline`](Self::with_deadline).
+    pub fn set_deadline(&mut self, limit: Duration) {
+        self.limit = limit;
     }
 
     /// Sets what the daemon gets to see of a memory, for [`update_memory`](Self::update_memory)
@@ -169,33 +176,34 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         &self.view
     }
 
-    /// Takes a new connection to the daemon, which holds no region yet; gives back the old one.
-    /// The next [`update_table`](Self::update_table) sends the whole table.
+    /// Takes a new connection to the daemon, which holds no region yet: a socket on which these
+    /// protocol features were acknowledged. The next [`update_table`](Self::update_table) sends
+    /// the whole table.
     ///
     /// Most daemons serve one frontend at a time: the old connection must have ended before they
-    /// answer on the new one. That of a broken share has.
-    pub fn reconnect(&mut self, connection: F, features: Features) -> F {
-        // First, and not between: if it panics, the share is what it was.
-        let disconnector = connection.disconnector();
-        let old = std::mem::replace(&mut self.connection, connection);
-        self.begin(features, disconnector);
-        old
+    /// answer on the new one, so drop its frontend first.
+    ///
+    /// # Errors
+    ///
+    /// [`ShareError::Socket`]: the share is what it was.
+    pub fn reconnect(&mut self, socket: impl DaemonSocket, features: Features) -> Result<()> {
+        self.wire = Wire::new(taken(socket)?, false);
+        self.begin_with(features);
+        Ok(())
     }
 
-    fn begin(&mut self, features: Features, disconnector: Option<Disconnector>) {
+    fn begin_with(&mut self, features: Features) {
         self.mem_slots = features.contains(Features::CONFIGURE_MEM_SLOTS);
         self.reply_ack = features.contains(Features::REPLY_ACK);
         self.log_shmfd = features.contains(Features::LOG_SHMFD);
         self.slots = None;
         self.held = MemoryTable::default();
+        self.listens = false;
         if let Some(logging) = &mut self.logging {
             // Unless it was broken off.
             logging.end("another connection took its place");
         }
         self.broken = None;
-        self.acks_due = self.reply_ack;
-        self.deadline = disconnector
-            .map(|disconnector| CallDeadline::with_disconnector(disconnector, self.limit));
     }
 
     /// Whether the daemon could take `table`, as far as limits say; nothing is changed.
@@ -207,25 +215,35 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     ///
     /// [`ShareError::Table`]: [`TableError::Range`] for a region that is not whole pages;
     /// [`TableError::TooManyRegions`]; [`TableError::Empty`] for an empty table that only
-    /// SET_MEM_TABLE could carry; [`TableError::NoHostAddress`] where the table is
-    /// for the kernel. [`ShareError::LogNotShared`]; [`ShareError::Broken`]; and what a failed
-    /// question leads to: [`ShareError::NoDeadline`], after which the share is usable as before,
-    /// and [`ShareError::Daemon`], after which it is broken.
+    /// SET_MEM_TABLE could carry. [`ShareError::LogNotShared`]; [`ShareError::Broken`]; and
+    /// [`ShareError::Daemon`] if the question fails, after which the share is broken.
     pub fn check_table(&mut self, table: &MemoryTable) -> Result<()> {
+        self.check_now(table)?;
+        if self.mem_slots && *table != self.held {
+            self.max_slots()?;
+        }
+        self.check_limit(table)
+    }
+
+    /// What can be checked without a question.
+    fn check_now(&self, table: &MemoryTable) -> Result<()> {
         self.check_not_broken()?;
         self.check_log()?;
         if *table == self.held {
             return Ok(());
         }
-        table.check_pages()?;
-        self.connection.check_table(table)?;
+        Ok(table.check_pages()?)
+    }
+
+    /// The number of regions. What the daemon holds it can hold.
+    fn check_limit(&self, table: &MemoryTable) -> Result<()> {
+        if *table == self.held {
+            return Ok(());
+        }
         let (limit, slots) = match self.mem_slots {
             // Removals come first, so there are never more regions than in one of the two tables.
-            true => (self.max_slots()?, SlotLimit::Daemon),
-            false => {
-                let limit = self.connection.max_table_regions() as u64;
-                (limit, SlotLimit::Message)
-            }
+            true => (self.slots.unwrap_or(u64::MAX), SlotLimit::Daemon),
+            false => (MAX_TABLE_REGIONS, SlotLimit::Message),
         };
         match table.regions().len() {
             0 if !self.mem_slots => Err(TableError::Empty.into()),
@@ -246,43 +264,32 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// # Errors
     ///
     /// [`ShareError::Table`], as for [`check_table`](Self::check_table): nothing was sent, the
-    /// share is usable as before. So it is after [`ShareError::NoDeadline`], if no thread could be
-    /// had to watch the time.
-    ///
-    /// [`ShareError::LogNotShared`] if the daemon is to log ([`start_log`](Self::start_log)) and a
-    /// reconnection left LOG_SHMFD out; [`ShareError::Log`] if it has no memfd. Where such an
-    /// error, or a refusal of the log, comes after the table, the table is what the daemon holds,
-    /// and the next update, to any table, sends the log; until then all of it counts as dirty.
+    /// share is usable as before. So it is after [`ShareError::LogNotShared`], if the daemon is to
+    /// log ([`start_log`](Self::start_log)) and a reconnection left LOG_SHMFD out, and after
+    /// [`ShareError::Log`], if its log has no memfd.
     ///
     /// [`ShareError::Daemon`] with [`DaemonFailure::Refused`]: the daemon answered that it does
     /// not take a change. If that was a single region and the daemon still answers after it, the
-    /// share stays usable: [`table`](Self::table) is what was acknowledged until then, and the
-    /// next update continues from there. Otherwise it is broken: most daemons hang up when they
-    /// refuse, and some have let go of the old table when they refuse a whole one.
-    /// [`broken`](Self::broken) tells the two apart.
+    /// share stays usable: [`table`](Self::table) is what was acknowledged, changes that followed
+    /// the refused one included, and the next update continues from there. Otherwise it is broken:
+    /// most daemons hang up when they refuse, and some have let go of the old table when they
+    /// refuse a whole one. [`broken`](Self::broken) tells the two apart.
     ///
-    /// [`ShareError::Daemon`] with any other failure: the connection is closed, the share is
-    /// broken, and every later update is [`ShareError::Broken`] until
-    /// [`reconnect`](Self::reconnect). A daemon that acknowledges a change and hangs up right
-    /// after it, as libvhost-user does to refuse one, counts as hung up; among several changes the
-    /// error may then name the change after the refused one.
+    /// [`ShareError::Daemon`] with any other failure: the share is broken, and every later update
+    /// is [`ShareError::Broken`] until [`reconnect`](Self::reconnect). A daemon that acknowledges
+    /// a change and hangs up right after it, as libvhost-user does to refuse one, counts as hung
+    /// up; among several changes the error may then name the change after the refused one.
     pub fn update_table(&mut self, table: &MemoryTable) -> Result<ShareReport> {
         self.check_table(table)?;
         if self.held == *table && !self.log_is_due() {
             return Ok(ShareReport::default());
         }
         let change = self.held.change_to(table);
-        self.send(table, &change)?;
-        let report = ShareReport {
+        self.run(UPDATE, table.clone())?;
+        Ok(ShareReport {
             removed: change.removals.len(),
             added: change.additions.len(),
-        };
-        logs::debug!(
-            "daemon took {} regions less, {} more",
-            report.removed,
-            report.added
-        );
-        Ok(report)
+        })
     }
 
     /// [`check_table`](Self::check_table), of what the daemon gets to see of `memory`.
@@ -326,21 +333,6 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         self.slots
     }
 
-    /// The connection.
-    pub fn connection(&self) -> &F {
-        &self.connection
-    }
-
-    /// The connection, for other requests (rings, configuration).
-    pub fn connection_mut(&mut self) -> &mut F {
-        &mut self.connection
-    }
-
-    /// Gives the connection back.
-    pub fn into_connection(self) -> F {
-        self.connection
-    }
-
     fn check_not_broken(&self) -> Result<()> {
         match &self.broken {
             Some(reason) => Err(ShareError::Broken {
@@ -351,13 +343,38 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     }
 
     fn max_slots(&mut self) -> Result<u64> {
-        match self.slots {
-            Some(limit) => Ok(limit),
-            None => {
-                let limit = self.call(DaemonRequest::GetMaxSlots, F::max_mem_slots)?;
-                Ok(*self.slots.insert(limit))
-            }
+        if self.slots.is_none() {
+            self.run(&[Stage::Slots], self.held.clone())?;
         }
+        // The stage has it, or is an error.
+        Ok(self.slots.unwrap_or_default())
+    }
+
+    /// Nothing more is said to a daemon in an unknown state.
+    fn break_off(&mut self, reason: ShareError) {
+        let text = reason.to_string();
+        if let Some(logging) = &mut self.logging {
+            logging.end(&text);
+        }
+        self.broken = Some(Arc::new(reason));
+        self.wire.close();
+        logs::warn!("share broken: {text}");
+    }
+}
+
+fn taken(socket: impl DaemonSocket) -> Result<OwnedFd> {
+    let socket = socket.into_socket();
+    socket.map_err(|source| ShareError::Socket { source })
+}
+
+impl fmt::Debug for VhostUserShare {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VhostUserShare")
+            .field("regions", &self.held.regions().len())
+            .field("slots", &self.slots)
+            .field("is_logging", &self.logging.is_some())
+            .field("broken", &self.broken)
+            .finish_non_exhaustive()
     }
 }
 

@@ -2,15 +2,13 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use super::VhostUserShare;
-use super::bases::BaseHandler;
-use super::connection::DaemonConnection;
-use super::error::{DaemonFailure, DaemonRequest, Result, ShareError};
-use crate::range::GuestRange;
-use crate::units::Counted;
-use crate::vhost_user::table::TableRegion;
+use std::sync::{Mutex, PoisonError};
 
-impl<F: DaemonConnection> VhostUserShare<F> {
+use super::VhostUserShare;
+use super::error::ShareError;
+use crate::range::GuestRange;
+
+impl VhostUserShare {
     /// Has `handler` told where the daemon maps each region while postcopy listens, before that is
     /// acknowledged.
     ///
@@ -21,13 +19,12 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// addresses of the daemon: one at `address` is at
     /// `range.start_addr() + (address - base)` in the guest, and is resolved at `address`. The
     /// base must be known before: from the acknowledgement on, faults can come. So the
-    /// handler is called with the region and its base, and then the share acknowledges
-    /// ([`DaemonConnection::acknowledge_bases`]).
+    /// handler is called with the region and its base, and then the share acknowledges. That it
+    /// listens is said by [`set_postcopy`](Self::set_postcopy).
     ///
-    /// vhost's `Frontend` acknowledges, if this crate's feature `postcopy` is on. QEMU's daemons
-    /// (libvhost-user, as of QEMU 10.0) hang up at the acknowledgement of ADD_MEM_REG, so they
-    /// need CONFIGURE_MEM_SLOTS left out, and return the user addresses that they were sent
-    /// instead of their own.
+    /// QEMU's daemons (libvhost-user, as of QEMU 10.0) hang up at the acknowledgement of
+    /// ADD_MEM_REG, so they need CONFIGURE_MEM_SLOTS left out, and return the user addresses that
+    /// they were sent instead of their own.
     ///
     /// The handler is called during an update, on the thread that makes it, and stays for all
     /// connections. A later base of a region replaces the one before: a whole table has all
@@ -49,7 +46,7 @@ impl<F: DaemonConnection> VhostUserShare<F> {
     /// # let features = Features::empty();
     /// let bases = Arc::new(Mutex::new(Vec::new())); // also for the thread that reads the faults
     /// let known = Arc::clone(&bases);
-    /// let share = VhostUserShare::new(frontend, features)
+    /// let share = VhostUserShare::new(&frontend, features)?
     ///     .with_base_handler(move |range, base| known.lock().unwrap().push((range, base)));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -58,33 +55,28 @@ impl<F: DaemonConnection> VhostUserShare<F> {
         mut self,
         handler: impl FnMut(GuestRange, u64) + Send + 'static,
     ) -> Self {
-        self.base_handler = BaseHandler::new(handler);
+        self.base_handler = Some(Mutex::new(Box::new(handler)));
         self
     }
 
-    /// Hands the bases of these regions on, and acknowledges them: the very next message on the
-    /// connection.
-    pub(super) fn take_up(
-        &mut self,
-        step: DaemonRequest,
-        regions: &[TableRegion],
-        bases: &[u64],
-    ) -> Result<()> {
-        if bases.len() != regions.len() {
-            let (bases, regions) = (bases.len(), regions.len());
-            let regions = Counted(regions, "region");
-            let what = format!("{} came for {regions}", Counted(bases, "base"));
-            return self.call(step, |_| Err(DaemonFailure::protocol(what)));
+    /// Says whether postcopy listens: from the acknowledgement of VHOST_USER_POSTCOPY_LISTEN on,
+    /// the daemon answers each table with its bases, and has to be acknowledged. A new connection
+    /// does not listen.
+    pub fn set_postcopy(&mut self, listens: bool) {
+        self.listens = listens;
+    }
+
+    /// Tells the handler a base. If it panics, the daemon goes without its acknowledgement.
+    pub(super) fn tell_base(&mut self, range: GuestRange, base: u64) {
+        let Some(handler) = &mut self.base_handler else {
+            return;
+        };
+        let handler = handler.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| handler(range, base))) {
+            self.break_off(ShareError::GivenUp {
+                reason: "the handler of bases panicked".to_owned(),
+            });
+            resume_unwind(panic);
         }
-        for (region, base) in regions.iter().zip(bases) {
-            let told = AssertUnwindSafe(|| self.base_handler.tell(region.range(), *base));
-            if let Err(panic) = catch_unwind(told) {
-                self.break_off(ShareError::GivenUp {
-                    reason: "the handler of bases panicked".to_owned(),
-                });
-                resume_unwind(panic);
-            }
-        }
-        self.call(step, |connection| connection.acknowledge_bases(step))
     }
 }

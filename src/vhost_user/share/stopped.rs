@@ -8,12 +8,10 @@ use crate::range::GuestRange;
 /// pages, and which daemons may write others that are in no harvest.
 ///
 /// ```
-/// use guest_memory_shm::{DaemonConnection, VhostUserShare};
+/// use guest_memory_shm::{GuestRange, VhostUserShare};
 ///
 /// /// The last pages to copy, if they are the last.
-/// fn last_round(
-///     share: &mut VhostUserShare<impl DaemonConnection>,
-/// ) -> Result<Vec<guest_memory_shm::GuestRange>, String> {
+/// fn last_round(share: &mut VhostUserShare) -> Result<Vec<GuestRange>, String> {
 ///     let stopped = share.stop_log();
 ///     match &stopped.former_daemons[..] {
 ///         [] => Ok(stopped.dirty),

@@ -4,9 +4,10 @@
 //! the guest's memory changes meanwhile. Two tables have a difference, in the order in which
 //! daemons take it.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Weak};
 
+use vhost::VhostUserMemoryRegionInfo;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -188,6 +189,24 @@ impl TableRegion {
     /// The mapping at the user address, if there is one in this process.
     pub(crate) fn mapping(&self) -> Option<Arc<Mapping>> {
         self.mapping.as_ref()?.upgrade()
+    }
+}
+
+impl From<&TableRegion> for VhostUserMemoryRegionInfo {
+    /// The region in vhost's terms. The descriptor in it is valid as long as the region lives.
+    #[allow(
+        clippy::needless_update,
+        reason = "with vhost's feature `xen`, which any crate may turn on, there are more fields"
+    )]
+    fn from(region: &TableRegion) -> Self {
+        Self {
+            guest_phys_addr: region.range().start_addr().0,
+            memory_size: region.range().size(),
+            userspace_addr: region.user_addr(),
+            mmap_offset: region.mmap_offset(),
+            mmap_handle: region.as_fd().as_raw_fd(),
+            ..Self::default()
+        }
     }
 }
 

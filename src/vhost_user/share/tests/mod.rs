@@ -1,313 +1,197 @@
-//! The share without a socket: a connection that plays a daemon by a script.
+//! The share with a daemon that follows a script, at the other end of a socket.
 
-use std::sync::Mutex;
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::MutexGuard;
+use std::thread::{self, JoinHandle};
 
 use vm_memory::GuestAddress;
 
-use super::connection::Answer;
 use super::*;
 use crate::memory::GuestMemoryShm;
-use crate::options::RamOptions;
+use crate::vhost_user::wire::{DaemonFailure, DaemonRequest};
 
-mod former;
-mod panics;
+/// Asserts that a daemon failed in this way.
+macro_rules! assert_failed {
+    ($answer:expr, $way:pat) => {
+        let error = $answer.map(drop).unwrap_err();
+        assert!(matches!(error.failure(), Some($way)), "{error}");
+    };
+}
+
+mod messages;
 mod postcopy;
 mod refused;
-use crate::vhost_user::table::TableRegion;
+mod time;
 
-/// What the share told the daemon, in order; addresses in MiB.
+const SLOTS: Features = Features::CONFIGURE_MEM_SLOTS;
+const ACK: Features = Features::REPLY_ACK;
+const LOG: Features = Features::LOG_SHMFD;
+
+/// What the share told the daemon; addresses in MiB.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Said {
-    Acks,
     Slots,
     Set(Vec<u64>),
     Add(u64),
     Remove(u64),
-    /// An acknowledgement of the bases of what was said before.
-    AckBases(DaemonRequest),
-    /// The size in words.
-    Log(u64),
+    AckBases,
+    Log,
     Barrier,
 }
 
-#[derive(Debug, Default)]
-struct Script {
-    said: Vec<Said>,
-    slots: u64,
-    /// What was said and not failed.
-    held: Vec<u64>,
-    keeps_table: bool,
-    /// The n-th message after `Acks`, counted from 0, is answered like this.
-    fail: Option<(usize, fn() -> DaemonFailure)>,
-    /// Nothing that is said after that is answered.
-    leaves: bool,
-    base: Option<u64>,
-    /// How many bases come for a whole table, if not as many as it has regions.
-    bases: Option<usize>,
-    /// What the handler of bases was told, and how much that was at each acknowledgement.
-    told: Told,
-    told_at_acks: Vec<usize>,
-    /// What answers the log.
-    process: Option<u32>,
-    panics: Option<Panics>,
+/// How a message is answered that is not done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Refuse,
+    HangUp,
+    AnswerToAnother,
 }
 
-/// What a handler of bases was told; addresses in MiB.
-type Told = Arc<Mutex<Vec<(u64, u64)>>>;
-
-/// Where the connection panics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Panics {
-    AtAcks,
-    AtHangUp,
+#[derive(Default)]
+struct Script {
+    said: Vec<Said>,
+    /// What was said, and not refused.
+    held: BTreeSet<u64>,
+    /// The n-th messages, counted from 0, are answered like this.
+    fails: Vec<(usize, Way)>,
+    /// While postcopy listens: the base of the first region of a message.
+    base: Option<u64>,
 }
 
 impl Script {
-    fn say(&mut self, what: Said) -> Answer<()> {
-        self.said.push(what);
-        let at = self.said.iter().filter(|said| **said != Said::Acks).count() - 1;
-        match self.fail {
-            Some((fail, error)) if fail == at => Err(error()),
-            Some((fail, _)) if self.leaves && at > fail => Err(DaemonFailure::hung_up("gone")),
-            _ => Ok(()),
+    /// Notes a message, and gives the body of the answer, if there is one.
+    fn take(
+        &mut self,
+        code: u32,
+        asks: bool,
+        mut body: Vec<u8>,
+        refuses: bool,
+    ) -> Option<Vec<u8>> {
+        let regions = body.get(8..).unwrap_or_default().chunks_exact(32);
+        let starts = regions.filter_map(|region| region.first_chunk());
+        let starts: Vec<u64> = starts
+            .map(|start| u64::from_ne_bytes(*start) >> 20)
+            .collect();
+        let said = match code {
+            1 => Said::Barrier,
+            6 => Said::Log,
+            36 => Said::Slots,
+            5 | 37 if starts.is_empty() => Said::AckBases,
+            5 => Said::Set(starts),
+            37 => Said::Add(starts[0]),
+            38 => Said::Remove(starts[0]),
+            other => panic!("request {other}"),
+        };
+        match &said {
+            _ if refuses => {}
+            Said::Set(starts) => self.held = starts.iter().copied().collect(),
+            Said::Add(start) => drop(self.held.insert(*start)),
+            Said::Remove(start) => drop(self.held.remove(start)),
+            _ => {}
         }
+        let number = |number: u64| Some(number.to_ne_bytes().to_vec());
+        let answer = match (&said, self.base) {
+            (Said::Barrier | Said::Log, _) => number(0),
+            (Said::Slots, _) => number(8),
+            (Said::Set(_) | Said::Add(_), Some(base)) => {
+                for (base, region) in (base..).zip(body[8..].chunks_exact_mut(32)) {
+                    region[16..24].copy_from_slice(&base.to_ne_bytes());
+                }
+                Some(body)
+            }
+            _ => asks.then(|| number(refuses.into())).flatten(),
+        };
+        self.said.push(said);
+        answer
     }
 }
 
-fn mib(region: &TableRegion) -> u64 {
-    region.range().start_addr().0 >> 20
+/// Handles one message; false once the connection has ended.
+fn serve(mut socket: &UnixStream, script: &Mutex<Script>) -> bool {
+    let mut header = [[0; 4]; 3];
+    if socket.read_exact(header.as_flattened_mut()).is_err() {
+        return false;
+    }
+    let [code, flags, size] = header.map(u32::from_ne_bytes);
+    let mut body = vec![0; size as usize];
+    socket.read_exact(&mut body).unwrap();
+    let script = &mut *script.lock().unwrap();
+    let (nth, mut fails) = (script.said.len(), script.fails.iter());
+    let way = fails.find_map(|(at, way)| (*at == nth).then_some(*way));
+    let answer = script.take(code, flags & 8 != 0, body, way == Some(Way::Refuse));
+    if way == Some(Way::HangUp) {
+        let _ = socket.shutdown(Shutdown::Both);
+        return false;
+    }
+    if let Some(answer) = answer {
+        let code = way.map_or(code, |way| if way == Way::Refuse { code } else { 99 });
+        let header = [code, 5, answer.len() as u32].map(u32::to_ne_bytes);
+        let message = [header.as_flattened(), &answer].concat();
+        // The share may have let go of the connection.
+        let _ = socket.write_all(&message);
+    }
+    true
 }
 
-impl DaemonConnection for Script {
-    fn request_acks(&mut self) {
-        assert_ne!(self.panics.take(), Some(Panics::AtAcks));
-        self.said.push(Said::Acks);
+/// A daemon in a thread, which ends with its connection.
+struct Daemon {
+    script: Arc<Mutex<Script>>,
+    thread: JoinHandle<()>,
+}
+
+impl Daemon {
+    fn start(socket: UnixStream) -> Self {
+        let script = Arc::default();
+        let serves = Arc::clone(&script);
+        let thread = thread::spawn(move || while serve(&socket, &serves) {});
+        Self { script, thread }
     }
-    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
-        self.say(Said::Set(regions.iter().map(mib).collect()))?;
-        self.held = regions.iter().map(mib).collect();
-        let bases = self.bases.unwrap_or(regions.len());
-        Ok(self.base.map(|base| (base..).take(bases).collect()))
+
+    fn script(&self) -> MutexGuard<'_, Script> {
+        self.script.lock().unwrap()
     }
-    fn add_mem_region(&mut self, region: &TableRegion) -> Answer<Option<u64>> {
-        self.say(Said::Add(mib(region)))?;
-        self.held.push(mib(region));
-        self.held.sort_unstable();
-        Ok(self.base)
+
+    /// What it was told since it was last asked.
+    fn said(&self) -> Vec<Said> {
+        self.script().fails.clear();
+        std::mem::take(&mut self.script().said)
     }
-    fn remove_mem_region(&mut self, region: &TableRegion) -> Answer<()> {
-        self.say(Said::Remove(mib(region)))?;
-        self.held.retain(|start| *start != mib(region));
-        Ok(())
-    }
-    fn max_mem_slots(&mut self) -> Answer<u64> {
-        self.say(Said::Slots)?;
-        Ok(self.slots)
-    }
-    fn acknowledge_bases(&mut self, change: DaemonRequest) -> Answer<()> {
-        self.told_at_acks.push(self.told.lock().unwrap().len());
-        self.say(Said::AckBases(change))
-    }
-    fn barrier(&mut self) -> Answer<()> {
-        self.say(Said::Barrier)
-    }
-    fn set_log_base(&mut self, log: &DaemonLog) -> Answer<Option<u32>> {
-        self.say(Said::Log(log.size() / 8))?;
-        Ok(self.process)
-    }
-    fn refusal_keeps_table(&self) -> bool {
-        self.keeps_table
-    }
-    fn disconnector(&self) -> Option<Disconnector> {
-        assert_ne!(self.panics, Some(Panics::AtHangUp));
-        None
+
+    /// Has it answer the message after `more` others in this way.
+    fn fail(&self, more: usize, way: Way) {
+        let mut script = self.script();
+        let at = script.said.len() + more;
+        script.fails.push((at, way));
     }
 }
 
-/// A connection with nothing but what it must have, which takes all, and returns these bases.
-struct Plain(Option<u64>);
+fn share(features: Features) -> (VhostUserShare, Daemon) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let share = VhostUserShare::new(ours, features).unwrap();
+    (share, Daemon::start(theirs))
+}
 
-impl DaemonConnection for Plain {
-    fn request_acks(&mut self) {}
-    fn set_mem_table(&mut self, regions: &[TableRegion]) -> Answer<Option<Vec<u64>>> {
-        Ok(self.0.map(|base| vec![base; regions.len()]))
-    }
-    fn add_mem_region(&mut self, _: &TableRegion) -> Answer<Option<u64>> {
-        Ok(self.0)
-    }
-    fn remove_mem_region(&mut self, _: &TableRegion) -> Answer<()> {
-        Ok(())
-    }
-    fn max_mem_slots(&mut self) -> Answer<u64> {
-        Ok(8)
-    }
-    fn barrier(&mut self) -> Answer<()> {
-        assert_eq!(
-            self.0, None,
-            "nothing is said to a daemon that waits for an acknowledgement"
-        );
-        Ok(())
-    }
-    fn disconnector(&self) -> Option<Disconnector> {
-        None
-    }
+fn reconnect(share: &mut VhostUserShare, features: Features) -> Daemon {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    share.reconnect(ours, features).unwrap();
+    Daemon::start(theirs)
 }
 
 fn starts(table: &MemoryTable) -> Vec<u64> {
-    table.regions().iter().map(mib).collect()
+    let regions = table.regions().iter();
+    regions
+        .map(|region| region.range().start_addr().0 >> 20)
+        .collect()
 }
 
+/// Regions of 1 MiB at these addresses in MiB.
 fn table(starts: &[u64]) -> MemoryTable {
-    let ranges: Vec<_> = starts
+    let ranges = starts
         .iter()
-        .map(|start| (GuestAddress(start << 20), 1 << 20))
-        .collect();
-    GuestMemoryShm::<()>::builder()
-        .add_ram(RamOptions::new(), ranges)
-        .build()
-        .unwrap()
-        .memory_table()
-}
-
-fn share(slots: u64, features: Features) -> VhostUserShare<Script> {
-    let script = Script {
-        slots,
-        ..Script::default()
-    };
-    VhostUserShare::new(script, features)
-}
-
-const SLOTS: Features = Features::CONFIGURE_MEM_SLOTS;
-const ACK: Features = Features::REPLY_ACK;
-
-#[test]
-fn with_slots_and_acks_only_the_difference_is_sent_and_confirmed_once() {
-    use Said::*;
-    let mut share = share(8, SLOTS | ACK);
-    share.update_table(&table(&[0, 2])).unwrap();
-    assert_eq!(
-        share.connection().said,
-        [Acks, Slots, Add(0), Add(2), Barrier]
-    );
-
-    share.connection_mut().said.clear();
-    let report = share.update_table(&table(&[1, 3, 5])).unwrap();
-    assert_eq!((report.removed, report.added), (2, 3));
-    assert_eq!(
-        share.connection().said,
-        [Remove(2), Remove(0), Add(1), Add(3), Add(5), Barrier]
-    );
-
-    share.connection_mut().said.clear();
-    let held = share.table().clone();
-    assert_eq!(share.update_table(&held).unwrap(), ShareReport::default());
-    assert_eq!(share.connection().said, []);
-}
-
-#[test]
-fn without_acks_every_change_is_followed_by_a_round_trip() {
-    use Said::*;
-    let mut share = share(8, SLOTS);
-    share.update_table(&table(&[0, 2])).unwrap();
-    assert_eq!(
-        share.connection().said,
-        [Slots, Add(0), Barrier, Add(2), Barrier]
-    );
-}
-
-#[test]
-fn without_slots_the_whole_table_is_sent() {
-    use Said::*;
-    let mut share = share(0, ACK);
-    share.update_table(&table(&[0, 2])).unwrap();
-    share.update_table(&table(&[0, 2, 4])).unwrap();
-    assert_eq!(
-        share.connection().said,
-        [Acks, Set(vec![0, 2]), Barrier, Set(vec![0, 2, 4]), Barrier]
-    );
-}
-
-#[test]
-fn too_many_regions_are_refused_before_anything_is_sent() {
-    let nine: Vec<u64> = (0..9).collect();
-    let mut plain = share(0, ACK);
-    plain.update_table(&table(&nine[..8])).unwrap();
-    let said = plain.connection().said.len();
-    assert!(matches!(
-        plain.update_table(&table(&nine)),
-        Err(ShareError::Table(TableError::TooManyRegions {
-            regions: 9,
-            limit: 8,
-            slots: SlotLimit::Message
-        }))
-    ));
-    assert!(matches!(
-        plain.update_table(&MemoryTable::default()),
-        Err(ShareError::Table(TableError::Empty))
-    ));
-    assert_eq!(plain.connection().said.len(), said);
-    assert!(plain.broken().is_none());
-
-    let mut slots = share(8, SLOTS | ACK);
-    assert!(matches!(
-        slots.update_table(&table(&nine)),
-        Err(ShareError::Table(TableError::TooManyRegions {
-            regions: 9,
-            limit: 8,
-            slots: SlotLimit::Daemon
-        }))
-    ));
-    // The share goes on: 8 other regions take the place of 8.
-    slots.update_table(&table(&nine[..8])).unwrap();
-    slots
-        .update_table(&table(&[10, 11, 12, 13, 14, 15, 16, 17]))
-        .unwrap();
-    slots.update_table(&MemoryTable::default()).unwrap();
-    assert_eq!(slots.table(), &MemoryTable::default());
-}
-
-#[test]
-fn a_check_asks_for_the_slots_once_and_changes_nothing() {
-    use Said::*;
-    let mut share = share(2, SLOTS | ACK);
-    share.check_table(&MemoryTable::default()).unwrap();
-    assert_eq!(
-        share.connection().said,
-        [],
-        "nothing changes: nothing to ask"
-    );
-    share.check_table(&table(&[0, 1])).unwrap();
-    assert!(matches!(
-        share.check_table(&table(&[0, 1, 2])),
-        Err(ShareError::Table(TableError::TooManyRegions {
-            regions: 3,
-            limit: 2,
-            slots: SlotLimit::Daemon
-        }))
-    ));
-    assert_eq!(share.connection().said, [Acks, Slots]);
-    assert_eq!(share.table(), &MemoryTable::default());
-    share.update_table(&table(&[0, 1])).unwrap();
-    share.check_table(&MemoryTable::default()).unwrap();
-    share.connection_mut().fail = Some((share.connection().said.len() - 1, || {
-        DaemonFailure::hung_up("gone")
-    }));
-    share.update_table(&table(&[0])).unwrap_err();
-    let held = share.table().clone();
-    assert!(matches!(
-        share.check_table(&held),
-        Err(ShareError::Broken { .. })
-    ));
-}
-
-#[test]
-fn a_check_whose_question_fails_breaks_the_share() {
-    let mut share = share(2, SLOTS | ACK);
-    share.connection_mut().fail = Some((0, || DaemonFailure::hung_up("gone")));
-    let lost = share.check_table(&table(&[0])).unwrap_err();
-    assert!(
-        matches!(lost.failure(), Some(DaemonFailure::HungUp(_))),
-        "{lost}"
-    );
-    assert!(share.broken().is_some());
+        .map(|start| (GuestAddress(start << 20), 1 << 20));
+    let memory = GuestMemoryShm::<()>::from_ranges(&ranges.collect::<Vec<_>>());
+    memory.unwrap().memory_table()
 }
