@@ -36,6 +36,16 @@ pub(crate) fn forbidden<R: Send>(
     errno: Errno,
     work: impl FnOnce() -> R + Send,
 ) -> R {
+    filtered(&filter(calls, SeccompAction::Errno(errno as u32)), work)
+}
+
+/// Does something in a thread in which each of these calls ends the process, by SIGSYS.
+pub(crate) fn deadly<R: Send>(calls: &[Call], work: impl FnOnce() -> R + Send) -> R {
+    filtered(&filter(calls, SeccompAction::KillProcess), work)
+}
+
+/// A filter that allows all but these calls.
+pub(crate) fn filter(calls: &[Call], answer: SeccompAction) -> BpfProgram {
     let rule = |(call, argument): &Call| {
         let only = argument.map(|(which, value)| {
             let equal = SeccompCmpOp::Eq;
@@ -45,12 +55,14 @@ pub(crate) fn forbidden<R: Send>(
         (*call, only.into_iter().collect())
     };
     let arch = std::env::consts::ARCH.try_into().unwrap();
-    let answer = SeccompAction::Errno(errno as u32);
     let rules = calls.iter().map(rule).collect();
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, answer, arch).unwrap();
-    let program = BpfProgram::try_from(filter).unwrap();
+    BpfProgram::try_from(filter).unwrap()
+}
+
+fn filtered<R: Send>(program: &BpfProgram, work: impl FnOnce() -> R + Send) -> R {
     let filtered = || {
-        apply_filter(&program).unwrap();
+        apply_filter(program).unwrap();
         work()
     };
     std::thread::scope(|scope| scope.spawn(filtered).join().unwrap())

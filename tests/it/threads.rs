@@ -267,6 +267,7 @@ fn everything_that_is_shared_can_be_shared_between_threads() {
         shareable::<guest_memory_shm::Shortage>();
         shareable::<guest_memory_shm::StatsError>();
         shareable::<guest_memory_shm::TableError>();
+        shareable::<guest_memory_shm::VhostUserShare>();
         shareable::<guest_memory_shm::mock::MockError>();
         shareable::<guest_memory_shm::receive::ReceiveError>();
     };

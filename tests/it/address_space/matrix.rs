@@ -51,12 +51,16 @@ const LOG: [Fault; 7] = [
     Fault::Nonsense,
 ];
 
+/// What a daemon does wrong at the answer to a table or a log.
+const ANSWERS: [Fault; 3] = [Fault::Other, Fault::Twice, Fault::CutOff];
+
 /// What goes wrong with a daemon in another process.
-const PROCESS: [Fault; 6] = [
+const PROCESS: [Fault; 7] = [
     Fault::KilledBefore,
     Fault::KilledDuring,
     Fault::KilledAfter,
     Fault::Stopped,
+    Fault::Paused,
     Fault::NoDescriptors,
     Fault::NoMemory,
 ];
@@ -74,7 +78,11 @@ fn happens_at_0(fault: Fault, operation: Operation) -> bool {
     match fault {
         Fault::Gone | Fault::OutOfSlots => true,
         Fault::Broken => operation.is_transaction(),
-        Fault::HangUpBefore | Fault::KilledBefore | Fault::KilledDuring | Fault::Stopped => true,
+        Fault::HangUpBefore
+        | Fault::KilledBefore
+        | Fault::KilledDuring
+        | Fault::Stopped
+        | Fault::Paused => true,
         _ => false,
     }
 }
@@ -173,7 +181,9 @@ fn singles(operation: Operation) -> Vec<Case> {
     for count in 1..=4 {
         for kind in DAEMONS {
             cases.extend(single(operation, count, kind, &MOCK));
+            cases.extend(single(operation, count, kind, &ANSWERS));
             cases.extend(planned(operation, count, kind, &log_plans(&LOG)));
+            cases.extend(planned(operation, count, kind, &log_plans(&ANSWERS)));
         }
         cases.extend(single(operation, count, Kind::Hypervisor, &HYPERVISOR));
     }
@@ -289,7 +299,7 @@ fn processes() -> Vec<Case> {
 
 #[test]
 fn one_fault_while_one_region_is_plugged() {
-    let cases = chosen(singles(Operation::Insert), 190);
+    let cases = chosen(singles(Operation::Insert), 200);
     in_own_process(|| play_all(&cases, ""));
 }
 
@@ -301,31 +311,31 @@ fn one_fault_while_one_region_is_unplugged() {
 
 #[test]
 fn one_fault_while_two_regions_are_plugged() {
-    let cases = chosen(singles(Operation::InsertTwo), 310);
+    let cases = chosen(singles(Operation::InsertTwo), 360);
     in_own_process(|| play_all(&cases, ""));
 }
 
 #[test]
 fn one_fault_while_two_regions_are_unplugged() {
-    let cases = chosen(singles(Operation::RemoveTwo), 240);
+    let cases = chosen(singles(Operation::RemoveTwo), 275);
     in_own_process(|| play_all(&cases, ""));
 }
 
 #[test]
 fn one_fault_while_a_region_is_replaced() {
-    let cases = chosen(singles(Operation::Replace), 440);
+    let cases = chosen(singles(Operation::Replace), 450);
     in_own_process(|| play_all(&cases, ""));
 }
 
 #[test]
 fn one_fault_while_a_listener_is_attached() {
-    let cases = chosen(singles(Operation::Attach), 220);
+    let cases = chosen(singles(Operation::Attach), 290);
     in_own_process(|| play_all(&cases, ""));
 }
 
 #[test]
 fn one_fault_while_a_daemon_is_connected_to_anew() {
-    let cases = chosen(singles(Operation::Reconnect(0)), 380);
+    let cases = chosen(singles(Operation::Reconnect(0)), 450);
     in_own_process(|| play_all(&cases, ""));
 }
 
@@ -345,7 +355,7 @@ fn a_second_fault_beside_the_first_or_while_it_is_undone() {
             cases.extend(doubles(operation, count, &MOCK));
         }
     }
-    let cases = chosen(cases, 750);
+    let cases = chosen(cases, 820);
     in_own_process(|| play_all(&cases, ""));
 }
 
@@ -355,6 +365,6 @@ fn a_daemon_that_is_a_process_is_killed_stopped_or_starved() {
     if was_daemon() {
         return;
     }
-    let cases = chosen(processes(), 250);
+    let cases = chosen(processes(), 310);
     in_own_process(|| play_all(&cases, name));
 }

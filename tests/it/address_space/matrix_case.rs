@@ -47,6 +47,12 @@ pub(super) enum Fault {
     SilentAfter,
     /// It does, and answers what is no answer.
     Nonsense,
+    /// It does, and answers what it was not asked.
+    Other,
+    /// It does, and answers twice.
+    Twice,
+    /// It does, and hangs up within its answer.
+    CutOff,
     HangUpBefore,
     HangUpAfter,
     /// It says "done", which it is not, and hangs up.
@@ -65,6 +71,8 @@ pub(super) enum Fault {
     KilledAfter,
     /// A daemon's process is stopped.
     Stopped,
+    /// It is stopped before it gets the message, and goes on within the limit.
+    Paused,
     /// A real EMFILE: in a daemon's process, or where the hypervisor takes a descriptor.
     NoDescriptors,
     /// A real ENOMEM: in a daemon's process, or where the hypervisor maps.
@@ -207,6 +215,7 @@ impl Case {
                         | Fault::KilledDuring
                         | Fault::KilledAfter
                         | Fault::Stopped
+                        | Fault::Paused
                         | Fault::NoDescriptors
                         | Fault::NoMemory
                 )

@@ -4,22 +4,21 @@ use std::time::Duration;
 
 use guest_memory_shm::mock::LoggedRequest;
 use guest_memory_shm::{
-    AddressSpace, AddressSpaceError, DaemonConnection, FileIdentity, GuestMemoryShm, KvmSlot,
-    KvmSlots, ListenerId, MemoryTable, RegionAdapter, TableRegion, VhostUserShare,
+    AddressSpace, AddressSpaceError, FileIdentity, GuestMemoryShm, KvmSlot, KvmSlots, ListenerId,
+    MemoryTable, RegionAdapter, TableRegion, VhostUserShare,
 };
-use vhost::vhost_user::VhostUserProtocolFeatures as Features;
+use vhost::VhostBackend;
+use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::GuestAddress;
 
 use super::matrix_case::{About, Case, Fault, Kind, Operation};
 use super::matrix_hypervisor::Hypervisor;
 use super::matrix_kvm::Machine;
 use super::matrix_log::Writes;
-use super::matrix_server::Server;
-use super::matrix_sink::Sink;
+use super::matrix_relay::Relay;
+use super::matrix_server::{Connection, Server};
 
 use crate::support::attach_as;
-
-pub(super) type Share = VhostUserShare<Sink>;
 
 /// For what comes at once unless something is wrong.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
@@ -29,14 +28,14 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(20);
     reason = "there is one per listener of a case"
 )]
 pub(super) enum Loose {
-    Share(Share),
+    Share(VhostUserShare),
     Hypervisor(RegionAdapter<Hypervisor>),
     Kvm(KvmSlots),
 }
 
 /// The address space's names for listeners.
 pub(super) enum Id {
-    Share(ListenerId<Share>),
+    Share(ListenerId<VhostUserShare>),
     Hypervisor(ListenerId<RegionAdapter<Hypervisor>>),
     Kvm(ListenerId<KvmSlots>),
 }
@@ -46,77 +45,90 @@ pub(super) struct Member {
     pub(super) name: String,
     pub(super) kind: Kind,
     pub(super) server: Option<Server>,
+    /// The VMM's, as long as the connection is of use.
+    pub(super) frontend: Option<Frontend>,
+    pub(super) relay: Option<Relay>,
     pub(super) machine: Option<Machine>,
     pub(super) loose: Option<Loose>,
     pub(super) id: Option<Id>,
     pub(super) writes: Writes,
 }
 
-/// The deadline that is short enough for a test of silence, and long enough for the messages
-/// before it.
+/// A deadline that is short enough for a test of silence, and long enough for all that comes
+/// before it: it is one for a whole change, or for all of its undoing.
 fn limit_for(case: &Case, at: usize) -> Option<Duration> {
     let silent = |fault| matches!(fault, Fault::Silent | Fault::SilentAfter | Fault::Stopped);
     let planned = case.faults_of(at).find(|f| silent(f.fault))?;
-    // In a transaction the first message is the first that it is sent; otherwise it is asked
-    // before.
-    let first = if case.operation.is_transaction() {
-        1
-    } else {
-        0
-    };
-    let millis = match planned.message > first || planned.about == About::Log {
-        true => 250,
-        false if case.logs => 120,
-        false => 60,
+    let millis = match (planned.about, planned.message) {
+        (About::Table, 0) => 60,
+        (About::Table, 1) if !case.operation.is_transaction() => 400,
+        // Before it there is a log at the most.
+        (About::Table, 1) if case.logs => 250,
+        (About::Table, 1) => 60,
+        _ => 400,
     };
     Some(Duration::from_millis(millis))
-}
-
-pub(super) fn set_limit(share: &mut Share, limit: Duration) {
-    let place = VhostUserShare::new(Sink::default(), Features::empty());
-    let old = std::mem::replace(share, place);
-    *share = old.with_deadline(limit);
 }
 
 impl Member {
     /// A listener that is not attached yet; `test` is what a process of its own is started with.
     pub(super) fn new(case: &Case, at: usize, test: &str) -> Self {
         let kind = case.kinds[at];
-        let mut machine = None;
-        let (server, loose) = match kind {
-            Kind::Hypervisor => {
-                let hypervisor = RegionAdapter::new(Hypervisor::new(usize::MAX));
-                (None, Loose::Hypervisor(hypervisor))
-            }
-            Kind::Kvm => {
-                let few = case.faults_of(at).any(|f| f.fault == Fault::OutOfSlots);
-                let machine = machine.insert(Machine::new());
-                (None, Loose::Kvm(machine.slots(few.then(|| case.slots()))))
-            }
-            Kind::Daemon { .. } => {
-                let server = match case.operation {
-                    // What the case says happens on the second connection.
-                    Operation::Reconnect(subject) if subject == at => Server::mock(kind),
-                    _ => Server::of(case, at, test).0,
-                };
-                let (sink, features) = server.connect();
-                let mut share = VhostUserShare::new(sink, features).with_deadline(PATIENCE);
-                if case.logs {
-                    share.start_log().unwrap();
-                }
-                (Some(server), Loose::Share(share))
-            }
-        };
-        Self {
+        let mut this = Self {
             at,
             name: format!("{kind} {at}"),
             kind,
-            server,
-            machine,
-            loose: Some(loose),
+            server: None,
+            frontend: None,
+            relay: None,
+            machine: None,
+            loose: None,
             id: None,
             writes: Writes::default(),
-        }
+        };
+        this.loose = Some(match kind {
+            Kind::Hypervisor => Loose::Hypervisor(RegionAdapter::new(Hypervisor::new(usize::MAX))),
+            Kind::Kvm => {
+                let few = case.faults_of(at).any(|f| f.fault == Fault::OutOfSlots);
+                let machine = this.machine.insert(Machine::new());
+                Loose::Kvm(machine.slots(few.then(|| case.slots())))
+            }
+            Kind::Daemon { .. } => {
+                this.server = Some(match case.operation {
+                    // What the case says happens on the second connection.
+                    Operation::Reconnect(subject) if subject == at => Server::mock(kind),
+                    _ => Server::of(case, at, test).0,
+                });
+                let features = this.connect(case);
+                let share = VhostUserShare::new(this.frontend.as_ref().unwrap(), features);
+                let mut share = share.unwrap().with_deadline(PATIENCE);
+                if case.logs {
+                    share.start_log().unwrap();
+                }
+                Loose::Share(share)
+            }
+        });
+        this
+    }
+
+    /// Makes a connection to the daemon; the one before it has ended.
+    pub(super) fn connect(&mut self, case: &Case) -> Features {
+        self.hang_up();
+        let server = self.server.as_ref().expect("it is a daemon");
+        let connection = server.connect(case, self.at);
+        let Connection {
+            frontend,
+            features,
+            relay,
+        } = connection;
+        (self.frontend, self.relay) = (Some(frontend), relay);
+        features
+    }
+
+    /// Ends the connection, unless the share has it, too.
+    pub(super) fn hang_up(&mut self) {
+        self.frontend = None;
+        self.relay = None;
     }
 
     /// Attaches it; at a failure it is kept, and the reason is looked at. Says whether it is
@@ -155,8 +167,10 @@ impl Member {
     }
 
     /// Has what the daemon writes looked at from now on. Its descriptors of messages are closed.
-    pub(super) fn begin_to_write(&mut self, space: &AddressSpace) {
-        self.with_share(space, |share| share.connection_mut().barrier().unwrap());
+    pub(super) fn begin_to_write(&mut self) {
+        if let Some(frontend) = &self.frontend {
+            frontend.get_features().unwrap();
+        }
         if let Some(server) = &self.server {
             self.writes.add(server);
         }
@@ -174,7 +188,7 @@ impl Member {
     pub(super) fn with_share<T>(
         &mut self,
         space: &AddressSpace,
-        work: impl FnOnce(&mut Share) -> T,
+        work: impl FnOnce(&mut VhostUserShare) -> T,
     ) -> Option<T> {
         match (&mut self.loose, &self.id) {
             (Some(Loose::Share(share)), _) => Some(work(share)),
@@ -222,10 +236,12 @@ impl Member {
         }
         let Some(server) = &self.server else { return };
         let hooks = server.arm(case, at);
+        if let Some(relay) = &self.relay {
+            relay.arm(hooks);
+        }
         self.with_share(space, |share| {
-            share.connection_mut().arm(hooks);
             if let Some(limit) = limit_for(case, at) {
-                set_limit(share, limit);
+                share.set_deadline(limit);
             }
             if case.faults_of(at).any(|f| f.fault == Fault::Broken) {
                 share
@@ -242,19 +258,22 @@ impl Member {
         space: &AddressSpace,
         case: &Case,
         test: &str,
-    ) -> (Sink, Features) {
+    ) -> Features {
         let (server, another) = Server::of(case, self.at, test);
         if another {
             self.server = Some(server);
         }
+        let features = self.connect(case);
         let server = self.server.as_ref().expect("it is a daemon");
-        let (mut sink, features) = server.connect();
         self.writes.add(server);
-        sink.arm(server.arm(case, self.at));
-        if let Some(limit) = limit_for(case, self.at) {
-            self.with_share(space, |share| set_limit(share, limit));
+        let hooks = server.arm(case, self.at);
+        if let Some(relay) = &self.relay {
+            relay.arm(hooks);
         }
-        (sink, features)
+        if let Some(limit) = limit_for(case, self.at) {
+            self.with_share(space, |share| share.set_deadline(limit));
+        }
+        features
     }
 
     /// How many of the faults have not happened.
@@ -263,9 +282,9 @@ impl Member {
             Some(Server::Mock(daemon)) => daemon.pending_faults(),
             _ => 0,
         };
-        let hooks = self.with_share(space, |share| share.connection().pending());
+        let relay = self.relay.as_ref().map(Relay::pending);
         let hypervisor = self.with_hypervisor(space, |hypervisor| hypervisor.pending());
-        mock + hooks.or(hypervisor).unwrap_or(0)
+        mock + relay.or(hypervisor).unwrap_or(0)
     }
 
     /// The messages about the table that the daemon was sent, if it can say.

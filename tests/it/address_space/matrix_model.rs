@@ -47,8 +47,8 @@ pub(super) struct Outcome {
     pub(super) broken: Vec<bool>,
     /// Which of the case's faults fired.
     pub(super) fired: Vec<Planned>,
-    /// How often each listener was told something.
-    pub(super) messages: Vec<usize>,
+    /// How often each listener was told something, if that is determined.
+    pub(super) messages: Vec<Option<usize>>,
 }
 
 struct Peer {
@@ -58,8 +58,8 @@ struct Peer {
     /// What is told is not of use any more.
     broken: bool,
     stale: bool,
-    /// It hung up after it was told the last, which shows at the next message.
-    gone: bool,
+    /// It hung up after it was told the last, or answered twice, which shows at the next message.
+    next: Option<Cause>,
     asked: bool,
     /// There is a log, up to here; absent if it is not to log.
     log: Option<u64>,
@@ -67,6 +67,8 @@ struct Peer {
     taken: u64,
     logs: usize,
     messages: usize,
+    /// It may have heard of more, or less.
+    unclear: bool,
     faults: Vec<Planned>,
     fired: Vec<Planned>,
 }
@@ -100,7 +102,7 @@ impl Peer {
             stale: false,
             // A listener that was told something is asked first.
             asked: !absent,
-            gone: false,
+            next: None,
             log: (case.logs && case.kinds[at].is_daemon()).then_some(match case.operation {
                 Operation::Attach if absent => 0,
                 Operation::Reconnect(_) if absent => end_of(&BOOT),
@@ -109,6 +111,7 @@ impl Peer {
             taken: if absent { 0 } else { end_of(&case.before()) },
             logs: 0,
             messages: 0,
+            unclear: false,
             faults: case.faults_of(at).collect(),
             fired: Vec::new(),
         }
@@ -161,7 +164,7 @@ impl Peer {
         if !std::mem::replace(&mut self.asked, true) {
             let happens = |fault| fault != Fault::OutOfSlots;
             match self.fault_at(0, happens) {
-                None => {}
+                None | Some(Fault::Paused) => {}
                 Some(Fault::Silent | Fault::Stopped) => return Err(self.away(Cause::Silent, None)),
                 Some(_) => return Err(self.away(Cause::HungUp, None)),
             }
@@ -235,8 +238,12 @@ impl Peer {
         match fault.map(|planned| planned.fault) {
             None | Some(Fault::Late) => {}
             Some(Fault::Silent | Fault::SilentAfter) => return Err(self.away(Cause::Silent, None)),
-            Some(Fault::Nonsense) => return Err(self.away(Cause::Protocol, None)),
-            Some(Fault::DoneThenHangUp) => self.gone = true,
+            Some(Fault::Nonsense | Fault::Other) => return Err(self.away(Cause::Protocol, None)),
+            Some(Fault::Twice) => {
+                self.next = Some(Cause::Protocol);
+                self.unclear = true;
+            }
+            Some(Fault::DoneThenHangUp) => self.next = Some(Cause::HungUp),
             Some(_) => return Err(self.hung_up(None)),
         }
         self.taken = self.log.unwrap_or(0);
@@ -252,13 +259,31 @@ impl Peer {
     }
 
     fn still_there(&mut self, region: Option<Region>) -> Answer {
-        match self.gone {
-            true => Err(self.hung_up(region)),
-            false => Ok(()),
+        match self.next.take() {
+            Some(Cause::HungUp) => Err(self.hung_up(region)),
+            Some(cause) => Err(self.away(cause, region)),
+            None => Ok(()),
         }
     }
 
+    /// Tells it the steps. Those of a wave are all under way before the first of them is answered;
+    /// what is removed is a wave of its own where there are acknowledgements.
     fn tell(&mut self, target: &[Region], steps: &[Step]) -> Answer {
+        let is_removal = |step: &Step| matches!(step, Step::Remove(_));
+        let removals = match self.kind {
+            Kind::Daemon { acks: true, .. } => steps.iter().take_while(|s| is_removal(s)).count(),
+            _ => 0,
+        };
+        let (removals, others) = steps.split_at(removals);
+        let next = others.first().copied();
+        self.tell_wave(target, removals, next)?;
+        self.tell_wave(target, others, None)
+    }
+
+    /// A daemon that refuses and stays does the later steps all the same, which were sent.
+    fn tell_wave(&mut self, target: &[Region], steps: &[Step], after: Option<Step>) -> Answer {
+        let mut refusal = None;
+        let acks = matches!(self.kind, Kind::Daemon { acks: true, .. });
         for (at, step) in steps.iter().copied().enumerate() {
             self.still_there(step.region())?;
             self.messages += 1;
@@ -268,22 +293,60 @@ impl Peer {
                 Fault::NoDescriptors | Fault::NoMemory => !matches!(step, Step::Remove(_)),
                 // A slot in the way is in the way of what comes.
                 Fault::Refuse if kind == Kind::Kvm => matches!(step, Step::Add(_)),
+                Fault::Twice => acks,
                 _ => true,
             };
             if let Some(fault) = self.fault_at(self.messages, possible) {
-                let next = steps.get(at + 1).copied().unwrap_or(step);
-                self.meet(fault, step, next)?;
-            }
-            match step {
-                Step::Remove(region) => self.held.retain(|held| *held != region),
-                Step::Add(region) => {
-                    self.held.push(region);
-                    self.held.sort_unstable();
+                let next = match (fault, steps.get(at + 1)) {
+                    // The second answer passes for the next one, until one does not fit.
+                    (Fault::Twice, _) => after.or(steps.last().copied()),
+                    (_, Some(next)) => Some(*next),
+                    (_, None) => after,
+                };
+                let next = next.unwrap_or(step);
+                let Err(failure) = self.meet(fault, step, next) else {
+                    self.apply(step, target);
+                    continue;
+                };
+                if self.broken {
+                    self.heard_of(fault, steps.len() - at - 1);
+                    return Err(refusal.unwrap_or(failure));
                 }
-                Step::Set => self.held = target.to_vec(),
+                if !kind.is_daemon() {
+                    return Err(failure);
+                }
+                refusal = refusal.or(Some(failure));
+                continue;
             }
+            self.apply(step, target);
         }
-        Ok(())
+        refusal.map_or(Ok(()), Err)
+    }
+
+    fn heard(&self) -> Option<usize> {
+        (!self.unclear).then_some(self.messages)
+    }
+
+    fn apply(&mut self, step: Step, target: &[Region]) {
+        match step {
+            Step::Remove(region) => self.held.retain(|held| *held != region),
+            Step::Add(region) => {
+                self.held.push(region);
+                self.held.sort_unstable();
+            }
+            Step::Set => self.held = target.to_vec(),
+        }
+    }
+
+    /// It was sent so many messages more than the one at which it broke.
+    fn heard_of(&mut self, fault: Fault, more: usize) {
+        match fault {
+            // It reads on.
+            Fault::Silent | Fault::SilentAfter => self.messages += more,
+            // It may read on, until it is hung up on.
+            Fault::Nonsense | Fault::Other | Fault::Twice => self.unclear = true,
+            _ => {}
+        }
     }
 
     fn meet(&mut self, fault: Fault, step: Step, next: Step) -> Answer {
@@ -303,7 +366,7 @@ impl Peer {
             };
         };
         Err(match fault {
-            Fault::Late => return Ok(()),
+            Fault::Late | Fault::Paused => return Ok(()),
             Fault::Refuse if acks && slots => return refused(Cause::Refused),
             // What it holds is not known, or it hangs up: but it has refused.
             Fault::Refuse | Fault::NoMemory if acks => Failure {
@@ -313,7 +376,8 @@ impl Peer {
             Fault::Silent | Fault::SilentAfter | Fault::Stopped => {
                 self.away(Cause::Silent, step.region())
             }
-            Fault::Nonsense => self.away(Cause::Protocol, step.region()),
+            Fault::Nonsense | Fault::Other => self.away(Cause::Protocol, step.region()),
+            Fault::Twice => self.away(Cause::Protocol, next.region()),
             // It was believed until the next word.
             Fault::DoneThenHangUp | Fault::KilledAfter if acks => self.hung_up(next.region()),
             _ => self.hung_up(step.region()),
@@ -339,7 +403,7 @@ pub(super) fn play(case: &Case) -> Outcome {
         objection,
         stale: peers.iter().map(|peer| peer.stale).collect(),
         broken: peers.iter().map(|peer| peer.broken).collect(),
-        messages: peers.iter().map(|peer| peer.messages).collect(),
+        messages: peers.iter().map(Peer::heard).collect(),
         fired: peers.into_iter().flat_map(|peer| peer.fired).collect(),
     }
 }

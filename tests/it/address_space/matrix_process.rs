@@ -6,10 +6,11 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use guest_memory_shm::mock::{MockDaemon, MockDaemonBuilder};
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 use vm_memory::GuestAddress;
 
@@ -96,7 +97,8 @@ fn write_to(daemon: &MockDaemon, addresses: &str) {
 pub(super) struct DaemonProcess {
     // Before the directory: it is killed first.
     process: Process,
-    killer: Option<JoinHandle<()>>,
+    /// Ends its stop.
+    waker: Option<JoinHandle<()>>,
     orders: ChildStdin,
     answers: BufReader<ChildStdout>,
     directory: TempDir,
@@ -118,7 +120,7 @@ impl DaemonProcess {
         let answers = BufReader::new(child.stdout.take().unwrap());
         let mut this = Self {
             process: Process(child),
-            killer: None,
+            waker: None,
             orders,
             answers,
             directory,
@@ -161,6 +163,10 @@ impl DaemonProcess {
         }
     }
 
+    pub(super) fn pid(&self) -> Pid {
+        self.process.pid()
+    }
+
     pub(super) fn stop(&self) {
         self.process.stop();
     }
@@ -171,10 +177,20 @@ impl DaemonProcess {
 
     /// Stops it now, and kills it while or before it is waited for.
     pub(super) fn kill_soon(&mut self) {
+        self.stop_until(Signal::SIGKILL, Duration::ZERO);
+    }
+
+    /// Stops it now, and has it go on after this time.
+    pub(super) fn pause(&mut self, time: Duration) {
+        self.stop_until(Signal::SIGCONT, time);
+    }
+
+    fn stop_until(&mut self, signal: Signal, time: Duration) {
         self.process.stop();
         let pid = self.process.pid();
-        self.killer = Some(thread::spawn(move || {
-            kill(pid, Signal::SIGKILL).unwrap();
+        self.waker = Some(thread::spawn(move || {
+            thread::sleep(time);
+            kill(pid, signal).unwrap();
         }));
     }
 }
@@ -182,8 +198,8 @@ impl DaemonProcess {
 impl Drop for DaemonProcess {
     fn drop(&mut self) {
         // Its number may be another's once the process is reaped.
-        if let Some(killer) = self.killer.take() {
-            killer.join().unwrap();
+        if let Some(waker) = self.waker.take() {
+            waker.join().unwrap();
         }
     }
 }

@@ -17,14 +17,18 @@ enum Essence {
     Log(Operation, usize, Fault),
     LogKind(Operation, Kind, usize, Fault),
     LogPlace(Operation, usize, usize, Fault),
-    /// Processes and virtual machines take longer: each fault at each message of each kind.
-    Slow(Operation, Kind, usize, Fault),
+    /// Processes and virtual machines take longer, and wrong answers are alike in much: each fault
+    /// at each message of each kind.
+    Few(Operation, Kind, About, usize, Fault),
     /// Of two faults, the second at each message after or beside each of the first, at the same
     /// listener, one before it and one after it.
     Pair(Operation, usize, usize, Fault, Ordering),
     /// The second at each message about the log, and at each of these listeners.
     LogPair(Operation, usize, Fault),
     LogOrder(Operation, Fault, Ordering),
+    /// What is waited for: the second at each message, and at each of these listeners.
+    SilentPair(Operation, About, usize, Fault),
+    SilentOrder(Fault, About, Ordering),
 }
 
 impl Essence {
@@ -35,8 +39,9 @@ impl Essence {
         };
         let kind = |planned: &Planned| case.kinds[planned.listener];
         match &case.faults[..] {
-            [one] if case.is_process(one.listener) || case.kinds.contains(&Kind::Kvm) => {
-                vec![Self::Slow(operation, kind(one), one.message, one.fault)]
+            [one] if is_played_rarely(case, one) => {
+                let (about, message) = (one.about, one.message);
+                vec![Self::Few(operation, kind(one), about, message, one.fault)]
             }
             [one] if one.about == About::Log => match one.fault {
                 Fault::Silent | Fault::SilentAfter => {
@@ -55,6 +60,10 @@ impl Essence {
                 let order = two.listener.cmp(&one.listener);
                 let (first, second) = (one.message, two.message);
                 match two.about {
+                    about if matches!(two.fault, Fault::Silent | Fault::SilentAfter) => vec![
+                        Self::SilentPair(operation, about, second, two.fault),
+                        Self::SilentOrder(two.fault, about, order),
+                    ],
                     About::Table => vec![Self::Pair(operation, first, second, two.fault, order)],
                     About::Log => vec![
                         Self::LogPair(operation, second, two.fault),
@@ -65,6 +74,11 @@ impl Essence {
             _ => unreachable!("there are one or two"),
         }
     }
+}
+
+fn is_played_rarely(case: &Case, one: &Planned) -> bool {
+    let is_answer = matches!(one.fault, Fault::Other | Fault::Twice | Fault::CutOff);
+    is_answer || case.is_process(one.listener) || case.kinds.contains(&Kind::Kvm)
 }
 
 /// The cases that have something that none before has.

@@ -6,10 +6,10 @@ use std::time::Duration;
 use guest_memory_shm::mock::{BlkDevice, Fault as MockFault, MockDaemon};
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 
-use super::matrix_case::{About, Case, Fault, Kind};
+use super::matrix_case::{About, Case, Fault, Kind, Planned};
 use super::matrix_member::PATIENCE;
 use super::matrix_process::{DaemonProcess, builder};
-use super::matrix_sink::{Hook, Moment, Sink};
+use super::matrix_relay::{Hook, Moment, Relay};
 
 /// How late an answer is that is late.
 const LATE: Duration = Duration::from_millis(15);
@@ -18,6 +18,14 @@ const LATE: Duration = Duration::from_millis(15);
 pub(super) enum Server {
     Mock(Arc<MockDaemon>),
     Process(Arc<Mutex<DaemonProcess>>),
+}
+
+/// A connection to a daemon, as the VMM has it.
+pub(super) struct Connection {
+    pub(super) frontend: Frontend,
+    pub(super) features: Features,
+    /// Where something is done to the daemon at a message.
+    pub(super) relay: Option<Relay>,
 }
 
 impl Server {
@@ -39,15 +47,32 @@ impl Server {
         (Self::mock(kind), false)
     }
 
-    pub(super) fn connect(&self) -> (Sink, Features) {
-        let stream = match self {
-            Self::Mock(daemon) => daemon.connect().unwrap(),
-            Self::Process(daemon) => daemon.lock().unwrap().connect(),
+    /// Connects to it; by a relay if the case does something to it.
+    pub(super) fn connect(&self, case: &Case, at: usize) -> Connection {
+        let (stream, process) = match self {
+            Self::Mock(daemon) => (daemon.connect().unwrap(), None),
+            Self::Process(daemon) => {
+                let daemon = daemon.lock().unwrap();
+                (daemon.connect(), Some(daemon.pid()))
+            }
+        };
+        let before_all = |f: Planned| f.message == 0 && f.fault == Fault::HangUpBefore;
+        let is_relayed = process.is_some() || case.faults_of(at).any(before_all);
+        let (relay, stream) = match is_relayed {
+            true => {
+                let (relay, stream) = Relay::start(stream, process);
+                (Some(relay), stream)
+            }
+            false => (None, stream),
         };
         let mut frontend = Frontend::from_stream(stream, 1);
         let wanted = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS | Features::LOG_SHMFD;
         let device = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
-        (Sink::new(frontend), device.protocol_features())
+        Connection {
+            frontend,
+            features: device.protocol_features(),
+            relay,
+        }
     }
 
     /// Ends the connection.
@@ -56,7 +81,7 @@ impl Server {
         daemon.wait_disconnected(PATIENCE).unwrap();
     }
 
-    /// Arms the daemon, and tells what the frontend has to do to it.
+    /// Arms the daemon, and tells what the relay has to do to it.
     pub(super) fn arm(&self, case: &Case, at: usize) -> Vec<Hook> {
         let mut hooks = Vec::new();
         for planned in case.faults_of(at) {
@@ -108,6 +133,9 @@ fn mock_fault(fault: Fault) -> MockFault {
         Fault::Silent => MockFault::NeverAnswer,
         Fault::SilentAfter => MockFault::NeverAnswerAfter,
         Fault::Nonsense => MockFault::AnswerNonsense,
+        Fault::Other => MockFault::AnswerOther,
+        Fault::Twice => MockFault::AnswerTwice,
+        Fault::CutOff => MockFault::HangUpWithinAnswer,
         Fault::HangUpBefore => MockFault::HangUpBefore,
         Fault::HangUpAfter => MockFault::HangUpAfter,
         Fault::DoneThenHangUp => MockFault::AnswerThenHangUp,
@@ -120,6 +148,7 @@ fn act_on(mut daemon: MutexGuard<'_, DaemonProcess>, fault: Fault) {
         Fault::KilledBefore | Fault::KilledAfter => daemon.kill(),
         Fault::KilledDuring => daemon.kill_soon(),
         Fault::Stopped => daemon.stop(),
+        Fault::Paused => daemon.pause(LATE),
         Fault::NoDescriptors => daemon.order("no descriptors"),
         Fault::NoMemory => daemon.order("no memory"),
         fault => unreachable!("{fault:?} is not a process's"),

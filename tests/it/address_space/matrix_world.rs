@@ -14,7 +14,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace};
 
 use super::matrix_case::{BOOT, Case, Fault, Operation, Planned, Region};
 use super::matrix_hypervisor::Refusal;
-use super::matrix_member::{Id, Loose, Member, PATIENCE, set_limit};
+use super::matrix_member::{Id, Loose, Member, PATIENCE};
 use super::matrix_model::{Cause, Failure, Objection, Outcome};
 use super::matrix_server::Server;
 
@@ -101,7 +101,7 @@ impl<'a> World<'a> {
             }
         }
         for member in &mut this.members {
-            member.begin_to_write(&this.space);
+            member.begin_to_write();
         }
         match case.operation {
             Operation::Reconnect(subject) => this.lose(subject),
@@ -149,14 +149,10 @@ impl<'a> World<'a> {
         for (at, member) in self.members.iter().enumerate() {
             // No daemon heard of anything else. One that hung up earlier heard of less.
             let gone = |f: &Planned| matches!(f.fault, Fault::Gone | Fault::Broken);
-            if let Some(messages) = member.messages()
+            if let (Some(told), Some(expected)) = (member.messages(), self.expected.messages[at])
                 && !self.case.faults_of(at).any(|f| gone(&f))
             {
-                assert_eq!(
-                    messages, self.expected.messages[at],
-                    "told to {}",
-                    member.name
-                );
+                assert_eq!(told, expected, "told to {}", member.name);
             }
         }
     }
@@ -191,12 +187,12 @@ impl<'a> World<'a> {
 
     fn reconnect(&mut self, subject: usize, test: &str) {
         let member = &mut self.members[subject];
-        let (sink, features) = member.connect_armed(&self.space, self.case, test);
-        let Some(Id::Share(id)) = &member.id else {
+        let features = member.connect_armed(&self.space, self.case, test);
+        let (Some(Id::Share(id)), Some(frontend)) = (&member.id, &member.frontend) else {
             unreachable!("it is an attached daemon");
         };
-        match self.space.reconnect(id, sink, features) {
-            Ok(_old) => assert_eq!(self.expected.objection, None, "it happened"),
+        match self.space.reconnect(id, frontend, features) {
+            Ok(()) => assert_eq!(self.expected.objection, None, "it happened"),
             Err(error) => self.check_error(&error),
         }
     }
@@ -290,11 +286,15 @@ impl<'a> World<'a> {
         );
     }
 
-    /// Waits until the daemons that were hung up on have read all that they were sent before: on a
-    /// busy machine a deadline can be over before a daemon has met its fault.
-    fn settle(&self) {
-        for (member, broken) in self.members.iter().zip(&self.expected.broken) {
-            if let (Some(Server::Mock(daemon)), true) = (&member.server, broken) {
+    /// Hangs up on daemons whose shares broke, and waits until they have read all that they were
+    /// sent before: on a busy machine a deadline can be over before a daemon has met its fault.
+    fn settle(&mut self) {
+        for (member, broken) in self.members.iter_mut().zip(&self.expected.broken) {
+            if !broken {
+                continue;
+            }
+            member.frontend = None;
+            if let Some(Server::Mock(daemon)) = &member.server {
                 daemon.wait_disconnected(PATIENCE).unwrap();
             }
         }
@@ -325,7 +325,7 @@ impl<'a> World<'a> {
             let member = &mut self.members[at];
             member.heal_hypervisor(&self.space);
             let is_broken = member.with_share(&self.space, |share| {
-                set_limit(share, PATIENCE);
+                share.set_deadline(PATIENCE);
                 share.broken().is_some()
             });
             assert!(is_broken.is_none_or(|is| is == broken), "{}", member.name);
@@ -349,17 +349,22 @@ impl<'a> World<'a> {
                 if few || matches!(member.server, Some(Server::Process(_))) {
                     member.server = Some(Server::mock(member.kind));
                 }
-                let server = member.server.as_ref().expect("it is a daemon");
-                let (sink, features) = server.connect();
-                member.writes.add(server);
-                match (&mut member.loose, &member.id) {
-                    (Some(Loose::Share(share)), _) => drop(share.reconnect(sink, features)),
+                let features = member.connect(self.case);
+                member
+                    .writes
+                    .add(member.server.as_ref().expect("it is a daemon"));
+                let frontend = member.frontend.as_ref().expect("it is connected");
+                let again = match (&mut member.loose, &member.id) {
+                    (Some(Loose::Share(share)), _) => share
+                        .reconnect(frontend, features)
+                        .map_err(|error| error.to_string()),
                     (_, Some(Id::Share(id))) => {
-                        let old = self.space.reconnect(id, sink, features);
-                        drop(old.expect("nothing is in the way"));
+                        let again = self.space.reconnect(id, frontend, features);
+                        again.map_err(|error| error.to_string())
                     }
                     _ => unreachable!("it is a daemon"),
-                }
+                };
+                again.expect("nothing is in the way");
             }
             if member.loose.is_some() {
                 member.attach(&self.space, self.case.required, |error| {

@@ -8,7 +8,7 @@ mod matrix_log;
 mod matrix_member;
 mod matrix_model;
 mod matrix_process;
+mod matrix_relay;
 mod matrix_sample;
 mod matrix_server;
-mod matrix_sink;
 mod matrix_world;

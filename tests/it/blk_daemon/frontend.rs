@@ -28,7 +28,8 @@ pub(super) const WRITE: u16 = 2;
 pub(super) struct Guest {
     pub(super) memory: Arc<GuestMemoryShm>,
     pub(super) device: BlkDevice,
-    pub(super) share: VhostUserShare<Frontend>,
+    pub(super) frontend: Frontend,
+    pub(super) share: VhostUserShare,
     pub(super) drivers: Vec<BlkDriver<Arc<GuestMemoryShm>>>,
 }
 
@@ -63,12 +64,13 @@ impl Guest {
         let stream = UnixStream::connect(socket).unwrap();
         let mut frontend = Frontend::from_stream(stream, drivers.len() as u64);
         let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
-        let share = VhostUserShare::new(frontend, device.protocol_features());
+        let share = VhostUserShare::new(&frontend, device.protocol_features()).unwrap();
         let mut share = share.with_deadline(PATIENCE);
         share.update_table(&memory.memory_table()).unwrap();
         let mut this = Self {
             memory,
             device,
+            frontend,
             share,
             drivers,
         };
@@ -79,17 +81,14 @@ impl Guest {
     }
 
     fn start_queue(&mut self, queue: usize) {
-        let table = self.share.table().clone();
+        let translate = |addr| self.share.table().user_addr(addr);
         let (device, driver) = (&self.device, &self.drivers[queue]);
-        device
-            .start_queue(self.share.connection_mut(), queue, driver, |addr| {
-                table.user_addr(addr)
-            })
-            .unwrap();
+        let started = device.start_queue(&mut self.frontend, queue, driver, translate);
+        started.unwrap();
     }
 
     pub(super) fn features(&mut self) -> u64 {
-        self.share.connection_mut().get_features().unwrap()
+        self.frontend.get_features().unwrap()
     }
 
     pub(super) fn capacity(&self) -> u64 {
@@ -112,9 +111,7 @@ impl Guest {
 
     /// Stops the queue of the driver, and starts it again for chains of one's own.
     pub(super) fn into_raw(mut self) -> RawQueue {
-        self.device
-            .stop_queue(self.share.connection_mut(), 0)
-            .unwrap();
+        self.device.stop_queue(&mut self.frontend, 0).unwrap();
         self.drivers[0].reset().unwrap();
         self.start_queue(0);
         RawQueue {

@@ -298,10 +298,7 @@ impl DirtyLog {
     }
 
     fn send(&self, guest: &mut Guest) -> vhost::Result<()> {
-        guest
-            .share
-            .connection_mut()
-            .set_log_base(0, Some(self.region))
+        guest.frontend.set_log_base(0, Some(self.region))
     }
 
     fn has(&self, addr: GuestAddress) -> bool {

@@ -156,19 +156,20 @@ impl Call {
 
     /// Whether all further calls may fail by this error, too: it is a state, and no caller tries
     /// again for as long as it lasts.
-    ///
-    /// vhost's `Frontend` does, where a message cannot be sent or received for want of memory:
-    /// what ends that is the end of the connection, after which no kernel says so any more.
     pub(super) fn may_last(self, errno: Errno) -> bool {
         let lasts = match errno {
             EINTR => false,
-            EAGAIN | ENOMEM | ENOBUFS => !matches!(
-                self.name(),
-                "read" | "write" | "sendmsg" | "recvmsg" | "recvfrom" | "sendto" | "getrandom"
-            ),
+            EAGAIN | ENOMEM | ENOBUFS => !matches!(self.name(), "read" | "write" | "getrandom"),
             _ => true,
         };
         lasts && !self.gives_back() && self.number != libc::SYS_close
+    }
+
+    /// Whether vhost makes the call again for as long as it fails by this error: what ends that is
+    /// the end of the connection, after which no kernel says so any more.
+    pub(super) fn is_tried_again_by_vhost(self, errno: Errno) -> bool {
+        let moves = matches!(self.name(), "sendmsg" | "recvmsg" | "recvfrom" | "sendto");
+        moves && matches!(errno, EAGAIN | ENOMEM | ENOBUFS)
     }
 }
 

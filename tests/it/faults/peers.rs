@@ -16,10 +16,10 @@ pub(super) const MIB: u64 = 1 << 20;
 /// For an answer that comes at once, unless a call fails for which the daemon falls silent.
 pub(super) const LIMIT: Duration = Duration::from_secs(2);
 
-pub(super) type Share = VhostUserShare<Frontend>;
+pub(super) type Share = VhostUserShare;
 
 pub(super) const SHARES: &[Operation] = &[
-    Operation::new("negotiate", negotiate),
+    Operation::new("negotiate", negotiate).by_vhost(),
     Operation::new("share by slots", |stage| {
         share(stage, MockDaemon::builder())
     }),
@@ -88,7 +88,8 @@ pub(super) fn connect(daemon: &MockDaemon) -> (Frontend, Features) {
 
 pub(super) fn new_share(daemon: &MockDaemon) -> Share {
     let (frontend, features) = connect(daemon);
-    VhostUserShare::new(frontend, features).with_deadline(LIMIT)
+    let share = VhostUserShare::new(&frontend, features).unwrap();
+    share.with_deadline(LIMIT)
 }
 
 pub(super) fn region(start: u64) -> Arc<GuestRegionShm> {
@@ -166,11 +167,18 @@ fn share(stage: &Stage, builder: MockDaemonBuilder) -> Outcome {
     let (frontend, features) = connect(&daemon);
     let memory = memory(&[0, 2, 4]);
     let table = memory.memory_table();
-    let (share, updated) = stage.attacked(|| {
-        let mut share = VhostUserShare::new(frontend, features).with_deadline(LIMIT);
+    let shared = stage.attacked(|| {
+        let share = VhostUserShare::new(&frontend, features)?;
+        let mut share = share.with_deadline(LIMIT);
         let updated = share.update_table(&table).map(drop);
-        (share, updated)
+        Ok((share, updated))
     });
+    drop(frontend);
+    let (share, updated) = match shared {
+        Ok(shared) => shared,
+        // Nothing was sent.
+        Err(error) => (new_share(&daemon), Err(error)),
+    };
     look(&daemon, share, updated, &memory)
 }
 
@@ -227,9 +235,16 @@ fn reconnect(stage: &Stage) -> Outcome {
     daemon.wait_disconnected(LIMIT).unwrap();
     let (frontend, features) = connect(&daemon);
     let updated = stage.attacked(|| {
-        drop(share.reconnect(frontend, features));
+        share.reconnect(&frontend, features)?;
         share.update_table(&table).map(drop)
     });
+    drop(frontend);
+    if let Err(ShareError::Socket { .. }) = updated {
+        // It is what it was, on the connection from before.
+        assert!(share.broken().is_none());
+        assert_eq!(*share.table(), table);
+        share = new_share(&daemon);
+    }
     look(&daemon, share, updated, &memory)
 }
 

@@ -29,6 +29,8 @@ pub(super) struct Operation {
     pub(super) missing: Missing,
     /// Whether it is others' calls that fail, which may not try again after a signal.
     of_others: bool,
+    /// Whether vhost sends and receives, which tries again for as long as there is no memory.
+    by_vhost: bool,
 }
 
 impl Operation {
@@ -38,6 +40,7 @@ impl Operation {
             run,
             missing: &[],
             of_others: false,
+            by_vhost: false,
         }
     }
 
@@ -45,6 +48,15 @@ impl Operation {
     pub(super) const fn of_others(self) -> Self {
         Self {
             of_others: true,
+            ..self
+        }
+        .by_vhost()
+    }
+
+    /// Of which vhost sends and receives.
+    pub(super) const fn by_vhost(self) -> Self {
+        Self {
+            by_vhost: true,
             ..self
         }
     }
@@ -273,7 +285,8 @@ fn cases_of(operation: &Operation) -> Vec<Case<'_>> {
             for number in numbers(count) {
                 add(When::Only(number));
             }
-            if call.may_last(*errno) {
+            let tries = operation.by_vhost && call.is_tried_again_by_vhost(*errno);
+            if call.may_last(*errno) && !tries {
                 add(When::From(1));
             }
         }

@@ -232,7 +232,8 @@ fn reconnect_in_space(stage: &Stage) -> Outcome {
     daemon.hang_up();
     daemon.wait_disconnected(LIMIT).unwrap();
     let (frontend, features) = connect(daemon);
-    let reconnected = stage.attacked(|| world.space.reconnect(id, frontend, features).map(drop));
+    let reconnected = stage.attacked(|| world.space.reconnect(id, &frontend, features));
+    drop(frontend);
     after(world, reconnected.map(|()| false))
 }
 

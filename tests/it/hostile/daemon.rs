@@ -1,16 +1,17 @@
 //! A daemon that answers anything, early, late, twice, or not at all.
 
 use std::io::{IoSliceMut, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use guest_memory_shm::mock::BlkDevice;
 use guest_memory_shm::{
-    AddressSpace, CallDeadline, Error, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions,
-    VhostUserShare,
+    AddressSpace, Error, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions, VhostUserShare,
 };
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
@@ -258,7 +259,7 @@ fn own(fd: RawFd) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-type Share = VhostUserShare<Frontend>;
+type Share = VhostUserShare;
 
 /// Changes an address space with such daemons, and looks at it after each change.
 pub(super) fn converse(mut random: Random) {
@@ -267,7 +268,8 @@ pub(super) fn converse(mut random: Random) {
     let mut daemons: Vec<ListenerId<Share>> = Vec::new();
     for number in 0..2 {
         if let Some((frontend, features)) = negotiate(&mut random, &mut threads) {
-            let share = VhostUserShare::new(frontend, features).with_deadline(LIMIT);
+            let share = VhostUserShare::new(&frontend, features).unwrap();
+            let share = share.with_deadline(LIMIT);
             let required = random.of(&[false, true]);
             let name = format!("disk{number}");
             let attach = || attach_as(&space, name, required, share).map_err(Box::new);
@@ -322,7 +324,7 @@ fn use_daemon(
             let Some((frontend, features)) = negotiate(random, threads) else {
                 return Ok(());
             };
-            in_time(|| Ok(space.reconnect(id, frontend, features).map(drop)?))
+            in_time(|| Ok(space.reconnect(id, &frontend, features)?))
         }
     }
 }
@@ -333,20 +335,32 @@ fn negotiate(
 ) -> Option<(Frontend, Features)> {
     let (stream, thread) = Hostile::start(random);
     threads.push(thread);
+    let ours = stream.try_clone().unwrap();
     let mut frontend = Frontend::from_stream(stream, 1);
-    let mut limit = CallDeadline::new(&frontend, LIMIT);
-    let device = in_time(|| limit.run(|| BlkDevice::negotiate(&mut frontend, Features::all())));
-    match device {
-        Ok(Ok(device)) => Some((frontend, device.protocol_features())),
-        Ok(Err(error)) => {
-            says_something(&error);
-            None
-        }
+    let negotiate = || BlkDevice::negotiate(&mut frontend, Features::all());
+    match in_time(|| within_limit(&ours, negotiate)) {
+        Ok(device) => Some((frontend, device.protocol_features())),
         Err(error) => {
             says_something(&error);
             None
         }
     }
+}
+
+/// Ends the connection if it takes longer: vhost's `Frontend` waits indefinitely.
+fn within_limit<T>(connection: &UnixStream, work: impl FnOnce() -> T) -> T {
+    std::thread::scope(|scope| {
+        let (over, is_over) = std::sync::mpsc::channel::<()>();
+        scope.spawn(move || {
+            if is_over.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+                // The daemon may have ended it.
+                let _ = connection.shutdown(Shutdown::Both);
+            }
+        });
+        let done = work();
+        drop(over);
+        done
+    })
 }
 
 /// Asserts that each daemon was told what is published, by its own account, or is called stale.

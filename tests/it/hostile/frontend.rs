@@ -37,8 +37,8 @@ pub(super) fn converse(mut random: Random) {
     }
     let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 1);
     let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
-    let share = VhostUserShare::new(frontend, device.protocol_features());
-    let mut share = share.with_deadline(PATIENCE);
+    let share = VhostUserShare::new(&frontend, device.protocol_features());
+    let mut share = share.unwrap().with_deadline(PATIENCE);
     let ranges = [
         (GuestAddress(0), MIB as usize),
         (GuestAddress(4 * MIB), MIB as usize),

@@ -67,7 +67,7 @@ fn machine_after_others(vm: Arc<VmFd>, slots: KvmSlots) -> (Machine, Others) {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 1);
     let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
-    let share = VhostUserShare::new(frontend, device.protocol_features());
+    let share = VhostUserShare::new(&frontend, device.protocol_features()).unwrap();
     space.attach("disk", share).unwrap();
     let kvm = space.attach("kvm", slots).unwrap();
     recorder.take();

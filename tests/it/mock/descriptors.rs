@@ -281,13 +281,12 @@ fn a_queue_is_kicked_when_a_daemon_without_acknowledgements_has_enabled_it() {
 
     // With acknowledgements there is nothing to ask.
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
-    let (frontend, device) = negotiate(&daemon);
-    let mut share = VhostUserShare::new(frontend, device.protocol_features());
+    let (mut frontend, device) = negotiate(&daemon);
+    let mut share = VhostUserShare::new(&frontend, device.protocol_features()).unwrap();
     share.update_table(&memory.memory_table()).unwrap();
-    let table = share.table().clone();
-    let translate = |addr| table.user_addr(addr);
+    let translate = |addr| share.table().user_addr(addr);
     device
-        .start_queue(share.connection_mut(), 0, &driver, translate)
+        .start_queue(&mut frontend, 0, &driver, translate)
         .unwrap();
     let last = daemon.requests().pop();
     assert_eq!(last, Some(LoggedRequest::Other(SET_VRING_ENABLE)));

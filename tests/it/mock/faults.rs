@@ -243,3 +243,31 @@ fn a_daemon_may_apply_a_change_and_say_nothing_or_nonsense() {
         adds.join().unwrap();
     }
 }
+
+#[test]
+fn an_answer_that_comes_twice_is_met_by_the_next_request() {
+    let mut setup = Setup::new(MockDaemon::builder());
+    setup.daemon.inject(1, Fault::AnswerTwice);
+    setup.add().unwrap();
+    assert_eq!(setup.held(), 2);
+    assert!(setup.frontend.get_features().is_err());
+    assert!(setup.daemon.is_connected());
+}
+
+#[test]
+fn an_answer_to_another_request_takes_the_place_of_the_right_one() {
+    let mut setup = Setup::new(MockDaemon::builder());
+    setup.daemon.inject(1, Fault::AnswerOther);
+    assert!(setup.add().is_err());
+    assert_eq!(setup.held(), 2);
+    assert!(setup.daemon.is_connected());
+}
+
+#[test]
+fn a_daemon_hangs_up_within_its_answer() {
+    let mut setup = Setup::new(MockDaemon::builder());
+    setup.daemon.inject(1, Fault::HangUpWithinAnswer);
+    assert!(setup.add().is_err());
+    setup.daemon.wait_disconnected(LIMIT).unwrap();
+    assert_eq!(setup.held(), 2);
+}

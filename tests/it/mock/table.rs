@@ -2,11 +2,15 @@
 
 use super::*;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use vhost::VhostUserDirtyLogRegion;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::FrontendReq;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 #[test]
 fn the_table_is_what_the_daemon_mapped() {
@@ -89,6 +93,73 @@ fn more_regions_than_slots_are_refused_and_the_connection_stays() {
     frontend.remove_mem_region(&regions[0]).unwrap();
     frontend.add_mem_region(&regions[2]).unwrap();
     assert_eq!(daemon.table(), expected_table(&memory)[1..]);
+}
+
+/// Sends changes of one region each, without a wait in between; gives the values of the answers.
+/// There are fewer if the daemon hangs up.
+fn answers_to(
+    mut socket: &UnixStream,
+    changes: &[(FrontendReq, &VhostUserMemoryRegionInfo)],
+) -> Vec<u64> {
+    for (request, region) in changes {
+        // Version 1, with the wish for an answer.
+        let header = [u32::from(*request), 1 | 1 << 3, 40].map(u32::to_ne_bytes);
+        let body = [
+            0,
+            region.guest_phys_addr,
+            region.memory_size,
+            region.userspace_addr,
+            region.mmap_offset,
+        ];
+        let bytes = [header.concat(), body.map(u64::to_ne_bytes).concat()].concat();
+        if socket.send_with_fd(&bytes[..], region.mmap_handle).is_err() {
+            break;
+        }
+    }
+    let mut answer = [0; 20];
+    let mut next = || socket.read_exact(&mut answer).ok().map(|()| answer);
+    std::iter::from_fn(|| Some(u64::from_ne_bytes(*next()?.last_chunk()?)))
+        .take(changes.len())
+        .collect()
+}
+
+#[test]
+fn slots_are_counted_while_changes_are_under_way() {
+    let memory = guest(&[(0, 1 << 16), (1 << 20, 1 << 16), (2 << 20, 1 << 16)]);
+    let regions = infos(&memory);
+    let daemon = MockDaemon::builder()
+        .with_max_mem_slots(2)
+        .start_unnamed()
+        .unwrap();
+    let socket = daemon.connect().unwrap();
+    let mut frontend = Frontend::from_stream(socket.try_clone().unwrap(), 1);
+    BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all()).unwrap();
+    let (add, remove) = (FrontendReq::ADD_MEM_REG, FrontendReq::REM_MEM_REG);
+    let adds: Vec<_> = regions.iter().map(|region| (add, region)).collect();
+    assert_eq!(answers_to(&socket, &adds), [0, 0, 1]);
+    let replaces = [(remove, &regions[0]), (add, &regions[2]), adds[0]];
+    assert_eq!(answers_to(&socket, &replaces), [0, 0, 1]);
+    assert_eq!(daemon.table(), expected_table(&memory)[1..]);
+}
+
+#[test]
+fn what_was_answered_before_a_hang_up_arrives_whatever_was_sent_since() {
+    let memory = guest(&[(0, 1 << 16), (1 << 20, 1 << 16)]);
+    let regions = infos(&memory);
+    let daemon = MockDaemon::builder().start_unnamed().unwrap();
+    for _ in 0..100 {
+        let socket = daemon.connect().unwrap();
+        let mut frontend = Frontend::from_stream(socket.try_clone().unwrap(), 1);
+        BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all()).unwrap();
+        // It refuses a region that it has, and hangs up, with the others in its way.
+        let add = |at: usize| (FrontendReq::ADD_MEM_REG, &regions[at]);
+        assert_eq!(
+            answers_to(&socket, &[add(0), add(0), add(1), add(1)]),
+            [0, 1]
+        );
+        drop((socket, frontend));
+        daemon.wait_disconnected(LIMIT).unwrap();
+    }
 }
 
 #[test]

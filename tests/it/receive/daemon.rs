@@ -134,7 +134,7 @@ fn plugged(memory: &GuestMemoryShm, start: u64) -> GuestMemoryShm {
 fn a_share_gives_its_table_and_each_change_of_it() {
     for features in [PROTOCOL, Features::REPLY_ACK] {
         let daemon = Daemon::start(require_seals().with_mem_slots(SLOTS), 1);
-        let mut share = VhostUserShare::new(daemon.frontend(features), features);
+        let mut share = VhostUserShare::new(&daemon.frontend(features), features).unwrap();
         let ranges = [(GuestAddress(0), 1 << 20), (GuestAddress(1 << 32), 2 << 20)];
         let mut memory = GuestMemoryShm::from_ranges(&ranges).unwrap();
         share.update_table(&memory.memory_table()).unwrap();

@@ -1,9 +1,9 @@
-//! A clone of the frontend in another thread, which waits for a silent daemon with the lock held.
+//! Another user of the connection, which must have no request under way meanwhile.
 
+use std::io::{Read, Write};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-use guest_memory_shm::CallDeadline;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
@@ -20,7 +20,7 @@ fn wait_on_clone(peer: &Peer, frontend: &Frontend, acks: bool) -> JoinHandle<()>
         let memory = memory(&[512]);
         let region: VhostUserMemoryRegionInfo = (&memory.memory_table().regions()[0]).into();
         // Without acknowledgements it is the next message that waits.
-        if VhostUserFrontend::add_mem_region(&mut clone, &region).is_ok() {
+        if clone.add_mem_region(&region).is_ok() {
             clone.get_features().unwrap_err();
         }
     });
@@ -37,113 +37,81 @@ fn in_time<T: Send + 'static>(peer: &Peer, work: impl FnOnce() -> T + Send + 'st
     let done = receiver.recv_timeout(PATIENCE);
     peer.daemon.hang_up();
     works.join().unwrap().unwrap();
-    done.expect("it waited without a limit")
+    done.expect("it waited for a lock")
 }
 
 #[test]
-fn a_change_does_not_wait_longer_for_a_clone_that_waits_than_for_the_daemon() {
+fn a_change_waits_for_no_lock_of_the_frontend() {
     for acks in [true, false] {
         let builder = MockDaemon::builder();
         let peer = Peer::start(match acks {
             true => builder,
             false => builder.without_reply_ack(),
         });
-        let (frontend, device) = peer.connect();
-        let share = VhostUserShare::new(frontend.clone(), device.protocol_features());
+        let (share, vmm) = peer.share();
         let space = AddressSpace::new(memory(&[0]));
         let id = space.attach("blk", share.with_deadline(LIMIT)).unwrap();
 
-        let waits = wait_on_clone(&peer, &frontend, acks);
-        let (report, space) = in_time(&peer, move || {
-            (space.insert(regions(&[10]).remove(0)), space)
+        let waits = wait_on_clone(&peer, &vmm.frontend, acks);
+        let (report, share) = in_time(&peer, move || {
+            let report = space.insert(regions(&[10]).remove(0));
+            // Neither does its end wait.
+            let share = space.detach(id).unwrap();
+            let reason = share.broken().map(ToString::to_string);
+            drop(share);
+            (report.unwrap(), reason)
         });
-        assert_eq!(report.unwrap().stale()[0].name(), "blk");
-        let broken = space.with_listener(&id, |share| share.broken().map(ShareError::to_string));
-        let reason = broken.unwrap().unwrap();
+        assert_eq!(report.stale()[0].name(), "blk");
+        let reason = share.unwrap();
         assert!(reason.contains("within 200ms"), "{reason}");
         waits.join().unwrap();
     }
 }
 
-#[test]
-fn a_share_that_begins_while_a_clone_waits_fails_in_time() {
-    let peer = Peer::start(MockDaemon::builder());
-    let (frontend, device) = peer.connect();
-    let waits = wait_on_clone(&peer, &frontend, true);
-    let late = in_time(&peer, move || {
-        let share = VhostUserShare::new(frontend, device.protocol_features());
-        let mut share = share.with_deadline(LIMIT);
-        let late = share.update_memory(&memory(&[0])).unwrap_err();
-        assert!(share.broken().is_some());
-        // Neither does its end wait.
-        drop(share);
-        late
-    });
-    assert!(
-        matches!(late.failure(), Some(DaemonFailure::Silent(_))),
-        "{late}"
-    );
-    waits.join().unwrap();
+/// Answers a GET_QUEUE_NUM that another user of the connection is to have sent.
+fn answer_to_another(mut daemon: &UnixStream) {
+    let header = [17, 1 | 4, 8].map(u32::to_ne_bytes);
+    let answer = [header.as_flattened(), &1_u64.to_ne_bytes()].concat();
+    daemon.write_all(&answer).unwrap();
 }
 
 #[test]
-fn a_reconnection_to_a_frontend_that_a_clone_waits_on_fails_in_time_and_leaves_the_daemon_away() {
-    let (first, second) = (
-        Peer::start(MockDaemon::builder()),
-        Peer::start(MockDaemon::builder()),
-    );
-    let space = AddressSpace::new(memory(&[0]));
-    let share = first.share().0.with_deadline(LIMIT);
-    let id = space.attach("blk", share).unwrap();
-    first.daemon.hang_up();
-    first.daemon.wait_disconnected(PATIENCE).unwrap();
+fn an_answer_to_somebody_elses_request_breaks_the_share_and_says_so() {
+    for (features, comes_before) in [
+        (Features::REPLY_ACK, false),
+        (Features::empty(), false),
+        (Features::empty(), true),
+    ] {
+        let (ours, mut daemon) = UnixStream::pair().unwrap();
+        let mut other = ours.try_clone().unwrap();
+        let share = VhostUserShare::new(ours, features).unwrap();
+        let mut share = share.with_deadline(PATIENCE);
+        if comes_before {
+            answer_to_another(&daemon);
+        }
+        let said = thread::spawn(move || {
+            let mut said = vec![0];
+            daemon.read_exact(&mut said).unwrap();
+            if !comes_before {
+                answer_to_another(&daemon);
+            }
+            // An answer that nobody reads makes the end a reset.
+            let _ = daemon.read_to_end(&mut said);
+            said
+        });
+        let error = share.update_memory(&memory(&[0])).unwrap_err();
+        let broken = share.broken().unwrap().to_string();
+        assert!(matches!(error.failure(), Some(DaemonFailure::Protocol(_))));
+        assert_eq!(broken, error.to_string());
+        let cause = support::chain(&error);
+        assert!(cause.contains("another user of the connection"), "{cause}");
+        assert_eq!(cause.contains("request 17"), !comes_before, "{cause}");
 
-    let (frontend, device) = second.connect();
-    let waits = wait_on_clone(&second, &frontend, true);
-    let (again, id, space) = in_time(&second, move || {
-        let again = space.reconnect(&id, frontend, device.protocol_features());
-        (again.map(drop), id, space)
-    });
-    let failed = support::chain(&again.unwrap_err());
-    assert!(failed.contains("within 200ms"), "{failed}");
-    assert!(space.listeners().unwrap()[0].stale().is_some());
-    waits.join().unwrap();
-
-    let (frontend, device) = first.connect();
-    space
-        .reconnect(&id, frontend, device.protocol_features())
-        .unwrap();
-    first.holds(&memory_of(&space).memory_table());
-}
-
-fn memory_of(space: &AddressSpace) -> GuestMemoryShm {
-    use vm_memory::GuestAddressSpace;
-    GuestMemoryShm::clone(&space.published().memory())
-}
-
-#[test]
-fn a_deadline_ends_calls_of_clones_too_but_not_those_from_before_it() {
-    let peer = Peer::start(MockDaemon::builder());
-    let (frontend, _) = peer.connect();
-    let mut limit = CallDeadline::new(&frontend, LIMIT);
-    // The descriptor is known.
-    limit.run(|| ()).unwrap();
-    let waits = wait_on_clone(&peer, &frontend, true);
-    let late = in_time(&peer, move || limit.run(|| frontend.get_features().is_ok()));
-    assert!(is_late(&late));
-    waits.join().unwrap();
-
-    let (frontend, _) = peer.connect();
-    let waits = wait_on_clone(&peer, &frontend, true);
-    let late = in_time(&peer, move || {
-        let mut limit = CallDeadline::new(&frontend, LIMIT);
-        limit.run(|| unreachable!("nothing could end it"))
-    });
-    assert!(is_late::<()>(&late));
-    waits.join().unwrap();
-}
-
-fn is_late<T>(answer: &Result<T, ShareError>) -> bool {
-    let error = answer.as_ref().err().and_then(ShareError::failure);
-    matches!(error, Some(DaemonFailure::Silent(LIMIT)))
+        // The connection is its owner's.
+        other.write_all(b"still here").unwrap();
+        drop((other, share));
+        let said = said.join().unwrap();
+        assert!(said.ends_with(b"still here"));
+        assert_eq!(said.len() == 10, comes_before, "nothing was sent");
+    }
 }

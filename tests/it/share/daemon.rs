@@ -1,72 +1,39 @@
 //! The share with qemu-storage-daemon, whole, stopped and killed.
 
+use std::sync::{Mutex, mpsc};
+
+use super::relay::{ADD_MEM_REG, relay};
 use super::*;
-
-/// A connection that does something at the second ADD_MEM_REG.
-struct At<F> {
-    frontend: Frontend,
-    adds: usize,
-    act: Option<F>,
-}
-
-impl<F: FnOnce()> DaemonConnection for At<F> {
-    fn request_acks(&mut self) {
-        self.frontend.request_acks();
-    }
-    fn set_mem_table(
-        &mut self,
-        regions: &[TableRegion],
-    ) -> Result<Option<Vec<u64>>, DaemonFailure> {
-        DaemonConnection::set_mem_table(&mut self.frontend, regions)
-    }
-    fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
-        self.adds += 1;
-        if self.adds == 2
-            && let Some(act) = self.act.take()
-        {
-            act();
-        }
-        DaemonConnection::add_mem_region(&mut self.frontend, region)
-    }
-    fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), DaemonFailure> {
-        DaemonConnection::remove_mem_region(&mut self.frontend, region)
-    }
-    fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
-        self.frontend.max_mem_slots()
-    }
-    fn barrier(&mut self) -> Result<(), DaemonFailure> {
-        self.frontend.barrier()
-    }
-    fn disconnector(&self) -> Option<Disconnector> {
-        DaemonConnection::disconnector(&self.frontend)
-    }
-}
 
 /// Shares three regions with a qemu-storage-daemon to which `act` happens before the second one.
 fn update_disturbed(
     limit: Duration,
-    act: impl FnOnce(&mut StorageDaemon),
+    act: impl FnOnce(&mut StorageDaemon) + Send + 'static,
 ) -> Option<(ShareError, MemoryTable)> {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("image");
     fs::write(&image, [0; 4096]).unwrap();
-    let mut daemon = StorageDaemon::start(&image, None)?;
-    let (frontend, device) = negotiate(UnixStream::connect(&daemon.socket).unwrap());
-    assert!(
-        device
-            .protocol_features()
-            .contains(Features::CONFIGURE_MEM_SLOTS)
-    );
-    let sink = At {
-        frontend,
-        adds: 0,
-        act: Some(|| act(&mut daemon)),
-    };
-    let mut share = VhostUserShare::new(sink, device.protocol_features()).with_deadline(limit);
+    let daemon = StorageDaemon::start(&image, None)?;
+    let stream = UnixStream::connect(&daemon.socket).unwrap();
+    let daemon = Arc::new(Mutex::new(daemon));
+    let (disturbed, mut adds, mut act) = (Arc::clone(&daemon), 0, Some(act));
+    let (stream, relay) = relay(stream, move |request, _| {
+        adds += usize::from(request == ADD_MEM_REG);
+        if let Some(act) = act.take_if(|_| adds == 2) {
+            act(&mut disturbed.lock().unwrap());
+        }
+    });
+    let vmm = Vmm::negotiate(stream);
+    assert!(vmm.features().contains(Features::CONFIGURE_MEM_SLOTS));
+    let mut share = vmm.share().with_deadline(limit);
     let error = share
         .update_table(&memory(&[0, 1, 2]).memory_table())
         .unwrap_err();
     assert!(share.broken().is_some());
+    // The relay may be waiting for it.
+    daemon.lock().unwrap().process.kill();
+    drop(vmm);
+    relay.join().unwrap();
     Some((error, share.table().clone()))
 }
 
@@ -78,11 +45,11 @@ fn qemu_storage_daemon_takes_regions_and_gives_them_back() {
     let Some(daemon) = StorageDaemon::start(&image, None) else {
         return;
     };
-    let (frontend, device) = negotiate(UnixStream::connect(&daemon.socket).unwrap());
-    let mut share = VhostUserShare::new(frontend, device.protocol_features());
+    let mut vmm = Vmm::negotiate(UnixStream::connect(&daemon.socket).unwrap());
+    let mut share = vmm.share();
     let memory = memory(&[0, 10, 20]);
     share.update_table(&memory.memory_table()).unwrap();
-    let mut driver = driver(&memory, &mut share, &device);
+    let mut driver = vmm.driver(&memory, &share);
     for round in 0..3 {
         // It reads through the regions that are there.
         for start in [10, 20] {
@@ -138,19 +105,22 @@ fn a_qemu_storage_daemon_that_is_killed_during_an_update_hung_up() {
 fn a_qemu_storage_daemon_that_is_killed_before_it_answers_hung_up() {
     // Stopped first, so that it can receive the region but not answer; the kill comes from another
     // thread while the update waits, or just before it sends: both are a hang-up.
-    let mut killer = None;
-    let disturbed = update_disturbed(PATIENCE, |daemon| {
-        daemon.process.stop();
-        let pid = daemon.process.pid();
-        killer = Some(thread::spawn(move || {
+    let (sender, receiver) = mpsc::channel();
+    let killer = thread::spawn(move || {
+        // Nothing comes where there is no such daemon.
+        if let Ok(pid) = receiver.recv() {
             nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
-        }));
+        }
     });
+    let disturbed = update_disturbed(PATIENCE, move |daemon| {
+        daemon.process.stop();
+        sender.send(daemon.process.pid()).unwrap();
+    });
+    killer.join().unwrap();
     if let Some((error, _)) = disturbed {
         assert!(
             matches!(error.failure(), Some(DaemonFailure::HungUp(_))),
             "{error:?}"
         );
-        killer.unwrap().join().unwrap();
     }
 }

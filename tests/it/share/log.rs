@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use guest_memory_shm::StoppedLog;
-use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
 use super::*;
 
@@ -12,18 +13,14 @@ pub(super) const PAGE: u64 = 4096;
 /// VHOST_F_LOG_ALL.
 const LOG_ALL: u64 = 1 << 26;
 
-pub(super) type Share = VhostUserShare<Frontend>;
-
-pub(super) fn logging(peer: &Peer) -> (Share, BlkDevice) {
-    let stream = UnixStream::connect(peer.daemon.path().unwrap()).unwrap();
-    let (frontend, device) = negotiate_also(stream, Features::LOG_SHMFD);
-    let share = VhostUserShare::new(frontend, device.protocol_features());
-    (share.with_deadline(PATIENCE), device)
+pub(super) fn logging(peer: &Peer) -> (VhostUserShare, Vmm) {
+    let vmm = peer.connect_also(Features::LOG_SHMFD);
+    (vmm.share(), vmm)
 }
 
 /// The numbers of the pages that are dirty, but for the rings: the device writes there for a
 /// moment after it has answered, to be notified of the next request.
-pub(super) fn drain(share: &mut Share) -> BTreeSet<u64> {
+pub(super) fn drain(share: &mut VhostUserShare) -> BTreeSet<u64> {
     let mut dirty = pages(&share.drain_dirty());
     dirty.remove(&(RINGS.0 / PAGE));
     dirty
@@ -74,10 +71,10 @@ fn builders() -> [MockDaemonBuilder; 4] {
 fn writes_to_a_region_that_was_plugged_while_the_daemon_logs_are_logged() {
     for builder in builders() {
         let peer = Peer::start(builder);
-        let (mut share, device) = logging(&peer);
+        let (mut share, mut vmm) = logging(&peer);
         let first = memory(&[0, 10]);
         share.update_memory(&first).unwrap();
-        let mut driver = driver(&first, &mut share, &device);
+        let mut driver = vmm.driver(&first, &share);
         touch(&mut driver, 10 * MIB);
         share.start_log().unwrap();
         assert!(share.is_logging());
@@ -112,13 +109,14 @@ fn writes_to_a_region_that_was_plugged_while_the_daemon_logs_are_logged() {
 fn the_daemon_does_not_log_by_itself_what_is_plugged() {
     // Why the log is sent again after a region was added: vhost-user-backend needs it.
     let peer = Peer::start(MockDaemon::builder());
-    let (mut share, device) = logging(&peer);
+    let (mut share, mut vmm) = logging(&peer);
     let first = memory(&[0, 10]);
     share.update_memory(&first).unwrap();
-    let mut driver = driver(&first, &mut share, &device);
+    let mut driver = vmm.driver(&first, &share);
     share.start_log().unwrap();
     let region = memory(&[5]).memory_table().regions()[0].clone();
-    DaemonConnection::add_mem_region(share.connection_mut(), &region).unwrap();
+    let region = VhostUserMemoryRegionInfo::from(&region);
+    vmm.frontend.add_mem_region(&region).unwrap();
     let page = touch(&mut driver, 5 * MIB);
     assert!(!drain(&mut share).contains(&page));
 }
@@ -130,12 +128,13 @@ fn the_log_goes_before_a_table_that_grows_and_after_each_and_never_gets_smaller(
     let first = memory(&[0, 10]);
     share.update_memory(&first).unwrap();
     peer.daemon.clear_requests();
-    let expect = |share: &mut Share, memory: &GuestMemoryShm, expected: &[(&str, u64)]| {
-        share.update_memory(memory).unwrap();
-        assert_eq!(messages(&peer), expected);
-        peer.holds(&memory.memory_table());
-        peer.daemon.clear_requests();
-    };
+    let expect =
+        |share: &mut VhostUserShare, memory: &GuestMemoryShm, expected: &[(&str, u64)]| {
+            share.update_memory(memory).unwrap();
+            assert_eq!(messages(&peer), expected);
+            peer.holds(&memory.memory_table());
+            peer.daemon.clear_requests();
+        };
     share.start_log().unwrap();
     share.start_log().unwrap();
     let grown = with(&first, &[20]);
@@ -193,10 +192,10 @@ fn without_slots_the_log_goes_around_the_whole_table_and_what_stays_counts_as_di
 #[test]
 fn nothing_dirty_is_lost_while_the_log_grows_and_shrinks() {
     let peer = Peer::start(MockDaemon::builder());
-    let (mut share, device) = logging(&peer);
+    let (mut share, mut vmm) = logging(&peer);
     let first = memory(&[0, 10]);
     share.update_memory(&first).unwrap();
-    let mut driver = driver(&first, &mut share, &device);
+    let mut driver = vmm.driver(&first, &share);
     share.start_log().unwrap();
     let mut written = BTreeSet::new();
     written.insert(touch(&mut driver, 10 * MIB));
@@ -220,10 +219,10 @@ fn nothing_dirty_is_lost_while_the_log_grows_and_shrinks() {
 #[test]
 fn what_is_dirty_in_a_region_that_goes_and_comes_back_is_not_lost() {
     let peer = Peer::start(MockDaemon::builder());
-    let (mut share, device) = logging(&peer);
+    let (mut share, mut vmm) = logging(&peer);
     let all = memory(&[0, 10, 20, 30]);
     share.update_memory(&all).unwrap();
-    let mut driver = driver(&all, &mut share, &device);
+    let mut driver = vmm.driver(&all, &share);
     share.start_log().unwrap();
     let written = [10 * MIB, 20 * MIB, 30 * MIB].map(|addr| touch(&mut driver, addr));
     share.update_memory(&without(&all, &[10, 30])).unwrap();
@@ -241,11 +240,11 @@ fn nothing_dirty_is_lost_while_the_device_works_and_the_table_changes() {
         MockDaemon::builder().without_mem_slots(),
     ] {
         let peer = Peer::start(builder);
-        let (mut share, device) = logging(&peer);
+        let (mut share, mut vmm) = logging(&peer);
         let first = memory(&[0, 10]);
         let grown = with(&first, &[40]);
         share.update_memory(&first).unwrap();
-        let mut driver = driver(&first, &mut share, &device);
+        let mut driver = vmm.driver(&first, &share);
         share.start_log().unwrap();
         let (rounds, over) = (AtomicU64::new(0), AtomicBool::new(false));
         let mut dirty = BTreeSet::new();
@@ -282,10 +281,10 @@ fn nothing_dirty_is_lost_while_the_device_works_and_the_table_changes() {
 #[test]
 fn a_log_goes_on_over_a_new_connection() {
     let peer = Peer::start(MockDaemon::builder());
-    let (mut share, device) = logging(&peer);
+    let (mut share, mut vmm) = logging(&peer);
     let first = memory(&[0, 10]);
     share.update_memory(&first).unwrap();
-    let mut old = driver(&first, &mut share, &device);
+    let mut old = vmm.driver(&first, &share);
     share.start_log().unwrap();
     let before = touch(&mut old, 10 * MIB);
     drop(old);
@@ -295,26 +294,22 @@ fn a_log_goes_on_over_a_new_connection() {
     assert!(share.broken().is_some());
 
     // A daemon that cannot: it is said before anything is sent.
-    let (frontend, device) = peer.connect();
-    drop(share.reconnect(frontend, device.protocol_features()));
+    peer.connect().reconnect(&mut share);
     peer.daemon.clear_requests();
     let refused = share.update_memory(&first).unwrap_err();
     assert!(matches!(refused, ShareError::LogNotShared), "{refused}");
     assert_eq!(peer.daemon.requests(), []);
 
-    let (now, device) = {
-        peer.daemon.hang_up();
-        peer.daemon.wait_disconnected(PATIENCE).unwrap();
-        let stream = UnixStream::connect(peer.daemon.path().unwrap()).unwrap();
-        negotiate_also(stream, Features::LOG_SHMFD)
-    };
-    drop(share.reconnect(now, device.protocol_features()));
+    peer.daemon.hang_up();
+    peer.daemon.wait_disconnected(PATIENCE).unwrap();
+    let mut vmm = peer.connect_also(Features::LOG_SHMFD);
+    vmm.reconnect(&mut share);
     peer.daemon.clear_requests();
     share.update_memory(&first).unwrap();
     let [("LOG", 21), ("ADD", 0), ("ADD", 10), ("LOG", 21)] = messages(&peer)[..] else {
         panic!("{:?}", messages(&peer));
     };
-    let mut driver = driver(&first, &mut share, &device);
+    let mut driver = vmm.driver(&first, &share);
     let after = touch(&mut driver, 10 * MIB + 5 * PAGE);
     let dirty = drain(&mut share);
     assert!(
@@ -337,21 +332,21 @@ fn a_log_needs_its_protocol_feature() {
 
 #[test]
 fn a_refused_region_leaves_the_log_working_for_those_that_are_held() {
-    for refused in [1, 2] {
+    for (refused, taken) in [(1, 20), (2, 10)] {
         let peer = Peer::start(MockDaemon::builder());
-        let (mut share, device) = logging(&peer);
+        let (mut share, mut vmm) = logging(&peer);
         let first = memory(&[0]);
         share.update_memory(&first).unwrap();
-        let mut driver = driver(&first, &mut share, &device);
+        let mut driver = vmm.driver(&first, &share);
         share.start_log().unwrap();
         peer.daemon.inject(refused, Fault::Refuse);
         share.update_memory(&with(&first, &[10, 20])).unwrap_err();
         assert!(share.broken().is_none());
-        let held = share.table().regions().len() as u64;
-        assert_eq!(held, refused);
-        let last = (held - 1) * 10;
+        let held = share.table().regions().iter();
+        let held: Vec<u64> = held.map(|r| r.range().start_addr().0 / MIB).collect();
+        assert_eq!(held, [0, taken]);
         assert_eq!(messages(&peer).last(), Some(&("LOG", 21)));
-        let page = touch(&mut driver, last * MIB + 0x80 * PAGE);
+        let page = touch(&mut driver, taken * MIB + 0x80 * PAGE);
         assert!(drain(&mut share).contains(&page));
     }
 }
@@ -359,17 +354,17 @@ fn a_refused_region_leaves_the_log_working_for_those_that_are_held() {
 #[test]
 fn a_daemon_of_an_address_space_logs_what_is_plugged_and_a_change_that_is_undone_costs_nothing() {
     let peer = Peer::start(MockDaemon::builder());
-    let (mut share, device) = logging(&peer);
+    let (mut share, mut vmm) = logging(&peer);
     let first = memory(&[0, 10]);
     share.update_memory(&first).unwrap();
-    let mut driver = driver(&first, &mut share, &device);
+    let mut driver = vmm.driver(&first, &share);
     let space = AddressSpace::new(first.clone());
     let blk = space.attach("blk", share).unwrap();
     // Told after it: what this one refuses is taken back from the other.
     let other = Peer::start(MockDaemon::builder());
     space.attach("net", other.share().0).unwrap();
     space
-        .with_listener(&blk, Share::start_log)
+        .with_listener(&blk, VhostUserShare::start_log)
         .unwrap()
         .unwrap();
     let mut written = BTreeSet::new();
@@ -381,7 +376,7 @@ fn a_daemon_of_an_address_space_logs_what_is_plugged_and_a_change_that_is_undone
     written.insert(touch(&mut driver, 40 * MIB));
     space.remove((GuestAddress(40 * MIB), MIB)).told_all();
     written.insert(touch(&mut driver, 10 * MIB + 2 * PAGE));
-    let stopped = space.with_listener(&blk, Share::stop_log).unwrap();
+    let stopped = space.with_listener(&blk, VhostUserShare::stop_log).unwrap();
     let dirty = &stopped.dirty;
     assert!(written.is_subset(&pages(dirty)), "{written:?} {dirty:?}");
 }
@@ -395,18 +390,15 @@ fn qemu_storage_daemon_logs_what_it_writes_to_a_region_that_was_plugged() {
         return;
     };
     let stream = UnixStream::connect(&daemon.socket).unwrap();
-    let (frontend, device) = negotiate_also(stream, Features::LOG_SHMFD);
-    assert!(device.protocol_features().contains(Features::LOG_SHMFD));
-    let share = VhostUserShare::new(frontend, device.protocol_features());
-    let mut share = share.with_deadline(PATIENCE);
+    let mut vmm = Vmm::negotiate_also(stream, Features::LOG_SHMFD);
+    assert!(vmm.features().contains(Features::LOG_SHMFD));
+    let mut share = vmm.share();
     let first = memory(&[0, 10]);
     share.update_memory(&first).unwrap();
-    let mut driver = driver(&first, &mut share, &device);
+    let mut driver = vmm.driver(&first, &share);
     share.start_log().unwrap();
-    share
-        .connection()
-        .set_features(device.features() | LOG_ALL)
-        .unwrap();
+    let features = vmm.device.features();
+    vmm.frontend.set_features(features | LOG_ALL).unwrap();
     let mut written = BTreeSet::new();
     for round in 0..3 {
         // It would abort if its log had no bits for a page.
@@ -420,7 +412,7 @@ fn qemu_storage_daemon_logs_what_it_writes_to_a_region_that_was_plugged() {
     let dirty = drain(&mut share);
     assert!(written.is_subset(&dirty), "{written:?} {dirty:?}");
     assert!(!dirty.contains(&(10 * MIB / PAGE + 8)));
-    share.connection().set_features(device.features()).unwrap();
+    vmm.frontend.set_features(features).unwrap();
     touch(&mut driver, 10 * MIB);
     assert_eq!(share.stop_log(), StoppedLog::default());
 }

@@ -1,16 +1,18 @@
 //! Daemons that log, and whose answers to the log never come.
 
 use std::collections::BTreeSet;
+use std::sync::Mutex;
 
 use guest_memory_shm::mock::MockWriter;
 
-use super::log::{PAGE, Share, drain, logging, pages};
+use super::log::{PAGE, drain, logging, pages};
+use super::relay::{SET_LOG_BASE, relay};
 use super::*;
 
 const LIMIT: Duration = Duration::from_millis(500);
 
 /// A daemon that logs, and what writes as it does.
-fn logging_writer(peer: &Peer) -> (Share, MockWriter) {
+fn logging_writer(peer: &Peer) -> (VhostUserShare, MockWriter) {
     let (mut share, _) = logging(peer);
     share = share.with_deadline(LIMIT);
     (share, peer.daemon.writer().unwrap())
@@ -23,12 +25,10 @@ fn write(writer: &MockWriter, at: u64) -> u64 {
     at / PAGE
 }
 
-fn reconnect(peer: &Peer, share: &mut Share, to: &GuestMemoryShm) -> MockWriter {
+fn reconnect(peer: &Peer, share: &mut VhostUserShare, to: &GuestMemoryShm) -> MockWriter {
     peer.daemon.hang_up();
     peer.daemon.wait_disconnected(PATIENCE).unwrap();
-    let stream = UnixStream::connect(peer.daemon.path().unwrap()).unwrap();
-    let (frontend, device) = negotiate_also(stream, Features::LOG_SHMFD);
-    drop(share.reconnect(frontend, device.protocol_features()));
+    peer.connect_also(Features::LOG_SHMFD).reconnect(share);
     share.update_memory(to).unwrap();
     peer.daemon.writer().unwrap()
 }
@@ -181,9 +181,8 @@ fn a_process_that_is_dead_is_not_named_and_one_that_is_stopped_is() {
             return;
         };
         let stream = UnixStream::connect(&daemon.socket).unwrap();
-        let (frontend, device) = negotiate_also(stream, Features::LOG_SHMFD);
-        let share = VhostUserShare::new(frontend, device.protocol_features());
-        let mut share = share.with_deadline(Duration::from_millis(500));
+        let vmm = Vmm::negotiate_also(stream, Features::LOG_SHMFD);
+        let mut share = vmm.share().with_deadline(LIMIT);
         let first = memory(&[0]);
         share.update_memory(&first).unwrap();
         share.start_log().unwrap();
@@ -209,62 +208,26 @@ fn a_process_that_is_dead_is_not_named_and_one_that_is_stopped_is() {
 
 #[test]
 fn a_daemon_may_make_the_log_longer_and_none_can_make_it_shorter() {
-    use std::cell::RefCell;
-
-    /// A sink that keeps the descriptors of the logs that it sends.
-    struct Keeps {
-        frontend: Frontend,
-        logs: RefCell<Vec<File>>,
-    }
-    impl DaemonConnection for Keeps {
-        fn request_acks(&mut self) {
-            self.frontend.request_acks();
-        }
-        fn set_mem_table(
-            &mut self,
-            all: &[TableRegion],
-        ) -> Result<Option<Vec<u64>>, DaemonFailure> {
-            DaemonConnection::set_mem_table(&mut self.frontend, all)
-        }
-        fn add_mem_region(&mut self, region: &TableRegion) -> Result<Option<u64>, DaemonFailure> {
-            DaemonConnection::add_mem_region(&mut self.frontend, region)
-        }
-        fn remove_mem_region(&mut self, region: &TableRegion) -> Result<(), DaemonFailure> {
-            DaemonConnection::remove_mem_region(&mut self.frontend, region)
-        }
-        fn max_mem_slots(&mut self) -> Result<u64, DaemonFailure> {
-            self.frontend.max_mem_slots()
-        }
-        fn set_log_base(&mut self, log: &DaemonLog) -> Result<Option<u32>, DaemonFailure> {
-            let file = log.as_fd().try_clone_to_owned().unwrap();
-            self.logs.borrow_mut().push(file.into());
-            DaemonConnection::set_log_base(&mut self.frontend, log)
-        }
-        fn barrier(&mut self) -> Result<(), DaemonFailure> {
-            self.frontend.barrier()
-        }
-        fn disconnector(&self) -> Option<Disconnector> {
-            DaemonConnection::disconnector(&self.frontend)
-        }
-    }
-
     let peer = Peer::start(MockDaemon::builder());
-    let stream = UnixStream::connect(peer.daemon.path().unwrap()).unwrap();
-    let (frontend, device) = negotiate_also(stream, Features::LOG_SHMFD);
-    let sink = Keeps {
-        frontend,
-        logs: RefCell::default(),
-    };
-    let share = VhostUserShare::new(sink, device.protocol_features());
-    let mut share = share.with_deadline(PATIENCE);
+    let daemon = UnixStream::connect(peer.daemon.path().unwrap()).unwrap();
+    let logs = Arc::new(Mutex::new(Vec::new()));
+    let sent = Arc::clone(&logs);
+    let (stream, relay) = relay(daemon, move |request, file| {
+        if request == SET_LOG_BASE {
+            let file = file.expect("it comes with the log");
+            sent.lock().unwrap().push(file.try_clone().unwrap());
+        }
+    });
+    let vmm = Vmm::negotiate_also(stream, Features::LOG_SHMFD);
+    let mut share = vmm.share();
     let first = memory(&[0]);
     share.update_memory(&first).unwrap();
     share.start_log().unwrap();
-    share.connection().logs.borrow()[0]
-        .set_len(1 << 30)
-        .unwrap();
+    logs.lock().unwrap()[0].set_len(1 << 30).unwrap();
     share.update_memory(&with(&first, &[1000])).unwrap();
-    let logs = share.connection().logs.borrow();
+    drop((share, vmm));
+    relay.join().unwrap();
+    let logs = logs.lock().unwrap();
     let inode = |file: &File| file.metadata().unwrap().ino();
     assert!(logs.len() > 2 && logs.iter().all(|log| inode(log) == inode(&logs[0])));
     assert_eq!(logs[0].metadata().unwrap().len(), 1 << 30);

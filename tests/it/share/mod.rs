@@ -12,9 +12,9 @@ use guest_memory_shm::mock::{
     BlkDevice, BlkDriver, BlkError, Fault, LoggedRequest, MockDaemon, MockDaemonBuilder,
 };
 use guest_memory_shm::{
-    AddressSpace, BackingSource, DaemonConnection, DaemonFailure, DaemonLog, Disconnector,
-    GuestMemoryShm, GuestRange, GuestRegionShm, InvalidRange, KernelVhost, MemoryTable,
-    RamOptions, ShareError, SlotLimit, TableError, TableRegion, TableView, VhostUserShare,
+    AddressSpace, BackingSource, DaemonFailure, GuestMemoryShm, GuestRange, GuestRegionShm,
+    InvalidRange, KernelVhost, MemoryTable, RamOptions, ShareError, SlotLimit, TableError,
+    TableRegion, TableView, VhostUserShare,
 };
 use tempfile::TempDir;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
@@ -33,6 +33,7 @@ mod log_faults;
 mod postcopy;
 mod postcopy_faults;
 mod postcopy_peer;
+mod relay;
 mod table;
 mod view;
 
@@ -41,6 +42,55 @@ const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(10);
 const RINGS: GuestAddress = GuestAddress(0x1000);
 const DISK: u64 = 64 << 10;
+
+/// What a VMM has of a daemon beside the share.
+struct Vmm {
+    frontend: Frontend,
+    device: BlkDevice,
+}
+
+impl Vmm {
+    fn negotiate(stream: UnixStream) -> Self {
+        Self::negotiate_also(stream, Features::empty())
+    }
+
+    fn negotiate_also(stream: UnixStream, more: Features) -> Self {
+        let mut frontend = Frontend::from_stream(stream, 1);
+        let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS | more;
+        let device = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
+        Self { frontend, device }
+    }
+
+    fn features(&self) -> Features {
+        self.device.protocol_features()
+    }
+
+    fn share(&self) -> VhostUserShare {
+        let share = VhostUserShare::new(&self.frontend, self.features()).unwrap();
+        share.with_deadline(PATIENCE)
+    }
+
+    fn reconnect(&self, share: &mut VhostUserShare) {
+        share.reconnect(&self.frontend, self.features()).unwrap();
+    }
+
+    /// Starts the queue in `memory`, which the share has sent.
+    fn driver<'a>(
+        &mut self,
+        memory: &'a GuestMemoryShm,
+        share: &VhostUserShare,
+    ) -> BlkDriver<&'a GuestMemoryShm> {
+        let driver = BlkDriver::new(memory, RINGS, 16)
+            .unwrap()
+            .with_deadline(PATIENCE);
+        let translate = |addr| share.table().user_addr(addr);
+        let started = self
+            .device
+            .start_queue(&mut self.frontend, 0, &driver, translate);
+        started.unwrap();
+        driver
+    }
+}
 
 /// A mock on a socket in a directory of its own.
 struct Peer {
@@ -58,14 +108,19 @@ impl Peer {
         }
     }
 
-    fn connect(&self) -> (Frontend, BlkDevice) {
-        negotiate(UnixStream::connect(self.daemon.path().unwrap()).unwrap())
+    fn connect(&self) -> Vmm {
+        self.connect_also(Features::empty())
     }
 
-    fn share(&self) -> (VhostUserShare<Frontend>, BlkDevice) {
-        let (frontend, device) = self.connect();
-        let share = VhostUserShare::new(frontend, device.protocol_features());
-        (share.with_deadline(PATIENCE), device)
+    fn connect_also(&self, more: Features) -> Vmm {
+        let stream = UnixStream::connect(self.daemon.path().unwrap()).unwrap();
+        Vmm::negotiate_also(stream, more)
+    }
+
+    /// The share has a copy of the connection: it lasts as long as either of them.
+    fn share(&self) -> (VhostUserShare, Vmm) {
+        let vmm = self.connect();
+        (vmm.share(), vmm)
     }
 
     /// Asserts that the daemon maps exactly the parts of files that are in `table`.
@@ -105,17 +160,6 @@ impl Peer {
     }
 }
 
-fn negotiate(stream: UnixStream) -> (Frontend, BlkDevice) {
-    negotiate_also(stream, Features::empty())
-}
-
-fn negotiate_also(stream: UnixStream, more: Features) -> (Frontend, BlkDevice) {
-    let mut frontend = Frontend::from_stream(stream, 1);
-    let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS | more;
-    let device = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
-    (frontend, device)
-}
-
 /// Regions of 1 MiB at these addresses in MiB, each on a descriptor of its own.
 fn regions(starts: &[u64]) -> Vec<Arc<GuestRegionShm>> {
     starts
@@ -143,21 +187,4 @@ fn without(memory: &GuestMemoryShm, starts: &[u64]) -> GuestMemoryShm {
     all.retain(|region| !starts.contains(&(region.range().start_addr().0 / MIB)));
     all.sort_by_key(|region| region.range());
     GuestMemoryShm::from_arc_regions(all).unwrap()
-}
-
-/// Starts the queue in `memory`, which the share has sent.
-fn driver<'a>(
-    memory: &'a GuestMemoryShm,
-    share: &mut VhostUserShare<Frontend>,
-    device: &BlkDevice,
-) -> BlkDriver<&'a GuestMemoryShm> {
-    let driver = BlkDriver::new(memory, RINGS, 16)
-        .unwrap()
-        .with_deadline(PATIENCE);
-    let table = share.table().clone();
-    let started = device.start_queue(share.connection_mut(), 0, &driver, |addr| {
-        table.user_addr(addr)
-    });
-    started.unwrap();
-    driver
 }

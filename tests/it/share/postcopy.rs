@@ -21,13 +21,20 @@ fn told(bases: &Bases) -> Vec<(u64, u64)> {
     told.collect()
 }
 
+/// Has postcopy listen; gives the descriptor that faults are read from.
+fn listen(frontend: &mut Frontend, share: &mut VhostUserShare) -> File {
+    let faults = frontend.postcopy_advise().unwrap();
+    frontend.postcopy_listen().unwrap();
+    share.set_postcopy(true);
+    faults
+}
+
 #[test]
 fn regions_that_are_plugged_while_postcopy_listens_are_acknowledged_at_once() {
     for acks in [Features::REPLY_ACK, Features::empty()] {
-        let (mut share, bases, peer) =
-            Strict::start(Features::CONFIGURE_MEM_SLOTS | acks, None, None);
-        share.connection_mut().postcopy_advise().unwrap();
-        share.connection_mut().postcopy_listen().unwrap();
+        let features = Features::CONFIGURE_MEM_SLOTS | acks;
+        let (mut frontend, mut share, bases, peer) = Strict::start(features, None, None);
+        listen(&mut frontend, &mut share);
         // Two regions at once, then one by one.
         let space = AddressSpace::new(memory(&[0, 2]));
         let id = space.attach("blk", share).unwrap();
@@ -39,12 +46,13 @@ fn regions_that_are_plugged_while_postcopy_listens_are_acknowledged_at_once() {
         assert_eq!(told(&bases), [0, 2, 10, 20].map(base));
 
         // Afterwards it is as it was before.
-        let end = |share: &mut VhostUserShare<Frontend>| share.connection_mut().postcopy_end();
-        space.with_listener(&id, end).unwrap().unwrap();
+        frontend.postcopy_end().unwrap();
+        let end = |share: &mut VhostUserShare| share.set_postcopy(false);
+        space.with_listener(&id, end).unwrap();
         space.insert(regions(&[30]).remove(0)).told_all();
         assert_eq!(told(&bases).len(), 4);
 
-        drop(space.detach(id).unwrap());
+        drop((space.detach(id).unwrap(), frontend));
         assert_eq!(peer.join().unwrap(), [0, 10, 20, 30]);
     }
 }
@@ -52,14 +60,13 @@ fn regions_that_are_plugged_while_postcopy_listens_are_acknowledged_at_once() {
 #[test]
 fn a_whole_table_is_acknowledged_at_once_while_postcopy_listens() {
     for acks in [Features::REPLY_ACK, Features::empty()] {
-        let (mut share, bases, peer) = Strict::start(acks, None, None);
-        share.connection_mut().postcopy_advise().unwrap();
-        share.connection_mut().postcopy_listen().unwrap();
+        let (mut frontend, mut share, bases, peer) = Strict::start(acks, None, None);
+        listen(&mut frontend, &mut share);
         for start in [0, 2] {
             share.update_memory(&memory(&[start])).unwrap();
         }
         assert_eq!(told(&bases), [(0, BASE), (2, BASE + 2 * MIB)]);
-        drop(share);
+        drop((share, frontend));
         assert_eq!(peer.join().unwrap(), [2]);
     }
 }
@@ -67,9 +74,8 @@ fn a_whole_table_is_acknowledged_at_once_while_postcopy_listens() {
 #[test]
 fn a_daemon_that_goes_instead_of_returning_a_base_is_not_acknowledged() {
     let features = Features::CONFIGURE_MEM_SLOTS | Features::REPLY_ACK;
-    let (mut share, bases, peer) = Strict::start(features, Some(1), None);
-    share.connection_mut().postcopy_advise().unwrap();
-    share.connection_mut().postcopy_listen().unwrap();
+    let (mut frontend, mut share, bases, peer) = Strict::start(features, Some(1), None);
+    listen(&mut frontend, &mut share);
     let space = AddressSpace::new(memory(&[0]));
     let id = space.attach("blk", share).unwrap();
     space.insert(regions(&[10]).remove(0)).unwrap_err();
@@ -85,9 +91,8 @@ fn pages_that_are_waited_for_right_after_the_acknowledgement_have_a_known_base()
     let Some(userfaultfd) = userfaultfd() else {
         return;
     };
-    let (mut share, bases, peer) = Strict::start(slots, None, Some(userfaultfd));
-    let faults = share.connection_mut().postcopy_advise().unwrap();
-    share.connection_mut().postcopy_listen().unwrap();
+    let (mut frontend, mut share, bases, peer) = Strict::start(slots, None, Some(userfaultfd));
+    let faults = listen(&mut frontend, &mut share);
     let place_of = move |address: u64| {
         let known = bases.lock().unwrap();
         let mut places = known.iter().filter_map(|(range, base)| {
@@ -106,7 +111,7 @@ fn pages_that_are_waited_for_right_after_the_acknowledgement_have_a_known_base()
     for start in [10, 20] {
         space.insert(regions(&[start]).remove(0)).told_all();
     }
-    drop(space.detach(id).unwrap());
+    drop((space.detach(id).unwrap(), frontend));
     // Its readers have got what they waited for, or it would not end.
     assert_eq!(peer.join().unwrap(), [1, 10, 20]);
     drop(stop);
@@ -118,8 +123,8 @@ fn pages_that_are_waited_for_right_after_the_acknowledgement_have_a_known_base()
 /// What postcopy does with a qemu-storage-daemon that has a disk of `image`.
 struct Postcopy {
     daemon: StorageDaemon,
-    share: VhostUserShare<Frontend>,
-    device: BlkDevice,
+    share: VhostUserShare,
+    vmm: Vmm,
     faults: File,
     bases: Bases,
 }
@@ -132,23 +137,23 @@ impl Postcopy {
         let mut frontend = Frontend::from_stream(stream, 1);
         let wanted = Features::CONFIG | Features::REPLY_ACK | Features::PAGEFAULT;
         let device = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
-        if !device.protocol_features().contains(Features::PAGEFAULT) {
+        let mut vmm = Vmm { frontend, device };
+        if !vmm.features().contains(Features::PAGEFAULT) {
             support::skip("qemu-storage-daemon may not use userfaultfd(2) here");
             return None;
         }
         let bases = Bases::default();
         let told = Arc::clone(&bases);
-        let mut share = VhostUserShare::new(frontend, device.protocol_features())
-            .with_deadline(PATIENCE)
+        let mut share = vmm
+            .share()
             .with_base_handler(move |range, base| told.lock().unwrap().push((range, base)));
         // Before any region, and for whole tables only: QEMU 10's daemons go at the
         // acknowledgement of ADD_MEM_REG, because it brings no descriptor.
-        let faults = share.connection_mut().postcopy_advise().unwrap();
-        share.connection_mut().postcopy_listen().unwrap();
+        let faults = listen(&mut vmm.frontend, &mut share);
         Some(Self {
             daemon,
             share,
-            device,
+            vmm,
             faults,
             bases,
         })
@@ -166,7 +171,7 @@ fn qemu_storage_daemon_waits_for_late_pages_of_regions_that_were_acknowledged() 
     let Postcopy {
         daemon,
         share,
-        device,
+        mut vmm,
         faults,
         bases,
     } = postcopy;
@@ -182,7 +187,7 @@ fn qemu_storage_daemon_waits_for_late_pages_of_regions_that_were_acknowledged() 
     let (pid, known) = (daemon.process.pid(), all.clone());
     let place = move |address| place_of(pid, &known, address);
     let resolver = thread::spawn(move || resolve(&faults, place, &stopped));
-    let start = |share: &mut VhostUserShare<Frontend>| driver(&all, share, &device);
+    let start = |share: &mut VhostUserShare| vmm.driver(&all, share);
     let mut driver = space.with_listener(&id, start).unwrap();
 
     // The daemon reads a page that no process has written, and then writes another one.
@@ -201,8 +206,9 @@ fn qemu_storage_daemon_waits_for_late_pages_of_regions_that_were_acknowledged() 
     assert_eq!(page, [0x42; PAGE as usize]);
 
     // Afterwards it takes regions as ever, and no daemon waits for pages.
-    let end = |share: &mut VhostUserShare<Frontend>| share.connection_mut().postcopy_end();
-    space.with_listener(&id, end).unwrap().unwrap();
+    vmm.frontend.postcopy_end().unwrap();
+    let end = |share: &mut VhostUserShare| share.set_postcopy(false);
+    space.with_listener(&id, end).unwrap();
     drop(stop);
     let resolved = resolver.join().unwrap();
     assert!(resolved.contains(&late), "{resolved:x?}");

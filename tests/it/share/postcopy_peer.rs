@@ -56,7 +56,7 @@ impl Strict {
         features: Features,
         dies_at: Option<usize>,
         userfaultfd: Option<File>,
-    ) -> (VhostUserShare<Frontend>, Bases, JoinHandle<Vec<u64>>) {
+    ) -> (Frontend, VhostUserShare, Bases, JoinHandle<Vec<u64>>) {
         let (ours, socket) = UnixStream::pair().unwrap();
         let bases = Bases::default();
         let peer = Self {
@@ -78,10 +78,11 @@ impl Strict {
         let features = frontend.get_protocol_features().unwrap();
         frontend.set_protocol_features(features).unwrap();
         let told = Arc::clone(&bases);
-        let share = VhostUserShare::new(frontend, features)
+        let share = VhostUserShare::new(&frontend, features)
+            .unwrap()
             .with_deadline(PATIENCE)
             .with_base_handler(move |range, base| told.lock().unwrap().push((range, base)));
-        (share, bases, peer)
+        (frontend, share, bases, peer)
     }
 
     /// The next message, its flags and what came with it. `None`: the frontend has gone.

@@ -13,7 +13,7 @@ fn the_daemon_maps_our_files_and_bytes_pass_both_ways() {
             .build()
             .unwrap();
         let peer = Peer::start(MockDaemon::builder());
-        let (mut share, device) = peer.share();
+        let (mut share, mut vmm) = peer.share();
         let report = share.update_table(&memory.memory_table()).unwrap();
         assert_eq!((report.removed, report.added), (0, 2));
         // The same inode: shared, not copied.
@@ -26,7 +26,7 @@ fn the_daemon_maps_our_files_and_bytes_pass_both_ways() {
             (high.identity, high.mmap_offset)
         );
 
-        let mut driver = driver(&memory, &mut share, &device);
+        let mut driver = vmm.driver(&memory, &share);
         for addr in [GuestAddress(0x8_0000), GuestAddress((1 << 32) + 0x1000)] {
             memory.write_slice(&[0x5a; 512], addr).unwrap();
             driver.write(3, &[(addr, 512)]).unwrap();
@@ -136,10 +136,10 @@ fn only_the_difference_is_sent_removals_from_above_then_additions_from_below() {
 #[test]
 fn what_was_removed_is_out_of_the_devices_reach() {
     let peer = Peer::start(MockDaemon::builder());
-    let (mut share, device) = peer.share();
+    let (mut share, mut vmm) = peer.share();
     let memory = memory(&[0, 10]);
     share.update_table(&memory.memory_table()).unwrap();
-    let mut driver = driver(&memory, &mut share, &device);
+    let mut driver = vmm.driver(&memory, &share);
     let buffer = [(GuestAddress(10 * MIB), 512)];
     driver.read(0, &buffer).unwrap();
     share
@@ -294,7 +294,7 @@ fn the_descriptors_of_a_table_outlive_the_memory() {
 #[test]
 fn a_region_that_is_not_whole_pages_is_refused_before_anything_is_sent() {
     let peer = Peer::start(MockDaemon::builder());
-    let (mut share, _device) = peer.share();
+    let (mut share, _) = peer.share();
     for odd in [(GuestAddress(MIB), 300), (GuestAddress(MIB + 1), 4096)] {
         let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 4096), odd]).unwrap();
         let partial = |error: ShareError| match error {

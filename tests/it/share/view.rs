@@ -43,7 +43,7 @@ fn a_daemon_works_with_a_selection_and_opaque_addresses_and_gets_no_other_region
         MockDaemon::builder().without_mem_slots(),
     ] {
         let peer = Peer::start(builder);
-        let (share, device) = peer.share();
+        let (share, mut vmm) = peer.share();
         let mut share = share.with_view(view(&[0, 10, 30]));
         let memory = memory(&[0, 10, 20]);
         share.check_memory(&memory).unwrap();
@@ -52,7 +52,7 @@ fn a_daemon_works_with_a_selection_and_opaque_addresses_and_gets_no_other_region
         peer.holds(&seen);
         assert_eq!(seen.regions().len(), 2);
 
-        let mut driver = driver(&memory, &mut share, &device);
+        let mut driver = vmm.driver(&memory, &share);
         let buffer = GuestAddress(10 * MIB + 0x1000);
         memory.write_slice(&[0x77; 512], buffer).unwrap();
         driver.write(0, &[(buffer, 512)]).unwrap();
@@ -130,9 +130,8 @@ fn qemu_storage_daemon_works_with_a_selection_and_opaque_addresses() {
     let Some(daemon) = StorageDaemon::start(&image, None) else {
         return;
     };
-    let (frontend, device) = negotiate(UnixStream::connect(&daemon.socket).unwrap());
-    let share = VhostUserShare::new(frontend, device.protocol_features());
-    let mut share = share.with_view(view(&[0, 10, 30])).with_deadline(PATIENCE);
+    let mut vmm = Vmm::negotiate(UnixStream::connect(&daemon.socket).unwrap());
+    let mut share = vmm.share().with_view(view(&[0, 10, 30]));
     let memory = memory(&[0, 10, 20]);
     share.update_memory(&memory).unwrap();
 
@@ -153,7 +152,7 @@ fn qemu_storage_daemon_works_with_a_selection_and_opaque_addresses() {
     };
     assert_eq!(mapped(&memory), [true, true, false]);
 
-    let mut driver = driver(&memory, &mut share, &device);
+    let mut driver = vmm.driver(&memory, &share);
     let buffer = GuestAddress(10 * MIB);
     driver.read(0, &[(buffer, 512)]).unwrap();
     assert_eq!(
