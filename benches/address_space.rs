@@ -148,7 +148,7 @@ fn attach(daemons: &[MockDaemon], memory: GuestMemoryShm) -> Result<AddressSpace
     let space = AddressSpace::new(memory);
     for daemon in daemons {
         let (frontend, features) = connect(daemon)?;
-        space.attach("daemon", VhostUserShare::new(frontend, features))?;
+        space.attach("daemon", VhostUserShare::new(&frontend, features)?)?;
     }
     Ok(space)
 }
@@ -272,7 +272,8 @@ fn reconnect(rounds: usize) -> Result<(), Failure> {
     let (bare, ours) = (bare.start_unnamed()?, ours.start_unnamed()?);
     let space = AddressSpace::new(memory);
     let (frontend, features) = connect(&ours)?;
-    let share = space.attach("daemon", VhostUserShare::new(frontend, features))?;
+    let share = space.attach("daemon", VhostUserShare::new(&frontend, features)?)?;
+    drop(frontend);
 
     let (mut bare_times, mut space_times) = (Times::default(), Times::default());
     for _ in 0..rounds {
@@ -289,10 +290,9 @@ fn reconnect(rounds: usize) -> Result<(), Failure> {
         ours.hang_up();
         ours.wait_disconnected(Duration::from_secs(60))?;
         let (frontend, features) = connect(&ours)?;
-        space_times.0.push(timed(|| {
-            drop(space.reconnect(&share, frontend, features)?);
-            Ok(())
-        })?);
+        space_times
+            .0
+            .push(timed(|| Ok(space.reconnect(&share, &frontend, features)?))?);
         assert_eq!(ours.table().len() as u64, REGIONS);
     }
     println!("reconnect with {REGIONS} regions: best and median of {rounds} rounds each, ms");

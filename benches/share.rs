@@ -75,11 +75,12 @@ fn exchange(daemon: &MockDaemon, table: &MemoryTable) -> Result<Duration, Box<dy
 
 fn share(daemon: &MockDaemon, table: &MemoryTable) -> Result<Duration, Box<dyn Error>> {
     let (frontend, features) = connect(daemon)?;
-    let mut share = VhostUserShare::new(frontend, features);
+    let mut share = VhostUserShare::new(&frontend, features)?;
     let start = Instant::now();
     share.update_table(table)?;
     let elapsed = start.elapsed();
-    check_and_leave(daemon, share.into_connection())?;
+    drop(share);
+    check_and_leave(daemon, frontend)?;
     Ok(elapsed)
 }
 

@@ -8,9 +8,7 @@ use std::sync::{Arc, Mutex};
 use guest_memory_shm::receive::{ReceivePolicy, ReceivedTable};
 use guest_memory_shm::{AdoptPolicy, GuestMemoryShm, VhostUserShare};
 use not_offered::not_offered;
-use vhost::vhost_user::{
-    self, BackendReqHandler, Frontend, VhostUserProtocolFeatures as Features, message,
-};
+use vhost::vhost_user::{self, BackendReqHandler, VhostUserProtocolFeatures as Features, message};
 use vm_memory::GuestAddress;
 
 #[path = "common/not_offered.rs"]
@@ -43,7 +41,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut requests = BackendReqHandler::from_stream(theirs, Arc::clone(&daemon));
     // Without REPLY_ACK a refusal is a hang-up; with it, go on after vhost's ReqHandlerError.
     std::thread::spawn(move || while requests.handle_request().is_ok() {});
-    let mut share = VhostUserShare::new(Frontend::from_stream(ours, 1), Features::empty());
+    let mut share = VhostUserShare::new(ours, Features::empty())?;
     for backend in ["memory-backend-memfd,size=2M", "memory-backend-shm,size=2M"] {
         let memory = GuestMemoryShm::<()>::builder()
             .add_ram(backend.parse()?, [(GuestAddress(0), 2 << 20)])

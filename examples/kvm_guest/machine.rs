@@ -27,8 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Machine {
     space: AddressSpace,
     kvm: ListenerId<KvmSlots>,
-    share: ListenerId<VhostUserShare<Frontend>>,
     guest: Guest,
+    frontend: Frontend,
     device: BlkDevice,
     driver: BlkDriver<PublishedMemory>,
     daemon: MockDaemon,
@@ -59,25 +59,25 @@ impl Machine {
         let mut frontend = Frontend::from_stream(stream, 1);
         let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
         let device = BlkDevice::negotiate(&mut frontend, wanted).or_fail(doing)?;
-        let share = VhostUserShare::new(frontend, device.protocol_features());
+        // The share takes a copy of the socket; the frontend stays ours, for all else.
+        let share = VhostUserShare::new(&frontend, device.protocol_features()).or_fail(doing)?;
         let share = space
             .attach_required("disk", share.with_deadline(PATIENCE))
             .or_fail(doing)?;
 
         let driver = BlkDriver::new(space.published(), RINGS, 16).or_fail(doing)?;
         let driver = driver.with_deadline(PATIENCE);
-        let started = space.with_listener(&share, |share| {
-            let table = share.table().clone();
-            device.start_queue(share.connection_mut(), 0, &driver, |addr| {
-                table.user_addr(addr)
-            })
-        });
-        started.or_fail(doing)?.or_fail(doing)?;
+        let table = space
+            .with_listener(&share, |share| share.table().clone())
+            .or_fail(doing)?;
+        device
+            .start_queue(&mut frontend, 0, &driver, |addr| table.user_addr(addr))
+            .or_fail(doing)?;
         Ok(Self {
             space,
             kvm,
-            share,
             guest,
+            frontend,
             device,
             driver,
             daemon,
@@ -165,14 +165,9 @@ impl Machine {
     }
 
     /// Stops the queue and hangs up; then KVM's slots go with the address space.
-    pub(crate) fn end(self) -> Result<()> {
-        let doing = || "cannot stop the queue";
-        let device = self.device;
-        let stopped = self.space.with_listener(&self.share, |share| {
-            device.stop_queue(share.connection_mut(), 0)
-        });
-        stopped.or_fail(doing)?.or_fail(doing)?;
-        Ok(())
+    pub(crate) fn end(mut self) -> Result<()> {
+        let stopped = self.device.stop_queue(&mut self.frontend, 0);
+        stopped.map(drop).or_fail(|| "cannot stop the queue")
     }
 
     fn kvm<T>(&self, work: impl FnOnce(&mut KvmSlots) -> T) -> Result<T> {

@@ -1,14 +1,16 @@
 //! A connected daemon: negotiation, its memory table, the virtqueue, hotplug.
 
 use std::fmt;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use guest_memory_shm::mock::BlkDevice;
-use guest_memory_shm::{CallDeadline, ListenerId, VhostUserShare};
+use guest_memory_shm::{ListenerId, VhostUserShare};
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 
 use crate::daemon::LocalDaemon;
@@ -43,9 +45,12 @@ pub(crate) struct Session {
     pub(crate) disk: Disk,
     pub(crate) device: BlkDevice,
     pub(crate) capacity: u64,
-    share: ListenerId<VhostUserShare<Frontend>>,
+    share: ListenerId<VhostUserShare>,
     /// For all requests beside those of `share`.
-    limit: CallDeadline,
+    frontend: Frontend,
+    /// What `frontend` speaks through.
+    socket: UnixStream,
+    limit: Duration,
 }
 
 impl Session {
@@ -62,15 +67,16 @@ impl Session {
         };
         let doing = || format!("cannot use the daemon {endpoint}");
         let peer = stream.try_clone().or_fail(doing)?;
+        let socket = stream.try_clone().or_fail(doing)?;
         let mut frontend = Frontend::from_stream(stream, 1);
 
         // A daemon that is busy with another frontend accepts us later, if ever.
-        let mut time = CallDeadline::new(&frontend, limit);
         let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
-        let device = time
-            .run(|| BlkDevice::negotiate(&mut frontend, wanted))
-            .or_fail(doing)?
-            .or_fail(doing)?;
+        let device = within(limit, &socket, || {
+            BlkDevice::negotiate(&mut frontend, wanted)
+        })
+        .or_fail(doing)?
+        .or_fail(doing)?;
         let capacity = device.capacity().ok_or_else(|| {
             let problem = "it does not tell the size of its disk (protocol feature CONFIG)";
             Failure::new(format!("{}: {problem}", doing()))
@@ -78,33 +84,32 @@ impl Session {
 
         // The table comes before the queue: the rings must be in it. From here on the daemon is
         // told of each change of the RAM, or there is none.
-        let share = VhostUserShare::new(frontend, device.protocol_features()).with_deadline(limit);
+        let share = VhostUserShare::new(&frontend, device.protocol_features()).or_fail(doing)?;
         let share = ram
             .space()
-            .attach_required(format!("daemon {}", nth + 1), share)
+            .attach_required(format!("daemon {}", nth + 1), share.with_deadline(limit))
             .or_fail(doing)?;
 
         let disk = Disk::new(&ram, rings(nth), peer, device.max_segments(), limit)?;
-        let start = |share: &mut VhostUserShare<Frontend>| {
-            let table = share.table().clone();
-            time.run(|| {
-                device.start_queue(share.connection_mut(), QUEUE, disk.driver(), |addr| {
-                    table.user_addr(addr)
-                })
-            })
-        };
-        ram.space()
-            .with_listener(&share, start)
-            .or_fail(doing)?
-            .or_fail(doing)?
+        let table = ram
+            .space()
+            .with_listener(&share, |share| share.table().clone())
             .or_fail(doing)?;
+        let translate = |addr| table.user_addr(addr);
+        within(limit, &socket, || {
+            device.start_queue(&mut frontend, QUEUE, disk.driver(), translate)
+        })
+        .or_fail(doing)?
+        .or_fail(doing)?;
         Ok(Self {
             ram,
             disk,
             device,
             capacity,
             share,
-            limit: time,
+            frontend,
+            socket,
+            limit,
         })
     }
 
@@ -136,7 +141,7 @@ impl Session {
         self.ask(|share| share.max_regions())
     }
 
-    fn ask<T>(&self, question: impl FnOnce(&mut VhostUserShare<Frontend>) -> T) -> Result<T> {
+    fn ask<T>(&self, question: impl FnOnce(&mut VhostUserShare) -> T) -> Result<T> {
         let answer = self.ram.space().with_listener(&self.share, question);
         answer.or_fail(|| "cannot ask what the daemon holds")
     }
@@ -144,13 +149,37 @@ impl Session {
     /// Stops the queue and hangs up.
     pub(crate) fn end(mut self) -> Result<()> {
         let doing = || "cannot stop the queue";
-        let mut share = self.ram.space().detach(self.share).or_fail(doing)?;
-        self.limit
-            .run(|| self.device.stop_queue(share.connection_mut(), QUEUE))
-            .or_fail(doing)?
-            .or_fail(doing)?;
+        drop(self.ram.space().detach(self.share).or_fail(doing)?);
+        within(self.limit, &self.socket, || {
+            self.device.stop_queue(&mut self.frontend, QUEUE)
+        })
+        .or_fail(doing)?
+        .or_fail(doing)?;
         Ok(())
     }
+}
+
+/// Makes requests on the frontend whose connection `socket` is, which wait for their answers:
+/// hangs up after `limit`.
+fn within<T>(limit: Duration, socket: &UnixStream, requests: impl FnOnce() -> T) -> Result<T> {
+    let (done, over) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let watch = scope.spawn(move || {
+            let late = over.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+            // It may have ended by itself.
+            let _ = late.then(|| socket.shutdown(Shutdown::Both));
+            late
+        });
+        let answered = requests();
+        drop(done);
+        match watch.join() {
+            Ok(false) => Ok(answered),
+            _ => Err(Failure::new(format!(
+                "the daemon did not answer within {limit:?}: restart it, or allow more with \
+                 --deadline"
+            ))),
+        }
+    })
 }
 
 /// connect(2) waits where too many others wait already: that is given up after `limit`.
