@@ -8,12 +8,12 @@ use std::sync::Arc;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::error::{AdoptError, BackingError, Result};
-use super::file_system::FileSystem;
 use super::kind::BackingKind;
 use super::made::Made;
 use super::seals::{self, Seals};
 use super::shm_backing::{Inner, ShmBacking};
 use crate::host::base_page_size;
+use crate::host::file_system::FileSystem;
 use crate::logs;
 use crate::options::{CoreDump, MapOptions};
 use crate::range::RangePart;
@@ -132,7 +132,8 @@ impl ShmBacking {
     /// An [`AdoptError`] that gives the descriptor back and holds the reason:
     /// [`BackingError::NotMemory`], [`BackingError::NotWritable`], [`BackingError::OnDisk`],
     /// [`BackingError::TooShort`], [`BackingError::Range`], [`BackingError::WriteSealed`],
-    /// [`BackingError::NotSealed`], or [`BackingError::Inspect`] if a system call fails.
+    /// [`BackingError::NotSealed`], or [`BackingError::FileSystemUnknown`] and
+    /// [`BackingError::Inspect`] if a system call fails.
     pub fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> Result<Self, AdoptError> {
         let file = File::from(fd);
         let found = match check(&file, policy) {
@@ -222,7 +223,8 @@ fn check_read_write(file: &File) -> Result<()> {
 }
 
 fn file_system(file: &File, policy: &AdoptPolicy) -> Result<(BackingKind, u64)> {
-    let found = FileSystem::of(file).map_err(BackingError::inspect)?;
+    let found = FileSystem::of(file);
+    let found = found.map_err(|source| BackingError::FileSystemUnknown { source })?;
     match found {
         FileSystem::Tmpfs => Ok((BackingKind::AdoptedShm, base_page_size())),
         FileSystem::Hugetlbfs { page_size } => Ok((BackingKind::AdoptedHugetlb, page_size)),

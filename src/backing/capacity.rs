@@ -2,15 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::fs::File;
 use std::ops::Range;
-use std::os::fd::AsFd;
 use std::path::Path;
 
 use nix::sys::resource::{Resource, getrlimit};
-use nix::sys::statvfs::{Statvfs, fstatvfs, statvfs};
 
 use super::error::Result;
 use crate::host::descriptors;
+use crate::host::file_system::Room;
 use crate::range::RangeSet;
 use crate::report::BuildNote;
 use crate::shortage::{ResourceLimit, Shortage};
@@ -18,49 +18,25 @@ use crate::shortage::{ResourceLimit, Shortage};
 /// Where POSIX shared memory objects are.
 pub(super) const SHM: &str = "/dev/shm";
 
-/// The size of a file system and what is free of it, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Capacity {
-    pub(super) total: u64,
-    pub(super) free: u64,
+/// Refuses `all` if it exceeds the size of the file system of what is at a path, and `now`, what
+/// is needed at once, if it exceeds what is free.
+fn check(room: Room, all: u64, now: u64, path: &Path) -> Result<()> {
+    if all > room.total {
+        Err(shortage(room, all, Some(path)).into())
+    } else if now > room.free {
+        Err(shortage(room, now, Some(path)).into())
+    } else {
+        Ok(())
+    }
 }
 
-impl Capacity {
-    /// That of the file system of what is at a path, if it answers.
-    pub(super) fn at(path: &Path) -> Option<Self> {
-        Self::new(&statvfs(path).ok()?)
-    }
-
-    /// None for a tmpfs without a limit, which reports 0 blocks.
-    fn new(stat: &Statvfs) -> Option<Self> {
-        let unit = stat.fragment_size();
-        let total = stat.blocks().saturating_mul(unit);
-        (total > 0).then(|| Self {
-            total,
-            free: stat.blocks_available().saturating_mul(unit),
-        })
-    }
-
-    /// Refuses `all` if it exceeds the size, and `now`, what is needed at once, if it exceeds what
-    /// is free.
-    pub(super) fn check(self, all: u64, now: u64, path: &Path) -> Result<()> {
-        if all > self.total {
-            Err(self.shortage(all, Some(path)).into())
-        } else if now > self.free {
-            Err(self.shortage(now, Some(path)).into())
-        } else {
-            Ok(())
-        }
-    }
-
-    /// The error that so many bytes are not free, in the file system of what is at a path.
-    fn shortage(self, needed: u64, path: Option<&Path>) -> Shortage {
-        let limit = ResourceLimit::FileSystem {
-            path: path.map(Path::to_owned),
-            size: self.total,
-        };
-        Shortage::new(needed, self.free, limit)
-    }
+/// The error that so many bytes are not free, in the file system of what is at a path.
+fn shortage(room: Room, needed: u64, path: Option<&Path>) -> Shortage {
+    let limit = ResourceLimit::FileSystem {
+        path: path.map(Path::to_owned),
+        size: room.total,
+    };
+    Shortage::new(needed, room.free, limit)
 }
 
 /// What RAM takes from a file system.
@@ -84,11 +60,11 @@ pub(super) struct Draw<'a> {
 /// Refuses what file systems can never hold, or, of what is to be populated, cannot hold now:
 /// touching it would be SIGBUS.
 pub(super) fn check_file_systems<'a>(draws: impl Iterator<Item = Draw<'a>>) -> Result<()> {
-    let mut sums: BTreeMap<u64, (Draw<'a>, Capacity)> = BTreeMap::new();
+    let mut sums: BTreeMap<u64, (Draw<'a>, Room)> = BTreeMap::new();
     let mut parts: BTreeMap<&Path, RangeSet> = BTreeMap::new();
     for mut draw in draws {
         // Nothing is known of a file system that does not answer: creating says what is wrong.
-        let Some(capacity) = Capacity::at(draw.there) else {
+        let Some(room) = Room::at(draw.there) else {
             continue;
         };
         if let Some(part) = draw.part.take() {
@@ -101,7 +77,7 @@ pub(super) fn check_file_systems<'a>(draws: impl Iterator<Item = Draw<'a>>) -> R
             taken.insert(part);
         }
         match sums.entry(draw.device) {
-            Entry::Vacant(first) => drop(first.insert((draw, capacity))),
+            Entry::Vacant(first) => drop(first.insert((draw, room))),
             Entry::Occupied(mut sum) => {
                 let (sum, _) = sum.get_mut();
                 sum.all = sum.all.saturating_add(draw.all);
@@ -110,13 +86,13 @@ pub(super) fn check_file_systems<'a>(draws: impl Iterator<Item = Draw<'a>>) -> R
         }
     }
     let mut sums = sums.values();
-    sums.try_for_each(|(draw, capacity)| capacity.check(draw.all, draw.now, draw.path))
+    sums.try_for_each(|(draw, room)| check(*room, draw.all, draw.now, draw.path))
 }
 
 /// The note about a file system that is large enough for the RAM, but too full now.
-pub(super) fn note(file: &impl AsFd, size: u64) -> Option<BuildNote> {
-    let capacity = Capacity::new(&fstatvfs(file).ok()?)?;
-    (size > capacity.free).then(|| BuildNote::Shortage(capacity.shortage(size, None)))
+pub(super) fn note(file: &File, size: u64) -> Option<BuildNote> {
+    let room = Room::of(file)?;
+    (size > room.free).then(|| BuildNote::Shortage(shortage(room, size, None)))
 }
 
 /// Refuses more backings than there are descriptors for.
@@ -149,7 +125,7 @@ mod tests {
 
     #[test]
     fn ram_must_fit_at_all_and_populated_ram_now() {
-        let capacity = Capacity {
+        let room = Room {
             total: 100,
             free: 10,
         };
@@ -159,7 +135,7 @@ mod tests {
             (100, 10, true),
             (100, 11, false),
         ] {
-            let checked = capacity.check(all, now, Path::new(SHM));
+            let checked = check(room, all, now, Path::new(SHM));
             assert_eq!(checked.is_ok(), fits, "{all} {now}");
         }
     }

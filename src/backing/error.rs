@@ -144,10 +144,22 @@ pub enum BackingError {
         source: io::Error,
     },
 
-    /// What a descriptor is could not be asked (fstat(2), fstatfs(2), fcntl(2)).
+    /// What a descriptor is could not be asked (fstat(2), fcntl(2)).
     #[error("cannot ask the kernel about a descriptor that is RAM or is to become RAM")]
     #[non_exhaustive]
     Inspect {
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// On which file system a descriptor is that was to be adopted could not be asked (statfs(2)
+    /// of its name in procfs, or fstatfs(2)).
+    #[error(
+        "cannot ask on which file system a descriptor is that is to become RAM: mount procfs at \
+         /proc, and let a seccomp filter allow statfs(2)"
+    )]
+    #[non_exhaustive]
+    FileSystemUnknown {
         /// The system's answer.
         source: io::Error,
     },

@@ -12,10 +12,10 @@ use super::error::Result;
 use super::file_end::{FileEnd, Undo, punch};
 use super::file_error::FileError;
 use super::file_open::{Created, open_or_create};
-use super::file_system::FileSystem;
 use super::made::Made;
 use super::place::{Place, check_len, open_error};
 use super::seals::{self, Seals};
+use crate::host::file_system::FileSystem;
 use crate::options::{Access, DiscardData, RamOptions};
 
 /// Opens or creates the file at a path, long enough for RAM of `size` bytes.

@@ -18,7 +18,6 @@ mod file;
 mod file_end;
 mod file_error;
 mod file_open;
-mod file_system;
 mod gate;
 #[cfg(feature = "vhost-user")]
 mod growable;

@@ -1,6 +1,6 @@
 //! POSIX shared memory objects without a name, made as QEMU's `memory-backend-shm` makes them.
 //!
-//! Only POSIX calls: shm_open(3), shm_unlink(3), ftruncate(2), fstatvfs(3). The name exists from
+//! Only POSIX calls: shm_open(3), shm_unlink(3), ftruncate(2), statvfs(3). The name exists from
 //! shm_open to shm_unlink, that is for one system call; nothing of it remains, however this
 //! process ends after that.
 

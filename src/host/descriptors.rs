@@ -1,4 +1,4 @@
-//! The file descriptors of this process (`/proc/self/fd`, proc_pid_fd(5)).
+//! The file descriptors of this process (`/proc/thread-self/fd`, proc_pid_fd(5)).
 
 use std::fs::{self, File};
 use std::io;
@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit};
 
-const DIR: &str = "/proc/self/fd";
+/// That of the thread: it may have a table of its own, and is there when the first one is gone.
+const DIR: &str = "/proc/thread-self/fd";
 
 /// How many descriptors this process may still open, and its limit, or `None` if that is unknown.
 ///
@@ -49,7 +50,8 @@ pub(crate) fn reopened(file: impl AsFd) -> io::Result<File> {
     File::open(link(file.as_fd()))
 }
 
-fn link(file: BorrowedFd<'_>) -> PathBuf {
+/// The name of an open file in procfs, which leads to it wherever it is, and if it has no other.
+pub(super) fn link(file: BorrowedFd<'_>) -> PathBuf {
     PathBuf::from(format!("{DIR}/{}", file.as_raw_fd()))
 }
 

@@ -8,6 +8,7 @@ pub(crate) mod calls;
 mod control_group;
 pub(crate) mod descriptors;
 mod fields;
+pub(crate) mod file_system;
 mod kept;
 pub(crate) mod meminfo;
 pub(crate) mod memory;

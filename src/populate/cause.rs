@@ -3,13 +3,13 @@
 use std::io;
 
 use nix::errno::Errno;
-use nix::sys::statvfs::fstatvfs;
 
 use super::error::PopulateError;
 use super::need;
 use super::part::Part;
 use super::watch::Watch;
 use super::work::Failure;
+use crate::host::file_system::Room;
 use crate::host::memory::{Demand, MemoryLimits};
 use crate::range::GuestRange;
 use crate::shortage::{ResourceLimit, Shortage};
@@ -66,15 +66,11 @@ fn pool_empty(part: &Part, needed: u64) -> Option<Shortage> {
 }
 
 fn file_system_full(part: &Part, needed: u64, len: u64, source: &io::Error) -> Option<Shortage> {
-    let stat = fstatvfs(part.backing()).ok()?;
-    let unit = stat.fragment_size();
-    let size = stat.blocks().saturating_mul(unit);
-    let free = stat.blocks_available().saturating_mul(unit);
-    // A memfd is on a tmpfs without a limit, which says 0.
-    let limited = size > 0;
-    let full = source.raw_os_error() == Some(Errno::ENOSPC as i32) || free < len;
+    let room = Room::of(part.backing())?;
+    let full = source.raw_os_error() == Some(Errno::ENOSPC as i32) || room.free < len;
+    let size = room.total;
     let limit = ResourceLimit::FileSystem { path: None, size };
-    (limited && full).then(|| Shortage::new(needed, free, limit))
+    full.then(|| Shortage::new(needed, room.free, limit))
 }
 
 /// Without memory it was refused by what limits that, though it was not looked at before.

@@ -1,23 +1,30 @@
 //! System calls that a seccomp filter forbids, as VMMs do: another way is taken, or it is said.
 
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+
 use nix::errno::Errno;
 use nix::libc::{
-    MADV_POPULATE_WRITE, SYS_fallocate, SYS_madvise, SYS_memfd_create, SYS_msync, SYS_openat,
-    c_long,
+    MADV_POPULATE_WRITE, SYS_fallocate, SYS_fstatfs, SYS_madvise, SYS_memfd_create, SYS_msync,
+    SYS_openat, SYS_statfs, c_long,
 };
+use nix::mount::{MsFlags, umount};
+use nix::sys::signal::Signal;
+use nix::sys::statfs::fstatfs;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, apply_filter,
 };
-use vm_memory::GuestAddress;
+use vm_memory::{FileOffset, GuestAddress};
 
 use guest_memory_shm::{
-    BackingSource, BuildNote, CancelToken, CoreDump, DiscardError, GuestMemoryShm, OnFailure,
-    OnShortage, PageSize, Populate, PopulateError, PopulateOptions, RamOptions, ResourceLimit,
-    ThpObstacle,
+    AdoptPolicy, BackingError, BackingSource, BuildNote, CancelToken, CoreDump, DiscardError,
+    GuestMemoryShm, OnFailure, OnShortage, PageSize, Populate, PopulateError, PopulateOptions,
+    RamOptions, Reserve, ResourceLimit, ShmBacking, ThpObstacle,
 };
 
-use crate::isolation::PAGE;
+use crate::fork::dies_of;
+use crate::isolation::{PAGE, assert_refused, in_own_process, mount_tmpfs, own_mounts};
 use crate::populate::{MIB, allocated, memory, threads};
 use crate::support::chain;
 
@@ -270,4 +277,110 @@ fn who_cannot_look_whether_there_is_memory_is_told_so() {
             memory.discard((GuestAddress(0), MIB)).unwrap();
         });
     }
+}
+
+/// A file of 32 MiB of each kind that can be adopted.
+fn files() -> [File; 3] {
+    let created = ShmBacking::create(&RamOptions::new(), SIZE).unwrap();
+    let memfd = File::from(created.as_fd().try_clone_to_owned().unwrap());
+    let shm = tempfile::tempfile_in("/dev/shm").unwrap();
+    let disk = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for file in [&shm, &disk] {
+        file.set_len(SIZE).unwrap();
+    }
+    [memfd, shm, disk]
+}
+
+/// Builds RAM of all kinds, populates it, asks about it, and gives pages back.
+fn all_that_ram_is_for() {
+    let place = |memory: GuestMemoryShm| {
+        memory
+            .populate(PopulateOptions::new(Populate::Prefault))
+            .unwrap();
+        assert_eq!(memory.stats().unwrap().allocated(), SIZE);
+        assert_eq!(memory.extents(PAGE).unwrap().ranges.len(), 1);
+        memory.discard((GuestAddress(MIB), MIB)).unwrap();
+    };
+    let dir = || BackingSource::File("/dev/shm".into());
+    let disk = || BackingSource::File(env!("CARGO_TARGET_TMPDIR").into());
+    for source in [BackingSource::Memfd, BackingSource::PosixShm, dir(), disk()] {
+        place(memory(RamOptions::new().with_backing(source), SIZE));
+    }
+    for file in files() {
+        let fd = OwnedFd::from(file.try_clone().unwrap());
+        let policy = AdoptPolicy::new().with_disk_files();
+        let backing = ShmBacking::adopt(fd, &policy).unwrap();
+        let adopted = GuestMemoryShm::<()>::builder()
+            .add_backing(&backing, 0, [(GuestAddress(0), SIZE)])
+            .build();
+        place(adopted.unwrap());
+        let range = (
+            GuestAddress(0),
+            SIZE as usize,
+            Some(FileOffset::new(file, 0)),
+        );
+        place(GuestMemoryShm::from_ranges_with_files([range]).unwrap());
+    }
+}
+
+fn adopt_all() {
+    for file in files() {
+        let policy = AdoptPolicy::new().with_disk_files();
+        ShmBacking::adopt(file.into(), &policy).unwrap();
+    }
+}
+
+#[test]
+fn where_fstatfs_ends_the_process_it_is_never_called() {
+    in_own_process(|| {
+        let calls = [(SYS_fstatfs, None)];
+        deadly(&calls, all_that_ram_is_for);
+        if own_mounts() {
+            mount_tmpfs("/dev/shm", MsFlags::empty(), "size=8m");
+            let full = deadly(&calls, || {
+                let sparse = RamOptions::new()
+                    .with_backing(BackingSource::PosixShm)
+                    .with_reserve(Reserve::Off);
+                let populate = PopulateOptions::new(Populate::Allocate);
+                memory(sparse, SIZE).populate(populate).unwrap_err()
+            });
+            assert!(full.to_string().contains("holds 8 MiB"), "{full}");
+            umount("/dev/shm").unwrap();
+        }
+        // The control.
+        let file = tempfile::tempfile().unwrap();
+        let program = filter(&calls, SeccompAction::KillProcess);
+        let killer = dies_of(|| {
+            apply_filter(&program).unwrap();
+            let _ = fstatfs(&file);
+        });
+        assert_eq!(killer, Some(Signal::SIGSYS));
+    });
+}
+
+#[test]
+fn without_procfs_or_statfs_files_are_asked_about_by_number() {
+    for errno in ANSWERS {
+        forbidden(&[(SYS_statfs, None)], errno, adopt_all);
+        let neither = [(SYS_statfs, None), (SYS_fstatfs, None)];
+        let refused = forbidden(&neither, errno, || {
+            let [memfd, ..] = files();
+            let refused = ShmBacking::adopt(memfd.into(), &AdoptPolicy::new());
+            refused.map_err(BackingError::from)
+        });
+        assert_refused!(
+            refused,
+            BackingError::FileSystemUnknown { .. },
+            "cannot ask on which file system a descriptor is that is to become RAM: mount procfs \
+             at /proc, and let a seccomp filter allow statfs(2)"
+        );
+    }
+    in_own_process(|| {
+        if !own_mounts() {
+            return;
+        }
+        mount_tmpfs("/proc", MsFlags::empty(), "size=1m");
+        adopt_all();
+        umount("/proc").unwrap();
+    });
 }

@@ -200,6 +200,7 @@ fn errno(cause: &MemoryError) -> Errno {
             | BackingError::NotWritable
             | BackingError::OnDisk { .. }
             | BackingError::Inspect { .. }
+            | BackingError::FileSystemUnknown { .. }
             | BackingError::File(_) => Errno::EBADF,
             BackingError::TooShort { .. }
             | BackingError::Outside { .. }
