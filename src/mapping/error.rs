@@ -2,6 +2,8 @@
 
 use std::io;
 
+use nix::errno::Errno;
+
 use crate::backing::BackingError;
 use crate::host::NodeSet;
 use crate::options::NumaPolicy;
@@ -73,9 +75,8 @@ pub enum MapError {
 
     /// The RAM cannot be placed on the NUMA nodes that were asked for.
     #[error(
-        "cannot place RAM on host-nodes={} (policy={}): {}; choose nodes that are there and that \
-         this process may use (cpuset)",
-        .policy.nodes(), .policy.name(), nodes_present(*.present)
+        "cannot place RAM on host-nodes={} (policy={}): {}",
+        .policy.nodes(), .policy.name(), why_not_placed(.source, *.present)
     )]
     #[non_exhaustive]
     Nodes {
@@ -94,9 +95,44 @@ impl From<Shortage> for MapError {
     }
 }
 
-fn nodes_present(present: Option<NodeSet>) -> String {
-    match present {
+fn why_not_placed(source: &io::Error, present: Option<NodeSet>) -> String {
+    if source.raw_os_error() == Some(Errno::EIO as i32) {
+        return "it has pages on other nodes that cannot be moved, as those cannot that another \
+                process maps; place it before others use it, or leave the policy out"
+            .to_owned();
+    }
+    let nodes = match present {
         Some(nodes) => format!("this machine has memory on nodes {nodes}"),
         None => "this kernel knows no NUMA nodes".to_owned(),
+    };
+    format!("{nodes}; choose nodes that are there and that this process may use (cpuset)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_that_are_not_there_and_pages_that_stay_where_they_are_have_their_own_texts() {
+        let nodes = NodeSet::from_nodes([1]).unwrap();
+        let text = |errno: Errno| {
+            let error = MapError::Nodes {
+                policy: NumaPolicy::Bind(nodes),
+                present: Some(NodeSet::from_nodes([0]).unwrap()),
+                source: errno.into(),
+            };
+            error.to_string()
+        };
+        assert_eq!(
+            text(Errno::EINVAL),
+            "cannot place RAM on host-nodes=1 (policy=bind): this machine has memory on nodes 0; \
+             choose nodes that are there and that this process may use (cpuset)"
+        );
+        assert_eq!(
+            text(Errno::EIO),
+            "cannot place RAM on host-nodes=1 (policy=bind): it has pages on other nodes that \
+             cannot be moved, as those cannot that another process maps; place it before others \
+             use it, or leave the policy out"
+        );
     }
 }
