@@ -49,7 +49,7 @@
 //! | `shortage` | [`Shortage`]: what is short, by which limit, and what to do; an error and a note |
 //! | `options` | [`RamOptions`]: the RAM that is asked for, typed or in QEMU's syntax |
 //! | `report` | [`BuildReport`]: what building reports: options without effect, limits that are near |
-//! | `backing` | [`ShmBacking`]: a sized descriptor; requested, created, adopted |
+//! | `backing` | [`ShmBacking`]: a sized descriptor; requested, created, adopted, with the options of RAM on it |
 //! | `mapping` | address space, guard pages, alignment, advice: the calls of mmap(2) |
 //! | `ram` | the RAM of a region: mapping, backing, and the place in both |
 //! | `pool` | one pool of threads that tells how far it is, and can be cancelled |
@@ -94,12 +94,15 @@
 //!    again while it runs, as a best effort. RAM that is lazy promises nothing: touching a page
 //!    that is not there can still fail, by a signal.
 //! 6. Order at creation: size, seal, map, bind to NUMA nodes, advise, populate. Policies and
-//!    advice after the first page are silently useless.
+//!    advice after the first page are silently useless. *Except* that an adopted file may have
+//!    pages already: they are moved to the nodes, or it is an error; advice comes too late for
+//!    them.
 //! 7. Failure leaves nothing: no name in `/dev/shm`, no descriptor, no mapping, no page. *Except*
 //!    the pages of a failed populate with [`OnFailure::Keep`], and those that were touched or
 //!    cannot be told from older ones; the name of a POSIX shm object if the process is killed
 //!    between shm_open(3) and shm_unlink(3), or the kernel refuses the latter; what the kernel or
-//!    the hypervisor refuses to unmap.
+//!    the hypervisor refuses to unmap; the NUMA policy of an object that was there before. Pages
+//!    that others allocated stay.
 //! 8. A change of an [`AddressSpace`] reaches all listeners that are there, or none, also when a
 //!    listener, a callback or the logger panics. One that is away, and was not attached as
 //!    [required](AddressSpace::attach_required), is left out and named ([`ChangeReport::stale`]);

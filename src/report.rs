@@ -55,6 +55,12 @@ pub enum BuildNote {
         /// The policy.
         policy: NumaPolicy,
     },
+    /// A NUMA policy for a file on a disk: the kernel does not ask it for new pages of the file.
+    #[non_exhaustive]
+    NotPlaced {
+        /// The policy.
+        policy: NumaPolicy,
+    },
     /// `hugetlbsize` without `hugetlb=on`.
     #[non_exhaustive]
     HugetlbSize {
@@ -109,7 +115,7 @@ impl BuildNote {
             Self::Merge => Some("merge"),
             Self::Reserve => Some("reserve"),
             Self::NotHuge(_) => Some("thp"),
-            Self::OneNode { .. } => Some("policy"),
+            Self::OneNode { .. } | Self::NotPlaced { .. } => Some("policy"),
             Self::HugetlbSize { .. } => Some("hugetlbsize"),
             Self::CanonicalPath => Some("x-use-canonical-path-for-ramblock-id"),
             Self::InCoreDumps { .. } => Some("dump"),
@@ -158,6 +164,13 @@ impl fmt::Display for BuildNote {
             Self::OneNode { policy } => write!(
                 f,
                 "policy={} with host-nodes={} has no effect: this machine has one node",
+                policy.name(),
+                policy.nodes()
+            ),
+            Self::NotPlaced { policy } => write!(
+                f,
+                "policy={} with host-nodes={} has no effect on new pages of a file on a disk: \
+                 they come from where the thread runs that needs them first",
                 policy.name(),
                 policy.nodes()
             ),

@@ -8,15 +8,18 @@ use std::sync::Arc;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::error::{AdoptError, BackingError, Result};
+use super::existing;
 use super::kind::BackingKind;
 use super::made::Made;
+use super::notes;
 use super::seals::{self, Seals};
 use super::shm_backing::{Inner, ShmBacking};
 use crate::host::base_page_size;
 use crate::host::file_system::FileSystem;
 use crate::logs;
-use crate::options::{CoreDump, MapOptions};
+use crate::options::RamOptions;
 use crate::range::RangePart;
+use crate::report::log_notes;
 
 /// What is demanded of a descriptor that is to be adopted.
 ///
@@ -39,7 +42,7 @@ pub struct AdoptPolicy {
     min_len: u64,
     disk_files: bool,
     seals: Demand,
-    map_options: MapOptions,
+    options: RamOptions,
     /// Whether the file may end within a page. Touching the rest of that page is not SIGBUS.
     partial_page: bool,
 }
@@ -74,18 +77,22 @@ impl AdoptPolicy {
         self
     }
 
-    /// Asks for transparent huge pages in every region on it, as
-    /// [`PageSize::Transparent`](crate::PageSize::Transparent) does; not asked for unless set.
+    /// Sets the options of the RAM on it: NUMA nodes, populating, huge page advice and whatever
+    /// else [`ShmBacking::with_options`] takes; the default ones unless set.
+    ///
+    /// ```
+    /// use guest_memory_shm::{AdoptPolicy, PageSize, Populate, RamOptions};
+    ///
+    /// let policy = AdoptPolicy::new().with_required_seals().with_options(
+    ///     RamOptions::new()
+    ///         .with_name("ram0")
+    ///         .with_page_size(PageSize::Transparent)
+    ///         .with_populate(Populate::Prefault),
+    /// );
+    /// ```
     #[must_use]
-    pub fn with_transparent_huge_pages(mut self) -> Self {
-        self.map_options.transparent_huge = true;
-        self
-    }
-
-    /// Sets whether core dumps of this process hold the RAM; left out unless set.
-    #[must_use]
-    pub fn with_core_dump(mut self, core_dump: CoreDump) -> Self {
-        self.map_options.core_dump = core_dump;
+    pub fn with_options(mut self, options: RamOptions) -> Self {
+        self.options = options;
         self
     }
 
@@ -117,6 +124,10 @@ impl ShmBacking {
     /// length must be whole pages, at least one, and what the policy asks for; its seals must not
     /// forbid writing, and must be what the policy demands.
     ///
+    /// Nothing is mapped or populated before a region is made on it: the builder's
+    /// [`add_backing`](crate::GuestMemoryShmBuilder::add_backing) makes some, or
+    /// [`GuestRegionShm::from_backing`](crate::GuestRegionShm::from_backing) one.
+    ///
     /// ```
     /// use guest_memory_shm::{AdoptPolicy, BackingError, ShmBacking};
     ///
@@ -132,8 +143,9 @@ impl ShmBacking {
     /// An [`AdoptError`] that gives the descriptor back and holds the reason:
     /// [`BackingError::NotMemory`], [`BackingError::NotWritable`], [`BackingError::OnDisk`],
     /// [`BackingError::TooShort`], [`BackingError::Range`], [`BackingError::WriteSealed`],
-    /// [`BackingError::NotSealed`], or [`BackingError::FileSystemUnknown`] and
-    /// [`BackingError::Inspect`] if a system call fails.
+    /// [`BackingError::NotSealed`], those of [`with_options`](Self::with_options) for the options
+    /// in the policy, or [`BackingError::FileSystemUnknown`] and [`BackingError::Inspect`] if a
+    /// system call fails. What is refused is not sealed.
     pub fn adopt(fd: OwnedFd, policy: &AdoptPolicy) -> Result<Self, AdoptError> {
         let file = File::from(fd);
         let found = match check(&file, policy) {
@@ -145,10 +157,11 @@ impl ShmBacking {
 
     /// Adopts any file that can be mapped shared, as vm-memory does: on a disk too, and of any
     /// length.
-    pub(crate) fn of_file(file: Arc<File>) -> Result<Self> {
+    pub(crate) fn of_file(file: Arc<File>, options: &RamOptions) -> Result<Self> {
         let policy = AdoptPolicy {
             disk_files: true,
             partial_page: true,
+            options: options.clone(),
             ..AdoptPolicy::default()
         };
         Ok(check(&file, &policy)?.adopt(file, &policy))
@@ -172,7 +185,10 @@ impl Found {
             seals: self.seals,
             end: None,
         };
-        let backing = ShmBacking::new(Inner::new(made, policy.map_options));
+        let mut inner = Inner::new(made, policy.options.clone());
+        inner.notes = notes::of_options(&policy.options, self.kind);
+        let backing = ShmBacking::new(inner);
+        log_notes(&backing.label(), backing.notes());
         logs::debug!("adopted {backing:?}");
         backing
     }
@@ -189,6 +205,7 @@ fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
     // Before the seals, so that a refused file is not sealed; and once more after them, because
     // its owner could change its length until then, and a wrong length is SIGBUS.
     check_len(found.len(), page_size, policy)?;
+    existing::check(&policy.options, kind, page_size)?;
     let seals = check_seals(file, policy.seals)?;
     let metadata = file.metadata().map_err(BackingError::inspect)?;
     check_len(metadata.len(), page_size, policy)?;
@@ -207,10 +224,10 @@ fn check_len(len: u64, page_size: u64, policy: &AdoptPolicy) -> Result<()> {
             needed: policy.min_len.max(page_size),
         });
     }
-    match policy.partial_page {
-        true => Ok(()),
-        false => Ok(RangePart::Size.check_aligned(len, page_size)?),
+    if !policy.partial_page {
+        RangePart::Size.check_aligned(len, page_size)?;
     }
+    existing::check_size(&policy.options, len.next_multiple_of(page_size))
 }
 
 fn check_read_write(file: &File) -> Result<()> {

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::error::Result;
+use super::kind::FileIdentity;
 use crate::host::descriptors;
 use crate::host::file_system::Room;
 use crate::range::RangeSet;
@@ -18,22 +19,22 @@ use crate::shortage::{ResourceLimit, Shortage};
 /// Where POSIX shared memory objects are.
 pub(super) const SHM: &str = "/dev/shm";
 
-/// Refuses `all` if it exceeds the size of the file system of what is at a path, and `now`, what
-/// is needed at once, if it exceeds what is free.
-fn check(room: Room, all: u64, now: u64, path: &Path) -> Result<()> {
+/// Refuses `all` if it exceeds the size of the file system of what has a name, and `now`, what is
+/// needed at once, if it exceeds what is free.
+fn check(room: Room, all: u64, now: u64, name: Name<'_>) -> Result<()> {
     if all > room.total {
-        Err(shortage(room, all, Some(path)).into())
+        Err(shortage(room, all, name.path()).into())
     } else if now > room.free {
-        Err(shortage(room, now, Some(path)).into())
+        Err(shortage(room, now, name.path()).into())
     } else {
         Ok(())
     }
 }
 
 /// The error that so many bytes are not free, in the file system of what is at a path.
-fn shortage(room: Room, needed: u64, path: Option<&Path>) -> Shortage {
+fn shortage(room: Room, needed: u64, path: Option<PathBuf>) -> Shortage {
     let limit = ResourceLimit::FileSystem {
-        path: path.map(Path::to_owned),
+        path,
         size: room.total,
     };
     Shortage::new(needed, room.free, limit)
@@ -43,32 +44,54 @@ fn shortage(room: Room, needed: u64, path: Option<&Path>) -> Shortage {
 #[derive(Debug)]
 pub(super) struct Draw<'a> {
     /// The name of the RAM, for errors.
-    pub(super) path: &'a Path,
-    /// Something that is on the file system.
-    pub(super) there: &'a Path,
+    pub(super) name: Name<'a>,
+    /// What the file system has.
+    pub(super) room: Room,
     /// The device of the file system.
     pub(super) device: u64,
-    /// Which part of what is at the path, unless that is new and nameless: the same part of a file
-    /// is only taken once.
-    pub(super) part: Option<Range<u64>>,
+    /// Which part of which file, unless that is new and nameless: the same part of a file is only
+    /// taken once.
+    pub(super) part: Option<(Taken<'a>, Range<u64>)>,
     /// In bytes.
     pub(super) all: u64,
     /// What of it is taken before it is in use.
     pub(super) now: u64,
 }
 
+/// What is known of the name of a file.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Name<'a> {
+    Path(&'a Path),
+    /// The kernel may tell.
+    Of(&'a File),
+}
+
+impl Name<'_> {
+    fn path(self) -> Option<PathBuf> {
+        match self {
+            Self::Path(path) => Some(path.to_owned()),
+            Self::Of(file) => descriptors::name_of(file).map(PathBuf::from),
+        }
+    }
+}
+
+/// A file of which parts are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Taken<'a> {
+    /// One that is to be created.
+    Path(&'a Path),
+    /// One that is there.
+    File(FileIdentity),
+}
+
 /// Refuses what file systems can never hold, or, of what is to be populated, cannot hold now:
 /// touching it would be SIGBUS.
 pub(super) fn check_file_systems<'a>(draws: impl Iterator<Item = Draw<'a>>) -> Result<()> {
-    let mut sums: BTreeMap<u64, (Draw<'a>, Room)> = BTreeMap::new();
-    let mut parts: BTreeMap<&Path, RangeSet> = BTreeMap::new();
+    let mut sums: BTreeMap<u64, Draw<'a>> = BTreeMap::new();
+    let mut parts: BTreeMap<Taken<'a>, RangeSet> = BTreeMap::new();
     for mut draw in draws {
-        // Nothing is known of a file system that does not answer: creating says what is wrong.
-        let Some(room) = Room::at(draw.there) else {
-            continue;
-        };
-        if let Some(part) = draw.part.take() {
-            let taken = parts.entry(draw.path).or_default();
+        if let Some((file, part)) = draw.part.take() {
+            let taken = parts.entry(file).or_default();
             draw.all = taken
                 .gaps(part.clone())
                 .map(|new| new.end - new.start)
@@ -77,16 +100,16 @@ pub(super) fn check_file_systems<'a>(draws: impl Iterator<Item = Draw<'a>>) -> R
             taken.insert(part);
         }
         match sums.entry(draw.device) {
-            Entry::Vacant(first) => drop(first.insert((draw, room))),
+            Entry::Vacant(first) => drop(first.insert(draw)),
             Entry::Occupied(mut sum) => {
-                let (sum, _) = sum.get_mut();
+                let sum = sum.get_mut();
                 sum.all = sum.all.saturating_add(draw.all);
                 sum.now = sum.now.saturating_add(draw.now);
             }
         }
     }
-    let mut sums = sums.values();
-    sums.try_for_each(|(draw, room)| check(*room, draw.all, draw.now, draw.path))
+    let check = |draw: &Draw<'_>| check(draw.room, draw.all, draw.now, draw.name);
+    sums.values().try_for_each(check)
 }
 
 /// The note about a file system that is large enough for the RAM, but too full now.
@@ -135,7 +158,7 @@ mod tests {
             (100, 10, true),
             (100, 11, false),
         ] {
-            let checked = check(room, all, now, Path::new(SHM));
+            let checked = check(room, all, now, Name::Path(Path::new(SHM)));
             assert_eq!(checked.is_ok(), fits, "{all} {now}");
         }
     }

@@ -39,9 +39,17 @@ impl BackingKind {
         )
     }
 
-    /// Whether the size of a file system limits it; memfds are on one without a limit.
+    /// Whether the size of a file system may limit it; memfds are on one without a limit.
     pub(super) fn is_on_file_system(self) -> bool {
-        matches!(self, Self::PosixShm | Self::ShmFile | Self::File)
+        matches!(
+            self,
+            Self::PosixShm | Self::ShmFile | Self::File | Self::AdoptedShm | Self::AdoptedFile
+        )
+    }
+
+    /// Whether it is on a file system that is neither a tmpfs nor a hugetlbfs.
+    pub(super) fn is_on_disk(self) -> bool {
+        matches!(self, Self::File | Self::AdoptedFile)
     }
 }
 

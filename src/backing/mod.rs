@@ -8,11 +8,13 @@
 //! Creating takes three steps. Options are [`Resolved`] once, against this machine and what is
 //! at the path; with a length they become a [`Request`], and all requests are checked together;
 //! then each becomes a [provisional](request::Provisional) backing, which leaves nothing behind
-//! unless it is kept.
+//! unless it is kept. RAM on a backing that exists takes the same way, with the options that the
+//! backing was given.
 
 mod adopt;
 mod capacity;
 mod error;
+mod existing;
 mod extents;
 mod file;
 mod file_end;

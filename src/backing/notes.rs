@@ -14,11 +14,12 @@ pub(super) fn of_options(options: &RamOptions, kind: BackingKind) -> Vec<BuildNo
     if options.reserve() == Some(Reserve::On) && !kind.is_hugetlb() {
         notes.push(BuildNote::Reserve);
     }
+    let policy = options.numa();
     let one_node = || nodes::with_memory().is_some_and(|nodes| nodes.len() == 1);
-    if options.numa() != NumaPolicy::Default && one_node() {
-        notes.push(BuildNote::OneNode {
-            policy: options.numa(),
-        });
+    if policy != NumaPolicy::Default && kind.is_on_disk() {
+        notes.push(BuildNote::NotPlaced { policy });
+    } else if policy != NumaPolicy::Default && one_node() {
+        notes.push(BuildNote::OneNode { policy });
     }
     if let Some(size) = unused.hugetlb_size {
         notes.push(BuildNote::HugetlbSize { size });
@@ -44,6 +45,12 @@ mod tests {
         let read = |text: &str| text.parse::<RamOptions>().unwrap();
         let off = read("memory-backend-memfd,size=1M,merge=off");
         assert!(notes(&off, BackingKind::Memfd).is_empty());
+
+        let placed = read("memory-backend-memfd,size=1M,policy=bind,host-nodes=0");
+        assert_eq!(notes(&placed, BackingKind::AdoptedFile), ["policy"]);
+        let [BuildNote::NotPlaced { .. }] = of_options(&placed, BackingKind::File)[..] else {
+            panic!("a file on a disk is placed");
+        };
 
         let all = read("memory-backend-memfd,size=1M,merge=on,reserve=on");
         assert_eq!(notes(&all, BackingKind::PosixShm), ["merge", "reserve"]);

@@ -5,12 +5,12 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::capacity::Draw;
+use super::capacity::{Draw, Name, Taken};
 use super::error::{BackingError, Result};
 use super::file_error::FileError;
-use super::kind::{BLOCK, BackingKind};
-use crate::host::file_system::FileSystem;
-use crate::options::{Access, OptionsError, RamOptions};
+use super::kind::{BLOCK, BackingKind, FileIdentity};
+use crate::host::file_system::{FileSystem, Room};
+use crate::options::{Access, RamOptions};
 use crate::range::RangePart;
 use crate::shortage::Shortage;
 
@@ -23,6 +23,8 @@ pub(super) struct Place<'a> {
     file_system: FileSystem,
     /// The device of the file system.
     device: u64,
+    /// Which file it is.
+    file: Option<FileIdentity>,
     /// The length of the file in bytes.
     len: u64,
     /// In bytes.
@@ -46,6 +48,7 @@ impl<'a> Place<'a> {
                     found: None,
                     file_system: FileSystem::at(parent).map_err(failed)?,
                     device: fs::metadata(parent).map_err(failed)?.dev(),
+                    file: None,
                     len: 0,
                     allocated: 0,
                 })
@@ -69,6 +72,7 @@ impl<'a> Place<'a> {
             found: Some(found),
             file_system,
             device: metadata.dev(),
+            file: found.is_file().then(|| FileIdentity::of(metadata)),
             len: if found.is_file() { metadata.len() } else { 0 },
             allocated: metadata.blocks() * BLOCK,
         })
@@ -96,12 +100,7 @@ impl<'a> Place<'a> {
         let page_size = self.page_size();
         RangePart::Offset.check_aligned(options.offset(), page_size)?;
         RangePart::Size.check_aligned(size, page_size)?;
-        match options.align() {
-            // As in QEMU, 0 means unset.
-            None | Some(0) => {}
-            Some(align) if align.is_power_of_two() && align.is_multiple_of(page_size) => {}
-            Some(align) => return Err(OptionsError::Align { align, page_size }.into()),
-        }
+        options.check_align(page_size)?;
         if !self.is_new() {
             return check_len(self.path, self.len, options.offset(), size);
         }
@@ -115,15 +114,25 @@ impl<'a> Place<'a> {
     /// What RAM of these options takes from the file system, unless it has all of it already.
     pub(super) fn draw(&self, options: &RamOptions, size: u64) -> Option<Draw<'a>> {
         let missing = size.saturating_sub(self.allocated);
-        let (start, is_dir) = (options.offset(), self.found.is_some_and(|is| is.is_dir()));
-        (missing > 0).then(|| Draw {
-            path: self.path,
-            there: match self.found {
-                Some(_) => self.path,
-                None => parent(self.path),
-            },
+        if missing == 0 {
+            return None;
+        }
+        let there = match self.found {
+            Some(_) => self.path,
+            None => parent(self.path),
+        };
+        let start = options.offset();
+        let part = start..start.saturating_add(size);
+        Some(Draw {
+            name: Name::Path(self.path),
+            room: Room::at(there)?,
             device: self.device,
-            part: (!is_dir).then(|| start..start.saturating_add(size)),
+            part: match (self.found, self.file) {
+                // A nameless one for each.
+                (Some(found), _) if found.is_dir() => None,
+                (_, Some(file)) => Some((Taken::File(file), part)),
+                (_, None) => Some((Taken::Path(self.path), part)),
+            },
             all: size,
             now: if options.is_lazy() { 0 } else { missing },
         })

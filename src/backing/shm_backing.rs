@@ -14,9 +14,9 @@ use super::gate::DiscardGate;
 use super::kind::{BLOCK, BackingKind, FileIdentity};
 use super::made::Made;
 use super::seals::Seals;
-use crate::options::MapOptions;
 #[cfg(doc)]
-use crate::options::{BackingSource, RamOptions};
+use crate::options::BackingSource;
+use crate::options::{MapOptions, RamOptions};
 use crate::range::RangePart;
 use crate::report::BuildNote;
 use crate::units::HumanSize;
@@ -52,9 +52,8 @@ pub(super) struct Inner {
     kind: BackingKind,
     seals: Seals,
     identity: FileIdentity,
-    /// For every mapping of it.
-    map_options: MapOptions,
-    pub(super) name: Option<String>,
+    /// For all RAM on it.
+    pub(super) options: RamOptions,
     /// What of its options has no effect, and limits that are near.
     pub(super) notes: Vec<BuildNote>,
     /// Of a file that was opened by its path.
@@ -65,7 +64,7 @@ pub(super) struct Inner {
 
 impl Inner {
     /// All of an object.
-    pub(super) fn new(made: Made, map_options: MapOptions) -> Self {
+    pub(super) fn new(made: Made, options: RamOptions) -> Self {
         Self {
             file: made.file,
             start: 0,
@@ -75,8 +74,7 @@ impl Inner {
             kind: made.kind,
             seals: made.seals,
             identity: FileIdentity::of(&made.metadata),
-            map_options,
-            name: None,
+            options,
             notes: Vec::new(),
             file_end: made.end.map(Arc::new),
             gate: Arc::default(),
@@ -103,6 +101,15 @@ impl ShmBacking {
     pub(super) fn seen_as(&self, len: u64) -> Self {
         Self::new(Inner {
             end: len,
+            ..Inner::clone(&self.inner)
+        })
+    }
+
+    /// The same object with other options, and with what there is to say of them.
+    pub(super) fn seen_with(&self, options: RamOptions, notes: Vec<BuildNote>) -> Self {
+        Self::new(Inner {
+            options,
+            notes,
             ..Inner::clone(&self.inner)
         })
     }
@@ -143,12 +150,14 @@ impl ShmBacking {
         self.inner.page_size
     }
 
-    /// The name that it was given ([`RamOptions::with_name`]).
+    /// The name that it was given ([`RamOptions::with_name`]), when it was created, adopted, or
+    /// [later](Self::with_options).
     pub fn name(&self) -> Option<&str> {
-        self.inner.name.as_deref()
+        self.inner.options.name()
     }
 
-    /// What of its options has no effect, and limits that are near: known when it was created.
+    /// What of its options has no effect, and limits that are near: known when it was created, or
+    /// was given its options.
     pub fn notes(&self) -> &[BuildNote] {
         &self.inner.notes
     }
@@ -222,9 +231,14 @@ impl ShmBacking {
         &self.inner.gate
     }
 
+    /// What holds for all RAM on it.
+    pub(crate) fn options(&self) -> &RamOptions {
+        &self.inner.options
+    }
+
     /// What holds for every mapping of it.
     pub(crate) fn map_options(&self) -> MapOptions {
-        self.inner.map_options
+        MapOptions::from(self.options())
     }
 
     /// Looks again whether the file is as long as it was: one that is not sealed may have been

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 
 use super::GuestMemoryShm;
-use crate::backing::{BackingError, Request, Resolved, ShmBacking, memory_notes};
+#[cfg(doc)]
+use crate::backing::BackingError;
+use crate::backing::{Request, Resolved, ShmBacking, memory_notes};
 use crate::options::{Access, RamOptions};
-use crate::populate::populate_new;
+use crate::populate::{OnFailure, populate_mapped};
 use crate::range::{GuestRange, InvalidRange, check_disjoint};
 use crate::region::{GuestRegionShm, MemoryError, Result, new_bitmap};
-use crate::report::{BuildReport, log_notes};
+use crate::report::{BuildNote, BuildReport, log_notes};
 
 /// The report's name for all RAM that is built.
 const ALL: &str = "all RAM";
@@ -72,14 +74,9 @@ enum Source {
 
 /// A part whose numbers are checked.
 struct Plan<'a> {
-    source: Planned<'a>,
+    request: Request<'a>,
     ranges: Vec<GuestRange>,
     offsets: Vec<u64>,
-}
-
-enum Planned<'a> {
-    Create(Request<'a>),
-    Use(&'a ShmBacking),
 }
 
 impl<B: NewBitmap> GuestMemoryShm<B> {
@@ -159,6 +156,10 @@ impl<B> GuestMemoryShmBuilder<B> {
 
     /// Adds RAM in these ranges on a backing that exists, for example an adopted one, one after
     /// the other from `offset` bytes on.
+    ///
+    /// It has the options that the backing was created with, adopted with
+    /// ([`AdoptPolicy::with_options`](crate::AdoptPolicy::with_options)), or given for this RAM
+    /// ([`ShmBacking::with_options`], where there is an example).
     pub fn add_backing(
         mut self,
         backing: &ShmBacking,
@@ -177,9 +178,8 @@ impl<B> GuestMemoryShmBuilder<B> {
 }
 
 impl<B: Bitmap> GuestMemoryShmBuilder<B> {
-    /// Creates the backings, maps them, places the regions, and populates those on new backings as
-    /// their options say: all together, with the largest number of threads that any of the options
-    /// asks for.
+    /// Creates the backings, maps them, places the regions, and populates them as their options
+    /// say: all together, with the largest number of threads that any of the options asks for.
     ///
     /// Costs per region, not per byte, unless RAM is populated: no page is allocated then.
     ///
@@ -191,7 +191,8 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
     /// [`MemoryError::ReadOnlyRam`] for a file that is opened for reading only;
     /// [`MemoryError::Map`]; and [`MemoryError::Populate`], before the first page if there is not
     /// enough memory. All numbers, and the pools of huge pages, are checked before anything is
-    /// created, and a failure leaves nothing behind.
+    /// created, and a failure leaves nothing behind but the NUMA policy of a backing that was
+    /// there before.
     ///
     /// # Panics
     ///
@@ -218,7 +219,8 @@ impl<B: Bitmap> GuestMemoryShmBuilder<B> {
         Request::check_all(requests(&plans))?;
         // The caller's code, which may panic: nothing has been created yet.
         let bitmaps = all.iter().map(|range| self.bitmaps.make(*range)).collect();
-        let (regions, report) = create(&plans, bitmaps)?;
+        let mut report = limits(&plans);
+        let regions = create(&plans, bitmaps, &mut report)?;
         let regions = regions.into_iter().map(Arc::new).collect();
         Ok((GuestMemoryShm::from_unsorted(regions)?, report))
     }
@@ -237,6 +239,25 @@ impl<B: NewBitmap> GuestRegionShm<B> {
         options: &RamOptions,
     ) -> Result<Self> {
         Self::new_with_bitmap(range, options, new_bitmap)
+    }
+
+    /// A region on the part of `backing` at `offset`, mapped and populated as the options say that
+    /// the backing was created, adopted, or [seen](ShmBacking::with_options) with.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryError::Range`] for a bad place; [`MemoryError::Backing`] with
+    /// [`BackingError::Outside`] for a part that the backing does not have, and
+    /// [`BackingError::Truncated`] for one that it no longer has; [`MemoryError::ReadOnlyRam`] for
+    /// a file that is opened for reading only; [`MemoryError::Backing`] with
+    /// [`BackingError::Shortage`], and [`MemoryError::Map`], if it cannot be mapped; and
+    /// [`MemoryError::Populate`].
+    pub fn from_backing(
+        backing: &ShmBacking,
+        offset: u64,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+    ) -> Result<Self> {
+        Self::from_backing_with_bitmap(backing, offset, range, new_bitmap)
     }
 }
 
@@ -280,13 +301,67 @@ impl<B> GuestRegionShm<B> {
             source: Source::Create(options.clone()),
             ranges: GuestRange::at(range).map(|range| vec![range]),
         };
+        Self::of_part(&part, bitmap, limits)
+    }
+
+    /// A region as [`from_backing`](Self::from_backing), with a dirty bitmap that a function makes
+    /// for it.
+    ///
+    /// ```
+    /// use guest_memory_shm::{GuestRegionShm, RamOptions, ShmBacking};
+    /// use vm_memory::GuestAddress;
+    /// use vm_memory::bitmap::AtomicBitmap;
+    ///
+    /// let backing = ShmBacking::create(&RamOptions::new(), 1 << 20)?;
+    /// let untracked = GuestRegionShm::<Option<AtomicBitmap>>::from_backing_with_bitmap(
+    ///     &backing,
+    ///     0,
+    ///     (GuestAddress(0), 1 << 20),
+    ///     |_| None,
+    /// )?;
+    /// assert!(untracked.dirty_bitmap().is_none());
+    /// # Ok::<(), guest_memory_shm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`from_backing`](Self::from_backing).
+    ///
+    /// # Panics
+    ///
+    /// If `bitmap` does, which is called before anything is mapped.
+    pub fn from_backing_with_bitmap(
+        backing: &ShmBacking,
+        offset: u64,
+        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
+        bitmap: impl FnOnce(GuestRange) -> B,
+    ) -> Result<Self> {
+        let part = Part {
+            source: Source::Use {
+                backing: backing.clone(),
+                offset,
+            },
+            ranges: GuestRange::at(range).map(|range| vec![range]),
+        };
+        // Others make regions of the same RAM, too: what it is to all of them was looked at when
+        // it was created, and a daemon that maps hundreds does not look for each.
+        Self::of_part(&part, bitmap, |_| BuildReport::default())
+    }
+
+    /// The only region of a part; `look` is how limits that are near are looked for.
+    fn of_part(
+        part: &Part,
+        bitmap: impl FnOnce(GuestRange) -> B,
+        look: impl FnOnce(&[Plan<'_>]) -> BuildReport,
+    ) -> Result<Self> {
         let plans = [part.plan(Sizes::Pages)?];
         Request::check_all(requests(&plans))?;
         let bitmaps = vec![bitmap(plans[0].ranges[0])];
-        let (mut regions, _) = create(&plans, bitmaps)?;
+        let mut regions = create(&plans, bitmaps, &mut look(&plans))?;
         regions.pop().ok_or(MemoryError::NoRanges)
     }
 }
+
 impl<B> Bitmaps<B> {
     fn make(&self, range: GuestRange) -> B {
         match self {
@@ -313,29 +388,22 @@ impl Part {
         if access == Access::ReadOnly {
             return Err(MemoryError::ReadOnlyRam);
         }
-        match &self.source {
-            Source::Create(options) => {
-                let resolved = Resolved::new(options)?;
-                let ranges = self.ranges(resolved.page_size(), sizes)?;
-                let (offsets, end) = pack(resolved.start(), resolved.page_size(), &ranges)?;
-                let len = end - resolved.start();
-                Ok(Plan {
-                    source: Planned::Create(resolved.with_len(len)?),
-                    ranges,
-                    offsets,
-                })
-            }
-            Source::Use { backing, offset } => {
-                let ranges = self.ranges(backing.page_size(), sizes)?;
-                let (offsets, end) = pack(*offset, backing.page_size(), &ranges)?;
-                backing.check_inside(*offset, end - offset)?;
-                Ok(Plan {
-                    source: Planned::Use(backing),
-                    ranges,
-                    offsets,
-                })
-            }
-        }
+        let resolved = match &self.source {
+            Source::Create(options) => Resolved::new(options)?,
+            Source::Use { backing, offset } => Resolved::existing(backing, *offset),
+        };
+        let ranges = self.ranges(resolved.page_size(), sizes)?;
+        let start = resolved.start();
+        let Some((offsets, end)) = pack(start, resolved.page_size(), &ranges) else {
+            let sizes = ranges.iter().map(GuestRange::size);
+            return Err(resolved.too_long(sizes.fold(0, u64::saturating_add)).into());
+        };
+        let len = end - start;
+        Ok(Plan {
+            request: resolved.with_len(len)?,
+            ranges,
+            offsets,
+        })
     }
 
     fn ranges(&self, page_size: u64, sizes: Sizes) -> Result<Vec<GuestRange>> {
@@ -351,12 +419,22 @@ impl Part {
     }
 }
 
-/// The backings that are to be created.
 fn requests<'p>(plans: &'p [Plan<'p>]) -> impl Iterator<Item = &'p Request<'p>> + Clone {
-    plans.iter().filter_map(|plan| match &plan.source {
-        Planned::Create(request) => Some(request),
-        Planned::Use(_) => None,
-    })
+    plans.iter().map(|plan| &plan.request)
+}
+
+/// The limits that are near.
+fn limits(plans: &[Plan<'_>]) -> BuildReport {
+    let mut report = BuildReport::default();
+    let mut add = |name: &str, notes: Vec<BuildNote>| {
+        log_notes(name, &notes);
+        report.add(name, notes);
+    };
+    add(ALL, memory_notes(requests(plans)));
+    for (backing, note) in requests(plans).filter_map(Request::note) {
+        add(&backing.label(), vec![note]);
+    }
+    report
 }
 
 /// Creates, maps and populates what was planned and checked, with these bitmaps for the ranges in
@@ -364,59 +442,49 @@ fn requests<'p>(plans: &'p [Plan<'p>]) -> impl Iterator<Item = &'p Request<'p>> 
 fn create<B>(
     plans: &[Plan<'_>],
     bitmaps: Vec<B>,
-) -> Result<(Vec<GuestRegionShm<B>>, BuildReport)> {
-    let mut report = BuildReport::default();
-    let notes = memory_notes(requests(plans));
-    log_notes(ALL, &notes);
-    report.add(ALL, notes);
+    report: &mut BuildReport,
+) -> Result<Vec<GuestRegionShm<B>>> {
     let mut bitmaps = bitmaps.into_iter();
     let mut regions = Vec::with_capacity(bitmaps.len());
-    let mut created = Vec::new();
-    let mut new = Vec::new();
+    let mut made = Vec::with_capacity(plans.len());
+    let mut on_failure = OnFailure::Keep;
     for plan in plans {
-        let (backing, options) = match &plan.source {
-            Planned::Create(request) => {
-                let provisional = request.create()?;
-                let backing = provisional.backing().clone();
-                created.push(provisional);
-                (backing, Some(request.options()))
-            }
-            Planned::Use(backing) => ((*backing).clone(), None),
-        };
+        let provisional = plan.request.create()?;
+        let backing = provisional.backing();
         report.add(&backing.label(), backing.notes().iter().cloned());
         let places = plan.ranges.iter().zip(&plan.offsets);
         for ((range, offset), bitmap) in places.zip(bitmaps.by_ref()) {
-            let region = GuestRegionShm::place(&backing, *offset, *range, bitmap)?;
+            let region = GuestRegionShm::place(backing, *offset, *range, bitmap)?;
             let notes = region.ram().mapping.notes();
             report.add(&backing.label(), notes.iter().cloned());
-            new.extend(options.map(|options| (region.ram().clone(), options)));
             regions.push(region);
         }
+        if !provisional.takes_pages_along() && !plan.request.options().is_lazy() {
+            on_failure = OnFailure::GiveBack;
+        }
+        made.push(provisional);
     }
-    populate_new(new)?;
-    for provisional in created {
+    let rams = regions.iter().map(|region| region.ram().clone());
+    populate_mapped(rams.collect(), on_failure)?;
+    for provisional in made {
         provisional.keep();
     }
-    Ok((regions, report))
+    Ok(regions)
 }
 
 /// The offsets at which the pages of `ranges`, in this order, lie one after the other in a backing
-/// from `start` on, and the end of the last.
-fn pack(start: u64, page_size: u64, ranges: &[GuestRange]) -> Result<(Vec<u64>, u64)> {
+/// from `start` on, and the end of the last; none if no file can be that long.
+fn pack(start: u64, page_size: u64, ranges: &[GuestRange]) -> Option<(Vec<u64>, u64)> {
     let mut end = start;
     let mut offsets = Vec::with_capacity(ranges.len());
     for range in ranges {
         offsets.push(end);
-        let pages = range.size().div_ceil(page_size).saturating_mul(page_size);
-        let sum = end.saturating_add(pages);
-        // A file is at most i64::MAX bytes long (off_t).
-        let limit = i64::MAX.unsigned_abs();
-        if sum > limit {
-            return Err(BackingError::Length { len: sum, limit }.into());
-        }
-        end = sum;
+        let pages = range.size().checked_next_multiple_of(page_size)?;
+        end = end.checked_add(pages)?;
+        // The offset of a file is signed (off_t).
+        i64::try_from(end).ok()?;
     }
-    Ok((offsets, end))
+    Some((offsets, end))
 }
 
 #[cfg(test)]
@@ -433,9 +501,9 @@ mod tests {
     fn packed_ranges_follow_each_other() {
         let (offsets, end) = pack(4096, 4096, &ranges([(1 << 32, 8192), (0, 4096)])).unwrap();
         assert_eq!((offsets, end), (vec![4096, 12288], 16384));
-        assert!(matches!(
+        assert_eq!(
             pack(0, 4096, &ranges([(0, 1 << 62), (1 << 63, 1 << 62)])),
-            Err(MemoryError::Backing(BackingError::Length { .. }))
-        ));
+            None
+        );
     }
 }

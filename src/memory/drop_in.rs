@@ -68,6 +68,42 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
         A: Borrow<(GuestAddress, usize, Option<FileOffset>)>,
         T: IntoIterator<Item = A>,
     {
+        Self::from_ranges_with_options(ranges, &RamOptions::new())
+    }
+
+    /// RAM as [`from_ranges_with_files`](Self::from_ranges_with_files), with options: ranges
+    /// without a file are created with them, and those of files take what RAM on an object that
+    /// exists can have ([`ShmBacking::with_options`]).
+    ///
+    /// What has no effect is logged, and is in the [report](GuestRegionShm::report) of each
+    /// region.
+    ///
+    /// ```
+    /// use guest_memory_shm::{GuestMemoryShm, Populate, RamOptions};
+    /// use vm_memory::{FileOffset, GuestAddress};
+    ///
+    /// let file = tempfile::tempfile_in("/dev/shm")?;
+    /// file.set_len(2 << 20)?;
+    /// let memory = GuestMemoryShm::<()>::from_ranges_with_options(
+    ///     [
+    ///         (GuestAddress(0), 1 << 20, Some(FileOffset::new(file, 1 << 20))),
+    ///         (GuestAddress(1 << 20), 1 << 20, None),
+    ///     ],
+    ///     &RamOptions::new().with_populate(Populate::Allocate),
+    /// )?;
+    /// assert_eq!(memory.stats()?.allocated(), 2 << 20);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`from_ranges_with_files`](Self::from_ranges_with_files) and
+    /// [`ShmBacking::with_options`], and [`MemoryError::Populate`].
+    pub fn from_ranges_with_options<A, T>(ranges: T, options: &RamOptions) -> Result<Self>
+    where
+        A: Borrow<(GuestAddress, usize, Option<FileOffset>)>,
+        T: IntoIterator<Item = A>,
+    {
         let mut checked = Vec::new();
         let mut new = Vec::new();
         let mut on_files = Vec::new();
@@ -82,7 +118,7 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
         check_sorted(checked.into_iter())?;
         let mut builder = Self::builder().of_any_size();
         if !new.is_empty() {
-            builder = builder.add_ram(RamOptions::new(), new);
+            builder = builder.add_ram(options.clone(), new);
         }
         // Ranges of one file share its backing, and so what is known of it.
         let mut backings: Vec<(Arc<File>, ShmBacking)> = Vec::new();
@@ -92,7 +128,7 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
                 .find(|(known, _)| Arc::ptr_eq(known, file.arc()));
             let backing = match known {
                 Some((_, backing)) => backing.clone(),
-                None => ShmBacking::of_file(file.arc().clone())?,
+                None => ShmBacking::of_file(file.arc().clone(), options)?,
             };
             builder = builder.add_backing(&backing, file.start(), [(addr, size)]);
             backings.push((file.arc().clone(), backing));
@@ -119,7 +155,37 @@ impl<B: NewBitmap> GuestRegionShm<B> {
     ///
     /// Those of [`GuestMemoryShm::from_ranges_with_files`].
     pub fn from_range(start: GuestAddress, size: usize, file: Option<FileOffset>) -> Result<Self> {
-        let memory = GuestMemoryShm::from_ranges_with_files([(start, size, file)])?;
+        Self::from_range_with_options(start, size, file, &RamOptions::new())
+    }
+
+    /// A region as [`from_range`](Self::from_range), with options: one range of
+    /// [`GuestMemoryShm::from_ranges_with_options`].
+    ///
+    /// ```
+    /// use guest_memory_shm::{CoreDump, GuestRegionShm, RamOptions};
+    /// use vm_memory::{FileOffset, GuestAddress};
+    ///
+    /// let file = tempfile::tempfile_in("/dev/shm")?;
+    /// file.set_len(1 << 20)?;
+    /// let region = GuestRegionShm::<()>::from_range_with_options(
+    ///     GuestAddress(4 << 30),
+    ///     1 << 20,
+    ///     Some(FileOffset::new(file, 0)),
+    ///     &RamOptions::new().with_core_dump(CoreDump::Include),
+    /// )?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`GuestMemoryShm::from_ranges_with_options`].
+    pub fn from_range_with_options(
+        start: GuestAddress,
+        size: usize,
+        file: Option<FileOffset>,
+        options: &RamOptions,
+    ) -> Result<Self> {
+        let memory = GuestMemoryShm::from_ranges_with_options([(start, size, file)], options)?;
         Ok(Self::clone(&memory.regions[0]))
     }
 }

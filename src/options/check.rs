@@ -36,6 +36,41 @@ impl RamOptions {
     pub fn check(&self) -> Result<()> {
         self.check_name()?;
         self.check_backing()?;
+        self.check_all_else()
+    }
+
+    /// As [`check`](Self::check), for RAM on an object that exists.
+    pub(crate) fn check_existing(&self) -> Result<()> {
+        self.check_name()?;
+        let refused = |property, value: String| {
+            let value = value.into();
+            Err(OptionsError::NotOfExisting { property, value })
+        };
+        match &self.backing {
+            BackingSource::Memfd => {}
+            BackingSource::PosixShm => {
+                let of = BackendType::of(&self.backing).name();
+                return refused("qom-type", of.to_owned());
+            }
+            BackingSource::File(path) => return refused("mem-path", readable(path)),
+        }
+        if self.sealing == Sealing::Unsealed {
+            return refused("seal", "off".to_owned());
+        }
+        if self.offset != 0 {
+            return refused("offset", format!("{:#x}", self.offset));
+        }
+        if self.access == Access::ReadOnly {
+            return refused("readonly", "on".to_owned());
+        }
+        if self.discard_data == DiscardData::OnDrop {
+            return refused("discard-data", "on".to_owned());
+        }
+        self.check_all_else()
+    }
+
+    /// Checks what does not depend on the kind of backing.
+    fn check_all_else(&self) -> Result<()> {
         let page_size = self.check_page_size()?;
         self.check_sizes(page_size)?;
         self.check_writing()?;
@@ -121,12 +156,7 @@ impl RamOptions {
             }
             RangePart::Size.check_aligned(size, page_size)?;
         }
-        // As in QEMU, 0 means unset.
-        if let Some(align) = self.align.filter(|align| *align != 0)
-            && (!align.is_power_of_two() || !align.is_multiple_of(page_size))
-        {
-            return Err(OptionsError::Align { align, page_size });
-        }
+        self.check_align(page_size)?;
         RangePart::Offset.check_aligned(self.offset, page_size)?;
         let size = self.size.unwrap_or(0);
         match self.offset.checked_add(size) {
@@ -138,8 +168,18 @@ impl RamOptions {
         }
     }
 
+    /// Checks the alignment against the size of the pages.
+    pub(crate) fn check_align(&self, page_size: u64) -> Result<()> {
+        match self.align {
+            // As in QEMU, 0 means unset.
+            None | Some(0) => Ok(()),
+            Some(align) if align.is_power_of_two() && align.is_multiple_of(page_size) => Ok(()),
+            Some(align) => Err(OptionsError::Align { align, page_size }),
+        }
+    }
+
     /// Refuses what would write to RAM that is read-only, or allocate RAM that is not reserved.
-    fn check_writing(&self) -> Result<()> {
+    pub(crate) fn check_writing(&self) -> Result<()> {
         if self.access == Access::ReadOnly && self.discard_data == DiscardData::OnDrop {
             return Err(OptionsError::Conflict {
                 first: "discard-data=on",
@@ -173,10 +213,14 @@ fn check_path(path: &Path) -> Result<()> {
     if bytes.is_empty() || bytes.contains(&0) {
         return Err(OptionsError::Value {
             property: "mem-path",
-            value: path.to_string_lossy().escape_default().to_string().into(),
+            value: readable(path).into(),
         });
     }
     Ok(())
+}
+
+fn readable(path: &Path) -> String {
+    path.to_string_lossy().escape_default().to_string()
 }
 
 /// QEMU's rule for ids.

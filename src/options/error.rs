@@ -111,6 +111,34 @@ pub enum OptionsError {
         of: &'static str,
     },
 
+    /// A property of what is created, for RAM on an object that exists
+    /// ([`ShmBacking::with_options`](crate::ShmBacking::with_options)).
+    #[error(
+        "{property}={value} does not go with RAM on a descriptor that is there already: {}",
+        instead_on_existing(.property)
+    )]
+    #[non_exhaustive]
+    NotOfExisting {
+        /// The property.
+        property: &'static str,
+        /// Its value.
+        value: Box<str>,
+    },
+
+    /// Huge pages of a pool were asked for, for RAM on an object that has other pages.
+    #[error(
+        "hugetlb=on{} does not go with a descriptor whose pages are {}: leave it out, or use a \
+         descriptor of such pages",
+        hugetlb_size(*.asked), HumanSize(*.page_size)
+    )]
+    #[non_exhaustive]
+    NotItsPages {
+        /// The size that was asked for in bytes, if not the default one.
+        asked: Option<u64>,
+        /// The size of the pages in bytes.
+        page_size: u64,
+    },
+
     /// A size or an offset does not consist of whole pages.
     #[error(transparent)]
     Range(#[from] InvalidRange),
@@ -238,6 +266,22 @@ fn instead_of(property: &str) -> &'static str {
         "pmem" => "persistence is not guaranteed here, leave pmem out",
         _ => "there are no other objects to name here, use prealloc-threads",
     }
+}
+
+fn instead_on_existing(property: &str) -> &'static str {
+    match property {
+        "seal" => "its seals are what they are, leave seal out (AdoptPolicy adds some)",
+        "offset" => "leave offset out, and give it where the RAM is placed",
+        "readonly" => "RAM is written, leave readonly out, or map the file with GuestRom",
+        "discard-data" => "it belongs to others, too, leave discard-data out",
+        _ => "nothing is created, leave the kind of backing out (BackingSource::Memfd)",
+    }
+}
+
+fn hugetlb_size(asked: Option<u64>) -> String {
+    asked.map_or_else(String::new, |size| {
+        format!(",hugetlbsize={}", HumanSize(size))
+    })
 }
 
 fn why_not_both(first: &str, second: &str) -> &'static str {

@@ -68,6 +68,30 @@ fn texts_name_the_property_the_value_and_the_way_out() {
             "align does not go with a memfd: only a file has it, use BackingSource::File",
         ),
         (
+            OptionsError::NotOfExisting {
+                property: "mem-path",
+                value: "/dev/shm/ram".into(),
+            },
+            "mem-path=/dev/shm/ram does not go with RAM on a descriptor that is there already: \
+             nothing is created, leave the kind of backing out (BackingSource::Memfd)",
+        ),
+        (
+            OptionsError::NotItsPages {
+                asked: Some(2 << 20),
+                page_size: 4096,
+            },
+            "hugetlb=on,hugetlbsize=2 MiB does not go with a descriptor whose pages are 4 KiB: \
+             leave it out, or use a descriptor of such pages",
+        ),
+        (
+            OptionsError::NotItsPages {
+                asked: None,
+                page_size: 4096,
+            },
+            "hugetlb=on does not go with a descriptor whose pages are 4 KiB: leave it out, or use \
+             a descriptor of such pages",
+        ),
+        (
             OptionsError::Size {
                 size: 0,
                 limit: 1 << 62,

@@ -99,7 +99,9 @@ pub enum Sealing {
 /// Whether what RAM needs is set aside when it is mapped.
 ///
 /// Of the backings of this crate only huge pages of a pool can be reserved. For all others it
-/// decides about the check of the capacity: see each variant.
+/// decides about the check of the capacity: see each variant. On an object that exists
+/// ([`ShmBacking::with_options`](crate::ShmBacking::with_options)) it is only checked where this
+/// is set to [`On`](Self::On), or all is populated.
 ///
 /// ```
 /// use guest_memory_shm::{BackingSource, RamOptions, Reserve};

@@ -16,8 +16,10 @@ pub use numa::NumaPolicy;
 
 /// The options of one backing of guest RAM.
 ///
-/// The default is a sealed memfd of base pages, populated lazily, that core dumps leave out. The
-/// same options can be read from and written in the syntax of QEMU's `-object`:
+/// The default is a sealed memfd of base pages, populated lazily, that core dumps leave out. Most
+/// of them are options of RAM on a descriptor that came from elsewhere, too
+/// ([`ShmBacking::with_options`](crate::ShmBacking::with_options)). They can be read from and
+/// written in the syntax of QEMU's `-object`:
 ///
 /// ```
 /// use guest_memory_shm::{

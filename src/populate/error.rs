@@ -134,6 +134,21 @@ pub enum PopulateError {
 }
 
 impl PopulateError {
+    /// The part of the RAM that was being worked on, if it is about one.
+    pub(crate) fn range(&self) -> Option<GuestRange> {
+        match self {
+            Self::NotRam { range, .. }
+            | Self::Shortage { range, .. }
+            | Self::Truncated { range, .. }
+            | Self::Allocate { range, .. }
+            | Self::Map { range, .. } => Some(*range),
+            Self::CannotLook { .. }
+            | Self::Cancelled { .. }
+            | Self::NoThread { .. }
+            | Self::OtherProcess => None,
+        }
+    }
+
     pub(super) fn short(range: GuestRange, shortage: impl Into<Shortage>) -> Self {
         let shortage = Box::new(shortage.into());
         Self::Shortage { range, shortage }

@@ -84,36 +84,25 @@ fn job(
     Ok((job, options.progress.unwrap_or_else(|| Box::new(|_| {}))))
 }
 
-/// Populates RAM on backings that were just made, as their options say, all of it together.
+/// Populates RAM that was just mapped, as the options of the backings say, all of it together.
 ///
-/// It is not in use yet, and when this fails it is dropped.
-pub(crate) fn populate_new<'a>(
-    made: impl IntoIterator<Item = (Ram, &'a RamOptions)>,
-) -> Result<(), PopulateError> {
-    let made = made.into_iter();
-    let made: Vec<_> = made
-        .filter(|(_, options)| options.populate() != Populate::Lazy)
-        .collect();
+/// When this fails it is dropped, and `on_failure` says what becomes of pages that stay then.
+pub(crate) fn populate_mapped(made: Vec<Ram>, on_failure: OnFailure) -> Result<(), PopulateError> {
+    let mut made = made;
+    made.retain(|ram| ram.backing.options().populate() != Populate::Lazy);
     if made.is_empty() {
         return Ok(());
     }
-    let threads = made
-        .iter()
-        .filter_map(|(_, options)| options.populate_threads());
-    let threads = threads.max();
+    let options = made.iter().map(|ram| ram.backing.options());
+    let threads = options.filter_map(RamOptions::populate_threads).max();
     let allowed = nodes::only_allowed();
-    let part = |(ram, options): (Ram, &RamOptions)| {
-        let (range, mode) = (0..ram.range.size(), options.populate());
-        Part::new(ram, range, mode, options.on_shortage(), allowed)
+    let part = |ram: Ram| {
+        let options = ram.backing.options();
+        let (mode, on_shortage) = (options.populate(), options.on_shortage());
+        let range = 0..ram.range.size();
+        Part::new(ram, range, mode, on_shortage, allowed)
     };
     let parts: Vec<Part> = made.into_iter().map(part).collect();
-    // The pages of nameless objects go away with them; those of a file would stay.
-    let nameless = parts.iter().all(|part| part.ram.backing.is_nameless());
-    let on_failure = if nameless {
-        OnFailure::Keep
-    } else {
-        OnFailure::GiveBack
-    };
     let job = Job::new(parts, threads, on_failure, CancelToken::new())?;
     let populated = job.run(|_| {})?;
     logs::debug!("{populated}");

@@ -20,7 +20,7 @@ use crate::backing::ShmBacking;
 use crate::mapping::{HostAddr, Mapping, to_usize};
 use crate::options::Access;
 use crate::ram::Ram;
-use crate::range::{GuestRange, InvalidRange, Placed};
+use crate::range::{GuestRange, Placed};
 use crate::report::BuildReport;
 
 mod error;
@@ -68,70 +68,14 @@ struct Shared<B> {
     file_offset: FileOffset,
 }
 
-impl<B: NewBitmap> GuestRegionShm<B> {
-    /// A region on the part of `backing` at `offset`.
-    ///
-    /// # Errors
-    ///
-    /// [`MemoryError::Range`] for a bad place; [`MemoryError::Backing`] with
-    /// [`BackingError::Outside`] for a part that the backing does not have, and
-    /// [`BackingError::Truncated`] for one that it no longer has; [`MemoryError::ReadOnlyRam`] for
-    /// a file that is opened for reading only; [`MemoryError::Backing`] with
-    /// [`BackingError::Shortage`], and [`MemoryError::Map`], if it cannot be mapped.
-    pub fn from_backing(
-        backing: &ShmBacking,
-        offset: u64,
-        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
-    ) -> Result<Self> {
-        Self::from_backing_with_bitmap(backing, offset, range, new_bitmap)
-    }
-}
-
 /// The bitmap of a region, unless a function makes another one.
 pub(crate) fn new_bitmap<B: NewBitmap>(range: GuestRange) -> B {
     B::with_len(to_usize(range.size()))
 }
 
 impl<B> GuestRegionShm<B> {
-    /// A region as [`from_backing`](Self::from_backing), with a dirty bitmap that a function makes
-    /// for it.
-    ///
-    /// ```
-    /// use guest_memory_shm::{GuestRegionShm, RamOptions, ShmBacking};
-    /// use vm_memory::GuestAddress;
-    /// use vm_memory::bitmap::AtomicBitmap;
-    ///
-    /// let backing = ShmBacking::create(&RamOptions::new(), 1 << 20)?;
-    /// let untracked = GuestRegionShm::<Option<AtomicBitmap>>::from_backing_with_bitmap(
-    ///     &backing,
-    ///     0,
-    ///     (GuestAddress(0), 1 << 20),
-    ///     |_| None,
-    /// )?;
-    /// assert!(untracked.dirty_bitmap().is_none());
-    /// # Ok::<(), guest_memory_shm::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// Those of [`from_backing`](Self::from_backing).
-    ///
-    /// # Panics
-    ///
-    /// If `bitmap` does, which is called before anything is mapped.
-    pub fn from_backing_with_bitmap(
-        backing: &ShmBacking,
-        offset: u64,
-        range: impl TryInto<GuestRange, Error: Into<InvalidRange>>,
-        bitmap: impl FnOnce(GuestRange) -> B,
-    ) -> Result<Self> {
-        let range = GuestRange::at(range)?;
-        range.check_aligned(backing.page_size())?;
-        Self::place(backing, offset, range, bitmap(range))
-    }
-
     /// Maps the pages of the range, which begin at `offset`; it need not end with the last of
-    /// them.
+    /// them. Nothing is populated.
     pub(crate) fn place(
         backing: &ShmBacking,
         offset: u64,

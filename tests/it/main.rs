@@ -10,6 +10,7 @@
 
 mod access;
 mod address_space;
+mod adopted;
 mod answers;
 mod any_size;
 mod bad_descriptor;

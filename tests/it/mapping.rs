@@ -106,9 +106,7 @@ fn options_hold_for_every_region_on_a_backing_however_it_is_placed() {
     // The options are not the file's, but those of the process that maps it.
     let plain = ShmBacking::adopt(fd(), &AdoptPolicy::new()).unwrap();
     assert_eq!(flags(&plain), (false, true));
-    let policy = AdoptPolicy::new()
-        .with_transparent_huge_pages()
-        .with_core_dump(CoreDump::Include);
+    let policy = AdoptPolicy::new().with_options(options);
     assert_eq!(
         flags(&ShmBacking::adopt(fd(), &policy).unwrap()),
         (true, false)

@@ -14,7 +14,7 @@ use crate::{isolation::in_own_process, support::skip};
 
 const MIB: u64 = 1 << 20;
 
-fn nodes(nodes: &[u32]) -> NodeSet {
+pub(crate) fn nodes(nodes: &[u32]) -> NodeSet {
     NodeSet::from_nodes(nodes.iter().copied()).unwrap()
 }
 
@@ -27,7 +27,7 @@ fn memory(options: RamOptions) -> Result<GuestMemoryShm, Error> {
 
 /// The policy of the mapping at `start` in /proc/self/numa_maps, as `bind:0`, and the words after
 /// it.
-fn numa_maps(start: *const u8) -> Option<(String, String)> {
+pub(crate) fn numa_maps(start: *const u8) -> Option<(String, String)> {
     let text = fs::read_to_string("/proc/self/numa_maps").ok()?;
     let prefix = format!("{:x} ", start.addr());
     let line = text.lines().find_map(|line| line.strip_prefix(&prefix))?;
@@ -36,7 +36,7 @@ fn numa_maps(start: *const u8) -> Option<(String, String)> {
 }
 
 /// Whether there are nodes at all; otherwise says why not.
-fn numa() -> bool {
+pub(crate) fn numa() -> bool {
     let there = fs::metadata("/proc/self/numa_maps").is_ok();
     if !there {
         skip("the kernel knows no NUMA nodes");

@@ -43,7 +43,7 @@ pub(crate) fn range(start: u64, size: u64) -> GuestRange {
 /// when it writes to each.
 ///
 /// A few are the kernel's own business, which moves pages: of code, and of RAM, too.
-fn is_mapped(memory: &GuestMemoryShm, range: GuestRange) -> bool {
+pub(crate) fn is_mapped(memory: &GuestMemoryShm, range: GuestRange) -> bool {
     let faults = || {
         let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
         usage.minor_page_faults().unsigned_abs()

@@ -308,7 +308,11 @@ fn all_that_ram_is_for() {
     }
     for file in files() {
         let fd = OwnedFd::from(file.try_clone().unwrap());
-        let policy = AdoptPolicy::new().with_disk_files();
+        let policy = AdoptPolicy::new().with_disk_files().with_options(
+            RamOptions::new()
+                .with_populate(Populate::Allocate)
+                .with_reserve(Reserve::On),
+        );
         let backing = ShmBacking::adopt(fd, &policy).unwrap();
         let adopted = GuestMemoryShm::<()>::builder()
             .add_backing(&backing, 0, [(GuestAddress(0), SIZE)])

@@ -46,7 +46,7 @@ fn touch(memory: &GuestMemoryShm) {
 }
 
 /// How many bytes of a region are mapped by huge pages, says the kernel.
-fn mapped_huge(region: &GuestRegionShm) -> u64 {
+pub(crate) fn mapped_huge(region: &GuestRegionShm) -> u64 {
     let value = smaps_value(&smaps_at(region.as_ptr()), "ShmemPmdMapped");
     let kib: u64 = value.strip_suffix(" kB").unwrap().parse().unwrap();
     kib * 1024

@@ -13,8 +13,9 @@ use super::policy::ReceivePolicy;
 use super::wire::ReceivedRegion;
 use crate::backing::{BackingError, ShmBacking, base_page_size};
 use crate::memory::GuestMemoryShm;
+use crate::populate::{OnFailure, populate_mapped};
 use crate::range::GuestRange;
-use crate::region::{GuestRegionShm, new_bitmap};
+use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
 
 /// The memory table of a frontend as its daemon has it: guest RAM, and the frontend's addresses of
 /// it. `B` is the dirty bitmap of each region, `()` for none.
@@ -240,26 +241,39 @@ impl<B> ReceivedTable<B> {
             backings.push(self.adopt(index, region, file)?);
         }
         let mut memory = self.memory.arc_regions();
+        let mut rams = Vec::with_capacity(new.len());
         for (index, (region, backing)) in new.iter().zip(&backings).enumerate() {
-            let ReceivedRegion {
-                guest_addr, size, ..
-            } = *region;
-            let placed = GuestRegionShm::from_backing_with_bitmap(
-                backing,
-                region.mmap_offset,
-                (guest_addr, size),
-                &*self.bitmap,
-            );
-            memory.push(Arc::new(
-                placed.map_err(|error| ReceiveError::region(index, error))?,
-            ));
+            let placed = self.place(region, backing);
+            let placed = placed.map_err(|error| ReceiveError::region(index, error))?;
+            rams.push(placed.ram().clone());
+            memory.push(Arc::new(placed));
         }
+        // A guest may run on it: what it writes while pages are given back could be lost.
+        populate_mapped(rams, OnFailure::Keep).map_err(|error| {
+            let at = error.range().map(|range| range.start_addr());
+            let is_there = |region: &ReceivedRegion| {
+                at.and_then(|at| at.0.checked_sub(region.guest_addr.0))
+                    .is_some_and(|offset| offset < region.size)
+            };
+            let index = new.iter().position(is_there).unwrap_or(0);
+            ReceiveError::region(index, error)
+        })?;
         // The numbers are checked: they are disjoint, and there is at least one.
         let memory = GuestMemoryShm::from_unsorted(memory)
             .map_err(|error| ReceiveError::region(0, error))?;
         let mut regions = self.regions.to_vec();
         regions.extend(new);
         Ok(self.rebuilt(memory, regions))
+    }
+
+    fn place(
+        &self,
+        region: &ReceivedRegion,
+        backing: &ShmBacking,
+    ) -> Result<GuestRegionShm<B>, MemoryError> {
+        let range = GuestRange::new(region.guest_addr, region.size)?;
+        let bitmap = (self.bitmap)(range);
+        GuestRegionShm::place(backing, region.mmap_offset, range, bitmap)
     }
 
     fn adopt(

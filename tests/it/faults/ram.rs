@@ -39,6 +39,7 @@ pub(super) const BUILDS: &[Operation] = &[
     Operation::new("map a ROM", map_rom),
     Operation::new("adopt", adopt),
     Operation::new("map a backing", map_adopted),
+    Operation::new("adopt with all options", adopt_with_options),
     Operation::new("drop", drop_all),
 ];
 
@@ -244,6 +245,40 @@ fn map_adopted(stage: &Stage) -> Outcome {
             Outcome::Done
         }
         Err(error) => says_something(&error),
+    }
+}
+
+fn adopt_with_options(stage: &Stage) -> Outcome {
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    file.set_len(SIZE).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7], PAGE).unwrap();
+    let fd = file.try_clone().unwrap().into();
+    let policy = AdoptPolicy::new().with_options(all_options());
+    let made = stage.attacked(|| -> Result<_, Error> {
+        let backing = ShmBacking::adopt(fd, &policy)?;
+        let half = SIZE / 2;
+        let builder = GuestMemoryShm::builder();
+        let halves = [(GuestAddress(0), half), (GuestAddress(SIZE), half)];
+        Ok(builder.add_backing(&backing, 0, halves).build()?)
+    });
+    let there = || {
+        let backing = ShmBacking::adopt(file.try_clone().unwrap().into(), &AdoptPolicy::new());
+        backing.unwrap().allocated().unwrap()
+    };
+    match made {
+        Ok(memory) => {
+            assert_eq!(there(), SIZE, "not all is populated");
+            assert_eq!(memory.read_obj::<u8>(GuestAddress(PAGE)).unwrap(), 7);
+            works(&memory);
+            Outcome::Done
+        }
+        Err(error) => {
+            let mut byte = [0];
+            std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, PAGE).unwrap();
+            assert_eq!(byte, [7]);
+            assert!(there() >= PAGE);
+            says_something(&error)
+        }
     }
 }
 
