@@ -1,12 +1,9 @@
 //! One virtio-blk request, from its descriptor chain to its status byte.
 
-use std::ops::Deref;
-
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
-use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
@@ -23,12 +20,12 @@ const SERIAL: &[u8] = b"guest-memory-shm";
 ///
 /// Everything in the chain is the guest's word. A malformed request gets the status IOERR where
 /// the chain has a place for a status, and is dropped where it has none.
-pub(super) fn serve<M>(chain: DescriptorChain<M>, memory: &M::Target, disk: &RamDisk) -> u32
-where
-    M: Deref,
-    M::Target: GuestMemory + Sized,
-{
-    let descriptors: Vec<Descriptor> = chain.collect();
+pub(super) fn serve<M: GuestMemory>(
+    chain: impl IntoIterator<Item = Descriptor>,
+    memory: &M,
+    disk: &RamDisk,
+) -> u32 {
+    let descriptors: Vec<Descriptor> = chain.into_iter().collect();
     // The iterator ends early where a link leads nowhere, a chain loops or a table is not mapped.
     let whole = descriptors.last().is_some_and(|last| !last.has_next());
     let mut output = Buffers::of(&descriptors, Direction::ToDriver);

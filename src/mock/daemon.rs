@@ -15,8 +15,9 @@ use nix::sys::socket::{Shutdown, shutdown};
 
 use super::disk::{RamDisk, SECTOR_SIZE};
 use super::error::{MockError, Result};
-use super::fault::{At, Fault, FaultPlan};
+use super::fault::{Fault, FaultPlan, InflightFault};
 use super::guest::MockRegion;
+use super::hold::RequestStep;
 use super::request::LoggedRequest;
 use super::server;
 use super::state::{Listening, Options, Shared};
@@ -158,12 +159,28 @@ impl MockDaemon {
     /// Misbehaves at a change of the memory table, once: changes are counted from now on, the next
     /// one is 1, and across reconnects. Change 0 never comes.
     pub fn inject(&self, change: u64, fault: Fault) {
-        self.shared.state().faults.push(At::Table, change, fault);
+        self.shared.state().faults.table.push(change, fault);
     }
 
     /// Misbehaves at a SET_LOG_BASE, once, as [`inject`](Self::inject) at a change of the table.
     pub fn inject_at_log(&self, log: u64, fault: Fault) {
-        self.shared.state().faults.push(At::Log, log, fault);
+        self.shared.state().faults.log.push(log, fault);
+    }
+
+    /// Misbehaves at a GET_INFLIGHT_FD, once, as [`inject`](Self::inject) at a change.
+    ///
+    /// ```
+    /// use guest_memory_shm::mock::{InflightFault, MockDaemon};
+    ///
+    /// # fn main() -> Result<(), guest_memory_shm::mock::MockError> {
+    /// let daemon = MockDaemon::builder().with_inflight().start_unnamed()?;
+    /// daemon.inject_at_inflight(1, InflightFault::ShortFile);
+    /// assert_eq!(daemon.pending_faults(), 1);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn inject_at_inflight(&self, buffer: u64, fault: InflightFault) {
+        self.shared.state().faults.inflight.push(buffer, fault);
     }
 
     /// How many faults have not fired yet.
@@ -173,10 +190,38 @@ impl MockDaemon {
 
     /// Drops the faults that have not fired yet.
     pub fn clear_faults(&self) {
-        self.shared.state().faults.clear();
+        self.shared.state().faults = FaultPlan::default();
     }
 
-    /// Ends the current connection, if there is one, and returns at once.
+    /// Holds the device at the request that is the `count`th from now on to come to `step`, of all
+    /// queues and connections; 0 never comes. Replaces what was asked for before.
+    ///
+    /// While one is held, nothing is carried out, and messages wait that change the memory, or
+    /// that are about its queue. [`release_requests`](Self::release_requests) lets it go on. The
+    /// end of the connection is to the device what SIGKILL is to a process: guest memory, disk and
+    /// in-flight buffer stay as they are at that step.
+    ///
+    /// [`with_inflight`](MockDaemonBuilder::with_inflight) has an example.
+    pub fn hold_requests(&self, count: u64, step: RequestStep) {
+        self.shared.hold.arm(count, step);
+    }
+
+    /// Waits until a request is held.
+    ///
+    /// # Errors
+    /// [`MockError`] with [`ErrorKind::TimedOut`] after `limit`.
+    pub fn wait_held(&self, limit: Duration) -> Result<()> {
+        let held = self.shared.hold.wait_held(limit);
+        in_time(held, limit, "wait for a request to be held")
+    }
+
+    /// Lets the request go on that is held, if one is, and holds no more.
+    pub fn release_requests(&self) {
+        self.shared.hold.release();
+    }
+
+    /// Ends the current connection, if there is one, and returns at once. A request that is
+    /// [held](Self::hold_requests) does not go on.
     pub fn hang_up(&self) {
         self.shared.hang_up();
     }
@@ -235,6 +280,7 @@ impl Default for MockDaemonBuilder {
                 queues: 1,
                 max_mem_slots: Some(DEFAULT_MEM_SLOTS),
                 reply_ack: true,
+                inflight: false,
             },
             faults: FaultPlan::default(),
         }
@@ -281,10 +327,71 @@ impl MockDaemonBuilder {
         self
     }
 
+    /// Offers INFLIGHT_SHMFD: which requests are in flight is noted in a buffer that the frontend
+    /// keeps, so that the next daemon completes what this one took. Default: not offered.
+    ///
+    /// The buffer is made at GET_INFLIGHT_FD and used from SET_INFLIGHT_FD on, which each
+    /// connection needs: what is marked in it then is carried out when its queue is started, in
+    /// the order of `counter`. As devices may, the daemon takes all that is available at once, and
+    /// completes the latest first. It does not offer indirect descriptors.
+    ///
+    /// Where a queue starts, the buffer and the used ring say; SET_VRING_BASE counts for a buffer
+    /// that was not used yet. A daemon that is killed between a completion and the guest's
+    /// eventfd leaves it to the frontend to wake the guest.
+    ///
+    /// ```
+    /// # use guest_memory_shm::GuestMemoryShm;
+    /// use guest_memory_shm::mock::{BlkDevice, BlkDriver, MockDaemon, RequestStep};
+    /// # use std::os::fd::AsRawFd;
+    /// # use std::time::Duration;
+    /// use vhost::vhost_user::message::VhostUserInflight;
+    /// # use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
+    /// # use guest_memory_shm::VhostUserShare;
+    /// # use vm_memory::{Bytes, GuestAddress};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
+    /// # let connect = |daemon: &MockDaemon| -> Result<_, Box<dyn std::error::Error>> {
+    /// #     let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
+    /// #     let features = VhostUserProtocolFeatures::all();
+    /// #     let device = BlkDevice::negotiate(&mut frontend, features)?;
+    /// #     let mut share = VhostUserShare::new(frontend.clone(), features);
+    /// #     share.update_table(&memory.memory_table())?;
+    /// #     Ok((frontend, device, share))
+    /// # };
+    /// let first = MockDaemon::builder().with_inflight().start_unnamed()?;
+    /// first.hold_requests(2, RequestStep::Marked);
+    /// # let (mut frontend, device, share) = connect(&first)?;
+    /// let wanted = VhostUserInflight::new(0, 0, 1, 16); // one queue of 16
+    /// let (shape, buffer) = frontend.get_inflight_fd(&wanted)?;
+    /// frontend.set_inflight_fd(&shape, buffer.as_raw_fd())?;
+    /// let mut driver = BlkDriver::new(&memory, GuestAddress(0x1000), 16)?;
+    /// driver.submit_flush()?;
+    /// driver.submit_flush()?;
+    /// # let table = share.table().clone();
+    /// # device.start_queue(&mut frontend, 0, &driver, |addr| table.user_addr(addr))?;
+    /// first.wait_held(Duration::from_secs(20))?;
+    /// drop(first); // as if it was killed, with two requests in flight
+    ///
+    /// let second = MockDaemon::builder().with_inflight().start_unnamed()?;
+    /// # let (mut frontend, device, share) = connect(&second)?;
+    /// frontend.set_inflight_fd(&shape, buffer.as_raw_fd())?;
+    /// # let table = share.table().clone();
+    /// # device.start_queue(&mut frontend, 0, &driver, |addr| table.user_addr(addr))?;
+    /// driver.wait_all()?;
+    /// assert_eq!(second.disk().flush_count(), 2);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn with_inflight(mut self) -> Self {
+        self.options.inflight = true;
+        self
+    }
+
     /// Misbehaves at a change of the memory table, as [`MockDaemon::inject`]; changes are counted
     /// from the start of the daemon.
     pub fn with_fault(mut self, change: u64, fault: Fault) -> Self {
-        self.faults.push(At::Table, change, fault);
+        self.faults.table.push(change, fault);
         self
     }
 

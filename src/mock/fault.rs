@@ -59,44 +59,62 @@ impl Fault {
     }
 }
 
-/// What a fault counts and meets.
+/// The ways in which the mock misbehaves at one GET_INFLIGHT_FD
+/// ([`MockDaemon::inject_at_inflight`](super::MockDaemon::inject_at_inflight)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum At {
-    Table,
-    Log,
+#[non_exhaustive]
+pub enum InflightFault {
+    /// The daemon hangs up: it has no other way to refuse.
+    Refuse,
+    /// The buffer is half as large as its queues need.
+    TooSmall,
+    /// The answer comes without the buffer's descriptor.
+    NoDescriptor,
+    /// The buffer's file has no seals: the daemon can truncate it later.
+    Unsealed,
+    /// The buffer's file is half as long as the answer says.
+    ShortFile,
 }
 
-/// The faults that are still to come, each counting down to its change.
+/// The faults that are still to come, by what they count and meet.
 #[derive(Clone, Debug, Default)]
 pub(super) struct FaultPlan {
-    pending: Vec<(At, u64, Fault)>,
+    pub(super) table: Pending<Fault>,
+    pub(super) log: Pending<Fault>,
+    pub(super) inflight: Pending<InflightFault>,
 }
 
 impl FaultPlan {
-    pub(super) fn push(&mut self, at: At, change: u64, fault: Fault) {
-        self.pending.push((at, change, fault));
-    }
-
-    pub(super) fn clear(&mut self) {
-        self.pending.clear();
-    }
-
     pub(super) fn len(&self) -> usize {
-        self.pending.len()
+        self.table.0.len() + self.log.0.len() + self.inflight.0.len()
+    }
+}
+
+/// Faults of one kind, each counting down to its change.
+#[derive(Clone, Debug)]
+pub(super) struct Pending<F>(Vec<(u64, F)>);
+
+impl<F> Default for Pending<F> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<F: Copy> Pending<F> {
+    pub(super) fn push(&mut self, change: u64, fault: F) {
+        self.0.push((change, fault));
     }
 
     /// Counts one change and says what is wrong with it. Of several faults that meet at one
     /// change, the one that was told first wins and the others are spent.
-    pub(super) fn next(&mut self, met: At) -> Option<Fault> {
+    pub(super) fn next(&mut self) -> Option<F> {
         let mut fired = None;
-        self.pending.retain_mut(|(at, change, fault)| {
-            if *at == met {
-                if *change == 1 {
-                    fired.get_or_insert(*fault);
-                    return false;
-                }
-                *change = change.saturating_sub(1);
+        self.0.retain_mut(|(change, fault)| {
+            if *change == 1 {
+                fired.get_or_insert(*fault);
+                return false;
             }
+            *change = change.saturating_sub(1);
             true
         });
         fired
@@ -116,10 +134,10 @@ mod tests {
             (0, Fault::NeverAnswer),
             (3, Fault::HangUpAfter),
         ] {
-            plan.push(At::Table, change, fault);
+            plan.table.push(change, fault);
         }
-        assert_eq!(plan.next(At::Log), None);
-        let fired: Vec<_> = (0..5).map(|_| plan.next(At::Table)).collect();
+        assert_eq!(plan.log.next(), None);
+        let fired: Vec<_> = (0..5).map(|_| plan.table.next()).collect();
         let expected = [
             None,
             Some(Fault::Refuse),
@@ -129,7 +147,5 @@ mod tests {
         ];
         assert_eq!(fired, expected);
         assert_eq!(plan.len(), 1);
-        plan.clear();
-        assert_eq!(plan.len(), 0);
     }
 }

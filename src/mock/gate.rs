@@ -2,7 +2,8 @@
 //!
 //! Two threads per connection, one for each direction, read blocking and pass every message on.
 //! The daemon at the other end is a correct one: what it must not see is not passed on, what the
-//! frontend must not see is held back or rewritten, and the gate answers in the daemon's place.
+//! frontend must not see is held back or rewritten, and the gate answers in the daemon's place. It
+//! also does so for in-flight buffers, which vhost-user-backend does not know.
 //!
 //! A fault needs to know when a change is applied, or that every earlier request has been
 //! answered. REPLY_ACK says so only where it was negotiated. The gate asks with a GET_FEATURES of
@@ -12,7 +13,7 @@
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::ops::ControlFlow;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,9 +21,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::fstat;
-use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{FrontendReq, VhostUserInflight, VhostUserProtocolFeatures};
 
-use super::fault::{At, Fault};
+use super::backend::MAX_QUEUE_SIZE;
+use super::fault::{Fault, InflightFault};
+use super::inflight::{self, InflightBuffer};
 use super::lock::lock;
 use super::request::LoggedRequest;
 use super::state::{Link, Shared};
@@ -59,7 +62,7 @@ pub(super) fn relay(link: &Arc<Link>, shared: &Arc<Shared>) -> io::Result<()> {
         shared,
         barrier: &barrier,
         receiver: Receiver::new(),
-        reply_ack: false,
+        features: VhostUserProtocolFeatures::empty(),
         regions: 0,
         daemon_ended: false,
     };
@@ -79,8 +82,8 @@ struct Gate<'a> {
     shared: &'a Shared,
     barrier: &'a Barrier,
     receiver: Receiver,
-    /// REPLY_ACK was offered and acknowledged.
-    reply_ack: bool,
+    /// The protocol features that were offered and acknowledged.
+    features: VhostUserProtocolFeatures,
     /// How many regions the daemon has, once it has handled all that was passed on.
     regions: usize,
     /// It hung up. What it answered before has yet to be passed on, which ends the connection.
@@ -110,6 +113,12 @@ impl Gate<'_> {
                 FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG | FrontendReq::REM_MEM_REG,
             ) => return self.change(message),
             Some(FrontendReq::SET_PROTOCOL_FEATURES) => self.note_features(&mut message),
+            Some(FrontendReq::GET_INFLIGHT_FD) if self.has_inflight() => {
+                return self.make_inflight(&message);
+            }
+            Some(FrontendReq::SET_INFLIGHT_FD) if self.has_inflight() => {
+                return self.take_inflight(message);
+            }
             Some(asked @ FrontendReq::GET_FEATURES) => self.barrier.expect(asked, Asker::Frontend),
             _ => {}
         }
@@ -143,13 +152,68 @@ impl Gate<'_> {
             bits &= !reply_ack;
             message.body = bits.to_ne_bytes().to_vec();
         }
-        self.reply_ack = bits & reply_ack != 0;
+        self.features = VhostUserProtocolFeatures::from_bits_truncate(bits);
+    }
+
+    fn answers(&self, message: &Message) -> bool {
+        self.features.contains(VhostUserProtocolFeatures::REPLY_ACK) && message.wants_answer()
+    }
+
+    fn has_inflight(&self) -> bool {
+        let feature = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        self.shared.options.inflight && self.features.contains(feature)
+    }
+
+    /// GET_INFLIGHT_FD. The daemon knows nothing of the buffer before it is sent back.
+    fn make_inflight(&mut self, message: &Message) -> io::Result<ControlFlow<()>> {
+        let fault = self.shared.state().faults.inflight.next();
+        let Some(shape) = self.shape_in(message) else {
+            return Ok(ControlFlow::Break(()));
+        };
+        self.pass_barrier()?;
+        if fault == Some(InflightFault::Refuse) {
+            return Ok(ControlFlow::Break(()));
+        }
+        let mut answer = Message::answer(message.request, DONE);
+        let (body, file) = inflight::create(shape, fault)?;
+        (answer.body, answer.fds) = (body, file.into_iter().collect());
+        answer.send(&self.link.front)?;
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// SET_INFLIGHT_FD: the requests that are taken from now on are noted in this buffer.
+    fn take_inflight(&mut self, message: Message) -> io::Result<ControlFlow<()>> {
+        let (shape, wants_answer) = (self.shape_in(&message), self.answers(&message));
+        let request = message.request;
+        let file = <[OwnedFd; 1]>::try_from(message.fds).ok();
+        self.pass_barrier()?;
+        let buffer = match shape.zip(file) {
+            Some((shape, [file])) => InflightBuffer::map(shape, file),
+            None => Err(ErrorKind::InvalidInput.into()),
+        };
+        let is_taken = buffer.is_ok();
+        match buffer {
+            Ok(buffer) => self.shared.state().inflight = Some(Arc::new(buffer)),
+            Err(error) => logs::warn!("mock daemon: refused an in-flight buffer: {error}"),
+        }
+        if wants_answer {
+            let value = if is_taken { DONE } else { REFUSED };
+            Message::answer(request, value).send(&self.link.front)?;
+        }
+        Ok(match is_taken || wants_answer {
+            true => ControlFlow::Continue(()),
+            false => ControlFlow::Break(()),
+        })
+    }
+
+    fn shape_in(&self, message: &Message) -> Option<VhostUserInflight> {
+        inflight::shape_in(&message.body, self.shared.options.queues, MAX_QUEUE_SIZE)
     }
 
     /// A change of the table.
     fn change(&mut self, message: Message) -> io::Result<ControlFlow<()>> {
-        let wants_answer = self.reply_ack && message.wants_answer();
-        let fault = self.shared.state().faults.next(At::Table);
+        let wants_answer = self.answers(&message);
+        let fault = self.shared.state().faults.table.next();
         let fault = match fault {
             Some(fault) => fault,
             None if !has_room(&message) || self.exceeds_limits(&message) => Fault::Refuse,
@@ -164,7 +228,7 @@ impl Gate<'_> {
 
     /// A new dirty log, which is always answered.
     fn set_log(&mut self, message: Message) -> io::Result<ControlFlow<()>> {
-        let fault = self.shared.state().faults.next(At::Log);
+        let fault = self.shared.state().faults.log.next();
         match fault {
             Some(fault) => self.misbehave(message, fault, true, None),
             None => {

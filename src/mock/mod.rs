@@ -15,6 +15,11 @@
 //! correct one, and a table that it holds is one that a correct daemon would hold. The relay adds
 //! two hand-overs between threads to each request and nothing to the data path.
 //!
+//! **The rest of a session**, for those who ask for it. With
+//! [in-flight buffers](MockDaemonBuilder::with_inflight) a daemon completes what an earlier one
+//! took before it died, at [a step](RequestStep) that the test chooses. They have faults of their
+//! own: [`InflightFault`].
+//!
 //! **The guest.** [`BlkDriver`] drives a virtqueue in guest memory as a guest's kernel would.
 //! [`BlkDevice`] does the frontend's part around the memory table. Both work with real daemons
 //! too, such as `qemu-storage-daemon`.
@@ -56,7 +61,8 @@
 //! - It refuses regions and logs that are longer than their files, which not every real daemon
 //!   does. A file that is truncated later ends this process with SIGBUS, as it ends real ones:
 //!   seal it.
-//! - Packed rings, postcopy, in-flight tracking, and writes to the configuration are not offered.
+//! - Packed rings, postcopy, and writes to the configuration are not offered; in-flight buffers
+//!   and indirect descriptors not both.
 //! - It logs as soon as it has a log, whether or not `VHOST_F_LOG_ALL` (bit 26) was acknowledged:
 //!   [`MockDaemon::requests`] tells whether your VMM sent SET_FEATURES with it.
 //! - Its process is the caller's: after a hang-up it is named as a daemon that may still write.
@@ -78,6 +84,8 @@ mod error;
 mod fault;
 mod gate;
 mod guest;
+mod hold;
+mod inflight;
 mod lock;
 mod queue;
 mod request;
@@ -93,8 +101,9 @@ pub use device::BlkDevice;
 pub use disk::RamDisk;
 pub use driver::BlkDriver;
 pub use error::MockError;
-pub use fault::Fault;
+pub use fault::{Fault, InflightFault};
 pub use guest::MockRegion;
+pub use hold::RequestStep;
 pub use request::LoggedRequest;
 pub use ring::RingLayout;
 pub use writer::MockWriter;

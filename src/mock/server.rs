@@ -214,6 +214,7 @@ mod tests {
             queues: 1,
             max_mem_slots: None,
             reply_ack: true,
+            inflight: false,
         };
         let disk = RamDisk::new(Vec::new());
         let shared = Shared::new(options, disk, FaultPlan::default(), Arc::clone(&listener));

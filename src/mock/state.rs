@@ -10,6 +10,8 @@ use std::time::Duration;
 use super::disk::RamDisk;
 use super::fault::FaultPlan;
 use super::guest::{Memory, MockRegion};
+use super::hold::Hold;
+use super::inflight::InflightBuffer;
 use super::lock::lock;
 use super::request::LoggedRequest;
 
@@ -20,6 +22,7 @@ pub(super) struct Options {
     /// `None`: CONFIGURE_MEM_SLOTS is not offered.
     pub(super) max_mem_slots: Option<u64>,
     pub(super) reply_ack: bool,
+    pub(super) inflight: bool,
 }
 
 /// The two sockets of a connection: the frontend's, and the daemon's.
@@ -43,6 +46,7 @@ impl Link {
 pub(super) struct Shared {
     pub(super) options: Options,
     pub(super) disk: RamDisk,
+    pub(super) hold: Hold,
     state: Mutex<State>,
     /// Signalled when a connection begins or ends, and with each request.
     changed: Condvar,
@@ -56,6 +60,8 @@ pub(super) struct State {
     /// What the daemon of the current connection maps.
     pub(super) memory: Mapped,
     pub(super) link: Option<Arc<Link>>,
+    /// What the frontend of the current connection sent for requests in flight.
+    pub(super) inflight: Option<Arc<InflightBuffer>>,
     /// Where it failed, the socket is closed as soon as its last user is done.
     pub(super) listener: Listening,
     pub(super) stopping: bool,
@@ -93,6 +99,7 @@ impl Shared {
         Shared {
             options,
             disk,
+            hold: Hold::default(),
             state: Mutex::new(State {
                 faults,
                 listener: Listening::Yes(listener),
@@ -116,6 +123,7 @@ impl Shared {
         }
         state.table.clear();
         state.link = Some(Arc::clone(link));
+        self.hold.begin();
         self.changed.notify_all();
         true
     }
@@ -125,8 +133,16 @@ impl Shared {
         let mut state = self.state();
         state.link = None;
         state.memory = Mapped(None);
+        state.inflight = None;
         drop(state);
         self.changed.notify_all();
+    }
+
+    pub(super) fn inflight(&self) -> Option<Arc<InflightBuffer>> {
+        match self.options.inflight {
+            true => self.state().inflight.clone(),
+            false => None,
+        }
     }
 
     pub(super) fn memory(&self) -> Option<Memory> {
@@ -154,6 +170,8 @@ impl Shared {
 
     pub(super) fn hang_up(&self) {
         if let Some(link) = &self.state().link {
+            // First: what is held shall not notice that the connection is over, and go on.
+            self.hold.end();
             link.hang_up();
         }
     }

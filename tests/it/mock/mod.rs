@@ -3,6 +3,7 @@
 mod data;
 mod descriptors;
 mod faults;
+mod inflight;
 mod life;
 mod peer;
 mod table;
