@@ -279,6 +279,10 @@ impl VhostUserBackend for Backend {
         if self.shared.options.inflight {
             features |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
         }
+        if self.shared.options.backend_channel {
+            features |= VhostUserProtocolFeatures::BACKEND_REQ
+                | VhostUserProtocolFeatures::BACKEND_SEND_FD;
+        }
         features
     }
 

@@ -12,10 +12,12 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use nix::sys::socket::{Shutdown, shutdown};
+use vhost::vhost_user::message::BackendReq;
 
+use super::channel::{BackendRequest, Channel};
 use super::disk::{RamDisk, SECTOR_SIZE};
 use super::error::{MockError, Result};
-use super::fault::{Fault, FaultPlan, InflightFault};
+use super::fault::{ChannelFault, Fault, FaultPlan, InflightFault};
 use super::guest::MockRegion;
 use super::hold::RequestStep;
 use super::request::LoggedRequest;
@@ -183,6 +185,12 @@ impl MockDaemon {
         self.shared.state().faults.inflight.push(buffer, fault);
     }
 
+    /// Misbehaves on the backend channel, once, instead of sending a request: counted as
+    /// [`inject`](Self::inject) counts changes, the next request that is to be sent is 1.
+    pub fn inject_at_channel(&self, request: u64, fault: ChannelFault) {
+        self.shared.state().faults.channel.push(request, fault);
+    }
+
     /// How many faults have not fired yet.
     pub fn pending_faults(&self) -> usize {
         self.shared.state().faults.len()
@@ -218,6 +226,49 @@ impl MockDaemon {
     /// Lets the request go on that is held, if one is, and holds no more.
     pub fn release_requests(&self) {
         self.shared.hold.release();
+    }
+
+    /// Tells the frontend that the configuration space has changed: CONFIG_CHANGE_MSG on the
+    /// backend channel, without a wish for an answer.
+    ///
+    /// # Errors
+    /// As for [`send_backend_request`](Self::send_backend_request).
+    pub fn notify_config_change(&self) -> Result<()> {
+        self.send_backend_request(&BackendRequest::new(BackendReq::CONFIG_CHANGE_MSG))
+    }
+
+    /// Sends a request on the backend channel, or plays a
+    /// [fault](Self::inject_at_channel) instead.
+    ///
+    /// # Errors
+    /// [`MockError`] with the cause; [`ErrorKind::NotConnected`]: the frontend of the current
+    /// connection has sent no SET_BACKEND_REQ_FD, or the daemon
+    /// [offers no channel](MockDaemonBuilder::with_backend_channel).
+    pub fn send_backend_request(&self, request: &BackendRequest) -> Result<()> {
+        let doing = "send a request on the backend channel";
+        let channel = self.channel(doing)?;
+        let fault = self.shared.state().faults.channel.next();
+        channel.send(request, fault).map_err(MockError::io(doing))
+    }
+
+    /// The frontend's answer to the oldest request that
+    /// [asked for one](BackendRequest::with_answer) and has none yet: by the protocol 0 for
+    /// success, all else for failure.
+    ///
+    /// # Errors
+    /// [`MockError`] with the cause; [`ErrorKind::TimedOut`] after `limit`;
+    /// [`ErrorKind::InvalidData`]: what came is no answer to that request;
+    /// [`ErrorKind::InvalidInput`]: no request asked for one.
+    pub fn backend_answer(&self, limit: Duration) -> Result<u64> {
+        let doing = "receive an answer on the backend channel";
+        let answer = self.channel(doing)?.answer(limit);
+        answer.map_err(MockError::io(doing))
+    }
+
+    fn channel(&self, doing: &'static str) -> Result<Arc<Channel>> {
+        let channel = self.shared.state().channel.clone();
+        let reason = "the frontend has sent no socket for it".to_owned();
+        channel.ok_or_else(|| MockError::new(doing, ErrorKind::NotConnected, reason))
     }
 
     /// Ends the current connection, if there is one, and returns at once. A request that is
@@ -281,6 +332,7 @@ impl Default for MockDaemonBuilder {
                 max_mem_slots: Some(DEFAULT_MEM_SLOTS),
                 reply_ack: true,
                 inflight: false,
+                backend_channel: false,
             },
             faults: FaultPlan::default(),
         }
@@ -385,6 +437,45 @@ impl MockDaemonBuilder {
     /// ```
     pub fn with_inflight(mut self) -> Self {
         self.options.inflight = true;
+        self
+    }
+
+    /// Offers BACKEND_REQ and BACKEND_SEND_FD: a socket for requests of the daemon's own, see
+    /// [`MockDaemon::send_backend_request`]. Default: not offered.
+    ///
+    /// ```
+    /// # use guest_memory_shm::mock::BlkDevice;
+    /// use guest_memory_shm::mock::{BackendRequest, MockDaemon};
+    /// # use std::sync::{Arc, Mutex};
+    /// # use std::time::Duration;
+    /// use vhost::vhost_user::message::BackendReq;
+    /// use vhost::vhost_user::{FrontendReqHandler, HandlerResult, VhostUserFrontendReqHandlerMut};
+    /// # use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
+    ///
+    /// struct Vmm;
+    /// impl VhostUserFrontendReqHandlerMut for Vmm {
+    ///     fn handle_config_change(&mut self) -> HandlerResult<u64> {
+    ///         Ok(0) // and it asks for the configuration
+    ///     }
+    /// }
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let daemon = MockDaemon::builder().with_backend_channel().start_unnamed()?;
+    /// # let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
+    /// # BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all())?;
+    /// let mut handler = FrontendReqHandler::new(Arc::new(Mutex::new(Vmm)))?;
+    /// handler.set_reply_ack_flag(true);
+    /// frontend.set_backend_request_fd(&handler.get_tx_raw_fd())?;
+    ///
+    /// let changed = BackendRequest::new(BackendReq::CONFIG_CHANGE_MSG).with_answer();
+    /// daemon.send_backend_request(&changed)?;
+    /// handler.handle_request()?;
+    /// assert_eq!(daemon.backend_answer(Duration::from_secs(20))?, 0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn with_backend_channel(mut self) -> Self {
+        self.options.backend_channel = true;
         self
     }
 

@@ -76,17 +76,32 @@ pub enum InflightFault {
     ShortFile,
 }
 
+/// The ways in which the mock misbehaves on its backend channel, instead of sending one request
+/// ([`MockDaemon::inject_at_channel`](super::MockDaemon::inject_at_channel)). The connection is
+/// none the worse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ChannelFault {
+    /// Bytes that are no message: a header in which all bits are set.
+    Nonsense,
+    /// The first bytes of the request, and no more for now.
+    CutShort,
+    /// The channel ends.
+    HangUp,
+}
+
 /// The faults that are still to come, by what they count and meet.
 #[derive(Clone, Debug, Default)]
 pub(super) struct FaultPlan {
     pub(super) table: Pending<Fault>,
     pub(super) log: Pending<Fault>,
     pub(super) inflight: Pending<InflightFault>,
+    pub(super) channel: Pending<ChannelFault>,
 }
 
 impl FaultPlan {
     pub(super) fn len(&self) -> usize {
-        self.table.0.len() + self.log.0.len() + self.inflight.0.len()
+        self.table.0.len() + self.log.0.len() + self.inflight.0.len() + self.channel.0.len()
     }
 }
 

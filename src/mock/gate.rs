@@ -24,6 +24,7 @@ use nix::sys::stat::fstat;
 use vhost::vhost_user::message::{FrontendReq, VhostUserInflight, VhostUserProtocolFeatures};
 
 use super::backend::MAX_QUEUE_SIZE;
+use super::channel::Channel;
 use super::fault::{Fault, InflightFault};
 use super::inflight::{self, InflightBuffer};
 use super::lock::lock;
@@ -119,6 +120,7 @@ impl Gate<'_> {
             Some(FrontendReq::SET_INFLIGHT_FD) if self.has_inflight() => {
                 return self.take_inflight(message);
             }
+            Some(FrontendReq::SET_BACKEND_REQ_FD) => self.note_channel(&message)?,
             Some(asked @ FrontendReq::GET_FEATURES) => self.barrier.expect(asked, Asker::Frontend),
             _ => {}
         }
@@ -208,6 +210,19 @@ impl Gate<'_> {
 
     fn shape_in(&self, message: &Message) -> Option<VhostUserInflight> {
         inflight::shape_in(&message.body, self.shared.options.queues, MAX_QUEUE_SIZE)
+    }
+
+    /// SET_BACKEND_REQ_FD. The daemon gets it too, and says whether it may be.
+    fn note_channel(&self, message: &Message) -> io::Result<()> {
+        let feature = VhostUserProtocolFeatures::BACKEND_REQ;
+        if self.shared.options.backend_channel
+            && self.features.contains(feature)
+            && let [socket] = &message.fds[..]
+        {
+            let channel = Channel::new(socket.try_clone()?)?;
+            self.shared.state().channel = Some(Arc::new(channel));
+        }
+        Ok(())
     }
 
     /// A change of the table.

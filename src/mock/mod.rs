@@ -17,8 +17,9 @@
 //!
 //! **The rest of a session**, for those who ask for it. With
 //! [in-flight buffers](MockDaemonBuilder::with_inflight) a daemon completes what an earlier one
-//! took before it died, at [a step](RequestStep) that the test chooses. They have faults of their
-//! own: [`InflightFault`].
+//! took before it died, at [a step](RequestStep) that the test chooses. With a
+//! [backend channel](MockDaemonBuilder::with_backend_channel) it makes requests of the frontend.
+//! Both have faults of their own: [`InflightFault`], [`ChannelFault`].
 //!
 //! **The guest.** [`BlkDriver`] drives a virtqueue in guest memory as a guest's kernel would.
 //! [`BlkDevice`] does the frontend's part around the memory table. Both work with real daemons
@@ -75,6 +76,7 @@
 mod backend;
 mod blk;
 mod blk_error;
+mod channel;
 mod config;
 mod daemon;
 mod device;
@@ -96,12 +98,13 @@ mod wire;
 mod writer;
 
 pub use blk_error::{BlkError, RequestId};
+pub use channel::BackendRequest;
 pub use daemon::{MockDaemon, MockDaemonBuilder};
 pub use device::BlkDevice;
 pub use disk::RamDisk;
 pub use driver::BlkDriver;
 pub use error::MockError;
-pub use fault::{Fault, InflightFault};
+pub use fault::{ChannelFault, Fault, InflightFault};
 pub use guest::MockRegion;
 pub use hold::RequestStep;
 pub use request::LoggedRequest;

@@ -215,6 +215,7 @@ mod tests {
             max_mem_slots: None,
             reply_ack: true,
             inflight: false,
+            backend_channel: false,
         };
         let disk = RamDisk::new(Vec::new());
         let shared = Shared::new(options, disk, FaultPlan::default(), Arc::clone(&listener));

@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::channel::Channel;
 use super::disk::RamDisk;
 use super::fault::FaultPlan;
 use super::guest::{Memory, MockRegion};
@@ -23,6 +24,7 @@ pub(super) struct Options {
     pub(super) max_mem_slots: Option<u64>,
     pub(super) reply_ack: bool,
     pub(super) inflight: bool,
+    pub(super) backend_channel: bool,
 }
 
 /// The two sockets of a connection: the frontend's, and the daemon's.
@@ -62,6 +64,8 @@ pub(super) struct State {
     pub(super) link: Option<Arc<Link>>,
     /// What the frontend of the current connection sent for requests in flight.
     pub(super) inflight: Option<Arc<InflightBuffer>>,
+    /// Where the daemon of the current connection makes requests of the frontend.
+    pub(super) channel: Option<Arc<Channel>>,
     /// Where it failed, the socket is closed as soon as its last user is done.
     pub(super) listener: Listening,
     pub(super) stopping: bool,
@@ -133,7 +137,7 @@ impl Shared {
         let mut state = self.state();
         state.link = None;
         state.memory = Mapped(None);
-        state.inflight = None;
+        (state.inflight, state.channel) = (None, None);
         drop(state);
         self.changed.notify_all();
     }

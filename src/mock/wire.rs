@@ -38,7 +38,7 @@ pub(super) struct Message {
 
 impl Message {
     /// A request without body, descriptors or a wish for an acknowledgement.
-    pub(super) fn bare(request: FrontendReq) -> Message {
+    pub(super) fn bare(request: impl Into<u32>) -> Message {
         Message {
             request: request.into(),
             flags: VERSION,

@@ -518,7 +518,9 @@ fn a_buffer_that_cannot_be_is_refused_by_an_answer_or_a_hang_up() {
 fn who_does_not_ask_for_it_is_offered_none_of_it() {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let (mut frontend, device) = negotiated(&daemon);
-    let opt_in = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+    let opt_in = VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::BACKEND_REQ
+        | VhostUserProtocolFeatures::BACKEND_SEND_FD;
     assert!(!device.protocol_features().intersects(opt_in));
     // A frontend that acknowledges it all the same is hung up on.
     let all = device.protocol_features() | opt_in;

@@ -1,5 +1,6 @@
 //! The daemon, the driver and the negotiation against each other and against a real daemon.
 
+mod backend_channel;
 mod data;
 mod descriptors;
 mod faults;
