@@ -407,7 +407,7 @@ impl MockDaemonBuilder {
     /// #     let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
     /// #     let features = VhostUserProtocolFeatures::all();
     /// #     let device = BlkDevice::negotiate(&mut frontend, features)?;
-    /// #     let mut share = VhostUserShare::new(frontend.clone(), features);
+    /// #     let mut share = VhostUserShare::new(&frontend, features)?;
     /// #     share.update_table(&memory.memory_table())?;
     /// #     Ok((frontend, device, share))
     /// # };

@@ -268,7 +268,8 @@ impl VhostUserShare {
     /// log ([`start_log`](Self::start_log)) and a reconnection left LOG_SHMFD out, and after
     /// [`ShareError::Log`], if its log has no memfd.
     ///
-    /// [`ShareError::Daemon`] with [`DaemonFailure::Refused`]: the daemon answered that it does
+    /// [`ShareError::Daemon`] with
+    /// [`DaemonFailure::Refused`](crate::DaemonFailure::Refused): the daemon answered that it does
     /// not take a change. If that was a single region and the daemon still answers after it, the
     /// share stays usable: [`table`](Self::table) is what was acknowledged, changes that followed
     /// the refused one included, and the next update continues from there. Otherwise it is broken:
@@ -355,6 +356,8 @@ impl VhostUserShare {
         let text = reason.to_string();
         if let Some(logging) = &mut self.logging {
             logging.end(&text);
+            // The socket is the VMM's, who does not expect them.
+            self.wire.pass_credentials(false);
         }
         self.broken = Some(Arc::new(reason));
         self.wire.close();
