@@ -65,6 +65,12 @@ bench == "address_space" && /^(1|4|16) / && NF == 11 && $2 ~ /^[0-9]+$/ {
 bench == "address_space" && /^1 GiB/ { add("size", $NF) }
 bench == "address_space" && /^bare/ { add("reconnect", $NF) }
 
+bench == "storage_daemon" && /^(1|4) / && NF == 11 && $2 ~ /^[0-9]+$/ {
+    add("real" $1, $9)
+    add("real question" $1, $11)
+}
+bench == "storage_daemon" && /^bare/ { add("real reconnect", $NF) }
+
 bench == "facts" && match($0, /  +/) && /[^ ]s$/ {
     title = substr($0, 1, RSTART - 1)
     if (!(title in count)) rows[++row_count] = title
@@ -112,6 +118,12 @@ END {
         printf " %s | %s | %s |\n", span("late1"), span("late4"), span("late16")
         print "<!-- address_space, size -->\n" span("size") " times"
         print "<!-- address_space, reconnect -->\n" span("reconnect") " times"
+    }
+    if (bench == "storage_daemon") {
+        print "<!-- storage_daemon -->\n| daemons | 1 | 4 |\n|---|---|---|"
+        print "| the bare messages | " span("real1") " | " span("real4") " |"
+        print "| with the question | " span("real question1") " | " span("real question4") " |"
+        print "<!-- storage_daemon, reconnect -->\n" span("real reconnect") " times"
     }
     if (bench == "facts") {
         print "<!-- facts -->\n| RAM | `stats` | `extents`, steps of 2 MiB | `extents`, steps of 4 KiB |\n|---|---|---|---|"

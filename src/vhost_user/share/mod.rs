@@ -61,7 +61,7 @@ const MAX_TABLE_REGIONS: u64 = 8;
 ///
 /// The connection is the VMM's: a share that [broke](Self::broken) lets go of it, says nothing
 /// more, and does not end it. Most daemons serve one frontend at a time, so drop that before a new
-/// one is made.
+/// one is made. One that is not broken has to let go of it first: [`close`](Self::close).
 ///
 /// ```
 /// use guest_memory_shm::{GuestMemoryShm, VhostUserShare};
@@ -332,6 +332,13 @@ impl VhostUserShare {
     /// How many regions the daemon takes, if it was asked yet.
     pub fn max_regions(&self) -> Option<u64> {
         self.slots
+    }
+
+    /// Lets go of the connection, and breaks the share: for a daemon that serves one frontend at a
+    /// time, before a new connection is made while it is still there. The connection ends once the
+    /// VMM's frontend is dropped, too.
+    pub fn close(&mut self) {
+        self.give_up("this end let go of the connection".to_owned());
     }
 
     fn check_not_broken(&self) -> Result<()> {

@@ -1,0 +1,224 @@
+//! What the benches of changes share: a region that comes and goes, told to daemons by the bare
+//! messages, and as an address space tells them.
+
+use std::error::Error;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use guest_memory_shm::mock::BlkDevice;
+use guest_memory_shm::{
+    AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, TableRegion, VhostUserShare,
+};
+use vhost::vhost_user::message::VhostUserHeaderFlag;
+use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
+use vm_memory::GuestAddress;
+
+pub(crate) const PLUG: GuestAddress = GuestAddress(1 << 42);
+pub(crate) const SIZE: u64 = 2 << 20;
+
+pub(crate) type Failure = Box<dyn Error>;
+
+/// Repeated measurements: the best and the median of them.
+#[derive(Default)]
+pub(crate) struct Times(pub(crate) Vec<Duration>);
+
+impl Times {
+    pub(crate) fn best(&self) -> f64 {
+        self.sorted()[0]
+    }
+
+    pub(crate) fn median(&self) -> f64 {
+        self.sorted()[self.0.len() / 2]
+    }
+
+    fn sorted(&self) -> Vec<f64> {
+        let mut times: Vec<_> = self.0.iter().map(|time| time.as_secs_f64() * 1e6).collect();
+        times.sort_by(f64::total_cmp);
+        times
+    }
+}
+
+/// Connects, and negotiates what the exchange needs.
+pub(crate) fn connect(socket: UnixStream) -> Result<(Frontend, Features), Failure> {
+    let mut frontend = Frontend::from_stream(socket, 1);
+    let wanted = Features::CONFIGURE_MEM_SLOTS | Features::REPLY_ACK;
+    let device = BlkDevice::negotiate(&mut frontend, wanted)?;
+    assert_eq!(device.protocol_features(), wanted);
+    frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    Ok((frontend, wanted))
+}
+
+pub(crate) fn memory(size: usize) -> Result<GuestMemoryShm, Failure> {
+    Ok(GuestMemoryShm::from_ranges(&[(GuestAddress(0), size)])?)
+}
+
+fn region() -> Result<GuestRegionShm, Failure> {
+    Ok(GuestRegionShm::new((PLUG, SIZE), &RamOptions::new())?)
+}
+
+/// What the bench measures on our side.
+pub(crate) fn change(space: &AddressSpace) -> Result<(), Failure> {
+    for report in [space.insert(region()?)?, space.remove((PLUG, SIZE))?] {
+        assert!(report.stale().is_empty(), "a daemon is away");
+    }
+    Ok(())
+}
+
+/// A thread for each daemon, which sends it the given messages.
+pub(crate) struct Bare {
+    threads: Vec<(Sender<Step>, Receiver<()>)>,
+}
+
+enum Step {
+    Add(GuestRegionShm),
+    Remove(GuestRegionShm),
+    Question,
+}
+
+impl Bare {
+    pub(crate) fn connect(
+        sockets: Vec<UnixStream>,
+        memory: &GuestMemoryShm,
+    ) -> Result<Self, Failure> {
+        let mut threads = Vec::new();
+        for socket in sockets {
+            let (mut frontend, _) = connect(socket)?;
+            for region in memory.memory_table().regions() {
+                frontend.add_mem_region(&region.into())?;
+            }
+            let (sender, steps) = channel();
+            let (done, receiver) = channel();
+            std::thread::spawn(move || {
+                for step in steps {
+                    answer(&mut frontend, &step).expect("the daemon takes it");
+                    drop(step);
+                    if done.send(()).is_err() {
+                        break;
+                    }
+                }
+            });
+            threads.push((sender, receiver));
+        }
+        Ok(Self { threads })
+    }
+
+    fn exchange(&mut self, question: bool) -> Result<(), Failure> {
+        let region = region()?;
+        self.all(|| Step::Add(region.clone()))?;
+        if question {
+            self.all(|| Step::Question)?;
+        }
+        self.all(|| Step::Remove(region.clone()))?;
+        if question {
+            self.all(|| Step::Question)?;
+        }
+        Ok(())
+    }
+
+    fn all(&self, step: impl Fn() -> Step) -> Result<(), Failure> {
+        for (sender, _) in &self.threads {
+            sender.send(step())?;
+        }
+        for (_, receiver) in &self.threads {
+            receiver.recv()?;
+        }
+        Ok(())
+    }
+}
+
+fn answer(frontend: &mut Frontend, step: &Step) -> vhost::Result<()> {
+    let info =
+        |region: &GuestRegionShm| VhostUserMemoryRegionInfo::from(&TableRegion::from(region));
+    match step {
+        Step::Add(region) => frontend.add_mem_region(&info(region)).map(drop),
+        Step::Remove(region) => frontend.remove_mem_region(&info(region)),
+        Step::Question => frontend.get_features().map(drop),
+    }
+}
+
+pub(crate) fn timed(work: impl FnOnce() -> Result<(), Failure>) -> Result<Duration, Failure> {
+    let start = Instant::now();
+    work()?;
+    Ok(start.elapsed())
+}
+
+/// The head of the table of [`plug`].
+pub(crate) fn print_head(rounds: usize) {
+    println!(
+        "insert and remove of a region of 2 MiB, best and median of {rounds} rounds each, us"
+    );
+    println!(
+        "{:<10}{:>18}{:>24}{:>20}{:>16}{:>16}",
+        "daemons",
+        "bare messages",
+        "with the question",
+        "AddressSpace",
+        "ratio",
+        "to the question"
+    );
+}
+
+/// Plugs and unplugs a region under both sides' daemons, in turn, and prints a row.
+pub(crate) fn plug(mut bare: Bare, space: &AddressSpace, rounds: usize) -> Result<(), Failure> {
+    let (mut messages, mut question, mut space_times) =
+        (Times::default(), Times::default(), Times::default());
+    for _ in 0..rounds {
+        messages.0.push(timed(|| bare.exchange(false))?);
+        question.0.push(timed(|| bare.exchange(true))?);
+        space_times.0.push(timed(|| change(space))?);
+    }
+    println!(
+        "{:<10}{:>9.0}{:>9.0}{:>15.0}{:>9.0}{:>11.0}{:>9.0}{:>8.2}{:>8.2}{:>8.2}{:>8.2}",
+        bare.threads.len(),
+        messages.best(),
+        messages.median(),
+        question.best(),
+        question.median(),
+        space_times.best(),
+        space_times.median(),
+        space_times.best() / messages.best(),
+        space_times.median() / messages.median(),
+        space_times.best() / question.best(),
+        space_times.median() / question.median(),
+    );
+    Ok(())
+}
+
+/// An address space over daemons.
+pub(crate) fn attach(
+    sockets: Vec<UnixStream>,
+    memory: GuestMemoryShm,
+) -> Result<AddressSpace, Failure> {
+    let space = AddressSpace::new(memory);
+    for socket in sockets {
+        let (frontend, features) = connect(socket)?;
+        space.attach("daemon", VhostUserShare::new(&frontend, features)?)?;
+    }
+    Ok(space)
+}
+
+/// Regions at the same distance, each on a descriptor of its own, as hotplug makes them.
+pub(crate) fn many_regions(count: u64) -> Result<GuestMemoryShm, Failure> {
+    let mut builder = GuestMemoryShm::<()>::builder();
+    for slot in 0..count {
+        builder = builder.add_ram(RamOptions::new(), [(GuestAddress(slot * 2 * SIZE), SIZE)]);
+    }
+    Ok(builder.build()?)
+}
+
+/// Prints the times of a reconnection.
+pub(crate) fn print_reconnection(regions: u64, bare: &Times, ours: &Times) {
+    let rounds = bare.0.len();
+    println!("reconnect with {regions} regions: best and median of {rounds} rounds each, ms");
+    println!(
+        "bare {:.2} {:.2}   AddressSpace {:.2} {:.2}   ratio {:.3} {:.3}",
+        bare.best() / 1e3,
+        bare.median() / 1e3,
+        ours.best() / 1e3,
+        ours.median() / 1e3,
+        ours.best() / bare.best(),
+        ours.median() / bare.median()
+    );
+}
