@@ -145,6 +145,13 @@ impl Kind {
     }
 }
 
+impl Fault {
+    /// Whether a deadline has to pass.
+    pub(super) fn is_silence(self) -> bool {
+        matches!(self, Self::Silent | Self::SilentAfter | Self::Stopped)
+    }
+}
+
 impl Operation {
     /// The regions that go, and those that come.
     pub(super) fn changes(self) -> (&'static [Region], &'static [Region]) {

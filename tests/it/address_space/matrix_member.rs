@@ -57,15 +57,14 @@ pub(super) struct Member {
 /// A deadline that is short enough for a test of silence, and long enough for all that comes
 /// before it: it is one for a whole change, or for all of its undoing.
 fn limit_for(case: &Case, at: usize) -> Option<Duration> {
-    let silent = |fault| matches!(fault, Fault::Silent | Fault::SilentAfter | Fault::Stopped);
-    let planned = case.faults_of(at).find(|f| silent(f.fault))?;
-    let millis = match (planned.about, planned.message) {
-        (About::Table, 0) => 60,
-        (About::Table, 1) if !case.operation.is_transaction() => 400,
-        // Before it there is a log at the most.
-        (About::Table, 1) if case.logs => 250,
-        (About::Table, 1) => 60,
-        _ => 400,
+    let planned = case.faults_of(at).find(|f| f.fault.is_silence())?;
+    let is_first = match case.operation.is_transaction() {
+        true => planned.message == 1 && !case.logs,
+        false => planned.message == 0,
+    };
+    let millis = match is_first && planned.about == About::Table {
+        true => 60,
+        false => 1000,
     };
     Some(Duration::from_millis(millis))
 }

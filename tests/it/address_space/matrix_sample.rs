@@ -26,9 +26,6 @@ enum Essence {
     /// The second at each message about the log, and at each of these listeners.
     LogPair(Operation, usize, Fault),
     LogOrder(Operation, Fault, Ordering),
-    /// What is waited for: the second at each message, and at each of these listeners.
-    SilentPair(Operation, About, usize, Fault),
-    SilentOrder(Fault, About, Ordering),
 }
 
 impl Essence {
@@ -60,10 +57,6 @@ impl Essence {
                 let order = two.listener.cmp(&one.listener);
                 let (first, second) = (one.message, two.message);
                 match two.about {
-                    about if matches!(two.fault, Fault::Silent | Fault::SilentAfter) => vec![
-                        Self::SilentPair(operation, about, second, two.fault),
-                        Self::SilentOrder(two.fault, about, order),
-                    ],
                     About::Table => vec![Self::Pair(operation, first, second, two.fault, order)],
                     About::Log => vec![
                         Self::LogPair(operation, second, two.fault),
