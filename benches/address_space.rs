@@ -44,7 +44,7 @@ fn main() -> Result<(), Failure> {
         "and where the daemons take {LATE:?} for each change, each of them longer than the CPUs \
          need:"
     );
-    for daemons in [1, 4, 16] {
+    for daemons in [1, 4, 16, 64] {
         busy(daemons, rounds.div_ceil(10), Some(LATE))?;
     }
     println!();

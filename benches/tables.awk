@@ -58,7 +58,7 @@ bench == "share" && /^ratio/ { add("share", $2) }
 
 bench == "address_space" && /^daemons/ { part = "busy" }
 bench == "address_space" && /^and where the daemons/ { part = "late" }
-bench == "address_space" && /^(1|4|16) / && NF == 11 && $2 ~ /^[0-9]+$/ {
+bench == "address_space" && /^(1|4|16|64) / && NF == 11 && $2 ~ /^[0-9]+$/ {
     add(part $1, $9)
     add(part " question" $1, $11)
 }
@@ -109,13 +109,13 @@ END {
         print "<!-- share -->\n" span("share") " times"
     }
     if (bench == "address_space") {
-        print "<!-- address_space -->\n| daemons | 1 | 4 | 16 |\n|---|---|---|---|"
+        print "<!-- address_space -->\n| daemons | 1 | 4 | 16 | 64 |\n|---|---|---|---|---|"
         printf "| busy with nothing but this, all on the same CPUs |"
-        printf " %s | %s | %s |\n", span("busy1"), span("busy4"), span("busy16")
+        printf " %s | %s | %s | |\n", span("busy1"), span("busy4"), span("busy16")
         printf "| the same, where the bare side asks each daemon, too, whether it is still there |"
-        printf " %s | %s | %s |\n", span("busy question1"), span("busy question4"), span("busy question16")
+        printf " %s | %s | %s | |\n", span("busy question1"), span("busy question4"), span("busy question16")
         printf "| each takes 3 ms for something else |"
-        printf " %s | %s | %s |\n", span("late1"), span("late4"), span("late16")
+        printf " %s | %s | %s | %s |\n", span("late1"), span("late4"), span("late16"), span("late64")
         print "<!-- address_space, size -->\n" span("size") " times"
         print "<!-- address_space, reconnect -->\n" span("reconnect") " times"
     }
