@@ -192,10 +192,15 @@ impl VhostUserShare {
         Ok(())
     }
 
-    fn begin_with(&mut self, features: Features) {
+    /// What was agreed on this connection since it was taken.
+    pub(in crate::vhost_user) fn set_protocol_features(&mut self, features: Features) {
         self.mem_slots = features.contains(Features::CONFIGURE_MEM_SLOTS);
         self.reply_ack = features.contains(Features::REPLY_ACK);
         self.log_shmfd = features.contains(Features::LOG_SHMFD);
+    }
+
+    fn begin_with(&mut self, features: Features) {
+        self.set_protocol_features(features);
         self.slots = None;
         self.held = MemoryTable::default();
         self.listens = false;

@@ -12,6 +12,8 @@ pub(super) enum Stage {
     LogAfter,
     /// It has taken the log.
     LogTaken,
+    /// Messages of a session's own.
+    Ask,
 }
 
 /// All of an update.

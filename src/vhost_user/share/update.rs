@@ -44,6 +44,9 @@ pub(super) struct Update<'a> {
     /// How many regions it is told to forget.
     removed: usize,
     refusal: Option<(DaemonRequest, DaemonFailure)>,
+    /// The messages of [`Stage::Ask`], and what was answered.
+    asks: Vec<Message>,
+    answers: Vec<Answer>,
     /// Why nothing is to be sent.
     refused: Option<ShareError>,
     deadline: Instant,
@@ -91,6 +94,8 @@ impl VhostUserShare {
             added,
             removed,
             refusal: None,
+            asks: Vec::new(),
+            answers: Vec::new(),
             refused: None,
             deadline: after(begun, limit).max(after(Instant::now(), limit / 10)),
             limit,
@@ -103,10 +108,28 @@ impl VhostUserShare {
     pub(super) fn run(&mut self, stages: &[Stage], table: MemoryTable) -> Result<()> {
         let mut result = None;
         let update = self.begin(stages, table, Instant::now());
-        let told = |ended| result = Some(ended);
+        let told = |ended, _| result = Some(ended);
         drive(vec![Box::new(Told { update, told })]);
         // Without one it panicked, in code of others, which breaks the share.
         result.unwrap_or_else(|| self.check_not_broken())
+    }
+
+    /// Has these messages answered, all under way together, and waits for that.
+    pub(in crate::vhost_user) fn ask(
+        &mut self,
+        asks: Vec<Message>,
+        limit: Duration,
+    ) -> Result<Vec<Answer>> {
+        self.check_not_broken()?;
+        let mut result = None;
+        let (begun, held) = (Instant::now(), self.held.clone());
+        let mut update = self.begin(&[Stage::Ask], held, begun);
+        update.asks = asks;
+        update.deadline = after(begun, limit);
+        update.limit = limit;
+        let told = |ended: Result<()>, answers| result = Some(ended.map(|()| answers));
+        drive(vec![Box::new(Told { update, told })]);
+        result.unwrap_or_else(|| self.check_not_broken().map(|()| Vec::new()))
     }
 }
 
@@ -200,6 +223,10 @@ impl Update<'_> {
             Stage::LogAfter if self.share.held != MemoryTable::default() => self.send_log(true),
             Stage::LogAfter => {}
             Stage::LogTaken => self.confirm_log(),
+            Stage::Ask => {
+                let asks = std::mem::take(&mut self.asks);
+                asks.into_iter().for_each(|ask| self.share.wire.push(ask));
+            }
         }
         Ok(())
     }
@@ -321,6 +348,7 @@ impl Update<'_> {
             Reply::Ack if number(&answer.body) != 0 => {
                 self.refused(about, number(&answer.body))?
             }
+            _ if self.stage == Some(Stage::Ask) => self.answers.push(answer),
             Reply::Ack => self.took_change(),
             Reply::Bases => {
                 self.take_up(about, &answer)?;
@@ -445,10 +473,10 @@ struct Told<'a, F> {
     told: F,
 }
 
-impl<F: FnMut(Result<()>)> Exchange for Told<'_, F> {
+impl<F: FnMut(Result<()>, Vec<Answer>)> Exchange for Told<'_, F> {
     fn advance(&mut self, now: Instant) -> Option<Result<(), ListenerError>> {
         let ended = self.update.advance(now)?;
-        (self.told)(ended);
+        (self.told)(ended, std::mem::take(&mut self.update.answers));
         Some(Ok(()))
     }
 

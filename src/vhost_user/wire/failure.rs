@@ -25,6 +25,14 @@ pub enum DaemonRequest {
     RemoveRegion(GuestRange),
     /// SET_LOG_BASE with a log of this many bytes.
     SetLog(u64),
+    /// The messages by which two sides agree on features.
+    Negotiate,
+    /// GET_CONFIG or SET_CONFIG.
+    Config,
+    /// The messages that start this ring.
+    StartRing(u32),
+    /// GET_VRING_BASE of this ring.
+    StopRing(u32),
     /// Another message.
     Other,
 }
@@ -76,6 +84,10 @@ impl fmt::Display for DaemonRequest {
             Self::AddRegion(range) => write!(f, "add the region {range}"),
             Self::RemoveRegion(range) => write!(f, "remove the region {range}"),
             Self::SetLog(size) => write!(f, "take a dirty log of {}", HumanSize(*size)),
+            Self::Negotiate => f.write_str("agree on features"),
+            Self::Config => f.write_str("exchange its configuration"),
+            Self::StartRing(index) => write!(f, "start ring {index}"),
+            Self::StopRing(index) => write!(f, "stop ring {index}"),
             Self::Other => f.write_str("answer"),
         }
     }

@@ -50,6 +50,8 @@ pub(crate) enum Reply {
     Body(&'static [usize]),
     /// The message's own body, with other user addresses in its regions.
     Bases,
+    /// A body as long as the message's own; an empty one refuses.
+    Like,
 }
 
 /// What a header says.
@@ -145,6 +147,17 @@ impl Message {
         self.reply
     }
 
+    /// Whether it is SET_VRING_ADDR.
+    pub(crate) fn is_ring_address(&self) -> bool {
+        self.code == FrontendReq::SET_VRING_ADDR
+    }
+
+    #[must_use]
+    pub(crate) fn with_reply(mut self, reply: Reply) -> Self {
+        self.reply = reply;
+        self
+    }
+
     pub(crate) fn body(&self) -> &[u8] {
         &self.body
     }
@@ -165,6 +178,7 @@ impl Message {
     pub(super) fn least_answer(&self) -> usize {
         match self.reply {
             Reply::None => 0,
+            Reply::Like => HEADER,
             Reply::Ack => HEADER + ACK,
             Reply::Bases => HEADER + self.body.len(),
             Reply::Body(sizes) => HEADER + sizes.iter().min().copied().unwrap_or(0),
@@ -177,6 +191,7 @@ impl Message {
             Reply::None => false,
             Reply::Ack => size == ACK,
             Reply::Bases => size == self.body.len(),
+            Reply::Like => size == self.body.len() || size == 0,
             Reply::Body(sizes) => sizes.contains(&size),
         }
     }

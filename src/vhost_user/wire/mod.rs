@@ -33,9 +33,10 @@ mod tests;
 
 use batch::Batch;
 pub use failure::{DaemonFailure, DaemonRequest};
-pub(crate) use message::{Descriptor, Message, Reply, bases, number};
+pub(crate) use message::{Descriptor, Message, NUMBER, Reply, bases, number, numbers};
 use message::{HEADER, Header};
 pub use socket::DaemonSocket;
+pub(crate) use socket::copy_of;
 use socket::{Control, MAX_FDS, Seen};
 
 /// The most messages with descriptors that are under way on one connection. A daemon takes

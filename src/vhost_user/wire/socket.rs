@@ -15,6 +15,7 @@ use nix::sys::socket::sockopt::PassCred;
 use nix::sys::socket::{ControlMessage, MsgFlags, recv, recvmsg, sendmsg, setsockopt};
 
 use vhost::vhost_user::Frontend;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::logs;
 
@@ -205,4 +206,12 @@ impl DaemonSocket for &Frontend {
         let socket = unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) };
         socket.try_clone_to_owned()
     }
+}
+
+/// A copy of an eventfd's descriptor.
+pub(crate) fn copy_of(event: &EventFd) -> io::Result<OwnedFd> {
+    // SAFETY: the number is that of the eventfd's descriptor, which it keeps open as long as it
+    // lives, and it is borrowed here.
+    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    fd.try_clone_to_owned()
 }

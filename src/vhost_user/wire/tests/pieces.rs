@@ -111,6 +111,7 @@ fn is_right(header: &[u8], message: &Message) -> bool {
         Reply::None => vec![],
         Reply::Ack => vec![8],
         Reply::Bases => vec![message.body.len()],
+        Reply::Like => vec![0, message.body.len()],
         Reply::Body(sizes) => sizes.to_vec(),
     };
     // The version is 1, and it is an answer; whether one was asked for may be said.

@@ -30,13 +30,14 @@ impl Rng {
         let reply = [Reply::Ack, Reply::None, Reply::Bases][self.below(3)];
         let some = &regions()[..=self.below(regions().len())];
         let one = region(self.below(regions().len()));
-        match self.below(8) {
+        match self.below(9) {
             0 => barrier(),
             1 => Message::max_slots(),
             2 => Message::set_table(some, reply),
             3 | 4 => Message::add_region(one, reply),
             5 if reply != Reply::Bases => Message::remove_region(one, reply),
             6 => Message::set_log(PAGE, log()),
+            7 => filler(self.below(300)).with_reply(Reply::Like),
             _ => filler(self.below(300)),
         }
     }
@@ -47,6 +48,7 @@ impl Rng {
             Reply::None => return None,
             Reply::Ack => 8,
             Reply::Bases => message.body.len(),
+            Reply::Like => [0, message.body.len()][self.below(2)],
             Reply::Body(sizes) => sizes[self.below(sizes.len())],
         };
         Some(self.bytes(size))
@@ -197,6 +199,7 @@ fn model(messages: &[Seen], said: &[u8], hangs_up: bool) -> (Vec<Vec<u8>>, End, 
             Reply::None => continue,
             Reply::Ack => vec![8],
             Reply::Bases => vec![*size],
+            Reply::Like => vec![0, *size],
             Reply::Body(sizes) => sizes.to_vec(),
         };
         least.push(HEADER + sizes.iter().min().unwrap());
