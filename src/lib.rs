@@ -64,6 +64,7 @@
 //! | [`vhost_user::receive`] | the daemon's end: checks and maps a memory table that was sent |
 //! | `vhost_user::wire` | messages about memory, on a socket that is never waited on; `DaemonFailure` |
 //! | `vhost_user::share` | `VhostUserShare`: one daemon's view kept equal to a table, and its dirty log |
+//! | `vhost_user::session` | `VhostUserSession`: all that is agreed with one daemon, across reconnections |
 //! | `vhost_user::kernel` | `KernelVhost`: the same for vhost inside the kernel |
 //! | `address_space` | [`AddressSpace`]: memory that changes, published to readers and told to listeners |
 //! | `kvm` | `KvmSlots`, with the feature `kvm`: the memory slots of KVM, or of any `HypervisorVm`, kept equal to the memory; `SlotNumbers` |
@@ -114,8 +115,8 @@
 //!     log is stopped, whatever becomes of the daemon or its connection. Too many pages is
 //!     allowed, and said.
 //! 11. nix and libc types stay out of public signatures; vhost types are only in `share`,
-//!     `receive`, `address_space` and `mock`, those of kvm-ioctls only in `kvm`, vmm-sys-util's
-//!     only in `mock`.
+//!     `session`, `receive`, `address_space` and `mock`, those of kvm-ioctls only in `kvm`,
+//!     vmm-sys-util's only in `session` and `mock`.
 //!
 //! # Safety model
 //!
@@ -128,7 +129,8 @@
 //! `region` (the volatile slice that vm-memory wants made from a pointer), in `kvm` (the host
 //! addresses that a hypervisor is given, which stay mapped as long as it has them; the calls that
 //! read and clear dirty logs; `HypervisorVm`, whose implementations promise the same), in `wire`
-//! (the socket of vhost's `Frontend`, borrowed by its number, and descriptors received from one),
+//! (the socket of vhost's `Frontend` and eventfds, borrowed by their numbers, and descriptors
+//! received from a socket),
 //! and in the mock (descriptors received from a socket).
 //!
 //! # What it does not do
@@ -230,6 +232,8 @@ pub use shortage::{ResourceLimit, Shortage};
 pub use stats::{Extents, MemoryStats, RegionStats, StatsError};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::kernel::KernelVhost;
+#[cfg(feature = "vhost-user")]
+pub use vhost_user::session::{SessionError, SessionOptions, SessionRing, VhostUserSession};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::share::{
     DaemonLog, FormerDaemon, ShareError, ShareReport, StoppedLog, VhostUserShare,

@@ -9,6 +9,7 @@ use super::error::Result;
 use super::space::AddressSpace;
 use super::status::ListenerId;
 use crate::listener::ListenerError;
+use crate::vhost_user::session::VhostUserSession;
 use crate::vhost_user::share::VhostUserShare;
 use crate::vhost_user::wire::DaemonSocket;
 
@@ -48,6 +49,20 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
                     .map_err(ListenerError::away)
             },
             |share, error| share.give_up(error.reason().to_owned()),
+        )
+    }
+
+    /// Connects to the daemon of a session anew ([`VhostUserSession::reconnect`]), and tells it all
+    /// that it was told before: features, the present memory, its log, the rings that ran.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`refresh`](Self::refresh): the daemon is away, as before.
+    pub fn reconnect_session(&self, id: &ListenerId<VhostUserSession>) -> Result<()> {
+        self.refresh_after(
+            id,
+            |session| session.reconnect().map_err(ListenerError::away),
+            |session, error| session.give_up(error.reason()),
         )
     }
 }

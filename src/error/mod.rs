@@ -15,6 +15,8 @@ pub use crate::region::MemoryError;
 use crate::stats::StatsError;
 use crate::vhost_user::receive::ReceiveError;
 #[cfg(feature = "vhost-user")]
+use crate::vhost_user::session::SessionError;
+#[cfg(feature = "vhost-user")]
 use crate::vhost_user::share::ShareError;
 #[cfg(feature = "vhost-user")]
 use crate::vhost_user::table::TableError;
@@ -86,6 +88,11 @@ pub enum Error {
     #[error(transparent)]
     Share(#[from] ShareError),
 
+    /// A session with a daemon cannot do what it is told.
+    #[cfg(feature = "vhost-user")]
+    #[error(transparent)]
+    Session(#[from] SessionError),
+
     /// A daemon does not take what it was sent of a memory table.
     #[error(transparent)]
     Receive(Box<ReceiveError>),
@@ -110,7 +117,8 @@ impl Error {
     pub fn shortage(&self) -> Option<&Shortage> {
         match self {
             #[cfg(feature = "vhost-user")]
-            Self::Share(ShareError::Log(error)) => error.shortage(),
+            Self::Share(ShareError::Log(error))
+            | Self::Session(SessionError::Share(ShareError::Log(error))) => error.shortage(),
             Self::Receive(error) => match &**error {
                 ReceiveError::Region { cause, .. } => cause.shortage(),
                 _ => None,

@@ -6,6 +6,8 @@ pub mod receive;
 #[cfg(feature = "vhost-user")]
 pub(crate) mod kernel;
 #[cfg(feature = "vhost-user")]
+pub(crate) mod session;
+#[cfg(feature = "vhost-user")]
 pub(crate) mod share;
 #[cfg(feature = "vhost-user")]
 pub(crate) mod table;

@@ -1,0 +1,178 @@
+//! Virtqueues of a daemon: their place, their descriptors, and the messages that start them.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use vhost::vhost_user::message::FrontendReq;
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::error::{Result, SessionError};
+use crate::vhost_user::table::MemoryTable;
+use crate::vhost_user::wire::{DaemonRequest, Descriptor, Message, Reply, copy_of, numbers};
+
+/// The largest ring (virtio 1.3, "Split Virtqueues").
+const MAX_SIZE: u16 = 1 << 15;
+/// `VHOST_VRING_F_LOG`.
+const LOG_FLAG: u32 = 1;
+
+/// A virtqueue that is to be started: [`VhostUserSession::start_ring`](crate::VhostUserSession).
+///
+/// ```
+/// use guest_memory_shm::SessionRing;
+/// use vm_memory::GuestAddress;
+/// use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+///
+/// let (kick, call) = (EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?);
+/// let [descriptors, available, used] = [0x1000, 0x2000, 0x3000].map(GuestAddress);
+/// let ring = SessionRing::new(256, [descriptors, available, used], &kick, &call)?;
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct SessionRing {
+    pub(super) size: u16,
+    pub(super) descriptors: GuestAddress,
+    pub(super) available: GuestAddress,
+    pub(super) used: GuestAddress,
+    pub(super) base: u16,
+    kick: Arc<OwnedFd>,
+    call: Arc<OwnedFd>,
+    error: Option<Arc<OwnedFd>>,
+}
+
+impl SessionRing {
+    /// A split ring of `size` descriptors, whose descriptor table, available ring and used ring
+    /// are at these guest addresses, as the guest's driver has set them. By `kick` the guest wakes
+    /// the daemon, and by `call` the daemon the guest: copies of them are kept.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor is left for a copy.
+    pub fn new(
+        size: u16,
+        [descriptors, available, used]: [GuestAddress; 3],
+        kick: &EventFd,
+        call: &EventFd,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            size,
+            descriptors,
+            available,
+            used,
+            base: 0,
+            kick: Arc::new(copy_of(kick)?),
+            call: Arc::new(copy_of(call)?),
+            error: None,
+        })
+    }
+
+    /// Sets the index of the available ring at which the daemon begins: what
+    /// [`stop_ring`](crate::VhostUserSession::stop_ring) gave; 0 unless set.
+    #[must_use]
+    pub fn with_base(mut self, base: u16) -> Self {
+        self.base = base;
+        self
+    }
+
+    /// Sets an eventfd by which the daemon tells of an error of the ring.
+    ///
+    /// # Errors
+    ///
+    /// No descriptor is left for a copy.
+    pub fn with_error(mut self, error: &EventFd) -> io::Result<Self> {
+        self.error = Some(Arc::new(copy_of(error)?));
+        Ok(self)
+    }
+
+    /// The parts: name, address, size in bytes (virtio 1.3, "Split Virtqueues").
+    pub(super) fn parts(&self) -> [(&'static str, GuestAddress, u64); 3] {
+        let size = u64::from(self.size);
+        [
+            ("descriptor table", self.descriptors, 16 * size),
+            ("available ring", self.available, 6 + 2 * size),
+            ("used ring", self.used, 6 + 8 * size),
+        ]
+    }
+
+    /// The user addresses of the parts, by this table.
+    pub(super) fn places(&self, index: u32, table: &MemoryTable) -> Result<[u64; 3]> {
+        let mut places = [0; 3];
+        for (place, (part, addr, len)) in places.iter_mut().zip(self.parts()) {
+            *place = table.ring(addr, len).ok_or(SessionError::RingNotShared {
+                index,
+                part,
+                addr,
+                len,
+            })?;
+        }
+        Ok(places)
+    }
+
+    pub(super) fn check_size(&self) -> Result<()> {
+        match self.size.is_power_of_two() && (2..=MAX_SIZE).contains(&self.size) {
+            true => Ok(()),
+            false => Err(SessionError::RingSize { size: self.size }),
+        }
+    }
+
+    /// What starts it: the daemon must have handled all of it before it is kicked, so a question
+    /// follows.
+    pub(super) fn start_messages(
+        &self,
+        index: u32,
+        table: &MemoryTable,
+        logs: bool,
+        reply: Reply,
+    ) -> Result<Vec<Message>> {
+        let [descriptors, available, used] = self.places(index, table)?;
+        let about = DaemonRequest::StartRing(index);
+        let message = |code, body| Message::new(about, code, body, reply);
+        let state = |number: u32| [index, number].map(u32::to_ne_bytes).concat();
+        let flags = if logs { LOG_FLAG } else { 0 };
+        let mut addresses = state(flags);
+        addresses.extend(numbers([descriptors, used, available, self.used.0]));
+        let file = |code, fd: &Arc<OwnedFd>| {
+            let fd: Descriptor = Arc::<OwnedFd>::clone(fd);
+            message(code, numbers([u64::from(index)])).with_fds([fd])
+        };
+        let mut all = vec![
+            message(FrontendReq::SET_VRING_NUM, state(self.size.into())),
+            message(FrontendReq::SET_VRING_BASE, state(self.base.into())),
+            message(FrontendReq::SET_VRING_ADDR, addresses),
+            file(FrontendReq::SET_VRING_CALL, &self.call),
+        ];
+        all.extend(
+            self.error
+                .as_ref()
+                .map(|fd| file(FrontendReq::SET_VRING_ERR, fd)),
+        );
+        all.push(file(FrontendReq::SET_VRING_KICK, &self.kick));
+        all.push(message(FrontendReq::SET_VRING_ENABLE, state(1)));
+        all.push(Message::barrier(about));
+        Ok(all)
+    }
+
+    /// Wakes the daemon: requests that an earlier one left undone are carried out. The guest is
+    /// woken, too, for what that one had completed without saying so.
+    pub(super) fn wake(&self, index: u32) -> Result<()> {
+        for fd in [&self.kick, &self.call] {
+            let written = nix::unistd::write(fd.as_fd(), &1_u64.to_ne_bytes());
+            // A counter that is full wakes as well.
+            if let Err(errno) = written
+                && errno != nix::errno::Errno::EAGAIN
+            {
+                let source = io::Error::from(errno);
+                return Err(SessionError::RingDescriptor { index, source });
+            }
+        }
+        Ok(())
+    }
+
+    /// What stops it; the answer is the index at which it would go on.
+    pub(super) fn stop_message(index: u32) -> Message {
+        let body = [index, 0].map(u32::to_ne_bytes).concat();
+        let about = DaemonRequest::StopRing(index);
+        Message::new(about, FrontendReq::GET_VRING_BASE, body, Reply::Body(&[8]))
+    }
+}
