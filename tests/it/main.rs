@@ -61,6 +61,7 @@ mod proc;
 mod receive;
 mod report;
 mod seccomp;
+mod session;
 mod share;
 mod stats;
 mod stats_extents;

@@ -1,0 +1,96 @@
+//! Connecting, features, the configuration space.
+
+use super::*;
+
+#[test]
+fn only_what_the_driver_knows_is_agreed_on() {
+    let place = Place::new();
+    let daemon = place.serve(MockDaemon::builder());
+    let session = VhostUserSession::connect(place.socket(), options()).unwrap();
+    let version_1 = 1 << 32;
+    assert_eq!(session.features() & !DRIVER, version_1);
+    let told: Vec<u64> = daemon
+        .requests()
+        .into_iter()
+        .filter_map(|request| match request {
+            LoggedRequest::SetFeatures(bits) => Some(bits),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(told, [session.features() | 1 << 30]);
+    let known = Features::MQ
+        | Features::REPLY_ACK
+        | Features::CONFIGURE_MEM_SLOTS
+        | Features::LOG_SHMFD
+        | Features::CONFIG;
+    assert!(known.contains(session.protocol_features()));
+    assert!(session.protocol_features().contains(Features::REPLY_ACK));
+}
+
+#[test]
+fn a_daemon_without_a_required_feature_is_refused_by_name() {
+    let place = Place::new();
+    let _daemon = place.serve(MockDaemon::builder());
+    let options = options().with_required(1 << 50);
+    let refused = VhostUserSession::connect(place.socket(), options).unwrap_err();
+    let missing = 1 << 50;
+    assert!(matches!(refused, SessionError::Features { missing: bits, .. } if bits == missing));
+    assert!(refused.to_string().contains("0x4000000000000"), "{refused}");
+}
+
+#[test]
+fn one_that_does_not_listen_yet_is_waited_for_and_one_that_never_does_is_an_error() {
+    let place = Place::new();
+    let path = place.socket();
+    let connects = thread::spawn(move || VhostUserSession::connect(path, options()));
+    thread::sleep(Duration::from_millis(50));
+    let _daemon = place.serve(MockDaemon::builder());
+    connects.join().unwrap().unwrap();
+
+    let nowhere = place.0.path().join("nobody.sock");
+    let options = options().with_deadline(Duration::from_millis(50));
+    let refused = VhostUserSession::connect(&nowhere, options).unwrap_err();
+    let text = format!("no daemon can be reached at {}", nowhere.display());
+    assert!(refused.to_string().starts_with(&text), "{refused}");
+}
+
+#[test]
+fn one_that_never_answers_is_an_error_at_the_deadline() {
+    let place = Place::new();
+    let _silent = UnixListener::bind(place.socket()).unwrap();
+    let options = options().with_deadline(Duration::from_millis(50));
+    let late = VhostUserSession::connect(place.socket(), options).unwrap_err();
+    let SessionError::Share(error) = &late else {
+        panic!("{late}");
+    };
+    assert!(matches!(error.failure(), Some(DaemonFailure::Silent(_))));
+    let text = "the daemon did not answer within 50ms when told to agree on features";
+    assert!(late.to_string().starts_with(text), "{late}");
+}
+
+#[test]
+fn the_configuration_space_is_read() {
+    let place = Place::new();
+    let _daemon = place.serve(MockDaemon::builder());
+    let mut session = VhostUserSession::connect(place.socket(), options()).unwrap();
+    let capacity = session.config(0, 8).unwrap();
+    let capacity = u64::from_le_bytes(capacity.try_into().unwrap());
+    assert_eq!(capacity, (64 << 10) / 512);
+    for len in [0, 257] {
+        let refused = session.config(0, len).unwrap_err();
+        assert!(
+            matches!(refused, SessionError::NotOffered { .. }),
+            "{refused}"
+        );
+    }
+    assert!(session.broken().is_none());
+
+    let without = options().without_protocol_features(Features::CONFIG);
+    drop(session);
+    let mut session = VhostUserSession::connect(place.socket(), without).unwrap();
+    let refused = session.config(0, 8).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "the daemon does not offer CONFIG, which this needs"
+    );
+}

@@ -1,0 +1,112 @@
+//! Daemons that die and come back, and what they are told then.
+
+use super::*;
+
+#[test]
+fn a_restarted_daemon_is_told_everything_and_goes_on() {
+    for acks in [true, false] {
+        let place = Place::new();
+        let builder = || match acks {
+            true => MockDaemon::builder(),
+            false => MockDaemon::builder().without_reply_ack(),
+        };
+        let daemon = place.serve(builder());
+        let options = options().with_device_in_order();
+        let mut vmm = Vmm::started(VhostUserSession::connect(place.socket(), options).unwrap());
+        vmm.copies(1, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
+        drop(daemon);
+
+        let report = vmm.space.insert(region(PLUG)).unwrap();
+        assert!(report.stale()[0].is(&vmm.disk));
+        // A request that nobody serves yet.
+        let waits = vmm.driver.submit_flush().unwrap();
+        let daemon = place.serve(builder());
+        vmm.space.reconnect_session(&vmm.disk).unwrap();
+        vmm.driver.wait(waits).unwrap();
+        assert_eq!(daemon.table().len(), 2);
+        vmm.copies(2, PLUG, BUFFER);
+        assert!(!vmm.with(|session| session.needs_reset()));
+    }
+}
+
+#[test]
+fn a_device_that_may_complete_out_of_order_needs_a_reset() {
+    let place = Place::new();
+    let daemon = place.serve(MockDaemon::builder());
+    let mut vmm = Vmm::started(VhostUserSession::connect(place.socket(), options()).unwrap());
+    drop(daemon);
+    let _daemon = place.serve(MockDaemon::builder());
+    vmm.space.reconnect_session(&vmm.disk).unwrap();
+    assert!(vmm.with(|session| session.needs_reset()));
+    // The guest does that.
+    vmm.with(VhostUserSession::forget_rings);
+    vmm.driver.reset().unwrap();
+    vmm.with(|session| session.start_ring(0, vmm.ring()))
+        .unwrap();
+    vmm.copies(1, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
+}
+
+#[test]
+fn nobody_to_reconnect_to_leaves_the_daemon_away() {
+    let place = Place::new();
+    let daemon = place.serve(MockDaemon::builder());
+    let options = options()
+        .with_deadline(Duration::from_millis(500))
+        .with_device_in_order();
+    let mut vmm = Vmm::started(VhostUserSession::connect(place.socket(), options).unwrap());
+    drop(daemon);
+    let refused = vmm.space.reconnect_session(&vmm.disk).unwrap_err();
+    assert!(
+        chain(&refused).contains("no daemon can be reached"),
+        "{}",
+        chain(&refused)
+    );
+    assert!(vmm.space.listeners().unwrap()[0].stale().is_some());
+    let _daemon = place.serve(MockDaemon::builder());
+    vmm.space.reconnect_session(&vmm.disk).unwrap();
+    vmm.copies(1, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
+}
+
+#[test]
+fn a_refused_region_leaves_device_and_session_as_they_were() {
+    let place = Place::new();
+    let daemon = place.serve(MockDaemon::builder());
+    let mut vmm = Vmm::started(VhostUserSession::connect(place.socket(), options()).unwrap());
+    daemon.inject(1, Fault::Refuse);
+    let refused = vmm.space.insert(region(PLUG)).unwrap_err();
+    assert!(
+        chain(&refused).contains("refused to add the region"),
+        "{}",
+        chain(&refused)
+    );
+    vmm.copies(1, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
+    vmm.space.insert(region(PLUG)).told_all();
+    vmm.copies(2, PLUG, BUFFER);
+}
+
+#[test]
+fn a_real_daemon_is_killed_and_comes_back() {
+    let place = Place::new();
+    let image = place.0.path().join("image");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let Some(mut daemon) = StorageDaemon::start(&image, None) else {
+        return;
+    };
+    let options = options().with_device_in_order();
+    let session = VhostUserSession::connect(&daemon.socket, options).unwrap();
+    let mut vmm = Vmm::started(session);
+    for round in 0..5 {
+        vmm.copies(round, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
+        vmm.space.insert(region(PLUG)).told_all();
+        vmm.copies(round + 100, PLUG, BUFFER);
+        daemon.process.kill();
+        drop(daemon);
+        let removed = vmm.space.remove((PLUG, MIB)).unwrap();
+        assert_eq!(removed.stale().len(), 1);
+        let waits = vmm.driver.submit_flush().unwrap();
+        daemon = StorageDaemon::start(&image, None).unwrap();
+        vmm.space.reconnect_session(&vmm.disk).unwrap();
+        vmm.driver.wait(waits).unwrap();
+    }
+    vmm.copies(7, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
+}
