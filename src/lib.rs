@@ -205,7 +205,7 @@ pub use backing::{AdoptPolicy, BackingKind, FileIdentity, Seals, ShmBacking};
 pub use discard::{DiscardAccumulator, DiscardInhibitor, Discarded};
 pub use error::{
     AdoptError, BackingError, DiscardError, Error, FileError, MapError, MemoryError, OptionsError,
-    PopulateError, Result,
+    PopulateError,
 };
 pub use host::NodeSet;
 pub use host::transparent::ThpObstacle;
@@ -235,9 +235,7 @@ pub use vhost_user::kernel::KernelVhost;
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::session::{SessionError, SessionOptions, SessionRing, VhostUserSession};
 #[cfg(feature = "vhost-user")]
-pub use vhost_user::share::{
-    DaemonLog, FormerDaemon, ShareError, ShareReport, StoppedLog, VhostUserShare,
-};
+pub use vhost_user::share::{FormerDaemon, ShareError, ShareReport, StoppedLog, VhostUserShare};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::table::{MemoryTable, SlotLimit, TableError, TableRegion, TableView};
 #[cfg(feature = "vhost-user")]

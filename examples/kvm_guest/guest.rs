@@ -56,8 +56,7 @@ impl Pages {
         }
         let range =
             |(start, size): (u32, u32)| GuestRange::new(GuestAddress(start.into()), size.into());
-        let ranges: guest_memory_shm::Result<_, InvalidRange> =
-            sizes.into_iter().map(range).collect();
+        let ranges: std::result::Result<_, InvalidRange> = sizes.into_iter().map(range).collect();
         ranges.or_fail(|| "the guest has no such pages")
     }
 

@@ -44,7 +44,7 @@ fn run(args: &Args) -> Result<()> {
     rim::print(&text)
 }
 
-fn output(args: &Args, built: &Built) -> guest_memory_shm::Result<String> {
+fn output(args: &Args, built: &Built) -> std::result::Result<String, guest_memory_shm::Error> {
     let stats = built.memory.stats()?;
     if args.json {
         return Ok(format!("{:#}\n", json::report(built, &stats)));

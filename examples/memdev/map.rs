@@ -1,6 +1,6 @@
 //! A picture of what is allocated: each character is a part of the RAM.
 
-use guest_memory_shm::{GuestMemoryShm, GuestRange, Result};
+use guest_memory_shm::{Error, GuestMemoryShm, GuestRange};
 use indicatif::BinaryBytes;
 use vm_memory::GuestMemoryBackend;
 
@@ -15,7 +15,7 @@ const SHADES: [char; 6] = ['·', '░', '▒', '▓', '▓', '█'];
 pub(crate) fn draw(
     memory: &GuestMemoryShm,
     heading: impl Fn(&GuestRange) -> String,
-) -> Result<String> {
+) -> Result<String, Error> {
     let mut text = String::new();
     for region in memory.iter() {
         let range = region.range();

@@ -125,7 +125,7 @@ pub(crate) fn rings(daemon: usize) -> GuestAddress {
 
 /// PC-like RAM: the hole ends at 4 GiB. RAM that would fit below it is split all the same, by a
 /// hole that starts in its middle.
-fn around_hole(size: u64) -> guest_memory_shm::Result<Vec<GuestRange>, InvalidRange> {
+fn around_hole(size: u64) -> std::result::Result<Vec<GuestRange>, InvalidRange> {
     let half = size / 2;
     let start = match size > HOLE_START {
         true => HOLE_START,

@@ -52,8 +52,8 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         )
     }
 
-    /// Connects to the daemon of a session anew ([`VhostUserSession::reconnect`]), and tells it all
-    /// that it was told before: features, the present memory, its log, the rings that ran.
+    /// Connects to the daemon of a session anew ([`VhostUserSession::reconnect`]), and tells it
+    /// all that it was told before: features, the present memory, its log, the rings that ran.
     ///
     /// # Errors
     ///

@@ -21,9 +21,6 @@ use crate::vhost_user::share::ShareError;
 #[cfg(feature = "vhost-user")]
 use crate::vhost_user::table::TableError;
 
-/// The result of this crate's operations.
-pub type Result<T, E = Error> = std::result::Result<T, E>;
-
 /// What went wrong, with the values that were asked for, the limit they met, and what to do.
 ///
 /// `Display` says what failed and how to mend it; [`source`](std::error::Error::source) says why

@@ -52,8 +52,8 @@ const MAX_CONFIG: usize = 256;
 /// reconnections.
 ///
 /// It connects, agrees on what the caller's driver knows, keeps the daemon's memory equal to an
-/// address space (it is a [`MemoryListener`](crate::MemoryListener)), starts and stops rings, keeps
-/// a dirty log. No call waits without a deadline, and no thread is started.
+/// address space (it is a [`MemoryListener`](crate::MemoryListener)), starts and stops rings,
+/// keeps a dirty log. No call waits without a deadline, and no thread is started.
 ///
 /// ```
 /// use guest_memory_shm::{

@@ -32,21 +32,8 @@ const WORD: u64 = 64;
 /// bits in whichever mapping of it there is, one from before it grew or from before a reconnection
 /// too, and they are all found. It is not sealed against growing: a daemon can make it longer,
 /// which costs memory where the daemon writes.
-///
-/// A [`VhostUserShare`](crate::VhostUserShare) makes, sizes and reads it. A connection sends it. A
-/// clone is another handle of the same bits.
-///
-/// ```
-/// use std::os::fd::AsFd;
-///
-/// use guest_memory_shm::DaemonLog;
-///
-/// fn describe(log: &DaemonLog) -> String {
-///     format!("{} bytes at {:?}", log.size(), log.as_fd())
-/// }
-/// ```
 #[derive(Clone, Debug)]
-pub struct DaemonLog {
+pub(super) struct DaemonLog {
     bits: GuestRegionShm,
     size: u64,
     /// The pages of regions that the daemon was told of since it logs, as far as the log has bits
@@ -85,7 +72,7 @@ impl DaemonLog {
 
     /// The size in bytes, a multiple of 8. The descriptor's file may be longer, and is never
     /// shorter: as many bytes can be mapped without a fault.
-    pub fn size(&self) -> u64 {
+    pub(super) fn size(&self) -> u64 {
         self.size
     }
 

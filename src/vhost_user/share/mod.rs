@@ -29,7 +29,6 @@ mod stage;
 mod stopped;
 mod update;
 
-pub use self::log::DaemonLog;
 use error::Result;
 pub use error::ShareError;
 use logging::Logging;

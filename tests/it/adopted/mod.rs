@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
 use guest_memory_shm::{
-    AdoptPolicy, GuestMemoryShm, GuestRegionShm, RamOptions, Result, ShmBacking,
+    AdoptPolicy, Error, GuestMemoryShm, GuestRegionShm, RamOptions, ShmBacking,
 };
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vm_memory::{FileOffset, GuestAddress};
@@ -38,7 +38,7 @@ fn fd_of(file: &File) -> OwnedFd {
     file.try_clone().unwrap().into()
 }
 
-fn adopt(file: &File, options: &RamOptions) -> Result<ShmBacking> {
+fn adopt(file: &File, options: &RamOptions) -> Result<ShmBacking, Error> {
     let policy = AdoptPolicy::new()
         .with_disk_files()
         .with_options(options.clone());
@@ -46,7 +46,7 @@ fn adopt(file: &File, options: &RamOptions) -> Result<ShmBacking> {
 }
 
 /// Makes RAM of the first `size` bytes of a file, at [`START`].
-type Way = fn(&File, u64, &RamOptions) -> Result<GuestMemoryShm>;
+type Way = fn(&File, u64, &RamOptions) -> Result<GuestMemoryShm, Error>;
 
 /// Each way in which RAM on a file is given options.
 const WAYS: [(&str, Way); 5] = [
@@ -78,12 +78,12 @@ const WAYS: [(&str, Way); 5] = [
     }),
 ];
 
-fn add(backing: &ShmBacking, size: u64) -> Result<GuestMemoryShm> {
+fn add(backing: &ShmBacking, size: u64) -> Result<GuestMemoryShm, Error> {
     let builder = GuestMemoryShm::builder();
     Ok(builder.add_backing(backing, 0, [(START, size)]).build()?)
 }
 
-fn one(region: GuestRegionShm) -> Result<GuestMemoryShm> {
+fn one(region: GuestRegionShm) -> Result<GuestMemoryShm, Error> {
     Ok(GuestMemoryShm::from_regions(vec![region])?)
 }
 
