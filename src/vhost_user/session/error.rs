@@ -33,8 +33,8 @@ pub enum SessionError {
 
     /// The daemon lacks virtio features that are required, or that were agreed on before.
     #[error(
-        "the daemon does not offer the virtio features {missing:#x}, which are required: it offers \
-         {offered:#x}"
+        "the daemon does not offer the virtio features {missing:#x}, which are required: it \
+         offers {offered:#x}"
     )]
     #[non_exhaustive]
     Features {
