@@ -113,26 +113,30 @@ const ALIGN: usize = size_of::<usize>();
 /// The size of the header of a part: length, level, kind.
 const HEADER: usize = size_of::<libc::cmsghdr>();
 
-/// The parts of a control buffer, which are of the level `SOL_SOCKET`: kind and data.
+/// The parts of a control buffer that are of the level `SOL_SOCKET`: kind and data. On a socket
+/// that is no Unix socket there are others, whose kinds have the same numbers: an SCTP socket gives
+/// numbers that the other end chose as kind 1, which must not pass for descriptors.
 fn parts(control: &[u8]) -> impl Iterator<Item = (i32, &[u8])> {
     let mut rest = control;
-    std::iter::from_fn(move || {
+    let all = std::iter::from_fn(move || {
         let (len, fields) = rest.split_first_chunk()?;
         let len = usize::from_ne_bytes(*len);
         // On 64-bit systems the two fields follow at once.
-        let (_level, fields) = fields.split_first_chunk::<4>()?;
+        let (level, fields) = fields.split_first_chunk::<4>()?;
         let (kind, _) = fields.split_first_chunk()?;
         let data = rest.get(HEADER..len)?;
         rest = rest.get(len.next_multiple_of(ALIGN)..).unwrap_or_default();
-        Some((i32::from_ne_bytes(*kind), data))
-    })
+        Some((i32::from_ne_bytes(*level), i32::from_ne_bytes(*kind), data))
+    });
+    all.filter_map(|(level, kind, data)| (level == libc::SOL_SOCKET).then_some((kind, data)))
 }
 
 /// Takes ownership of a descriptor that recvmsg(2) has just installed.
 fn adopt(fd: RawFd) -> OwnedFd {
-    // SAFETY: the only caller passes each number of an SCM_RIGHTS list once, which the kernel has
-    // just written to a buffer that was zeroed: it opened the descriptor for this message a moment
-    // ago, no one else has learned its number, and it needs nothing but close(2) to be released.
+    // SAFETY: the only caller passes each number of an SCM_RIGHTS list once. Nothing else of the
+    // level SOL_SOCKET has this kind, so the kernel has just written it to a buffer that was
+    // zeroed: it opened the descriptor for this message a moment ago, no one else has learned its
+    // number, and it needs nothing but close(2) to be released.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
@@ -214,4 +218,34 @@ pub(crate) fn copy_of(event: &EventFd) -> io::Result<OwnedFd> {
     // lives, and it is borrowed here.
     let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
     fd.try_clone_to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_of_the_level_of_sockets_is_told() {
+        let part = |level: i32, data: u32| {
+            let fields = [level, libc::SCM_RIGHTS].map(i32::to_ne_bytes);
+            let len = (HEADER + size_of::<u32>()).to_ne_bytes();
+            let mut part = [&len[..], fields.as_flattened(), &data.to_ne_bytes()].concat();
+            part.resize(part.len().next_multiple_of(ALIGN), 0);
+            part
+        };
+        // What SCTP tells of a message (SCTP_SNDRCV), among descriptors.
+        let control = [
+            part(libc::SOL_SOCKET, 7),
+            part(libc::IPPROTO_SCTP, 8),
+            part(libc::SOL_SOCKET, 9),
+            vec![0; 64],
+        ];
+        let control = control.concat();
+        let seven_and_nine = [7_u32, 9].map(u32::to_ne_bytes);
+        let told: Vec<_> = parts(&control).collect();
+        let expected = seven_and_nine
+            .each_ref()
+            .map(|data| (libc::SCM_RIGHTS, &data[..]));
+        assert_eq!(told, expected);
+    }
 }
