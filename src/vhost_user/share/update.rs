@@ -182,9 +182,12 @@ impl Update<'_> {
                     self.stage = self.stages.pop_front();
                     match self.stage {
                         None => return self.result().map(Some),
-                        // Nothing is sent that there is no time to answer.
-                        Some(_) if now >= self.deadline => return Err(self.silent()),
                         Some(stage) => self.enter(stage)?,
+                    }
+                    // Nothing is sent that there is no time to answer. A daemon that has answered
+                    // all is not silent, however late that is looked at.
+                    if now >= self.deadline && !self.share.wire.is_idle() {
+                        return Err(self.silent());
                     }
                 }
                 Ok(None) if now >= self.deadline => return Err(self.silent()),

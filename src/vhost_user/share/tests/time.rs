@@ -35,6 +35,23 @@ fn all_messages_of_a_change_have_one_deadline() {
 }
 
 #[test]
+fn a_daemon_that_has_answered_all_is_not_silent_however_late_that_is_looked_at() {
+    for features in [SLOTS, SLOTS | ACK, ACK] {
+        let (mut share, mut answers) = pair(features);
+        share.slots = Some(8);
+        let begun = Instant::now();
+        let mut update = share.begin(UPDATE, table(&[0]), begun);
+        assert!(update.advance(begun).is_none());
+        // The change and its question. Then this process was stopped, or another listener slow.
+        assert!(answers() && answers());
+        update.advance(begun + 2 * LIMIT).unwrap().unwrap();
+        drop(update);
+        assert_eq!(starts(share.table()), [0]);
+        assert!(share.broken().is_none());
+    }
+}
+
+#[test]
 fn without_any_time_nothing_is_sent() {
     let (share, mut answers) = pair(SLOTS | ACK);
     let mut share = share.with_deadline(Duration::ZERO);
