@@ -71,6 +71,13 @@ impl VhostUserShare {
         table: MemoryTable,
         begun: Instant,
     ) -> Update<'_> {
+        if !self.wire.is_idle() {
+            // Its answers would pass for those to other changes.
+            self.break_off(ShareError::GivenUp {
+                reason: "a change was forgotten (std::mem::forget) while it was under way"
+                    .to_owned(),
+            });
+        }
         let change = self.held.change_to(&table);
         let added: Vec<GuestRange> = change.additions.iter().map(TableRegion::range).collect();
         let limit = self
@@ -96,7 +103,7 @@ impl VhostUserShare {
             refusal: None,
             asks: Vec::new(),
             answers: Vec::new(),
-            refused: None,
+            refused: self.check_not_broken().err(),
             deadline: after(begun, limit).max(after(Instant::now(), limit / 10)),
             limit,
             ended: false,
@@ -163,7 +170,7 @@ impl Update<'_> {
 
     /// Has it end with this error instead of sending anything.
     pub(super) fn refuse(&mut self, refused: Option<ShareError>) {
-        self.refused = refused;
+        self.refused = refused.or(self.refused.take());
     }
 
     pub(super) fn share(&mut self) -> &mut VhostUserShare {

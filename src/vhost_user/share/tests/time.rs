@@ -88,3 +88,21 @@ fn a_change_that_is_given_up_breaks_the_share() {
     assert!(answers());
     assert!(!answers(), "it hears nothing more");
 }
+
+#[test]
+fn a_change_that_is_forgotten_breaks_the_share_at_the_next_one() {
+    let (mut share, mut answers) = pair(SLOTS | ACK);
+    share.slots = Some(8);
+    let begun = Instant::now();
+    let mut update = share.begin(UPDATE, table(&[0]), begun);
+    assert!(update.advance(begun).is_none());
+    std::mem::forget(update);
+    // Its answers must not pass for those to the next one.
+    assert!(answers() && answers());
+    let error = share.update_table(&table(&[1])).unwrap_err();
+    assert!(matches!(error, ShareError::Broken { .. }), "{error}");
+    let reason = share.broken().unwrap();
+    assert!(matches!(reason, ShareError::GivenUp { .. }), "{reason}");
+    assert_eq!(starts(share.table()), [0; 0]);
+    assert!(!answers(), "it hears nothing more");
+}
