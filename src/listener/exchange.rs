@@ -79,7 +79,9 @@ pub trait Exchange {
     /// Does all that can be done without waiting; gives the result once there is one. Then it is
     /// not called any more. Called once at the beginning, and whenever what it waits for is there.
     ///
-    /// `now` is the present time: past [`WaitFor::until`], it ends, or says another time.
+    /// `now` is the present time: past [`WaitFor::until`], it ends, or says another time. One that
+    /// goes on naming a moment in the past is called again and again, and one that never ends
+    /// holds the change: nothing limits the time of an exchange but itself.
     fn advance(&mut self, now: Instant) -> Option<Result<(), ListenerError>>;
 
     /// What it waits for. Asked after [`advance`](Self::advance) gave no result, and again
