@@ -39,7 +39,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let daemon = Arc::new(Mutex::new(Daemon(table)));
     let (ours, theirs) = UnixStream::pair()?;
     let mut requests = BackendReqHandler::from_stream(theirs, Arc::clone(&daemon));
-    // Without REPLY_ACK a refusal is a hang-up; with it, go on after vhost's ReqHandlerError.
+    // A refusal is a hang-up: without REPLY_ACK the frontend takes all else for done. Go on after
+    // vhost's ReqHandlerError only if it acknowledged REPLY_ACK (set_protocol_features).
     std::thread::spawn(move || while requests.handle_request().is_ok() {});
     let mut share = VhostUserShare::new(ours, Features::empty())?;
     for backend in ["memory-backend-memfd,size=2M", "memory-backend-shm,size=2M"] {

@@ -157,8 +157,8 @@ impl ReceiveError {
     /// What to answer to a message that wants to know (REPLY_ACK): never 0, which is success.
     ///
     /// Any other number is a failure (vhost-user specification,
-    /// "VHOST_USER_PROTOCOL_F_REPLY_ACK"). These are numbers of errno(3), for people who read the
-    /// frontend's log:
+    /// "VHOST_USER_PROTOCOL_F_REPLY_ACK"; vhost's `BackendReqHandler` answers 1 to all). These are
+    /// numbers of errno(3), for people who read the frontend's log:
     ///
     /// | code | for |
     /// |---|---|

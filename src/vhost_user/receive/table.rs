@@ -23,7 +23,7 @@ use crate::region::{GuestRegionShm, MemoryError, new_bitmap};
 /// It never changes: a message makes a new one of it, which shares the regions that stay, and
 /// which takes its place when it is complete. Where the message is refused, the daemon keeps what
 /// it has. Threads that serve queues take the new memory from vm-memory's `GuestMemoryAtomic`,
-/// into which [`memory`](Self::memory) is put: see the [example](super).
+/// into which [`memory`](Self::memory) is put (`lock().replace(..)`).
 ///
 /// ```
 /// use std::os::fd::AsFd;

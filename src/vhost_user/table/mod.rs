@@ -106,6 +106,16 @@ impl MemoryTable {
         &self.regions
     }
 
+    /// How many regions there are.
+    pub fn len(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
     /// The user address of a guest address, in terms of this table; `None` if the address is not
     /// in the table.
     ///
