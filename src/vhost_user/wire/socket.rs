@@ -114,8 +114,8 @@ const ALIGN: usize = size_of::<usize>();
 const HEADER: usize = size_of::<libc::cmsghdr>();
 
 /// The parts of a control buffer that are of the level `SOL_SOCKET`: kind and data. On a socket
-/// that is no Unix socket there are others, whose kinds have the same numbers: an SCTP socket gives
-/// numbers that the other end chose as kind 1, which must not pass for descriptors.
+/// that is no Unix socket there are others, whose kinds have the same numbers: an SCTP socket
+/// gives numbers that the other end chose as kind 1, which must not pass for descriptors.
 fn parts(control: &[u8]) -> impl Iterator<Item = (i32, &[u8])> {
     let mut rest = control;
     let all = std::iter::from_fn(move || {
