@@ -60,6 +60,8 @@ mod populate_undo;
 mod proc;
 mod receive;
 mod report;
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+mod sandbox;
 mod seccomp;
 mod session;
 mod share;
