@@ -11,6 +11,8 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 
+use crate::isolation::remove_names_of;
+
 /// What became of a child that did `action` and then left with status 0.
 ///
 /// The other threads of this process are not in the child, and may have held any lock: `action`
@@ -20,7 +22,12 @@ fn child(action: impl FnOnce()) -> WaitStatus {
     // leaves by _exit.
     let forked = unsafe { fork() };
     match forked.expect("a process can be had") {
-        ForkResult::Parent { child } => waitpid(child, None).expect("the child is ours"),
+        ForkResult::Parent { child } => {
+            let end = waitpid(child, None).expect("the child is ours");
+            // One that was killed between making a name and removing it has left that.
+            remove_names_of(child.as_raw().cast_unsigned());
+            end
+        }
         ForkResult::Child => {
             no_core_dump();
             // A panic must not reach the test runner, of which the child has a copy.

@@ -66,7 +66,7 @@ pub(crate) fn shm_dir() -> TempDir {
 }
 
 /// Removes what a process that failed has left in /dev/shm.
-fn remove_names_of(pid: u32) {
+pub(crate) fn remove_names_of(pid: u32) {
     let prefix = format!("gms-{pid}-");
     for entry in fs::read_dir(SHM).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(&prefix) {

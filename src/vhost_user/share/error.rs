@@ -176,7 +176,7 @@ mod tests {
                 DaemonFailure::Silent(Duration::from_secs(5)),
                 "the daemon did not answer within 5s when told to add the region \
                  0x100000000..=0x13fffffff (1 GiB): its connection is given up, restart the \
-                 daemon or allow more with VhostUserShare::set_deadline",
+                 daemon or allow more with VhostUserShare::with_deadline",
             ),
             (
                 DaemonRequest::RemoveRegion(range),

@@ -130,7 +130,7 @@ impl DaemonFailure {
                     DaemonRequest::Other => (String::new(), "time"),
                     _ => (
                         format!(" when told to {request}"),
-                        "with VhostUserShare::set_deadline",
+                        "with VhostUserShare::with_deadline",
                     ),
                 };
                 write!(
