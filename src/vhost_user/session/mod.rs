@@ -2,14 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vhost::vhost_user::message::FrontendReq;
-use vm_memory::GuestAddress;
 use vm_memory::bitmap::Bitmap;
 
 use crate::logs;
@@ -17,7 +19,7 @@ use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
 use crate::vhost_user::share::{ShareError, StoppedLog, VhostUserShare};
 use crate::vhost_user::table::MemoryTable;
-use crate::vhost_user::wire::{DaemonRequest, Message, NUMBER, Reply, number, numbers};
+use crate::vhost_user::wire::{Answer, DaemonRequest, Message, NUMBER, Reply, number, numbers};
 
 mod error;
 mod listener;
@@ -89,7 +91,7 @@ pub struct VhostUserSession {
     path: Option<PathBuf>,
     agreed: Agreed,
     rings: BTreeMap<u32, SessionRing>,
-    /// Those of the rings that the daemon does not know yet.
+    /// The daemon has yet to be told of the rings, and to log.
     replay: bool,
     needs_reset: bool,
 }
@@ -100,6 +102,8 @@ struct Agreed {
     features: u64,
     protocol: Features,
     rings: u64,
+    /// The daemon offers `VHOST_F_LOG_ALL`.
+    logs: bool,
 }
 
 impl VhostUserSession {
@@ -112,10 +116,9 @@ impl VhostUserSession {
     /// [`SessionError::NotOffered`] if it lacks `VHOST_USER_F_PROTOCOL_FEATURES`;
     /// [`SessionError::Share`] if it failed on the way.
     pub fn connect(path: impl Into<PathBuf>, options: SessionOptions) -> Result<Self> {
-        let path = path.into();
-        let deadline = Instant::now() + options.deadline;
-        let socket = open(&path, deadline)?;
-        let mut session = Self::on_socket(socket, options)?;
+        let (path, begun) = (path.into(), Instant::now());
+        let socket = open(&path, begun, options.deadline)?;
+        let mut session = Self::agreed(socket, options, begun)?;
         session.path = Some(path);
         Ok(session)
     }
@@ -126,11 +129,16 @@ impl VhostUserSession {
     ///
     /// Those of [`connect`](Self::connect).
     pub fn on_socket(socket: UnixStream, options: SessionOptions) -> Result<Self> {
+        Self::agreed(socket.into(), options, Instant::now())
+    }
+
+    fn agreed(socket: OwnedFd, options: SessionOptions, begun: Instant) -> Result<Self> {
         let view = options.view.clone();
         let mut share = VhostUserShare::new(socket, Features::empty())?
             .with_deadline(options.deadline)
             .with_view(view);
-        let agreed = agree(&mut share, &options, options.features, options.required)?;
+        let (wanted, required) = (options.features, options.required);
+        let agreed = agree(&mut share, &options, begun, wanted, required)?;
         Ok(Self {
             share,
             options,
@@ -184,7 +192,10 @@ impl VhostUserSession {
     pub fn update_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<()> {
         self.check_rings(memory)?;
         self.share.update_memory(memory)?;
-        self.start_again(memory)
+        match self.replay {
+            true => self.start_again(memory),
+            false => Ok(()),
+        }
     }
 
     /// Reads `len` bytes of the device's configuration space.
@@ -195,7 +206,7 @@ impl VhostUserSession {
     /// no such part; [`SessionError::Share`].
     pub fn config(&mut self, offset: u32, len: usize) -> Result<Vec<u8>> {
         let message = self.config_message(FrontendReq::GET_CONFIG, offset, &vec![0; len])?;
-        let answers = self.share.ask(vec![message], self.options.deadline)?;
+        let answers = self.ask(vec![message], self.options.deadline)?;
         let body = answers.into_iter().next().map(|answer| answer.body);
         let bytes = body.as_deref().and_then(|body| body.get(12..));
         bytes.map(<[u8]>::to_vec).ok_or(SessionError::NotOffered {
@@ -261,7 +272,7 @@ impl VhostUserSession {
             return Err(SessionError::RingState { index, runs: false });
         }
         let ask = vec![SessionRing::stop_message(index)];
-        let answers = self.share.ask(ask, self.options.drain_deadline)?;
+        let answers = self.ask(ask, self.options.drain_deadline)?;
         self.rings.remove(&index);
         // Two numbers of 4 bytes: the ring, and an index that has 2 bytes.
         let body = answers
@@ -284,8 +295,10 @@ impl VhostUserSession {
     ///
     /// # Errors
     ///
-    /// [`SessionError::Share`], as for [`VhostUserShare::start_log`].
+    /// [`SessionError::NotOffered`] without `VHOST_F_LOG_ALL`; [`SessionError::Share`], as for
+    /// [`VhostUserShare::start_log`].
     pub fn start_log(&mut self) -> Result<()> {
+        self.check_logs()?;
         self.share.start_log()?;
         let told = self
             .tell_features()
@@ -325,8 +338,9 @@ impl VhostUserSession {
         let path = self.path.clone().ok_or(SessionError::NoPath)?;
         // Most daemons serve one connection at a time.
         self.share.close();
-        let socket = open(&path, Instant::now() + self.options.deadline)?;
-        self.reconnect_on(socket)
+        let begun = Instant::now();
+        let socket = open(&path, begun, self.options.deadline)?;
+        self.go_on(socket, begun)
     }
 
     /// Goes on on a new connection: [`reconnect`](Self::reconnect).
@@ -335,10 +349,14 @@ impl VhostUserSession {
     ///
     /// Those of [`reconnect`](Self::reconnect).
     pub fn reconnect_on(&mut self, socket: UnixStream) -> Result<()> {
+        self.go_on(socket.into(), Instant::now())
+    }
+
+    fn go_on(&mut self, socket: OwnedFd, begun: Instant) -> Result<()> {
         self.share.reconnect(socket, Features::empty())?;
         // No more and no less than before: the guest's driver has agreed to that.
         let before = self.features();
-        match agree(&mut self.share, &self.options, before, before) {
+        match agree(&mut self.share, &self.options, begun, before, before) {
             Ok(agreed) => {
                 self.agreed = agreed;
                 self.replay = !self.rings.is_empty() || self.share.is_logging();
@@ -351,41 +369,47 @@ impl VhostUserSession {
         }
     }
 
-    /// Starts the rings that ran before the connection was lost.
+    /// Starts what ran before the connection was lost. Where that fails, it is tried again.
     fn start_again<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<()> {
         if self.share.is_logging() {
+            self.check_logs()?;
             self.tell_features()?;
         }
-        if !std::mem::take(&mut self.replay) {
-            return Ok(());
-        }
         if !self.options.in_order {
-            self.needs_reset = true;
-            return Ok(());
-        }
-        for (index, mut ring) in std::mem::take(&mut self.rings) {
-            // What is in the used ring was completed; all else is carried out again.
-            let index_at = GuestAddress(ring.used.0 + 2);
-            let used = memory.read_obj::<u16>(index_at).map(u16::from_le);
-            ring.base = used.map_err(|_| SessionError::RingNotShared {
-                index,
-                part: "used ring",
-                addr: ring.used,
-                len: 4,
-            })?;
-            let sent = self.send_ring(index, &ring);
-            self.rings.insert(index, ring);
+            self.needs_reset = !self.rings.is_empty();
+        } else {
+            for (index, ring) in &mut self.rings {
+                ring.base = ring.used_index(*index, memory)?;
+            }
+            // Taken out for that, and put back whatever comes of it.
+            let rings = std::mem::take(&mut self.rings);
+            let mut rings_sent = rings.iter();
+            let sent = rings_sent.try_for_each(|(index, ring)| self.send_ring(*index, ring));
+            self.rings = rings;
             sent?;
         }
+        self.replay = false;
         Ok(())
     }
 
     fn send_ring(&mut self, index: u32, ring: &SessionRing) -> Result<()> {
-        let table = self.share.table().clone();
-        let messages =
-            ring.start_messages(index, &table, self.share.is_logging(), self.reply())?;
-        self.share.ask(messages, self.options.deadline)?;
+        let logs = self.share.is_logging();
+        let messages = ring.start_messages(index, self.share.table(), logs, self.reply())?;
+        self.ask(messages, self.options.deadline)?;
         ring.wake(index)
+    }
+
+    fn ask(&mut self, messages: Vec<Message>, limit: Duration) -> Result<Vec<Answer>> {
+        Ok(self.share.ask(messages, Instant::now(), limit)?)
+    }
+
+    /// Whether the daemon can be told to log.
+    fn check_logs(&self) -> Result<()> {
+        let what = "VHOST_F_LOG_ALL";
+        match self.agreed.logs {
+            true => Ok(()),
+            false => Err(SessionError::NotOffered { what }),
+        }
     }
 
     /// Refuses a memory without what running rings lie in.
@@ -426,22 +450,19 @@ impl VhostUserSession {
 
     /// Says where the rings are once more, and whether they are logged.
     fn tell_ring_addresses(&mut self) -> Result<()> {
-        let table = self.share.table().clone();
-        let logs = self.share.is_logging();
+        let (table, logs) = (self.share.table(), self.share.is_logging());
+        let mut all = Vec::new();
         for (index, ring) in &self.rings {
-            let all = ring.start_messages(*index, &table, logs, self.reply())?;
-            let addresses = all.into_iter().filter(Message::is_ring_address);
-            let about = DaemonRequest::StartRing(*index);
-            let all = addresses.chain([Message::barrier(about)]).collect();
-            self.share.ask(all, self.options.deadline)?;
+            let messages = ring.start_messages(*index, table, logs, self.reply())?;
+            all.extend(messages.into_iter().filter(Message::is_ring_address));
         }
-        Ok(())
+        self.tell(all, DaemonRequest::Negotiate)
     }
 
     /// Sends these, and a question after them.
     fn tell(&mut self, mut messages: Vec<Message>, about: DaemonRequest) -> Result<()> {
         messages.push(Message::barrier(about));
-        self.share.ask(messages, self.options.deadline)?;
+        self.ask(messages, self.options.deadline)?;
         Ok(())
     }
 
@@ -473,13 +494,14 @@ fn set_features(features: u64, reply: Reply) -> Message {
 fn agree(
     share: &mut VhostUserShare,
     options: &SessionOptions,
+    begun: Instant,
     wanted: u64,
     required: u64,
 ) -> Result<Agreed> {
     let about = DaemonRequest::Negotiate;
     let message = |code, body, reply| Message::new(about, code, body, reply);
     let ask = |share: &mut VhostUserShare, all| -> Result<Vec<u64>> {
-        let answers = share.ask(all, options.deadline)?;
+        let answers = share.ask(all, begun, options.deadline)?;
         Ok(answers.iter().map(|answer| number(&answer.body)).collect())
     };
     let owner = message(FrontendReq::SET_OWNER, Vec::new(), Reply::None);
@@ -522,18 +544,24 @@ fn agree(
         features,
         protocol,
         rings,
+        logs: offered & LOG_ALL != 0,
     })
 }
 
-/// Connects, and waits until somebody listens.
-fn open(path: &Path, deadline: Instant) -> Result<UnixStream> {
+/// Connects, and waits until somebody listens, and has room for one more.
+fn open(path: &Path, begun: Instant, limit: Duration) -> Result<OwnedFd> {
+    let failed = |errno: Errno| SessionError::Connect {
+        path: path.to_owned(),
+        source: errno.into(),
+    };
+    let address = UnixAddr::new(path).map_err(failed)?;
+    // Without waiting: connect(2) waits as long as nobody accepts, once enough others wait.
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(failed)?;
     loop {
-        match UnixStream::connect(path) {
-            Ok(socket) => return Ok(socket),
-            Err(source) if Instant::now() >= deadline => {
-                let path = path.to_owned();
-                return Err(SessionError::Connect { path, source });
-            }
+        match connect(socket.as_raw_fd(), &address) {
+            Ok(()) => return Ok(socket),
+            Err(errno) if begun.elapsed() >= limit => return Err(failed(errno)),
             Err(_) => sleep(RETRY),
         }
     }

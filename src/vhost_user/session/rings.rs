@@ -5,10 +5,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use vhost::vhost_user::message::FrontendReq;
-use vm_memory::GuestAddress;
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Address, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::error::{Result, SessionError};
+use crate::memory::GuestMemoryShm;
 use crate::vhost_user::table::MemoryTable;
 use crate::vhost_user::wire::{DaemonRequest, Descriptor, Message, Reply, copy_of, numbers};
 
@@ -151,6 +153,24 @@ impl SessionRing {
         all.push(message(FrontendReq::SET_VRING_ENABLE, state(1)));
         all.push(Message::barrier(about));
         Ok(all)
+    }
+
+    /// The index of the used ring: what is before it was completed, and all else is carried out.
+    pub(super) fn used_index<B: Bitmap>(
+        &self,
+        index: u32,
+        memory: &GuestMemoryShm<B>,
+    ) -> Result<u16> {
+        let (part, addr, len) = ("used ring", self.used, 4);
+        let used = addr
+            .checked_add(2)
+            .and_then(|at| memory.read_obj::<u16>(at).ok());
+        used.map(u16::from_le).ok_or(SessionError::RingNotShared {
+            index,
+            part,
+            addr,
+            len,
+        })
     }
 
     /// Wakes the daemon: requests that an earlier one left undone are carried out. The guest is

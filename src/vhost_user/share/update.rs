@@ -121,15 +121,17 @@ impl VhostUserShare {
         result.unwrap_or_else(|| self.check_not_broken())
     }
 
-    /// Has these messages answered, all under way together, and waits for that.
+    /// Has these messages answered, all under way together, and waits for that; the time counts
+    /// from `begun`.
     pub(in crate::vhost_user) fn ask(
         &mut self,
         asks: Vec<Message>,
+        begun: Instant,
         limit: Duration,
     ) -> Result<Vec<Answer>> {
         self.check_not_broken()?;
         let mut result = None;
-        let (begun, held) = (Instant::now(), self.held.clone());
+        let held = self.held.clone();
         let mut update = self.begin(&[Stage::Ask], held, begun);
         update.asks = asks;
         update.deadline = after(begun, limit);
@@ -154,7 +156,7 @@ fn allowance(
     PER_GIB.saturating_mul(u32::try_from(bytes >> 30).unwrap_or(u32::MAX))
 }
 
-/// A moment that never comes, for limits that no clock can express.
+/// The end of a limit: a moment that never comes, if no clock can express it.
 fn after(begun: Instant, limit: Duration) -> Instant {
     let far_off = || Instant::now() + Duration::from_secs(u64::from(u32::MAX));
     begun.checked_add(limit).unwrap_or_else(far_off)

@@ -94,3 +94,46 @@ fn the_configuration_space_is_read() {
         "the daemon does not offer CONFIG, which this needs"
     );
 }
+
+#[test]
+fn one_that_accepts_nobody_any_more_is_an_error_at_the_deadline() {
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
+    };
+    use std::os::fd::AsRawFd;
+
+    let place = Place::new();
+    let address = UnixAddr::new(&place.socket()).unwrap();
+    let stream = || {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap()
+    };
+    let server = stream();
+    bind(server.as_raw_fd(), &address).unwrap();
+    listen(&server, Backlog::new(1).unwrap()).unwrap();
+    let mut waiting = Vec::new();
+    loop {
+        waiting.push(stream());
+        if connect(waiting.last().unwrap().as_raw_fd(), &address).is_err() {
+            break;
+        }
+    }
+    let options = options().with_deadline(Duration::from_millis(50));
+    let refused = VhostUserSession::connect(place.socket(), options).unwrap_err();
+    assert!(matches!(refused, SessionError::Connect { .. }), "{refused}");
+}
+
+#[test]
+fn limits_that_no_clock_can_express_are_none() {
+    let place = Place::new();
+    let _daemon = place.serve(MockDaemon::builder());
+    let options = options()
+        .with_deadline(Duration::MAX)
+        .with_drain_deadline(Duration::MAX)
+        .with_device_in_order();
+    let session = VhostUserSession::connect(place.socket(), options).unwrap();
+    let mut vmm = Vmm::started(session);
+    vmm.copies(1, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
+    vmm.with(|session| session.stop_ring(0)).unwrap();
+    vmm.space.reconnect_session(&vmm.disk).unwrap();
+}

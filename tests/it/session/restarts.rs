@@ -110,3 +110,45 @@ fn a_real_daemon_is_killed_and_comes_back() {
     }
     vmm.copies(7, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
 }
+
+/// Its rings are in memory that it does not take, and then it does.
+#[test]
+fn rings_that_cannot_be_started_again_are_not_forgotten() {
+    let place = Place::new();
+    let daemon = place.serve(MockDaemon::builder());
+    let options = options().with_device_in_order();
+    let mut vmm = Vmm::started(VhostUserSession::connect(place.socket(), options).unwrap());
+    drop(daemon);
+    let daemon = place.serve(MockDaemon::builder().with_fault(1, Fault::HangUpAfter));
+    vmm.space.reconnect_session(&vmm.disk).unwrap_err();
+    drop(daemon);
+    let _daemon = place.serve(MockDaemon::builder());
+    vmm.space.reconnect_session(&vmm.disk).unwrap();
+    vmm.copies(1, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
+}
+
+#[test]
+fn a_log_goes_on_with_a_restarted_daemon() {
+    let place = Place::new();
+    let daemon = place.serve(MockDaemon::builder());
+    let options = options().with_device_in_order();
+    let mut vmm = Vmm::started(VhostUserSession::connect(place.socket(), options).unwrap());
+    vmm.with(|session| session.start_log()).unwrap();
+    drop(daemon);
+    let daemon = place.serve(MockDaemon::builder());
+    vmm.space.reconnect_session(&vmm.disk).unwrap();
+    let features = daemon
+        .requests()
+        .into_iter()
+        .filter_map(|request| match request {
+            LoggedRequest::SetFeatures(bits) => Some(bits & LOG_ALL != 0),
+            _ => None,
+        });
+    assert_eq!(features.collect::<Vec<_>>(), [false, true]);
+    drop(vmm.with(VhostUserSession::drain_dirty));
+    let to = GuestAddress(BUFFER.0 + MIB / 2);
+    vmm.copies(1, BUFFER, to);
+    let dirty = vmm.with(VhostUserSession::drain_dirty);
+    let page = GuestRange::new(to, 1).unwrap();
+    assert!(dirty.iter().any(|range| range.overlaps(&page)), "{dirty:?}");
+}
