@@ -69,6 +69,7 @@
 //! | `address_space` | [`AddressSpace`]: memory that changes, published to readers and told to listeners |
 //! | `kvm` | `KvmSlots`, with the feature `kvm`: the memory slots of KVM, or of any `HypervisorVm`, kept equal to the memory; `SlotNumbers` |
 //! | `error` | the root [`Error`], a sum of the errors of the modules above |
+//! | `driver` | with the feature `driver`: a driver's end of a virtqueue, for tests |
 //! | `mock` | with the feature `mock`: an in-process daemon and a driver, for tests |
 //!
 //! # Invariants
@@ -116,7 +117,7 @@
 //!     allowed, and said.
 //! 11. nix and libc types stay out of public signatures; vhost types are only in `share`,
 //!     `session`, `receive`, `address_space` and `mock`, those of kvm-ioctls only in `kvm`,
-//!     vmm-sys-util's only in `session` and `mock`.
+//!     vmm-sys-util's only in `session`, `driver` and `mock`.
 //!
 //! # Safety model
 //!
@@ -192,6 +193,8 @@ mod address_space;
 #[cfg(feature = "kvm")]
 mod kvm;
 
+#[cfg(feature = "driver")]
+pub mod driver;
 #[cfg(feature = "mock")]
 pub mod mock;
 

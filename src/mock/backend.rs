@@ -27,7 +27,6 @@ use super::guest::{Memory, MockRegion};
 use super::hold::RequestStep;
 use super::inflight::InflightQueue;
 use super::lock::lock;
-use super::ring::DESCRIPTOR_SIZE;
 use super::state::Shared;
 use crate::logs;
 
@@ -221,7 +220,7 @@ fn resume<M: GuestMemory>(
 fn chain_at<M: GuestMemory>(queue: &Queue, memory: &M, head: u16) -> Vec<Descriptor> {
     let size = queue.size();
     let load = |index: u16| {
-        let offset = u64::from(index) * DESCRIPTOR_SIZE;
+        let offset = u64::from(index) * size_of::<Descriptor>() as u64;
         let addr = GuestAddress(queue.desc_table()).checked_add(offset)?;
         let loaded = (index < size).then(|| memory.read_obj::<Descriptor>(addr))?;
         loaded.ok()

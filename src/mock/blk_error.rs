@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use vm_memory::{GuestAddress, GuestMemoryError};
 
+use crate::driver::QueueError;
+
 /// Names a submitted request until it has been waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub(super) u64);
@@ -81,4 +83,19 @@ pub enum BlkError {
     /// An eventfd of the queue, or its epoll, failed.
     #[error("cannot make or use the eventfds of the queue")]
     Event(#[source] io::Error),
+}
+
+impl From<QueueError> for BlkError {
+    fn from(error: QueueError) -> BlkError {
+        match error {
+            QueueError::Size(size) => BlkError::QueueSize(size),
+            QueueError::Place { addr, size } => BlkError::RingAddress { addr, size },
+            QueueError::EmptyBuffer(addr) => BlkError::EmptyBuffer(addr),
+            QueueError::Full { needed, free } => BlkError::QueueFull { needed, free },
+            QueueError::TimedOut { limit, in_flight } => BlkError::TimedOut { limit, in_flight },
+            QueueError::Memory { addr, source } => BlkError::Memory { addr, source },
+            QueueError::Event(source) => BlkError::Event(source),
+            broken => BlkError::BrokenRing(broken.to_string()),
+        }
+    }
 }

@@ -1,22 +1,18 @@
 //! The guest's half: a virtio-blk driver over one split virtqueue.
 
 use std::collections::BTreeMap;
-use std::io::{self, ErrorKind};
-use std::os::fd::AsRawFd;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
-use vm_memory::{GuestAddress, GuestAddressSpace};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vm_memory::{Address, Bytes, GuestAddress, GuestAddressSpace};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::blk::REQUEST_HEADER_SIZE;
 use super::blk_error::{BlkError, RequestId};
-use super::queue::{DriverQueue, WRITE, place};
-use super::ring::{ALIGNMENT, RingLayout};
+use super::ring::RingLayout;
+use crate::driver::{Completion, DriverQueue, QueueError};
 
 /// A request needs its header, its status and at least one buffer; a power of two holds them.
 const MIN_QUEUE_SIZE: u16 = 4;
@@ -56,10 +52,7 @@ type Result<T> = std::result::Result<T, BlkError>;
 #[derive(Debug)]
 pub struct BlkDriver<S> {
     queue: DriverQueue<S>,
-    kick: EventFd,
-    call: EventFd,
-    /// Watches `call`.
-    epoll: Epoll,
+    layout: RingLayout,
     deadline: Duration,
     /// The requests in flight, by the first descriptor of their chains.
     requests: BTreeMap<u16, RequestId>,
@@ -82,31 +75,25 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
             return Err(BlkError::QueueSize(queue_size));
         }
         let layout = RingLayout::at(ring_addr, queue_size);
-        let misplaced = BlkError::RingAddress {
+        let misplaced = || BlkError::RingAddress {
             addr: ring_addr,
             size: layout.size,
         };
-        if !ring_addr.0.is_multiple_of(ALIGNMENT) || ring_addr.0.checked_add(layout.size).is_none()
-        {
-            return Err(misplaced);
-        }
-        let flags = EFD_NONBLOCK | EFD_CLOEXEC;
+        let end = ring_addr.0.checked_add(layout.size);
+        end.ok_or_else(misplaced)?;
+        let queue = DriverQueue::new(memory, ring_addr, queue_size);
         let mut driver = BlkDriver {
-            queue: DriverQueue::new(memory, layout, queue_size),
-            kick: EventFd::new(flags).map_err(BlkError::Event)?,
-            call: EventFd::new(flags).map_err(BlkError::Event)?,
-            epoll: Epoll::new().map_err(BlkError::Event)?,
+            queue: queue.map_err(|error| match error {
+                QueueError::Place { .. } => misplaced(),
+                other => other.into(),
+            })?,
+            layout,
             deadline: DEFAULT_DEADLINE,
             requests: BTreeMap::new(),
             finished: BTreeMap::new(),
             next_id: 0,
         };
-        let readable = EpollEvent::new(EventSet::IN, 0);
-        driver
-            .epoll
-            .ctl(ControlOperation::Add, driver.call.as_raw_fd(), readable)
-            .map_err(BlkError::Event)?;
-        driver.reset().map_err(|_| misplaced)?;
+        driver.reset().map_err(|_| misplaced())?;
         Ok(driver)
     }
 
@@ -118,7 +105,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
 
     /// Where the driver's structures lie.
     pub fn ring_layout(&self) -> RingLayout {
-        self.queue.layout()
+        self.layout
     }
 
     /// The number of descriptors.
@@ -128,12 +115,12 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
 
     /// The eventfd by which the driver wakes the device; non-blocking.
     pub fn kick(&self) -> &EventFd {
-        &self.kick
+        self.queue.kick()
     }
 
     /// The eventfd by which the device wakes the driver; non-blocking.
     pub fn call(&self) -> &EventFd {
-        &self.call
+        self.queue.call()
     }
 
     /// How many requests the device has not completed, as far as the driver has looked.
@@ -152,6 +139,9 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
     /// # Errors
     /// [`BlkError::Memory`] where the rings are not in guest memory any more.
     pub fn reset(&mut self) -> Result<()> {
+        let requests = self.layout.size - (self.layout.headers.0 - self.layout.descriptors.0);
+        let zeros = vec![0; usize::try_from(requests).unwrap_or_default()];
+        self.put(&zeros, self.layout.headers)?;
         self.queue.reset()?;
         self.requests.clear();
         self.finished.clear();
@@ -168,7 +158,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
         sector: u64,
         buffers: &[(GuestAddress, u32)],
     ) -> Result<RequestId> {
-        self.submit(VIRTIO_BLK_T_IN, sector, buffers, WRITE)
+        self.submit(VIRTIO_BLK_T_IN, sector, &[], buffers)
     }
 
     /// Submits a write of `buffers` to the disk from `sector` (512 bytes each) on, and kicks.
@@ -180,7 +170,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
         sector: u64,
         buffers: &[(GuestAddress, u32)],
     ) -> Result<RequestId> {
-        self.submit(VIRTIO_BLK_T_OUT, sector, buffers, 0)
+        self.submit(VIRTIO_BLK_T_OUT, sector, buffers, &[])
     }
 
     /// Submits a flush, and kicks.
@@ -188,7 +178,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
     /// # Errors
     /// As for [`submit_read`](Self::submit_read).
     pub fn submit_flush(&mut self) -> Result<RequestId> {
-        self.submit(VIRTIO_BLK_T_FLUSH, 0, &[], 0)
+        self.submit(VIRTIO_BLK_T_FLUSH, 0, &[], &[])
     }
 
     /// Reads and waits: [`submit_read`](Self::submit_read), [`wait`](Self::wait).
@@ -229,8 +219,8 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
     ///   used any more.
     pub fn wait(&mut self, request: RequestId) -> Result<()> {
         let deadline = Instant::now().checked_add(self.deadline);
+        self.take_completions()?;
         loop {
-            self.take_completions()?;
             if let Some(status) = self.finished.remove(&request) {
                 return match u32::from(status) {
                     VIRTIO_BLK_S_OK => Ok(()),
@@ -240,7 +230,17 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
             if !self.requests.values().any(|id| *id == request) {
                 return Err(BlkError::UnknownRequest(request));
             }
-            self.wait_for_call(deadline)?;
+            let left = deadline.map(|end| end.saturating_duration_since(Instant::now()));
+            match self.queue.wait(left.unwrap_or(Duration::MAX)) {
+                Ok(completion) => self.finish(&completion)?,
+                Err(QueueError::TimedOut { in_flight, .. }) => {
+                    return Err(BlkError::TimedOut {
+                        limit: self.deadline,
+                        in_flight,
+                    });
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
     }
 
@@ -258,91 +258,73 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
             .try_for_each(|request| self.wait(request))
     }
 
+    /// Submits a request whose data the device takes from `readable` or puts into `writable`.
     fn submit(
         &mut self,
         kind: u32,
         sector: u64,
-        buffers: &[(GuestAddress, u32)],
-        data_flags: u16,
+        readable: &[(GuestAddress, u32)],
+        writable: &[(GuestAddress, u32)],
     ) -> Result<RequestId> {
-        if let Some((addr, _)) = buffers.iter().find(|(_, length)| *length == 0) {
-            return Err(BlkError::EmptyBuffer(*addr));
-        }
-        let head = self.queue.next_head(buffers.len() + 2)?;
+        let needed = readable.len() + writable.len() + 2;
+        let head = self.queue.next_head(needed).map_err(|error| match error {
+            QueueError::ChainTooLong { needed, .. } => BlkError::QueueFull {
+                needed,
+                free: self.queue.free_descriptors(),
+            },
+            other => other.into(),
+        })?;
         let mut header = [0; REQUEST_HEADER_SIZE];
         header[..4].copy_from_slice(&kind.to_le_bytes());
         header[8..].copy_from_slice(&sector.to_le_bytes());
-        let header_addr = place(
-            self.ring_layout().headers,
-            u64::from(head) * REQUEST_HEADER_SIZE as u64,
-        );
+        let offset = u64::from(head) * REQUEST_HEADER_SIZE as u64;
+        let header_addr = self.layout.headers.unchecked_add(offset);
         let status_addr = self.status_of(head);
-        self.queue.put_slice(&header, header_addr)?;
-        self.queue.put_slice(&[NO_STATUS], status_addr)?;
+        self.put(&header, header_addr)?;
+        self.put(&[NO_STATUS], status_addr)?;
 
-        let mut parts = vec![(header_addr, 16, 0)];
-        let data = buffers
-            .iter()
-            .map(|(addr, length)| (*addr, *length, data_flags));
-        parts.extend(data);
-        parts.push((status_addr, 1, WRITE));
-        self.queue.publish(&parts)?;
+        let readable = [&[(header_addr, 16)], readable].concat();
+        let writable = [writable, &[(status_addr, 1)]].concat();
+        self.queue.add(&readable, &writable)?;
         let id = RequestId(self.next_id);
         self.next_id += 1;
         self.requests.insert(head, id);
-        if self.queue.wants_kick()? {
-            self.kick.write(1).map_err(BlkError::Event)?;
-        }
+        self.queue.notify()?;
         Ok(id)
     }
 
     fn take_completions(&mut self) -> Result<()> {
-        while let Some(head) = self.queue.take_completed()? {
-            let status = self.queue.load(self.status_of(head), Ordering::Relaxed)?;
-            if let Some(id) = self.requests.remove(&head) {
-                self.finished.insert(id, status);
-            }
+        while let Some(completion) = self.queue.poll()? {
+            self.finish(&completion)?;
         }
         Ok(())
     }
 
-    /// Waits until the device signals. The used ring is looked at afterwards, never before: a
-    /// completion after the last look leaves the eventfd readable.
-    fn wait_for_call(&self, deadline: Option<Instant>) -> Result<()> {
-        let timeout = match deadline {
-            None => -1,
-            Some(deadline) => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(BlkError::TimedOut {
-                        limit: self.deadline,
-                        in_flight: self.in_flight(),
-                    });
-                }
-                // Whole milliseconds, rounded up: a wait of 0 would spin.
-                i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
-            }
-        };
-        let retry = |error: &io::Error| {
-            matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock)
-        };
-        let mut events = [EpollEvent::default()];
-        let waited = self.epoll.wait(timeout, &mut events);
-        match waited.and_then(|_| self.call.read()) {
-            Err(error) if !retry(&error) => Err(BlkError::Event(error)),
-            _ => Ok(()),
-        }
+    /// Keeps the status of a request until it is waited for.
+    fn finish(&mut self, completion: &Completion) -> Result<()> {
+        let head = completion.chain.head;
+        let addr = self.status_of(head);
+        let id = self.requests.remove(&head);
+        let status = self.queue.memory().memory().read_obj(addr);
+        let status = status.map_err(|source| BlkError::Memory { addr, source })?;
+        self.finished.extend(id.map(|id| (id, status)));
+        Ok(())
+    }
+
+    fn put(&self, bytes: &[u8], addr: GuestAddress) -> Result<()> {
+        let written = self.queue.memory().memory().write_slice(bytes, addr);
+        written.map_err(|source| BlkError::Memory { addr, source })
     }
 
     fn status_of(&self, head: u16) -> GuestAddress {
-        place(self.ring_layout().statuses, u64::from(head))
+        self.layout.statuses.unchecked_add(u64::from(head))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemoryMmap};
+    use vm_memory::GuestMemoryMmap;
 
     #[test]
     fn a_status_is_kept_until_it_is_asked_for_and_a_reset_forgets() {
@@ -353,16 +335,18 @@ mod tests {
             .with_deadline(Duration::from_millis(1));
         let first = driver.submit_flush().unwrap();
         let second = driver.submit_flush().unwrap();
-        assert_eq!(driver.kick.read().unwrap(), 2);
+        assert_eq!(driver.kick().read().unwrap(), 2);
 
         // A device that completes the first one only.
         let layout = driver.ring_layout();
-        let head: u16 = memory.read_obj(place(layout.avail, 4)).unwrap();
+        let head: u16 = memory.read_obj(layout.avail.unchecked_add(4)).unwrap();
         memory.write_obj(2u8, driver.status_of(head)).unwrap();
         memory
-            .write_obj(u32::from(head), place(layout.used, 4))
+            .write_obj(u32::from(head), layout.used.unchecked_add(4))
             .unwrap();
-        memory.write_obj(1u16, place(layout.used, 2)).unwrap();
+        memory
+            .write_obj(1u16, layout.used.unchecked_add(2))
+            .unwrap();
 
         let error = driver.wait(second).unwrap_err();
         assert!(matches!(error, BlkError::TimedOut { in_flight: 1, .. }));

@@ -21,7 +21,8 @@
 //! [backend channel](MockDaemonBuilder::with_backend_channel) it makes requests of the frontend.
 //! Both have faults of their own: [`InflightFault`], [`ChannelFault`].
 //!
-//! **The guest.** [`BlkDriver`] drives a virtqueue in guest memory as a guest's kernel would.
+//! **The guest.** [`BlkDriver`] makes requests on a [`DriverQueue`](crate::driver::DriverQueue), a
+//! virtqueue in guest memory, as a guest's kernel would.
 //! [`BlkDevice`] does the frontend's part around the memory table. Both work with real daemons
 //! too, such as `qemu-storage-daemon`.
 //!
@@ -89,7 +90,6 @@ mod guest;
 mod hold;
 mod inflight;
 mod lock;
-mod queue;
 mod request;
 mod ring;
 mod server;

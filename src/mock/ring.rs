@@ -1,27 +1,14 @@
-//! Where a split virtqueue and its requests' headers lie in guest memory.
+//! Where the headers of requests and their status bytes lie in guest memory, after the queue.
 
 use vm_memory::GuestAddress;
 
 use super::blk::REQUEST_HEADER_SIZE;
-
-/// Bytes of a descriptor.
-pub(super) const DESCRIPTOR_SIZE: u64 = 16;
-/// Bytes of the avail ring before its entries: flags and index.
-pub(super) const AVAIL_HEADER_SIZE: u64 = 4;
-/// Bytes of the used ring before its entries: flags and index.
-pub(super) const USED_HEADER_SIZE: u64 = 4;
-/// Bytes of a used ring's entry: head `u32` and length `u32`.
-pub(super) const USED_ENTRY_SIZE: u64 = 8;
-/// The index follows the flags in both rings.
-pub(super) const INDEX_OFFSET: u64 = 2;
-
-/// Alignment of the descriptor table, the strictest of the three.
-pub(super) const ALIGNMENT: u64 = 16;
+use crate::driver::QueueLayout;
 
 /// The places of a [`BlkDriver`](super::BlkDriver)'s structures in guest memory.
 ///
-/// They follow each other in the order of the fields, each aligned as virtio 1.x demands of a
-/// split virtqueue (16, 2 and 4 bytes).
+/// The three parts of a [`QueueLayout`], then what requests need. They follow each other in the
+/// order of the fields.
 ///
 /// ```
 /// use guest_memory_shm::mock::RingLayout;
@@ -56,17 +43,14 @@ impl RingLayout {
     /// [`BlkDriver::new`]: super::BlkDriver::new
     pub fn at(start: GuestAddress, queue_size: u16) -> RingLayout {
         let entries = u64::from(queue_size);
-        let avail = entries * DESCRIPTOR_SIZE;
-        // Both rings end with a field that only EVENT_IDX uses; its place belongs to the ring.
-        let used = (avail + AVAIL_HEADER_SIZE + entries * 2 + 2).next_multiple_of(4);
-        let headers = (used + USED_HEADER_SIZE + entries * USED_ENTRY_SIZE + 2)
-            .next_multiple_of(DESCRIPTOR_SIZE);
+        let queue = QueueLayout::at(start, queue_size);
+        let headers = queue.size.next_multiple_of(REQUEST_HEADER_SIZE as u64);
         let statuses = headers + entries * REQUEST_HEADER_SIZE as u64;
         let place = |offset| GuestAddress(start.0.wrapping_add(offset));
         RingLayout {
-            descriptors: start,
-            avail: place(avail),
-            used: place(used),
+            descriptors: queue.descriptors,
+            avail: queue.avail,
+            used: queue.used,
             headers: place(headers),
             statuses: place(statuses),
             size: statuses + entries,
@@ -89,10 +73,6 @@ mod tests {
             let n = 1u16 << power;
             let ring = RingLayout::at(GuestAddress(0x1000), n);
             let entries = u64::from(n);
-            assert_eq!(ring.avail.0 % 2, 0);
-            assert_eq!(ring.used.0 % 4, 0);
-            assert!(ring.avail.0 >= ring.descriptors.0 + 16 * entries);
-            assert!(ring.used.0 >= ring.avail.0 + 6 + 2 * entries);
             assert!(ring.headers.0 >= ring.used.0 + 6 + 8 * entries);
             assert_eq!(ring.statuses.0, ring.headers.0 + 16 * entries);
             assert_eq!(ring.size, ring.statuses.0 + entries - 0x1000);

@@ -25,6 +25,7 @@ mod discard;
 mod discard_accumulator;
 mod discard_huge;
 mod discard_inhibit;
+mod driver;
 mod drop_in;
 mod examples;
 mod faults;
