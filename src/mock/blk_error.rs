@@ -19,7 +19,7 @@ pub enum BlkError {
     /// write to its buffers.
     #[error(
         "the device has not completed the request within {limit:?}, {in_flight} are in flight; \
-         if the device is gone, restart the queue after BlkDriver::reset"
+         if the device is gone, restart the queue after BlkDriver::resubmit or reset"
     )]
     #[non_exhaustive]
     TimedOut {

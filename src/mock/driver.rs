@@ -134,6 +134,24 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
         self.queue.used_index()
     }
 
+    /// Makes the requests in flight available again, for a device that begins at
+    /// [`used_index`](Self::used_index): after a daemon died, and before its successor's queue is
+    /// started. Their number; they are waited for as before. Only for a queue that no device
+    /// serves, and not where the successor is given in-flight buffers; see
+    /// [`DriverQueue::resubmit`].
+    ///
+    /// # Errors
+    /// - [`BlkError::BrokenRing`]: the daemon left nonsense; [`reset`](Self::reset) forgets it.
+    /// - [`BlkError::Memory`] where the rings are not in guest memory any more.
+    pub fn resubmit(&mut self) -> Result<usize> {
+        self.take_completions()?;
+        for head in self.requests.keys() {
+            // The daemon may have written its status, and died before it said so.
+            self.put(&[NO_STATUS], self.status_of(*head))?;
+        }
+        Ok(self.queue.resubmit()?)
+    }
+
     /// Forgets all requests and zeroes the rings. Only for a queue that no device serves.
     ///
     /// # Errors

@@ -93,6 +93,54 @@ fn requests_that_a_dead_daemon_left_behind_are_done_by_the_next_one() {
 }
 
 #[test]
+fn requests_that_a_daemon_overtook_before_it_died_are_done_by_the_next_one() {
+    let memory = guest(&[(0, 1 << 20)]);
+    let mut driver = BlkDriver::new(&memory, RINGS, 16)
+        .unwrap()
+        .with_deadline(LIMIT);
+    let requests: Vec<_> = (0..3)
+        .map(|sector| {
+            let buffer = GuestAddress(0x40000 + sector * 512);
+            memory.write_slice(&[9; 512], buffer).unwrap();
+            driver.submit_write(sector, &[(buffer, 512)]).unwrap()
+        })
+        .collect();
+
+    // A daemon that completes the last one only. It has written the status of the first, too.
+    let layout = driver.ring_layout();
+    let [first, _, last] = [0, 1, 2].map(|index| -> u16 {
+        let entry = layout.avail.0 + 4 + 2 * index;
+        memory.read_obj(GuestAddress(entry)).unwrap()
+    });
+    let status = |head| GuestAddress(layout.statuses.0 + u64::from(head));
+    memory.write_obj(1_u8, status(first)).unwrap();
+    memory.write_obj(0_u8, status(last)).unwrap();
+    let entry = GuestAddress(layout.used.0 + 4);
+    memory.write_obj([u32::from(last), 1], entry).unwrap();
+    let index = GuestAddress(layout.used.0 + 2);
+    memory.write_obj(1_u16, index).unwrap();
+
+    assert_eq!(driver.resubmit().unwrap(), 2);
+    assert_eq!((driver.in_flight(), driver.used_index()), (2, 1));
+    assert_eq!(memory.read_obj::<u8>(status(first)).unwrap(), 0xff);
+    let daemon = MockDaemon::builder().start_unnamed().unwrap();
+    let (mut frontend, device) = negotiated(&daemon);
+    frontend.set_mem_table(&infos(&memory)).unwrap();
+    device
+        .start_queue(&mut frontend, 0, &driver, |addr| {
+            user_address(&memory, addr)
+        })
+        .unwrap();
+    for request in requests {
+        driver.wait(request).unwrap();
+    }
+    let mut disk = [0; 3 * 512];
+    daemon.disk().read(0, &mut disk).unwrap();
+    let sectors: Vec<_> = disk.chunks(512).map(|sector| sector[0]).collect();
+    assert_eq!(sectors, [9, 9, 0], "the last was done by the first daemon");
+}
+
+#[test]
 fn a_second_front_end_waits_for_its_turn() {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let (first, _) = negotiated(&daemon);
