@@ -236,9 +236,11 @@ pub use stats::{Extents, MemoryStats, RegionStats, StatsError};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::kernel::KernelVhost;
 #[cfg(feature = "vhost-user")]
-pub use vhost_user::session::{SessionError, SessionOptions, SessionRing, VhostUserSession};
+pub use vhost_user::session::{
+    SessionError, SessionMessage, SessionOptions, SessionRing, VhostUserSession,
+};
 #[cfg(feature = "vhost-user")]
-pub use vhost_user::share::{FormerDaemon, ShareError, ShareReport, StoppedLog, VhostUserShare};
+pub use vhost_user::share::{FormerDaemon, ShareError, StoppedLog, VhostUserShare};
 #[cfg(feature = "vhost-user")]
 pub use vhost_user::table::{MemoryTable, SlotLimit, TableError, TableRegion, TableView};
 #[cfg(feature = "vhost-user")]

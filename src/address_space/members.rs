@@ -202,15 +202,11 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
             attached.status.stale = None;
             return Ok(());
         };
-        attached.become_stale(error.clone(), false);
         if let Some(listener) = attached.downcast() {
             // It has failed already.
             let _ = caught(|| failed(listener, &error));
         }
-        Err(AddressSpaceError::Refresh {
-            listener: attached.status.name.clone(),
-            error,
-        })
+        Err(attached.fail(error))
     }
 
     /// The listeners, in the order of their attachment. Waits while a change is under way.
@@ -224,7 +220,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
 }
 
 impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
-    fn place_of<L>(&self, id: &ListenerId<L>) -> Result<usize> {
+    pub(super) fn place_of<L>(&self, id: &ListenerId<L>) -> Result<usize> {
         let place = self
             .all
             .iter()
@@ -234,6 +230,15 @@ impl<B: Bitmap + Send + Sync + 'static> Listeners<B> {
 }
 
 impl<B: Bitmap + Send + Sync + 'static> Attached<B> {
+    /// It could not be brought up to date.
+    pub(super) fn fail(&mut self, error: ListenerError) -> AddressSpaceError {
+        self.become_stale(error.clone(), false);
+        AddressSpaceError::Refresh {
+            listener: self.status.name.clone(),
+            error,
+        }
+    }
+
     /// Asks it, and tells it. A failure says whether it was told.
     fn bring_up(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), (ListenerError, bool)> {
         self.check(memory).map_err(|error| (error, false))?;

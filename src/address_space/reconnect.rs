@@ -3,12 +3,11 @@
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
 
-#[cfg(doc)]
-use super::error::AddressSpaceError;
-use super::error::Result;
+use super::error::{AddressSpaceError, Result};
 use super::space::AddressSpace;
 use super::status::ListenerId;
-use crate::listener::ListenerError;
+use crate::listener::{ListenerError, WaitFor};
+use crate::panics::caught;
 use crate::vhost_user::session::VhostUserSession;
 use crate::vhost_user::share::VhostUserShare;
 use crate::vhost_user::wire::DaemonSocket;
@@ -64,5 +63,75 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
             |session| session.reconnect().map_err(ListenerError::away),
             |session, error| session.give_up(error.reason()),
         )
+    }
+
+    /// Connects to the daemon of a session that is gone anew, as
+    /// [`reconnect_session`](Self::reconnect_session), step by step in the VMM's event loop: does
+    /// what can be done at once. `None`: the daemon is there, and was told all. Otherwise `wait`
+    /// is told what to wait for, a moment or the daemon's connection, and what it makes of that is
+    /// given; call this again then. Nothing waits here for the daemon, not to connect either.
+    ///
+    /// The VMM's other threads can change the memory meanwhile: the daemon is away until all is
+    /// done, and has the present memory then.
+    /// [`VhostUserSession::reconnect_in_steps`] says how long it is tried.
+    ///
+    /// ```
+    /// use std::os::fd::AsRawFd;
+    /// use std::time::Instant;
+    ///
+    /// use guest_memory_shm::{
+    ///     AddressSpace, AddressSpaceError, ListenerId, VhostUserSession, WaitFor,
+    /// };
+    /// use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+    ///
+    /// /// Called when the disk's connection is readable, and by this timer.
+    /// fn go_on(
+    ///     space: &AddressSpace,
+    ///     disk: &ListenerId<VhostUserSession>,
+    ///     events: &Epoll,
+    ///     timer: &mut Option<Instant>,
+    /// ) -> Result<(), AddressSpaceError> {
+    ///     *timer = space.reconnect_in_steps(disk, |wait: WaitFor<'_>| {
+    ///         if let Some(fd) = wait.fd() {
+    ///             let event = EpollEvent::new(EventSet::IN, 1);
+    ///             // The same one is there already, except at the first time.
+    ///             let _ = events.ctl(ControlOperation::Add, fd.as_raw_fd(), event);
+    ///         }
+    ///         wait.until()
+    ///     })?;
+    ///     Ok(())
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`AddressSpaceError::Refresh`]: the daemon died again, was silent, refused something, or is
+    /// not what it was. It is away, and the next call begins anew.
+    /// [`AddressSpaceError::NoSuchListener`] and [`AddressSpaceError::Reentrant`].
+    pub fn reconnect_in_steps<T>(
+        &self,
+        id: &ListenerId<VhostUserSession>,
+        wait: impl FnOnce(WaitFor<'_>) -> T,
+    ) -> Result<Option<T>> {
+        let mut listeners = self.lock()?;
+        let memory = self.publisher.current();
+        let at = listeners.place_of(id)?;
+        let attached = &mut listeners.all[at];
+        let session: Option<&mut VhostUserSession> = attached.downcast();
+        let session = session.ok_or(AddressSpaceError::NoSuchListener)?;
+        let done = caught(|| session.reconnect_in_steps(&memory));
+        let error = match done {
+            Ok(Ok(false)) => return Ok(Some(wait(session.waits_for()))),
+            Ok(Ok(true)) => {
+                attached.status.stale = None;
+                return Ok(None);
+            }
+            Ok(Err(error)) => ListenerError::away(error),
+            Err(panic) => {
+                session.give_up(&panic);
+                ListenerError::panicked(&panic)
+            }
+        };
+        Err(attached.fail(error))
     }
 }

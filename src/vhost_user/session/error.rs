@@ -62,12 +62,27 @@ pub enum SessionError {
         rings: u64,
     },
 
-    /// A ring's size is no power of two from 2 to 32,768.
-    #[error("a ring of {size} descriptors: it is to be a power of two, at most 32768")]
+    /// A ring's size is no power of two from 2 to the limit: 32,768, or, where the daemon notes
+    /// what is in flight,
+    /// [`SessionOptions::with_max_ring_size`](crate::SessionOptions::with_max_ring_size).
+    #[error("a ring of {size} descriptors: it is to be a power of two, at most {limit}")]
     #[non_exhaustive]
     RingSize {
         /// The size.
         size: u16,
+        /// The largest.
+        limit: u16,
+    },
+
+    /// The daemon's in-flight buffer cannot be used.
+    #[error(
+        "the daemon's in-flight buffer cannot be used: {reason}; leave INFLIGHT_SHMFD out \
+         (SessionOptions::without_protocol_features), or mend the daemon"
+    )]
+    #[non_exhaustive]
+    Inflight {
+        /// Why not.
+        reason: String,
     },
 
     /// A part of a ring is not in the memory that the daemon holds, or not in one region.
@@ -106,6 +121,26 @@ pub enum SessionError {
         index: u32,
         /// Whether it runs.
         runs: bool,
+    },
+
+    /// The daemon has not been told all that it was told before: nothing else can be said to it.
+    #[error("the daemon is being reconnected: go on with that first")]
+    Reconnecting,
+
+    /// The message is one that the session sends by itself.
+    #[error("message {code} is one that the session sends by itself: use its own calls")]
+    #[non_exhaustive]
+    OwnMessage {
+        /// Its number.
+        code: u32,
+    },
+
+    /// The backend channel cannot be made, or has ended.
+    #[error("the channel for the daemon's own requests cannot be used")]
+    #[non_exhaustive]
+    Channel {
+        /// Why not.
+        source: io::Error,
     },
 
     /// The daemon failed, or its memory cannot be what it should.

@@ -6,24 +6,32 @@ use vm_memory::bitmap::Bitmap;
 
 use super::VhostUserSession;
 use super::error::SessionError;
-use crate::listener::{Exchange, ListenerError, MemoryListener};
+use crate::listener::{Exchange, ListenerError, MemoryListener, drive};
 use crate::memory::GuestMemoryShm;
 
 /// A daemon, as [`VhostUserShare`](crate::VhostUserShare) is one, with its rings: memory that a
-/// running ring lies in cannot be taken away.
+/// running ring lies in cannot be taken away, not while the daemon is gone either.
+///
+/// After [`reconnect`](VhostUserSession::reconnect) an update connects, and tells the daemon all
+/// that it was told before. While it is [connected to in
+/// steps](crate::AddressSpace::reconnect_in_steps), it is away.
 impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for VhostUserSession {
     fn check(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
         self.check_rings(memory).map_err(ListenerError::refused)?;
-        MemoryListener::check(&mut self.share, memory)
+        match &self.restart {
+            Some(restart) if restart.in_steps => {
+                Err(ListenerError::away(SessionError::Reconnecting))
+            }
+            Some(_) => Ok(()),
+            None => MemoryListener::check(&mut self.share, memory),
+        }
     }
 
     fn update(&mut self, memory: &GuestMemoryShm<B>) -> Result<(), ListenerError> {
-        MemoryListener::update(&mut self.share, memory)?;
-        if self.replay {
-            self.start_again(memory)
-                .map_err(|error| self.failed(error))?;
-        }
-        Ok(())
+        let exchange = self.begin_update(memory, Instant::now());
+        drive(exchange.into_iter().collect())
+            .pop()
+            .unwrap_or(Ok(()))
     }
 
     fn begin_update<'a>(
@@ -31,10 +39,14 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for VhostUserSession {
         memory: &GuestMemoryShm<B>,
         begun: Instant,
     ) -> Option<Box<dyn Exchange + 'a>> {
-        // After a reconnection its rings follow the memory: in its turn.
-        match self.replay {
-            true => None,
-            false => self.share.begin_update(memory, begun),
+        match self.restart {
+            Some(_) => {
+                let told = |session: &mut Self, ended: Result<(), SessionError>| {
+                    ended.map_err(|error| session.failed(error))
+                };
+                Some(Box::new(self.restarting(Some(memory.clone()), begun, told)))
+            }
+            None => self.share.begin_update(memory, begun),
         }
     }
 }
@@ -42,6 +54,8 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for VhostUserSession {
 impl VhostUserSession {
     /// Says no more to a daemon that does not take what it has to.
     pub(crate) fn give_up(&mut self, reason: &str) {
+        self.restart = None;
+        self.channel = None;
         self.share.give_up(reason.to_owned());
     }
 

@@ -6,6 +6,27 @@ use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 
 use crate::vhost_user::table::TableView;
 
+/// `VHOST_F_LOG_ALL`.
+pub(super) const LOG_ALL: u64 = 1 << 26;
+/// `VHOST_USER_F_PROTOCOL_FEATURES`.
+pub(super) const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// Those that no driver decides about.
+const OWN_BITS: u64 = LOG_ALL | PROTOCOL_FEATURES;
+
+/// The protocol features that a session knows how to use.
+const KNOWN: Features = Features::MQ
+    .union(Features::REPLY_ACK)
+    .union(Features::CONFIGURE_MEM_SLOTS)
+    .union(Features::LOG_SHMFD)
+    .union(Features::CONFIG)
+    .union(Features::INFLIGHT_SHMFD)
+    .union(Features::RESET_DEVICE);
+/// What a backend channel needs.
+const CHANNEL: Features = Features::BACKEND_REQ.union(Features::BACKEND_SEND_FD);
+
+/// The largest ring with an in-flight buffer, unless set: QEMU's largest.
+const RING_SIZE: u16 = 1024;
+
 /// `VIRTIO_F_VERSION_1` (virtio 1.3, "Reserved Feature Bits").
 const VERSION_1: u64 = 1 << 32;
 
@@ -28,6 +49,8 @@ pub struct SessionOptions {
     pub(super) deadline: Duration,
     pub(super) drain_deadline: Duration,
     pub(super) in_order: bool,
+    pub(super) max_ring_size: u16,
+    pub(super) channel: bool,
     pub(super) view: TableView,
 }
 
@@ -37,12 +60,14 @@ impl SessionOptions {
     /// (26, `VHOST_F_LOG_ALL`, and 30) are the session's business, and left out.
     pub fn new(features: u64) -> Self {
         Self {
-            features: features & !super::OWN_BITS | VERSION_1,
+            features: features & !OWN_BITS | VERSION_1,
             required: VERSION_1,
-            protocol: super::KNOWN,
+            protocol: KNOWN,
             deadline: Duration::from_secs(10),
             drain_deadline: Duration::from_secs(60),
             in_order: false,
+            max_ring_size: RING_SIZE,
+            channel: false,
             view: TableView::default(),
         }
     }
@@ -50,8 +75,8 @@ impl SessionOptions {
     /// Demands these virtio features, too: a daemon that does not offer them is refused.
     #[must_use]
     pub fn with_required(mut self, features: u64) -> Self {
-        self.features |= features & !super::OWN_BITS;
-        self.required |= features & !super::OWN_BITS;
+        self.features |= features & !OWN_BITS;
+        self.required |= features & !OWN_BITS;
         self
     }
 
@@ -59,6 +84,33 @@ impl SessionOptions {
     #[must_use]
     pub fn without_protocol_features(mut self, features: Features) -> Self {
         self.protocol.remove(features);
+        self
+    }
+
+    /// Acknowledges these protocol features, too, where the daemon offers them: for messages that
+    /// the caller sends by itself, [`VhostUserSession::request`].
+    ///
+    /// [`VhostUserSession::request`]: crate::VhostUserSession::request
+    #[must_use]
+    pub fn with_protocol_features(mut self, features: Features) -> Self {
+        self.protocol |= features;
+        self
+    }
+
+    /// Has the daemon make requests of its own on a channel beside the connection, if it can:
+    /// [`VhostUserSession::receive`](crate::VhostUserSession::receive).
+    #[must_use]
+    pub fn with_backend_channel(mut self) -> Self {
+        self.protocol |= CHANNEL;
+        self.channel = true;
+        self
+    }
+
+    /// Sets the largest ring that can be started with a daemon that notes what is in flight (its
+    /// buffer has 16 bytes for each descriptor of each ring); 1024 descriptors unless set.
+    #[must_use]
+    pub fn with_max_ring_size(mut self, descriptors: u16) -> Self {
+        self.max_ring_size = descriptors;
         self
     }
 

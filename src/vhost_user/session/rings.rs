@@ -1,198 +1,162 @@
-//! Virtqueues of a daemon: their place, their descriptors, and the messages that start them.
+//! The rings of a session: started, stopped, and started again.
 
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::time::Instant;
 
-use vhost::vhost_user::message::FrontendReq;
+use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{Address, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
 
+use super::VhostUserSession;
 use super::error::{Result, SessionError};
+use super::inflight::InflightBuffer;
+use super::ring::SessionRing;
 use crate::memory::GuestMemoryShm;
-use crate::vhost_user::table::MemoryTable;
-use crate::vhost_user::wire::{DaemonRequest, Descriptor, Message, Reply, copy_of, numbers};
+use crate::vhost_user::share::ShareError;
+use crate::vhost_user::wire::{DaemonRequest, Message};
 
 /// The largest ring (virtio 1.3, "Split Virtqueues").
 const MAX_SIZE: u16 = 1 << 15;
-/// `VHOST_VRING_F_LOG`.
-const LOG_FLAG: u32 = 1;
 
-/// A virtqueue that is to be started: [`VhostUserSession::start_ring`](crate::VhostUserSession).
-///
-/// ```
-/// use guest_memory_shm::SessionRing;
-/// use vm_memory::GuestAddress;
-/// use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-///
-/// let (kick, call) = (EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?);
-/// let [descriptors, available, used] = [0x1000, 0x2000, 0x3000].map(GuestAddress);
-/// let ring = SessionRing::new(256, [descriptors, available, used], &kick, &call)?;
-/// # Ok::<(), std::io::Error>(())
-/// ```
-#[derive(Debug)]
-pub struct SessionRing {
-    pub(super) size: u16,
-    pub(super) descriptors: GuestAddress,
-    pub(super) available: GuestAddress,
-    pub(super) used: GuestAddress,
-    pub(super) base: u16,
-    kick: Arc<OwnedFd>,
-    call: Arc<OwnedFd>,
-    error: Option<Arc<OwnedFd>>,
-}
-
-impl SessionRing {
-    /// A split ring of `size` descriptors, whose descriptor table, available ring and used ring
-    /// are at these guest addresses, as the guest's driver has set them. By `kick` the guest wakes
-    /// the daemon, and by `call` the daemon the guest: copies of them are kept.
+impl VhostUserSession {
+    /// Starts a ring, and wakes the daemon once it knows all of it.
+    ///
+    /// The first ring of a daemon with in-flight buffers (INFLIGHT_SHMFD) gets it one, for all of
+    /// its rings, until [`forget_rings`](Self::forget_rings).
     ///
     /// # Errors
     ///
-    /// No descriptor is left for a copy.
-    pub fn new(
-        size: u16,
-        [descriptors, available, used]: [GuestAddress; 3],
-        kick: &EventFd,
-        call: &EventFd,
-    ) -> io::Result<Self> {
-        Ok(Self {
-            size,
-            descriptors,
-            available,
-            used,
-            base: 0,
-            kick: Arc::new(copy_of(kick)?),
-            call: Arc::new(copy_of(call)?),
-            error: None,
-        })
+    /// [`SessionError::RingState`], [`SessionError::NoSuchRing`], [`SessionError::RingSize`],
+    /// [`SessionError::RingNotShared`]: nothing was sent. [`SessionError::Inflight`];
+    /// [`SessionError::Share`]; the ring does not run then.
+    pub fn start_ring(&mut self, index: u32, mut ring: SessionRing) -> Result<()> {
+        self.check_there()?;
+        if self.rings.contains_key(&index) {
+            return Err(SessionError::RingState { index, runs: true });
+        }
+        let rings = self.agreed.rings;
+        if u64::from(index) >= rings {
+            return Err(SessionError::NoSuchRing { index, rings });
+        }
+        let notes = self.has(Features::INFLIGHT_SHMFD);
+        ring.check_size(if notes {
+            self.options.max_ring_size
+        } else {
+            MAX_SIZE
+        })?;
+        let logs = self.share.is_logging();
+        let (table, reply) = (self.share.table(), self.reply());
+        let mut messages = ring.start_messages(index, table, logs, reply)?;
+        if notes && self.rings.is_empty() && self.inflight.is_none() {
+            messages.insert(0, self.new_inflight_buffer()?);
+        }
+        self.tell(messages, DaemonRequest::StartRing(index))?;
+        ring.wake(index)?;
+        ring.settle(self.share.table());
+        self.rings.insert(index, ring);
+        Ok(())
     }
 
-    /// Sets the index of the available ring at which the daemon begins: what
-    /// [`stop_ring`](crate::VhostUserSession::stop_ring) gave; 0 unless set.
-    #[must_use]
-    pub fn with_base(mut self, base: u16) -> Self {
-        self.base = base;
-        self
-    }
-
-    /// Sets an eventfd by which the daemon tells of an error of the ring.
+    /// Stops a ring: the daemon has completed what it had begun, and uses neither the ring nor the
+    /// buffers of its requests any more. Gives the index at which it would go on.
     ///
     /// # Errors
     ///
-    /// No descriptor is left for a copy.
-    pub fn with_error(mut self, error: &EventFd) -> io::Result<Self> {
-        self.error = Some(Arc::new(copy_of(error)?));
-        Ok(self)
-    }
-
-    /// The parts: name, address, size in bytes (virtio 1.3, "Split Virtqueues").
-    pub(super) fn parts(&self) -> [(&'static str, GuestAddress, u64); 3] {
-        let size = u64::from(self.size);
-        [
-            ("descriptor table", self.descriptors, 16 * size),
-            ("available ring", self.available, 6 + 2 * size),
-            ("used ring", self.used, 6 + 8 * size),
-        ]
-    }
-
-    /// The user addresses of the parts, by this table.
-    pub(super) fn places(&self, index: u32, table: &MemoryTable) -> Result<[u64; 3]> {
-        let mut places = [0; 3];
-        for (place, (part, addr, len)) in places.iter_mut().zip(self.parts()) {
-            *place = table.ring(addr, len).ok_or(SessionError::RingNotShared {
-                index,
-                part,
-                addr,
-                len,
-            })?;
+    /// [`SessionError::RingState`]; [`SessionError::Share`], also if it takes longer than the
+    /// [deadline](crate::SessionOptions::with_drain_deadline).
+    pub fn stop_ring(&mut self, index: u32) -> Result<u16> {
+        if !self.rings.contains_key(&index) {
+            return Err(SessionError::RingState { index, runs: false });
         }
-        Ok(places)
+        let ask = vec![SessionRing::stop_message(index)];
+        let answers = self.ask(ask, self.options.drain_deadline)?;
+        self.rings.remove(&index);
+        // Two numbers of 4 bytes: the ring, and an index that has 2 bytes.
+        let body = answers
+            .first()
+            .and_then(|answer| answer.body.get(4..)?.first_chunk());
+        let base = body.map_or(0, |base| u32::from_ne_bytes(*base));
+        Ok(u16::try_from(base & 0xffff).unwrap_or_default())
     }
 
-    pub(super) fn check_size(&self) -> Result<()> {
-        match self.size.is_power_of_two() && (2..=MAX_SIZE).contains(&self.size) {
-            true => Ok(()),
-            false => Err(SessionError::RingSize { size: self.size }),
+    /// Forgets all rings, and what is in flight in them, without a word to the daemon: the guest
+    /// has reset the device, or there is no daemon. One that is there is told of a reset by
+    /// [`reset_device`](Self::reset_device), or by [stopping](Self::stop_ring) each ring before.
+    pub fn forget_rings(&mut self) {
+        self.rings.clear();
+        self.inflight = None;
+        self.needs_reset = false;
+    }
+
+    /// Refuses a memory without what running rings lie in.
+    pub(super) fn check_rings<B: Bitmap>(&self, memory: &GuestMemoryShm<B>) -> Result<()> {
+        if self.rings.is_empty() || self.needs_reset {
+            return Ok(());
         }
-    }
-
-    /// What starts it: the daemon must have handled all of it before it is kicked, so a question
-    /// follows.
-    pub(super) fn start_messages(
-        &self,
-        index: u32,
-        table: &MemoryTable,
-        logs: bool,
-        reply: Reply,
-    ) -> Result<Vec<Message>> {
-        let [descriptors, available, used] = self.places(index, table)?;
-        let about = DaemonRequest::StartRing(index);
-        let message = |code, body| Message::new(about, code, body, reply);
-        let state = |number: u32| [index, number].map(u32::to_ne_bytes).concat();
-        let flags = if logs { LOG_FLAG } else { 0 };
-        let mut addresses = state(flags);
-        addresses.extend(numbers([descriptors, used, available, self.used.0]));
-        let file = |code, fd: &Arc<OwnedFd>| {
-            let fd: Descriptor = Arc::<OwnedFd>::clone(fd);
-            message(code, numbers([u64::from(index)])).with_fds([fd])
-        };
-        let mut all = vec![
-            message(FrontendReq::SET_VRING_NUM, state(self.size.into())),
-            message(FrontendReq::SET_VRING_BASE, state(self.base.into())),
-            message(FrontendReq::SET_VRING_ADDR, addresses),
-            file(FrontendReq::SET_VRING_CALL, &self.call),
-        ];
-        all.extend(
-            self.error
-                .as_ref()
-                .map(|fd| file(FrontendReq::SET_VRING_ERR, fd)),
-        );
-        all.push(file(FrontendReq::SET_VRING_KICK, &self.kick));
-        all.push(message(FrontendReq::SET_VRING_ENABLE, state(1)));
-        all.push(Message::barrier(about));
-        Ok(all)
-    }
-
-    /// The index of the used ring: what is before it was completed, and all else is carried out.
-    pub(super) fn used_index<B: Bitmap>(
-        &self,
-        index: u32,
-        memory: &GuestMemoryShm<B>,
-    ) -> Result<u16> {
-        let (part, addr, len) = ("used ring", self.used, 4);
-        let used = addr
-            .checked_add(2)
-            .and_then(|at| memory.read_obj::<u16>(at).ok());
-        used.map(u16::from_le).ok_or(SessionError::RingNotShared {
-            index,
-            part,
-            addr,
-            len,
-        })
-    }
-
-    /// Wakes the daemon: requests that an earlier one left undone are carried out. The guest is
-    /// woken, too, for what that one had completed without saying so.
-    pub(super) fn wake(&self, index: u32) -> Result<()> {
-        for fd in [&self.kick, &self.call] {
-            let written = nix::unistd::write(fd.as_fd(), &1_u64.to_ne_bytes());
-            // A counter that is full wakes as well.
-            if let Err(errno) = written
-                && errno != nix::errno::Errno::EAGAIN
-            {
-                let source = io::Error::from(errno);
-                return Err(SessionError::RingDescriptor { index, source });
+        let next = memory.memory_table_as(&self.options.view);
+        let next = next.map_err(ShareError::from)?;
+        for (index, ring) in &self.rings {
+            ring.places(*index, &next)?;
+            // Replaced by another region, too, it is taken away.
+            let mut homes = ring.parts().into_iter().zip(ring.homes());
+            if let Some(((part, addr, len), _)) = homes.find(|(_, home)| !next.contains(home)) {
+                return Err(SessionError::RingNotShared {
+                    index: *index,
+                    part,
+                    addr,
+                    len,
+                });
             }
         }
         Ok(())
     }
 
-    /// What stops it; the answer is the index at which it would go on.
-    pub(super) fn stop_message(index: u32) -> Message {
-        let body = [index, 0].map(u32::to_ne_bytes).concat();
-        let about = DaemonRequest::StopRing(index);
-        Message::new(about, FrontendReq::GET_VRING_BASE, body, Reply::Body(&[8]))
+    /// What starts the rings on a new connection; none where it is not known which requests were
+    /// completed.
+    pub(super) fn ring_messages<B: Bitmap>(
+        &mut self,
+        memory: Option<&GuestMemoryShm<B>>,
+    ) -> Result<Vec<Message>> {
+        let mut all = Vec::new();
+        let (Some(memory), false) = (memory, self.rings.is_empty()) else {
+            return Ok(all);
+        };
+        let noted = self.inflight.as_ref();
+        let noted = noted.filter(|_| self.agreed.protocol.contains(Features::INFLIGHT_SHMFD));
+        self.needs_reset = noted.is_none() && !self.options.in_order || self.needs_reset;
+        if self.needs_reset {
+            return Ok(all);
+        }
+        let (table, reply) = (self.share.table(), self.agreed.reply());
+        all.extend(noted.map(|buffer| buffer.message(reply)));
+        for (index, ring) in &mut self.rings {
+            ring.base = ring.used_index(*index, memory)?;
+            all.extend(ring.start_messages(*index, table, self.share.is_logging(), reply)?);
+        }
+        Ok(all)
+    }
+
+    /// The daemon knows all of the rings.
+    pub(super) fn wake_rings(&mut self) -> Result<()> {
+        if self.needs_reset {
+            return Ok(());
+        }
+        for (index, ring) in &mut self.rings {
+            ring.settle(self.share.table());
+            ring.wake(*index)?;
+        }
+        Ok(())
+    }
+
+    /// Has the daemon make an in-flight buffer; what gives it back.
+    fn new_inflight_buffer(&mut self) -> Result<Message> {
+        let rings = u16::try_from(self.agreed.rings).unwrap_or(u16::MAX);
+        let size = self.options.max_ring_size;
+        let asks = vec![InflightBuffer::request(rings, size)];
+        let limit = self.options.deadline;
+        let answers = self.share.ask(asks, Instant::now(), limit)?;
+        let answer = answers.into_iter().next();
+        let buffer = InflightBuffer::new(rings, size, answer)?;
+        let message = buffer.message(self.reply());
+        self.inflight = Some(buffer);
+        Ok(message)
     }
 }

@@ -61,6 +61,15 @@ impl VhostUserShare {
         memory: &GuestMemoryShm<B>,
         begun: Instant,
     ) -> Box<dyn Exchange + '_> {
+        Box::new(Telling(self.begin_memory(memory, begun)))
+    }
+
+    /// Begins to make what the daemon holds equal to `memory`; the time counts from `begun`.
+    pub(in crate::vhost_user) fn begin_memory<B: Bitmap>(
+        &mut self,
+        memory: &GuestMemoryShm<B>,
+        begun: Instant,
+    ) -> Update<'_> {
         let table = memory.memory_table_as(&self.view).map_err(ShareError::from);
         let checked = table.and_then(|table| self.check_now(&table).map(|()| table));
         let (stages, table) = match checked {
@@ -78,7 +87,7 @@ impl VhostUserShare {
         };
         let mut update = self.begin(stages, table, begun);
         update.refuse(refused);
-        Box::new(Telling(update))
+        update
     }
 
     /// Breaks the share if the daemon has hung up since it was last told something, and says so.

@@ -6,13 +6,14 @@
 //! what the daemon holds is no longer known, so it needs a new connection.
 
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
 
+use crate::listener::WaitFor;
 use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
@@ -34,6 +35,7 @@ pub use error::ShareError;
 use logging::Logging;
 use stage::{Stage, UPDATE};
 pub use stopped::{FormerDaemon, StoppedLog};
+pub(in crate::vhost_user) use update::{Pending, after};
 
 /// How long a daemon may take for a change, unless set otherwise: mapping a region takes it
 /// microseconds, but it may be busy with I/O.
@@ -106,16 +108,6 @@ pub struct VhostUserShare {
 
 type BaseHandler = Box<dyn FnMut(GuestRange, u64) + Send>;
 
-/// What an update did.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ShareReport {
-    /// The number of regions that the daemon was told to forget.
-    pub removed: usize,
-    /// The number of regions that the daemon was told of newly.
-    pub added: usize,
-}
-
 impl VhostUserShare {
     /// A share with a daemon that is connected and holds no region yet. On vhost's `Frontend`:
     /// `VhostUserShare::new(&frontend, features)`, and the VMM keeps the frontend.
@@ -126,8 +118,24 @@ impl VhostUserShare {
     ///
     /// [`ShareError::Socket`] if no descriptor is left for a copy of the frontend's.
     pub fn new(socket: impl DaemonSocket, features: Features) -> Result<Self> {
-        let mut share = Self {
-            wire: Wire::new(taken(socket)?, false),
+        let mut share = Self::on(Wire::new(taken(socket)?));
+        share.begin_with(features);
+        Ok(share)
+    }
+
+    /// A share that has no connection yet: it is broken, until it is
+    /// [given one](Self::reconnect).
+    pub(in crate::vhost_user) fn away() -> Self {
+        let reason = "there is no connection yet".to_owned();
+        Self {
+            broken: Some(Arc::new(ShareError::GivenUp { reason })),
+            ..Self::on(Wire::closed())
+        }
+    }
+
+    fn on(wire: Wire) -> Self {
+        Self {
+            wire,
             limit: DEADLINE,
             mem_slots: false,
             reply_ack: false,
@@ -139,9 +147,7 @@ impl VhostUserShare {
             listens: false,
             logging: None,
             broken: None,
-        };
-        share.begin_with(features);
-        Ok(share)
+        }
     }
 
     /// Sets how long the daemon may take for a change, all of its messages together; 10 seconds
@@ -186,7 +192,7 @@ impl VhostUserShare {
     ///
     /// [`ShareError::Socket`]: the share is what it was.
     pub fn reconnect(&mut self, socket: impl DaemonSocket, features: Features) -> Result<()> {
-        self.wire = Wire::new(taken(socket)?, false);
+        self.wire = Wire::new(taken(socket)?);
         self.begin_with(features);
         Ok(())
     }
@@ -284,17 +290,12 @@ impl VhostUserShare {
     /// is [`ShareError::Broken`] until [`reconnect`](Self::reconnect). A daemon that acknowledges
     /// a change and hangs up right after it, as libvhost-user does to refuse one, counts as hung
     /// up; among several changes the error may then name the change after the refused one.
-    pub fn update_table(&mut self, table: &MemoryTable) -> Result<ShareReport> {
+    pub fn update_table(&mut self, table: &MemoryTable) -> Result<()> {
         self.check_table(table)?;
         if self.held == *table && !self.log_is_due() {
-            return Ok(ShareReport::default());
+            return Ok(());
         }
-        let change = self.held.change_to(table);
-        self.run(UPDATE, table.clone())?;
-        Ok(ShareReport {
-            removed: change.removals.len(),
-            added: change.additions.len(),
-        })
+        self.run(UPDATE, table.clone())
     }
 
     /// [`check_table`](Self::check_table), of what the daemon gets to see of `memory`.
@@ -315,7 +316,7 @@ impl VhostUserShare {
     ///
     /// Those of [`update_table`](Self::update_table), and [`TableError::OpaqueConstant`] if the
     /// view does not fit the memory: nothing was sent.
-    pub fn update_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<ShareReport> {
+    pub fn update_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<()> {
         let table = memory.memory_table_as(&self.view)?;
         self.update_table(&table)
     }
@@ -331,6 +332,29 @@ impl VhostUserShare {
     /// Why the share is broken, if it is.
     pub fn broken(&self) -> Option<&ShareError> {
         self.broken.as_deref()
+    }
+
+    /// Whether the daemon holds what it is to see of this memory, and its log is there for it.
+    pub(in crate::vhost_user) fn holds<B: Bitmap>(
+        &self,
+        memory: &GuestMemoryShm<B>,
+    ) -> Result<bool> {
+        Ok(self.held == memory.memory_table_as(&self.view)? && !self.log_is_due())
+    }
+
+    /// Whether nothing can be said to the daemon, as far as that can be seen without a word.
+    pub(in crate::vhost_user) fn is_gone(&self) -> bool {
+        self.broken.is_some() || self.wire.has_hung_up()
+    }
+
+    /// The connection.
+    pub(in crate::vhost_user) fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.wire.socket()
+    }
+
+    /// What something that is under way waits for.
+    pub(in crate::vhost_user) fn waits_for(&self, pending: &Pending) -> WaitFor<'_> {
+        self.wire.waits_for(pending.deadline())
     }
 
     /// How many regions the daemon takes, if it was asked yet.

@@ -30,8 +30,15 @@ const PER_GIB: Duration = Duration::from_secs(5);
 
 /// Something that a daemon is told, under way. Dropped before its end, it breaks the share: what
 /// the daemon holds is not known then.
-pub(super) struct Update<'a> {
+pub(in crate::vhost_user) struct Update<'a> {
     share: &'a mut VhostUserShare,
+    pending: Pending,
+}
+
+/// What is known of something that a daemon is told, without its share. It is kept while nobody
+/// waits for it ([`Update::pause`]).
+#[derive(Debug)]
+pub(in crate::vhost_user) struct Pending {
     stages: VecDeque<Stage>,
     stage: Option<Stage>,
     table: MemoryTable,
@@ -92,22 +99,20 @@ impl VhostUserShare {
             false if table == self.held => VecDeque::new(),
             false => VecDeque::from([Change::Whole]),
         };
-        Update {
+        let pending = Pending {
             stages: stages.iter().copied().collect(),
-            stage: None,
             table,
             changes,
-            sent: 0,
             added,
             removed,
-            refusal: None,
-            asks: Vec::new(),
-            answers: Vec::new(),
             refused: self.check_not_broken().err(),
             deadline: after(begun, limit).max(after(Instant::now(), limit / 10)),
             limit,
-            ended: false,
+            ..Pending::nothing(begun)
+        };
+        Update {
             share: self,
+            pending,
         }
     }
 
@@ -121,8 +126,23 @@ impl VhostUserShare {
         result.unwrap_or_else(|| self.check_not_broken())
     }
 
-    /// Has these messages answered, all under way together, and waits for that; the time counts
-    /// from `begun`.
+    /// Begins to have these messages answered, all under way together; the time counts from
+    /// `begun`.
+    pub(in crate::vhost_user) fn begin_asking(
+        &mut self,
+        asks: Vec<Message>,
+        begun: Instant,
+        limit: Duration,
+    ) -> Update<'_> {
+        let held = self.held.clone();
+        let mut update = self.begin(&[Stage::Ask], held, begun);
+        update.pending.asks = asks;
+        update.pending.deadline = after(begun, limit);
+        update.pending.limit = limit;
+        update
+    }
+
+    /// Has these messages answered, and waits for that.
     pub(in crate::vhost_user) fn ask(
         &mut self,
         asks: Vec<Message>,
@@ -131,14 +151,18 @@ impl VhostUserShare {
     ) -> Result<Vec<Answer>> {
         self.check_not_broken()?;
         let mut result = None;
-        let held = self.held.clone();
-        let mut update = self.begin(&[Stage::Ask], held, begun);
-        update.asks = asks;
-        update.deadline = after(begun, limit);
-        update.limit = limit;
+        let update = self.begin_asking(asks, begun, limit);
         let told = |ended: Result<()>, answers| result = Some(ended.map(|()| answers));
         drive(vec![Box::new(Told { update, told })]);
         result.unwrap_or_else(|| self.check_not_broken().map(|()| Vec::new()))
+    }
+
+    /// Goes on with something that was paused.
+    pub(in crate::vhost_user) fn resume(&mut self, pending: Pending) -> Update<'_> {
+        Update {
+            share: self,
+            pending,
+        }
     }
 }
 
@@ -157,30 +181,44 @@ fn allowance(
 }
 
 /// The end of a limit: a moment that never comes, if no clock can express it.
-fn after(begun: Instant, limit: Duration) -> Instant {
+pub(in crate::vhost_user) fn after(begun: Instant, limit: Duration) -> Instant {
     let far_off = || Instant::now() + Duration::from_secs(u64::from(u32::MAX));
     begun.checked_add(limit).unwrap_or_else(far_off)
 }
 
 impl Update<'_> {
     /// Does all that can be done at once; gives the result once there is one.
-    pub(super) fn advance(&mut self, now: Instant) -> Option<Result<()>> {
+    pub(in crate::vhost_user) fn advance(&mut self, now: Instant) -> Option<Result<()>> {
         let ended = self.go_on(now).transpose();
-        self.ended = ended.is_some();
+        self.pending.ended = ended.is_some();
         ended
+    }
+
+    /// Leaves it under way, without the share.
+    pub(in crate::vhost_user) fn pause(mut self) -> Pending {
+        let nothing = Pending {
+            ended: true,
+            ..Pending::nothing(self.pending.deadline)
+        };
+        std::mem::replace(&mut self.pending, nothing)
+    }
+
+    /// What was answered to the messages that it [asks](VhostUserShare::begin_asking).
+    pub(in crate::vhost_user) fn take_answers(&mut self) -> Vec<Answer> {
+        std::mem::take(&mut self.pending.answers)
     }
 
     /// Has it end with this error instead of sending anything.
     pub(super) fn refuse(&mut self, refused: Option<ShareError>) {
-        self.refused = refused.or(self.refused.take());
+        self.pending.refused = refused.or(self.pending.refused.take());
     }
 
-    pub(super) fn share(&mut self) -> &mut VhostUserShare {
+    pub(in crate::vhost_user) fn share(&mut self) -> &mut VhostUserShare {
         self.share
     }
 
     fn go_on(&mut self, now: Instant) -> Result<Option<()>> {
-        if let Some(refused) = self.refused.take() {
+        if let Some(refused) = self.pending.refused.take() {
             return Err(refused);
         }
         loop {
@@ -188,18 +226,18 @@ impl Update<'_> {
                 Ok(Some(answer)) => self.note(answer)?,
                 Ok(None) if self.share.wire.is_idle() => {
                     self.leave_stage();
-                    self.stage = self.stages.pop_front();
-                    match self.stage {
+                    self.pending.stage = self.pending.stages.pop_front();
+                    match self.pending.stage {
                         None => return self.result().map(Some),
                         Some(stage) => self.enter(stage)?,
                     }
                     // Nothing is sent that there is no time to answer. A daemon that has answered
                     // all is not silent, however late that is looked at.
-                    if now >= self.deadline && !self.share.wire.is_idle() {
+                    if now >= self.pending.deadline && !self.share.wire.is_idle() {
                         return Err(self.silent());
                     }
                 }
-                Ok(None) if now >= self.deadline => return Err(self.silent()),
+                Ok(None) if now >= self.pending.deadline => return Err(self.silent()),
                 Ok(None) => return Ok(None),
                 Err(failure) => {
                     let request = self.share.wire.pending();
@@ -209,15 +247,15 @@ impl Update<'_> {
         }
     }
 
-    pub(super) fn waits_for(&self) -> WaitFor<'_> {
-        self.share.wire.waits_for(self.deadline)
+    pub(in crate::vhost_user) fn waits_for(&self) -> WaitFor<'_> {
+        self.share.wire.waits_for(self.pending.deadline)
     }
 
     fn result(&mut self) -> Result<()> {
-        if let Some((request, failure)) = self.refusal.take() {
+        if let Some((request, failure)) = self.pending.refusal.take() {
             return Err(ShareError::Daemon { request, failure });
         }
-        let (removed, added) = (self.removed, self.added.len());
+        let (removed, added) = (self.pending.removed, self.pending.added.len());
         if (removed, added) != (0, 0) {
             logs::debug!("daemon took {removed} regions less, {added} more");
         }
@@ -236,7 +274,9 @@ impl Update<'_> {
             Stage::LogAfter => {}
             Stage::LogTaken => self.confirm_log(),
             Stage::Ask => {
-                let asks = std::mem::take(&mut self.asks);
+                let asks = std::mem::take(&mut self.pending.asks);
+                let with_fds = asks.iter().any(|ask| ask.reply() == Reply::Any);
+                self.share.wire.keep_fds(with_fds);
                 asks.into_iter().for_each(|ask| self.share.wire.push(ask));
             }
         }
@@ -245,18 +285,18 @@ impl Update<'_> {
 
     /// All of the stage is answered.
     fn leave_stage(&mut self) {
-        let logs = matches!(self.stage, Some(Stage::LogAfter | Stage::LogTaken));
+        let logs = matches!(self.pending.stage, Some(Stage::LogAfter | Stage::LogTaken));
         if let (true, Some(logging)) = (logs, &mut self.share.logging) {
             logging.settle();
         }
     }
 
     fn log_before(&mut self) -> Result<()> {
-        self.share.check_limit(&self.table)?;
+        self.share.check_limit(&self.pending.table)?;
         let Some(logging) = &mut self.share.logging else {
             return Ok(());
         };
-        let is_needed = logging.prepare(&self.share.held, &self.table)?;
+        let is_needed = logging.prepare(&self.share.held, &self.pending.table)?;
         logging.unsettle();
         if is_needed {
             self.send_log(false);
@@ -288,38 +328,47 @@ impl Update<'_> {
     }
 
     fn send_changes(&mut self) {
-        self.share.mark_what_is_mapped_anew(&self.added);
+        self.share.mark_what_is_mapped_anew(&self.pending.added);
         self.send_next_changes();
     }
 
     /// Sends those that can be under way together.
     fn send_next_changes(&mut self) {
-        let next: Vec<Change> = self.changes.iter().take(self.at_once()).cloned().collect();
-        self.sent = next.len();
+        let next: Vec<Change> = self
+            .pending
+            .changes
+            .iter()
+            .take(self.at_once())
+            .cloned()
+            .collect();
+        self.pending.sent = next.len();
         for change in &next {
             self.send_change(change);
         }
-        if self.share.reply_ack && !self.share.listens && self.sent == self.changes.len() {
+        if self.share.reply_ack
+            && !self.share.listens
+            && self.pending.sent == self.pending.changes.len()
+        {
             self.ask_after(next.last());
         }
     }
 
     fn at_once(&self) -> usize {
-        let removals = self.changes.iter();
+        let removals = self.pending.changes.iter();
         let removals = removals.take_while(|change| matches!(change, Change::Remove(_)));
         match removals.count() {
             // The daemon waits for an acknowledgement of each answer before all else.
             _ if self.share.listens => 1,
             // One that does not acknowledge hangs up to refuse.
             removals if removals > 0 && self.share.reply_ack => removals,
-            _ => self.changes.len(),
+            _ => self.pending.changes.len(),
         }
     }
 
     /// Asks whether the daemon is still there after a change.
     fn ask_after(&mut self, change: Option<&Change>) {
         if let Some(change) = change {
-            let about = change.request(&self.table);
+            let about = change.request(&self.pending.table);
             self.share.wire.push(Message::barrier(about));
         }
     }
@@ -343,9 +392,9 @@ impl Update<'_> {
             }
             Change::Whole => {
                 // Before it, so that they count also if the answer never comes.
-                share.mark_what_stays(&self.table);
-                share.expect_unlogged(self.table.regions());
-                Message::set_table(self.table.regions(), reply)
+                share.mark_what_stays(&self.pending.table);
+                share.expect_unlogged(self.pending.table.regions());
+                Message::set_table(self.pending.table.regions(), reply)
             }
         };
         share.wire.push(message);
@@ -360,7 +409,7 @@ impl Update<'_> {
             Reply::Ack if number(&answer.body) != 0 => {
                 self.refused(about, number(&answer.body))?
             }
-            _ if self.stage == Some(Stage::Ask) => self.answers.push(answer),
+            _ if self.pending.stage == Some(Stage::Ask) => self.pending.answers.push(answer),
             Reply::Ack => self.took_change(),
             Reply::Bases => {
                 self.take_up(about, &answer)?;
@@ -376,7 +425,7 @@ impl Update<'_> {
                 }
                 DaemonRequest::SetLog(_) => {}
                 // The question after a change that is not acknowledged.
-                _ if !self.share.reply_ack && self.refusal.is_none() => self.took_change(),
+                _ if !self.share.reply_ack && self.pending.refusal.is_none() => self.took_change(),
                 _ => {}
             },
         }
@@ -385,32 +434,34 @@ impl Update<'_> {
 
     /// The daemon took the oldest change that is not answered.
     fn took_change(&mut self) {
-        let Some(change) = self.changes.pop_front() else {
+        let Some(change) = self.pending.changes.pop_front() else {
             return;
         };
         let held = &mut self.share.held;
         match &change {
             Change::Remove(region) => held.remove(region),
             Change::Add(region) => held.insert(region),
-            Change::Whole => held.clone_from(&self.table),
+            Change::Whole => held.clone_from(&self.pending.table),
         }
-        self.sent = self.sent.saturating_sub(1);
-        match self.changes.is_empty() {
+        self.pending.sent = self.pending.sent.saturating_sub(1);
+        match self.pending.changes.is_empty() {
             true if self.share.listens => self.ask_after(Some(&change)),
-            false if self.sent == 0 && self.refusal.is_none() => self.send_next_changes(),
+            false if self.pending.sent == 0 && self.pending.refusal.is_none() => {
+                self.send_next_changes()
+            }
             _ => {}
         }
     }
 
     fn refused(&mut self, request: DaemonRequest, code: u64) -> Result<()> {
         let refusal = DaemonFailure::refused(format!("its answer is {code}"));
-        self.sent = self.sent.saturating_sub(1);
-        if let Some(Change::Whole) = self.changes.pop_front() {
+        self.pending.sent = self.pending.sent.saturating_sub(1);
+        if let Some(Change::Whole) = self.pending.changes.pop_front() {
             // Some daemons have let go of the old table by then.
             return Err(self.fail(request, refusal));
         }
-        if self.refusal.is_none() {
-            self.refusal = Some((request, refusal));
+        if self.pending.refusal.is_none() {
+            self.pending.refusal = Some((request, refusal));
             // What is under way is answered, too; then it is known what the daemon holds. Most
             // daemons hang up now: whether it is still there, a question says.
             self.share.wire.cancel_unsent();
@@ -421,8 +472,8 @@ impl Update<'_> {
 
     /// Hands the bases in an answer on, and acknowledges them: the very next message.
     fn take_up(&mut self, about: DaemonRequest, answer: &Answer) -> Result<()> {
-        let regions = match self.changes.front() {
-            Some(Change::Whole) => self.table.regions().to_vec(),
+        let regions = match self.pending.changes.front() {
+            Some(Change::Whole) => self.pending.table.regions().to_vec(),
             Some(Change::Add(region)) => vec![region.clone()],
             _ => Vec::new(),
         };
@@ -439,12 +490,12 @@ impl Update<'_> {
 
     fn silent(&mut self) -> ShareError {
         let request = self.share.wire.pending().unwrap_or(DaemonRequest::Other);
-        self.fail(request, DaemonFailure::Silent(self.limit))
+        self.fail(request, DaemonFailure::Silent(self.pending.limit))
     }
 
     /// Breaks the share. A refusal that came before is the reason, whatever followed from it.
     fn fail(&mut self, request: DaemonRequest, failure: DaemonFailure) -> ShareError {
-        let (request, failure) = match self.refusal.take() {
+        let (request, failure) = match self.pending.refusal.take() {
             Some(refusal) => {
                 logs::debug!("after its refusal: {failure}");
                 refusal
@@ -461,10 +512,36 @@ impl Update<'_> {
 
 impl Drop for Update<'_> {
     fn drop(&mut self) {
-        if !self.ended && self.share.broken.is_none() {
+        if !self.pending.ended && self.share.broken.is_none() {
             self.share.break_off(ShareError::GivenUp {
                 reason: "a change was given up while it was under way".to_owned(),
             });
+        }
+    }
+}
+
+impl Pending {
+    /// When it ends at the latest.
+    pub(super) fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    fn nothing(deadline: Instant) -> Self {
+        Self {
+            stages: VecDeque::new(),
+            stage: None,
+            table: MemoryTable::default(),
+            changes: VecDeque::new(),
+            sent: 0,
+            added: Vec::new(),
+            removed: 0,
+            refusal: None,
+            asks: Vec::new(),
+            answers: Vec::new(),
+            refused: None,
+            deadline,
+            limit: Duration::ZERO,
+            ended: false,
         }
     }
 }
@@ -488,7 +565,7 @@ struct Told<'a, F> {
 impl<F: FnMut(Result<()>, Vec<Answer>)> Exchange for Told<'_, F> {
     fn advance(&mut self, now: Instant) -> Option<Result<(), ListenerError>> {
         let ended = self.update.advance(now)?;
-        (self.told)(ended, std::mem::take(&mut self.update.answers));
+        (self.told)(ended, self.update.take_answers());
         Some(Ok(()))
     }
 

@@ -129,10 +129,15 @@ impl MemoryTable {
     /// one region of this table, because user addresses of neighbouring regions need not be
     /// neighbours.
     pub fn ring(&self, addr: GuestAddress, len: u64) -> Option<u64> {
-        let region = holder(&self.regions, addr)?;
+        let region = self.holder(addr)?;
         let offset = addr.0 - region.range.start_addr().0;
         let left = region.range.size() - offset;
         (len <= left).then(|| region.user_addr + offset)
+    }
+
+    /// The region that holds a guest address.
+    pub(crate) fn holder(&self, addr: GuestAddress) -> Option<&TableRegion> {
+        holder(&self.regions, addr)
     }
 
     /// What turns this table into `next`.

@@ -33,6 +33,12 @@ pub enum DaemonRequest {
     StartRing(u32),
     /// GET_VRING_BASE of this ring.
     StopRing(u32),
+    /// GET_INFLIGHT_FD or SET_INFLIGHT_FD.
+    Inflight,
+    /// RESET_DEVICE.
+    Reset,
+    /// SET_STATUS or GET_STATUS.
+    Status,
     /// Another message.
     Other,
 }
@@ -88,6 +94,9 @@ impl fmt::Display for DaemonRequest {
             Self::Config => f.write_str("exchange its configuration"),
             Self::StartRing(index) => write!(f, "start ring {index}"),
             Self::StopRing(index) => write!(f, "stop ring {index}"),
+            Self::Inflight => f.write_str("share its in-flight buffer"),
+            Self::Reset => f.write_str("reset the device"),
+            Self::Status => f.write_str("exchange the device status"),
             Self::Other => f.write_str("answer"),
         }
     }

@@ -32,7 +32,7 @@ pub(crate) type Descriptor = Arc<dyn AsFd + Send + Sync>;
 pub(crate) struct Message {
     /// What it is about, for errors: a question "still there?" is about the change before it.
     pub(super) about: DaemonRequest,
-    pub(super) code: FrontendReq,
+    pub(super) code: u32,
     pub(super) body: Vec<u8>,
     pub(super) fds: Vec<Descriptor>,
     /// Whether it had some, which were handed on to be sent.
@@ -52,6 +52,8 @@ pub(crate) enum Reply {
     Bases,
     /// A body as long as the message's own; an empty one refuses.
     Like,
+    /// A body of any length up to [`LONGEST`], and descriptors ([`Wire::keep_fds`](super::Wire)).
+    Any,
 }
 
 /// What a header says.
@@ -62,19 +64,22 @@ pub(super) struct Header {
     pub(super) size: usize,
 }
 
+/// The longest body of an answer of which no more is known.
+pub(crate) const LONGEST: usize = 4096;
+
 /// A number, and nothing else.
 pub(crate) const NUMBER: Reply = Reply::Body(&[8]);
 
 impl Message {
     pub(crate) fn new(
         about: DaemonRequest,
-        code: FrontendReq,
+        code: impl Into<u32>,
         body: Vec<u8>,
         reply: Reply,
     ) -> Self {
         Self {
             about,
-            code,
+            code: code.into(),
             body,
             fds: Vec::new(),
             came_with_fds: false,
@@ -147,11 +152,6 @@ impl Message {
         self.reply
     }
 
-    /// Whether it is SET_VRING_ADDR.
-    pub(crate) fn is_ring_address(&self) -> bool {
-        self.code == FrontendReq::SET_VRING_ADDR
-    }
-
     #[must_use]
     pub(crate) fn with_reply(mut self, reply: Reply) -> Self {
         self.reply = reply;
@@ -164,21 +164,19 @@ impl Message {
 
     /// Whether it is a mere question.
     pub(crate) fn is_barrier(&self) -> bool {
-        self.code == FrontendReq::GET_FEATURES
+        self.code == u32::from(FrontendReq::GET_FEATURES)
     }
 
     pub(super) fn is_table_change(&self) -> bool {
-        matches!(
-            self.code,
-            FrontendReq::SET_MEM_TABLE | FrontendReq::ADD_MEM_REG
-        )
+        let changes = [FrontendReq::SET_MEM_TABLE, FrontendReq::ADD_MEM_REG];
+        changes.map(u32::from).contains(&self.code)
     }
 
     /// The fewest bytes that come back, with the header.
     pub(super) fn least_answer(&self) -> usize {
         match self.reply {
             Reply::None => 0,
-            Reply::Like => HEADER,
+            Reply::Like | Reply::Any => HEADER,
             Reply::Ack => HEADER + ACK,
             Reply::Bases => HEADER + self.body.len(),
             Reply::Body(sizes) => HEADER + sizes.iter().min().copied().unwrap_or(0),
@@ -192,6 +190,7 @@ impl Message {
             Reply::Ack => size == ACK,
             Reply::Bases => size == self.body.len(),
             Reply::Like => size == self.body.len() || size == 0,
+            Reply::Any => size <= LONGEST,
             Reply::Body(sizes) => sizes.contains(&size),
         }
     }
@@ -204,7 +203,7 @@ impl Message {
             0
         };
         let size = u32::try_from(self.body.len()).unwrap_or(u32::MAX);
-        for field in [u32::from(self.code), VERSION | asks, size] {
+        for field in [self.code, VERSION | asks, size] {
             into.extend(field.to_ne_bytes());
         }
         into.extend(&self.body);
@@ -214,7 +213,7 @@ impl Message {
 impl fmt::Debug for Message {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (body, fds) = (self.body.len(), self.fds.len());
-        write!(f, "{:?} with {body} bytes, {fds} descriptors", self.code)
+        write!(f, "{} with {body} bytes, {fds} descriptors", self.code)
     }
 }
 
@@ -229,10 +228,28 @@ impl Header {
         }
     }
 
+    /// Whether it is a request.
+    pub(super) fn is_request(self) -> bool {
+        self.flags & !NEED_REPLY == VERSION
+    }
+
+    /// Whether it is one that waits for an answer.
+    pub(super) fn asks(self) -> bool {
+        self.flags & NEED_REPLY != 0
+    }
+
     /// Whether it is an answer; a daemon may leave the bit of the question in it.
     pub(super) fn is_reply(self) -> bool {
         self.flags & !NEED_REPLY == VERSION | REPLY
     }
+}
+
+/// An answer with a number.
+pub(super) fn answer(code: u32, value: u64) -> Vec<u8> {
+    const SIZE: u32 = 8;
+    let mut bytes = [code, VERSION | REPLY, SIZE].map(u32::to_ne_bytes).concat();
+    bytes.extend(value.to_ne_bytes());
+    bytes
 }
 
 /// Numbers of 8 bytes, as they are in bodies.

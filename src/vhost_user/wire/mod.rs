@@ -16,7 +16,7 @@
 
 use std::collections::VecDeque;
 use std::io::{Error as IoError, ErrorKind};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -25,6 +25,7 @@ use crate::listener::WaitFor;
 use crate::logs;
 
 mod batch;
+mod channel;
 mod failure;
 mod message;
 mod socket;
@@ -32,6 +33,7 @@ mod socket;
 mod tests;
 
 use batch::Batch;
+pub(crate) use channel::IncomingRequests;
 pub use failure::{DaemonFailure, DaemonRequest};
 pub(crate) use message::{Descriptor, Message, NUMBER, Reply, bases, number, numbers};
 use message::{HEADER, Header};
@@ -96,23 +98,25 @@ pub(crate) struct Answer {
     pub(crate) body: Vec<u8>,
     /// The process that sent it, if that was wanted and is known.
     pub(crate) process: Option<u32>,
-    #[cfg_attr(
-        not(test),
-        expect(
-            dead_code,
-            reason = "none of the requests so far is answered with descriptors"
-        )
-    )]
+    /// Those that came with it, if they were [wanted](Wire::keep_fds).
     pub(crate) fds: Vec<OwnedFd>,
 }
 
 impl Wire {
-    /// A connection on this socket. Descriptors in answers are closed, unless `with_fds`.
-    pub(crate) fn new(socket: OwnedFd, with_fds: bool) -> Self {
+    /// A connection on this socket.
+    pub(crate) fn new(socket: OwnedFd) -> Self {
         Self {
             socket: Some(socket),
-            control: Control::new(with_fds),
-            keeps_fds: with_fds,
+            ..Self::closed()
+        }
+    }
+
+    /// No connection.
+    pub(crate) fn closed() -> Self {
+        Self {
+            socket: None,
+            control: Control::new(false),
+            keeps_fds: false,
             queue: VecDeque::new(),
             batch: Batch::default(),
             under_way: VecDeque::new(),
@@ -124,6 +128,19 @@ impl Wire {
             fds: Vec::new(),
             blocked: Blocked::Not,
         }
+    }
+
+    /// Has descriptors in answers come with them, which are closed otherwise.
+    pub(crate) fn keep_fds(&mut self, wanted: bool) {
+        if self.keeps_fds != wanted {
+            self.control = Control::new(wanted);
+            self.keeps_fds = wanted;
+        }
+    }
+
+    /// The socket, as long as anything is said.
+    pub(crate) fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.socket.as_ref().map(AsFd::as_fd)
     }
 
     /// Has a message sent after all that were pushed before, by the next calls of
@@ -393,11 +410,11 @@ impl Wire {
     fn check(&self, header: Header, at: usize) -> Result<(), DaemonFailure> {
         let Header { code, flags, size } = header;
         let request = &self.under_way[at];
-        let expected = u32::from(request.code);
+        let expected = request.code;
         if header.is_reply() && code == expected && request.allows(size) {
             return Ok(());
         }
-        let is_to = |sent: &Message| header.is_reply() && code == u32::from(sent.code);
+        let is_to = |sent: &Message| header.is_reply() && code == sent.code;
         let is_with_bases =
             |sent: &Message| is_to(sent) && sent.is_table_change() && size == sent.body.len();
         if self.under_way.range(..=at).any(is_with_bases) {

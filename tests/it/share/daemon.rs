@@ -60,12 +60,10 @@ fn qemu_storage_daemon_takes_regions_and_gives_them_back() {
                 0x4242_4242_4242_4242
             );
         }
-        let report = share
+        share
             .update_table(&without(&memory, &[10, 20]).memory_table())
             .unwrap();
-        assert_eq!(report.removed, 2);
-        let report = share.update_table(&memory.memory_table()).unwrap();
-        assert_eq!(report.added, 2);
+        share.update_table(&memory.memory_table()).unwrap();
     }
 }
 

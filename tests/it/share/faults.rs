@@ -203,7 +203,7 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
         if fault == Fault::Refuse {
             // It is there, and holds the others: what was under way, too.
             assert!(share.broken().is_none());
-            assert_eq!(share.update_table(&memory.memory_table()).unwrap().added, 1);
+            share.update_table(&memory.memory_table()).unwrap();
             peer.holds(&memory.memory_table());
             continue;
         }
@@ -211,8 +211,7 @@ fn a_share_goes_on_over_a_new_connection_after_each_misbehaviour() {
         peer.connect().reconnect(&mut share);
         assert!(share.broken().is_none());
         let mut share = share.with_deadline(PATIENCE);
-        let report = share.update_table(&memory.memory_table()).unwrap();
-        assert_eq!(report.added, 3, "{fault:?}");
+        share.update_table(&memory.memory_table()).unwrap();
         peer.holds(&memory.memory_table());
         share
             .update_table(&without(&memory, &[1]).memory_table())
@@ -275,8 +274,7 @@ fn after_a_hang_up_the_whole_present_table_is_sent_anew() {
     peer.daemon.clear_requests();
     peer.connect().reconnect(&mut share);
     assert_eq!(share.table(), &MemoryTable::default());
-    let report = share.update_table(&now.memory_table()).unwrap();
-    assert_eq!((report.removed, report.added), (0, 10));
+    share.update_table(&now.memory_table()).unwrap();
     peer.holds(&now.memory_table());
 }
 

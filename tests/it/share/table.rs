@@ -14,8 +14,7 @@ fn the_daemon_maps_our_files_and_bytes_pass_both_ways() {
             .unwrap();
         let peer = Peer::start(MockDaemon::builder());
         let (mut share, mut vmm) = peer.share();
-        let report = share.update_table(&memory.memory_table()).unwrap();
-        assert_eq!((report.removed, report.added), (0, 2));
+        share.update_table(&memory.memory_table()).unwrap();
         // The same inode: shared, not copied.
         peer.holds(&memory.memory_table());
         let [low, high] = &peer.daemon.table()[..] else {
@@ -111,8 +110,7 @@ fn only_the_difference_is_sent_removals_from_above_then_additions_from_below() {
     // 20 is another file, 10 and 30 go, 5 and 40 come, 0 stays.
     peer.daemon.clear_requests();
     let second = without(&with(&first, &[5, 20, 40]), &[10, 30]);
-    let report = share.update_table(&second.memory_table()).unwrap();
-    assert_eq!((report.removed, report.added), (3, 3));
+    share.update_table(&second.memory_table()).unwrap();
     let expected = [
         ("REM", 30),
         ("REM", 20),
@@ -128,8 +126,7 @@ fn only_the_difference_is_sent_removals_from_above_then_additions_from_below() {
     peer.holds(&second.memory_table());
 
     peer.daemon.clear_requests();
-    let report = share.update_table(&second.memory_table()).unwrap();
-    assert_eq!((report.removed, report.added), (0, 0));
+    share.update_table(&second.memory_table()).unwrap();
     assert_eq!(peer.daemon.requests(), []);
 }
 

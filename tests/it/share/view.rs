@@ -47,7 +47,7 @@ fn a_daemon_works_with_a_selection_and_opaque_addresses_and_gets_no_other_region
         let mut share = share.with_view(view(&[0, 10, 30]));
         let memory = memory(&[0, 10, 20]);
         share.check_memory(&memory).unwrap();
-        assert_eq!(share.update_memory(&memory).unwrap().added, 2);
+        share.update_memory(&memory).unwrap();
         let seen = memory.memory_table_as(share.view()).unwrap();
         peer.holds(&seen);
         assert_eq!(seen.regions().len(), 2);
@@ -72,8 +72,7 @@ fn a_daemon_works_with_a_selection_and_opaque_addresses_and_gets_no_other_region
         peer.daemon.clear_requests();
         let more = with(&without(&memory, &[20]), &[21, 40]);
         share.check_memory(&more).unwrap();
-        let report = share.update_memory(&more).unwrap();
-        assert_eq!((report.removed, report.added), (0, 0));
+        share.update_memory(&more).unwrap();
         assert_eq!(peer.changes(), []);
         let more = with(&more, &[30]);
         share.update_memory(&more).unwrap();
@@ -161,7 +160,7 @@ fn qemu_storage_daemon_works_with_a_selection_and_opaque_addresses() {
     );
 
     let more = with(&memory, &[21, 30]);
-    assert_eq!(share.update_memory(&more).unwrap().added, 1);
+    share.update_memory(&more).unwrap();
     assert_eq!(mapped(&more), [true, true, false, false, true]);
     let buffer = GuestAddress(30 * MIB);
     more.write_slice(&[0x99; 512], buffer).unwrap();
@@ -182,6 +181,6 @@ fn used_as_a_listener_a_share_takes_memories_and_by_its_own_names_tables() {
     peer.holds(&first.memory_table());
     let second = with(&first, &[10]);
     share.check_table(&second.memory_table()).unwrap();
-    assert_eq!(share.update_table(&second.memory_table()).unwrap().added, 1);
+    share.update_table(&second.memory_table()).unwrap();
     peer.holds(&second.memory_table());
 }

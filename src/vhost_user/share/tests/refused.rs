@@ -48,7 +48,7 @@ fn a_failure_at_any_message_breaks_the_share_until_it_is_connected_anew() {
                 daemon.thread.join().unwrap();
 
                 let fresh = reconnect(&mut share, features);
-                assert_eq!(share.update_table(&second).unwrap().added, 2);
+                share.update_table(&second).unwrap();
                 let said = fresh.said();
                 let last = said.iter().rfind(|said| **said != Said::Barrier);
                 assert_eq!(last == Some(&Said::Log), share.is_logging());

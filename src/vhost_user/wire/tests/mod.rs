@@ -49,8 +49,10 @@ impl Pair {
     /// Its wire keeps the descriptors of answers, or not.
     fn keeping(with_fds: bool) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut wire = Wire::new(ours.try_clone().unwrap().into());
+        wire.keep_fds(with_fds);
         Self {
-            wire: Wire::new(ours.try_clone().unwrap().into(), with_fds),
+            wire,
             ours,
             peer: Peer::new(theirs),
             expected: Expected::default(),
@@ -212,9 +214,9 @@ impl Peer {
 }
 
 /// An answer as specified: header and body.
-fn answer(code: FrontendReq, body: &[u8]) -> Vec<u8> {
+fn answer(code: impl Into<u32>, body: &[u8]) -> Vec<u8> {
     let size = u32::try_from(body.len()).unwrap();
-    let header = [u32::from(code), 0b101, size].map(u32::to_ne_bytes);
+    let header = [code.into(), 0b101, size].map(u32::to_ne_bytes);
     [header.as_flattened(), body].concat()
 }
 

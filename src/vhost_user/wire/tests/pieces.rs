@@ -113,11 +113,10 @@ fn is_right(header: &[u8], message: &Message) -> bool {
         Reply::Bases => vec![message.body.len()],
         Reply::Like => vec![0, message.body.len()],
         Reply::Body(sizes) => sizes.to_vec(),
+        Reply::Any => (0..=message::LONGEST).collect(),
     };
     // The version is 1, and it is an answer; whether one was asked for may be said.
-    code == u32::from(message.code)
-        && [0b0101, 0b1101].contains(&flags)
-        && sizes.contains(&(size as usize))
+    code == message.code && [0b0101, 0b1101].contains(&flags) && sizes.contains(&(size as usize))
 }
 
 #[test]

@@ -30,7 +30,7 @@ impl Rng {
         let reply = [Reply::Ack, Reply::None, Reply::Bases][self.below(3)];
         let some = &regions()[..=self.below(regions().len())];
         let one = region(self.below(regions().len()));
-        match self.below(9) {
+        match self.below(10) {
             0 => barrier(),
             1 => Message::max_slots(),
             2 => Message::set_table(some, reply),
@@ -38,6 +38,7 @@ impl Rng {
             5 if reply != Reply::Bases => Message::remove_region(one, reply),
             6 => Message::set_log(PAGE, log()),
             7 => filler(self.below(300)).with_reply(Reply::Like),
+            8 => filler(self.below(300)).with_reply(Reply::Any),
             _ => filler(self.below(300)),
         }
     }
@@ -50,6 +51,7 @@ impl Rng {
             Reply::Bases => message.body.len(),
             Reply::Like => [0, message.body.len()][self.below(2)],
             Reply::Body(sizes) => sizes[self.below(sizes.len())],
+            Reply::Any => self.below(message::LONGEST + 1),
         };
         Some(self.bytes(size))
     }
@@ -187,7 +189,7 @@ enum End {
 }
 
 /// A message as the model sees it: its code, the size of its body, and its reply.
-type Seen = (FrontendReq, usize, Reply);
+type Seen = (u32, usize, Reply);
 
 /// What comes of these bytes after these messages: the bodies of the answers, the end, and how
 /// many bytes may have been taken.
@@ -201,6 +203,7 @@ fn model(messages: &[Seen], said: &[u8], hangs_up: bool) -> (Vec<Vec<u8>>, End, 
             Reply::Bases => vec![*size],
             Reply::Like => vec![0, *size],
             Reply::Body(sizes) => sizes.to_vec(),
+            Reply::Any => (0..=message::LONGEST).collect(),
         };
         least.push(HEADER + sizes.iter().min().unwrap());
         if end != End::Idle {
@@ -213,7 +216,7 @@ fn model(messages: &[Seen], said: &[u8], hangs_up: bool) -> (Vec<Vec<u8>>, End, 
             continue;
         };
         let field = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
-        let is_fine = field(0) == u32::from(*code) && [5, 13].contains(&field(4));
+        let is_fine = field(0) == *code && [5, 13].contains(&field(4));
         let size = field(8) as usize;
         if !is_fine || !sizes.contains(&size) {
             end = End::Refused;

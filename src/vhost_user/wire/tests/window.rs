@@ -51,7 +51,7 @@ fn the_answer_to_a_later_message_makes_room_too() {
     assert_eq!(pair.answers().len(), 1);
     assert_eq!(pair.wire.with_fds, 32);
     let codes = pair.wire.under_way.iter().map(|message| message.code);
-    let with_fds = codes.filter(|code| *code != FrontendReq::GET_FEATURES);
+    let with_fds = codes.filter(|code| *code != u32::from(FrontendReq::GET_FEATURES));
     assert_eq!(with_fds.count(), 32);
     for _ in 1..8 {
         pair.peer.read_all();

@@ -1,0 +1,97 @@
+//! The in-flight buffer: memory in which a daemon notes the requests that it has taken, and which
+//! its successor gets ("Inflight I/O tracking" in the vhost-user specification).
+//!
+//! It is not mapped here: nobody but daemons reads it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::sys::stat::fstat;
+use vhost::vhost_user::message::FrontendReq;
+
+use super::error::{Result, SessionError};
+use crate::vhost_user::wire::{Answer, DaemonRequest, Message, Reply, number, numbers};
+
+/// The bytes of a split ring before its descriptors, and of a descriptor.
+const HEAD: u64 = 16;
+const DESCRIPTOR: u64 = 16;
+/// The bytes of a body without the padding at its end, which most send.
+const BODY: usize = 20;
+const PADDED: usize = 24;
+
+/// A buffer for all rings of a device.
+#[derive(Debug)]
+pub(super) struct InflightBuffer {
+    file: Arc<OwnedFd>,
+    size: u64,
+    offset: u64,
+    rings: u16,
+    ring_size: u16,
+}
+
+impl InflightBuffer {
+    /// The request for one.
+    pub(super) fn request(rings: u16, ring_size: u16) -> Message {
+        let body = body(0, 0, rings, ring_size);
+        let code = FrontendReq::GET_INFLIGHT_FD;
+        Message::new(DaemonRequest::Inflight, code, body, Reply::Any)
+    }
+
+    /// The one that came. A daemon that maps more than its file has would die of SIGBUS.
+    pub(super) fn new(rings: u16, ring_size: u16, answer: Option<Answer>) -> Result<Self> {
+        let unusable = |reason: String| SessionError::Inflight { reason };
+        let Some(Answer { body, mut fds, .. }) = answer else {
+            return Err(unusable("none came".to_owned()));
+        };
+        if ![BODY, PADDED].contains(&body.len()) {
+            let len = body.len();
+            return Err(unusable(format!("its answer has {len} bytes")));
+        }
+        let (Some(file), 0) = (fds.pop(), fds.len()) else {
+            let count = fds.len();
+            return Err(unusable(match count {
+                0 => "it has no descriptor".to_owned(),
+                more => format!("it has {} descriptors", more + 1),
+            }));
+        };
+        let (size, offset) = (number(&body), number(&body[8..]));
+        let needed = u64::from(rings) * (HEAD + DESCRIPTOR * u64::from(ring_size));
+        if size < needed {
+            return Err(unusable(format!(
+                "it has {size} bytes, {needed} are needed"
+            )));
+        }
+        let stat = fstat(file.as_fd()).map_err(|errno| unusable(errno.to_string()))?;
+        let len = u64::try_from(stat.st_size).unwrap_or_default();
+        if offset.checked_add(size).is_none_or(|end| end > len) {
+            return Err(unusable(format!(
+                "it is {size} bytes at {offset:#x}, and its file has {len}"
+            )));
+        }
+        Ok(Self {
+            file: Arc::new(file),
+            size,
+            offset,
+            rings,
+            ring_size,
+        })
+    }
+
+    /// What gives it to a daemon, before the rings.
+    pub(super) fn message(&self, reply: Reply) -> Message {
+        let body = body(self.size, self.offset, self.rings, self.ring_size);
+        let file = Arc::clone(&self.file);
+        let code = FrontendReq::SET_INFLIGHT_FD;
+        Message::new(DaemonRequest::Inflight, code, body, reply).with_fds([file as _])
+    }
+}
+
+fn body(size: u64, offset: u64, rings: u16, ring_size: u16) -> Vec<u8> {
+    let mut body = numbers([size, offset]);
+    body.extend(
+        [rings, ring_size, 0, 0]
+            .map(u16::to_ne_bytes)
+            .as_flattened(),
+    );
+    body
+}

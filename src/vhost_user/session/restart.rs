@@ -1,0 +1,80 @@
+//! What a new connection needs, step by step.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use super::connect::Attempts;
+use crate::vhost_user::share::Pending;
+
+/// One after the other, all messages of a step under way together.
+#[derive(Debug)]
+pub(super) enum Step {
+    Connect(Attempts),
+    /// To take this connection.
+    Begin(OwnedFd),
+    /// Which virtio features the daemon offers.
+    Offer,
+    /// Which protocol features.
+    Protocol,
+    /// What is agreed.
+    Agree,
+    /// The present memory, and the log.
+    Memory,
+    /// That it is to log, the in-flight buffer, the rings, the status.
+    Rings,
+}
+
+/// What is still to be said to a daemon on a new connection.
+#[derive(Debug)]
+pub(super) struct Restart {
+    pub(super) steps: VecDeque<Step>,
+    /// The one that is under way: its messages, and the next one after it.
+    pub(super) under_way: Option<(Step, Pending)>,
+    /// Since when the deadline counts.
+    pub(super) begun: Instant,
+    /// It is gone on with in the VMM's event loop: without a deadline for the connection, and not
+    /// by a change of the memory.
+    pub(super) in_steps: bool,
+}
+
+impl Restart {
+    pub(super) fn connecting() -> Self {
+        Self::new(Step::Connect(Attempts::new()))
+    }
+
+    pub(super) fn on(socket: OwnedFd) -> Self {
+        Self::new(Step::Begin(socket))
+    }
+
+    fn new(first: Step) -> Self {
+        let steps = [
+            first,
+            Step::Offer,
+            Step::Protocol,
+            Step::Agree,
+            Step::Memory,
+            Step::Rings,
+        ];
+        Self {
+            steps: VecDeque::from(steps),
+            under_way: None,
+            begun: Instant::now(),
+            in_steps: false,
+        }
+    }
+
+    /// Without what follows the agreement: there is no memory yet.
+    #[must_use]
+    pub(super) fn until_agreed(mut self) -> Self {
+        let is_later = |step: &Step| matches!(step, Step::Memory | Step::Rings);
+        self.steps.retain(|step| !is_later(step));
+        self
+    }
+
+    #[must_use]
+    pub(super) fn in_steps(mut self) -> Self {
+        self.in_steps = true;
+        self
+    }
+}
