@@ -12,8 +12,8 @@ use super::message::SessionMessage;
 
 impl VhostUserSession {
     /// The channel for what the daemon asks and says by itself, to be polled for
-    /// [`receive`](Self::receive). It is another one after a reconnection; `None` for a daemon that
-    /// has none, and without [`SessionOptions::with_backend_channel`].
+    /// [`receive`](Self::receive). It is another one after a reconnection; `None` for a daemon
+    /// that has none, and without [`SessionOptions::with_backend_channel`].
     ///
     /// [`SessionOptions::with_backend_channel`]: crate::SessionOptions::with_backend_channel
     pub fn channel(&self) -> Option<BorrowedFd<'_>> {
@@ -22,8 +22,8 @@ impl VhostUserSession {
 
     /// What the daemon has asked or said by itself, if there is something: that its
     /// configuration space has changed ([`SessionMessage::is_config_change`]), or another request,
-    /// which is the caller's business. If it [waits for an answer](SessionMessage::is_asking), that
-    /// is to come soon: most daemons do nothing else until then, and a call of the session that
+    /// which is the caller's business. If it [waits for an answer](SessionMessage::is_asking),
+    /// that is to come soon: most daemons do nothing else until then, and a call of the session that
     /// waits for them would wait in vain. Changes of the configuration are answered already.
     ///
     /// ```
