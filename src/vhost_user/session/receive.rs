@@ -23,8 +23,8 @@ impl VhostUserSession {
     /// What the daemon has asked or said by itself, if there is something: that its
     /// configuration space has changed ([`SessionMessage::is_config_change`]), or another request,
     /// which is the caller's business. If it [waits for an answer](SessionMessage::is_asking),
-    /// that is to come soon: most daemons do nothing else until then, and a call of the session that
-    /// waits for them would wait in vain. Changes of the configuration are answered already.
+    /// that is to come soon: most daemons do nothing else until then, and a call of the session
+    /// that waits for them would wait in vain. Changes of the configuration are answered already.
     ///
     /// ```
     /// use guest_memory_shm::{SessionOptions, VhostUserSession};
