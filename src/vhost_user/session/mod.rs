@@ -53,6 +53,7 @@ pub use ring::SessionRing;
 /// It connects, agrees on what the caller's driver knows, keeps the daemon's memory equal to an
 /// address space (it is a [`MemoryListener`](crate::MemoryListener)), starts and stops rings,
 /// keeps a dirty log. No call waits without a deadline, and no thread is started.
+/// `examples/session.rs` is a whole program.
 ///
 /// ```
 /// use guest_memory_shm::{

@@ -8,7 +8,7 @@ use super::printed;
 use crate::support::{example, top};
 
 /// What each example prints, among others.
-const SMALL: [(&str, &[&str]); 5] = [
+const SMALL: [(&str, &[&str]); 6] = [
     (
         "ram",
         &[
@@ -35,6 +35,13 @@ const SMALL: [(&str, &[&str]); 5] = [
             "memory-backend-memfd,size=2M:\n  the daemon reads 0xcafe\n",
             "the daemon refuses: region 0: cannot adopt a file whose size is not sealed",
             "the frontend: the daemon hung up",
+        ],
+    ),
+    (
+        "session",
+        &[
+            "The disk holds what is in the plugged RAM: 7",
+            "Its successor completed what waited: 9",
         ],
     ),
     (
