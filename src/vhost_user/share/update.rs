@@ -263,6 +263,9 @@ impl Update<'_> {
     }
 
     fn enter(&mut self, stage: Stage) -> Result<()> {
+        let mut asks = self.pending.asks.iter();
+        let with_fds = asks.any(|ask| ask.reply() == Reply::Any);
+        self.share.wire.keep_fds(with_fds);
         match stage {
             Stage::Slots if self.share.slots.is_none() && self.share.mem_slots => {
                 self.share.wire.push(Message::max_slots());
@@ -275,8 +278,6 @@ impl Update<'_> {
             Stage::LogTaken => self.confirm_log(),
             Stage::Ask => {
                 let asks = std::mem::take(&mut self.pending.asks);
-                let with_fds = asks.iter().any(|ask| ask.reply() == Reply::Any);
-                self.share.wire.keep_fds(with_fds);
                 asks.into_iter().for_each(|ask| self.share.wire.push(ask));
             }
         }
