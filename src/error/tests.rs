@@ -1,5 +1,7 @@
 //! The size of the sum of all errors, and what it is asked.
 
+use vm_memory::GuestAddress;
+
 use super::*;
 use crate::shortage::ResourceLimit;
 
@@ -14,6 +16,7 @@ fn a_shortage_is_found_wherever_it_stopped_something() {
     let of_memory = || MemoryError::from(BackingError::from(shortage()));
     let of_region = ReceiveError::Region {
         index: 0,
+        range: (GuestAddress(0), 1 << 20),
         cause: of_memory().into(),
     };
     let errors = [

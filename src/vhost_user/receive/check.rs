@@ -4,8 +4,14 @@ use super::error::ReceiveError;
 use super::policy::ReceivePolicy;
 use super::wire::ReceivedRegion;
 use crate::range::{InvalidRange, RangePart};
+use crate::region::MemoryError;
 
 impl ReceivedRegion {
+    /// It was not mapped, for this reason; `index` is its place in the message.
+    pub(super) fn refused(&self, index: usize, cause: impl Into<MemoryError>) -> ReceiveError {
+        ReceiveError::region(index, (self.guest_addr, self.size), cause)
+    }
+
     /// One of its numbers.
     fn part(&self, part: RangePart) -> u64 {
         match part {
@@ -56,7 +62,7 @@ fn check_region(index: usize, region: &ReceivedRegion) -> Result<(), ReceiveErro
         let cause = InvalidRange::Empty {
             start: region.guest_addr,
         };
-        return Err(ReceiveError::region(index, cause));
+        return Err(region.refused(index, cause));
     }
     for (part, limit) in [
         (RangePart::Address, u64::MAX),
@@ -69,6 +75,7 @@ fn check_region(index: usize, region: &ReceivedRegion) -> Result<(), ReceiveErro
         if end.is_none_or(|end| end > limit) {
             return Err(ReceiveError::Wraps {
                 index,
+                guest_addr: region.guest_addr,
                 part,
                 start,
                 size,
@@ -126,5 +133,5 @@ pub(super) fn check_pages(
     [RangePart::Address, RangePart::Offset, RangePart::Size]
         .into_iter()
         .try_for_each(|part| part.check_aligned(region.part(part), page_size))
-        .map_err(|cause| ReceiveError::region(index, cause))
+        .map_err(|cause| region.refused(index, cause))
 }

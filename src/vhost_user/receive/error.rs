@@ -3,6 +3,7 @@
 use std::fmt;
 
 use nix::errno::Errno;
+use vm_memory::GuestAddress;
 
 use crate::backing::BackingError;
 use crate::mapping::MapError;
@@ -13,7 +14,8 @@ use crate::units::{Counted, HumanSize};
 /// Why a daemon does not take a memory table, a change of it, or an address.
 ///
 /// Whatever it was, nothing changed: the table that the daemon has is whole, and the descriptors
-/// that came with the message are closed. Regions are named by their place in the message, from 0.
+/// that came with the message are closed. The texts name a region by its addresses; `index` is its
+/// place in the message, from 0.
 ///
 /// ```
 /// use std::os::fd::OwnedFd;
@@ -81,6 +83,8 @@ pub enum ReceiveError {
     Wraps {
         /// Which region it is.
         index: usize,
+        /// Its guest address.
+        guest_addr: GuestAddress,
         /// Which of its numbers is too high.
         part: RangePart,
         /// That number.
@@ -112,6 +116,8 @@ pub enum ReceiveError {
     Region {
         /// Which region it is.
         index: usize,
+        /// Its guest address and its size in bytes, as they were sent.
+        range: (GuestAddress, u64),
         /// Why it was not mapped.
         cause: Box<MemoryError>,
     },
@@ -148,10 +154,17 @@ pub enum ReceiveError {
 }
 
 impl ReceiveError {
-    /// A region was not mapped, for this reason.
-    pub(super) fn region(index: usize, cause: impl Into<MemoryError>) -> Self {
-        let cause = Box::new(cause.into());
-        Self::Region { index, cause }
+    /// The region at this place in the message was not mapped, for this reason.
+    pub(super) fn region(
+        index: usize,
+        range: (GuestAddress, u64),
+        cause: impl Into<MemoryError>,
+    ) -> Self {
+        Self::Region {
+            index,
+            range,
+            cause: Box::new(cause.into()),
+        }
     }
 
     /// What to answer to a message that wants to know (REPLY_ACK): never 0, which is success.
@@ -251,32 +264,39 @@ impl fmt::Display for ReceiveError {
                 HumanSize(*limit)
             ),
             Self::Wraps {
-                index,
+                guest_addr,
                 part,
                 start,
                 size,
                 limit,
+                ..
             } => write!(
                 f,
-                "region {index} has {} at {part} {start:#x}, which ends past {limit:#x}: lower \
-                 its {part} or its size",
+                "the region at guest address {:#x} has {} at {part} {start:#x}, which ends past \
+                 {limit:#x}: lower its {part} or its size",
+                guest_addr.0,
                 HumanSize(*size)
             ),
             Self::Overlap {
-                index,
                 part,
                 range,
                 other,
                 other_range,
+                ..
             } => write!(
                 f,
-                "region {index} has the {part}es {}, of which {} has {}: move or shorten one of \
-                 them",
+                "the region with the {part}es {} overlaps {}, which has {}: move or shorten one \
+                 of them",
                 Span(range.0, range.1),
-                other_region(*other),
+                match other {
+                    Some(_) => "another of the same message",
+                    None => "one that is there already",
+                },
                 Span(other_range.0, other_range.1)
             ),
-            Self::Region { index, cause } => write!(f, "region {index}: {cause}"),
+            Self::Region { range, cause, .. } => {
+                write!(f, "region {}: {cause}", Span(range.0.0, range.1))
+            }
             Self::NoSuchRegion {
                 guest_addr,
                 user_addr,
@@ -316,20 +336,16 @@ impl std::error::Error for ReceiveError {
     }
 }
 
-/// A range that is not empty and does not wrap, by its start and its size.
+/// A range by its start and its size, which may be empty or wrap.
 struct Span(u64, u64);
 
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let last = self.0.saturating_add(self.1.saturating_sub(1));
-        write!(f, "{:#x}..={last:#x} ({})", self.0, HumanSize(self.1))
-    }
-}
-
-fn other_region(other: Option<usize>) -> String {
-    match other {
-        Some(index) => format!("region {index}"),
-        None => "a region that is there already".to_owned(),
+        write!(f, "{:#x}", self.0)?;
+        if let Some(more) = self.1.checked_sub(1) {
+            write!(f, "..={:#x}", self.0.saturating_add(more))?;
+        }
+        write!(f, " ({})", HumanSize(self.1))
     }
 }
 

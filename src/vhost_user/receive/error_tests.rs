@@ -7,6 +7,10 @@ use vm_memory::GuestAddress;
 use super::*;
 use crate::range::InvalidRange;
 
+fn at(size: u64) -> (GuestAddress, u64) {
+    (GuestAddress(0x1000), size)
+}
+
 #[test]
 fn texts_name_the_region_the_limit_and_the_way_out() {
     let cases = [
@@ -55,24 +59,27 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
         (
             ReceiveError::region(
                 2,
+                at(0),
                 InvalidRange::Empty {
                     start: GuestAddress(0x1000),
                 },
             ),
             22,
-            "region 2: the range at guest address 0x1000 has size 0: give it at least one page",
+            "region 0x1000 (0 bytes): the range at guest address 0x1000 has size 0: give it at \
+             least one page",
         ),
         (
             ReceiveError::Wraps {
                 index: 1,
+                guest_addr: GuestAddress(0x1000),
                 part: RangePart::UserAddress,
                 start: u64::MAX - 4095,
                 size: 8192,
                 limit: u64::MAX,
             },
             22,
-            "region 1 has 8 KiB at user address 0xfffffffffffff000, which ends past \
-             0xffffffffffffffff: lower its user address or its size",
+            "the region at guest address 0x1000 has 8 KiB at user address 0xfffffffffffff000, \
+             which ends past 0xffffffffffffffff: lower its user address or its size",
         ),
         (
             ReceiveError::Overlap {
@@ -83,8 +90,8 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
                 other_range: (0, 8192),
             },
             17,
-            "region 1 has the guest addresses 0x1000..=0x1fff (4 KiB), of which region 0 has \
-             0x0..=0x1fff (8 KiB): move or shorten one of them",
+            "the region with the guest addresses 0x1000..=0x1fff (4 KiB) overlaps another of the \
+             same message, which has 0x0..=0x1fff (8 KiB): move or shorten one of them",
         ),
         (
             ReceiveError::Overlap {
@@ -95,12 +102,13 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
                 other_range: (0, 8192),
             },
             17,
-            "region 0 has the user addresses 0x1000..=0x1fff (4 KiB), of which a region that \
-             is there already has 0x0..=0x1fff (8 KiB): move or shorten one of them",
+            "the region with the user addresses 0x1000..=0x1fff (4 KiB) overlaps one that is \
+             there already, which has 0x0..=0x1fff (8 KiB): move or shorten one of them",
         ),
         (
             ReceiveError::region(
                 4,
+                at(3 << 20),
                 InvalidRange::Unaligned {
                     part: RangePart::Offset,
                     value: 0x30_0000,
@@ -108,20 +116,21 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
                 },
             ),
             22,
-            "region 4: offset 0x300000 is not a multiple of the page size 2 MiB: the nearest is \
-             0x200000",
+            "region 0x1000..=0x300fff (3 MiB): offset 0x300000 is not a multiple of the page size \
+             2 MiB: the nearest is 0x200000",
         ),
         (
             ReceiveError::region(
                 0,
+                at(2 << 20),
                 BackingError::TooShort {
                     len: 1 << 20,
                     needed: 2 << 20,
                 },
             ),
             6,
-            "region 0: cannot adopt a file of 1 MiB for RAM of 2 MiB: touching RAM past the end \
-             of the file would be SIGBUS, make the file longer first",
+            "region 0x1000..=0x200fff (2 MiB): cannot adopt a file of 1 MiB for RAM of 2 MiB: \
+             touching RAM past the end of the file would be SIGBUS, make the file longer first",
         ),
         (
             ReceiveError::NoSuchRegion {
@@ -160,13 +169,15 @@ fn texts_name_the_region_the_limit_and_the_way_out() {
 fn a_region_that_is_not_mapped_says_why_and_what_the_system_said() {
     let refused = ReceiveError::region(
         3,
+        at(1 << 20),
         BackingError::Inspect {
             source: std::io::Error::from_raw_os_error(9),
         },
     );
     assert_eq!(
         refused.to_string(),
-        "region 3: cannot ask the kernel about a descriptor that is RAM or is to become RAM"
+        "region 0x1000..=0x100fff (1 MiB): cannot ask the kernel about a descriptor that is RAM \
+         or is to become RAM"
     );
     let cause = refused.source().expect("the system said why").to_string();
     assert!(cause.contains("os error 9"), "{cause}");
@@ -176,6 +187,6 @@ fn a_region_that_is_not_mapped_says_why_and_what_the_system_said() {
         (MemoryError::NoRanges, 12),
     ];
     for (cause, code) in codes {
-        assert_eq!(ReceiveError::region(3, cause).reply_code(), code);
+        assert_eq!(ReceiveError::region(3, at(4096), cause).reply_code(), code);
     }
 }

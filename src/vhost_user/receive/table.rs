@@ -244,7 +244,7 @@ impl<B> ReceivedTable<B> {
         let mut rams = Vec::with_capacity(new.len());
         for (index, (region, backing)) in new.iter().zip(&backings).enumerate() {
             let placed = self.place(region, backing);
-            let placed = placed.map_err(|error| ReceiveError::region(index, error))?;
+            let placed = placed.map_err(|error| region.refused(index, error))?;
             rams.push(placed.ram().clone());
             memory.push(Arc::new(placed));
         }
@@ -256,11 +256,11 @@ impl<B> ReceivedTable<B> {
                     .is_some_and(|offset| offset < region.size)
             };
             let index = new.iter().position(is_there).unwrap_or(0);
-            ReceiveError::region(index, error)
+            new[index].refused(index, error)
         })?;
         // The numbers are checked: they are disjoint, and there is at least one.
         let memory = GuestMemoryShm::from_unsorted(memory)
-            .map_err(|error| ReceiveError::region(0, error))?;
+            .map_err(|error| new[0].refused(0, error))?;
         let mut regions = self.regions.to_vec();
         regions.extend(new);
         Ok(self.rebuilt(memory, regions))
@@ -286,7 +286,7 @@ impl<B> ReceivedTable<B> {
         let end = region.mmap_offset + region.size;
         let policy = self.policy.descriptors().clone().with_min_len(end);
         let backing = ShmBacking::adopt(file, &policy).map_err(BackingError::from);
-        let backing = backing.map_err(|error| ReceiveError::region(index, error))?;
+        let backing = backing.map_err(|error| region.refused(index, error))?;
         check_pages(index, region, backing.page_size())?;
         Ok(backing)
     }

@@ -33,7 +33,8 @@ const SMALL: [(&str, &[&str]); 6] = [
         "daemon_end",
         &[
             "memory-backend-memfd,size=2M:\n  the daemon reads 0xcafe\n",
-            "the daemon refuses: region 0: cannot adopt a file whose size is not sealed",
+            "the daemon refuses: region 0x0..=0x1fffff (2 MiB): cannot adopt a file whose size is \
+             not sealed",
             "the frontend: the daemon hung up",
         ],
     ),

@@ -32,7 +32,7 @@ fn added() -> AdoptPolicy {
 /// The error of the region's descriptor or mapping.
 #[track_caller]
 fn cause(error: &ReceiveError) -> &MemoryError {
-    assert!(error.to_string().starts_with("region 0: "), "{error}");
+    assert!(error.to_string().starts_with("region 0x"), "{error}");
     cause_at(0, error)
 }
 
