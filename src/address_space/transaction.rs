@@ -219,11 +219,7 @@ impl<B> Steps<B> {
         let from = without.as_ref().unwrap_or(before);
         let after = match additions.is_empty() {
             true => from.clone(),
-            false => {
-                let mut regions = from.arc_regions();
-                regions.extend(additions);
-                GuestMemoryShm::from_unsorted(regions)?
-            }
+            false => from.insert_regions(additions)?,
         };
         Ok(Self {
             removed,

@@ -66,7 +66,11 @@ impl KvmSlots {
         let mut ranges = roms.map(|rom| rom.range());
         match ranges.find(|rom| rom.overlaps(&region)) {
             None => Ok(()),
-            Some(rom) => Err(InvalidRange::overlap(rom, region).into()),
+            Some(there) => Err(InvalidRange::Taken {
+                range: region,
+                there,
+            }
+            .into()),
         }
     }
 

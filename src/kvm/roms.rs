@@ -28,7 +28,7 @@ impl KvmSlots {
         check_size(range)?;
         self.check_assigned(range)?;
         if let Some(there) = self.overlapping(range) {
-            return Err(InvalidRange::overlap(there, range).into());
+            return Err(InvalidRange::Taken { range, there }.into());
         }
         self.add(Memory::Rom(rom), true)?;
         self.roms += 1;

@@ -97,8 +97,24 @@ impl<B> GuestMemoryShm<B> {
     ///
     /// [`MemoryError::Range`] if a region is there already.
     pub fn insert_region(&self, region: Arc<GuestRegionShm<B>>) -> Result<Self> {
+        self.insert_regions(vec![region])
+    }
+
+    /// This memory and these regions, in any order, as a new memory.
+    pub(crate) fn insert_regions(&self, added: Vec<Arc<GuestRegionShm<B>>>) -> Result<Self> {
+        for region in &added {
+            let range = region.range();
+            // The last that starts in or before it is the only one to look at: none overlap.
+            let starts_before =
+                |there: &Arc<GuestRegionShm<B>>| there.range().start_addr() <= range.last_addr();
+            let before = self.regions.partition_point(starts_before);
+            let there = self.regions[..before].last().map(|there| there.range());
+            if let Some(there) = there.filter(|there| there.overlaps(&range)) {
+                return Err(InvalidRange::Taken { range, there }.into());
+            }
+        }
         let mut regions = self.arc_regions();
-        regions.push(region);
+        regions.extend(added);
         Self::from_unsorted(regions)
     }
 

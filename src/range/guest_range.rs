@@ -178,6 +178,19 @@ pub enum InvalidRange {
         second: GuestRange,
     },
 
+    /// A region or a ROM is there already.
+    #[error(
+        "guest range {range} overlaps {there}, which is there already: move or shorten it, or \
+         remove what is there first"
+    )]
+    #[non_exhaustive]
+    Taken {
+        /// What was to be placed.
+        range: GuestRange,
+        /// What is there.
+        there: GuestRange,
+    },
+
     /// It does not consist of whole pages of its backing.
     #[error(
         "{} is not a multiple of the page size {}: the nearest {}",

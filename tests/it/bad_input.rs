@@ -182,8 +182,9 @@ fn ranges_that_overlap_are_refused_on_one_backing_and_on_two() {
         let memory = GuestMemoryShm::from_arc_regions(vec![region(0, 2 * PAGE)]).unwrap();
         assert_refused!(
             memory.insert_region(region(PAGE, PAGE)),
-            MemoryError::Range(InvalidRange::Overlap { .. }),
-            text
+            MemoryError::Range(InvalidRange::Taken { .. }),
+            "guest range 0x1000..=0x1fff (4 KiB) overlaps 0x0..=0x1fff (8 KiB), which is there \
+             already: move or shorten it, or remove what is there first",
         );
         // The control: right after it there is no overlap.
         assert!(memory.insert_region(region(2 * PAGE, PAGE)).is_ok());

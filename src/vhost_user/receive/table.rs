@@ -240,13 +240,13 @@ impl<B> ReceivedTable<B> {
         for (index, (region, file)) in new.iter().zip(files).enumerate() {
             backings.push(self.adopt(index, region, file)?);
         }
-        let mut memory = self.memory.arc_regions();
+        let mut added = Vec::with_capacity(new.len());
         let mut rams = Vec::with_capacity(new.len());
         for (index, (region, backing)) in new.iter().zip(&backings).enumerate() {
             let placed = self.place(region, backing);
             let placed = placed.map_err(|error| region.refused(index, error))?;
             rams.push(placed.ram().clone());
-            memory.push(Arc::new(placed));
+            added.push(Arc::new(placed));
         }
         // A guest may run on it: what it writes while pages are given back could be lost.
         populate_mapped(rams, OnFailure::Keep).map_err(|error| {
@@ -259,8 +259,8 @@ impl<B> ReceivedTable<B> {
             new[index].refused(index, error)
         })?;
         // The numbers are checked: they are disjoint, and there is at least one.
-        let memory = GuestMemoryShm::from_unsorted(memory)
-            .map_err(|error| new[0].refused(0, error))?;
+        let memory = self.memory.insert_regions(added);
+        let memory = memory.map_err(|error| new[0].refused(0, error))?;
         let mut regions = self.regions.to_vec();
         regions.extend(new);
         Ok(self.rebuilt(memory, regions))

@@ -127,6 +127,14 @@ fn a_region_that_is_replaced_is_never_seen_in_both_shapes() {
             InvalidRange::Overlap { .. }
         )))
     ));
+    // Whichever of them is lower, the text says which is there.
+    let over = GuestRegionShm::new((GuestAddress(MIB), 2 * MIB), &RamOptions::new());
+    let error = space.insert(over.unwrap()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "guest range 0x100000..=0x2fffff (2 MiB) overlaps 0x200000..=0x2fffff (1 MiB), which is \
+         there already: move or shorten it, or remove what is there first"
+    );
     let gone = space
         .transaction()
         .insert(region(9))

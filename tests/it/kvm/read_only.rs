@@ -146,7 +146,7 @@ fn roms_and_regions_do_not_overlap_and_share_the_slots() {
         let (_dir, rom) = rom(start);
         let error = machine.slots(|slots| slots.add_rom(rom)).unwrap_err();
         assert!(
-            matches!(error, KvmError::Range(InvalidRange::Overlap { .. })),
+            matches!(error, KvmError::Range(InvalidRange::Taken { .. })),
             "{error}"
         );
     }
@@ -170,10 +170,7 @@ fn roms_and_regions_do_not_overlap_and_share_the_slots() {
     let (listener, at, refused) = refusal(error);
     assert_eq!((listener.as_str(), at), ("kvm", Some(range(PLUG, 2 * MIB))));
     assert!(
-        matches!(
-            cause(&refused),
-            KvmError::Range(InvalidRange::Overlap { .. })
-        ),
+        matches!(cause(&refused), KvmError::Range(InvalidRange::Taken { .. })),
         "{refused:?}"
     );
     machine.reaches(PLUG);
