@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for region in memory.iter() {
         let (range, backing) = (region.range(), region.backing());
         let (kind, seals, offset) = (backing.kind(), backing.seals(), region.offset());
-        println!("{range}: offset {offset:#x} of a {kind}, sealed {seals}");
+        println!("{range}: offset {offset:#x} of a {kind}, seals: {seals}");
     }
     Ok(())
 }

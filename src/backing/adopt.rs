@@ -207,6 +207,10 @@ fn check(file: &File, policy: &AdoptPolicy) -> Result<Found> {
     check_len(found.len(), page_size, policy)?;
     existing::check(&policy.options, kind, page_size)?;
     let seals = check_seals(file, policy.seals)?;
+    let kind = match kind {
+        BackingKind::AdoptedShm if seals != seals::NO_SEALS => BackingKind::AdoptedMemfd,
+        kind => kind,
+    };
     let metadata = file.metadata().map_err(BackingError::inspect)?;
     check_len(metadata.len(), page_size, policy)?;
     Ok(Found {

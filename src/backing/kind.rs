@@ -22,7 +22,10 @@ pub enum BackingKind {
     HugetlbFile,
     /// A file on another file system that this crate opened or created.
     File,
-    /// An adopted memfd, POSIX shared memory object or other file on a tmpfs.
+    /// An adopted memfd of base pages.
+    AdoptedMemfd,
+    /// An adopted POSIX shared memory object or other file on a tmpfs; or a memfd to which its
+    /// owner allows no seal, which looks the same.
     AdoptedShm,
     /// An adopted memfd of huge pages or file on a hugetlbfs.
     AdoptedHugetlb,
@@ -65,6 +68,7 @@ impl fmt::Display for BackingKind {
             Self::ShmFile => "shm file",
             Self::HugetlbFile => "hugetlb file",
             Self::File => "file",
+            Self::AdoptedMemfd => "adopted memfd",
             Self::AdoptedShm => "adopted shm",
             Self::AdoptedHugetlb => "adopted hugetlb",
             Self::AdoptedFile => "adopted file",

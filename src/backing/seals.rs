@@ -19,7 +19,8 @@ bitflags::bitflags! {
     /// ```
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Seals: u32 {
-        /// No more seals can be added. Alone, the mark of a tmpfs file that cannot be sealed.
+        /// No more seals can be added. Alone, the mark of a tmpfs file that cannot be sealed,
+        /// which is displayed as `none possible`.
         #[doc(alias = "F_SEAL_SEAL")]
         const SEAL = 0x1;
         /// The file cannot become shorter: no process can take pages away from a mapping.
@@ -46,14 +47,21 @@ bitflags::bitflags! {
 /// `F_SEAL_FUTURE_WRITE` from a daemon would stop discards and later daemons.
 pub(super) const RAM: Seals = Seals::RESIZE.union(Seals::SEAL);
 
+/// What the kernel says of every file on a tmpfs that is no memfd: it has no seals, and will never
+/// have one. So it does of a memfd that was created without `MFD_ALLOW_SEALING`.
+pub(super) const NO_SEALS: Seals = Seals::SEAL;
+
 #[cfg(feature = "serde")]
 crate::units::serialized_as_text!(Seals);
 
-/// Names with `|` between them, or `none`.
+/// As it is displayed: names with `|` between them, or `none`, or `none possible`.
 #[cfg(feature = "serde")]
 impl<'de> serde::Deserialize<'de> for Seals {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
+        if text == NONE_POSSIBLE {
+            return Ok(NO_SEALS);
+        }
         let names = text.split('|').filter(|name| *name != "none");
         let seals = names.map(|name| {
             let found = NAMES.iter().find(|(_, known)| *known == name);
@@ -73,6 +81,8 @@ const NAMES: [(Seals, &str); 6] = [
     (Seals::EXEC, "exec"),
 ];
 
+const NONE_POSSIBLE: &str = "none possible";
+
 impl fmt::Display for Seals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let set: Vec<&str> = NAMES
@@ -80,7 +90,9 @@ impl fmt::Display for Seals {
             .filter(|(seal, _)| self.contains(*seal))
             .map(|(_, name)| *name)
             .collect();
-        f.pad(&if set.is_empty() {
+        f.pad(&if *self == NO_SEALS {
+            NONE_POSSIBLE.to_owned()
+        } else if set.is_empty() {
             "none".to_owned()
         } else {
             set.join("|")
@@ -114,6 +126,7 @@ mod tests {
     #[test]
     fn seals_print_by_name() {
         assert_eq!(Seals::empty().to_string(), "none");
+        assert_eq!(Seals::SEAL.to_string(), "none possible");
         assert_eq!(RAM.to_string(), "seal|shrink|grow");
     }
 }

@@ -196,11 +196,13 @@ impl ShmBacking {
             BackingKind::Memfd
                 | BackingKind::PosixShm
                 | BackingKind::ShmFile
+                | BackingKind::AdoptedMemfd
                 | BackingKind::AdoptedShm
         )
     }
 
-    /// The seals on it, empty where the file cannot be sealed.
+    /// The seals on it. Of POSIX shared memory and other files on a tmpfs the kernel says
+    /// [`Seals::SEAL`]: they cannot be sealed; of files elsewhere nothing.
     pub fn seals(&self) -> Seals {
         self.inner.seals
     }

@@ -160,8 +160,9 @@ fn a_file_that_is_too_short_is_refused_and_not_made_longer() {
         let exact = adopt(memfd(2 * MIB), &policy).unwrap();
         assert_eq!(
             (exact.size(), exact.kind()),
-            (2 * MIB, BackingKind::AdoptedShm)
+            (2 * MIB, BackingKind::AdoptedMemfd)
         );
+        assert_eq!(exact.kind().to_string(), "adopted memfd");
     });
 }
 
@@ -316,10 +317,13 @@ fn posix_shm_can_be_adopted_but_not_sealed() {
                 matches!(error, Error::Backing(BackingError::NotSealed { .. })),
                 "{error:?}"
             );
-            assert!(error.to_string().contains("trust the owner"), "{error}");
+            let text = error.to_string();
+            assert!(text.contains("(its seals are: none possible)"), "{text}");
+            assert!(text.contains("trust the owner"), "{text}");
         }
         let ours = adopt(fd(), &AdoptPolicy::new()).unwrap();
         assert_eq!(ours, theirs);
+        assert_eq!(ours.kind().to_string(), "adopted shm");
         assert!(!ours.seals().intersects(Seals::RESIZE));
     });
 }

@@ -191,6 +191,7 @@ fn plain_data_is_serialized_by_name_and_read_again() {
     same!(NumaPolicy::Bind(nodes), json!({ "bind": [0, 2] }));
     same!(Seals::RESIZE, json!("shrink|grow"));
     same!(Seals::empty(), json!("none"));
+    same!(Seals::SEAL, json!("none possible"));
     let range = GuestRange::new(GuestAddress(4096), 8192).unwrap();
     same!(range, json!({ "start": 4096, "size": 8192 }));
 }
