@@ -31,8 +31,9 @@ use report::Report;
 const WORDS: Words = &[
     ("restart it or reconnect to it", "run this again"),
     (
-        "connect it anew (AddressSpace::reconnect), detach it, or attach it without requiring \
-         it (AddressSpace::attach)",
+        "bring it back (AddressSpace::reconnect_session for a session, reconnect for a share, \
+         refresh for any other listener), detach it, or attach it without requiring it \
+         (AddressSpace::attach)",
         "run this again",
     ),
     ("connect it anew and attach it then", "run this again"),

@@ -59,8 +59,9 @@ const WORDS: Words = &[
         "restart it, and run this again",
     ),
     (
-        "connect it anew (AddressSpace::reconnect), detach it, or attach it without requiring \
-         it (AddressSpace::attach)",
+        "bring it back (AddressSpace::reconnect_session for a session, reconnect for a share, \
+         refresh for any other listener), detach it, or attach it without requiring it \
+         (AddressSpace::attach)",
         "restart it, and run this again",
     ),
     (

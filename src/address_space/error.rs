@@ -39,7 +39,8 @@ pub(super) type Result<T, E = AddressSpaceError> = std::result::Result<T, E>;
 /// let space = AddressSpace::new(GuestMemoryShm::<()>::new());
 /// let error = space.attach("bus", Bus).unwrap_err();
 /// assert!(error.source().is_some_and(|cause| cause.is::<NoWindow>()));
-/// assert_eq!(error.to_string(), "it was not attached: listener \"bus\" refuses the memory");
+/// let text = "listener \"bus\" was not attached because it refuses the memory";
+/// assert_eq!(error.to_string(), text);
 /// ```
 #[non_exhaustive]
 #[derive(Debug)]
@@ -118,11 +119,10 @@ impl fmt::Display for AddressSpaceError {
                     }
                 }
                 write!(f, ": listener {listener:?} {error}")?;
-                remedy(
+                bring_back(
                     f,
                     error,
-                    "connect it anew (AddressSpace::reconnect), detach it, or attach it without \
-                     requiring it (AddressSpace::attach)",
+                    ", detach it, or attach it without requiring it (AddressSpace::attach)",
                 )
             }
             Self::Attach {
@@ -130,21 +130,28 @@ impl fmt::Display for AddressSpaceError {
                 error,
                 stale,
             } => {
-                f.write_str("it was not attached")?;
+                write!(
+                    f,
+                    "listener {listener:?} was not attached because it {error}"
+                )?;
                 if let Some(stale) = stale {
-                    write!(f, ", but {listener:?} is stale ({})", stale.reason())?;
+                    f.write_str(", and is stale")?;
+                    if stale.reason() != error.reason() {
+                        write!(f, " ({})", stale.reason())?;
+                    }
                 }
-                write!(f, ": listener {listener:?} {error}")?;
-                remedy(f, error, "connect it anew and attach it then")
+                match error.is_away() {
+                    true => f.write_str("; connect it anew and attach it then"),
+                    false => Ok(()),
+                }
             }
             Self::Refresh { listener, error } => {
                 write!(
                     f,
-                    "the others were not told anything, but {listener:?} is stale: "
+                    "listener {listener:?} is stale, and the others were not told anything: it \
+                     {error}"
                 )?;
-                write!(f, "listener {listener:?} {error}")?;
-                let connect = "connect it anew (AddressSpace::reconnect), or detach it";
-                remedy(f, error, connect)
+                bring_back(f, error, ", or detach it")
             }
             Self::Memory(error) => error.fmt(f),
             Self::NoSuchListener => f.write_str(
@@ -165,10 +172,14 @@ impl fmt::Display for AddressSpaceError {
     }
 }
 
-/// What to do about a listener that is away.
-fn remedy(f: &mut fmt::Formatter<'_>, error: &ListenerError, remedy: &str) -> fmt::Result {
+/// What to do about a listener that is away, if it is.
+fn bring_back(f: &mut fmt::Formatter<'_>, error: &ListenerError, or: &str) -> fmt::Result {
     match error.is_away() {
-        true => write!(f, ", {remedy}"),
+        true => write!(
+            f,
+            "; bring it back (AddressSpace::reconnect_session for a session, reconnect for a \
+             share, refresh for any other listener){or}"
+        ),
         false => Ok(()),
     }
 }

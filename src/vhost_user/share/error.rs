@@ -115,7 +115,7 @@ impl fmt::Display for ShareError {
             Self::Broken { reason } => {
                 write!(
                     f,
-                    "the share with this daemon is broken ({reason}): reconnect first"
+                    "the share with this daemon is broken, reconnect first: {reason}"
                 )
             }
         }
@@ -202,7 +202,12 @@ mod tests {
         };
         assert_eq!(cause(&first), Some(104));
         let reason = Arc::new(first);
-        assert_eq!(cause(&ShareError::Broken { reason }), Some(104));
+        let later = ShareError::Broken { reason };
+        assert_eq!(cause(&later), Some(104));
+        let text = later.to_string();
+        let reason =
+            "the share with this daemon is broken, reconnect first: the daemon hung up when";
+        assert!(text.starts_with(reason), "{text}");
         assert!(size_of::<ShareError>() <= 56, "{}", size_of::<ShareError>());
     }
 }

@@ -248,7 +248,9 @@ fn a_daemon_is_told_which_region_could_not_be_populated_and_takes_nothing_back()
             "{refused:?}"
         );
         assert!(
-            refused.to_string().starts_with("region 1: cannot populate"),
+            refused
+                .to_string()
+                .starts_with("region 0x40000000..=0x415fffff (22 MiB): cannot populate"),
             "{refused}"
         );
         // A guest may be writing there. (The control of what is given back elsewhere.)

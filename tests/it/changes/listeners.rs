@@ -12,7 +12,7 @@ fn attaching_undoes_itself_and_gives_the_listener_back() {
             ..script("a", &log)
         };
         let error = space.attach("a", refusing).unwrap_err();
-        let text = "it was not attached: listener \"a\" refuses the memory: no room";
+        let text = "listener \"a\" was not attached because it refuses the memory: no room";
         assert_eq!(chain(&error), text);
         assert!(error.into_listener().held.is_empty());
         assert_eq!(said(&log).last().unwrap().1, "[]");

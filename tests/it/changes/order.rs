@@ -295,15 +295,16 @@ fn an_error_says_what_came_of_it_and_the_way_out() {
     let error = space.attach("a", dying("a", 1)).unwrap_err();
     assert_eq!(
         chain(&error),
-        "it was not attached, but \"a\" is stale (it died): listener \"a\" is away and cannot be \
-         told of the memory, connect it anew and attach it then: it died"
+        "listener \"a\" was not attached because it is away and cannot be told of the memory, \
+         and is stale; connect it anew and attach it then: it died"
     );
     let b = space.attach_required("b", dying("b", 2)).unwrap();
     let error = space.refresh(&b).unwrap_err();
     assert_eq!(
         chain(&error),
-        "the others were not told anything, but \"b\" is stale: listener \"b\" is away and cannot \
-         be told of the memory, connect it anew (AddressSpace::reconnect), or detach it: it died"
+        "listener \"b\" is stale, and the others were not told anything: it is away and cannot be \
+         told of the memory; bring it back (AddressSpace::reconnect_session for a session, \
+         reconnect for a share, refresh for any other listener), or detach it: it died"
     );
     space.detach(b).unwrap();
     space.attach_required("c", dying("c", 2)).unwrap();
@@ -311,8 +312,9 @@ fn an_error_says_what_came_of_it_and_the_way_out() {
     assert_eq!(
         chain(&error),
         "nothing was changed, but \"c\" is stale: listener \"c\" is away and cannot be told of \
-         the region 0x400000..=0x4fffff (1 MiB), connect it anew (AddressSpace::reconnect), \
-         detach it, or attach it without requiring it (AddressSpace::attach): it died"
+         the region 0x400000..=0x4fffff (1 MiB); bring it back (AddressSpace::reconnect_session \
+         for a session, reconnect for a share, refresh for any other listener), detach it, or \
+         attach it without requiring it (AddressSpace::attach): it died"
     );
     let error = space.remove((GuestAddress(64 * MIB), MIB)).unwrap_err();
     assert!(
