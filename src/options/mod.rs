@@ -215,7 +215,8 @@ impl RamOptions {
     }
 
     /// Sets how many threads populate (QEMU's `prealloc-threads`); as many as there are CPUs, at
-    /// most one for 64 MiB, unless set. It has no effect with [`Populate::Lazy`].
+    /// most one for 64 MiB, unless set. It has no effect with [`Populate::Lazy`]. There may be
+    /// fewer: see [`PopulateOptions::with_threads`](crate::PopulateOptions::with_threads).
     ///
     /// ```
     /// use std::num::NonZeroU32;

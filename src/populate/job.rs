@@ -22,6 +22,9 @@ use crate::units::HumanSize;
 /// A thread more for each of these, in bytes: below that it takes longer to start one.
 const PER_THREAD: u64 = 64 << 20;
 
+/// The most threads for a job, unless there are more CPUs.
+const MOST_THREADS: u32 = 64;
+
 /// What populating did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
@@ -74,7 +77,7 @@ impl Job {
             return Err(PopulateError::short(range, short));
         }
         let total = parts.iter().map(Part::len).sum();
-        let threads = threads.map_or_else(|| default_threads(total), NonZeroU32::get);
+        let threads = threads.map_or_else(|| default_threads(total), wanted_threads);
         let plan = Plan::new(parts, threads);
         let chunks = u32::try_from(plan.chunks()).unwrap_or(u32::MAX);
         Ok(Self {
@@ -170,14 +173,28 @@ impl Job {
     }
 }
 
+fn cpus() -> u32 {
+    let cpus = available_parallelism().map_or(1, |cpus| cpus.get());
+    u32::try_from(cpus).unwrap_or(u32::MAX)
+}
+
 fn default_threads(bytes: u64) -> u32 {
-    let cpus = available_parallelism().map_or(1, |cpus| cpus.get() as u64);
-    u32::try_from(cpus.min((bytes / PER_THREAD).max(1))).unwrap_or(u32::MAX)
+    let enough = u32::try_from(bytes / PER_THREAD).unwrap_or(u32::MAX);
+    enough.clamp(1, cpus())
+}
+
+/// More than these only wait for CPUs, and take those of others that the system allows the user.
+fn wanted_threads(wanted: NonZeroU32) -> u32 {
+    wanted.get().min(cpus().max(MOST_THREADS))
 }
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddress;
+
     use super::*;
+    use crate::options::{Populate, RamOptions};
+    use crate::region::GuestRegionShm;
 
     #[test]
     fn small_ram_gets_one_thread_and_large_ram_one_for_each_cpu() {
@@ -186,5 +203,20 @@ mod tests {
         assert_eq!(default_threads(PER_THREAD * 2 - 1), 1);
         assert_eq!(default_threads(PER_THREAD * 2), cpus.min(2));
         assert_eq!(default_threads(u64::MAX), cpus);
+    }
+
+    #[test]
+    fn a_job_starts_no_more_threads_than_can_be_of_use() {
+        let ram = RamOptions::new();
+        let region = GuestRegionShm::<()>::new((GuestAddress(0), 4 << 30), &ram).unwrap();
+        let threads = |wanted| {
+            let part = Part::whole(region.ram().clone(), Populate::Prefault);
+            let (wanted, token) = (NonZeroU32::new(wanted), CancelToken::new());
+            let job = Job::new(vec![part], wanted, OnFailure::Keep, token);
+            job.unwrap().threads
+        };
+        assert_eq!(threads(3), 3);
+        assert_eq!(threads(MOST_THREADS), MOST_THREADS);
+        assert_eq!(threads(u32::MAX), MOST_THREADS.max(cpus()));
     }
 }

@@ -84,7 +84,8 @@ impl<'a> PopulateOptions<'a> {
     /// each 64 MiB.
     ///
     /// There are fewer if the system refuses one, or if there are fewer pieces (of at least 2 MiB)
-    /// to work on.
+    /// to work on; and never more than 64, or than there are CPUs if those are more.
+    /// [`Populated::threads`](crate::Populated::threads) says how many there were.
     pub fn with_threads(mut self, threads: NonZeroU32) -> Self {
         self.threads = Some(threads);
         self
