@@ -245,6 +245,25 @@ pub enum BackingError {
         end: u64,
     },
 
+    /// A part reaches past the end of a file that ends inside a page: what is written there is
+    /// never a part of the file.
+    #[error(
+        "a region of {} at offset {offset:#x} runs past the end of its file at {len:#x}, inside a \
+         page of {}: what is written there never reaches the file, make the file longer first",
+        HumanSize(*.size), HumanSize(*.page_size)
+    )]
+    #[non_exhaustive]
+    EndsInPage {
+        /// The offset in the file, in bytes.
+        offset: u64,
+        /// The size of the part in bytes.
+        size: u64,
+        /// The length of the file in bytes.
+        len: u64,
+        /// The page size of the file in bytes.
+        page_size: u64,
+    },
+
     /// A backing that is not sealed became shorter since it was created or adopted.
     #[error(
         "the backing had at least {} and has {} now: another process truncated it, touching what \

@@ -271,6 +271,23 @@ impl ShmBacking {
         &self.inner.file
     }
 
+    /// Checks that none of `size` bytes at `offset` lie in what is left of the page in which the
+    /// file ends. Those after it are for [`check_inside`](Self::check_inside).
+    pub(crate) fn check_inside_file(&self, offset: u64, size: u64) -> Result<()> {
+        let len = self.inner.file.metadata();
+        let len = len.map_err(BackingError::inspect)?.len();
+        let past = |end: u64| len < end && end <= self.end();
+        if !offset.checked_add(size).is_some_and(past) {
+            return Ok(());
+        }
+        Err(BackingError::EndsInPage {
+            offset,
+            size,
+            len,
+            page_size: self.page_size(),
+        })
+    }
+
     /// Checks that `size` bytes at `offset` lie inside it, at page boundaries.
     pub(crate) fn check_inside(&self, offset: u64, size: u64) -> Result<()> {
         RangePart::Offset.check_aligned(offset, self.page_size())?;

@@ -42,7 +42,8 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
     /// in it at which it starts, in bytes, a multiple of the page size.
     ///
     /// Any file that can be mapped shared, for reading and writing, is taken: a memfd, one on a
-    /// hugetlbfs or on a disk. It must be long enough. One that is not sealed can be truncated by
+    /// hugetlbfs or on a disk. It must be long enough, and may end inside the last page of the
+    /// range, as the range may. One that is not sealed can be truncated by
     /// any process that has it, and touching what is gone is SIGBUS.
     ///
     /// ```
@@ -62,7 +63,8 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
     ///
     /// # Errors
     ///
-    /// Those of [`from_ranges`](Self::from_ranges) and [`ShmBacking::adopt`].
+    /// Those of [`from_ranges`](Self::from_ranges) and [`ShmBacking::adopt`], and
+    /// [`BackingError::EndsInPage`](crate::BackingError::EndsInPage).
     pub fn from_ranges_with_files<A, T>(ranges: T) -> Result<Self>
     where
         A: Borrow<(GuestAddress, usize, Option<FileOffset>)>,
@@ -130,6 +132,7 @@ impl<B: NewBitmap> GuestMemoryShm<B> {
                 Some((_, backing)) => backing.clone(),
                 None => ShmBacking::of_file(file.arc().clone(), options)?,
             };
+            backing.check_inside_file(file.start(), size)?;
             builder = builder.add_backing(&backing, file.start(), [(addr, size)]);
             backings.push((file.arc().clone(), backing));
         }

@@ -303,10 +303,14 @@ fn files_that_cannot_be_ram_are_refused() {
             let offset = FileOffset::new(file, start);
             GuestRegionShm::<()>::from_range(GuestAddress(0), size, Some(offset))
         };
-        // vm-memory maps what the file has not, and touching it is SIGBUS.
-        assert!(
-            with(file(0x1400), 0x1000, 0x1000).is_ok(),
-            "to the end of its page"
+        // vm-memory maps what the file has not, and touching it is SIGBUS, or lost.
+        assert!(with(file(0x1400), 0x1000, 0x400).is_ok(), "to its end");
+        assert_refused!(
+            with(file(0x1400), 0x1000, 0x800),
+            MemoryError::Backing(BackingError::EndsInPage { len: 0x1400, .. }),
+            "a region of 2 KiB at offset 0x1000 runs past the end of its file at 0x1400, inside a \
+             page of 4 KiB: what is written there never reaches the file, make the file longer \
+             first",
         );
         for (len, start, size) in [(0x1400, 0, 0x2001), (0x1000, 0x1000, 1), (0x400, 0x1000, 1)] {
             let refused = with(file(len), start, size);
