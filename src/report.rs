@@ -80,8 +80,8 @@ pub enum BuildNote {
 }
 
 impl BuildReport {
-    /// The notes, in the order of the backings, each with the name of the backing that it is
-    /// about, or its kind if it has none. There are none if everything is as asked for.
+    /// The notes, each once, in the order of the backings, with the name of the backing that it
+    /// is about, or its kind if it has none. There are none if everything is as asked for.
     pub fn notes(&self) -> impl Iterator<Item = (&str, &BuildNote)> {
         let lines = self.lines.iter();
         lines.map(|line| (line.backing.as_str(), &line.note))
@@ -92,12 +92,15 @@ impl BuildReport {
         self.lines.is_empty()
     }
 
-    /// Adds notes about a backing.
+    /// Adds notes about a backing; each once, however many regions say it.
     pub(crate) fn add(&mut self, backing: &str, notes: impl IntoIterator<Item = BuildNote>) {
-        self.lines.extend(notes.into_iter().map(|note| Line {
-            backing: backing.to_owned(),
-            note,
-        }));
+        for note in notes {
+            let backing = backing.to_owned();
+            let line = Line { backing, note };
+            if !self.lines.contains(&line) {
+                self.lines.push(line);
+            }
+        }
     }
 }
 
@@ -200,5 +203,21 @@ impl fmt::Display for BuildNote {
                 ),
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_equal_note_is_told_once_for_a_backing() {
+        let mut report = BuildReport::default();
+        for backing in ["a", "b", "a"] {
+            report.add(backing, [BuildNote::Merge, BuildNote::Reserve]);
+        }
+        report.add("a", [BuildNote::CanonicalPath]);
+        let told: Vec<_> = report.notes().map(|(backing, _)| backing).collect();
+        assert_eq!(told, ["a", "a", "b", "b", "a"]);
     }
 }
