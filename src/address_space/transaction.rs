@@ -64,6 +64,20 @@ pub struct Transaction<'a, B: Bitmap + Send + Sync + 'static = ()> {
 /// assert_eq!(report.removed().len(), 1);
 /// # Ok::<(), guest_memory_shm::Error>(())
 /// ```
+///
+/// In one line: `?` for the change, and a line of the log for each listener that missed it. Where
+/// all of them are attached as [required](AddressSpace::attach_required) none can miss one, and
+/// the report can be dropped.
+///
+/// ```
+/// # use guest_memory_shm::{AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions};
+/// # use vm_memory::GuestAddress;
+/// # let space = AddressSpace::new(GuestMemoryShm::<()>::new());
+/// # let region = GuestRegionShm::new((GuestAddress(0), 1 << 20), &RamOptions::new())?;
+/// space.insert(region)?.stale().iter().for_each(|listener| eprintln!("{listener}"));
+/// let _ = space.remove((GuestAddress(0), 1 << 20))?; // all are required
+/// # Ok::<(), guest_memory_shm::Error>(())
+/// ```
 #[derive(Debug)]
 #[must_use = "a listener that is away was not told, and the change succeeded without it: look at \
               stale(), or attach it with AddressSpace::attach_required"]
