@@ -13,16 +13,14 @@
 mod plug;
 
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use guest_memory_shm::mock::{Fault, MockDaemon};
-use guest_memory_shm::{AddressSpace, VhostUserShare};
-use vhost::VhostUserMemoryRegionInfo;
-use vhost::vhost_user::VhostUserFrontend;
 
 use plug::{
-    Bare, Failure, Times, attach, change, connect, many_regions, memory, print_head,
-    print_reconnection, timed,
+    Bare, Failure, Times, attach, change, in_folder, many_regions, memory, print_head,
+    reconnections, timed,
 };
 
 const GIB: usize = 1 << 30;
@@ -50,7 +48,9 @@ fn main() -> Result<(), Failure> {
     println!();
     size_of_ram(rounds)?;
     println!();
-    reconnect(if test { 1 } else { 20 })
+    in_folder(|folder| {
+        reconnect(folder, if test { 1 } else { 20 })
+    })
 }
 
 fn busy(count: usize, rounds: usize, late: Option<Duration>) -> Result<(), Failure> {
@@ -104,40 +104,21 @@ fn size_of_ram(rounds: usize) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A daemon that comes back to 509 regions.
-fn reconnect(rounds: usize) -> Result<(), Failure> {
-    const REGIONS: u64 = 509;
-    let memory = many_regions(REGIONS)?;
-    let table = memory.memory_table();
-    let infos: Vec<VhostUserMemoryRegionInfo> = table.regions().iter().map(Into::into).collect();
-
+/// Daemons that come back to 509 regions.
+fn reconnect(folder: &Path, rounds: usize) -> Result<(), Failure> {
     let (bare, ours) = (MockDaemon::builder(), MockDaemon::builder());
     let (bare, ours) = (bare.start_unnamed()?, ours.start_unnamed()?);
-    let space = AddressSpace::new(memory);
-    let (frontend, features) = connect(ours.connect()?)?;
-    let share = space.attach("daemon", VhostUserShare::new(&frontend, features)?)?;
-    drop(frontend);
-
-    let (mut bare_times, mut space_times) = (Times::default(), Times::default());
-    for _ in 0..rounds {
-        let (mut frontend, _) = connect(bare.connect()?)?;
-        bare_times.0.push(timed(|| {
-            for info in &infos {
-                frontend.add_mem_region(info)?;
-            }
-            Ok(())
-        })?);
-        drop(frontend);
-        bare.wait_disconnected(Duration::from_secs(60))?;
-
-        ours.hang_up();
-        ours.wait_disconnected(Duration::from_secs(60))?;
-        let (frontend, features) = connect(ours.connect()?)?;
-        space_times
-            .0
-            .push(timed(|| Ok(space.reconnect(&share, &frontend, features)?))?);
-        assert_eq!(ours.table().len() as u64, REGIONS);
-    }
-    print_reconnection(REGIONS, &bare_times, &space_times);
-    Ok(())
+    let path = folder.join("session.sock");
+    let _session = MockDaemon::builder().start(&path)?;
+    let connect_to = |daemon: &MockDaemon| {
+        daemon.wait_disconnected(Duration::from_secs(60))?;
+        Ok(daemon.connect()?)
+    };
+    reconnections(
+        &many_regions(509)?,
+        rounds,
+        [&|| connect_to(&bare), &|| connect_to(&ours)],
+        &path,
+        |_| Ok(()),
+    )
 }

@@ -3,12 +3,14 @@
 
 use std::error::Error;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use guest_memory_shm::mock::BlkDevice;
 use guest_memory_shm::{
-    AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, TableRegion, VhostUserShare,
+    AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, SessionOptions, TableRegion,
+    VhostUserSession, VhostUserShare,
 };
 use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
@@ -208,12 +210,62 @@ pub(crate) fn many_regions(count: u64) -> Result<GuestMemoryShm, Failure> {
     Ok(builder.build()?)
 }
 
-/// Prints the times of a reconnection.
-pub(crate) fn print_reconnection(regions: u64, bare: &Times, ours: &Times) {
-    let rounds = bare.0.len();
-    println!("reconnect with {regions} regions: best and median of {rounds} rounds each, ms");
+/// Daemons that come back to all regions of `memory`: one that is told them by the bare messages,
+/// one after the other, one that is a share, and one that is a whole session, in turn.
+///
+/// The first two are connected to by a call, which waits until they can be, the third by its path.
+/// `after_each` is what the bare side says after each region.
+pub(crate) fn reconnections(
+    memory: &GuestMemoryShm,
+    rounds: usize,
+    [bare, ours]: [&dyn Fn() -> Result<UnixStream, Failure>; 2],
+    session: &Path,
+    after_each: fn(&mut Frontend) -> vhost::Result<()>,
+) -> Result<(), Failure> {
+    let table = memory.memory_table();
+    let infos: Vec<VhostUserMemoryRegionInfo> = table.regions().iter().map(Into::into).collect();
+    let space = AddressSpace::new(memory.clone());
+    let (frontend, features) = connect(ours()?)?;
+    let share = space.attach("share", VhostUserShare::new(&frontend, features)?)?;
+    drop(frontend);
+    let session = VhostUserSession::connect(session, SessionOptions::new(0))?;
+    let session = space.attach("session", session)?;
+
+    let (mut bare_regions, mut bare_whole) = (Times::default(), Times::default());
+    let (mut shares, mut sessions) = (Times::default(), Times::default());
+    for _ in 0..rounds {
+        let start = Instant::now();
+        let (mut frontend, _) = connect(bare()?)?;
+        bare_regions.0.push(timed(|| {
+            for info in &infos {
+                frontend.add_mem_region(info)?;
+                after_each(&mut frontend)?;
+            }
+            Ok(())
+        })?);
+        bare_whole.0.push(start.elapsed());
+        drop(frontend);
+
+        // Daemons serve one connection at a time, and take the next once this one has ended.
+        space.with_listener(&share, VhostUserShare::close)?;
+        let (frontend, features) = connect(ours()?)?;
+        let reconnected = timed(|| Ok(space.reconnect(&share, &frontend, features)?));
+        shares.0.push(reconnected?);
+        let reconnected = timed(|| Ok(space.reconnect_session(&session)?));
+        sessions.0.push(reconnected?);
+    }
     println!(
-        "bare {:.2} {:.2}   AddressSpace {:.2} {:.2}   ratio {:.3} {:.3}",
+        "reconnect with {} regions: best and median of {rounds} rounds each, ms",
+        infos.len()
+    );
+    print_beside("regions only", &bare_regions, &shares);
+    print_beside("whole session", &bare_whole, &sessions);
+    Ok(())
+}
+
+fn print_beside(what: &str, bare: &Times, ours: &Times) {
+    println!(
+        "{what}: bare {:.2} {:.2}   AddressSpace {:.2} {:.2}   ratio {:.3} {:.3}",
         bare.best() / 1e3,
         bare.median() / 1e3,
         ours.best() / 1e3,
@@ -221,4 +273,13 @@ pub(crate) fn print_reconnection(regions: u64, bare: &Times, ours: &Times) {
         ours.best() / bare.best(),
         ours.median() / bare.median()
     );
+}
+
+/// Runs `work` with a folder for sockets and images, which is removed afterwards.
+pub(crate) fn in_folder(work: impl FnOnce(&Path) -> Result<(), Failure>) -> Result<(), Failure> {
+    let folder = std::env::temp_dir().join(format!("bench-{}", std::process::id()));
+    std::fs::create_dir(&folder)?;
+    let done = work(&folder);
+    std::fs::remove_dir_all(&folder)?;
+    done
 }

@@ -2,7 +2,8 @@
 //! `address_space` has it with daemons in the same process. Needs qemu-storage-daemon.
 //!
 //! At a reconnection the bare side asks after each region whether the daemon is still there, as a
-//! frontend has to that wants to know which one was refused.
+//! frontend has to that wants to know which one was refused. A whole session is that, with the
+//! connection and what is agreed on it.
 
 mod plug;
 
@@ -12,14 +13,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
-use guest_memory_shm::{AddressSpace, VhostUserShare};
-use vhost::vhost_user::VhostUserFrontend;
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
+use vhost::VhostBackend;
 
-use plug::{
-    Bare, Failure, Times, attach, connect, many_regions, memory, print_head, print_reconnection,
-    timed,
-};
+use plug::{Bare, Failure, attach, in_folder, many_regions, memory, print_head, reconnections};
 
 const PROGRAM: &str = "qemu-storage-daemon";
 const GIB: usize = 1 << 30;
@@ -35,18 +31,14 @@ fn main() -> Result<(), Failure> {
     let rounds = std::env::var("ROUNDS").ok();
     let rounds = rounds.and_then(|rounds| rounds.parse().ok());
     let rounds = if test { 3 } else { rounds.unwrap_or(1000) };
-    let directory = std::env::temp_dir().join(format!("bench-{}", std::process::id()));
-    std::fs::create_dir(&directory)?;
-    let done = run(&directory, rounds, if test { 1 } else { 20 });
-    std::fs::remove_dir_all(&directory)?;
-    done
+    in_folder(|folder| run(folder, rounds, if test { 1 } else { 20 }))
 }
 
-fn run(directory: &Path, rounds: usize, reconnections: usize) -> Result<(), Failure> {
+fn run(folder: &Path, rounds: usize, reconnections: usize) -> Result<(), Failure> {
     print_head(rounds);
     for count in [1, 4] {
         let start = |side: &str| -> Result<Vec<_>, Failure> {
-            let name = |at| directory.join(format!("{side}{count}-{at}"));
+            let name = |at| folder.join(format!("{side}{count}-{at}"));
             (0..count).map(|at| Daemon::start(&name(at))).collect()
         };
         let (theirs, ours) = (start("bare")?, start("ours")?);
@@ -55,48 +47,24 @@ fn run(directory: &Path, rounds: usize, reconnections: usize) -> Result<(), Fail
         plug::plug(bare, &attach(sockets(&ours)?, memory)?, rounds)?;
     }
     println!();
-    reconnect(directory, reconnections)
+    reconnect(folder, reconnections)
 }
 
 fn sockets(daemons: &[Daemon]) -> Result<Vec<UnixStream>, Failure> {
     daemons.iter().map(Daemon::connect).collect()
 }
 
-/// A daemon that comes back to many regions.
-fn reconnect(directory: &Path, rounds: usize) -> Result<(), Failure> {
-    let memory = many_regions(REGIONS)?;
-    let table = memory.memory_table();
-    let infos: Vec<VhostUserMemoryRegionInfo> = table.regions().iter().map(Into::into).collect();
-    let bare = Daemon::start(&directory.join("bare"))?;
-    let ours = Daemon::start(&directory.join("ours"))?;
-    let space = AddressSpace::new(memory);
-    let (mut ours_frontend, features) = connect(ours.connect()?)?;
-    let share = VhostUserShare::new(&ours_frontend, features)?;
-    let share = space.attach("daemon", share)?;
-
-    let (mut bare_times, mut space_times) = (Times::default(), Times::default());
-    for _ in 0..rounds {
-        let (mut frontend, _) = connect(bare.connect()?)?;
-        bare_times.0.push(timed(|| {
-            for info in &infos {
-                frontend.add_mem_region(info)?;
-                frontend.get_features()?;
-            }
-            Ok(())
-        })?);
-        drop(frontend);
-
-        // It serves one at a time, and takes the next once this one has ended.
-        space.with_listener(&share, VhostUserShare::close)?;
-        drop(ours_frontend);
-        let (frontend, features) = connect(ours.connect()?)?;
-        space_times
-            .0
-            .push(timed(|| Ok(space.reconnect(&share, &frontend, features)?))?);
-        ours_frontend = frontend;
-    }
-    print_reconnection(REGIONS, &bare_times, &space_times);
-    Ok(())
+/// Daemons that come back to many regions.
+fn reconnect(folder: &Path, rounds: usize) -> Result<(), Failure> {
+    let start = |name: &str| Daemon::start(&folder.join(name));
+    let (bare, ours, session) = (start("bare")?, start("ours")?, start("session")?);
+    reconnections(
+        &many_regions(REGIONS)?,
+        rounds,
+        [&|| bare.connect(), &|| ours.connect()],
+        &session.socket,
+        |frontend| frontend.get_features().map(drop),
+    )
 }
 
 /// A qemu-storage-daemon that serves an empty image; it ends when this is dropped.

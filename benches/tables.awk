@@ -63,13 +63,13 @@ bench == "address_space" && /^(1|4|16|64) / && NF == 11 && $2 ~ /^[0-9]+$/ {
     add(part " question" $1, $11)
 }
 bench == "address_space" && /^1 GiB/ { add("size", $NF) }
-bench == "address_space" && /^bare/ { add("reconnect", $NF) }
+/^regions only: / { add("reconnect", $NF) }
+/^whole session: / { add("session", $NF) }
 
 bench == "storage_daemon" && /^(1|4) / && NF == 11 && $2 ~ /^[0-9]+$/ {
     add("real" $1, $9)
     add("real question" $1, $11)
 }
-bench == "storage_daemon" && /^bare/ { add("real reconnect", $NF) }
 
 bench == "facts" && match($0, /  +/) && /[^ ]s$/ {
     title = substr($0, 1, RSTART - 1)
@@ -117,13 +117,15 @@ END {
         printf "| each takes 3 ms for something else |"
         printf " %s | %s | %s | %s |\n", span("late1"), span("late4"), span("late16"), span("late64")
         print "<!-- address_space, size -->\n" span("size") " times"
-        print "<!-- address_space, reconnect -->\n" span("reconnect") " times"
     }
     if (bench == "storage_daemon") {
         print "<!-- storage_daemon -->\n| daemons | 1 | 4 |\n|---|---|---|"
         print "| the bare messages | " span("real1") " | " span("real4") " |"
         print "| with the question | " span("real question1") " | " span("real question4") " |"
-        print "<!-- storage_daemon, reconnect -->\n" span("real reconnect") " times"
+    }
+    if (count["session"]) {
+        print "<!-- " bench ", reconnect -->\n" span("reconnect") " times"
+        print "<!-- " bench ", session -->\n" span("session") " times"
     }
     if (bench == "facts") {
         print "<!-- facts -->\n| RAM | `stats` | `extents`, steps of 2 MiB | `extents`, steps of 4 KiB |\n|---|---|---|---|"
