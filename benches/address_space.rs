@@ -9,6 +9,9 @@
 //! it is still there, because some acknowledge what they refuse and hang up then: "with the
 //! question" is the bare exchange with that round trip (GET_FEATURES). All daemons share the CPUs
 //! with the bench: many of them at once are limited by these, unless they wait for something.
+//!
+//! The last table has nothing to compare with: by how much a change exceeds its deadline where
+//! daemons never answer, and connecting where none listens.
 
 mod plug;
 
@@ -17,15 +20,18 @@ use std::path::Path;
 use std::time::Duration;
 
 use guest_memory_shm::mock::{Fault, MockDaemon};
+use guest_memory_shm::{AddressSpace, SessionOptions, VhostUserSession, VhostUserShare};
 
 use plug::{
-    Bare, Failure, Times, attach, change, in_folder, many_regions, memory, print_head,
-    reconnections, timed,
+    Bare, Failure, PLUG, SIZE, Times, attach, change, connect, in_folder, many_regions, memory,
+    print_head, reconnections, region, timed,
 };
 
 const GIB: usize = 1 << 30;
 /// How long a daemon takes that has other work to do first.
 const LATE: Duration = Duration::from_millis(3);
+/// What daemons that never answer have.
+const DEADLINE: Duration = Duration::from_millis(50);
 
 fn main() -> Result<(), Failure> {
     // Cargo runs benches as tests too.
@@ -49,7 +55,9 @@ fn main() -> Result<(), Failure> {
     size_of_ram(rounds)?;
     println!();
     in_folder(|folder| {
-        reconnect(folder, if test { 1 } else { 20 })
+        reconnect(folder, if test { 1 } else { 20 })?;
+        println!();
+        overshoot(folder, if test { 1 } else { 100 })
     })
 }
 
@@ -121,4 +129,65 @@ fn reconnect(folder: &Path, rounds: usize) -> Result<(), Failure> {
         &path,
         |_| Ok(()),
     )
+}
+
+/// By how much waits exceed their deadline.
+fn overshoot(folder: &Path, rounds: usize) -> Result<(), Failure> {
+    println!(
+        "{:<52}{:>12}{:>12}",
+        format!("past a deadline of {DEADLINE:?}, in {rounds} rounds each"),
+        "median, ms",
+        "longest, ms"
+    );
+    for count in [1, 16] {
+        let daemons = (0..count).map(|_| MockDaemon::builder().start_unnamed());
+        let daemons: Vec<_> = daemons.collect::<Result<_, _>>()?;
+        let mut times = Times::default();
+        for _ in 0..rounds {
+            times.0.push(silent(&daemons)?);
+        }
+        print_overshoot(&format!("a change, silent daemons: {count}"), &times);
+    }
+    let nobody = folder.join("nobody.sock");
+    let mut times = Times::default();
+    for _ in 0..rounds {
+        let options = SessionOptions::new(0).with_deadline(DEADLINE);
+        times.0.push(timed(|| {
+            match VhostUserSession::connect(&nobody, options) {
+                Ok(_) => Err("somebody listens".into()),
+                Err(_) => Ok(()),
+            }
+        })?);
+    }
+    print_overshoot("connecting, where no daemon listens", &times);
+    Ok(())
+}
+
+/// How long a change takes under daemons that never answer it. No RAM comes, which would have a
+/// later deadline.
+fn silent(daemons: &[MockDaemon]) -> Result<Duration, Failure> {
+    let space = AddressSpace::new(memory(GIB)?.insert_region(region()?.into())?);
+    for daemon in daemons {
+        let (frontend, features) = connect(daemon.connect()?)?;
+        let share = space.attach("daemon", VhostUserShare::new(&frontend, features)?)?;
+        space.with_listener(&share, |share| share.set_deadline(DEADLINE))?;
+        daemon.inject(1, Fault::NeverAnswer);
+    }
+    let time = timed(|| {
+        let report = space.remove((PLUG, SIZE))?;
+        assert_eq!(report.stale().len(), daemons.len());
+        Ok(())
+    })?;
+    drop(space);
+    for daemon in daemons {
+        daemon.wait_disconnected(Duration::from_secs(60))?;
+    }
+    Ok(time)
+}
+
+fn print_overshoot(what: &str, times: &Times) {
+    let past = |micros: f64| micros / 1e3 - DEADLINE.as_secs_f64() * 1e3;
+    let longest = times.0.iter().max().map_or(0.0, Duration::as_secs_f64);
+    let (median, longest) = (past(times.median()), past(longest * 1e6));
+    println!("{what:<52}{median:>12.2}{longest:>12.2}");
 }

@@ -56,7 +56,7 @@ pub(crate) fn memory(size: usize) -> Result<GuestMemoryShm, Failure> {
     Ok(GuestMemoryShm::from_ranges(&[(GuestAddress(0), size)])?)
 }
 
-fn region() -> Result<GuestRegionShm, Failure> {
+pub(crate) fn region() -> Result<GuestRegionShm, Failure> {
     Ok(GuestRegionShm::new((PLUG, SIZE), &RamOptions::new())?)
 }
 

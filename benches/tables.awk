@@ -63,6 +63,12 @@ bench == "address_space" && /^(1|4|16|64) / && NF == 11 && $2 ~ /^[0-9]+$/ {
     add(part " question" $1, $11)
 }
 bench == "address_space" && /^1 GiB/ { add("size", $NF) }
+bench == "address_space" && match($0, /  +[-0-9.]+ +[-0-9.]+$/) && /^(a change|connecting), / {
+    title = substr($0, 1, RSTART - 1)
+    if (!((title, "median") in count)) rows[++row_count] = title
+    add(title SUBSEP "median", $(NF - 1))
+    add(title SUBSEP "longest", $NF)
+}
 /^regions only: / { add("reconnect", $NF) }
 /^whole session: / { add("session", $NF) }
 
@@ -117,6 +123,11 @@ END {
         printf "| each takes 3 ms for something else |"
         printf " %s | %s | %s | %s |\n", span("late1"), span("late4"), span("late16"), span("late64")
         print "<!-- address_space, size -->\n" span("size") " times"
+        print "<!-- address_space, deadline -->\n| | median, ms | longest, ms |\n|---|---|---|"
+        for (at = 1; at <= row_count; at++) {
+            title = rows[at]
+            print "| " title " | " span(title SUBSEP "median") " | " span(title SUBSEP "longest") " |"
+        }
     }
     if (bench == "storage_daemon") {
         print "<!-- storage_daemon -->\n| daemons | 1 | 4 |\n|---|---|---|"
