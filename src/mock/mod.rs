@@ -77,6 +77,7 @@
 mod backend;
 mod blk;
 mod blk_error;
+mod builder;
 mod channel;
 mod config;
 mod daemon;
@@ -98,8 +99,9 @@ mod wire;
 mod writer;
 
 pub use blk_error::{BlkError, RequestId};
+pub use builder::MockDaemonBuilder;
 pub use channel::BackendRequest;
-pub use daemon::{MockDaemon, MockDaemonBuilder};
+pub use daemon::MockDaemon;
 pub use device::BlkDevice;
 pub use disk::RamDisk;
 pub use driver::BlkDriver;
