@@ -2,7 +2,6 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::OnceLock;
 
 use nix::errno::Errno;
 
@@ -107,12 +106,8 @@ fn edges(range: Range<u64>, huge: u64) -> (Range<u64>, Range<u64>) {
 
 /// The size in bytes of the largest transparent huge page; of a base page if there are none.
 pub(super) fn transparent_huge_page() -> u64 {
-    static SIZE: OnceLock<u64> = OnceLock::new();
-    let read = || {
-        let size = transparent::page_size().filter(|size| size.is_power_of_two());
-        size.unwrap_or_else(base_page_size)
-    };
-    *SIZE.get_or_init(read)
+    let size = transparent::page_size().filter(|size| size.is_power_of_two());
+    size.unwrap_or_else(base_page_size)
 }
 
 /// Whether holes can be punched into the file, found out by punching one where it has nothing.

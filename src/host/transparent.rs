@@ -4,7 +4,9 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::sync::OnceLock;
 
+use super::descriptors::is_none_left;
 use super::fields::field;
 use super::mounts::Mount;
 use crate::units::HumanSize;
@@ -12,8 +14,21 @@ use crate::units::HumanSize;
 const SWITCHES: &str = "/sys/kernel/mm/transparent_hugepage";
 
 /// The size of a transparent huge page in bytes, or `None` if the kernel has none.
+///
+/// It is the same until the machine is restarted, and is read once. Who builds RAM asks for it, so
+/// that a thread that may open no files can discard.
 pub(crate) fn page_size() -> Option<u64> {
-    read("hpage_pmd_size")?.parse().ok()
+    static SIZE: OnceLock<Option<u64>> = OnceLock::new();
+    if let Some(known) = SIZE.get() {
+        return *known;
+    }
+    let text = match fs::read_to_string(format!("{SWITCHES}/hpage_pmd_size")) {
+        // Next time there may be one.
+        Err(error) if is_none_left(&error) => return None,
+        text => text.ok(),
+    };
+    let size = text.and_then(|text| text.trim().parse().ok());
+    *SIZE.get_or_init(|| size)
 }
 
 /// Why RAM is not mapped by transparent huge pages, which were asked for.

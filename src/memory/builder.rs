@@ -9,6 +9,7 @@ use super::GuestMemoryShm;
 #[cfg(doc)]
 use crate::backing::BackingError;
 use crate::backing::{Request, Resolved, ShmBacking, memory_notes};
+use crate::host::transparent;
 use crate::options::{Access, RamOptions};
 use crate::populate::{OnFailure, populate_mapped};
 use crate::range::{GuestRange, InvalidRange, check_disjoint};
@@ -423,8 +424,10 @@ fn requests<'p>(plans: &'p [Plan<'p>]) -> impl Iterator<Item = &'p Request<'p>> 
     plans.iter().map(|plan| &plan.request)
 }
 
-/// The limits that are near.
+/// The limits that are near. Files are read for them; what a discard needs to know is read along,
+/// because a thread that discards may not be allowed to open any.
 fn limits(plans: &[Plan<'_>]) -> BuildReport {
+    transparent::page_size();
     let mut report = BuildReport::default();
     let mut add = |name: &str, notes: Vec<BuildNote>| {
         log_notes(name, &notes);
