@@ -1,52 +1,82 @@
 //! Another process, and whether it is known to be dead.
 
 use std::fs::{self, File};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::process;
+use std::sync::Arc;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// What the kernel says of the process that sent a message.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Sender {
+    /// Its number in our PID namespace, if it has one there.
+    pub(crate) id: Option<u32>,
+    /// Its pidfd, or why there is none; `None` before Linux 6.5, which gives none.
+    pub(crate) pidfd: Option<Result<Arc<OwnedFd>, Errno>>,
+}
 
 /// A process, by a handle that outlives it.
 #[derive(Debug)]
 pub(crate) struct Process {
-    id: u32,
+    id: Option<u32>,
+    handle: Option<Handle>,
+}
+
+#[derive(Debug)]
+enum Handle {
+    Pidfd(Arc<OwnedFd>),
     /// `/proc/PID/stat`, which stands for this process also when the number is another's.
-    stat: Option<File>,
+    Stat(File),
 }
 
 impl Process {
-    /// The process with this number in our PID namespace. Call it while the process is known to
-    /// live: later the number may be another's.
-    ///
-    /// If it is another's already, this one is dead. Then [`is_dead`](Self::is_dead) says so once
-    /// the other one is dead, too: too late, and never too early.
-    pub(crate) fn new(id: u32) -> Self {
-        // procfs may count processes as another PID namespace does.
-        let own = fs::read_link("/proc/self").ok();
-        let is_ours = own.is_some_and(|own| own.as_os_str() == process::id().to_string().as_str());
-        let stat = is_ours.then(|| File::open(format!("/proc/{id}/stat")).ok());
-        let stat = stat.flatten();
-        Self { id, stat }
+    /// The process that sent something, if anything is known of it. Call it while the process is
+    /// known to live.
+    pub(crate) fn of(sender: Sender) -> Option<Self> {
+        let Sender { id, pidfd } = sender;
+        let handle = match pidfd {
+            Some(pidfd) => pidfd.ok().map(Handle::Pidfd),
+            None => id.and_then(stat).map(Handle::Stat),
+        };
+        (id.is_some() || handle.is_some()).then_some(Self { id, handle })
     }
 
-    /// Its number, in our PID namespace.
-    pub(crate) fn id(&self) -> u32 {
+    /// Its number in our PID namespace, if it has one there.
+    pub(crate) fn id(&self) -> Option<u32> {
         self.id
     }
 
-    /// Whether it is known to be dead, all of its threads. Where /proc does not show it, it never
-    /// is.
+    /// Whether it is known to be dead, all of its threads. Without a handle it never is.
     pub(crate) fn is_dead(&self) -> bool {
-        let Some(stat) = &self.stat else {
-            return false;
-        };
-        let mut bytes = [0; 1024];
-        match stat.read_at(&mut bytes, 0) {
-            Ok(read) => is_dead_by(&bytes[..read]),
-            // proc(5) does not say it: what is left of a process that is gone is ESRCH.
-            Err(error) => error.raw_os_error() == Some(Errno::ESRCH as i32),
+        match &self.handle {
+            Some(Handle::Pidfd(pidfd)) => {
+                let mut ended = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+                poll(&mut ended, PollTimeout::ZERO) == Ok(1)
+            }
+            Some(Handle::Stat(stat)) => {
+                let mut bytes = [0; 1024];
+                match stat.read_at(&mut bytes, 0) {
+                    Ok(read) => is_dead_by(&bytes[..read]),
+                    // proc(5) does not say it: what is left of a process that is gone is ESRCH.
+                    Err(error) => error.raw_os_error() == Some(Errno::ESRCH as i32),
+                }
+            }
+            None => false,
         }
     }
+}
+
+/// `/proc/PID/stat` of the process with this number, if /proc counts as our PID namespace does.
+///
+/// If the number is another's already, the one that is meant is dead. It is known to be once the
+/// other one is dead, too: too late, and never too early.
+fn stat(id: u32) -> Option<File> {
+    let own = fs::read_link("/proc/self").ok()?;
+    let is_ours = own.as_os_str() == process::id().to_string().as_str();
+    is_ours.then(|| File::open(format!("/proc/{id}/stat")).ok())?
 }
 
 /// Whether this line is that of a zombie of which no thread is left: where only the first thread
@@ -82,6 +112,12 @@ mod tests {
         assert!(!is_dead_by(b""));
     }
 
+    /// As Linux before 6.5 has it known.
+    fn by_number(id: u32) -> Process {
+        let (id, pidfd) = (Some(id), None);
+        Process::of(Sender { id, pidfd }).unwrap()
+    }
+
     #[test]
     fn a_process_is_dead_when_it_is_a_zombie_and_when_it_is_gone() {
         let mut child = Command::new("cat")
@@ -89,8 +125,8 @@ mod tests {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let process = Process::new(child.id());
-        assert_eq!(process.id(), child.id());
+        let process = by_number(child.id());
+        assert_eq!(process.id(), Some(child.id()));
         assert!(!process.is_dead());
         drop(child.stdin.take());
         // It is not waited for: its end closes the pipe, and comes soon after.
@@ -108,6 +144,6 @@ mod tests {
     #[test]
     fn one_that_cannot_be_seen_is_never_known_to_be_dead() {
         // No number is that large (PID_MAX_LIMIT in the kernel).
-        assert!(!Process::new(1 << 30).is_dead());
+        assert!(!by_number(1 << 30).is_dead());
     }
 }

@@ -3,7 +3,7 @@
 use super::error::Result;
 use super::log::DaemonLog;
 use super::stopped::{FormerDaemon, StoppedLog};
-use crate::host::process::Process;
+use crate::host::process::{Process, Sender};
 use crate::range::GuestRange;
 use crate::vhost_user::table::MemoryTable;
 
@@ -39,7 +39,7 @@ struct Former {
 
 impl Former {
     fn id(&self) -> Option<u32> {
-        self.process.as_ref().map(Process::id)
+        self.process.as_ref().and_then(Process::id)
     }
 
     fn is_dead(&self) -> bool {
@@ -83,12 +83,11 @@ impl Logging {
         Ok(self.taken < needed)
     }
 
-    /// The daemon took the log with this size, and is this process, if that is known.
-    pub(super) fn take(&mut self, size: u64, process: Option<u32>) {
+    /// The daemon took the log with this size, and is the process that said so.
+    pub(super) fn take(&mut self, size: u64, daemon: Sender) {
         self.taken = size;
         // Now, while the connection is there: later the number may be another's.
-        let process = process.map(Process::new);
-        self.process = process.or(self.process.take());
+        self.process = Process::of(daemon).or(self.process.take());
     }
 
     /// A table is to be sent: the log has to follow.
@@ -199,7 +198,8 @@ mod tests {
             let table = memory.memory_table();
             let mut logging = Logging::new(true);
             logging.prepare(&table, &table).unwrap();
-            logging.take(64, Some(daemon.id()));
+            let (id, pidfd) = (Some(daemon.id()), None);
+            logging.take(64, Sender { id, pidfd });
             logging.settle();
             assert_eq!(logging.harvest(false), []);
             logging.unsettle();

@@ -40,7 +40,8 @@ pub struct StoppedLog {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FormerDaemon {
-    /// The number of its process, if that is known: of the one that answered the log.
+    /// The number of its process in our PID namespace, if it is known: of the one that answered
+    /// the log.
     pub process: Option<u32>,
     /// Why its connection ended.
     pub reason: String,

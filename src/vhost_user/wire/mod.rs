@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
+use crate::host::process::Sender;
 use crate::listener::WaitFor;
 use crate::logs;
 
@@ -72,7 +73,7 @@ pub(crate) struct Wire {
     /// What has arrived of the next answer, and of those after it.
     received: VecDeque<u8>,
     /// Which process sent the last of that.
-    process: Option<u32>,
+    process: Sender,
     fds: Vec<OwnedFd>,
     blocked: Blocked,
 }
@@ -97,7 +98,7 @@ pub(crate) struct Answer {
     pub(crate) request: Message,
     pub(crate) body: Vec<u8>,
     /// The process that sent it, if that was wanted and is known.
-    pub(crate) process: Option<u32>,
+    pub(crate) process: Sender,
     /// Those that came with it, if they were [wanted](Wire::keep_fds).
     pub(crate) fds: Vec<OwnedFd>,
 }
@@ -124,7 +125,7 @@ impl Wire {
             awaited: 0,
             with_fds: 0,
             received: VecDeque::new(),
-            process: None,
+            process: Sender::default(),
             fds: Vec::new(),
             blocked: Blocked::Not,
         }
@@ -213,6 +214,7 @@ impl Wire {
         self.awaited = 0;
         self.with_fds = 0;
         self.received.clear();
+        self.process = Sender::default();
         self.fds.clear();
     }
 
@@ -355,7 +357,7 @@ impl Wire {
         };
         self.received.extend(&buffer[..came.bytes]);
         // The kernel gives no bytes of two processes by one call.
-        self.process = came.process;
+        self.process = came.sender;
         if self.keeps_fds {
             // A daemon can send some with each byte: no more than one message has.
             self.fds.extend(came.fds);
@@ -398,9 +400,14 @@ impl Wire {
         self.sent -= at + 1;
         self.awaited -= request.least_answer();
         let body = self.received.drain(..HEADER + header.size);
+        let body = body.skip(HEADER).collect();
         Ok(Some(Answer {
-            body: body.skip(HEADER).collect(),
-            process: self.process,
+            body,
+            process: match self.received.is_empty() {
+                // It may have a descriptor, which is not kept longer than it is of use.
+                true => std::mem::take(&mut self.process),
+                false => self.process.clone(),
+            },
             fds: std::mem::take(&mut self.fds),
             request,
         }))

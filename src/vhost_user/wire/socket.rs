@@ -8,15 +8,17 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::sockopt::PassCred;
+use nix::sys::socket::sockopt::{PassCred, SetBool};
 use nix::sys::socket::{ControlMessage, MsgFlags, recv, recvmsg, sendmsg, setsockopt};
 
 use vhost::vhost_user::Frontend;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::host::process::Sender;
 use crate::logs;
 
 /// The most descriptors of one message (`SCM_MAX_FD` of the kernel).
@@ -26,8 +28,8 @@ pub(super) const MAX_FDS: usize = 253;
 pub(super) struct Received {
     /// 0: the other end has hung up.
     pub(super) bytes: usize,
-    /// The process that sent it, if it is told ([`pass_credentials`]) and is in our PID namespace.
-    pub(super) process: Option<u32>,
+    /// The process that sent it, if it is told ([`pass_credentials`]).
+    pub(super) sender: Sender,
     pub(super) fds: Vec<OwnedFd>,
 }
 
@@ -39,9 +41,10 @@ impl Control {
     /// With room for all descriptors that can come; otherwise the kernel closes those for which
     /// there is none beside, or instead of, the credentials.
     pub(super) fn new(with_fds: bool) -> Self {
-        // Credentials are three numbers.
-        let data = [3 * size_of::<u32>(), MAX_FDS * size_of::<RawFd>()];
-        let parts = if with_fds { 2 } else { 1 };
+        // Credentials are three numbers, and a pidfd is one.
+        let number = size_of::<u32>();
+        let data = [3 * number, number, MAX_FDS * size_of::<RawFd>()];
+        let parts = if with_fds { 3 } else { 2 };
         let room = |data: &usize| HEADER + data.next_multiple_of(ALIGN);
         Self(vec![0; data[..parts].iter().map(room).sum()])
     }
@@ -82,7 +85,7 @@ pub(super) fn receive(
             message => break message?.bytes,
         }
     };
-    let (mut process, mut fds) = (None, Vec::new());
+    let (mut sender, mut fds) = (Sender::default(), Vec::new());
     // Read by hand: nix shows nothing where some were cut off, and those that were not are in our
     // table of descriptors.
     for (kind, data) in parts(&control.0) {
@@ -93,17 +96,21 @@ pub(super) fn receive(
             }
             // A process that our PID namespace does not see is 0.
             libc::SCM_CREDENTIALS => {
-                process = numbers.first().map(|id| u32::from_ne_bytes(*id));
-                process = process.filter(|id| *id != 0);
+                let id = numbers.first().map(|id| u32::from_ne_bytes(*id));
+                sender.id = id.filter(|id| *id != 0);
+            }
+            // A VMM may have asked for them, too.
+            SCM_PIDFD => {
+                let number = numbers.first().map(|fd| RawFd::from_ne_bytes(*fd));
+                sender.pidfd = number.map(|fd| match fd {
+                    0.. => Ok(Arc::new(adopt(fd))),
+                    errno => Err(Errno::from_raw(-errno)),
+                });
             }
             _ => {}
         }
     }
-    Ok(Received {
-        bytes,
-        process,
-        fds,
-    })
+    Ok(Received { bytes, sender, fds })
 }
 
 /// A part begins where a word of the kernel can, and so does its data (`CMSG_ALIGN`). The
@@ -133,17 +140,35 @@ fn parts(control: &[u8]) -> impl Iterator<Item = (i32, &[u8])> {
 
 /// Takes ownership of a descriptor that recvmsg(2) has just installed.
 fn adopt(fd: RawFd) -> OwnedFd {
-    // SAFETY: the only caller passes each number of an SCM_RIGHTS list once. Nothing else of the
-    // level SOL_SOCKET has this kind, so the kernel has just written it to a buffer that was
-    // zeroed: it opened the descriptor for this message a moment ago, no one else has learned its
-    // number, and it needs nothing but close(2) to be released.
+    // SAFETY: the only caller passes each number of an SCM_RIGHTS list once, and that of an
+    // SCM_PIDFD if it is no error. Nothing else of the level SOL_SOCKET has these kinds, so the
+    // kernel has just written it to a buffer that was zeroed: it opened the descriptor for this
+    // message a moment ago, no one else has learned its number, and it needs nothing but close(2)
+    // to be released.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// Has each message come with the process that sent it, or not.
+/// A message comes with a pidfd of its sender (include/linux/socket.h).
+const SCM_PIDFD: i32 = 4;
+
+/// That messages come with [`SCM_PIDFD`], since Linux 6.5.
+#[derive(Clone)]
+struct PassPidfd;
+
+nix::setsockopt_impl!(
+    PassPidfd,
+    libc::SOL_SOCKET,
+    libc::SO_PASSPIDFD,
+    bool,
+    SetBool
+);
+
+/// Has each message come with the process that sent it, or not: its number, for people, and its
+/// pidfd, to know when it is dead.
 pub(super) fn pass_credentials(socket: BorrowedFd<'_>, wanted: bool) {
-    if let Err(errno) = setsockopt(&socket, PassCred, &wanted) {
-        logs::debug!("which process the daemon is cannot be known: {errno}");
+    let set = setsockopt(&socket, PassCred, &wanted);
+    if let Err(errno) = set.and(setsockopt(&socket, PassPidfd, &wanted)) {
+        logs::debug!("which process the daemon is may remain unknown: {errno}");
     }
 }
 

@@ -34,6 +34,7 @@ mod postcopy;
 mod postcopy_faults;
 mod postcopy_peer;
 mod relay;
+mod sockets;
 mod table;
 mod view;
 

@@ -1,8 +1,10 @@
 //! Answers at the wrong time, to the wrong request, and with what comes beside the bytes.
 
-use std::io::{PipeReader, Read, pipe};
+use std::io::{PipeReader, Read, Write, pipe};
+use std::process::{Command, Stdio};
 
 use super::*;
+use crate::host::process::Process;
 
 /// How long a descriptor may stay open that a process has which is just being started.
 const PATIENCE: u16 = 10_000;
@@ -185,11 +187,48 @@ fn answers_come_with_the_process_that_sent_them_while_that_is_wanted() {
             assert_eq!(files, [0, 0, usize::from(with_fds)]);
             answers
                 .iter()
-                .map(|answer| answer.process)
+                .map(|answer| answer.process.id)
                 .collect::<Vec<_>>()
         };
         assert_eq!(processes(false), [None; 3]);
         assert_eq!(processes(true), [Some(std::process::id()); 3]);
         assert_eq!(processes(false), [None; 3]);
     }
+}
+
+#[test]
+fn a_process_that_sent_something_is_known_to_be_dead_once_it_is() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    socket::pass_credentials(ours.as_fd(), true);
+    let mut child = Command::new("cat")
+        .stdin(Stdio::piped())
+        .stdout(OwnedFd::from(theirs))
+        .spawn()
+        .unwrap();
+    child.stdin.as_ref().unwrap().write_all(b"!").unwrap();
+    let wait = || {
+        let mut ended = [PollFd::new(ours.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut ended, PATIENCE), Ok(1));
+        socket::receive(ours.as_fd(), &mut [0; 9], &mut Control::new(false)).unwrap()
+    };
+    let by_pidfd = wait().sender;
+    assert_eq!(by_pidfd.id, Some(child.id()));
+    // As before Linux 6.5; and where no descriptor is left, or it was gone already.
+    let (id, pidfd) = (by_pidfd.id, None);
+    let by_number = Sender { id, pidfd };
+    let pidfd = Some(Err(Errno::EMFILE));
+    let unseen = Process::of(Sender { id, pidfd }).unwrap();
+    let processes = [by_pidfd, by_number].map(|sender| Process::of(sender).unwrap());
+    assert!(processes.iter().all(|process| !process.is_dead()));
+    drop(child.stdin.take());
+    // Its end of the socket is closed, and its own end comes soon after.
+    assert_eq!(wait().bytes, 0);
+    let deadline = Instant::now() + Duration::from_millis(PATIENCE.into());
+    while !processes.iter().all(Process::is_dead) && Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+    assert!(processes.iter().all(Process::is_dead), "a zombie");
+    child.wait().unwrap();
+    assert!(processes.iter().all(Process::is_dead), "gone");
+    assert!(!unseen.is_dead());
 }
