@@ -10,6 +10,8 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
 use crate::range::GuestRange;
 use crate::region::MemoryError;
 use crate::vhost_user::table::TableError;
@@ -50,6 +52,14 @@ pub enum ShareError {
     #[non_exhaustive]
     Socket {
         /// Why there is none.
+        source: io::Error,
+    },
+
+    /// What was given is no connection to a daemon: not a Unix stream socket, or never connected.
+    #[non_exhaustive]
+    UnfitSocket {
+        /// What the kernel says of it: ENOTSOCK of a file or a pipe, EOPNOTSUPP of a stream that
+        /// is not connected, or listens, EINVAL of datagrams; another of other sockets.
         source: io::Error,
     },
 
@@ -111,6 +121,16 @@ impl fmt::Display for ShareError {
                 "the frontend's socket cannot be had a second time: raise RLIMIT_NOFILE \
                  (ulimit -n)",
             ),
+            Self::UnfitSocket { source } => write!(
+                f,
+                "a share needs a connected Unix stream socket, and was given {}",
+                match source.raw_os_error().map(Errno::from_raw) {
+                    Some(Errno::ENOTSOCK) => "no socket",
+                    Some(Errno::EOPNOTSUPP) => "one that is not connected, or that listens",
+                    Some(Errno::EINVAL) => "one of datagrams",
+                    _ => "another kind of socket",
+                }
+            ),
             Self::GivenUp { reason } => f.write_str(reason),
             Self::Broken { reason } => {
                 write!(
@@ -133,7 +153,7 @@ impl Error for ShareError {
                 ..
             } => Some(&**cause),
             Self::Log(error) => error.source(),
-            Self::Socket { source } => Some(source),
+            Self::Socket { source } | Self::UnfitSocket { source } => Some(source),
             // What is displayed of the reason does not name its cause.
             Self::Broken { reason } => reason.source(),
             _ => None,

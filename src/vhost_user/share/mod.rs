@@ -6,7 +6,7 @@
 //! what the daemon holds is no longer known, so it needs a new connection.
 
 use std::fmt;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::logs;
 use crate::memory::GuestMemoryShm;
 use crate::range::GuestRange;
 use crate::vhost_user::table::{MemoryTable, SlotLimit, TableError, TableView};
-use crate::vhost_user::wire::{DaemonSocket, Wire};
+use crate::vhost_user::wire::{DaemonSocket, Wire, check_connected};
 
 mod error;
 mod listener;
@@ -116,7 +116,8 @@ impl VhostUserShare {
     ///
     /// # Errors
     ///
-    /// [`ShareError::Socket`] if no descriptor is left for a copy of the frontend's.
+    /// [`ShareError::Socket`] if no descriptor is left for a copy of the frontend's;
+    /// [`ShareError::UnfitSocket`] for what is no Unix stream socket, or was never connected.
     pub fn new(socket: impl DaemonSocket, features: Features) -> Result<Self> {
         let mut share = Self::on(Wire::new(taken(socket)?));
         share.begin_with(features);
@@ -190,7 +191,7 @@ impl VhostUserShare {
     ///
     /// # Errors
     ///
-    /// [`ShareError::Socket`]: the share is what it was.
+    /// [`ShareError::Socket`], [`ShareError::UnfitSocket`]: the share is what it was.
     pub fn reconnect(&mut self, socket: impl DaemonSocket, features: Features) -> Result<()> {
         self.wire = Wire::new(taken(socket)?);
         self.begin_with(features);
@@ -402,7 +403,13 @@ impl VhostUserShare {
 
 fn taken(socket: impl DaemonSocket) -> Result<OwnedFd> {
     let socket = socket.into_socket();
-    socket.map_err(|source| ShareError::Socket { source })
+    let socket = socket.map_err(|source| ShareError::Socket { source })?;
+    match check_connected(socket.as_fd()) {
+        Ok(()) => Ok(socket),
+        Err(errno) => Err(ShareError::UnfitSocket {
+            source: errno.into(),
+        }),
+    }
 }
 
 impl fmt::Debug for VhostUserShare {

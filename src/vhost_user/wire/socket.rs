@@ -13,7 +13,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::sockopt::{PassCred, SetBool};
-use nix::sys::socket::{ControlMessage, MsgFlags, recv, recvmsg, sendmsg, setsockopt};
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, recv, recvmsg, sendmsg, setsockopt};
 
 use vhost::vhost_user::Frontend;
 use vmm_sys_util::eventfd::EventFd;
@@ -169,6 +169,23 @@ pub(super) fn pass_credentials(socket: BorrowedFd<'_>, wanted: bool) {
     let set = setsockopt(&socket, PassCred, &wanted);
     if let Err(errno) = set.and(setsockopt(&socket, PassPidfd, &wanted)) {
         logs::debug!("which process the daemon is may remain unknown: {errno}");
+    }
+}
+
+/// Checks that this is a Unix stream socket that is connected, or was. No byte is sent, and no
+/// call is made that exchanging messages does not make.
+pub(crate) fn check_connected(socket: BorrowedFd<'_>) -> Result<(), Errno> {
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    let nowhere = UnixAddr::new_unnamed();
+    // On such a one a message with an address is EISCONN, whatever the address.
+    match sendmsg(socket.as_raw_fd(), &[], &[], flags, Some(&nowhere)) {
+        // One of another kind, which took an empty message.
+        Ok(_) => Err(Errno::ESOCKTNOSUPPORT),
+        Err(errno @ (Errno::ENOTSOCK | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOTCONN)) => {
+            Err(errno)
+        }
+        // Other answers, of a sandbox or for want of memory, say nothing of the socket.
+        Err(_) => Ok(()),
     }
 }
 
