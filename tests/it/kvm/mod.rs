@@ -28,7 +28,8 @@ mod read_only;
 mod shared;
 mod undo;
 
-use guest::{Guest, boot, byte_of, new_vm, region, remove_by_hand, set_by_hand};
+pub(crate) use guest::new_vm;
+use guest::{Guest, boot, byte_of, region, remove_by_hand, set_by_hand};
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
