@@ -3,10 +3,9 @@
 //!
 //! It is not mapped here: nobody but daemons reads it.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs::File;
 use std::sync::Arc;
 
-use nix::sys::stat::fstat;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::error::{Result, SessionError};
@@ -22,7 +21,7 @@ const PADDED: usize = 24;
 /// A buffer for all rings of a device.
 #[derive(Debug)]
 pub(super) struct InflightBuffer {
-    file: Arc<OwnedFd>,
+    file: Arc<File>,
     size: u64,
     offset: u64,
     rings: u16,
@@ -61,8 +60,9 @@ impl InflightBuffer {
                 "it has {size} bytes, {needed} are needed"
             )));
         }
-        let stat = fstat(file.as_fd()).map_err(|errno| unusable(errno.to_string()))?;
-        let len = u64::try_from(stat.st_size).unwrap_or_default();
+        let file = File::from(file);
+        let stat = file.metadata();
+        let len = stat.map_err(|error| unusable(error.to_string()))?.len();
         if offset.checked_add(size).is_none_or(|end| end > len) {
             return Err(unusable(format!(
                 "it is {size} bytes at {offset:#x}, and its file has {len}"

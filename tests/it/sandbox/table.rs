@@ -345,7 +345,7 @@ pub(super) const TABLE: &[Row] = &[
     row(
         "a session: starting a ring with an in-flight buffer",
         &[op::start_ring_with_inflight],
-        &[MESSAGES, &[NEWFSTATAT]],
+        &[MESSAGES, &[STATX]],
     )
     .sometimes(WAITS),
     row(
