@@ -341,7 +341,7 @@ pub(super) const TABLE: &[Row] = &[
             &[call("socketpair", libc::SYS_socketpair), CLOSE],
         ],
     )
-    .sometimes(PATIENCE),
+    .sometimes(WAITS),
     row(
         "a session: starting a ring with an in-flight buffer",
         &[op::start_ring_with_inflight],
@@ -384,7 +384,7 @@ pub(super) const TABLE: &[Row] = &[
         &[op::reconnect_session],
         &[&[CLOSE], CONNECT, MESSAGES],
     )
-    .sometimes(PATIENCE),
+    .sometimes(WAITS),
     row(
         "taking a memory table, and letting go of it (the daemon's end)",
         &[op::receive],
@@ -434,7 +434,7 @@ const IOCTL: Call = call("ioctl", libc::SYS_ioctl);
 const SET_SLOT: Call = with(IOCTL, 1, "KVM_SET_USER_MEMORY_REGION", 0x4020_ae46);
 const GET_LOG: Call = with(IOCTL, 1, "KVM_GET_DIRTY_LOG", 0x4010_ae42);
 /// A daemon that does not listen yet, or that has not answered yet.
-const PATIENCE: &[Call] = &[call("clock_nanosleep", libc::SYS_clock_nanosleep), POLL];
+const PATIENCE: &[Call] = &[CLOSE, POLL];
 
 /// How a thread finds the bounds of its stack.
 const START: &[Call] = &[
