@@ -1,5 +1,9 @@
 //! Connecting, features, the configuration space.
 
+use std::os::fd::AsFd;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use super::*;
 
 #[test]
@@ -136,4 +140,25 @@ fn limits_that_no_clock_can_express_are_none() {
     vmm.copies(1, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
     vmm.with(|session| session.stop_ring(0)).unwrap();
     vmm.space.reconnect_session(&vmm.disk).unwrap();
+}
+
+#[test]
+fn what_watches_the_connection_sees_the_daemons_end() {
+    let place = Place::new();
+    let daemon = place.serve(MockDaemon::builder().with_max_mem_slots(7));
+    let session = VhostUserSession::connect(place.socket(), options()).unwrap();
+    let socket = session.socket().unwrap().try_clone_to_owned().unwrap();
+    let ended = |limit| {
+        let mut watched = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+        poll(&mut watched, limit).unwrap();
+        watched[0].revents().unwrap().contains(PollFlags::POLLHUP)
+    };
+    let vmm = Vmm::new(session);
+    assert_eq!(vmm.with(|session| session.max_regions()), Some(7));
+    assert!(!ended(PollTimeout::ZERO));
+    daemon.hang_up();
+    assert!(ended(PollTimeout::try_from(PATIENCE).unwrap()));
+    let report = vmm.space.insert(region(PLUG)).unwrap();
+    assert!(report.stale()[0].is(&vmm.disk));
+    assert!(vmm.with(|session| session.socket().is_none()));
 }
