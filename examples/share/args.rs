@@ -56,6 +56,8 @@ RUST_LOG=debug shows what happens on the way.";
 /// Shares guest RAM with a vhost-user-blk daemon and copies a disk through it
 pub(crate) struct Args {
     /// Connect to the daemon that listens on this Unix socket, instead of one in this process
+    ///
+    /// One that does not listen yet is waited for, until --deadline.
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: Option<PathBuf>,
 
@@ -111,7 +113,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "K", requires = "hotplug")]
     pub(crate) refuse: Option<u64>,
 
-    /// How long the daemon may take for each answer
+    /// How long the daemon may take to be there, and for each answer
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds,
         allow_negative_numbers = true)]
     pub(crate) deadline: Duration,

@@ -3,8 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::ErrorKind;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use guest_memory_shm::mock::{BlkDriver, BlkError, RequestId};
@@ -33,7 +32,7 @@ pub(crate) struct Disk {
     /// Says that the daemon completed requests, or that it is gone.
     events: Epoll,
     /// Keeps the descriptor open that `events` watches.
-    _peer: UnixStream,
+    _peer: OwnedFd,
     limit: Duration,
     buffers_per_request: usize,
     transfers: usize,
@@ -53,7 +52,7 @@ impl Disk {
     pub(crate) fn new(
         ram: &Ram,
         rings: GuestAddress,
-        peer: UnixStream,
+        peer: OwnedFd,
         max_segments: Option<u32>,
         limit: Duration,
     ) -> Result<Self> {

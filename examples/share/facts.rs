@@ -24,11 +24,8 @@ impl Report {
             Endpoint::Socket(path) => self.line("socket", path.display()),
             Endpoint::Local(_) => self.line("socket", "one without a name (in this process)"),
         }
-        self.line(
-            "virtio features",
-            virtio_features(session.device.features()),
-        );
-        let protocol = session.device.protocol_features();
+        let (features, protocol) = session.features()?;
+        self.line("virtio features", virtio_features(features));
         self.line("protocol features", protocol_features(protocol));
         match session.slots()? {
             Some(slots) => self.line("memory slots", slots),

@@ -1,25 +1,29 @@
-//! A connected daemon: negotiation, its memory table, the virtqueue, hotplug.
+//! A connected daemon: what is agreed with it, its memory, the virtqueue, hotplug.
 
 use std::fmt;
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::mpsc::RecvTimeoutError;
-use std::sync::{Arc, mpsc};
-use std::thread;
+use std::sync::Arc;
 use std::time::Duration;
 
-use guest_memory_shm::mock::BlkDevice;
-use guest_memory_shm::{ListenerId, VhostUserShare};
-use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+use guest_memory_shm::{ListenerId, SessionOptions, SessionRing, VhostUserSession};
+use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use crate::daemon::LocalDaemon;
-use crate::disk::Disk;
+use crate::disk::{Disk, SECTOR};
 use crate::failure::{Failure, OrFail, Result};
 use crate::ram::{Ram, rings};
 
 /// The one queue that is used.
-const QUEUE: usize = 0;
+const QUEUE: u32 = 0;
+
+/// `VIRTIO_BLK_F_SEG_MAX`: a request has a largest number of buffers.
+const SEG_MAX: u64 = 1 << 2;
+/// `VIRTIO_BLK_F_BLK_SIZE`.
+const BLK_SIZE: u64 = 1 << 6;
+/// `VIRTIO_BLK_F_FLUSH`.
+const FLUSH: u64 = 1 << 9;
+/// What the driver in `disk` knows.
+const DRIVER: u64 = SEG_MAX | BLK_SIZE | FLUSH;
 
 /// Where a daemon is.
 #[derive(Clone, Copy)]
@@ -43,74 +47,48 @@ impl fmt::Display for Endpoint<'_> {
 pub(crate) struct Session {
     pub(crate) ram: Arc<Ram>,
     pub(crate) disk: Disk,
-    pub(crate) device: BlkDevice,
     pub(crate) capacity: u64,
-    share: ListenerId<VhostUserShare>,
-    /// For all requests beside those of `share`.
-    frontend: Frontend,
-    /// What `frontend` speaks through.
-    socket: UnixStream,
-    limit: Duration,
+    daemon: ListenerId<VhostUserSession>,
 }
 
 impl Session {
-    /// Connects to the `nth` daemon, negotiates, shares `ram` with it and starts the queue.
+    /// Connects to the `nth` daemon, agrees with it, shares `ram` with it and starts the queue.
     pub(crate) fn start(
         nth: usize,
         endpoint: &Endpoint,
         ram: Arc<Ram>,
         limit: Duration,
     ) -> Result<Self> {
-        let stream = match endpoint {
-            Endpoint::Socket(path) => connect(path, limit)?,
-            Endpoint::Local(daemon) => daemon.connect()?,
-        };
         let doing = || format!("cannot use the daemon {endpoint}");
-        let peer = stream.try_clone().or_fail(doing)?;
-        let socket = stream.try_clone().or_fail(doing)?;
-        let mut frontend = Frontend::from_stream(stream, 1);
-
-        // A daemon that is busy with another frontend accepts us later, if ever.
-        let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
-        let device = within(limit, &socket, || {
-            BlkDevice::negotiate(&mut frontend, wanted)
-        })
-        .or_fail(doing)?
-        .or_fail(doing)?;
-        let capacity = device.capacity().ok_or_else(|| {
-            let problem = "it does not tell the size of its disk (protocol feature CONFIG)";
-            Failure::new(format!("{}: {problem}", doing()))
-        })?;
-
-        // The table comes before the queue: the rings must be in it. From here on the daemon is
-        // told of each change of the RAM, or there is none.
-        let share = VhostUserShare::new(&frontend, device.protocol_features()).or_fail(doing)?;
-        let share = ram
-            .space()
-            .attach_required(format!("daemon {}", nth + 1), share.with_deadline(limit))
+        let options = SessionOptions::new(DRIVER)
+            .with_deadline(limit)
+            .with_drain_deadline(limit);
+        let connected = match endpoint {
+            Endpoint::Socket(path) => VhostUserSession::connect(*path, options),
+            Endpoint::Local(daemon) => VhostUserSession::on_socket(daemon.connect()?, options),
+        };
+        let mut session = connected.or_fail(doing)?;
+        let (capacity, max_segments) = configuration(&mut session).or_fail(doing)?;
+        let socket = session.socket().map(|socket| socket.try_clone_to_owned());
+        let socket = socket
+            .ok_or_else(|| Failure::new(doing()))?
             .or_fail(doing)?;
+        let disk = Disk::new(&ram, rings(nth), socket, max_segments, limit)?;
+        let ring = ring(&disk).or_fail(doing)?;
 
-        let disk = Disk::new(&ram, rings(nth), peer, device.max_segments(), limit)?;
-        let table = ram
-            .space()
-            .with_listener(&share, |share| share.table().clone())
-            .or_fail(doing)?;
-        let translate = |addr| table.user_addr(addr);
-        within(limit, &socket, || {
-            device.start_queue(&mut frontend, QUEUE, disk.driver(), translate)
-        })
-        .or_fail(doing)?
-        .or_fail(doing)?;
-        Ok(Self {
+        // The memory comes before the queue, which lies in it. From here on the daemon is told of
+        // each change of the RAM, or there is none.
+        let name = format!("daemon {}", nth + 1);
+        let daemon = ram.space().attach_required(name, session).or_fail(doing)?;
+        let this = Self {
             ram,
             disk,
-            device,
             capacity,
-            share,
-            frontend,
-            socket,
-            limit,
-        })
+            daemon,
+        };
+        this.with(|session| session.start_ring(QUEUE, ring))?
+            .or_fail(doing)?;
+        Ok(this)
     }
 
     /// Adds the region to the running guest: first the daemon learns of it, then the guest may put
@@ -133,71 +111,52 @@ impl Session {
 
     /// How many regions the daemon has acknowledged.
     pub(crate) fn regions(&self) -> Result<usize> {
-        self.ask(|share| share.table().regions().len())
+        self.with(|session| session.table().regions().len())
     }
 
     /// How many regions the daemon takes, if it takes them one by one.
     pub(crate) fn slots(&self) -> Result<Option<u64>> {
-        self.ask(|share| share.max_regions())
+        self.with(|session| session.max_regions())
     }
 
-    fn ask<T>(&self, question: impl FnOnce(&mut VhostUserShare) -> T) -> Result<T> {
-        let answer = self.ram.space().with_listener(&self.share, question);
-        answer.or_fail(|| "cannot ask what the daemon holds")
+    /// What was agreed on: virtio features, and those of the protocol.
+    pub(crate) fn features(&self) -> Result<(u64, VhostUserProtocolFeatures)> {
+        self.with(|session| (session.features(), session.protocol_features()))
+    }
+
+    fn with<T>(&self, work: impl FnOnce(&mut VhostUserSession) -> T) -> Result<T> {
+        let done = self.ram.space().with_listener(&self.daemon, work);
+        done.or_fail(|| "cannot use the session with the daemon")
     }
 
     /// Stops the queue and hangs up.
-    pub(crate) fn end(mut self) -> Result<()> {
+    pub(crate) fn end(self) -> Result<()> {
         let doing = || "cannot stop the queue";
-        drop(self.ram.space().detach(self.share).or_fail(doing)?);
-        within(self.limit, &self.socket, || {
-            self.device.stop_queue(&mut self.frontend, QUEUE)
-        })
-        .or_fail(doing)?
-        .or_fail(doing)?;
-        Ok(())
+        self.with(|session| session.stop_ring(QUEUE))?
+            .or_fail(doing)?;
+        let detached = self.ram.space().detach(self.daemon);
+        detached.map(drop).or_fail(doing)
     }
 }
 
-/// Makes requests on the frontend whose connection `socket` is, which wait for their answers:
-/// hangs up after `limit`.
-fn within<T>(limit: Duration, socket: &UnixStream, requests: impl FnOnce() -> T) -> Result<T> {
-    let (done, over) = mpsc::channel::<()>();
-    thread::scope(|scope| {
-        let watch = scope.spawn(move || {
-            let late = over.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
-            // It may have ended by itself.
-            let _ = late.then(|| socket.shutdown(Shutdown::Both));
-            late
-        });
-        let answered = requests();
-        drop(done);
-        match watch.join() {
-            Ok(false) => Ok(answered),
-            _ => Err(Failure::new(format!(
-                "the daemon did not answer within {limit:?}: restart it, or allow more with \
-                 --deadline"
-            ))),
-        }
-    })
+/// What the daemon says of its disk: its size in bytes, and how many buffers a request may have.
+fn configuration(
+    session: &mut VhostUserSession,
+) -> std::result::Result<(u64, Option<u32>), Box<dyn std::error::Error + Send + Sync>> {
+    // struct virtio_blk_config: le64 capacity, le32 size_max, le32 seg_max.
+    let space = session.config(0, 16)?;
+    let (Some(capacity), Some(seg_max)) = (space.first_chunk(), space.last_chunk()) else {
+        return Err("it does not tell the size of its disk".into());
+    };
+    let capacity = u64::from_le_bytes(*capacity).saturating_mul(SECTOR);
+    let limited = session.features() & SEG_MAX != 0;
+    Ok((capacity, limited.then(|| u32::from_le_bytes(*seg_max))))
 }
 
-/// connect(2) waits where too many others wait already: that is given up after `limit`.
-fn connect(path: &Path, limit: Duration) -> Result<UnixStream> {
-    let doing = || {
-        format!(
-            "cannot connect to {}, where a vhost-user-blk daemon must be listening",
-            path.display()
-        )
-    };
-    let (sender, receiver) = mpsc::channel();
-    let path = path.to_owned();
-    thread::Builder::new()
-        .name("connect".into())
-        .spawn(move || sender.send(UnixStream::connect(path)))
-        .or_fail(doing)?;
-    receiver
-        .recv_timeout(limit)
-        .or_fail(|| format!("{}, within {limit:?}", doing()))?
-        .or_fail(doing)
+/// The queue of the disk's driver, as the daemon is told of it.
+fn ring(disk: &Disk) -> std::io::Result<SessionRing> {
+    let driver = disk.driver();
+    let layout = driver.ring_layout();
+    let parts = [layout.descriptors, layout.avail, layout.used];
+    SessionRing::new(driver.queue_size(), parts, driver.kick(), driver.call())
 }

@@ -26,14 +26,17 @@ fn what_cannot_be_is_said_in_one_line_before_anything_is_done() {
     }
     let cases: [(&[&str], &[&str]); 11] = [
         (
-            &["--socket", &path(&missing)],
-            &["cannot connect to", "No such file"],
+            &["--deadline", "0.2", "--socket", &path(&missing)],
+            &["no daemon can be reached at", "missing", "No such file"],
         ),
         (
-            &["--socket", &path(&refused)],
-            &["cannot connect to", "Connection refused"],
+            &["--deadline", "0.2", "--socket", &path(&refused)],
+            &["no daemon can be reached at", "Connection refused"],
         ),
-        (&["--socket", &path(&odd)], &["cannot connect to"]),
+        (
+            &["--deadline", "0.2", "--socket", &path(&odd)],
+            &["no daemon can be reached at"],
+        ),
         (&["--ram", "8388608T"], &["cannot create 8388608 TiB"]),
         (
             &["--ram", "64G", "--backing", "hugetlb"],
