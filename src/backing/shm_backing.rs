@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
@@ -320,7 +320,7 @@ impl fmt::Debug for ShmBacking {
                 &format_args!("{}", HumanSize(self.inner.page_size)),
             )
             .field("seals", &self.inner.seals)
-            .field("fd", &self.inner.file)
+            .field("fd", &self.inner.file.as_raw_fd())
             .finish()
     }
 }
