@@ -113,6 +113,13 @@ pub(crate) struct Args {
     #[arg(long, value_name = "K", requires = "hotplug")]
     pub(crate) refuse: Option<u64>,
 
+    /// Have the kernel end this process at any system call but those that it needs from then on
+    ///
+    /// A seccomp filter, as VMMs have one, in all threads: installed when RAM, files and the
+    /// daemons in this process are there, before any daemon is connected to.
+    #[arg(long)]
+    pub(crate) sandbox: bool,
+
     /// How long the daemon may take to be there, and for each answer
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds,
         allow_negative_numbers = true)]

@@ -17,6 +17,15 @@ impl Report {
         }
     }
 
+    /// How many system calls a filter allows, if there is one.
+    pub(crate) fn sandbox(&mut self, calls: Option<usize>) {
+        if let Some(calls) = calls {
+            self.section("Sandbox");
+            let value = format_args!("{calls} are allowed, any other ends this process");
+            self.line("system calls", value);
+        }
+    }
+
     /// What the daemon is.
     pub(crate) fn daemon(&mut self, endpoint: &Endpoint, session: &Session) -> Result<()> {
         self.section("Daemon");

@@ -89,6 +89,7 @@ pub(crate) fn run(args: &Args, regions: u64, ram: &Arc<Ram>) -> Result<()> {
         if endpoints.len() == 1 { "" } else { "s" }
     ));
     report.block(ram.memory());
+    report.sandbox(crate::enter_sandbox(args, !daemons.local.is_empty())?);
 
     let guest = Arc::new(Guest::default());
     let mut workers = Vec::new();

@@ -8,6 +8,7 @@
 //! - `hotplug`, `worker`: many regions that come and go under many daemons while I/O runs;
 //! - `disk`: requests whose buffers lie in several regions, several of them in flight;
 //! - `copy`, `selftest`: what is done with it; no reference to guest RAM is ever made;
+//! - `sandbox`: the system calls that it may make, for `--sandbox`;
 //! - `daemon`: the daemon in this process; `args`, `facts`: the command line, and what is
 //!   reported;
 //! - `bar`, `ending`, `failure`, `report`, `rim`: what the examples have in common.
@@ -29,6 +30,7 @@ mod ram;
 mod report;
 #[path = "../common/rim.rs"]
 mod rim;
+mod sandbox;
 mod selftest;
 mod session;
 mod worker;
@@ -42,7 +44,7 @@ use bar::with_bar;
 use copy::{Input, Output};
 use daemon::{LocalDaemon, Pattern};
 use facts::size;
-use failure::{Failure, Result, Words};
+use failure::{Failure, OrFail, Result, Words};
 use ram::Ram;
 use report::Report;
 use session::{Endpoint, Session};
@@ -123,6 +125,7 @@ fn run(args: &Args) -> Result<()> {
         (None, None) => return Err(Failure::new("there is no daemon")),
     };
 
+    let calls = enter_sandbox(args, local.is_some())?;
     let mut session = Session::start(0, &endpoint, ram, args.deadline)?;
     let mut report = Report::default();
     session.plug()?;
@@ -132,6 +135,7 @@ fn run(args: &Args) -> Result<()> {
         size(session.ram.plug().range().size())
     ));
     report.block(session.ram.memory());
+    report.sandbox(calls);
     report.daemon(&endpoint, &session)?;
     report.section("I/O, through buffers in all regions");
     let after = work(job, &mut session, local.as_ref(), &mut report)?;
@@ -160,6 +164,12 @@ fn run(args: &Args) -> Result<()> {
     }
     session.end()?;
     report.print()
+}
+
+/// Installs the filter, if one is wanted. Tells how many calls it allows.
+fn enter_sandbox(args: &Args, daemons: bool) -> Result<Option<usize>> {
+    let entered = args.sandbox.then(|| sandbox::enter(daemons)).transpose();
+    entered.or_fail(|| "cannot install a seccomp filter")
 }
 
 fn disk_size(args: &Args, job: &Job) -> u64 {

@@ -156,6 +156,7 @@ fn bars_are_gone_when_the_work_is_done() {
     let backend = "memory-backend-memfd,size=256M";
     for (name, args, bars) in [
         ("share", &[][..], &["reading", "writing"][..]),
+        ("share", &["--sandbox"], &["reading", "writing"]),
         ("memdev", &["--populate", backend], &["populating"]),
     ] {
         let (text, screen) = OnTerminal::start(name, args).end();
@@ -176,6 +177,7 @@ fn a_bar_is_gone_when_a_signal_ends_the_work() {
     let backend = "memory-backend-memfd,size=1G";
     for (name, args, bar) in [
         ("share", &["--disk", "128M"][..], "reading"),
+        ("share", &["--disk", "128M", "--sandbox"], "reading"),
         ("memdev", &["--populate", backend], "populating"),
     ] {
         let mut run = OnTerminal::start(name, args);

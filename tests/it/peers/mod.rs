@@ -21,6 +21,7 @@ mod copies;
 mod daemons;
 mod errors;
 mod hotplug;
+mod sandbox;
 mod signals;
 
 const MIB: u64 = 1 << 20;

@@ -64,6 +64,7 @@ fn an_interrupted_self_test_leaves_nothing() {
     for options in [
         &["--ram", "4M", "--disk", "2M"][..],
         &["--ram", "4M", "--disk", "2M", "--backing", "shm"],
+        &["--ram", "4M", "--disk", "2M", "--sandbox"],
         &[
             "--ram",
             "4M",

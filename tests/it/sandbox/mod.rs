@@ -11,6 +11,7 @@ use std::fs;
 
 use nix::libc::{SYS_clone, SYS_clone3, SYS_fork, SYS_vfork, c_long};
 use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, socket};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, apply_filter,
@@ -26,6 +27,9 @@ use table::{Argument, BASE, Call, Row, TABLE};
 /// Above the table in the docs.
 const HEAD: &str = "| for | always | where it is needed |";
 
+/// The filter of the example `share`.
+#[path = "../../../examples/share/sandbox.rs"]
+mod example;
 mod operations;
 mod table;
 
@@ -174,4 +178,38 @@ fn the_docs_say_what_the_table_says() {
         words(&text).contains(&base),
         "the base set is to be: {base}"
     );
+}
+
+/// The example lists them by hand, as a VMM does.
+#[test]
+fn the_example_allows_nothing_for_the_crate_that_the_table_does_not() {
+    let sometimes = TABLE.iter().flat_map(|row| row.sometimes);
+    let all = TABLE.iter().flat_map(Row::all).chain(sometimes.copied());
+    let all = all.chain(BASE.iter().copied());
+    let pair = |argument: Argument| (argument.which, argument.value);
+    let all: Vec<_> = all
+        .map(|call| (call.number, call.argument.map(pair)))
+        .collect();
+    let more: Vec<_> = example::CRATE
+        .iter()
+        .filter(|call| !all.contains(call))
+        .collect();
+    assert!(more.is_empty(), "{more:?}");
+}
+
+#[test]
+fn what_the_example_does_not_allow_ends_it() {
+    in_own_process(|| {
+        for (daemons, dies) in [(true, None), (false, Some(Signal::SIGSYS))] {
+            let died = dies_of(|| {
+                example::enter(daemons).unwrap();
+                std::hint::black_box(nix::unistd::getpid());
+                // A call for the daemons in its process.
+                let (family, kind) = (AddressFamily::Unix, SockType::Stream);
+                let socket = socket(family, kind, SockFlag::empty(), None).unwrap();
+                let _ = nix::sys::socket::listen(&socket, Backlog::MAXCONN);
+            });
+            assert_eq!(died, dies);
+        }
+    });
 }
