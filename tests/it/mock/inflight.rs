@@ -13,7 +13,7 @@ const QUEUE_SIZE: u16 = 16;
 /// Requests in flight, one sector each.
 const REQUESTS: u16 = 4;
 const BUFFERS: u64 = 0x40000;
-const STEPS: [RequestStep; 7] = [
+pub(crate) const STEPS: [RequestStep; 7] = [
     RequestStep::Taken,
     RequestStep::Marked,
     RequestStep::CarriedOut,

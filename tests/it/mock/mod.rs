@@ -4,7 +4,7 @@ mod backend_channel;
 mod data;
 mod descriptors;
 mod faults;
-mod inflight;
+pub(crate) mod inflight;
 mod life;
 mod peer;
 mod table;

@@ -84,33 +84,6 @@ fn a_refused_region_leaves_device_and_session_as_they_were() {
     vmm.copies(2, PLUG, BUFFER);
 }
 
-#[test]
-fn a_real_daemon_is_killed_and_comes_back() {
-    let place = Place::new();
-    let image = place.0.path().join("image");
-    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
-    let Some(mut daemon) = StorageDaemon::start(&image, None) else {
-        return;
-    };
-    let options = options().with_device_in_order();
-    let session = VhostUserSession::connect(&daemon.socket, options).unwrap();
-    let mut vmm = Vmm::started(session);
-    for round in 0..5 {
-        vmm.copies(round, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
-        vmm.space.insert(region(PLUG)).told_all();
-        vmm.copies(round + 100, PLUG, BUFFER);
-        daemon.process.kill();
-        drop(daemon);
-        let removed = vmm.space.remove((PLUG, MIB)).unwrap();
-        assert_eq!(removed.stale().len(), 1);
-        let waits = vmm.driver.submit_flush().unwrap();
-        daemon = StorageDaemon::start(&image, None).unwrap();
-        vmm.space.reconnect_session(&vmm.disk).unwrap();
-        vmm.driver.wait(waits).unwrap();
-    }
-    vmm.copies(7, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
-}
-
 /// Its rings are in memory that it does not take, and then it does.
 #[test]
 fn rings_that_cannot_be_started_again_are_not_forgotten() {
