@@ -18,6 +18,7 @@ use crate::support::{StorageDaemon, ToldAll, chain};
 
 mod agreement;
 mod killed;
+mod leaks;
 mod restarts;
 mod rings;
 
