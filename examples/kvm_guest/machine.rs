@@ -3,13 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use guest_memory_shm::mock::{BlkDevice, BlkDriver, MockDaemon};
+use guest_memory_shm::mock::{BlkDriver, MockDaemon};
 use guest_memory_shm::{
     AddressSpace, DirtyPages, GuestMemoryShm, GuestRange, GuestRegionShm, KvmSlots, ListenerId,
-    PublishedMemory, RamOptions, VhostUserShare,
+    PublishedMemory, RamOptions, SessionOptions, SessionRing, VhostUserSession,
 };
 use kvm_ioctls::VmFd;
-use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::GuestAddress;
 
 use crate::failure::{Failure, OrFail, Result};
@@ -20,6 +19,10 @@ const BOOT_RAM: usize = 1 << 20;
 /// Where the virtqueue is.
 const RINGS: GuestAddress = GuestAddress(0x10000);
 const SECTOR: u32 = 512;
+/// The one queue that is used.
+const QUEUE: u32 = 0;
+/// `VIRTIO_BLK_F_FLUSH`, which the driver knows.
+const FLUSH: u64 = 1 << 9;
 /// How long the daemon may take for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -28,8 +31,7 @@ pub(crate) struct Machine {
     space: AddressSpace,
     kvm: ListenerId<KvmSlots>,
     guest: Guest,
-    frontend: Frontend,
-    device: BlkDevice,
+    disk: ListenerId<VhostUserSession>,
     driver: BlkDriver<PublishedMemory>,
     daemon: MockDaemon,
 }
@@ -56,29 +58,25 @@ impl Machine {
             .start_unnamed()
             .or_fail(doing)?;
         let stream = daemon.connect().or_fail(doing)?;
-        let mut frontend = Frontend::from_stream(stream, 1);
-        let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
-        let device = BlkDevice::negotiate(&mut frontend, wanted).or_fail(doing)?;
-        // The share takes a copy of the socket; the frontend stays ours, for all else.
-        let share = VhostUserShare::new(&frontend, device.protocol_features()).or_fail(doing)?;
-        let share = space
-            .attach_required("disk", share.with_deadline(PATIENCE))
-            .or_fail(doing)?;
+        let options = SessionOptions::new(FLUSH).with_deadline(PATIENCE);
+        let session = VhostUserSession::on_socket(stream, options).or_fail(doing)?;
+        let disk = space.attach_required("disk", session).or_fail(doing)?;
 
         let driver = BlkDriver::new(space.published(), RINGS, 16).or_fail(doing)?;
         let driver = driver.with_deadline(PATIENCE);
-        let table = space
-            .with_listener(&share, |share| share.table().clone())
-            .or_fail(doing)?;
-        device
-            .start_queue(&mut frontend, 0, &driver, |addr| table.user_addr(addr))
+        let (kick, call) = (driver.kick(), driver.call());
+        let layout = driver.ring_layout();
+        let parts = [layout.descriptors, layout.avail, layout.used];
+        let ring = SessionRing::new(driver.queue_size(), parts, kick, call).or_fail(doing)?;
+        space
+            .with_listener(&disk, |session| session.start_ring(QUEUE, ring))
+            .or_fail(doing)?
             .or_fail(doing)?;
         Ok(Self {
             space,
             kvm,
             guest,
-            frontend,
-            device,
+            disk,
             driver,
             daemon,
         })
@@ -165,9 +163,11 @@ impl Machine {
     }
 
     /// Stops the queue and hangs up; then KVM's slots go with the address space.
-    pub(crate) fn end(mut self) -> Result<()> {
-        let stopped = self.device.stop_queue(&mut self.frontend, 0);
-        stopped.map(drop).or_fail(|| "cannot stop the queue")
+    pub(crate) fn end(self) -> Result<()> {
+        let doing = || "cannot stop the queue";
+        let stop = |session: &mut VhostUserSession| session.stop_ring(QUEUE);
+        let stopped = self.space.with_listener(&self.disk, stop);
+        stopped.or_fail(doing)?.map(drop).or_fail(doing)
     }
 
     fn kvm<T>(&self, work: impl FnOnce(&mut KvmSlots) -> T) -> Result<T> {
