@@ -5,8 +5,7 @@ use std::path::Path;
 
 use guest_memory_shm::mock::{BlkDriver, MockDaemon};
 use guest_memory_shm::{
-    AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, SessionOptions, SessionRing,
-    VhostUserSession,
+    AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, SessionOptions, VhostUserSession,
 };
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
@@ -34,9 +33,7 @@ fn run(path: &Path) -> Result<(), Box<dyn std::error::Error>> {
 
     // What a guest does: its driver sets a queue up, in RAM.
     let mut driver = BlkDriver::new(space.published(), GuestAddress(0x1000), 16)?;
-    let (layout, size) = (driver.ring_layout(), driver.queue_size());
-    let parts = [layout.descriptors, layout.avail, layout.used];
-    let ring = SessionRing::new(size, parts, driver.kick(), driver.call())?;
+    let ring = driver.session_ring()?; // SessionRing::new(size, addresses, kick, call)
     space.with_listener(&disk, |session| session.start_ring(0, ring))??;
 
     let region = GuestRegionShm::new((PLUG, 1 << 20), &RamOptions::new())?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use guest_memory_shm::mock::{BlkDriver, MockDaemon};
 use guest_memory_shm::{
     AddressSpace, DirtyPages, GuestMemoryShm, GuestRange, GuestRegionShm, KvmSlots, ListenerId,
-    PublishedMemory, RamOptions, SessionOptions, SessionRing, VhostUserSession,
+    PublishedMemory, RamOptions, SessionOptions, VhostUserSession,
 };
 use kvm_ioctls::VmFd;
 use vm_memory::GuestAddress;
@@ -64,10 +64,7 @@ impl Machine {
 
         let driver = BlkDriver::new(space.published(), RINGS, 16).or_fail(doing)?;
         let driver = driver.with_deadline(PATIENCE);
-        let (kick, call) = (driver.kick(), driver.call());
-        let layout = driver.ring_layout();
-        let parts = [layout.descriptors, layout.avail, layout.used];
-        let ring = SessionRing::new(driver.queue_size(), parts, kick, call).or_fail(doing)?;
+        let ring = driver.session_ring().or_fail(doing)?;
         space
             .with_listener(&disk, |session| session.start_ring(QUEUE, ring))
             .or_fail(doing)?

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use guest_memory_shm::{ListenerId, SessionOptions, SessionRing, VhostUserSession};
+use guest_memory_shm::{ListenerId, SessionOptions, VhostUserSession};
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use crate::daemon::LocalDaemon;
@@ -74,7 +74,7 @@ impl Session {
             .ok_or_else(|| Failure::new(doing()))?
             .or_fail(doing)?;
         let disk = Disk::new(&ram, rings(nth), socket, max_segments, limit)?;
-        let ring = ring(&disk).or_fail(doing)?;
+        let ring = disk.driver().session_ring().or_fail(doing)?;
 
         // The memory comes before the queue, which lies in it. From here on the daemon is told of
         // each change of the RAM, or there is none.
@@ -151,12 +151,4 @@ fn configuration(
     let capacity = u64::from_le_bytes(*capacity).saturating_mul(SECTOR);
     let limited = session.features() & SEG_MAX != 0;
     Ok((capacity, limited.then(|| u32::from_le_bytes(*seg_max))))
-}
-
-/// The queue of the disk's driver, as the daemon is told of it.
-fn ring(disk: &Disk) -> std::io::Result<SessionRing> {
-    let driver = disk.driver();
-    let layout = driver.ring_layout();
-    let parts = [layout.descriptors, layout.avail, layout.used];
-    SessionRing::new(driver.queue_size(), parts, driver.kick(), driver.call())
 }

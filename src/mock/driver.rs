@@ -13,6 +13,7 @@ use super::blk::REQUEST_HEADER_SIZE;
 use super::blk_error::{BlkError, RequestId};
 use super::ring::RingLayout;
 use crate::driver::{Completion, DriverQueue, QueueError};
+use crate::vhost_user::session::SessionRing;
 
 /// A request needs its header, its status and at least one buffer; a power of two holds them.
 const MIN_QUEUE_SIZE: u16 = 4;
@@ -106,6 +107,16 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
     /// Where the driver's structures lie.
     pub fn ring_layout(&self) -> RingLayout {
         self.layout
+    }
+
+    /// The driver's ring, for [`VhostUserSession::start_ring`](crate::VhostUserSession::start_ring).
+    ///
+    /// # Errors
+    /// No descriptor is left for copies of the eventfds.
+    pub fn session_ring(&self) -> std::io::Result<SessionRing> {
+        let layout = self.layout;
+        let parts = [layout.descriptors, layout.avail, layout.used];
+        SessionRing::new(self.queue_size(), parts, self.kick(), self.call())
     }
 
     /// The number of descriptors.

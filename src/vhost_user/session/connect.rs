@@ -46,7 +46,7 @@ impl Attempts {
         }
         match open(path) {
             Ok(socket) => Some(Ok(socket)),
-            Err(errno) if until.is_some_and(|until| now >= until) => {
+            Err(errno) if !can_pass(errno) || until.is_some_and(|until| now >= until) => {
                 Some(Err(SessionError::Connect {
                     path: path.to_owned(),
                     source: errno.into(),
@@ -60,6 +60,15 @@ impl Attempts {
             }
         }
     }
+}
+
+/// Whether somebody may listen there soon: there is no such socket, nobody behind it, or no room
+/// for one more.
+fn can_pass(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::ENOENT | Errno::ECONNREFUSED | Errno::EAGAIN | Errno::EINTR
+    )
 }
 
 /// Without waiting: connect(2) waits as long as nobody accepts, once enough others wait.

@@ -162,3 +162,14 @@ fn what_watches_the_connection_sees_the_daemons_end() {
     assert!(report.stale()[0].is(&vmm.disk));
     assert!(vmm.with(|session| session.socket().is_none()));
 }
+
+#[test]
+fn what_does_not_pass_is_not_waited_for() {
+    let place = Place::new();
+    let file = place.0.path().join("file");
+    std::fs::write(&file, b"").unwrap();
+    let begun = std::time::Instant::now();
+    let refused = VhostUserSession::connect(file.join("blk.sock"), options()).unwrap_err();
+    assert!(chain(&refused).contains("Not a directory"), "{refused}");
+    assert!(begun.elapsed() < PATIENCE);
+}

@@ -92,10 +92,7 @@ impl Vmm {
     }
 
     fn ring(&self) -> SessionRing {
-        let layout = self.driver.ring_layout();
-        let parts = [layout.descriptors, layout.avail, layout.used];
-        let (kick, call) = (self.driver.kick(), self.driver.call());
-        SessionRing::new(self.driver.queue_size(), parts, kick, call).unwrap()
+        self.driver.session_ring().unwrap()
     }
 
     /// Writes a sector from one buffer and reads it into another.
