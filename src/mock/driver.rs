@@ -109,7 +109,7 @@ impl<S: GuestAddressSpace> BlkDriver<S> {
         self.layout
     }
 
-    /// The driver's ring, for [`VhostUserSession::start_ring`](crate::VhostUserSession::start_ring).
+    /// The ring, for [`VhostUserSession::start_ring`](crate::VhostUserSession::start_ring).
     ///
     /// # Errors
     /// No descriptor is left for copies of the eventfds.
