@@ -171,7 +171,7 @@ impl VhostUserSession {
         let exchange = self.restarting(memory.cloned(), Instant::now(), told);
         drive(vec![Box::new(exchange)]);
         // Without one it panicked, in code of others, which breaks the share.
-        result.unwrap_or_else(|| self.check_there())
+        result.unwrap_or_else(|| Ok(self.share.check_not_broken()?))
     }
 
     /// Has what the daemon answers to tables while postcopy listens told to `handler`:

@@ -370,7 +370,7 @@ impl VhostUserShare {
         self.give_up("this end let go of the connection".to_owned());
     }
 
-    fn check_not_broken(&self) -> Result<()> {
+    pub(in crate::vhost_user) fn check_not_broken(&self) -> Result<()> {
         match &self.broken {
             Some(reason) => Err(ShareError::Broken {
                 reason: Arc::clone(reason),
