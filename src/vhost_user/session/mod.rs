@@ -239,12 +239,15 @@ impl VhostUserSession {
     ///
     /// # Errors
     ///
-    /// [`SessionError::RingNotShared`] for a memory without what a running ring lies in: nothing
-    /// was sent. Those of [`VhostUserShare::update_memory`]; after [`reconnect`](Self::reconnect)
+    /// [`SessionError::RingNotShared`] for a memory without what a running ring lies in, and
+    /// [`SessionError::Reconnecting`] between [steps](Self::reconnect_in_steps): nothing was sent.
+    /// Those of [`VhostUserShare::update_memory`]; after [`reconnect`](Self::reconnect)
     /// those of [`connect`](Self::connect) and [`start_ring`](Self::start_ring).
     pub fn update_memory<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<()> {
         self.check_rings(memory)?;
-        match self.restart {
+        match &self.restart {
+            // Nothing would end the wait for a daemon.
+            Some(restart) if restart.in_steps => Err(SessionError::Reconnecting),
             Some(_) => self.run(Some(memory)),
             None => Ok(self.share.update_memory(memory)?),
         }

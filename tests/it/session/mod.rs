@@ -19,8 +19,10 @@ use crate::support::{StorageDaemon, ToldAll, chain};
 mod agreement;
 mod killed;
 mod leaks;
+mod peer;
 mod restarts;
 mod rings;
+mod steps;
 
 const MIB: u64 = 1 << 20;
 /// Where a region is plugged.
