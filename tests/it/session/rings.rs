@@ -103,6 +103,39 @@ fn memory_that_a_running_ring_lies_in_is_not_taken_away() {
 }
 
 #[test]
+fn memory_that_a_ring_lies_in_is_not_taken_away_while_its_daemon_is_gone() {
+    let place = Place::new();
+    let daemon = place.serve(MockDaemon::builder());
+    let options = options().with_device_in_order();
+    let mut vmm = Vmm::started(VhostUserSession::connect(place.socket(), options).unwrap());
+    drop(daemon);
+    let home = (GuestAddress(0), MIB);
+    // Before that is noticed, when it is known, and on the way back.
+    for round in 0..3 {
+        let removed = vmm.space.remove(home).map(drop);
+        let replaced = vmm.space.transaction().remove(home);
+        let replaced = replaced.insert(region(home.0)).commit().map(drop);
+        for refused in [removed, replaced] {
+            let refused = chain(&refused.unwrap_err());
+            assert!(refused.contains("descriptor table of ring 0"), "{refused}");
+        }
+        match round {
+            0 => assert_eq!(vmm.space.insert(region(PLUG)).unwrap().stale().len(), 1),
+            _ => {
+                let waits = vmm.space.reconnect_in_steps(&vmm.disk, |_| ()).unwrap();
+                assert!(waits.is_some());
+            }
+        }
+    }
+    let _daemon = place.serve(MockDaemon::builder());
+    vmm.space.reconnect_session(&vmm.disk).unwrap();
+    vmm.copies(1, PLUG, BUFFER);
+    // With the device reset, it can be.
+    vmm.with(VhostUserSession::forget_rings);
+    vmm.space.remove(home).told_all();
+}
+
+#[test]
 fn a_log_is_started_with_its_feature_and_its_rings_and_ended() {
     let place = Place::new();
     let daemon = place.serve(MockDaemon::builder());
