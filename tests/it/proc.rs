@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 
 /// A line of /proc/self/maps.
 #[derive(Debug, PartialEq, Eq)]
@@ -164,6 +165,16 @@ fn descriptors() -> Vec<(i32, String)> {
         .collect();
     found.sort();
     found
+}
+
+/// How many descriptors of `file` this process has.
+pub(crate) fn descriptors_of(file: &fs::File) -> usize {
+    let inode = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let ours = inode(file.metadata().expect("it is open"));
+    let open = fs::read_dir("/proc/self/fd").expect("procfs is mounted");
+    let open = open.flatten();
+    open.filter(|entry| fs::metadata(entry.path()).is_ok_and(|it| inode(it) == ours))
+        .count()
 }
 
 /// The names in /dev/shm that this process would use.

@@ -24,6 +24,7 @@ pub(crate) struct Incoming {
 pub(crate) struct IncomingRequests {
     socket: OwnedFd,
     control: Control,
+    with_fds: bool,
     received: Vec<u8>,
     fds: Vec<OwnedFd>,
 }
@@ -34,6 +35,7 @@ impl IncomingRequests {
         Self {
             socket,
             control: Control::new(with_fds),
+            with_fds,
             received: Vec::new(),
             fds: Vec::new(),
         }
@@ -76,8 +78,11 @@ impl IncomingRequests {
         match socket::receive(socket, &mut buffer[..room], &mut self.control) {
             Ok(came) if came.bytes > 0 => {
                 self.received.extend(&buffer[..came.bytes]);
-                self.fds.extend(came.fds);
-                self.fds.truncate(MAX_FDS);
+                // There is room for a few beside the bytes in any case.
+                if self.with_fds {
+                    self.fds.extend(came.fds);
+                    self.fds.truncate(MAX_FDS);
+                }
                 Ok(true)
             }
             Ok(_) => Err(ErrorKind::UnexpectedEof.into()),

@@ -3,7 +3,6 @@
 
 use std::io::{IoSlice, IoSliceMut, Read};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
@@ -13,7 +12,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 
 use super::*;
 use crate::isolation::in_own_process;
-use crate::proc::leaves_nothing_but_heaps;
+use crate::proc::{descriptors_of, leaves_nothing_but_heaps};
 
 const SET_MEM_TABLE: u32 = 5;
 const ADD_MEM_REG: u32 = 37;
@@ -217,15 +216,6 @@ fn a_daemon_without_the_vhost_crate_answers_with_the_code_of_the_refusal() {
             assert_eq!(table.regions(), [good(1), good(2)]);
         });
     });
-}
-
-/// How many descriptors of `file` this process has.
-fn descriptors_of(file: &File) -> usize {
-    let inode = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
-    let ours = inode(file.metadata().unwrap());
-    let open = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
-    open.filter(|entry| std::fs::metadata(entry.path()).is_ok_and(|m| inode(m) == ours))
-        .count()
 }
 
 #[test]

@@ -17,6 +17,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace};
 use crate::support::{StorageDaemon, ToldAll, chain};
 
 mod agreement;
+mod channel;
 mod killed;
 mod leaks;
 mod peer;

@@ -374,7 +374,9 @@ fn a_daemon_that_dies_after_any_message_is_followed_by_the_next() {
         let (_first, socket) = peer(usize::MAX);
         let mut session = VhostUserSession::on_socket(socket, options()).unwrap();
         session.update_memory(&memory).unwrap();
-        session.start_ring(0, driver.session_ring().unwrap()).unwrap();
+        session
+            .start_ring(0, driver.session_ring().unwrap())
+            .unwrap();
         let mut messages = 0;
         let last = loop {
             let (peer, socket) = peer(messages);

@@ -19,6 +19,7 @@ use crate::memory::GuestMemoryShm;
 use crate::vhost_user::table::{MemoryTable, TableRegion};
 
 mod answers;
+mod channel;
 mod crowded;
 mod cut;
 mod ends;
