@@ -47,7 +47,8 @@ impl VhostUserSession {
     /// [`SessionError::NotOffered`] without the protocol feature CONFIG, or where the daemon has
     /// no such part; [`SessionError::Share`].
     pub fn config(&mut self, offset: u32, len: usize) -> Result<Vec<u8>> {
-        let message = self.config_message(FrontendReq::GET_CONFIG, offset, &vec![0; len])?;
+        self.check_config(len)?;
+        let message = config_message(FrontendReq::GET_CONFIG, offset, &vec![0; len]);
         let body = self.answer_to(message)?.map(|answer| answer.body);
         let bytes = body.as_deref().and_then(|body| body.get(12..));
         bytes.map(<[u8]>::to_vec).ok_or(SessionError::NotOffered {
@@ -61,27 +62,24 @@ impl VhostUserSession {
     ///
     /// Those of [`config`](Self::config).
     pub fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<()> {
-        let mut message = self.config_message(FrontendReq::SET_CONFIG, offset, bytes)?;
-        message = message.with_reply(self.reply());
+        self.check_config(bytes.len())?;
+        let message = config_message(FrontendReq::SET_CONFIG, offset, bytes);
+        let message = message.with_reply(self.reply());
         self.tell(vec![message], DaemonRequest::Config)
     }
 
-    fn config_message(&self, code: FrontendReq, offset: u32, bytes: &[u8]) -> Result<Message> {
-        let what = match self.has(Features::CONFIG) {
-            true if (1..=MAX_CONFIG).contains(&bytes.len()) => {
-                let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-                let mut body = [offset, size, 0].map(u32::to_ne_bytes).concat();
-                body.extend(bytes);
-                return Ok(Message::new(DaemonRequest::Config, code, body, Reply::Like));
-            }
-            true => "configuration of such a length (1 to 256 bytes)",
-            false => "CONFIG",
-        };
-        Err(SessionError::NotOffered { what })
+    fn check_config(&self, len: usize) -> Result<()> {
+        self.check_feature(Features::CONFIG, "CONFIG")?;
+        match (1..=MAX_CONFIG).contains(&len) {
+            true => Ok(()),
+            false => Err(SessionError::NotOffered {
+                what: "configuration of such a length (1 to 256 bytes)",
+            }),
+        }
     }
 
     /// Has the daemon reset the device (RESET_DEVICE), as the guest did: all rings are stopped,
-    /// and forgotten, and what was in flight is.
+    /// and forgotten, and so are what was in flight and the [status](Self::set_status).
     ///
     /// # Errors
     ///
@@ -93,6 +91,7 @@ impl VhostUserSession {
         let reset = Message::new(DaemonRequest::Reset, code, Vec::new(), self.reply());
         self.tell(vec![reset], DaemonRequest::Reset)?;
         self.forget_rings();
+        self.status = None;
         Ok(())
     }
 
@@ -192,8 +191,15 @@ impl VhostUserSession {
         }
     }
 
-    fn answer_to(&mut self, message: Message) -> Result<Option<Answer>> {
+    pub(super) fn answer_to(&mut self, message: Message) -> Result<Option<Answer>> {
         let answers = self.ask(vec![message], self.options.deadline)?;
         Ok(answers.into_iter().next())
     }
+}
+
+fn config_message(code: FrontendReq, offset: u32, bytes: &[u8]) -> Message {
+    let size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    let mut body = [offset, size, 0].map(u32::to_ne_bytes).concat();
+    body.extend(bytes);
+    Message::new(DaemonRequest::Config, code, body, Reply::Like)
 }

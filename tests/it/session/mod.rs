@@ -21,6 +21,7 @@ mod channel;
 mod killed;
 mod leaks;
 mod peer;
+mod requests;
 mod restarts;
 mod rings;
 mod steps;
