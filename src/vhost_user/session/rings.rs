@@ -1,7 +1,5 @@
 //! The rings of a session: started, stopped, and started again.
 
-use std::time::Instant;
-
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
 
@@ -45,10 +43,15 @@ impl VhostUserSession {
         let logs = self.share.is_logging();
         let (table, reply) = (self.share.table(), self.reply());
         let mut messages = ring.start_messages(index, table, logs, reply)?;
+        let mut fresh = None;
         if notes && self.rings.is_empty() && self.inflight.is_none() {
-            messages.insert(0, self.new_inflight_buffer()?);
+            let buffer = self.new_inflight_buffer()?;
+            messages.insert(0, buffer.message(reply));
+            fresh = Some(buffer);
         }
         self.tell(messages, DaemonRequest::StartRing(index))?;
+        // One that it refused is not kept.
+        self.inflight = fresh.or(self.inflight.take());
         ring.wake(index)?;
         ring.settle(self.share.table());
         self.rings.insert(index, ring);
@@ -109,24 +112,24 @@ impl VhostUserSession {
         Ok(())
     }
 
-    /// What starts the rings on a new connection; none where it is not known which requests were
-    /// completed.
+    /// What gives a new connection the in-flight buffer, also for rings to come, and starts the
+    /// rings; nothing where it is not known which requests were completed.
     pub(super) fn ring_messages<B: Bitmap>(
         &mut self,
         memory: Option<&GuestMemoryShm<B>>,
     ) -> Result<Vec<Message>> {
+        if !self.has(Features::INFLIGHT_SHMFD) {
+            // What it says is wrong once this daemon completes requests.
+            self.inflight = None;
+        }
+        let is_known = self.rings.is_empty() || self.inflight.is_some() || self.options.in_order;
+        self.needs_reset |= !is_known;
         let mut all = Vec::new();
-        let (Some(memory), false) = (memory, self.rings.is_empty()) else {
+        let (Some(memory), false) = (memory, self.needs_reset) else {
             return Ok(all);
         };
-        let noted = self.inflight.as_ref();
-        let noted = noted.filter(|_| self.agreed.protocol.contains(Features::INFLIGHT_SHMFD));
-        self.needs_reset = noted.is_none() && !self.options.in_order || self.needs_reset;
-        if self.needs_reset {
-            return Ok(all);
-        }
         let (table, reply) = (self.share.table(), self.agreed.reply());
-        all.extend(noted.map(|buffer| buffer.message(reply)));
+        all.extend(self.inflight.as_ref().map(|buffer| buffer.message(reply)));
         for (index, ring) in &mut self.rings {
             ring.base = ring.used_index(*index, memory)?;
             all.extend(ring.start_messages(*index, table, self.share.is_logging(), reply)?);
@@ -146,17 +149,11 @@ impl VhostUserSession {
         Ok(())
     }
 
-    /// Has the daemon make an in-flight buffer; what gives it back.
-    fn new_inflight_buffer(&mut self) -> Result<Message> {
+    /// Has the daemon make an in-flight buffer.
+    fn new_inflight_buffer(&mut self) -> Result<InflightBuffer> {
         let rings = u16::try_from(self.agreed.rings).unwrap_or(u16::MAX);
         let size = self.options.max_ring_size;
-        let asks = vec![InflightBuffer::request(rings, size)];
-        let limit = self.options.deadline;
-        let answers = self.share.ask(asks, Instant::now(), limit)?;
-        let answer = answers.into_iter().next();
-        let buffer = InflightBuffer::new(rings, size, answer)?;
-        let message = buffer.message(self.reply());
-        self.inflight = Some(buffer);
-        Ok(message)
+        let answer = self.answer_to(InflightBuffer::request(rings, size))?;
+        InflightBuffer::new(rings, size, answer)
     }
 }

@@ -64,7 +64,9 @@ fn the_status_is_told_asked_for_and_told_again_after_the_rings() {
     let mut session = on(socket, with_status());
     assert!(session.protocol_features().contains(Features::STATUS));
     session.update_memory(&memory).unwrap();
-    session.start_ring(0, ring_of(&driver)).unwrap();
+    session
+        .start_ring(0, driver.session_ring().unwrap())
+        .unwrap();
     peer.take();
     for status in [1, 3, 0xb, 0xf] {
         session.set_status(status).unwrap();
@@ -122,7 +124,9 @@ fn after_a_reset_there_is_no_ring_and_no_status() {
     let (peer, socket) = Peer::new(features(), |_| None);
     let mut session = on(socket, with_status());
     session.update_memory(&memory).unwrap();
-    session.start_ring(0, ring_of(&driver)).unwrap();
+    session
+        .start_ring(0, driver.session_ring().unwrap())
+        .unwrap();
     session.set_status(0xf).unwrap();
     peer.take();
     session.reset_device().unwrap();
@@ -140,7 +144,9 @@ fn after_a_reset_there_is_no_ring_and_no_status() {
             .iter()
             .any(|told| told.is(FrontendReq::SET_VRING_ENABLE))
     );
-    session.start_ring(0, ring_of(&driver)).unwrap();
+    session
+        .start_ring(0, driver.session_ring().unwrap())
+        .unwrap();
     assert_eq!(peer.take_all(FrontendReq::SET_VRING_ENABLE).len(), 1);
 }
 
@@ -153,7 +159,9 @@ fn a_reset_that_is_refused_changes_nothing() {
     });
     let mut session = on(socket, with_status());
     session.update_memory(&memory).unwrap();
-    session.start_ring(0, ring_of(&driver)).unwrap();
+    session
+        .start_ring(0, driver.session_ring().unwrap())
+        .unwrap();
     let refused = session.reset_device().unwrap_err();
     let text = "the daemon refused to reset the device";
     assert!(refused.to_string().starts_with(text), "{refused}");
