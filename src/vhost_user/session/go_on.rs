@@ -21,10 +21,9 @@ impl VhostUserSession {
     /// done. If not, it is to be called again when what it [waits for](Self::waits_for) is there.
     /// For a session that is a listener, it is [`AddressSpace::reconnect_in_steps`].
     ///
-    /// The first call begins; if the daemon is there and holds `memory`, all is done. As long as
-    /// nobody listens it is tried again, each time after twice the time, at most a second, and
-    /// without a deadline. From the connection on it is that of
-    /// [`SessionOptions`](crate::SessionOptions).
+    /// The first call begins; a daemon that is there is told `memory` only. As long as nobody
+    /// listens it is tried again, each time after twice the time, at most a second, and without a
+    /// deadline. From the connection on it is that of [`SessionOptions`](crate::SessionOptions).
     ///
     /// [`AddressSpace::reconnect_in_steps`]: crate::AddressSpace::reconnect_in_steps
     ///
@@ -38,11 +37,11 @@ impl VhostUserSession {
             .as_ref()
             .is_some_and(|restart| restart.in_steps);
         if !is_begun {
-            if self.restart.is_none() {
-                if !self.share.is_gone() && self.share.holds(memory)? {
-                    return Ok(true);
-                }
-                self.reconnect()?;
+            match self.restart {
+                Some(_) => {}
+                None if self.share.is_gone() => self.reconnect()?,
+                None if self.share.holds(memory)? => return Ok(true),
+                None => self.restart = Some(Restart::of_memory()),
             }
             self.restart = self.restart.take().map(Restart::in_steps);
         }

@@ -47,15 +47,23 @@ impl Restart {
         Self::new(Step::Begin(socket))
     }
 
+    /// The present memory, for a daemon that is there and was told all else.
+    pub(super) fn of_memory() -> Self {
+        Self::of([Step::Memory])
+    }
+
     fn new(first: Step) -> Self {
-        let steps = [
+        Self::of([
             first,
             Step::Offer,
             Step::Protocol,
             Step::Agree,
             Step::Memory,
             Step::Rings,
-        ];
+        ])
+    }
+
+    fn of<const N: usize>(steps: [Step; N]) -> Self {
         Self {
             steps: VecDeque::from(steps),
             under_way: None,

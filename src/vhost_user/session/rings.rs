@@ -24,7 +24,8 @@ impl VhostUserSession {
     ///
     /// [`SessionError::RingState`], [`SessionError::NoSuchRing`], [`SessionError::RingSize`],
     /// [`SessionError::RingNotShared`]: nothing was sent. [`SessionError::Inflight`];
-    /// [`SessionError::Share`]; the ring does not run then.
+    /// [`SessionError::Share`]; the ring does not run then. A daemon that failed may have taken
+    /// requests all the same: where the next one begins, [`SessionRing::with_base`] says.
     pub fn start_ring(&mut self, index: u32, mut ring: SessionRing) -> Result<()> {
         self.check_there()?;
         if self.rings.contains_key(&index) {

@@ -521,3 +521,25 @@ fn what_a_daemon_gets_in_steps_is_what_it_gets_at_once() {
     };
     assert_eq!(codes(true), codes(false));
 }
+
+#[test]
+fn a_daemon_that_is_there_is_told_the_memory_and_keeps_its_rings() {
+    let place = Place::new();
+    let daemon = place.serve(MockDaemon::builder());
+    let session = VhostUserSession::connect(place.socket(), options()).unwrap();
+    let mut vmm = Vmm::started(session);
+    let more = vmm.space.published().memory();
+    let more = more.insert_region(region(PLUG).into()).unwrap();
+    let step = || {
+        vmm.with(|session| session.reconnect_in_steps(&more))
+            .unwrap()
+    };
+    let until = std::time::Instant::now() + PATIENCE;
+    while !step() {
+        assert!(std::time::Instant::now() < until);
+        std::thread::yield_now();
+    }
+    assert_eq!(daemon.table().len(), 2);
+    assert!(!vmm.with(|session| session.needs_reset()));
+    vmm.copies(1, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
+}
