@@ -223,7 +223,7 @@ impl MockDaemon {
     /// end of the connection is to the device what SIGKILL is to a process: guest memory, disk and
     /// in-flight buffer stay as they are at that step.
     ///
-    /// [`with_inflight`](MockDaemonBuilder::with_inflight) has an example.
+    /// [`with_inflight`](super::MockDaemonBuilder::with_inflight) has an example.
     pub fn hold_requests(&self, count: u64, step: RequestStep) {
         self.shared.hold.arm(count, step);
     }
@@ -257,7 +257,7 @@ impl MockDaemon {
     /// # Errors
     /// [`MockError`] with the cause; [`ErrorKind::NotConnected`]: the frontend of the current
     /// connection has sent no SET_BACKEND_REQ_FD, or the daemon
-    /// [offers no channel](MockDaemonBuilder::with_backend_channel).
+    /// [offers no channel](super::MockDaemonBuilder::with_backend_channel).
     pub fn send_backend_request(&self, request: &BackendRequest) -> Result<()> {
         let doing = "send a request on the backend channel";
         let channel = self.channel(doing)?;
