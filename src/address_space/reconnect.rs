@@ -8,7 +8,7 @@ use super::space::AddressSpace;
 use super::status::ListenerId;
 use crate::listener::{ListenerError, WaitFor};
 use crate::panics::caught;
-use crate::vhost_user::session::VhostUserSession;
+use crate::vhost_user::session::{VhostUserSession, away};
 use crate::vhost_user::share::VhostUserShare;
 use crate::vhost_user::wire::DaemonSocket;
 
@@ -126,7 +126,7 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
                 attached.status.stale = None;
                 return Ok(None);
             }
-            Ok(Err(error)) => ListenerError::away(error),
+            Ok(Err(error)) => away(error),
             Err(panic) => {
                 session.give_up(&panic);
                 ListenerError::panicked(&panic)

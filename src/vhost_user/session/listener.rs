@@ -41,9 +41,7 @@ impl<B: Bitmap + Send + Sync + 'static> MemoryListener<B> for VhostUserSession {
     ) -> Option<Box<dyn Exchange + 'a>> {
         match self.restart {
             Some(_) => {
-                let told = |session: &mut Self, ended: Result<(), SessionError>| {
-                    ended.map_err(|error| session.failed(error))
-                };
+                let told = |_: &mut Self, ended: Result<(), SessionError>| ended.map_err(away);
                 Some(Box::new(self.restarting(Some(memory.clone()), begun, told)))
             }
             None => self.share.begin_update(memory, begun),
@@ -58,11 +56,18 @@ impl VhostUserSession {
         self.channel = None;
         self.share.give_up(reason.to_owned());
     }
+}
 
-    fn failed(&mut self, error: SessionError) -> ListenerError {
-        match self.share.broken() {
-            Some(_) => ListenerError::away(error),
-            None => ListenerError::refused(error),
-        }
+/// A daemon that does not take what it has to, with the region at which it failed: nothing more is
+/// said to it.
+pub(crate) fn away(error: SessionError) -> ListenerError {
+    let range = match &error {
+        SessionError::Share(error) => error.range(),
+        _ => None,
+    };
+    let away = ListenerError::away(error);
+    match range {
+        Some(range) => away.at(range),
+        None => away,
     }
 }

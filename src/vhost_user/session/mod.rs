@@ -42,6 +42,7 @@ use channel::Channel;
 use error::Result;
 pub use error::SessionError;
 use inflight::InflightBuffer;
+pub(crate) use listener::away;
 pub use message::SessionMessage;
 pub use options::SessionOptions;
 use restart::Restart;
