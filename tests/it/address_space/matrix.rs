@@ -13,10 +13,16 @@
 //! In three of four cases the daemons log, and there is a fault at each message about a log, too.
 //! They write and note it before the operation, after it, and after everything is repaired, those
 //! that were hung up on too: what they wrote is always a part of what was harvested.
+//!
+//! Daemons are shares, or sessions with a ring that runs: it completes requests before and after
+//! all is repaired. A session goes on with a new daemon in one call or step by step, and there is
+//! a fault at each message by which it does, once or at two attempts.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::matrix_case::{About, Case, DAEMONS, Fault, Kind, OPERATIONS, Operation, Planned};
+use super::matrix_case::{
+    About, Case, DAEMONS, Fault, GoesOn, Kind, OPERATIONS, Operation, Planned, sessions,
+};
 use super::matrix_kvm::has_kvm;
 use super::matrix_model::play as model;
 use super::matrix_process::was_daemon;
@@ -25,8 +31,11 @@ use super::matrix_world::play;
 use crate::isolation::in_own_process;
 use crate::proc::leaves_nothing_but_heaps;
 
-/// More messages than any listener gets in a case.
+/// More messages about the table, or about the log, than any listener gets in a case.
 const MESSAGES: usize = 8;
+
+/// More messages than there are by which a session goes on.
+const ALL_MESSAGES: usize = 40;
 
 /// What a daemon in this process does wrong.
 const MOCK: [Fault; 10] = [
@@ -55,6 +64,30 @@ const LOG: [Fault; 7] = [
 
 /// What a daemon does wrong at the answer to a table or a log.
 const ANSWERS: [Fault; 3] = [Fault::Other, Fault::Twice, Fault::CutOff];
+
+/// What a daemon does wrong at any message by which a session goes on.
+const ANY: [Fault; 11] = [
+    Fault::Refuse,
+    Fault::Late,
+    Fault::Silent,
+    Fault::SilentAfter,
+    Fault::Nonsense,
+    Fault::Twice,
+    Fault::CutOff,
+    Fault::HangUpBefore,
+    Fault::HangUpAfter,
+    Fault::DoneThenHangUp,
+    Fault::OutOfSlots,
+];
+
+/// The same, with a daemon in another process.
+const ANY_PROCESS: [Fault; 5] = [
+    Fault::KilledBefore,
+    Fault::KilledDuring,
+    Fault::KilledAfter,
+    Fault::Stopped,
+    Fault::Paused,
+];
 
 /// What goes wrong with a daemon in another process.
 const PROCESS: [Fault; 7] = [
@@ -116,6 +149,9 @@ fn log_plans(faults: &[Fault]) -> Vec<(About, usize, Fault)> {
 fn kinds(count: usize, at: usize, kind: Kind, alike: bool) -> Vec<Kind> {
     let mut all = vec![Kind::Hypervisor];
     all.extend(DAEMONS);
+    // Beside those with shares, one of the sessions.
+    let session = sessions().cycle().nth(5 * at + count);
+    all.splice(2..2, session);
     let kind_of = |place| match place == at {
         true => kind,
         false if alike => DAEMONS[0],
@@ -131,6 +167,7 @@ fn subjects(operation: Operation, count: usize) -> Vec<(Operation, usize)> {
         Operation::Reconnect(_) => (0..count)
             .map(|at| (Operation::Reconnect(at), at))
             .collect(),
+        Operation::Steps(_) => (0..count).map(|at| (Operation::Steps(at), at)).collect(),
         _ => (0..count).map(|at| (operation, at)).collect(),
     }
 }
@@ -153,7 +190,8 @@ fn planned(
 ) -> Vec<Case> {
     let mut cases = Vec::new();
     for (operation, listener) in subjects(operation, count) {
-        if !kind.is_daemon() && matches!(operation, Operation::Reconnect(_)) {
+        let is_share = kind.is_daemon() && kind.goes_on().is_none();
+        if !is_share && operation.is_reconnection() {
             continue;
         }
         for (at, (about, message, fault)) in plans.iter().copied().enumerate() {
@@ -181,7 +219,7 @@ fn planned(
 fn singles(operation: Operation) -> Vec<Case> {
     let mut cases = Vec::new();
     for count in 1..=4 {
-        for kind in DAEMONS {
+        for kind in DAEMONS.into_iter().chain(sessions()) {
             cases.extend(single(operation, count, kind, &MOCK));
             cases.extend(single(operation, count, kind, &ANSWERS));
             cases.extend(planned(operation, count, kind, &log_plans(&LOG)));
@@ -195,7 +233,8 @@ fn singles(operation: Operation) -> Vec<Case> {
 /// A second fault wherever one is possible.
 fn doubles(operation: Operation, count: usize, seconds: &[Fault]) -> Vec<Case> {
     let mut cases = Vec::new();
-    for kind in [DAEMONS[0], DAEMONS[1], Kind::Hypervisor] {
+    let session = sessions().nth(count).into_iter();
+    for kind in session.chain([DAEMONS[0], DAEMONS[1], Kind::Hypervisor]) {
         for first in single(operation, count, kind, &[Fault::Refuse]) {
             let mut plans = plans(operation, seconds);
             if first.logs {
@@ -222,6 +261,65 @@ fn doubles(operation: Operation, count: usize, seconds: &[Fault]) -> Vec<Case> {
                     case.faults.push(second);
                     cases.push(case);
                 }
+            }
+        }
+    }
+    cases.retain(happens);
+    cases
+}
+
+/// A session goes on, and this happens to it at the attempts; `mix` varies all else.
+fn restart(operation: Operation, kind: Kind, mix: usize, faults: &[(usize, Fault)]) -> Case {
+    let (count, listener) = match mix % 3 {
+        0 => (1, 0),
+        place => (2, place - 1),
+    };
+    let operation = match operation {
+        Operation::Steps(_) => Operation::Steps(listener),
+        _ => Operation::Reconnect(listener),
+    };
+    let planned = |(message, fault): &(usize, Fault)| Planned {
+        listener,
+        message: *message,
+        about: About::Session,
+        fault: *fault,
+    };
+    Case {
+        operation,
+        kinds: kinds(count, listener, kind, mix.is_multiple_of(5)),
+        required: mix.is_multiple_of(2),
+        logs: !(mix / 2).is_multiple_of(4),
+        faults: faults.iter().map(planned).collect(),
+    }
+}
+
+/// Each fault at each message by which a session of each kind goes on.
+fn restarts(operation: Operation, faults: &[Fault]) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for kind in sessions() {
+        for message in 0..=ALL_MESSAGES {
+            for fault in faults {
+                let mix = cases.len();
+                cases.extend(
+                    (mix..mix + 12).map(|mix| restart(operation, kind, mix, &[(message, *fault)])),
+                );
+            }
+        }
+    }
+    cases.retain(happens);
+    cases
+}
+
+/// Each fault at each message, after an attempt that failed at each message.
+fn restarts_again(operation: Operation) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for first in 0..=ALL_MESSAGES {
+        for second in 0..=ALL_MESSAGES {
+            for fault in ANY.into_iter().filter(|fault| *fault != Fault::OutOfSlots) {
+                let mix = cases.len();
+                let kind = sessions().nth(mix % sessions().count()).expect("a session");
+                let faults = [(first, Fault::HangUpBefore), (second, fault)];
+                cases.push(restart(operation, kind, mix, &faults));
             }
         }
     }
@@ -320,6 +418,10 @@ fn processes() -> Vec<Case> {
             cases.extend(single(operation, 1, kind, &PROCESS));
         }
         cases.extend(single(operation, 3, DAEMONS[0], &PROCESS));
+        // How many descriptors a daemon with an in-flight buffer has is not known.
+        for kind in sessions().filter(|kind| kind.goes_on() != Some(GoesOn::Noted)) {
+            cases.extend(single(operation, 1, kind, &PROCESS));
+        }
     }
     cases
 }
@@ -367,6 +469,26 @@ fn one_fault_while_a_daemon_is_connected_to_anew() {
 }
 
 #[test]
+fn one_fault_while_a_session_goes_on_in_one_call() {
+    let cases = chosen(restarts(Operation::Reconnect(0), &ANY), 200);
+    in_own_process(|| play_all(&cases, ""));
+}
+
+#[test]
+fn one_fault_while_a_session_goes_on_step_by_step() {
+    let cases = chosen(restarts(Operation::Steps(0), &ANY), 200);
+    in_own_process(|| play_all(&cases, ""));
+}
+
+#[test]
+fn a_second_fault_while_a_session_goes_on_again() {
+    let mut cases = restarts_again(Operation::Reconnect(0));
+    cases.extend(restarts_again(Operation::Steps(0)));
+    let cases = chosen(cases, 100);
+    in_own_process(|| play_all(&cases, ""));
+}
+
+#[test]
 fn one_fault_of_kvm_or_after_it() {
     if has_kvm() {
         let cases = chosen(after_kvm(), 130);
@@ -393,5 +515,17 @@ fn a_daemon_that_is_a_process_is_killed_stopped_or_starved() {
         return;
     }
     let cases = chosen(processes(), 310);
+    in_own_process(|| play_all(&cases, name));
+}
+
+#[test]
+fn a_session_goes_on_with_a_process_that_is_killed_or_stopped() {
+    let name = "address_space::matrix::a_session_goes_on_with_a_process_that_is_killed_or_stopped";
+    if was_daemon() {
+        return;
+    }
+    let mut cases = restarts(Operation::Reconnect(0), &ANY_PROCESS);
+    cases.extend(restarts(Operation::Steps(0), &ANY_PROCESS));
+    let cases = chosen(cases, 60);
     in_own_process(|| play_all(&cases, name));
 }

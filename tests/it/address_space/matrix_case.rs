@@ -21,6 +21,8 @@ pub(super) enum Operation {
     Attach,
     /// Of the listener at this place, which was away during a hotplug if it may lag.
     Reconnect(usize),
+    /// The same step by step, of a session.
+    Steps(usize),
 }
 
 /// How a listener is told.
@@ -28,10 +30,27 @@ pub(super) enum Operation {
 pub(super) enum Kind {
     /// A vhost-user daemon with CONFIGURE_MEM_SLOTS, or without, and with REPLY_ACK, or without.
     Daemon { slots: bool, acks: bool },
+    /// Such a daemon as a session has it, with a ring that runs.
+    Session {
+        slots: bool,
+        acks: bool,
+        goes_on: GoesOn,
+    },
     /// One that is told of each region, maps it and keeps a descriptor of it.
     Hypervisor,
     /// KVM's memory slots.
     Kvm,
+}
+
+/// What becomes of the requests that a daemon had taken when it died.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum GoesOn {
+    /// The device completes them in order: it goes on at the used index.
+    InOrder,
+    /// They are noted in an in-flight buffer.
+    Noted,
+    /// Nobody knows.
+    Not,
 }
 
 /// What goes wrong, at one message.
@@ -86,15 +105,19 @@ pub(super) enum Fault {
 pub(super) enum About {
     Table,
     Log,
+    /// Anything, on the connection by which a session goes on; several faults are of as many
+    /// attempts.
+    Session,
 }
 
 /// A fault, at the listener and at the message that it fires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Planned {
     pub(super) listener: usize,
-    /// Counted from 1 at the listener since the operation began. 0: when it is asked.
+    /// Counted from 1 at the listener since the operation began. 0: when it is asked, or, of a
+    /// session, when it connects.
     pub(super) message: usize,
-    /// Which messages are counted: those about the table, or those about the log.
+    /// Which messages are counted: those about the table, those about the log, or all.
     pub(super) about: About,
     pub(super) fault: Fault,
 }
@@ -129,6 +152,18 @@ pub(super) const DAEMONS: [Kind; 4] = [
     },
 ];
 
+/// All kinds of sessions.
+pub(super) fn sessions() -> impl Iterator<Item = Kind> + Clone {
+    let all = [GoesOn::InOrder, GoesOn::Noted, GoesOn::Not].into_iter();
+    all.flat_map(|goes_on| {
+        DAEMONS.map(|kind| Kind::Session {
+            slots: kind.has_slots(),
+            acks: kind.acks(),
+            goes_on,
+        })
+    })
+}
+
 pub(super) const OPERATIONS: [Operation; 7] = [
     Operation::Insert,
     Operation::Remove,
@@ -141,7 +176,34 @@ pub(super) const OPERATIONS: [Operation; 7] = [
 
 impl Kind {
     pub(super) fn is_daemon(self) -> bool {
-        matches!(self, Self::Daemon { .. })
+        matches!(self, Self::Daemon { .. } | Self::Session { .. })
+    }
+
+    /// What goes on after its daemon died, of a session.
+    pub(super) fn goes_on(self) -> Option<GoesOn> {
+        match self {
+            Self::Session { goes_on, .. } => Some(goes_on),
+            _ => None,
+        }
+    }
+
+    /// Whether a session can go on with its rings.
+    pub(super) fn keeps_requests(self) -> bool {
+        self.goes_on() != Some(GoesOn::Not)
+    }
+
+    pub(super) fn has_slots(self) -> bool {
+        matches!(
+            self,
+            Self::Daemon { slots: true, .. } | Self::Session { slots: true, .. }
+        )
+    }
+
+    pub(super) fn acks(self) -> bool {
+        matches!(
+            self,
+            Self::Daemon { acks: true, .. } | Self::Session { acks: true, .. }
+        )
     }
 }
 
@@ -161,12 +223,16 @@ impl Operation {
             Self::InsertTwo => (&[], &[(8, 2), (48, 2)]),
             Self::RemoveTwo => (&[(16, 2), (32, 2)], &[]),
             Self::Replace => (&[(16, 2)], &[(16, 4), (64, 2)]),
-            Self::Attach | Self::Reconnect(_) => (&[], &[]),
+            Self::Attach | Self::Reconnect(_) | Self::Steps(_) => (&[], &[]),
         }
     }
 
     pub(super) fn is_transaction(self) -> bool {
-        !matches!(self, Self::Attach | Self::Reconnect(_))
+        !matches!(self, Self::Attach) && !self.is_reconnection()
+    }
+
+    pub(super) fn is_reconnection(self) -> bool {
+        matches!(self, Self::Reconnect(_) | Self::Steps(_))
     }
 }
 
@@ -175,8 +241,22 @@ impl Case {
     pub(super) fn subject(&self) -> Option<usize> {
         match self.operation {
             Operation::Attach => Some(self.kinds.len() - 1),
-            Operation::Reconnect(at) => Some(at),
+            Operation::Reconnect(at) | Operation::Steps(at) => Some(at),
             _ => None,
+        }
+    }
+
+    /// Whether a session goes on, by all that it was told.
+    pub(super) fn is_restart(&self) -> bool {
+        let kind = self.subject().map(|subject| self.kinds[subject]);
+        self.operation.is_reconnection() && kind.is_some_and(|kind| kind.goes_on().is_some())
+    }
+
+    /// What happens at each attempt of a session to go on: a fault, or none.
+    pub(super) fn attempts(&self) -> Vec<Option<Planned>> {
+        match self.faults.len() {
+            0 => vec![None],
+            _ => self.faults.iter().copied().map(Some).collect(),
         }
     }
 
@@ -184,7 +264,7 @@ impl Case {
     /// plugged only if it may lag.
     pub(super) fn before(&self) -> Vec<Region> {
         let mut before = BOOT.to_vec();
-        if matches!(self.operation, Operation::Reconnect(_)) && !self.required {
+        if self.operation.is_reconnection() && !self.required {
             before.push((40, 2));
         }
         before
@@ -232,26 +312,18 @@ impl Case {
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Hypervisor => "hypervisor",
-            Self::Kvm => "kvm",
-            Self::Daemon {
-                slots: true,
-                acks: true,
-            } => "daemon",
-            Self::Daemon {
-                slots: true,
-                acks: false,
-            } => "no-acks",
-            Self::Daemon {
-                slots: false,
-                acks: true,
-            } => "no-slots",
-            Self::Daemon {
-                slots: false,
-                acks: false,
-            } => "neither",
-        })
+        let what = match (self.has_slots(), self.acks()) {
+            _ if *self == Self::Hypervisor => "hypervisor",
+            _ if *self == Self::Kvm => "kvm",
+            (true, true) => "daemon",
+            (true, false) => "no-acks",
+            (false, true) => "no-slots",
+            (false, false) => "neither",
+        };
+        match self.goes_on() {
+            Some(goes_on) => write!(f, "session({what} {goes_on:?})"),
+            None => f.write_str(what),
+        }
     }
 }
 
@@ -261,6 +333,7 @@ impl fmt::Display for Planned {
         let what = match self.about {
             About::Table => "message",
             About::Log => "log",
+            About::Session => "any",
         };
         write!(f, "{fault:?} at {what} {message} of listener {listener}")
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use guest_memory_shm::mock::MockWriter;
-use guest_memory_shm::{GuestRange, StoppedLog, VhostUserShare};
+use guest_memory_shm::{GuestRange, StoppedLog};
 use vm_memory::GuestAddress;
 
 use super::matrix_case::{BOOT, Operation, Region};
@@ -12,6 +12,8 @@ use super::matrix_world::World;
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
+/// How many pages of a region are written to; after them, in the first region, are rings.
+pub(super) const PAGES: u64 = 480;
 
 /// The writes of one listener's daemons, all of them: also those that were hung up on.
 #[derive(Default)]
@@ -24,6 +26,8 @@ pub(super) struct Writes {
     /// Numbers of pages.
     written: BTreeSet<u64>,
     harvested: BTreeSet<u64>,
+    /// What was written is known to be noted at the end.
+    at_last: BTreeSet<u64>,
     /// Of the next page in each region.
     next: u64,
 }
@@ -65,7 +69,12 @@ impl Writes {
             let written = daemon.lock().unwrap().write(&addresses);
             self.written.extend(written.iter().map(|at| at / PAGE));
         }
-        assert!(self.next < 512, "regions are not longer");
+        assert!(self.next < PAGES, "regions are not longer");
+    }
+
+    /// These pages are written to by devices, that note it a moment later.
+    pub(super) fn writes_at_last(&mut self, pages: [u64; 2]) {
+        self.at_last.extend(pages);
     }
 
     pub(super) fn harvest(&mut self, dirty: &[GuestRange]) {
@@ -110,7 +119,7 @@ impl World<'_> {
     /// Harvests what was written until now.
     pub(super) fn harvest(&mut self) {
         for member in &mut self.members {
-            let dirty = member.with_share(&self.space, VhostUserShare::drain_dirty);
+            let dirty = member.with_daemon(&self.space, |told| told.drain_dirty());
             member.writes.harvest(&dirty.unwrap_or_default());
             if self.case.logs {
                 member.writes.are_harvested(&member.name);
@@ -121,11 +130,13 @@ impl World<'_> {
     /// Ends the logs, and looks whether anything was lost.
     pub(super) fn stop(&mut self) {
         for (at, member) in self.members.iter_mut().enumerate() {
-            let stopped = member.with_share(&self.space, VhostUserShare::stop_log);
+            member.stop_ring(&self.space);
+            let stopped = member.with_daemon(&self.space, |told| told.stop_log());
             let (true, Some(stopped)) = (self.case.logs, stopped) else {
                 continue;
             };
             member.writes.harvest(&stopped.dirty);
+            member.writes.written.append(&mut member.writes.at_last);
             member.writes.are_harvested(&member.name);
             assert!(member.writes.are_some(), "{} wrote nothing", member.name);
             let lost = self.expected.broken[at] && self.case.subject() != Some(at);

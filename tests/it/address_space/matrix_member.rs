@@ -5,18 +5,19 @@ use std::time::Duration;
 use guest_memory_shm::mock::LoggedRequest;
 use guest_memory_shm::{
     AddressSpace, AddressSpaceError, FileIdentity, GuestMemoryShm, KvmSlot, KvmSlots, ListenerId,
-    MemoryTable, RegionAdapter, TableRegion, VhostUserShare,
+    MemoryTable, RegionAdapter, TableRegion, VhostUserSession, VhostUserShare,
 };
 use vhost::VhostBackend;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::GuestAddress;
 
-use super::matrix_case::{About, Case, Fault, Kind, Operation};
+use super::matrix_case::{About, Case, Fault, Kind, Planned};
 use super::matrix_hypervisor::Hypervisor;
 use super::matrix_kvm::Machine;
 use super::matrix_log::Writes;
 use super::matrix_relay::Relay;
 use super::matrix_server::{Connection, Server};
+use super::matrix_session::{Side, Told};
 
 use crate::support::attach_as;
 
@@ -29,6 +30,7 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 )]
 pub(super) enum Loose {
     Share(VhostUserShare),
+    Session(VhostUserSession),
     Hypervisor(RegionAdapter<Hypervisor>),
     Kvm(KvmSlots),
 }
@@ -36,6 +38,7 @@ pub(super) enum Loose {
 /// The address space's names for listeners.
 pub(super) enum Id {
     Share(ListenerId<VhostUserShare>),
+    Session(ListenerId<VhostUserSession>),
     Hypervisor(ListenerId<RegionAdapter<Hypervisor>>),
     Kvm(ListenerId<KvmSlots>),
 }
@@ -49,16 +52,19 @@ pub(super) struct Member {
     pub(super) frontend: Option<Frontend>,
     pub(super) relay: Option<Relay>,
     pub(super) machine: Option<Machine>,
+    pub(super) side: Option<Side>,
     pub(super) loose: Option<Loose>,
     pub(super) id: Option<Id>,
     pub(super) writes: Writes,
 }
 
 /// A deadline that is short enough for a test of silence, and long enough for all that comes
-/// before it: it is one for a whole change, or for all of its undoing.
-fn limit_for(case: &Case, at: usize) -> Option<Duration> {
+/// before it: it is one for a whole change, or for all of its undoing, and of a session for all
+/// that it is told.
+pub(super) fn limit_for(case: &Case, at: usize) -> Option<Duration> {
     let planned = case.faults_of(at).find(|f| f.fault.is_silence())?;
     let is_first = match case.operation.is_transaction() {
+        _ if case.kinds[at].goes_on().is_some() => false,
         true => planned.message == 1 && !case.logs,
         false => planned.message == 0,
     };
@@ -71,7 +77,7 @@ fn limit_for(case: &Case, at: usize) -> Option<Duration> {
 
 impl Member {
     /// A listener that is not attached yet; `test` is what a process of its own is started with.
-    pub(super) fn new(case: &Case, at: usize, test: &str) -> Self {
+    pub(super) fn new(space: &AddressSpace, case: &Case, at: usize, test: &str) -> Self {
         let kind = case.kinds[at];
         let mut this = Self {
             at,
@@ -81,6 +87,7 @@ impl Member {
             frontend: None,
             relay: None,
             machine: None,
+            side: None,
             loose: None,
             id: None,
             writes: Writes::default(),
@@ -92,12 +99,13 @@ impl Member {
                 let machine = this.machine.insert(Machine::new());
                 Loose::Kvm(machine.slots(few.then(|| case.slots())))
             }
+            Kind::Session { .. } => {
+                this.server = Some(Server::first(case, at, test));
+                this.side = Some(Side::new(space, at));
+                Loose::Session(this.begin_session(case))
+            }
             Kind::Daemon { .. } => {
-                this.server = Some(match case.operation {
-                    // What the case says happens on the second connection.
-                    Operation::Reconnect(subject) if subject == at => Server::mock(kind),
-                    _ => Server::of(case, at, test).0,
-                });
+                this.server = Some(Server::first(case, at, test));
                 let features = this.connect(case);
                 let share = VhostUserShare::new(this.frontend.as_ref().unwrap(), features);
                 let mut share = share.unwrap().with_deadline(PATIENCE);
@@ -147,6 +155,13 @@ impl Member {
                     self.loose = Some(Loose::Share(refused.into_listener()));
                 }
             },
+            Loose::Session(session) => match attach_as(space, name, required, session) {
+                Ok(id) => self.id = Some(Id::Session(id)),
+                Err(refused) => {
+                    look(refused.error());
+                    self.loose = Some(Loose::Session(refused.into_listener()));
+                }
+            },
             Loose::Kvm(slots) => match attach_as(space, name, required, slots) {
                 Ok(id) => self.id = Some(Id::Kvm(id)),
                 Err(refused) => {
@@ -162,13 +177,17 @@ impl Member {
                 }
             },
         }
+        self.start_ring(space);
         self.id.is_some()
     }
 
     /// Has what the daemon writes looked at from now on. Its descriptors of messages are closed.
-    pub(super) fn begin_to_write(&mut self) {
+    pub(super) fn begin_to_write(&mut self, space: &AddressSpace) {
         if let Some(frontend) = &self.frontend {
             frontend.get_features().unwrap();
+        }
+        if self.side.is_some() {
+            assert!(self.ask(space));
         }
         if let Some(server) = &self.server {
             self.writes.add(server);
@@ -183,17 +202,34 @@ impl Member {
         }
     }
 
-    /// Uses the daemon's share, wherever it is.
-    pub(super) fn with_share<T>(
+    /// Uses what keeps the daemon's memory, wherever it is.
+    pub(super) fn with_daemon<T>(
         &mut self,
         space: &AddressSpace,
-        work: impl FnOnce(&mut VhostUserShare) -> T,
+        work: impl FnOnce(Told<'_>) -> T,
     ) -> Option<T> {
         match (&mut self.loose, &self.id) {
-            (Some(Loose::Share(share)), _) => Some(work(share)),
-            (_, Some(Id::Share(id))) => Some(space.with_listener(id, work).unwrap()),
+            (Some(Loose::Share(share)), _) => Some(work(Told::Share(share))),
+            (Some(Loose::Session(session)), _) => Some(work(Told::Session(session))),
+            (_, Some(Id::Share(id))) => {
+                let work = |share: &mut VhostUserShare| work(Told::Share(share));
+                Some(space.with_listener(id, work).unwrap())
+            }
+            (_, Some(Id::Session(id))) => {
+                let work = |session: &mut VhostUserSession| work(Told::Session(session));
+                Some(space.with_listener(id, work).unwrap())
+            }
             _ => None,
         }
+    }
+
+    /// Sets the deadline of a share; that of a session stays.
+    pub(super) fn set_deadline(&mut self, space: &AddressSpace, limit: Duration) {
+        self.with_daemon(space, |told| {
+            if let Told::Share(share) = told {
+                share.set_deadline(limit);
+            }
+        });
     }
 
     /// Uses the hypervisor, wherever it is.
@@ -234,21 +270,45 @@ impl Member {
             machine.arm(case, at);
         }
         let Some(server) = &self.server else { return };
-        let hooks = server.arm(case, at);
+        let faults: Vec<_> = case.faults_of(at).collect();
+        let hooks = server.arm(case, &faults);
         if let Some(relay) = &self.relay {
             relay.arm(hooks);
         }
-        self.with_share(space, |share| {
-            if let Some(limit) = limit_for(case, at) {
-                share.set_deadline(limit);
-            }
-            if case.faults_of(at).any(|f| f.fault == Fault::Broken) {
-                share
-                    .update_table(&unlike_any().memory_table())
-                    .unwrap_err();
-                assert!(share.broken().is_some());
-            }
-        });
+        let hung_up = |f: &Planned| matches!(f.fault, Fault::Gone | Fault::Broken);
+        if let Some(relay) = &self.relay
+            && faults.iter().any(hung_up)
+        {
+            relay.wait_cut();
+        }
+        if let Some(limit) = limit_for(case, at) {
+            self.set_deadline(space, limit);
+        }
+        if faults.iter().any(|f| f.fault == Fault::Broken) {
+            self.with_daemon(space, |told| {
+                if let Told::Share(share) = told {
+                    share
+                        .update_table(&unlike_any().memory_table())
+                        .unwrap_err();
+                }
+            });
+            assert!(self.side.is_none() || !self.ask(space));
+            let is_broken = self.with_daemon(space, |told| told.broken().is_some());
+            assert_eq!(is_broken, Some(true));
+        }
+    }
+
+    /// Goes on with a daemon that does nothing wrong, also if it is not attached.
+    pub(super) fn reconnect_whole(&mut self, space: &AddressSpace, case: &Case) {
+        let features = self.connect(case);
+        self.writes
+            .add(self.server.as_ref().expect("it is a daemon"));
+        let frontend = self.frontend.as_ref().expect("it is connected");
+        match (&mut self.loose, &self.id) {
+            (Some(Loose::Share(share)), _) => share.reconnect(frontend, features).unwrap(),
+            (_, Some(Id::Share(id))) => space.reconnect(id, frontend, features).unwrap(),
+            _ => unreachable!("it is a daemon"),
+        }
     }
 
     /// A connection to the daemon of the case, for one who was away, with its faults to come.
@@ -265,12 +325,13 @@ impl Member {
         let features = self.connect(case);
         let server = self.server.as_ref().expect("it is a daemon");
         self.writes.add(server);
-        let hooks = server.arm(case, self.at);
+        let faults: Vec<_> = case.faults_of(self.at).collect();
+        let hooks = server.arm(case, &faults);
         if let Some(relay) = &self.relay {
             relay.arm(hooks);
         }
         if let Some(limit) = limit_for(case, self.at) {
-            self.with_share(space, |share| share.set_deadline(limit));
+            self.set_deadline(space, limit);
         }
         features
     }
@@ -310,9 +371,9 @@ impl Member {
         self.with_hypervisor(space, |hypervisor| {
             assert_eq!(hypervisor.table(), expected, "what {name} maps");
         });
-        self.with_share(space, |share| {
-            assert!(share.broken().is_none(), "the share of {name}");
-            assert_eq!(share.table(), table, "the share of {name}");
+        self.with_daemon(space, |told| {
+            assert!(told.broken().is_none(), "the share of {name}");
+            assert_eq!(told.table(), table, "the share of {name}");
         });
         if let Some(machine) = &mut self.machine {
             let mib =

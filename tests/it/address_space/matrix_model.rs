@@ -1,6 +1,7 @@
 //! What should come of a case, by a model without sockets, files or threads.
 
 use super::matrix_case::{About, BOOT, Case, Fault, Kind, Operation, Planned, Region};
+use super::matrix_restart::{Come, come};
 
 /// Why a listener did not do what it was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +15,8 @@ pub(super) enum Cause {
     Broken,
     Gone,
     TooManyRegions,
+    /// Nobody listens.
+    NoDaemon,
     /// What the hypervisor says: an error of the kernel, or its own.
     Emfile,
     Enomem,
@@ -41,6 +44,10 @@ pub(super) struct Objection {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Outcome {
     pub(super) objection: Option<Objection>,
+    /// What it was told when it tried before.
+    pub(super) earlier: Vec<Objection>,
+    /// The guest has to reset the device of the listener that is connected to.
+    pub(super) needs_reset: bool,
     /// Who does not hold what it should.
     pub(super) stale: Vec<bool>,
     /// Who must be connected to anew.
@@ -105,7 +112,7 @@ impl Peer {
             next: None,
             log: (case.logs && case.kinds[at].is_daemon()).then_some(match case.operation {
                 Operation::Attach if absent => 0,
-                Operation::Reconnect(_) if absent => end_of(&BOOT),
+                operation if absent && operation.is_reconnection() => end_of(&BOOT),
                 _ => end_of(&case.before()),
             }),
             taken: if absent { 0 } else { end_of(&case.before()) },
@@ -155,9 +162,9 @@ impl Peer {
         if self.fault_at(1, |fault| fault == Fault::Gone).is_some() {
             return Err(self.away(Cause::Gone, None));
         }
-        let Kind::Daemon { slots: true, .. } = self.kind else {
+        if !self.kind.has_slots() {
             return Ok(());
-        };
+        }
         if self.held == target {
             return Ok(());
         }
@@ -185,7 +192,7 @@ impl Peer {
     }
 
     fn steps(&self, target: &[Region]) -> Vec<Step> {
-        if let Kind::Daemon { slots: false, .. } = self.kind {
+        if self.kind.is_daemon() && !self.kind.has_slots() {
             return if self.held == target {
                 Vec::new()
             } else {
@@ -270,9 +277,9 @@ impl Peer {
     /// what is removed is a wave of its own where there are acknowledgements.
     fn tell(&mut self, target: &[Region], steps: &[Step]) -> Answer {
         let is_removal = |step: &Step| matches!(step, Step::Remove(_));
-        let removals = match self.kind {
-            Kind::Daemon { acks: true, .. } => steps.iter().take_while(|s| is_removal(s)).count(),
-            _ => 0,
+        let removals = match self.kind.acks() {
+            true => steps.iter().take_while(|s| is_removal(s)).count(),
+            false => 0,
         };
         let (removals, others) = steps.split_at(removals);
         let next = others.first().copied();
@@ -283,7 +290,7 @@ impl Peer {
     /// A daemon that refuses and stays does the later steps all the same, which were sent.
     fn tell_wave(&mut self, target: &[Region], steps: &[Step], after: Option<Step>) -> Answer {
         let mut refusal = None;
-        let acks = matches!(self.kind, Kind::Daemon { acks: true, .. });
+        let acks = self.kind.acks();
         for (at, step) in steps.iter().copied().enumerate() {
             self.still_there(step.region())?;
             self.messages += 1;
@@ -357,14 +364,15 @@ impl Peer {
                 region: step.region(),
             })
         };
-        let Kind::Daemon { slots, acks } = self.kind else {
+        let (slots, acks) = (self.kind.has_slots(), self.kind.acks());
+        if !self.kind.is_daemon() {
             return match fault {
                 Fault::Dies => Err(self.away(Cause::Dead, step.region())),
                 Fault::NoDescriptors => refused(Cause::Emfile),
                 Fault::NoMemory => refused(Cause::Enomem),
                 _ => refused(Cause::NoSlot),
             };
-        };
+        }
         Err(match fault {
             Fault::Late | Fault::Paused => return Ok(()),
             Fault::Refuse if acks && slots => return refused(Cause::Refused),
@@ -395,17 +403,58 @@ pub(super) fn play(case: &Case) -> Outcome {
     let mut peers: Vec<_> = (0..case.kinds.len())
         .map(|at| Peer::new(case, at))
         .collect();
+    let (mut earlier, mut needs_reset) = (Vec::new(), false);
     let objection = match case.subject() {
+        Some(subject) if case.is_restart() => {
+            let peer = &mut peers[subject];
+            for planned in case.attempts() {
+                let Some((objection, in_rings)) = restart(case, peer, planned) else {
+                    break;
+                };
+                needs_reset |= in_rings && !peer.kind.keeps_requests();
+                earlier.push(objection);
+            }
+            earlier.pop().flatten()
+        }
         Some(subject) => bring_up(case, &mut peers[subject]),
         None => transact(case, &mut peers),
     };
     Outcome {
         objection,
+        earlier: earlier.into_iter().flatten().collect(),
+        needs_reset,
         stale: peers.iter().map(|peer| peer.stale).collect(),
         broken: peers.iter().map(|peer| peer.broken).collect(),
         messages: peers.iter().map(Peer::heard).collect(),
         fired: peers.into_iter().flat_map(|peer| peer.fired).collect(),
     }
+}
+
+/// An attempt of a session to go on. What it says, and whether it came to the rings; none if the
+/// fault cannot happen, or it went on before.
+fn restart(
+    case: &Case,
+    peer: &mut Peer,
+    planned: Option<Planned>,
+) -> Option<(Option<Objection>, bool)> {
+    if !peer.fired.is_empty() && !peer.broken {
+        return None;
+    }
+    let come = come(case, planned)?;
+    peer.fired.extend(planned);
+    peer.held = case.after();
+    let failed = match come {
+        Come::Done => None,
+        Come::Failed { cause, region, .. } => Some(peer.away(cause, region)),
+    };
+    peer.broken = failed.is_some();
+    peer.stale = peer.broken;
+    let objection = failed.map(|failure| Objection {
+        listener: peer.at,
+        failure,
+    });
+    let in_rings = matches!(come, Come::Done | Come::Failed { in_rings: true, .. });
+    Some((objection, in_rings))
 }
 
 fn bring_up(case: &Case, peer: &mut Peer) -> Option<Objection> {

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 use vm_memory::GuestAddress;
 
-use super::matrix_case::Kind;
+use super::matrix_case::{DAEMONS, GoesOn, Kind, sessions};
 use super::matrix_hypervisor::{limit_address_space, limit_descriptors};
 use super::matrix_member::PATIENCE;
 use crate::support::Process;
@@ -24,15 +24,16 @@ const SOCKET: &str = "GUEST_MEMORY_SHM_MATRIX_SOCKET";
 const KIND: &str = "GUEST_MEMORY_SHM_MATRIX_KIND";
 
 pub(super) fn builder(kind: Kind) -> MockDaemonBuilder {
-    let Kind::Daemon { slots, acks } = kind else {
-        unreachable!("{kind} is no daemon");
-    };
+    assert!(kind.is_daemon());
     let mut builder = MockDaemon::builder().with_disk_size(512);
-    if !slots {
+    if !kind.has_slots() {
         builder = builder.without_mem_slots();
     }
-    if !acks {
+    if !kind.acks() {
         builder = builder.without_reply_ack();
+    }
+    if kind.goes_on() == Some(GoesOn::Noted) {
+        builder = builder.with_inflight();
     }
     builder
 }
@@ -42,8 +43,9 @@ pub(super) fn was_daemon() -> bool {
     let (Some(socket), Ok(kind)) = (std::env::var_os(SOCKET), std::env::var(KIND)) else {
         return false;
     };
-    let kind = super::matrix_case::DAEMONS
+    let kind = DAEMONS
         .into_iter()
+        .chain(sessions())
         .find(|known| known.to_string() == kind)
         .expect("a kind of daemon");
     let others = memfds();

@@ -3,7 +3,8 @@
 use std::cmp::Ordering;
 use std::collections::HashSet;
 
-use super::matrix_case::{About, Case, Fault, Kind, Operation, Planned};
+use super::matrix_case::{About, Case, DAEMONS, Fault, Kind, Operation, Planned, sessions};
+use super::matrix_restart::messages;
 
 /// What makes a case worth its time.
 #[derive(PartialEq, Eq, Hash)]
@@ -26,16 +27,34 @@ enum Essence {
     /// The second at each message about the log, and at each of these listeners.
     LogPair(Operation, usize, Fault),
     LogOrder(Operation, Fault, Ordering),
+    /// Each fault at each kind of message by which a session goes on, and for each kind of
+    /// session, but for those that are waited for, or happen to a process.
+    Restart(Option<Operation>, &'static str, Fault),
+    RestartKind(Operation, Kind, Fault),
+    /// The second at each kind of message, and after the first at each.
+    RestartAfter(usize),
+    RestartAgain(&'static str, Fault),
 }
 
 impl Essence {
     fn of(case: &Case) -> Vec<Self> {
         let operation = match case.operation {
             Operation::Reconnect(_) => Operation::Reconnect(0),
+            Operation::Steps(_) => Operation::Steps(0),
             operation => operation,
         };
-        let kind = |planned: &Planned| case.kinds[planned.listener];
+        let kind = |planned: &Planned| alike(case.kinds[planned.listener]);
         match &case.faults[..] {
+            [one] if one.about == About::Session => {
+                let name = name_of(case, one);
+                match one.fault.is_silence() || case.is_process(one.listener) {
+                    true => vec![Self::Restart(None, name, one.fault)],
+                    false => vec![
+                        Self::Restart(Some(operation), name, one.fault),
+                        Self::RestartKind(operation, case.kinds[one.listener], one.fault),
+                    ],
+                }
+            }
             [one] if is_played_rarely(case, one) => {
                 let (about, message) = (one.about, one.message);
                 vec![Self::Few(operation, kind(one), about, message, one.fault)]
@@ -58,6 +77,11 @@ impl Essence {
                 let (first, second) = (one.message, two.message);
                 match two.about {
                     About::Table => vec![Self::Pair(operation, first, second, two.fault, order)],
+                    About::Session if two.fault.is_silence() => Vec::new(),
+                    About::Session => vec![
+                        Self::RestartAfter(first),
+                        Self::RestartAgain(name_of(case, two), two.fault),
+                    ],
                     About::Log => vec![
                         Self::LogPair(operation, second, two.fault),
                         Self::LogOrder(operation, two.fault, order),
@@ -67,6 +91,21 @@ impl Essence {
             _ => unreachable!("there are one or two"),
         }
     }
+}
+
+/// In a change, sessions are what shares are: some of them stand for all.
+fn alike(kind: Kind) -> Kind {
+    let mut all = sessions();
+    match kind.goes_on() {
+        Some(_) => all.next().unwrap_or(DAEMONS[0]),
+        None => kind,
+    }
+}
+
+/// Which message a fault is at.
+fn name_of(case: &Case, planned: &Planned) -> &'static str {
+    let at = planned.message.checked_sub(1);
+    at.map_or("connect", |at| messages(case)[at].name)
 }
 
 fn is_played_rarely(case: &Case, one: &Planned) -> bool {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use guest_memory_shm::{
     AddressSpace, AddressSpaceError, DaemonFailure, GuestMemoryShm, GuestRange, GuestRegionShm,
-    KvmError, ListenerError, ListenerStatus, RamOptions, ShareError, TableError,
+    KvmError, ListenerError, ListenerStatus, RamOptions, SessionError, ShareError, TableError,
 };
 use nix::errno::Errno;
 use vm_memory::{GuestAddress, GuestAddressSpace};
@@ -16,6 +16,7 @@ use super::matrix_case::{BOOT, Case, Fault, Operation, Planned, Region};
 use super::matrix_hypervisor::Refusal;
 use super::matrix_member::{Id, Loose, Member, PATIENCE};
 use super::matrix_model::{Cause, Failure, Objection, Outcome};
+use super::matrix_relay::Relay;
 use super::matrix_server::Server;
 
 use crate::support::ToldAll;
@@ -49,6 +50,7 @@ pub(super) fn play(case: &Case, expected: &Outcome, test: &str) {
 
     match case.operation {
         Operation::Attach => world.attach(),
+        _ if case.is_restart() => world.restart(test),
         Operation::Reconnect(subject) => world.reconnect(subject, test),
         _ => world.transact(&added),
     }
@@ -62,6 +64,7 @@ pub(super) fn play(case: &Case, expected: &Outcome, test: &str) {
             held_here()
         );
     }
+    world.members.iter_mut().for_each(Member::submit);
     world.look(if happened { &after } else { &before });
     world.heal();
     world.write();
@@ -85,12 +88,13 @@ impl<'a> World<'a> {
     fn start(case: &'a Case, expected: &'a Outcome, test: &str) -> Self {
         let boot: Vec<_> = BOOT.iter().map(new_region).collect();
         let memory = GuestMemoryShm::from_arc_regions(boot).unwrap();
-        let members = (0..case.kinds.len()).map(|at| Member::new(case, at, test));
+        let space = AddressSpace::new(memory);
+        let members = (0..case.kinds.len()).map(|at| Member::new(&space, case, at, test));
         let mut this = Self {
             case,
             expected,
-            space: AddressSpace::new(memory),
             members: members.collect(),
+            space,
         };
         for at in 0..this.members.len() {
             if case.operation != Operation::Attach || case.subject() != Some(at) {
@@ -101,10 +105,10 @@ impl<'a> World<'a> {
             }
         }
         for member in &mut this.members {
-            member.begin_to_write();
+            member.begin_to_write(&this.space);
         }
-        match case.operation {
-            Operation::Reconnect(subject) => this.lose(subject),
+        match case.subject() {
+            Some(subject) if case.operation.is_reconnection() => this.lose(subject),
             _ => {
                 for member in &mut this.members {
                     member.arm(&this.space, case);
@@ -143,7 +147,7 @@ impl<'a> World<'a> {
                 assert_eq!(self.expected.objection, None, "it happened");
                 self.names_stale(&lagging);
             }
-            Err(error) => self.check_error(&error),
+            Err(error) => self.check_error(&error, self.expected.objection),
         }
         self.settle();
         for (at, member) in self.members.iter().enumerate() {
@@ -160,7 +164,7 @@ impl<'a> World<'a> {
     fn attach(&mut self) {
         let mut last = self.members.pop().expect("there is a listener");
         let attached = last.attach(&self.space, self.case.required, |error| {
-            self.check_error(error);
+            self.check_error(error, self.expected.objection);
         });
         assert_eq!(attached, self.expected.objection.is_none());
         self.members.push(last);
@@ -173,6 +177,9 @@ impl<'a> World<'a> {
             unreachable!("it is another daemon that plays the faults");
         };
         Server::hang_up(daemon);
+        if member.side.is_some() {
+            member.relay.iter().for_each(Relay::wait_cut);
+        }
         match self.space.insert(new_region(&(40, 2))) {
             Ok(report) => {
                 assert!(!self.case.required);
@@ -193,12 +200,48 @@ impl<'a> World<'a> {
         };
         match self.space.reconnect(id, frontend, features) {
             Ok(()) => assert_eq!(self.expected.objection, None, "it happened"),
-            Err(error) => self.check_error(&error),
+            Err(error) => self.check_error(&error, self.expected.objection),
+        }
+    }
+
+    /// Has a session go on, until it does or no fault is left.
+    fn restart(&mut self, test: &str) {
+        let subject = self.case.subject().expect("one goes on");
+        let earlier = self.expected.earlier.iter().copied().map(Some);
+        let expected = earlier.chain([self.expected.objection]);
+        for (planned, expected) in self.case.attempts().into_iter().zip(expected) {
+            let member = &mut self.members[subject];
+            member.listen_armed(self.case, planned, test);
+            let member = &self.members[subject];
+            let meanwhile = || self.change_meanwhile(subject);
+            match member.go_on(&self.space, self.case.operation, meanwhile) {
+                Ok(()) => {
+                    assert_eq!(expected, None, "it happened");
+                    member.was_told_all(self.case);
+                }
+                Err(error) => self.check_error(&error, expected),
+            }
+        }
+        let needs_reset = self.members[subject].needs_reset(&self.space);
+        assert_eq!(needs_reset, self.expected.needs_reset);
+    }
+
+    /// Another thread of the VMM changes the memory, as far as one who is away lets it.
+    fn change_meanwhile(&self, away: usize) {
+        let name = &self.members[away].name;
+        match self.space.insert(new_region(&(96, 2))) {
+            Ok(report) => {
+                assert!(!self.case.required);
+                assert_eq!(report.stale()[0].name(), name);
+                let removed = self.space.remove((GuestAddress(96 * MIB), 2 * MIB));
+                assert_eq!(removed.expect("it may lag").stale().len(), 1);
+            }
+            Err(error) => assert!(self.case.required, "{error}"),
         }
     }
 
     /// Asserts that the error names the listener, the region, the cause and who is stale.
-    fn check_error(&self, error: &AddressSpaceError) {
+    fn check_error(&self, error: &AddressSpaceError, expected: Option<Objection>) {
         let (listener, failed, stale) = match error {
             AddressSpaceError::Change {
                 listener,
@@ -227,7 +270,7 @@ impl<'a> World<'a> {
             stale,
             source: StdError::source(error).expect("it has a cause"),
         };
-        let Some(Objection { listener, failure }) = self.expected.objection else {
+        let Some(Objection { listener, failure }) = expected else {
             panic!("it should have happened: {error}");
         };
         self.check_said(&said, &self.members.get(listener), failure);
@@ -324,10 +367,9 @@ impl<'a> World<'a> {
             let broken = self.expected.broken[at];
             let member = &mut self.members[at];
             member.heal_hypervisor(&self.space);
-            let is_broken = member.with_share(&self.space, |share| {
-                share.set_deadline(PATIENCE);
-                share.broken().is_some()
-            });
+            member.set_deadline(&self.space, PATIENCE);
+            let ran = member.rings_run();
+            let is_broken = member.with_daemon(&self.space, |told| told.broken().is_some());
             assert!(is_broken.is_none_or(|is| is == broken), "{}", member.name);
             let few = self
                 .case
@@ -349,22 +391,10 @@ impl<'a> World<'a> {
                 if few || matches!(member.server, Some(Server::Process(_))) {
                     member.server = Some(Server::mock(member.kind));
                 }
-                let features = member.connect(self.case);
-                member
-                    .writes
-                    .add(member.server.as_ref().expect("it is a daemon"));
-                let frontend = member.frontend.as_ref().expect("it is connected");
-                let again = match (&mut member.loose, &member.id) {
-                    (Some(Loose::Share(share)), _) => share
-                        .reconnect(frontend, features)
-                        .map_err(|error| error.to_string()),
-                    (_, Some(Id::Share(id))) => {
-                        let again = self.space.reconnect(id, frontend, features);
-                        again.map_err(|error| error.to_string())
-                    }
-                    _ => unreachable!("it is a daemon"),
-                };
-                again.expect("nothing is in the way");
+                match member.side.is_some() {
+                    true => member.go_on_whole(&self.space, self.case.operation),
+                    false => member.reconnect_whole(&self.space, self.case),
+                }
             }
             if member.loose.is_some() {
                 member.attach(&self.space, self.case.required, |error| {
@@ -375,11 +405,17 @@ impl<'a> World<'a> {
             if self.expected.objection.is_none() || !self.case.operation.is_transaction() {
                 let refreshed = match member.id.as_ref().expect("it is attached") {
                     Id::Share(id) => self.space.refresh(id),
+                    Id::Session(id) => self.space.refresh(id),
                     Id::Hypervisor(id) => self.space.refresh(id),
                     Id::Kvm(id) => self.space.refresh(id),
                 };
                 refreshed.expect("nothing is in the way");
             }
+            let is_subject = self.case.is_restart() && self.case.subject() == Some(at);
+            let went_on = broken || few || is_subject;
+            let needs_reset = went_on && ran && !member.kind.keeps_requests();
+            assert_eq!(member.needs_reset(&self.space), needs_reset);
+            member.start_ring(&self.space);
         }
     }
 
@@ -392,6 +428,7 @@ impl<'a> World<'a> {
         }
         for member in &mut self.members {
             member.holds(&self.space, &table);
+            member.serves();
         }
     }
 }
@@ -448,6 +485,12 @@ fn cause_of(source: &(dyn std::error::Error + 'static)) -> Cause {
             (ShareError::Table(TableError::TooManyRegions { .. }), _) => Cause::TooManyRegions,
             other => panic!("{other:?}"),
         };
+    }
+    match source.downcast_ref::<SessionError>() {
+        Some(SessionError::Share(error)) => return cause_of(error),
+        Some(SessionError::Connect { .. }) => return Cause::NoDaemon,
+        Some(other) => panic!("{other:?}"),
+        None => {}
     }
     if let Some(error) = source.downcast_ref::<KvmError>() {
         return match error {

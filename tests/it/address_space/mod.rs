@@ -9,6 +9,8 @@ mod matrix_member;
 mod matrix_model;
 mod matrix_process;
 mod matrix_relay;
+mod matrix_restart;
 mod matrix_sample;
 mod matrix_server;
+mod matrix_session;
 mod matrix_world;
