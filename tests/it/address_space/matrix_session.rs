@@ -34,8 +34,8 @@ pub(super) struct Side {
     /// Where the driver's structures are; its buffer is on the next page.
     ring_at: GuestAddress,
     runs: bool,
-    /// A request that may have met a daemon that is gone.
-    waiting: Option<RequestId>,
+    /// Requests that may have met a daemon that is gone.
+    waiting: Vec<RequestId>,
 }
 
 /// A daemon, by what keeps its memory.
@@ -48,13 +48,13 @@ impl Side {
     /// Of the listener at this place; its ring is in the first region, which stays.
     pub(super) fn new(space: &AddressSpace, at: usize) -> Self {
         let ring_at = GuestAddress((PAGES + 2 * at as u64) * PAGE);
-        let driver = BlkDriver::new(space.published(), ring_at, 8).unwrap();
+        let driver = BlkDriver::new(space.published(), ring_at, 16).unwrap();
         Self {
             place: tempfile::tempdir().unwrap(),
             driver: driver.with_deadline(PATIENCE),
             ring_at,
             runs: false,
-            waiting: None,
+            waiting: Vec::new(),
         }
     }
 
@@ -240,7 +240,7 @@ impl Member {
                 .with_listener(id, VhostUserSession::forget_rings)
                 .unwrap();
             side.driver.reset().unwrap();
-            (side.runs, side.waiting) = (false, None);
+            (side.runs, side.waiting) = (false, Vec::new());
         }
         if !std::mem::replace(&mut side.runs, true) {
             let ring = side.ring();
@@ -252,20 +252,36 @@ impl Member {
     /// Makes a request that may be completed only after everything is repaired.
     pub(super) fn submit(&mut self) {
         if let Some(side) = self.side.as_mut().filter(|side| side.runs) {
-            side.waiting = Some(side.submit());
+            let request = side.submit();
+            side.waiting.push(request);
         }
+    }
+
+    /// Makes a request of which the daemon that is gone had heard.
+    pub(super) fn submit_unheard(&mut self) {
+        self.submit();
+        let side = self.side.as_ref().expect("it is a session");
+        side.driver.kick().read().expect("it was kicked");
     }
 
     /// Asserts that requests are completed.
     pub(super) fn serves(&mut self) {
         if let Some(side) = self.side.as_mut().filter(|side| side.runs) {
             let one_more = side.submit();
-            for request in side.waiting.take().into_iter().chain([one_more]) {
+            side.waiting.push(one_more);
+            let first = side.ring_at.0 / PAGE;
+            self.writes.writes_at_last([first, first + 1]);
+        }
+        self.completes();
+    }
+
+    /// Asserts that the requests are completed that were made.
+    pub(super) fn completes(&mut self) {
+        if let Some(side) = &mut self.side {
+            for request in std::mem::take(&mut side.waiting) {
                 let done = side.driver.wait(request);
                 done.unwrap_or_else(|error| panic!("the ring of {}: {error}", self.name));
             }
-            let first = side.ring_at.0 / PAGE;
-            self.writes.writes_at_last([first, first + 1]);
         }
     }
 

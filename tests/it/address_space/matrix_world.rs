@@ -179,6 +179,7 @@ impl<'a> World<'a> {
         Server::hang_up(daemon);
         if member.side.is_some() {
             member.relay.iter().for_each(Relay::wait_cut);
+            member.submit_unheard();
         }
         match self.space.insert(new_region(&(40, 2))) {
             Ok(report) => {
@@ -218,6 +219,10 @@ impl<'a> World<'a> {
                 Ok(()) => {
                     assert_eq!(expected, None, "it happened");
                     member.was_told_all(self.case);
+                    if member.kind.keeps_requests() {
+                        // The guest does not kick once more.
+                        self.members[subject].completes();
+                    }
                 }
                 Err(error) => self.check_error(&error, expected),
             }
