@@ -141,8 +141,8 @@ fn a_mount_that_forbids_huge_pages_is_named() {
         let (memory, report) = build(options(BackingSource::PosixShm));
         touch(&memory);
         assert!(none_huge(&memory));
-        // Once for each region.
-        assert_eq!(report.notes().count(), 2, "{report}");
+        // Once for both regions.
+        assert_eq!(report.notes().count(), 1, "{report}");
         assert!(matches!(
             first(&report),
             BuildNote::NotHuge(ThpObstacle::MountOption { .. })

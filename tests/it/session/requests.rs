@@ -98,6 +98,22 @@ fn a_status_that_is_refused_is_not_told_again() {
 }
 
 #[test]
+fn a_ring_that_is_started_again_wakes_daemon_and_guest() {
+    let memory = memory();
+    let driver = BlkDriver::new(&memory, RINGS, 16).unwrap();
+    let (_peer, socket) = Peer::new(features(), |_| None);
+    let mut session = on(socket, with_status());
+    session.update_memory(&memory).unwrap();
+    let ring = driver.session_ring().unwrap();
+    session.start_ring(0, ring).unwrap();
+    let woken = || [driver.kick(), driver.call()].map(|event| event.read().ok());
+    assert_eq!(woken(), [Some(1), Some(1)]);
+    assert_eq!(woken(), [None, None]);
+    let (_peer, _) = moved(&mut session, &memory);
+    assert_eq!(woken(), [Some(1), Some(1)]);
+}
+
+#[test]
 fn what_was_not_agreed_on_is_refused_by_name() {
     let (peer, socket) = Peer::new(features(), |_| None);
     // The session knows of the status only where the caller sets it.
