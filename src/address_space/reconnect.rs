@@ -1,5 +1,7 @@
 //! A new connection to a daemon that is a listener.
 
+use std::time::{Duration, Instant};
+
 use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
 
@@ -11,6 +13,9 @@ use crate::panics::caught;
 use crate::vhost_user::session::{VhostUserSession, away};
 use crate::vhost_user::share::VhostUserShare;
 use crate::vhost_user::wire::DaemonSocket;
+
+/// When to look again whether a change has ended.
+const CHANGE: Duration = Duration::from_millis(10);
 
 impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// Goes on with a new connection to a daemon, and tells it the present memory.
@@ -69,36 +74,45 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     /// [`reconnect_session`](Self::reconnect_session), step by step in the VMM's event loop: does
     /// what can be done at once. `None`: the daemon is there, and was told all. Otherwise `wait`
     /// is told what to wait for, a moment or the daemon's connection, and what it makes of that is
-    /// given; call this again then. Nothing waits here for the daemon, not to connect either.
+    /// given; call this again then. A call before that, or for a daemon that is there, does no
+    /// harm. Nothing waits here, neither for the daemon nor for a change that another thread
+    /// makes.
     ///
     /// The VMM's other threads can change the memory meanwhile: the daemon is away until all is
     /// done, and has the present memory then.
-    /// [`VhostUserSession::reconnect_in_steps`] says how long it is tried.
+    /// [`VhostUserSession::reconnect_in_steps`] says how long it is tried; a VMM that knows better
+    /// when the daemon listens calls [`VhostUserSession::reconnect`] then, and goes on here.
     ///
     /// ```
-    /// use std::os::fd::AsRawFd;
-    /// use std::time::Instant;
+    /// use std::os::fd::{AsRawFd, BorrowedFd};
+    /// use std::time::{Duration, Instant};
     ///
-    /// use guest_memory_shm::{
-    ///     AddressSpace, AddressSpaceError, ListenerId, VhostUserSession, WaitFor,
-    /// };
+    /// use guest_memory_shm::{AddressSpace, AddressSpaceError, ListenerId, VhostUserSession};
     /// use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
     ///
-    /// /// Called when the disk's connection is readable, and by this timer.
+    /// /// Called when the disk's connection is readable, and when it is time.
     /// fn go_on(
     ///     space: &AddressSpace,
     ///     disk: &ListenerId<VhostUserSession>,
     ///     events: &Epoll,
     ///     timer: &mut Option<Instant>,
     /// ) -> Result<(), AddressSpaceError> {
-    ///     *timer = space.reconnect_in_steps(disk, |wait: WaitFor<'_>| {
-    ///         if let Some(fd) = wait.fd() {
-    ///             let event = EpollEvent::new(EventSet::IN, 1);
-    ///             // The same one is there already, except at the first time.
-    ///             let _ = events.ctl(ControlOperation::Add, fd.as_raw_fd(), event);
-    ///         }
+    ///     let watch = |fd: BorrowedFd<'_>| {
+    ///         let event = EpollEvent::new(EventSet::IN, 1);
+    ///         // It may be watched already.
+    ///         let _ = events.ctl(ControlOperation::Add, fd.as_raw_fd(), event);
+    ///     };
+    ///     let waits = space.reconnect_in_steps(disk, |wait| {
+    ///         wait.fd().map(watch);
     ///         wait.until()
-    ///     })?;
+    ///     });
+    ///     *timer = waits.unwrap_or_else(|error| {
+    ///         eprintln!("the disk is away: {error}");
+    ///         Some(Instant::now() + Duration::from_secs(1))
+    ///     });
+    ///     if timer.is_none() {
+    ///         space.with_listener(disk, |session| session.socket().map(watch))?; // it is back
+    ///     }
     ///     Ok(())
     /// }
     /// ```
@@ -113,7 +127,9 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
         id: &ListenerId<VhostUserSession>,
         wait: impl FnOnce(WaitFor<'_>) -> T,
     ) -> Result<Option<T>> {
-        let mut listeners = self.lock()?;
+        let Some(mut listeners) = self.try_lock()? else {
+            return Ok(Some(wait(WaitFor::moment(Instant::now() + CHANGE))));
+        };
         let memory = self.publisher.current();
         let at = listeners.place_of(id)?;
         let attached = &mut listeners.all[at];

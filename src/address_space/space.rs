@@ -162,6 +162,21 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
             _busy: busy,
         })
     }
+
+    /// As [`lock`](Self::lock), but `None` while a change is under way.
+    #[cfg(feature = "vhost-user")]
+    pub(super) fn try_lock(&self) -> Result<Option<Exclusive<'_, B>>> {
+        let busy = Busy::with(self.id).ok_or(AddressSpaceError::Reentrant)?;
+        let listeners = match self.listeners.try_lock() {
+            Ok(listeners) => listeners,
+            Err(TryLockError::Poisoned(listeners)) => listeners.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(None),
+        };
+        Ok(Some(Exclusive {
+            listeners,
+            _busy: busy,
+        }))
+    }
 }
 
 impl<B: 'static> Deref for Exclusive<'_, B> {

@@ -85,6 +85,6 @@ impl SessionMessage {
 
     pub(super) fn into_message(self, reply: Reply) -> Message {
         let fds = self.fds.into_iter().map(|fd| Arc::new(fd) as Descriptor);
-        Message::new(DaemonRequest::Other, self.code, self.body, reply).with_fds(fds)
+        Message::new(DaemonRequest::Own(self.code), self.code, self.body, reply).with_fds(fds)
     }
 }

@@ -42,38 +42,44 @@ const OWN: [FrontendReq; 24] = [
 impl VhostUserSession {
     /// Reads `len` bytes of the device's configuration space.
     ///
+    /// It is read from its beginning: QEMU's daemons (libvhost-user) give what is there, whatever
+    /// offset they are asked for.
+    ///
     /// # Errors
     ///
     /// [`SessionError::NotOffered`] without the protocol feature CONFIG, or where the daemon has
     /// no such part; [`SessionError::Share`].
     pub fn config(&mut self, offset: u32, len: usize) -> Result<Vec<u8>> {
-        self.check_config(len)?;
-        let message = config_message(FrontendReq::GET_CONFIG, offset, &vec![0; len]);
+        let (start, end) = self.check_config(offset, len)?;
+        let message = config_message(FrontendReq::GET_CONFIG, 0, &vec![0; end]);
         let body = self.answer_to(message)?.map(|answer| answer.body);
-        let bytes = body.as_deref().and_then(|body| body.get(12..));
+        let bytes = body.as_deref().and_then(|body| body.get(12 + start..));
         bytes.map(<[u8]>::to_vec).ok_or(SessionError::NotOffered {
             what: "this part of its configuration",
         })
     }
 
-    /// Writes to the device's configuration space.
+    /// Writes to the device's configuration space. A daemon may hang up at a byte that the device
+    /// does not let the guest write, as QEMU's do: so check what a guest writes before.
     ///
     /// # Errors
     ///
     /// Those of [`config`](Self::config).
     pub fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<()> {
-        self.check_config(bytes.len())?;
+        self.check_config(offset, bytes.len())?;
         let message = config_message(FrontendReq::SET_CONFIG, offset, bytes);
         let message = message.with_reply(self.reply());
         self.tell(vec![message], DaemonRequest::Config)
     }
 
-    fn check_config(&self, len: usize) -> Result<()> {
+    /// Where this part begins and ends.
+    fn check_config(&self, offset: u32, len: usize) -> Result<(usize, usize)> {
         self.check_feature(Features::CONFIG, "CONFIG")?;
-        match (1..=MAX_CONFIG).contains(&len) {
-            true => Ok(()),
-            false => Err(SessionError::NotOffered {
-                what: "configuration of such a length (1 to 256 bytes)",
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        match start.checked_add(len) {
+            Some(end) if len > 0 && end <= MAX_CONFIG => Ok((start, end)),
+            _ => Err(SessionError::NotOffered {
+                what: "configuration past byte 256, or of no bytes",
             }),
         }
     }
@@ -144,7 +150,9 @@ impl VhostUserSession {
     }
 
     /// Sends a message of the caller's own that has no answer of its own, and waits until the
-    /// daemon has handled it.
+    /// daemon has handled it. A daemon that does not know it may hang up, which breaks the
+    /// session: [protocol features](crate::SessionOptions::with_protocol_features) say what it
+    /// knows.
     ///
     /// # Errors
     ///
@@ -152,7 +160,8 @@ impl VhostUserSession {
     /// know what the daemon knows; [`SessionError::Share`].
     pub fn send(&mut self, message: SessionMessage) -> Result<()> {
         let message = self.own_message(message, self.reply())?;
-        self.tell(vec![message], DaemonRequest::Other)
+        let about = message.about();
+        self.tell(vec![message], about)
     }
 
     /// Sends a message of the caller's own, and gives its answer: at most 4096 bytes, and

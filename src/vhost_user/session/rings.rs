@@ -23,11 +23,13 @@ impl VhostUserSession {
     /// # Errors
     ///
     /// [`SessionError::RingState`], [`SessionError::NoSuchRing`], [`SessionError::RingSize`],
-    /// [`SessionError::RingNotShared`]: nothing was sent. [`SessionError::Inflight`];
-    /// [`SessionError::Share`]; the ring does not run then. A daemon that failed may have taken
-    /// requests all the same: where the next one begins, [`SessionRing::with_base`] says.
+    /// [`SessionError::RingNotShared`], [`SessionError::NeedsReset`]: nothing was sent.
+    /// [`SessionError::Inflight`]; [`SessionError::Share`]; the ring does not run then. A daemon
+    /// that failed may have taken requests all the same: where the next one begins,
+    /// [`SessionRing::with_base`] says.
     pub fn start_ring(&mut self, index: u32, mut ring: SessionRing) -> Result<()> {
         self.check_there()?;
+        self.check_no_reset()?;
         if self.rings.contains_key(&index) {
             return Err(SessionError::RingState { index, runs: true });
         }
@@ -64,9 +66,10 @@ impl VhostUserSession {
     ///
     /// # Errors
     ///
-    /// [`SessionError::RingState`]; [`SessionError::Share`], also if it takes longer than the
-    /// [deadline](crate::SessionOptions::with_drain_deadline).
+    /// [`SessionError::RingState`], [`SessionError::NeedsReset`]; [`SessionError::Share`], also if
+    /// it takes longer than the [deadline](crate::SessionOptions::with_drain_deadline).
     pub fn stop_ring(&mut self, index: u32) -> Result<u16> {
+        self.check_no_reset()?;
         if !self.rings.contains_key(&index) {
             return Err(SessionError::RingState { index, runs: false });
         }
@@ -88,6 +91,14 @@ impl VhostUserSession {
         self.rings.clear();
         self.inflight = None;
         self.needs_reset = false;
+    }
+
+    /// Refuses what is for rings that run.
+    fn check_no_reset(&self) -> Result<()> {
+        match self.needs_reset {
+            true => Err(SessionError::NeedsReset),
+            false => Ok(()),
+        }
     }
 
     /// Refuses a memory without what running rings lie in.

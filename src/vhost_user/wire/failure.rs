@@ -39,6 +39,9 @@ pub enum DaemonRequest {
     Reset,
     /// SET_STATUS or GET_STATUS.
     Status,
+    /// A message of the caller's own, with this number
+    /// ([`VhostUserSession::send`](crate::VhostUserSession::send)).
+    Own(u32),
     /// Another message.
     Other,
 }
@@ -72,6 +75,9 @@ impl DaemonRequest {
             Self::RemoveRegion(_) => {
                 "it may not know the region by this address and size, or remove no regions at all"
             }
+            Self::Config | Self::Status | Self::Reset | Self::Own(_) | Self::Other => {
+                "it may not know that, or not as it was said"
+            }
             _ => {
                 "it may be out of memory, address space or memory slots, or its policy (seals) \
                  forbids it"
@@ -97,6 +103,7 @@ impl fmt::Display for DaemonRequest {
             Self::Inflight => f.write_str("share its in-flight buffer"),
             Self::Reset => f.write_str("reset the device"),
             Self::Status => f.write_str("exchange the device status"),
+            Self::Own(code) => write!(f, "take message {code}"),
             Self::Other => f.write_str("answer"),
         }
     }

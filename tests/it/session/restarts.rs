@@ -38,6 +38,13 @@ fn a_device_that_may_complete_out_of_order_needs_a_reset() {
     let _daemon = place.serve(MockDaemon::builder());
     vmm.space.reconnect_session(&vmm.disk).unwrap();
     assert!(vmm.with(|session| session.needs_reset()));
+    for refused in [
+        vmm.with(|session| session.start_ring(0, vmm.ring())),
+        vmm.with(|session| session.stop_ring(0)).map(drop),
+    ] {
+        let refused = refused.unwrap_err();
+        assert!(matches!(refused, SessionError::NeedsReset), "{refused}");
+    }
     // The guest does that.
     vmm.with(VhostUserSession::forget_rings);
     vmm.driver.reset().unwrap();

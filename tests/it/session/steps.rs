@@ -1,9 +1,12 @@
 //! A reconnection that the VMM's event loop goes through, step by step.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc;
 use std::time::Instant;
 
-use guest_memory_shm::{AddressSpaceError, SessionMessage, WaitFor};
+use guest_memory_shm::{
+    AddressSpaceError, ListenerError, MemoryListener, SessionMessage, WaitFor,
+};
 use nix::libc::{
     SYS_clock_nanosleep, SYS_clone, SYS_clone3, SYS_epoll_pwait, SYS_epoll_pwait2, SYS_epoll_wait,
     SYS_nanosleep, SYS_poll, SYS_ppoll, SYS_pselect6, SYS_select,
@@ -542,4 +545,44 @@ fn a_daemon_that_is_there_is_told_the_memory_and_keeps_its_rings() {
     assert_eq!(daemon.table().len(), 2);
     assert!(!vmm.with(|session| session.needs_reset()));
     vmm.copies(1, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
+}
+
+/// Waits in its update until it is let go.
+struct Slow(mpsc::Sender<()>, mpsc::Receiver<()>);
+
+impl MemoryListener for Slow {
+    fn check(&mut self, _memory: &GuestMemoryShm) -> Result<(), ListenerError> {
+        Ok(())
+    }
+
+    fn update(&mut self, _memory: &GuestMemoryShm) -> Result<(), ListenerError> {
+        self.0.send(()).unwrap();
+        self.1.recv().unwrap();
+        Ok(())
+    }
+}
+
+#[test]
+fn a_step_does_not_wait_for_a_change_of_another_thread() {
+    let place = Place::new();
+    let _daemon = place.serve(MockDaemon::builder());
+    let vmm = Vmm::new(VhostUserSession::connect(place.socket(), options()).unwrap());
+    let (told, is_told) = mpsc::channel();
+    let (go, may_go) = mpsc::channel();
+    go.send(()).unwrap(); // for being attached
+    vmm.space.attach("slow", Slow(told, may_go)).unwrap();
+    is_told.recv().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| vmm.space.insert(region(PLUG)).unwrap().into_removed());
+        is_told.recv().unwrap();
+        let before = Instant::now();
+        let until = vmm.space.reconnect_in_steps(&vmm.disk, |wait| {
+            assert!(wait.fd().is_none());
+            wait.until()
+        });
+        assert!(until.unwrap().unwrap() > before);
+        go.send(()).unwrap();
+    });
+    let done = vmm.space.reconnect_in_steps(&vmm.disk, |_| ());
+    assert!(done.unwrap().is_none());
 }
