@@ -9,7 +9,7 @@ use super::inflight::InflightBuffer;
 use super::ring::SessionRing;
 use crate::memory::GuestMemoryShm;
 use crate::vhost_user::share::ShareError;
-use crate::vhost_user::wire::{DaemonRequest, Message};
+use crate::vhost_user::wire::{DaemonRequest, Message, Reply};
 
 /// The largest ring (virtio 1.3, "Split Virtqueues").
 const MAX_SIZE: u16 = 1 << 15;
@@ -145,6 +145,10 @@ impl VhostUserSession {
         for (index, ring) in &mut self.rings {
             ring.base = ring.used_index(*index, memory)?;
             all.extend(ring.start_messages(*index, table, self.share.is_logging(), reply)?);
+            if reply == Reply::None {
+                // No more messages with descriptors than may be under way without an answer.
+                all.push(Message::barrier(DaemonRequest::StartRing(*index)));
+            }
         }
         Ok(all)
     }

@@ -18,6 +18,7 @@ use crate::support::{StorageDaemon, ToldAll, chain};
 
 mod agreement;
 mod channel;
+mod hostile;
 mod inflight;
 mod killed;
 mod leaks;

@@ -1,0 +1,60 @@
+//! Daemons that lie, guests that do not wait, VMMs that make mistakes.
+
+use std::os::unix::net::UnixStream;
+
+use vhost::vhost_user::message::FrontendReq;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::peer::{Peer, number};
+use super::*;
+
+fn memory(ranges: &[(GuestAddress, usize)]) -> GuestMemoryShm {
+    GuestMemoryShm::from_ranges(ranges).unwrap()
+}
+
+fn boot() -> GuestMemoryShm {
+    memory(&[(GuestAddress(0), 1 << 20)])
+}
+
+/// Eventfds of a ring.
+fn events() -> [EventFd; 2] {
+    [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).unwrap())
+}
+
+/// The ring with this number, in a page of its own.
+fn ring(index: u32, [kick, call]: &[EventFd; 2]) -> SessionRing {
+    let page = 0x1000 * (u64::from(index) + 1);
+    let parts = [0, 0x400, 0x800].map(|offset| GuestAddress(page + offset));
+    SessionRing::new(16, parts, kick, call).unwrap()
+}
+
+/// A daemon with so many rings.
+fn with_rings(count: u64, features: Features) -> (Peer, UnixStream) {
+    Peer::new(features | Features::MQ, move |told| {
+        told.is(FrontendReq::GET_QUEUE_NUM).then(|| number(count))
+    })
+}
+
+#[test]
+fn many_rings_are_started_again_by_a_daemon_that_acknowledges_nothing() {
+    const RINGS: u32 = 40;
+    let (_peer, socket) = with_rings(RINGS.into(), Features::empty());
+    let mut session = VhostUserSession::on_socket(
+        socket,
+        options()
+            .with_device_in_order()
+            .with_deadline(Duration::from_secs(3)),
+    )
+    .unwrap();
+    let boot = boot();
+    session.update_memory(&boot).unwrap();
+    let events = events();
+    for index in 0..RINGS {
+        session.start_ring(index, ring(index, &events)).unwrap();
+    }
+    let (peer, socket) = with_rings(RINGS.into(), Features::empty());
+    session.reconnect_on(socket);
+    session.update_memory(&boot).unwrap();
+    let kicks = peer.take_all(FrontendReq::SET_VRING_KICK);
+    assert_eq!(kicks.len(), RINGS as usize);
+}
