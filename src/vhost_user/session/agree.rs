@@ -10,6 +10,9 @@ use super::error::{Result, SessionError};
 use super::options::{LOG_ALL, PROTOCOL_FEATURES, SessionOptions};
 use crate::vhost_user::wire::{DaemonRequest, Message, NUMBER, Reply, numbers};
 
+/// The most rings: the messages with a ring's descriptors have 8 bits for its index.
+const MAX_RINGS: u64 = 1 << 8;
+
 /// What was agreed, or, before anything was, what is to be.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Agreed {
@@ -65,7 +68,7 @@ impl Agreed {
     /// They are agreed on: the guest's driver has them from now on, no more and no less.
     pub(super) fn settle(&mut self, rings: u64) {
         self.required = self.driver_features();
-        self.rings = rings;
+        self.rings = rings.min(MAX_RINGS);
     }
 
     pub(super) fn set_features(&self) -> Message {

@@ -58,3 +58,20 @@ fn many_rings_are_started_again_by_a_daemon_that_acknowledges_nothing() {
     let kicks = peer.take_all(FrontendReq::SET_VRING_KICK);
     assert_eq!(kicks.len(), RINGS as usize);
 }
+
+#[test]
+fn a_ring_that_a_descriptors_message_cannot_name_is_refused() {
+    let (peer, socket) = with_rings(u64::MAX, Features::empty());
+    let mut session = VhostUserSession::on_socket(socket, options()).unwrap();
+    session.update_memory(&boot()).unwrap();
+    peer.take();
+    let events = events();
+    let refused = session.start_ring(256, ring(3, &events)).unwrap_err();
+    assert!(
+        matches!(refused, SessionError::NoSuchRing { .. }),
+        "{refused}"
+    );
+    assert!(peer.take().is_empty());
+    assert_eq!(session.rings(), 256);
+    session.start_ring(255, ring(3, &events)).unwrap();
+}
