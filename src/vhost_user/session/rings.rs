@@ -33,10 +33,7 @@ impl VhostUserSession {
         if self.rings.contains_key(&index) {
             return Err(SessionError::RingState { index, runs: true });
         }
-        let rings = self.agreed.rings;
-        if u64::from(index) >= rings {
-            return Err(SessionError::NoSuchRing { index, rings });
-        }
+        self.check_index(index)?;
         let notes = self.has(Features::INFLIGHT_SHMFD);
         ring.check_size(if notes {
             self.options.max_ring_size
@@ -101,6 +98,14 @@ impl VhostUserSession {
         }
     }
 
+    fn check_index(&self, index: u32) -> Result<()> {
+        let rings = self.agreed.rings;
+        match u64::from(index) < rings {
+            true => Ok(()),
+            false => Err(SessionError::NoSuchRing { index, rings }),
+        }
+    }
+
     /// Refuses a memory without what running rings lie in.
     pub(super) fn check_rings<B: Bitmap>(&self, memory: &GuestMemoryShm<B>) -> Result<()> {
         if self.rings.is_empty() || self.needs_reset {
@@ -140,6 +145,9 @@ impl VhostUserSession {
         let (Some(memory), false) = (memory, self.needs_reset) else {
             return Ok(all);
         };
+        // It may be another program by now.
+        let mut indices = self.rings.keys();
+        indices.try_for_each(|index| self.check_index(*index))?;
         let (table, reply) = (self.share.table(), self.agreed.reply());
         all.extend(self.inflight.as_ref().map(|buffer| buffer.message(reply)));
         for (index, ring) in &mut self.rings {

@@ -75,3 +75,21 @@ fn a_ring_that_a_descriptors_message_cannot_name_is_refused() {
     assert_eq!(session.rings(), 256);
     session.start_ring(255, ring(3, &events)).unwrap();
 }
+
+#[test]
+fn a_daemon_with_fewer_rings_than_run_is_refused() {
+    let (_peer, socket) = with_rings(4, Features::empty());
+    let options = options().with_device_in_order();
+    let mut session = VhostUserSession::on_socket(socket, options).unwrap();
+    let boot = boot();
+    session.update_memory(&boot).unwrap();
+    let events = events();
+    session.start_ring(3, ring(3, &events)).unwrap();
+    let (peer, socket) = with_rings(2, Features::empty());
+    session.reconnect_on(socket);
+    let refused = session.update_memory(&boot).unwrap_err();
+    let text = refused.to_string();
+    assert_eq!(text, "there is no ring 3: the daemon has 2");
+    assert!(peer.take_all(FrontendReq::SET_VRING_NUM).is_empty());
+    assert!(session.broken().is_some());
+}
