@@ -32,6 +32,7 @@ impl VhostUserSession {
     /// Those of [`reconnect`](Self::reconnect) and [`update_memory`](Self::update_memory). The
     /// next call begins anew.
     pub fn reconnect_in_steps<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<bool> {
+        self.check_rings(memory)?;
         let is_begun = self
             .restart
             .as_ref()

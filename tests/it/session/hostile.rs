@@ -28,6 +28,14 @@ fn ring(index: u32, [kick, call]: &[EventFd; 2]) -> SessionRing {
     SessionRing::new(16, parts, kick, call).unwrap()
 }
 
+/// Goes on until all is done.
+fn steps(session: &mut VhostUserSession, memory: &GuestMemoryShm) -> Result<(), SessionError> {
+    while !session.reconnect_in_steps(memory)? {
+        super::steps::Wait::of(&session.waits_for()).pass();
+    }
+    Ok(())
+}
+
 /// A daemon with so many rings.
 fn with_rings(count: u64, features: Features) -> (Peer, UnixStream) {
     Peer::new(features | Features::MQ, move |told| {
@@ -92,4 +100,22 @@ fn a_daemon_with_fewer_rings_than_run_is_refused() {
     assert_eq!(text, "there is no ring 3: the daemon has 2");
     assert!(peer.take_all(FrontendReq::SET_VRING_NUM).is_empty());
     assert!(session.broken().is_some());
+}
+
+#[test]
+fn steps_take_no_memory_away_that_a_ring_lies_in() {
+    let (peer, socket) = Peer::new(Features::REPLY_ACK, |_| None);
+    let mut session = VhostUserSession::on_socket(socket, options()).unwrap();
+    session.update_memory(&boot()).unwrap();
+    let events = events();
+    session.start_ring(0, ring(0, &events)).unwrap();
+    peer.take();
+    let without = memory(&[(PLUG, 1 << 20)]);
+    let refused = steps(&mut session, &without).unwrap_err();
+    assert!(
+        matches!(refused, SessionError::RingNotShared { .. }),
+        "{refused}"
+    );
+    assert!(peer.take().is_empty());
+    assert!(session.broken().is_none(), "it serves its ring");
 }

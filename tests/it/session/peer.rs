@@ -63,10 +63,20 @@ impl Peer {
         answer: impl Fn(&Told) -> Option<Answer> + Send + 'static,
     ) -> (Self, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
+        (Self::on(theirs, messages, features, answer), ours)
+    }
+
+    /// One on this socket, which says other things there by itself.
+    pub(super) fn on(
+        socket: UnixStream,
+        messages: usize,
+        features: Features,
+        answer: impl Fn(&Told) -> Option<Answer> + Send + 'static,
+    ) -> Self {
         let told = Arc::new(Mutex::new(Vec::new()));
         let noted = Arc::clone(&told);
-        thread::spawn(move || serve(theirs, messages, features, &noted, answer));
-        (Self(told), ours)
+        thread::spawn(move || serve(socket, messages, features, &noted, answer));
+        Self(told)
     }
 
     /// All that was told so far, from then on forgotten.

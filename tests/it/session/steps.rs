@@ -76,7 +76,7 @@ pub(super) fn until_back(vmm: &Vmm) -> Result<(), AddressSpaceError> {
 }
 
 /// Goes through at most this many steps. Whether all is done.
-fn go(vmm: &Vmm, steps: usize) -> Result<bool, AddressSpaceError> {
+pub(super) fn go(vmm: &Vmm, steps: usize) -> Result<bool, AddressSpaceError> {
     for _ in 0..steps {
         match step(vmm)? {
             Some(wait) => wait.pass(),
