@@ -30,7 +30,7 @@ impl VhostUserSession {
     /// # Errors
     ///
     /// Those of [`reconnect`](Self::reconnect) and [`update_memory`](Self::update_memory). The
-    /// next call begins anew.
+    /// next call begins anew; on the connection that there is if the daemon was told all else.
     pub fn reconnect_in_steps<B: Bitmap>(&mut self, memory: &GuestMemoryShm<B>) -> Result<bool> {
         self.check_rings(memory)?;
         let is_begun = self
@@ -100,7 +100,10 @@ impl VhostUserSession {
                 None
             }
             Err(error) => {
-                self.give_up(&error.to_string());
+                // One that serves its rings goes on with that, whatever memory it cannot take.
+                if !restart.is_told || self.share.broken().is_some() {
+                    self.give_up(&error.to_string());
+                }
                 Some(Err(error))
             }
         }
@@ -124,6 +127,7 @@ impl VhostUserSession {
                 drop(update);
                 ended?;
                 self.leave(&step, &answers)?;
+                restart.is_told |= matches!(step, Step::Rings);
             }
             let Some(step) = restart.steps.pop_front() else {
                 match memory {

@@ -33,6 +33,8 @@ pub(super) struct Restart {
     pub(super) under_way: Option<(Step, Pending)>,
     /// Since when the deadline counts.
     pub(super) begun: Instant,
+    /// The daemon is there, and was told all, but maybe not the present memory.
+    pub(super) is_told: bool,
     /// It is gone on with in the VMM's event loop: without a deadline for the connection, and not
     /// by a change of the memory.
     pub(super) in_steps: bool,
@@ -49,7 +51,10 @@ impl Restart {
 
     /// The present memory, for a daemon that is there and was told all else.
     pub(super) fn of_memory() -> Self {
-        Self::of([Step::Memory])
+        Self {
+            is_told: true,
+            ..Self::of([Step::Memory])
+        }
     }
 
     fn new(first: Step) -> Self {
@@ -68,6 +73,7 @@ impl Restart {
             steps: VecDeque::from(steps),
             under_way: None,
             begun: Instant::now(),
+            is_told: false,
             in_steps: false,
         }
     }

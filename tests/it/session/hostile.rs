@@ -1,6 +1,7 @@
 //! Daemons that lie, guests that do not wait, VMMs that make mistakes.
 
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -118,4 +119,27 @@ fn steps_take_no_memory_away_that_a_ring_lies_in() {
     );
     assert!(peer.take().is_empty());
     assert!(session.broken().is_none(), "it serves its ring");
+}
+
+#[test]
+fn a_daemon_keeps_its_connection_if_it_cannot_take_a_memory() {
+    let features = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
+    let (_peer, socket) = Peer::new(features, |told| {
+        told.is(FrontendReq::GET_MAX_MEM_SLOTS).then(|| number(2))
+    });
+    let mut session = VhostUserSession::on_socket(socket, options()).unwrap();
+    let boot = boot();
+    session.update_memory(&boot).unwrap();
+    session.start_ring(0, ring(0, &events())).unwrap();
+    let plugs = (0..2).map(|at| Arc::new(region(GuestAddress(PLUG.0 + at * MIB))));
+    let all = boot.arc_regions().into_iter().chain(plugs).collect();
+    let many = GuestMemoryShm::from_arc_regions(all).unwrap();
+    let refused = steps(&mut session, &many).unwrap_err();
+    assert!(
+        chain(&refused).contains("has 2 memory slots"),
+        "{}",
+        chain(&refused)
+    );
+    assert!(session.broken().is_none(), "it serves its ring");
+    steps(&mut session, &boot).unwrap();
 }
