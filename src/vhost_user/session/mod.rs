@@ -219,7 +219,8 @@ impl VhostUserSession {
     }
 
     /// The connection, to be polled: while nothing is asked, it is readable when the daemon has
-    /// hung up. It is another one after a reconnection; `None` while there is none.
+    /// hung up, or said what nothing asked for, after which it has to be reconnected, too. It is
+    /// another one after a reconnection; `None` while there is none.
     pub fn socket(&self) -> Option<BorrowedFd<'_>> {
         self.share.socket()
     }

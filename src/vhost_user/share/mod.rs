@@ -345,7 +345,7 @@ impl VhostUserShare {
 
     /// Whether nothing can be said to the daemon, as far as that can be seen without a word.
     pub(in crate::vhost_user) fn is_gone(&self) -> bool {
-        self.broken.is_some() || self.wire.has_hung_up()
+        self.broken.is_some() || self.wire.is_useless()
     }
 
     /// The connection.

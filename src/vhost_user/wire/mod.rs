@@ -231,6 +231,12 @@ impl Wire {
         socket.is_none_or(|socket| matches!(socket::look(socket.as_fd()), Seen::End(_)))
     }
 
+    /// Whether nothing can be asked, as far as that can be seen without a word, while nothing is
+    /// asked: the daemon has hung up, or said what nothing asked for.
+    pub(crate) fn is_useless(&self) -> bool {
+        self.check_nothing_came().is_err()
+    }
+
     fn send(&mut self) -> Result<(), DaemonFailure> {
         while !matches!(self.blocked, Blocked::HungUp(_)) {
             if self.batch.is_sent() {

@@ -1,5 +1,7 @@
 //! Daemons that lie, guests that do not wait, VMMs that make mistakes.
 
+use std::io::Write;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -142,4 +144,23 @@ fn a_daemon_keeps_its_connection_if_it_cannot_take_a_memory() {
     );
     assert!(session.broken().is_none(), "it serves its ring");
     steps(&mut session, &boot).unwrap();
+}
+
+#[test]
+fn a_byte_that_nothing_asked_for_does_not_hide_that_a_daemon_is_gone() {
+    for lives in [false, true] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut daemon = theirs.try_clone().unwrap();
+        let _peer = Peer::on(theirs, usize::MAX, Features::empty(), |_| None);
+        let mut session = VhostUserSession::on_socket(ours, options()).unwrap();
+        let boot = boot();
+        session.update_memory(&boot).unwrap();
+        daemon.write_all(&[7]).unwrap();
+        if !lives {
+            daemon.shutdown(Shutdown::Both).unwrap();
+        }
+        // Readable, it would be called again and again.
+        let error = steps(&mut session, &boot).unwrap_err();
+        assert!(matches!(error, SessionError::NoPath), "{lives}: {error}");
+    }
 }
