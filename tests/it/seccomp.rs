@@ -33,8 +33,8 @@ const MODES: [Populate; 2] = [Populate::Allocate, Populate::Prefault];
 /// What filters answer that let the process live.
 const ANSWERS: [Errno; 3] = [Errno::EPERM, Errno::EACCES, Errno::ENOSYS];
 
-/// A call, and, if it is only forbidden with that, the value of an argument: (which, value).
-pub(crate) type Call = (c_long, Option<(u8, u64)>);
+/// A call, and, if it is only forbidden then, what an argument is: (which, comparison, value).
+pub(crate) type Call = (c_long, Option<(u8, SeccompCmpOp, u64)>);
 
 /// Does something in a thread for which a filter answers each of these calls, and for the threads
 /// that it starts.
@@ -54,9 +54,8 @@ pub(crate) fn deadly<R: Send>(calls: &[Call], work: impl FnOnce() -> R + Send) -
 /// A filter that allows all but these calls.
 pub(crate) fn filter(calls: &[Call], answer: SeccompAction) -> BpfProgram {
     let rule = |(call, argument): &Call| {
-        let only = argument.map(|(which, value)| {
-            let equal = SeccompCmpOp::Eq;
-            let condition = SeccompCondition::new(which, SeccompCmpArgLen::Dword, equal, value);
+        let only = argument.clone().map(|(which, compared, value)| {
+            let condition = SeccompCondition::new(which, SeccompCmpArgLen::Dword, compared, value);
             SeccompRule::new(vec![condition.unwrap()]).unwrap()
         });
         (*call, only.into_iter().collect())
@@ -186,11 +185,11 @@ fn pages_are_given_back_without_advice() {
 
 #[test]
 fn a_call_that_is_to_be_made_again_without_end_ends() {
-    let populate = Some((2, MADV_POPULATE_WRITE as u64));
+    let populate = Some((2, SeccompCmpOp::Eq, MADV_POPULATE_WRITE as u64));
     let madvise = (SYS_madvise, populate);
     for (call, errno) in [
-        (madvise, Errno::EAGAIN),
-        (madvise, Errno::EINTR),
+        (madvise.clone(), Errno::EAGAIN),
+        (madvise.clone(), Errno::EINTR),
         (FALLOCATE, Errno::EAGAIN),
     ] {
         let failed = forbidden(&[call], errno, || {

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost::vhost_user::message::FrontendReq;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestAddress};
@@ -46,7 +47,8 @@ pub struct SessionRing {
 impl SessionRing {
     /// A split ring of `size` descriptors, whose descriptor table, available ring and used ring
     /// are at these guest addresses, as the guest's driver has set them. By `kick` the guest wakes
-    /// the daemon, and by `call` the daemon the guest: copies of them are kept.
+    /// the daemon, and by `call` the daemon the guest: copies of them are kept. Both are to be
+    /// non-blocking (`EFD_NONBLOCK`), or a daemon could fill one while it is written.
     ///
     /// # Errors
     ///
@@ -207,8 +209,13 @@ impl SessionRing {
     /// woken, too, for what that one had completed without saying so.
     pub(super) fn wake(&self, index: u32) -> Result<()> {
         for fd in [&self.kick, &self.call] {
+            // A counter that is full wakes as well. The daemon can fill it, and the write would
+            // wait where the VMM has made it a blocking one.
+            let mut room = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
+            if poll(&mut room, PollTimeout::ZERO) == Ok(0) {
+                continue;
+            }
             let written = nix::unistd::write(fd.as_fd(), &1_u64.to_ne_bytes());
-            // A counter that is full wakes as well.
             if let Err(errno) = written
                 && errno != nix::errno::Errno::EAGAIN
             {

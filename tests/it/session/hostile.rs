@@ -3,7 +3,8 @@
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -44,6 +45,13 @@ fn with_rings(count: u64, features: Features) -> (Peer, UnixStream) {
     Peer::new(features | Features::MQ, move |told| {
         told.is(FrontendReq::GET_QUEUE_NUM).then(|| number(count))
     })
+}
+
+/// Runs this on a thread of its own, which has to end.
+fn ends<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, ended) = mpsc::channel();
+    thread::spawn(move || done.send(work()));
+    ended.recv_timeout(PATIENCE).expect("it hangs")
 }
 
 #[test]
@@ -163,4 +171,18 @@ fn a_byte_that_nothing_asked_for_does_not_hide_that_a_daemon_is_gone() {
         let error = steps(&mut session, &boot).unwrap_err();
         assert!(matches!(error, SessionError::NoPath), "{lives}: {error}");
     }
+}
+
+#[test]
+fn a_full_counter_does_not_hold_a_start() {
+    let (_peer, socket) = Peer::new(Features::REPLY_ACK, |_| None);
+    let mut session = VhostUserSession::on_socket(socket, options()).unwrap();
+    session.update_memory(&boot()).unwrap();
+    // Blocking ones, which the daemon has filled.
+    let events = [(); 2].map(|()| EventFd::new(0).unwrap());
+    for event in &events {
+        event.write(u64::MAX - 1).unwrap();
+    }
+    let ring = ring(0, &events);
+    ends(move || session.start_ring(0, ring)).unwrap();
 }
