@@ -86,6 +86,11 @@ impl Restart {
         self
     }
 
+    /// Whether the daemon may have been told to start the rings.
+    pub(super) fn was_told_of_rings(&self) -> bool {
+        self.is_told || matches!(self.under_way, Some((Step::Rings, _)))
+    }
+
     #[must_use]
     pub(super) fn in_steps(mut self) -> Self {
         self.in_steps = true;

@@ -6,6 +6,7 @@ use vm_memory::bitmap::Bitmap;
 use super::VhostUserSession;
 use super::error::{Result, SessionError};
 use super::inflight::InflightBuffer;
+use super::restart::Restart;
 use super::ring::SessionRing;
 use crate::memory::GuestMemoryShm;
 use crate::vhost_user::share::ShareError;
@@ -83,8 +84,17 @@ impl VhostUserSession {
 
     /// Forgets all rings, and what is in flight in them, without a word to the daemon: the guest
     /// has reset the device, or there is no daemon. One that is there is told of a reset by
-    /// [`reset_device`](Self::reset_device), or by [stopping](Self::stop_ring) each ring before.
+    /// [`reset_device`](Self::reset_device), or by [stopping](Self::stop_ring) each ring before;
+    /// one that was told of the rings in [steps](Self::reconnect_in_steps) that are not all done
+    /// is hung up on, and the next step connects anew.
     pub fn forget_rings(&mut self) {
+        let was_told = self
+            .restart
+            .as_ref()
+            .is_some_and(Restart::was_told_of_rings);
+        if was_told && !self.rings.is_empty() && !self.needs_reset {
+            self.give_up("its rings were forgotten before it was told all");
+        }
         self.rings.clear();
         self.inflight = None;
         self.needs_reset = false;

@@ -186,3 +186,30 @@ fn a_full_counter_does_not_hold_a_start() {
     let ring = ring(0, &events);
     ends(move || session.start_ring(0, ring)).unwrap();
 }
+
+#[test]
+fn rings_that_are_forgotten_while_they_are_started_do_not_run() {
+    let place = Place::new();
+    let daemon = place.serve(MockDaemon::builder());
+    let options = options().with_device_in_order();
+    let vmm = Vmm::started(VhostUserSession::connect(place.socket(), options).unwrap());
+    // The guest resets its device before each of the steps.
+    for at in 0.. {
+        vmm.with(|session| session.reconnect()).unwrap();
+        if super::steps::go(&vmm, at).unwrap() {
+            assert!(at > 3);
+            return;
+        }
+        vmm.with(|session| session.forget_rings());
+        super::steps::until_back(&vmm).unwrap();
+        // What it was told on the connection that it has now.
+        let told = daemon.requests();
+        let is_first = |request: &LoggedRequest| matches!(request, LoggedRequest::SetFeatures(_));
+        let first = told.iter().rposition(is_first).unwrap();
+        let is_kick =
+            |request| request == &LoggedRequest::Other(FrontendReq::SET_VRING_KICK.into());
+        assert!(!told[first..].iter().any(is_kick), "{at}");
+        vmm.with(|session| session.start_ring(0, vmm.ring()))
+            .unwrap();
+    }
+}
