@@ -97,7 +97,6 @@ impl VhostUserSession {
         let reset = Message::new(DaemonRequest::Reset, code, Vec::new(), self.reply());
         self.tell(vec![reset], DaemonRequest::Reset)?;
         self.forget_rings();
-        self.status = None;
         Ok(())
     }
 

@@ -82,11 +82,12 @@ impl VhostUserSession {
         Ok(u16::try_from(base & 0xffff).unwrap_or_default())
     }
 
-    /// Forgets all rings, and what is in flight in them, without a word to the daemon: the guest
-    /// has reset the device, or there is no daemon. One that is there is told of a reset by
-    /// [`reset_device`](Self::reset_device), or by [stopping](Self::stop_ring) each ring before;
-    /// one that was told of the rings in [steps](Self::reconnect_in_steps) that are not all done
-    /// is hung up on, and the next step connects anew.
+    /// Forgets all rings, what is in flight in them, and the [status](Self::set_status), without a
+    /// word to the daemon: the guest has reset the device, or there is no daemon. One that is
+    /// there is told of a reset by [`reset_device`](Self::reset_device), or by
+    /// [stopping](Self::stop_ring) each ring before. One that was told of the rings in
+    /// [steps](Self::reconnect_in_steps) that are not all done is hung up on, and the next step
+    /// connects anew.
     pub fn forget_rings(&mut self) {
         let was_told = self
             .restart
@@ -97,6 +98,7 @@ impl VhostUserSession {
         }
         self.rings.clear();
         self.inflight = None;
+        self.status = None;
         self.needs_reset = false;
     }
 

@@ -213,3 +213,21 @@ fn rings_that_are_forgotten_while_they_are_started_do_not_run() {
             .unwrap();
     }
 }
+
+#[test]
+fn a_status_is_forgotten_with_the_rings() {
+    let serve = || Peer::new(Features::STATUS | Features::REPLY_ACK, |_| None);
+    let (_peer, socket) = serve();
+    let options = options().with_protocol_features(Features::STATUS);
+    let mut session = VhostUserSession::on_socket(socket, options).unwrap();
+    let boot = boot();
+    session.update_memory(&boot).unwrap();
+    session.set_status(0xf).unwrap();
+    // The daemon is gone, and the guest resets its device.
+    let (peer, socket) = serve();
+    session.reconnect_on(socket);
+    assert!(session.set_status(0).is_err());
+    session.forget_rings();
+    session.update_memory(&boot).unwrap();
+    assert!(peer.take_all(FrontendReq::SET_STATUS).is_empty());
+}
