@@ -123,6 +123,13 @@ pub enum SessionError {
         runs: bool,
     },
 
+    /// The guest has to reset the device before rings are started.
+    #[error(
+        "the daemon was restarted, and it is not known which requests it had completed: have the \
+         guest reset the device (forget_rings), then start its rings"
+    )]
+    NeedsReset,
+
     /// The daemon has not been told all that it was told before: nothing else can be said to it.
     #[error("the daemon is being reconnected: go on with that first")]
     Reconnecting,

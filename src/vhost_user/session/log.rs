@@ -5,6 +5,7 @@ use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use super::VhostUserSession;
 use super::error::{Result, SessionError};
 use super::options::LOG_ALL;
+use super::ring::SessionRing;
 use crate::logs;
 use crate::range::GuestRange;
 use crate::vhost_user::share::StoppedLog;
@@ -74,7 +75,8 @@ impl VhostUserSession {
         if logs {
             all.push(self.log_features());
             let (table, reply) = (self.share.table(), self.reply());
-            for (index, ring) in &self.rings {
+            let runs = |_: &(&u32, &SessionRing)| !self.needs_reset;
+            for (index, ring) in self.rings.iter().filter(runs) {
                 all.push(ring.addresses(*index, table, logs, reply)?);
             }
         } else {

@@ -9,7 +9,7 @@ use std::thread;
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::peer::{Peer, number};
+use super::peer::{Peer, Told, number};
 use super::*;
 
 fn memory(ranges: &[(GuestAddress, usize)]) -> GuestMemoryShm {
@@ -230,4 +230,35 @@ fn a_status_is_forgotten_with_the_rings() {
     session.forget_rings();
     session.update_memory(&boot).unwrap();
     assert!(peer.take_all(FrontendReq::SET_STATUS).is_empty());
+}
+
+#[test]
+fn no_ring_is_started_while_a_reset_is_needed_and_the_daemon_can_log() {
+    let offers = |told: &Told| match told {
+        told if told.is(FrontendReq::GET_FEATURES) => Some(number(1 << 32 | 1 << 30 | LOG_ALL)),
+        told if told.is(FrontendReq::GET_QUEUE_NUM) => Some(number(2)),
+        told if told.is(FrontendReq::SET_LOG_BASE) => Some(Default::default()),
+        _ => None,
+    };
+    let features = Features::REPLY_ACK | Features::MQ | Features::LOG_SHMFD;
+    let (_peer, socket) = Peer::new(features, offers);
+    let mut session = VhostUserSession::on_socket(socket, options()).unwrap();
+    let boot = boot();
+    session.update_memory(&boot).unwrap();
+    let events = events();
+    session.start_ring(0, ring(0, &events)).unwrap();
+    let (peer, socket) = Peer::new(features, offers);
+    session.reconnect_on(socket);
+    session.update_memory(&boot).unwrap();
+    assert!(session.needs_reset());
+    // Or memory that it lies in could be taken away.
+    let refused = session.start_ring(1, ring(1, &events)).unwrap_err();
+    assert!(matches!(refused, SessionError::NeedsReset), "{refused}");
+    session.update_memory(&memory(&[(PLUG, 1 << 20)])).unwrap();
+    session.start_log().unwrap();
+    assert!(peer.take_all(FrontendReq::SET_VRING_ADDR).is_empty());
+    drop(session.stop_log());
+    session.forget_rings();
+    session.update_memory(&boot).unwrap();
+    session.start_ring(1, ring(1, &events)).unwrap();
 }
