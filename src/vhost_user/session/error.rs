@@ -149,6 +149,16 @@ pub enum SessionError {
         code: u32,
     },
 
+    /// The message has more descriptors than the kernel sends by one call.
+    #[error("a message with {count} descriptors: the kernel sends at most {limit} with one")]
+    #[non_exhaustive]
+    TooManyDescriptors {
+        /// How many it has.
+        count: usize,
+        /// The most.
+        limit: usize,
+    },
+
     /// The backend channel cannot be made, or has ended.
     #[error("the channel for the daemon's own requests cannot be used")]
     #[non_exhaustive]

@@ -23,7 +23,7 @@ use crate::vhost_user::wire::{DaemonRequest, Descriptor, Message, Reply};
 pub struct SessionMessage {
     code: u32,
     body: Vec<u8>,
-    fds: Vec<OwnedFd>,
+    pub(super) fds: Vec<OwnedFd>,
     /// On which channel the daemon waits for an answer.
     pub(super) asked_on: Option<u64>,
 }

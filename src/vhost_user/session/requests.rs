@@ -6,7 +6,9 @@ use vhost::vhost_user::message::FrontendReq;
 use super::VhostUserSession;
 use super::error::{Result, SessionError};
 use super::message::SessionMessage;
-use crate::vhost_user::wire::{Answer, DaemonRequest, Message, NUMBER, Reply, number, numbers};
+use crate::vhost_user::wire::{
+    Answer, DaemonRequest, MAX_FDS, Message, NUMBER, Reply, number, numbers,
+};
 
 /// The longest configuration space (vhost-user specification, "Virtio device config space").
 const MAX_CONFIG: usize = 256;
@@ -156,7 +158,7 @@ impl VhostUserSession {
     /// # Errors
     ///
     /// [`SessionError::OwnMessage`] for one of those by which the session itself would no longer
-    /// know what the daemon knows; [`SessionError::Share`].
+    /// know what the daemon knows; [`SessionError::TooManyDescriptors`]; [`SessionError::Share`].
     pub fn send(&mut self, message: SessionMessage) -> Result<()> {
         let message = self.own_message(message, self.reply())?;
         let about = message.about();
@@ -192,10 +194,13 @@ impl VhostUserSession {
     }
 
     fn own_message(&self, message: SessionMessage, reply: Reply) -> Result<Message> {
-        let code = message.code();
-        match OWN.iter().any(|own| u32::from(*own) == code) {
-            true => Err(SessionError::OwnMessage { code }),
-            false => Ok(message.into_message(reply)),
+        let (code, count, limit) = (message.code(), message.fds.len(), MAX_FDS);
+        if OWN.iter().any(|own| u32::from(*own) == code) {
+            return Err(SessionError::OwnMessage { code });
+        }
+        match count <= limit {
+            true => Ok(message.into_message(reply)),
+            false => Err(SessionError::TooManyDescriptors { count, limit }),
         }
     }
 

@@ -39,8 +39,8 @@ pub use failure::{DaemonFailure, DaemonRequest};
 pub(crate) use message::{Descriptor, Message, NUMBER, Reply, bases, number, numbers};
 use message::{HEADER, Header};
 pub use socket::DaemonSocket;
-use socket::{Control, MAX_FDS, Seen};
-pub(crate) use socket::{check_connected, copy_of};
+use socket::{Control, Seen};
+pub(crate) use socket::{MAX_FDS, check_connected, copy_of};
 
 /// The most messages with descriptors that are under way on one connection. A daemon takes
 /// hundreds of regions as fast with 32 under way as with all of them.

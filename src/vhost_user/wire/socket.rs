@@ -22,7 +22,7 @@ use crate::host::process::Sender;
 use crate::logs;
 
 /// The most descriptors of one message (`SCM_MAX_FD` of the kernel).
-pub(super) const MAX_FDS: usize = 253;
+pub(crate) const MAX_FDS: usize = 253;
 
 /// What came by one call.
 pub(super) struct Received {

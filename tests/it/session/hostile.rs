@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::thread;
 
+use guest_memory_shm::SessionMessage;
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -261,4 +262,19 @@ fn no_ring_is_started_while_a_reset_is_needed_and_the_daemon_can_log() {
     session.forget_rings();
     session.update_memory(&boot).unwrap();
     session.start_ring(1, ring(1, &events)).unwrap();
+}
+
+#[test]
+fn more_descriptors_than_a_message_has_are_the_callers_mistake() {
+    let (_peer, socket) = Peer::new(Features::REPLY_ACK, |_| None);
+    let mut session = VhostUserSession::on_socket(socket, options()).unwrap();
+    let file = super::peer::memfd(0);
+    let mut message = SessionMessage::new(1000_u32);
+    for _ in 0..254 {
+        message = message.with_descriptor(file.try_clone().unwrap());
+    }
+    let refused = session.send(message).unwrap_err();
+    let text = "a message with 254 descriptors: the kernel sends at most 253 with one";
+    assert_eq!(refused.to_string(), text);
+    assert!(session.broken().is_none());
 }
