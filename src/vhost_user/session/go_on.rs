@@ -75,6 +75,8 @@ impl VhostUserSession {
     ) -> Restarting<'_, B, F> {
         if let Some(restart) = &mut self.restart {
             restart.begun = begun;
+            // Steps have no deadline to connect.
+            restart.in_steps = false;
         }
         Restarting {
             session: self,

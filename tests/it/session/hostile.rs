@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::thread;
 
-use guest_memory_shm::SessionMessage;
+use guest_memory_shm::{MemoryListener, SessionMessage};
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -277,4 +277,21 @@ fn more_descriptors_than_a_message_has_are_the_callers_mistake() {
     let text = "a message with 254 descriptors: the kernel sends at most 253 with one";
     assert_eq!(refused.to_string(), text);
     assert!(session.broken().is_none());
+}
+
+#[test]
+fn an_update_of_its_own_does_not_wait_without_end_for_steps() {
+    let place = Place::new();
+    let daemon = place.serve(MockDaemon::builder());
+    let options = options().with_deadline(Duration::from_millis(100));
+    let mut session = VhostUserSession::connect(place.socket(), options).unwrap();
+    let boot = boot();
+    drop(daemon);
+    assert!(!session.reconnect_in_steps(&boot).unwrap());
+    // One that did not ask before whether it can be told.
+    let error = ends(move || MemoryListener::update(&mut session, &boot)).unwrap_err();
+    assert!(
+        error.reason().contains("no daemon can be reached"),
+        "{error}"
+    );
 }
