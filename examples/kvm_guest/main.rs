@@ -41,6 +41,10 @@ const WORDS: Words = &[
         ", restart the daemon or allow more with VhostUserShare::with_deadline",
         "",
     ),
+    (
+        ", restart the daemon or allow more with SessionOptions::with_deadline",
+        "",
+    ),
     ("listener \"", "\""),
 ];
 

@@ -52,6 +52,8 @@ use session::{Endpoint, Session};
 /// The remedies of the crate's errors, as far as this program has them.
 const WORDS: Words = &[
     ("VhostUserShare::with_deadline", "--deadline"),
+    ("SessionOptions::with_deadline", "--deadline"),
+    ("SessionOptions::with_drain_deadline", "--deadline"),
     (
         "daemon or allow more time",
         "daemon or allow more with --deadline",

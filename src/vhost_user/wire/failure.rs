@@ -69,6 +69,20 @@ pub enum DaemonFailure {
 }
 
 impl DaemonRequest {
+    /// What sets how long it may take.
+    fn deadline_setter(self) -> &'static str {
+        match self {
+            Self::StopRing(_) => "with SessionOptions::with_drain_deadline",
+            Self::Negotiate
+            | Self::Config
+            | Self::StartRing(_)
+            | Self::Inflight
+            | Self::Reset
+            | Self::Status => "with SessionOptions::with_deadline",
+            _ => "with VhostUserShare::with_deadline",
+        }
+    }
+
     /// Why a daemon refuses it, most likely.
     fn likely_refusal(self) -> &'static str {
         match self {
@@ -146,7 +160,7 @@ impl DaemonFailure {
                     DaemonRequest::Other => (String::new(), "time"),
                     _ => (
                         format!(" when told to {request}"),
-                        "with VhostUserShare::with_deadline",
+                        request.deadline_setter(),
                     ),
                 };
                 write!(

@@ -295,3 +295,15 @@ fn an_update_of_its_own_does_not_wait_without_end_for_steps() {
         "{error}"
     );
 }
+
+#[test]
+fn a_silent_daemon_is_said_with_what_allows_it_more_time() {
+    let (socket, _daemon) = UnixStream::pair().unwrap();
+    let options = options().with_deadline(Duration::ZERO);
+    let error = VhostUserSession::on_socket(socket, options).unwrap_err();
+    let text = chain(&error);
+    assert!(
+        text.contains("allow more with SessionOptions::with_deadline"),
+        "{text}"
+    );
+}
