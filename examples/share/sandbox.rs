@@ -46,6 +46,8 @@ pub(crate) const CRATE: &[Call] = &[
     call(libc::SYS_mmap),
     call(libc::SYS_mremap),
     call(libc::SYS_munmap),
+    // The kernel makes it, for a wait that SIGSTOP and SIGCONT have interrupted.
+    call(libc::SYS_restart_syscall),
     call(libc::SYS_rt_sigprocmask),
     call(libc::SYS_rt_sigreturn),
     call(libc::SYS_sched_yield),

@@ -120,3 +120,24 @@ fn each_thread_has_the_filter() {
         share.kill();
     }
 }
+
+#[test]
+fn a_wait_that_a_stop_has_interrupted_goes_on() {
+    let place = Place::new();
+    let path = place.path("silent.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut share = place.share();
+    share.args(["--sandbox", "--ram", "8M", "--deadline", "2", "--socket"]);
+    let share = share.arg(&path).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut share = support::Process(share.spawn().unwrap());
+    let (mut daemon, _) = listener.accept().unwrap();
+    // SET_OWNER and GET_FEATURES, which is not answered.
+    daemon.read_exact(&mut [0; 24]).unwrap();
+    let stat = format!("/proc/{}/stat", share.pid());
+    while !fs::read_to_string(&stat).unwrap().contains(") S ") {
+        std::thread::yield_now();
+    }
+    share.stop();
+    kill(share.pid(), Signal::SIGCONT).unwrap();
+    assert_eq!(share.0.wait().unwrap().code(), Some(1));
+}

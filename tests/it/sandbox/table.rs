@@ -99,6 +99,7 @@ pub(super) const BASE: &[Call] = &[
     call("mmap", libc::SYS_mmap),
     call("mremap", libc::SYS_mremap),
     call("munmap", libc::SYS_munmap),
+    call("restart_syscall", libc::SYS_restart_syscall),
     call("rt_sigprocmask", libc::SYS_rt_sigprocmask),
     call("rt_sigreturn", libc::SYS_rt_sigreturn),
     call("sched_yield", libc::SYS_sched_yield),
