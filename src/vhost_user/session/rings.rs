@@ -50,7 +50,15 @@ impl VhostUserSession {
             messages.insert(0, buffer.message(reply));
             fresh = Some(buffer);
         }
-        self.tell(messages, DaemonRequest::StartRing(index))?;
+        let told = self.tell(messages, DaemonRequest::StartRing(index));
+        if told.is_err() && self.share.broken().is_none() {
+            // It may have taken what came after the message that it refused.
+            self.ask(
+                vec![SessionRing::stop_message(index)],
+                self.options.deadline,
+            )?;
+        }
+        told?;
         // One that it refused is not kept.
         self.inflight = fresh.or(self.inflight.take());
         ring.wake(index)?;

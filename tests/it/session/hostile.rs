@@ -59,13 +59,8 @@ fn ends<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
 fn many_rings_are_started_again_by_a_daemon_that_acknowledges_nothing() {
     const RINGS: u32 = 40;
     let (_peer, socket) = with_rings(RINGS.into(), Features::empty());
-    let mut session = VhostUserSession::on_socket(
-        socket,
-        options()
-            .with_device_in_order()
-            .with_deadline(Duration::from_secs(3)),
-    )
-    .unwrap();
+    let options = options().with_device_in_order();
+    let mut session = VhostUserSession::on_socket(socket, options).unwrap();
     let boot = boot();
     session.update_memory(&boot).unwrap();
     let events = events();
@@ -306,4 +301,21 @@ fn a_silent_daemon_is_said_with_what_allows_it_more_time() {
         text.contains("allow more with SessionOptions::with_deadline"),
         "{text}"
     );
+}
+
+#[test]
+fn a_ring_whose_start_is_refused_in_part_is_stopped() {
+    let (peer, socket) = Peer::new(Features::REPLY_ACK, |told| {
+        told.is(FrontendReq::SET_VRING_CALL).then(|| number(1))
+    });
+    let mut session = VhostUserSession::on_socket(socket, options()).unwrap();
+    session.update_memory(&boot()).unwrap();
+    let error = session.start_ring(0, ring(0, &events())).unwrap_err();
+    assert!(chain(&error).contains("refused to start ring 0"), "{error}");
+    assert!(session.broken().is_none());
+    // It took the rest all the same.
+    let told = peer.take();
+    let place = |code| told.iter().position(|told| told.is(code)).unwrap();
+    let enabled = place(FrontendReq::SET_VRING_ENABLE);
+    assert!(enabled < place(FrontendReq::GET_VRING_BASE));
 }
