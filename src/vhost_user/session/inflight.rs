@@ -62,7 +62,11 @@ impl InflightBuffer {
         }
         let file = File::from(file);
         let stat = file.metadata();
-        let len = stat.map_err(|error| unusable(error.to_string()))?.len();
+        let stat = stat.map_err(|error| unusable(error.to_string()))?;
+        if !stat.is_file() {
+            return Err(unusable("its descriptor is none of a file".to_owned()));
+        }
+        let len = stat.len();
         if offset.checked_add(size).is_none_or(|end| end > len) {
             return Err(unusable(format!(
                 "it is {size} bytes at {offset:#x}, and its file has {len}"

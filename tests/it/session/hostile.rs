@@ -1,5 +1,6 @@
 //! Daemons that lie, guests that do not wait, VMMs that make mistakes.
 
+use std::fs::File;
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -318,4 +319,24 @@ fn a_ring_whose_start_is_refused_in_part_is_stopped() {
     let place = |code| told.iter().position(|told| told.is(code)).unwrap();
     let enabled = place(FrontendReq::SET_VRING_ENABLE);
     assert!(enabled < place(FrontendReq::GET_VRING_BASE));
+}
+
+#[test]
+fn a_directory_is_no_buffer_for_what_is_in_flight() {
+    let features = Features::REPLY_ACK | Features::INFLIGHT_SHMFD;
+    let (_peer, socket) = Peer::new(features, |told| {
+        told.is(FrontendReq::GET_INFLIGHT_FD).then(|| {
+            let mut body = told.body.clone();
+            body[..8].copy_from_slice(&48_u64.to_ne_bytes());
+            (body, vec![File::open("/").unwrap().into()])
+        })
+    });
+    let options = options().with_max_ring_size(2);
+    let mut session = VhostUserSession::on_socket(socket, options).unwrap();
+    session.update_memory(&boot()).unwrap();
+    let parts = [0x1000, 0x2000, 0x3000].map(GuestAddress);
+    let [kick, call] = events();
+    let ring = SessionRing::new(2, parts, &kick, &call).unwrap();
+    let error = session.start_ring(0, ring).unwrap_err();
+    assert!(chain(&error).contains("none of a file"), "{error}");
 }
