@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 use std::thread;
 
@@ -339,4 +340,41 @@ fn a_directory_is_no_buffer_for_what_is_in_flight() {
     let ring = SessionRing::new(2, parts, &kick, &call).unwrap();
     let error = session.start_ring(0, ring).unwrap_err();
     assert!(chain(&error).contains("none of a file"), "{error}");
+}
+
+#[test]
+fn a_panic_of_an_event_loop_leaves_the_steps_as_they_were() {
+    let place = Place::new();
+    let daemon = place.serve(MockDaemon::builder());
+    let options = options().with_device_in_order();
+    let mut vmm = Vmm::started(VhostUserSession::connect(place.socket(), options).unwrap());
+    drop(daemon);
+    let _daemon = place.serve(MockDaemon::builder());
+    for _ in 0..3 {
+        let step = || vmm.space.reconnect_in_steps(&vmm.disk, |_| panic!("a bug"));
+        let panicked = catch_unwind(AssertUnwindSafe(step));
+        assert!(panicked.is_err());
+    }
+    super::steps::until_back(&vmm).unwrap();
+    vmm.copies(1, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
+}
+
+#[test]
+fn a_daemon_that_answers_byte_by_byte_has_no_more_time() {
+    let (socket, mut daemon) = UnixStream::pair().unwrap();
+    let (end, ended) = mpsc::channel::<()>();
+    let trickle = thread::spawn(move || {
+        let pause = Duration::from_millis(50);
+        while ended.recv_timeout(pause) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let _ = daemon.write_all(&[0]);
+        }
+    });
+    let options = options().with_deadline(Duration::from_millis(200));
+    let error = ends(move || VhostUserSession::on_socket(socket, options)).unwrap_err();
+    assert!(
+        chain(&error).contains("did not answer within 200ms"),
+        "{error}"
+    );
+    drop(end);
+    trickle.join().unwrap();
 }
