@@ -1,5 +1,10 @@
 //! Rings: started, refused, stopped, and the memory that they lie in.
 
+use std::sync::mpsc;
+
+use vhost::vhost_user::message::FrontendReq;
+
+use super::peer::Peer;
 use super::*;
 
 fn all_kinds() -> [(&'static str, MockDaemonBuilder); 3] {
@@ -28,6 +33,34 @@ fn a_device_does_its_work_before_and_after_ram_is_plugged() {
         vmm.copies(4, BUFFER, GuestAddress(BUFFER.0 + MIB / 2));
         assert!(vmm.with(|session| session.broken().is_none()), "{kind}");
     }
+}
+
+#[test]
+fn a_daemon_without_acknowledgements_is_woken_when_it_has_enabled_the_ring() {
+    let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let driver = BlkDriver::new(&memory, RINGS, 16).unwrap();
+    let kick = driver.kick().try_clone().unwrap();
+    let (looks, seen) = mpsc::channel();
+    // It looks at the kick before it answers a question.
+    let (peer, socket) = Peer::new(Features::empty(), move |told| {
+        if told.is(FrontendReq::GET_FEATURES) {
+            looks.send(kick.read().is_ok()).unwrap();
+        }
+        None
+    });
+    let mut session = VhostUserSession::on_socket(socket, options()).unwrap();
+    session.update_memory(&memory).unwrap();
+    let ring = driver.session_ring().unwrap();
+    session.start_ring(0, ring).unwrap();
+    let told = peer.take();
+    let last: Vec<_> = told[told.len() - 2..]
+        .iter()
+        .map(|told| told.code)
+        .collect();
+    let enabled = [FrontendReq::SET_VRING_ENABLE, FrontendReq::GET_FEATURES].map(u32::from);
+    assert_eq!(last, enabled);
+    assert!(seen.try_iter().all(|kicked| !kicked));
+    assert_eq!(driver.kick().read().unwrap(), 1);
 }
 
 #[test]
