@@ -13,6 +13,7 @@
 //! The last table has nothing to compare with: by how much a change exceeds its deadline where
 //! daemons never answer, and connecting where none listens.
 
+mod frontend;
 mod plug;
 
 use std::os::unix::net::UnixStream;
@@ -22,9 +23,10 @@ use std::time::Duration;
 use guest_memory_shm::mock::{Fault, MockDaemon};
 use guest_memory_shm::{AddressSpace, SessionOptions, VhostUserSession, VhostUserShare};
 
+use frontend::connect;
 use plug::{
-    Bare, Failure, PLUG, SIZE, Times, attach, change, connect, in_folder, many_regions, memory,
-    print_head, reconnections, region, timed,
+    Bare, Failure, PLUG, SIZE, Times, attach, change, in_folder, many_regions, memory, print_head,
+    reconnections, region, timed,
 };
 
 const GIB: usize = 1 << 30;

@@ -7,15 +7,15 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use guest_memory_shm::mock::BlkDevice;
 use guest_memory_shm::{
     AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, SessionOptions, TableRegion,
     VhostUserSession, VhostUserShare,
 };
-use vhost::vhost_user::message::VhostUserHeaderFlag;
-use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::GuestAddress;
+
+use crate::frontend::connect;
 
 pub(crate) const PLUG: GuestAddress = GuestAddress(1 << 42);
 pub(crate) const SIZE: u64 = 2 << 20;
@@ -40,16 +40,6 @@ impl Times {
         times.sort_by(f64::total_cmp);
         times
     }
-}
-
-/// Connects, and negotiates what the exchange needs.
-pub(crate) fn connect(socket: UnixStream) -> Result<(Frontend, Features), Failure> {
-    let mut frontend = Frontend::from_stream(socket, 1);
-    let wanted = Features::CONFIGURE_MEM_SLOTS | Features::REPLY_ACK;
-    let device = BlkDevice::negotiate(&mut frontend, wanted)?;
-    assert_eq!(device.protocol_features(), wanted);
-    frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-    Ok((frontend, wanted))
 }
 
 pub(crate) fn memory(size: usize) -> Result<GuestMemoryShm, Failure> {

@@ -4,15 +4,18 @@
 //! `cargo bench --bench share` prints the ratio of the two in this run: the best time of each,
 //! measured in turn, because others use the machine too. `SHARE_ROUNDS` sets how often.
 
+mod frontend;
+
 use std::error::Error;
 use std::time::{Duration, Instant};
 
-use guest_memory_shm::mock::{BlkDevice, MockDaemon};
+use guest_memory_shm::mock::MockDaemon;
 use guest_memory_shm::{GuestMemoryShm, MemoryTable, RamOptions, VhostUserShare};
 use vhost::VhostUserMemoryRegionInfo;
-use vhost::vhost_user::message::VhostUserHeaderFlag;
-use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vm_memory::GuestAddress;
+
+use frontend::connect;
 
 const REGIONS: u64 = 509;
 const SIZE: u64 = 2 << 20;
@@ -48,17 +51,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn connect(daemon: &MockDaemon) -> Result<(Frontend, Features), Box<dyn Error>> {
-    let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
-    let wanted = Features::CONFIGURE_MEM_SLOTS | Features::REPLY_ACK;
-    let device = BlkDevice::negotiate(&mut frontend, wanted)?;
-    assert_eq!(device.protocol_features(), wanted);
-    Ok((frontend, wanted))
-}
-
 fn exchange(daemon: &MockDaemon, table: &MemoryTable) -> Result<Duration, Box<dyn Error>> {
-    let (mut frontend, _) = connect(daemon)?;
-    frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    let (mut frontend, _) = connect(daemon.connect()?)?;
     let infos: Vec<_> = table
         .regions()
         .iter()
@@ -74,7 +68,7 @@ fn exchange(daemon: &MockDaemon, table: &MemoryTable) -> Result<Duration, Box<dy
 }
 
 fn share(daemon: &MockDaemon, table: &MemoryTable) -> Result<Duration, Box<dyn Error>> {
-    let (frontend, features) = connect(daemon)?;
+    let (frontend, features) = connect(daemon.connect()?)?;
     let mut share = VhostUserShare::new(&frontend, features)?;
     let start = Instant::now();
     share.update_table(table)?;

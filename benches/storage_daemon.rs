@@ -5,6 +5,7 @@
 //! frontend has to that wants to know which one was refused. A whole session is that, with the
 //! connection and what is agreed on it.
 
+mod frontend;
 mod plug;
 
 use std::fs::File;

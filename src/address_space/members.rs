@@ -31,24 +31,20 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// ```
     /// use guest_memory_shm::{
-    ///     AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, VhostUserShare,
+    ///     AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, SessionOptions,
+    ///     VhostUserSession,
     /// };
-    /// # use guest_memory_shm::mock::{BlkDevice, Fault, MockDaemon};
+    /// # use guest_memory_shm::mock::{Fault, MockDaemon};
     /// # use std::time::Duration;
-    /// # use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
     /// use vm_memory::GuestAddress;
     ///
     /// # let daemon = MockDaemon::builder().start_unnamed()?;
-    /// # let connect = || -> Result<_, Box<dyn std::error::Error>> {
-    /// #     let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
-    /// #     let agreed = BlkDevice::negotiate(&mut frontend, Features::all())?;
-    /// #     let share = VhostUserShare::new(&frontend, agreed.protocol_features())?;
-    /// #     Ok(share.with_deadline(Duration::from_millis(50)))
-    /// # };
-    /// # let share = connect()?;
+    /// # let (socket, options) = (daemon.connect()?, SessionOptions::new(0));
+    /// # let options = options.with_deadline(Duration::from_millis(200));
+    /// let session = VhostUserSession::on_socket(socket, options.clone())?;
     /// let boot = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
     /// let space = AddressSpace::new(boot);
-    /// let disk = space.attach("disk0", share)?;
+    /// let disk = space.attach("disk0", session)?;
     ///
     /// # daemon.inject(1, Fault::NeverAnswer);
     /// // The daemon falls silent: RAM is plugged without it.
@@ -61,9 +57,9 @@ impl<B: Bitmap + Send + Sync + 'static> AddressSpace<B> {
     ///
     /// # drop(space.detach(disk)?);
     /// # daemon.wait_disconnected(Duration::from_secs(10))?;
-    /// # let share = connect()?;
+    /// # let session = VhostUserSession::on_socket(daemon.connect()?, options)?;
     /// // One that has to be there: RAM is not plugged, and the error says why.
-    /// space.attach_required("disk0", share)?;
+    /// space.attach_required("disk0", session)?;
     /// # daemon.inject(1, Fault::NeverAnswer);
     /// let region = GuestRegionShm::new((GuestAddress(8 << 30), 1 << 20), &RamOptions::new())?;
     /// assert!(space.insert(region).is_err());

@@ -47,18 +47,17 @@ use crate::memory::GuestMemoryShm;
 ///
 /// ```
 /// use guest_memory_shm::{
-///     AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, VhostUserShare,
+///     AddressSpace, GuestMemoryShm, GuestRegionShm, RamOptions, SessionOptions, VhostUserSession,
 /// };
-/// # use guest_memory_shm::mock::{BlkDevice, MockDaemon};
-/// # use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+/// # use guest_memory_shm::mock::MockDaemon;
 /// use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 ///
 /// let boot = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
 /// let space = AddressSpace::new(boot);
 /// # let daemon = MockDaemon::builder().start_unnamed()?;
-/// # let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
-/// # let features = BlkDevice::negotiate(&mut frontend, Features::all())?.protocol_features();
-/// let disk = space.attach("disk0", VhostUserShare::new(&frontend, features)?)?;
+/// # let socket = daemon.connect()?;
+/// let session = VhostUserSession::on_socket(socket, SessionOptions::new(0))?;
+/// let disk = space.attach("disk0", session)?;
 ///
 /// // A device's thread.
 /// let memory = space.published();
@@ -74,8 +73,8 @@ use crate::memory::GuestMemoryShm;
 /// assert_eq!(report.removed().len(), 1);
 /// # assert_eq!(daemon.table().len(), 1);
 ///
-/// let share = space.detach(disk)?;
-/// # drop(share);
+/// let session = space.detach(disk)?;
+/// # drop(session);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///

@@ -32,7 +32,7 @@ use crate::logs;
 
 /// Bits of `vhost_user::message::VhostUserVirtioFeatures`, as shifts like all the others.
 const LOG_ALL: u32 = 26;
-pub(super) const PROTOCOL_FEATURES: u32 = 30;
+const PROTOCOL_FEATURES: u32 = 30;
 
 /// The largest ring that the device takes.
 pub(super) const MAX_QUEUE_SIZE: u16 = 1024;

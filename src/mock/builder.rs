@@ -106,48 +106,31 @@ impl MockDaemonBuilder {
     /// eventfd leaves it to the frontend to wake the guest.
     ///
     /// ```
-    /// # use guest_memory_shm::GuestMemoryShm;
-    /// use guest_memory_shm::mock::{BlkDevice, BlkDriver, MockDaemon, RequestStep};
-    /// # use std::os::fd::AsRawFd;
+    /// # use guest_memory_shm::{GuestMemoryShm, SessionOptions, VhostUserSession};
+    /// use guest_memory_shm::mock::{BlkDriver, MockDaemon, RequestStep};
     /// # use std::time::Duration;
-    /// use vhost::vhost_user::message::VhostUserInflight;
-    /// # use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
-    /// # use guest_memory_shm::VhostUserShare;
-    /// # use vm_memory::{Bytes, GuestAddress};
+    /// # use vm_memory::GuestAddress;
     ///
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
-    /// # let connect = |daemon: &MockDaemon| -> Result<_, Box<dyn std::error::Error>> {
-    /// #     let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
-    /// #     let features = VhostUserProtocolFeatures::all();
-    /// #     let device = BlkDevice::negotiate(&mut frontend, features)?;
-    /// #     let mut share = VhostUserShare::new(&frontend, features)?;
-    /// #     share.update_table(&memory.memory_table())?;
-    /// #     Ok((frontend, device, share))
-    /// # };
+    /// const FLUSH: u64 = 1 << 9;
     /// let first = MockDaemon::builder().with_inflight().start_unnamed()?;
     /// first.hold_requests(2, RequestStep::Marked);
-    /// # let (mut frontend, device, share) = connect(&first)?;
-    /// let wanted = VhostUserInflight::new(0, 0, 1, 16); // one queue of 16
-    /// let (shape, buffer) = frontend.get_inflight_fd(&wanted)?;
-    /// frontend.set_inflight_fd(&shape, buffer.as_raw_fd())?;
+    /// let options = SessionOptions::new(FLUSH);
+    /// let mut session = VhostUserSession::on_socket(first.connect()?, options)?;
+    /// session.update_memory(&memory)?;
     /// let mut driver = BlkDriver::new(&memory, GuestAddress(0x1000), 16)?;
     /// driver.submit_flush()?;
     /// driver.submit_flush()?;
-    /// # let table = share.table().clone();
-    /// # device.start_queue(&mut frontend, 0, &driver, |addr| table.user_addr(addr))?;
+    /// session.start_ring(0, driver.session_ring()?)?;
     /// first.wait_held(Duration::from_secs(20))?;
     /// drop(first); // as if it was killed, with two requests in flight
     ///
     /// let second = MockDaemon::builder().with_inflight().start_unnamed()?;
-    /// # let (mut frontend, device, share) = connect(&second)?;
-    /// frontend.set_inflight_fd(&shape, buffer.as_raw_fd())?;
-    /// # let table = share.table().clone();
-    /// # device.start_queue(&mut frontend, 0, &driver, |addr| table.user_addr(addr))?;
+    /// session.reconnect_on(second.connect()?);
+    /// session.update_memory(&memory)?; // and the buffer, and the ring
     /// driver.wait_all()?;
     /// assert_eq!(second.disk().flush_count(), 2);
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn with_inflight(mut self) -> Self {
         self.options.inflight = true;
@@ -158,35 +141,22 @@ impl MockDaemonBuilder {
     /// [`MockDaemon::send_backend_request`]. Default: not offered.
     ///
     /// ```
-    /// # use guest_memory_shm::mock::BlkDevice;
     /// use guest_memory_shm::mock::{BackendRequest, MockDaemon};
-    /// # use std::sync::{Arc, Mutex};
+    /// # use guest_memory_shm::{SessionOptions, VhostUserSession};
     /// # use std::time::Duration;
     /// use vhost::vhost_user::message::BackendReq;
-    /// use vhost::vhost_user::{FrontendReqHandler, HandlerResult, VhostUserFrontendReqHandlerMut};
-    /// # use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures};
     ///
-    /// struct Vmm;
-    /// impl VhostUserFrontendReqHandlerMut for Vmm {
-    ///     fn handle_config_change(&mut self) -> HandlerResult<u64> {
-    ///         Ok(0) // and it asks for the configuration
-    ///     }
-    /// }
-    ///
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let daemon = MockDaemon::builder().with_backend_channel().start_unnamed()?;
-    /// # let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
-    /// # BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all())?;
-    /// let mut handler = FrontendReqHandler::new(Arc::new(Mutex::new(Vmm)))?;
-    /// handler.set_reply_ack_flag(true);
-    /// frontend.set_backend_request_fd(&handler.get_tx_raw_fd())?;
+    /// let options = SessionOptions::new(0).with_backend_channel();
+    /// let mut session = VhostUserSession::on_socket(daemon.connect()?, options)?;
     ///
     /// let changed = BackendRequest::new(BackendReq::CONFIG_CHANGE_MSG).with_answer();
     /// daemon.send_backend_request(&changed)?;
-    /// handler.handle_request()?;
+    /// let message = session.receive()?.ok_or("it was sent")?;
+    /// assert!(message.is_config_change());
+    /// session.answer(message, 0)?; // which asks for the configuration first, in a VMM
     /// assert_eq!(daemon.backend_answer(Duration::from_secs(20))?, 0);
-    /// # Ok(())
-    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn with_backend_channel(mut self) -> Self {
         self.options.backend_channel = true;

@@ -1,7 +1,7 @@
-//! The part of virtio-blk's configuration space that the mock fills and the driver reads.
+//! The part of virtio-blk's configuration space that the mock fills.
 
 /// Bytes from the start to the end of the field `num_queues`.
-pub(super) const CONFIG_SIZE: usize = 36;
+const CONFIG_SIZE: usize = 36;
 
 const CAPACITY: usize = 0;
 const SEG_MAX: usize = 12;
@@ -9,7 +9,7 @@ const BLK_SIZE: usize = 20;
 const NUM_QUEUES: usize = 34;
 
 /// The fields in use; all others are zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 pub(super) struct BlkConfig {
     pub(super) capacity_sectors: u64,
     pub(super) max_segments: u32,
@@ -27,20 +27,6 @@ impl BlkConfig {
         put(NUM_QUEUES, &self.queues.to_le_bytes());
         bytes
     }
-
-    /// Reads the fields from the start of a configuration space; none if it is too short.
-    pub(super) fn from_bytes(bytes: &[u8]) -> Option<BlkConfig> {
-        Some(BlkConfig {
-            capacity_sectors: u64::from_le_bytes(field(bytes, CAPACITY)?),
-            max_segments: u32::from_le_bytes(field(bytes, SEG_MAX)?),
-            block_size: u32::from_le_bytes(field(bytes, BLK_SIZE)?),
-            queues: u16::from_le_bytes(field(bytes, NUM_QUEUES)?),
-        })
-    }
-}
-
-fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
-    bytes.get(at..at + N)?.try_into().ok()
 }
 
 #[cfg(test)]
@@ -56,18 +42,5 @@ mod tests {
         assert_eq!(BLK_SIZE, offset_of!(virtio_blk_config, blk_size));
         assert_eq!(NUM_QUEUES, offset_of!(virtio_blk_config, num_queues));
         assert_eq!(CONFIG_SIZE, NUM_QUEUES + 2);
-    }
-
-    #[test]
-    fn what_is_written_is_read_back_and_a_short_space_is_refused() {
-        let config = BlkConfig {
-            capacity_sectors: 0x1_0000_0001,
-            max_segments: 126,
-            block_size: 512,
-            queues: 3,
-        };
-        let bytes = config.to_bytes();
-        assert_eq!(BlkConfig::from_bytes(&bytes), Some(config));
-        assert_eq!(BlkConfig::from_bytes(&bytes[..35]), None);
     }
 }

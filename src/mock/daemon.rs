@@ -39,17 +39,14 @@ pub(super) const STARTING: &str = "start the mock daemon";
 /// Dropping it hangs up, ends all its threads, closes what it opened and removes the socket file.
 ///
 /// ```
-/// use guest_memory_shm::mock::MockDaemon;
-/// use vhost::VhostBackend;
-/// use vhost::vhost_user::Frontend;
+/// use guest_memory_shm::mock::{LoggedRequest, MockDaemon};
+/// use guest_memory_shm::{SessionOptions, VhostUserSession};
 ///
-/// # fn main() -> Result<(), guest_memory_shm::mock::MockError> {
 /// let daemon = MockDaemon::builder().with_disk_size(1 << 20).start_unnamed()?;
-/// let frontend = Frontend::from_stream(daemon.connect()?, 1);
-/// assert!(frontend.get_features().is_ok());
-/// assert_eq!(daemon.requests().len(), 1);
-/// # Ok(())
-/// # }
+/// let session = VhostUserSession::on_socket(daemon.connect()?, SessionOptions::new(0))?;
+/// assert!(daemon.is_connected());
+/// assert!(daemon.requests().contains(&LoggedRequest::SetOwner));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct MockDaemon {
     shared: Arc<Shared>,

@@ -35,7 +35,7 @@ type Result<T> = std::result::Result<T, BlkError>;
 /// `memory` is anything that leads to a `GuestMemory`: a reference, an `Arc`, or what sees
 /// hotplug, a [`PublishedMemory`](crate::PublishedMemory) or a
 /// [`GuestMemoryAtomic`](vm_memory::GuestMemoryAtomic).
-/// [`BlkDevice::start_queue`](super::BlkDevice::start_queue) connects it to a daemon.
+/// [`session_ring`](Self::session_ring) is for its daemon.
 ///
 /// ```
 /// use guest_memory_shm::mock::{BlkDriver, BlkError};

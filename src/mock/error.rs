@@ -4,7 +4,7 @@ use std::io;
 
 pub(super) type Result<T, E = MockError> = std::result::Result<T, E>;
 
-/// What the mock daemon, or a device's frontend, could not do.
+/// What the mock daemon could not do.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {doing}")]
 pub struct MockError {

@@ -22,32 +22,26 @@
 //! Both have faults of their own: [`InflightFault`], [`ChannelFault`].
 //!
 //! **The guest.** [`BlkDriver`] makes requests on a [`DriverQueue`](crate::driver::DriverQueue), a
-//! virtqueue in guest memory, as a guest's kernel would.
-//! [`BlkDevice`] does the frontend's part around the memory table. Both work with real daemons
-//! too, such as `qemu-storage-daemon`.
+//! virtqueue in guest memory, as a guest's kernel would. It works with real daemons too, such as
+//! `qemu-storage-daemon`.
 //!
 //! ```
-//! use guest_memory_shm::mock::{BlkDevice, BlkDriver, MockDaemon};
-//! use guest_memory_shm::{GuestMemoryShm, VhostUserShare};
-//! use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures};
-//! use vm_memory::{Bytes, GuestAddress};
+//! use guest_memory_shm::mock::{BlkDriver, MockDaemon};
+//! use guest_memory_shm::{GuestMemoryShm, SessionOptions, VhostUserSession};
+//! use vm_memory::GuestAddress;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)])?;
 //!
-//! // Negotiate, then send the table.
+//! // Agree, then send the table.
 //! let daemon = MockDaemon::builder().with_disk_size(4096).start_unnamed()?;
-//! let mut frontend = Frontend::from_stream(daemon.connect()?, 1);
-//! let device = BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all())?;
-//! assert_eq!(device.capacity(), Some(4096));
-//! let mut share = VhostUserShare::new(&frontend, device.protocol_features())?;
-//! share.update_table(&memory.memory_table())?;
+//! let mut session = VhostUserSession::on_socket(daemon.connect()?, SessionOptions::new(0))?;
+//! session.update_memory(&memory)?;
 //! assert_eq!(daemon.table()[0].size, 1 << 20);
 //!
-//! // Drive the device: its rings are told in terms of the table.
+//! // Drive the device.
 //! let mut driver = BlkDriver::new(&memory, GuestAddress(0x1000), 16)?;
-//! let table = share.table().clone();
-//! device.start_queue(&mut frontend, 0, &driver, |addr| table.user_addr(addr))?;
+//! session.start_ring(0, driver.session_ring()?)?;
 //! memory.write_slice(&[7; 512], GuestAddress(0x8000))?;
 //! driver.write(1, &[(GuestAddress(0x8000), 512)])?;
 //! let mut sector = [0; 512];
@@ -81,7 +75,6 @@ mod builder;
 mod channel;
 mod config;
 mod daemon;
-mod device;
 mod disk;
 mod driver;
 mod error;
@@ -102,7 +95,6 @@ pub use blk_error::{BlkError, RequestId};
 pub use builder::MockDaemonBuilder;
 pub use channel::BackendRequest;
 pub use daemon::MockDaemon;
-pub use device::BlkDevice;
 pub use disk::RamDisk;
 pub use driver::BlkDriver;
 pub use error::MockError;

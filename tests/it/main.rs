@@ -35,6 +35,7 @@ mod files_huge;
 mod files_limits;
 mod files_rom;
 mod fork;
+mod frontend;
 mod host_setting;
 mod hostile;
 mod hotplug;

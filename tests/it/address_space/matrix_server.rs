@@ -4,7 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use guest_memory_shm::mock::{BlkDevice, Fault as MockFault, MockDaemon};
+use guest_memory_shm::mock::{Fault as MockFault, MockDaemon};
 use nix::unistd::Pid;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 
@@ -13,6 +13,7 @@ use super::matrix_member::PATIENCE;
 use super::matrix_process::{DaemonProcess, builder};
 use super::matrix_relay::{Deed, Door, Hook, LATE, Moment, Relay};
 use super::matrix_restart::{Sent, messages};
+use crate::frontend::agree;
 
 /// What plays the daemon.
 pub(super) enum Server {
@@ -84,12 +85,11 @@ impl Server {
             }
             false => (None, stream),
         };
-        let mut frontend = Frontend::from_stream(stream, 1);
         let wanted = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS | Features::LOG_SHMFD;
-        let device = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
+        let (frontend, features) = agree(stream, wanted).unwrap();
         Connection {
             frontend,
-            features: device.protocol_features(),
+            features,
             relay,
         }
     }

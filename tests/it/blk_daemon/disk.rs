@@ -105,7 +105,7 @@ fn several_queues_carry_requests_at_the_same_time() {
     sparse(&image, queues * ROUNDS * u64::from(LEN));
     let daemon = BlkDaemon::start(&place.socket(), &image, &["--queues", "4"]);
     let mut guest = Guest::connect_with(daemon.socket(), 4);
-    assert_eq!(guest.device.queues(), 4);
+    assert_eq!(guest.queues(), 4);
     let memory = &guest.memory;
     std::thread::scope(|scope| {
         for (queue, driver) in (0..queues).zip(&mut guest.drivers) {

@@ -6,11 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use guest_memory_shm::mock::{BlkDevice, BlkDriver, BlkError, RingLayout};
+use guest_memory_shm::mock::{BlkDriver, BlkError, RingLayout};
 use guest_memory_shm::{GuestMemoryShm, VhostUserShare};
 use vhost::VhostBackend;
-use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
 use vm_memory::{Bytes, GuestAddress};
+
+use crate::frontend::{agree, start_queue};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const RAM: usize = 4 << 20;
@@ -27,7 +30,6 @@ pub(super) const WRITE: u16 = 2;
 
 pub(super) struct Guest {
     pub(super) memory: Arc<GuestMemoryShm>,
-    pub(super) device: BlkDevice,
     pub(super) frontend: Frontend,
     pub(super) share: VhostUserShare,
     pub(super) drivers: Vec<BlkDriver<Arc<GuestMemoryShm>>>,
@@ -62,14 +64,12 @@ impl Guest {
         drivers: Vec<BlkDriver<Arc<GuestMemoryShm>>>,
     ) -> Self {
         let stream = UnixStream::connect(socket).unwrap();
-        let mut frontend = Frontend::from_stream(stream, drivers.len() as u64);
-        let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
-        let share = VhostUserShare::new(&frontend, device.protocol_features()).unwrap();
+        let (frontend, features) = agree(stream, Features::all()).unwrap();
+        let share = VhostUserShare::new(&frontend, features).unwrap();
         let mut share = share.with_deadline(PATIENCE);
         share.update_table(&memory.memory_table()).unwrap();
         let mut this = Self {
             memory,
-            device,
             frontend,
             share,
             drivers,
@@ -82,17 +82,21 @@ impl Guest {
 
     fn start_queue(&mut self, queue: usize) {
         let translate = |addr| self.share.table().user_addr(addr);
-        let (device, driver) = (&self.device, &self.drivers[queue]);
-        let started = device.start_queue(&mut self.frontend, queue, driver, translate);
-        started.unwrap();
+        start_queue(&mut self.frontend, queue, &self.drivers[queue], translate);
     }
 
     pub(super) fn features(&mut self) -> u64 {
         self.frontend.get_features().unwrap()
     }
 
-    pub(super) fn capacity(&self) -> u64 {
-        self.device.capacity().unwrap()
+    pub(super) fn queues(&mut self) -> u64 {
+        self.frontend.get_queue_num().unwrap()
+    }
+
+    pub(super) fn capacity(&mut self) -> u64 {
+        let none = VhostUserConfigFlags::empty();
+        let (_, sectors) = self.frontend.get_config(0, 8, none, &[0; 8]).unwrap();
+        u64::from_le_bytes(sectors[..].try_into().unwrap()) * 512
     }
 
     pub(super) fn read(&mut self, sector: u64, len: u32) -> Result<Vec<u8>, BlkError> {
@@ -111,7 +115,7 @@ impl Guest {
 
     /// Stops the queue of the driver, and starts it again for chains of one's own.
     pub(super) fn into_raw(mut self) -> RawQueue {
-        self.device.stop_queue(&mut self.frontend, 0).unwrap();
+        self.frontend.get_vring_base(0).unwrap();
         self.drivers[0].reset().unwrap();
         self.start_queue(0);
         RawQueue {

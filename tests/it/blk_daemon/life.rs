@@ -6,7 +6,6 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 
-use guest_memory_shm::mock::BlkDevice;
 use guest_memory_shm::{GuestRegionShm, RamOptions};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -14,12 +13,13 @@ use nix::mount::MsFlags;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::Signal;
 use nix::unistd::ftruncate;
-use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo};
 use vm_memory::GuestAddress;
 
 use super::frontend::{DATA, Guest};
 use super::*;
+use crate::frontend::agree;
 use crate::isolation::{in_own_process, mount_tmpfs, own_mounts};
 use crate::support::{Process, example};
 
@@ -118,8 +118,7 @@ fn a_region_beyond_the_end_of_its_file_is_refused() {
     ftruncate(&file, 1 << 20).unwrap();
     for (size, offset) in [(2 << 20, 0), (1 << 20, 4096)] {
         let stream = UnixStream::connect(daemon.socket()).unwrap();
-        let mut frontend = Frontend::from_stream(stream, 1);
-        BlkDevice::negotiate(&mut frontend, Features::REPLY_ACK).unwrap();
+        let (frontend, _) = agree(stream, Features::REPLY_ACK).unwrap();
         let region = VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
             memory_size: size,

@@ -8,14 +8,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use guest_memory_shm::mock::{BlkDevice, MockDaemon};
+use guest_memory_shm::mock::MockDaemon;
 use nix::errno::Errno;
-use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+use vhost::vhost_user::VhostUserProtocolFeatures as Features;
 use vm_memory::bitmap::Bitmap;
 
 use super::inside::listens;
 use super::panics::{Bomb, PLACES, WAYS, panics};
 use super::*;
+use crate::frontend::agree;
 
 #[test]
 fn a_listener_that_panics_when_it_is_attached_is_given_back() {
@@ -258,10 +259,8 @@ fn a_socket_that_cannot_be_had_or_panics_when_it_is_taken_leaves_the_daemon_away
     let space = space();
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let connect = || {
-        let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 1);
         let wanted = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS;
-        let features = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
-        (frontend, features.protocol_features())
+        agree(daemon.connect().unwrap(), wanted).unwrap()
     };
     let (frontend, features) = connect();
     let share = VhostUserShare::new(&frontend, features).unwrap();

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use guest_memory_shm::mock::{BlkDevice, MockDaemon, MockDaemonBuilder};
+use guest_memory_shm::mock::{MockDaemon, MockDaemonBuilder};
 use guest_memory_shm::{
     GuestMemoryShm, GuestRegionShm, MemoryTable, RamOptions, ShareError, VhostUserShare,
 };
@@ -11,6 +11,7 @@ use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::GuestAddress;
 
 use super::{Operation, Outcome, Stage, says_something};
+use crate::frontend::agree;
 
 pub(super) const MIB: u64 = 1 << 20;
 /// For an answer that comes at once, unless a call fails for which the daemon falls silent.
@@ -73,17 +74,11 @@ impl Who {
 }
 
 fn wanted() -> Features {
-    Features::CONFIG
-        | Features::REPLY_ACK
-        | Features::CONFIGURE_MEM_SLOTS
-        | Features::LOG_SHMFD
-        | Features::MQ
+    Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS | Features::LOG_SHMFD
 }
 
 pub(super) fn connect(daemon: &MockDaemon) -> (Frontend, Features) {
-    let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 1);
-    let device = BlkDevice::negotiate(&mut frontend, wanted()).unwrap();
-    (frontend, device.protocol_features())
+    agree(daemon.connect().unwrap(), wanted()).unwrap()
 }
 
 pub(super) fn new_share(daemon: &MockDaemon) -> Share {
@@ -123,10 +118,10 @@ pub(super) fn holds(daemon: &MockDaemon, table: &MemoryTable) -> bool {
 
 fn negotiate(stage: &Stage) -> Outcome {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
-    let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 1);
-    match stage.attacked(|| BlkDevice::negotiate(&mut frontend, wanted())) {
-        Ok(device) => {
-            assert!(device.protocol_features().contains(Features::REPLY_ACK));
+    let stream = daemon.connect().unwrap();
+    match stage.attacked(|| agree(stream, wanted())) {
+        Ok((_, features)) => {
+            assert!(features.contains(Features::REPLY_ACK));
             Outcome::Done
         }
         Err(error) => says_something(&error),

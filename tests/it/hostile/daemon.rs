@@ -9,7 +9,6 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use guest_memory_shm::mock::BlkDevice;
 use guest_memory_shm::{
     AddressSpace, Error, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions, VhostUserShare,
 };
@@ -20,6 +19,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::Random;
 
+use crate::frontend::agree;
 use crate::support::attach_as;
 
 const MIB: u64 = 1 << 20;
@@ -31,8 +31,6 @@ const MOST: Duration = Duration::from_secs(30);
 const GET_FEATURES: u32 = 1;
 const SET_LOG_BASE: u32 = 6;
 const GET_PROTOCOL_FEATURES: u32 = 15;
-const GET_QUEUE_NUM: u32 = 17;
-const GET_CONFIG: u32 = 24;
 const GET_MAX_MEM_SLOTS: u32 = 36;
 
 const VERSION: u32 = 1;
@@ -110,7 +108,7 @@ impl Hostile {
             let mut body = vec![0; word(8) as usize];
             self.socket.read_exact(&mut body)?;
             let (request, flags) = (word(0), word(4));
-            let answer = self.answer(request, flags, &body);
+            let answer = self.answer(request, flags);
             match self.random.below(100) < self.tricks {
                 true => {
                     let trick = self.random.of(&TRICKS);
@@ -146,22 +144,17 @@ impl Hostile {
     }
 
     /// What a good daemon answers.
-    fn answer(&mut self, request: u32, flags: u32, body: &[u8]) -> Option<Vec<u8>> {
+    fn answer(&mut self, request: u32, flags: u32) -> Option<Vec<u8>> {
         let value = match request {
             GET_FEATURES => 1 << 32 | 1 << 30 | 1 << 26,
             GET_PROTOCOL_FEATURES => {
-                let all = Features::CONFIG
-                    | Features::REPLY_ACK
-                    | Features::CONFIGURE_MEM_SLOTS
-                    | Features::LOG_SHMFD
-                    | Features::MQ;
+                let all =
+                    Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS | Features::LOG_SHMFD;
                 // All more often than not.
                 let some = self.random.next() | self.random.next();
                 all.bits() & some
             }
-            GET_QUEUE_NUM => 1,
             GET_MAX_MEM_SLOTS => self.random.of(&[1, 8, 32, 509, u64::MAX]),
-            GET_CONFIG => return Some(body.to_vec()),
             SET_LOG_BASE => 0,
             _ if flags & NEED_REPLY != 0 => u64::from(self.random.below(50) == 0),
             _ => return None,
@@ -336,10 +329,8 @@ fn negotiate(
     let (stream, thread) = Hostile::start(random);
     threads.push(thread);
     let ours = stream.try_clone().unwrap();
-    let mut frontend = Frontend::from_stream(stream, 1);
-    let negotiate = || BlkDevice::negotiate(&mut frontend, Features::all());
-    match in_time(|| within_limit(&ours, negotiate)) {
-        Ok(device) => Some((frontend, device.protocol_features())),
+    match in_time(|| within_limit(&ours, || agree(stream, Features::all()))) {
+        Ok(agreed) => Some(agreed),
         Err(error) => {
             says_something(&error);
             None

@@ -5,10 +5,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use guest_memory_shm::mock::{BlkDevice, MockDaemon};
-use guest_memory_shm::{GuestMemoryShm, VhostUserShare};
+use guest_memory_shm::mock::MockDaemon;
+use guest_memory_shm::{GuestMemoryShm, SessionOptions, VhostUserSession};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::GuestAddress;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -35,16 +34,14 @@ pub(super) fn converse(mut random: Random) {
         let _ = talk(&stream, &mut random);
         drop(stream);
     }
-    let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 1);
-    let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
-    let share = VhostUserShare::new(&frontend, device.protocol_features());
-    let mut share = share.unwrap().with_deadline(PATIENCE);
+    let options = SessionOptions::new(0).with_deadline(PATIENCE);
+    let mut session = VhostUserSession::on_socket(daemon.connect().unwrap(), options).unwrap();
     let ranges = [
         (GuestAddress(0), MIB as usize),
         (GuestAddress(4 * MIB), MIB as usize),
     ];
     let memory = GuestMemoryShm::<()>::from_ranges(&ranges).unwrap();
-    share.update_table(&memory.memory_table()).unwrap();
+    session.update_memory(&memory).unwrap();
     assert_eq!(daemon.table().len(), 2);
 }
 

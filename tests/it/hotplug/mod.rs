@@ -4,7 +4,7 @@
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use guest_memory_shm::mock::{BlkDevice, MockDaemon};
+use guest_memory_shm::mock::MockDaemon;
 use guest_memory_shm::{
     AddressSpace, AddressSpaceError, GuestMemoryShm, GuestRegionShm, ListenerId, RamOptions,
     VhostUserShare,
@@ -12,6 +12,7 @@ use guest_memory_shm::{
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
+use crate::frontend::agree;
 use crate::support::ToldAll;
 
 mod logger;
@@ -36,16 +37,14 @@ fn space() -> AddressSpace {
     AddressSpace::new(GuestMemoryShm::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap())
 }
 
-fn connect(daemon: &MockDaemon) -> (Frontend, BlkDevice) {
-    let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 8);
-    let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
-    (frontend, device)
+fn connect(daemon: &MockDaemon) -> (Frontend, Features) {
+    agree(daemon.connect().unwrap(), Features::all()).unwrap()
 }
 
 /// A share with the only copy of its socket: nothing else keeps the connection.
 fn share(daemon: &MockDaemon, limit: Duration) -> Share {
-    let (frontend, device) = connect(daemon);
-    let share = VhostUserShare::new(&frontend, device.protocol_features());
+    let (frontend, features) = connect(daemon);
+    let share = VhostUserShare::new(&frontend, features);
     share.unwrap().with_deadline(limit)
 }
 
@@ -62,8 +61,8 @@ fn reconnect(
     daemon: &MockDaemon,
 ) -> Result<(), AddressSpaceError> {
     daemon.wait_disconnected(PATIENCE).unwrap();
-    let (frontend, device) = connect(daemon);
-    space.reconnect(id, &frontend, device.protocol_features())
+    let (frontend, features) = connect(daemon);
+    space.reconnect(id, &frontend, features)
 }
 
 /// The regions that readers see: address and file.

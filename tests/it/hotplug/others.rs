@@ -112,8 +112,8 @@ fn a_guest_that_grew_past_eight_regions_reconnects() {
         .without_mem_slots()
         .start_unnamed()
         .unwrap();
-    let (frontend, device) = connect(&simple);
-    let done = space.reconnect(&id, &frontend, device.protocol_features());
+    let (frontend, features) = connect(&simple);
+    let done = space.reconnect(&id, &frontend, features);
     drop(frontend);
     let error = chain(&done.unwrap_err());
     assert!(error.contains("21 regions"), "{error}");

@@ -124,8 +124,7 @@ fn all_that_is_done(
     // And back.
     set_limit(&space, id, PATIENCE);
     daemons[0].wait_disconnected(PATIENCE).unwrap();
-    let (frontend, device) = connect(&daemons[0]);
-    let features = device.protocol_features();
+    let (frontend, features) = connect(&daemons[0]);
     step(Box::new(|| {
         space.reconnect(id, &frontend, features).unwrap()
     }));

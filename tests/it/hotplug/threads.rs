@@ -3,8 +3,8 @@
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use guest_memory_shm::PublishedMemory;
 use guest_memory_shm::mock::BlkDriver;
+use guest_memory_shm::{PublishedMemory, SessionOptions, VhostUserSession};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::*;
@@ -36,9 +36,8 @@ type Usable = RwLock<Vec<u64>>;
 /// compares. Both pages lie in regions that may be used now, and are the worker's own.
 fn work(
     worker: u64,
-    (mut frontend, device): (Frontend, BlkDevice),
     space: &AddressSpace,
-    id: &ListenerId<Share>,
+    id: &ListenerId<VhostUserSession>,
     usable: &Usable,
     ended: &AtomicBool,
 ) -> u64 {
@@ -47,13 +46,9 @@ fn work(
     let mut driver = BlkDriver::new(memory.clone(), rings, 16)
         .unwrap()
         .with_deadline(PATIENCE);
-    let start = |share: &mut Share| {
-        let table = share.table().clone();
-        device
-            .start_queue(&mut frontend, 0, &driver, |addr| table.user_addr(addr))
-            .unwrap();
-    };
-    space.with_listener(id, start).unwrap();
+    let ring = driver.session_ring().unwrap();
+    let start = |session: &mut VhostUserSession| session.start_ring(0, ring);
+    space.with_listener(id, start).unwrap().unwrap();
     let mut turn = 0;
     while !ended.load(Ordering::Relaxed) {
         let places = usable.read().unwrap();
@@ -119,9 +114,9 @@ fn scenario() {
     let devices: Vec<_> = daemons
         .iter()
         .map(|daemon| {
-            let (frontend, device) = connect(daemon);
-            let share = VhostUserShare::new(&frontend, device.protocol_features()).unwrap();
-            ((frontend, device), space.attach("device", share).unwrap())
+            let (socket, options) = (daemon.connect().unwrap(), SessionOptions::new(0));
+            let session = VhostUserSession::on_socket(socket, options).unwrap();
+            space.attach("device", session).unwrap()
         })
         .collect();
     let seen = AtomicU64::new(0);
@@ -131,10 +126,10 @@ fn scenario() {
         let _end = EndOnDrop(ended);
         let workers: Vec<_> = (0u64..)
             .zip(devices)
-            .map(|(worker, (device, id))| {
+            .map(|(worker, id)| {
                 scope.spawn(move || {
                     let _end = EndOnDrop(ended);
-                    work(worker, device, space, &id, usable, ended)
+                    work(worker, space, &id, usable, ended)
                 })
             })
             .collect();

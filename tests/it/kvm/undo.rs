@@ -1,8 +1,7 @@
 //! What KVM refuses is undone for all, and what others refuse is undone in KVM.
 
-use guest_memory_shm::VhostUserShare;
-use guest_memory_shm::mock::{BlkDevice, MockDaemon};
-use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
+use guest_memory_shm::mock::MockDaemon;
+use guest_memory_shm::{SessionOptions, VhostUserSession};
 
 use super::*;
 use crate::support::chain;
@@ -65,10 +64,9 @@ fn machine_after_others(vm: Arc<VmFd>, slots: KvmSlots) -> (Machine, Others) {
     let notes = RegionAdapter::new(recorder.clone());
     space.attach("recorder", notes).unwrap();
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
-    let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 1);
-    let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
-    let share = VhostUserShare::new(&frontend, device.protocol_features()).unwrap();
-    space.attach("disk", share).unwrap();
+    let socket = daemon.connect().unwrap();
+    let session = VhostUserSession::on_socket(socket, SessionOptions::new(0)).unwrap();
+    space.attach("disk", session).unwrap();
     let kvm = space.attach("kvm", slots).unwrap();
     recorder.take();
     daemon.clear_requests();

@@ -42,11 +42,11 @@ impl VhostUserFrontendReqHandlerMut for Asked {
 fn with_channel() -> (MockDaemon, Frontend) {
     let builder = MockDaemon::builder().with_backend_channel();
     let daemon = builder.start_unnamed().unwrap();
-    let (frontend, device) = negotiated(&daemon);
+    let (frontend, offered) = negotiated(&daemon);
     let features = VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::BACKEND_SEND_FD
         | VhostUserProtocolFeatures::CONFIG;
-    assert!(device.protocol_features().contains(features));
+    assert!(offered.contains(features));
     (daemon, frontend)
 }
 

@@ -1,27 +1,64 @@
 //! Data between guest memory and the disk.
 
 use super::*;
+use std::os::unix::net::UnixStream;
+
+pub(super) fn ram(ranges: &[(u64, usize)]) -> GuestMemoryShm {
+    let ranges: Vec<_> = ranges
+        .iter()
+        .map(|(start, size)| (GuestAddress(*start), *size))
+        .collect();
+    GuestMemoryShm::from_ranges(&ranges).unwrap()
+}
+
+/// A session that the daemon has all of `memory` by.
+pub(super) fn session(socket: UnixStream, memory: &GuestMemoryShm) -> VhostUserSession {
+    let mut session = VhostUserSession::on_socket(socket, SessionOptions::new(DISK)).unwrap();
+    session.update_memory(memory).unwrap();
+    session
+}
+
+pub(super) fn driver(
+    memory: &GuestMemoryShm,
+    rings: GuestAddress,
+    size: u16,
+) -> BlkDriver<&GuestMemoryShm> {
+    let driver = BlkDriver::new(memory, rings, size).unwrap();
+    driver.with_deadline(LIMIT)
+}
+
+pub(super) fn start(
+    session: &mut VhostUserSession,
+    index: u32,
+    driver: &BlkDriver<&GuestMemoryShm>,
+) {
+    let ring = driver.session_ring().unwrap();
+    session.start_ring(index, ring).unwrap();
+}
 
 #[test]
 fn the_whole_disk_goes_through_two_regions_with_requests_in_flight() {
-    const DISK: usize = 64 * 1024;
-    let memory = guest(&[(0, 1 << 20), (1 << 30, 1 << 20)]);
+    const SIZE: usize = 64 * 1024;
+    let memory = ram(&[(0, 1 << 20), (1 << 30, 1 << 20)]);
     let daemon = MockDaemon::builder()
-        .with_disk_size(DISK as u64)
+        .with_disk_size(SIZE as u64)
         .start_unnamed()
         .unwrap();
-    let (mut frontend, device) = negotiated(&daemon);
-    assert_eq!(device.capacity(), Some(DISK as u64));
-    assert_eq!(device.max_segments(), Some(126));
-    assert_eq!(device.queues(), 1);
-    frontend.set_mem_table(&infos(&memory)).unwrap();
+    let mut session = session(daemon.connect().unwrap(), &memory);
+    let config = session.config(0, 36).unwrap();
+    assert_eq!(config[..8], (SIZE as u64 / 512).to_le_bytes());
+    assert_eq!(config[12..16], 126_u32.to_le_bytes()); // seg_max
+    assert_eq!(config[20..24], 512_u32.to_le_bytes()); // blk_size
+    assert_eq!(config[34..], 1_u16.to_le_bytes()); // num_queues
+    assert_eq!(session.rings(), 1);
 
-    let mut driver = started(&memory, &mut frontend, &device, 64);
-    let data = pattern(DISK, 0x5a);
+    let mut driver = driver(&memory, RINGS, 64);
+    start(&mut session, 0, &driver);
+    let data = pattern(SIZE, 0x5a);
     let low = GuestAddress(0x80000);
     let high = GuestAddress((1 << 30) + 0x123);
-    memory.write_slice(&data[..DISK / 2], low).unwrap();
-    memory.write_slice(&data[DISK / 2..], high).unwrap();
+    memory.write_slice(&data[..SIZE / 2], low).unwrap();
+    memory.write_slice(&data[SIZE / 2..], high).unwrap();
 
     // Eight requests at once, each with one buffer in either region.
     let buffers = |index: u64| {
@@ -36,17 +73,17 @@ fn the_whole_disk_goes_through_two_regions_with_requests_in_flight() {
     driver.wait_all().unwrap();
     driver.flush().unwrap();
     assert_eq!(daemon.disk().flush_count(), 1);
-    let mut disk = vec![0; DISK];
+    let mut disk = vec![0; SIZE];
     daemon.disk().read(0, &mut disk).unwrap();
     for index in 0..8 {
-        let (from, half) = (index * 4096, DISK / 2);
+        let (from, half) = (index * 4096, SIZE / 2);
         let on_disk = &disk[index * 8192..][..8192];
         let expected = [&data[from..][..4096], &data[half + from..][..4096]].concat();
         assert_eq!(on_disk, expected, "request {index}");
     }
 
     // The disk changes without the device, and the guest sees it, whichever request it waits for.
-    let changed = pattern(DISK, 0xc3);
+    let changed = pattern(SIZE, 0xc3);
     daemon.disk().write(0, &changed).unwrap();
     let requests: Vec<_> = (0..8)
         .map(|index| driver.submit_read(index * 16, &buffers(index)).unwrap())
@@ -55,7 +92,7 @@ fn the_whole_disk_goes_through_two_regions_with_requests_in_flight() {
         driver.wait(request).unwrap();
         assert!(matches!(driver.wait(request), Err(BlkError::UnknownRequest(r)) if r == request));
     }
-    let mut back = vec![0; DISK];
+    let mut back = vec![0; SIZE];
     for index in 0..8 {
         for (half, (addr, length)) in buffers(index as u64).into_iter().enumerate() {
             let at = index * 8192 + half * 4096;
@@ -70,13 +107,10 @@ fn the_whole_disk_goes_through_two_regions_with_requests_in_flight() {
 
 #[test]
 fn a_small_queue_is_reused_many_times_and_refuses_more_than_it_holds() {
-    let memory = guest(&[(0, 1 << 20)]);
+    let memory = ram(&[(0, 1 << 20)]);
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
-    let (mut frontend, device) = negotiated(&daemon);
-    frontend.set_mem_table(&infos(&memory)).unwrap();
-    let mut driver = BlkDriver::new(&memory, RINGS, 4)
-        .unwrap()
-        .with_deadline(LIMIT);
+    let mut session = session(daemon.connect().unwrap(), &memory);
+    let mut driver = driver(&memory, RINGS, 4);
     let buffer = GuestAddress(0x10000);
 
     // No device serves the queue yet: what is submitted stays in flight.
@@ -106,11 +140,7 @@ fn a_small_queue_is_reused_many_times_and_refuses_more_than_it_holds() {
         "{error}"
     );
 
-    device
-        .start_queue(&mut frontend, 0, &driver, |addr| {
-            user_address(&memory, addr)
-        })
-        .unwrap();
+    start(&mut session, 0, &driver);
     driver.wait(first).unwrap();
     let error = driver.submit_read(0, &[(buffer, 0)]).unwrap_err();
     assert!(matches!(error, BlkError::EmptyBuffer(addr) if addr == buffer));
@@ -121,19 +151,19 @@ fn a_small_queue_is_reused_many_times_and_refuses_more_than_it_holds() {
         daemon.disk().read(round % 8 * 512, &mut stored).unwrap();
         assert_eq!(u64::from_le_bytes(stored), round);
     }
-    assert_eq!(device.stop_queue(&mut frontend, 0).unwrap(), 301);
+    assert_eq!(session.stop_ring(0).unwrap(), 301);
 }
 
 #[test]
 fn a_request_beyond_the_disk_is_an_io_error_and_the_queue_goes_on() {
-    let memory = guest(&[(0, 1 << 20)]);
+    let memory = ram(&[(0, 1 << 20)]);
     let daemon = MockDaemon::builder()
         .with_disk_size(1024)
         .start_unnamed()
         .unwrap();
-    let (mut frontend, device) = negotiated(&daemon);
-    frontend.set_mem_table(&infos(&memory)).unwrap();
-    let mut driver = started(&memory, &mut frontend, &device, 16);
+    let mut session = session(daemon.connect().unwrap(), &memory);
+    let mut driver = driver(&memory, RINGS, 16);
+    start(&mut session, 0, &driver);
     let buffer = GuestAddress(0x10000);
     let error = driver.write(1, &[(buffer, 1024)]).unwrap_err();
     assert!(
@@ -152,25 +182,16 @@ fn a_request_beyond_the_disk_is_an_io_error_and_the_queue_goes_on() {
 
 #[test]
 fn two_queues_work_side_by_side() {
-    let memory = guest(&[(0, 1 << 20)]);
+    let memory = ram(&[(0, 1 << 20)]);
     let daemon = MockDaemon::builder()
         .with_queues(2)
         .start_unnamed()
         .unwrap();
-    let (mut frontend, device) = negotiated(&daemon);
-    assert_eq!(device.queues(), 2);
-    frontend.set_mem_table(&infos(&memory)).unwrap();
-    let mut drivers = [0x1000, 0x9000].map(|ring| {
-        BlkDriver::new(&memory, GuestAddress(ring), 16)
-            .unwrap()
-            .with_deadline(LIMIT)
-    });
-    for (index, driver) in drivers.iter().enumerate() {
-        device
-            .start_queue(&mut frontend, index, driver, |addr| {
-                user_address(&memory, addr)
-            })
-            .unwrap();
+    let mut session = session(daemon.connect().unwrap(), &memory);
+    assert_eq!(session.rings(), 2);
+    let mut drivers = [0x1000, 0x9000].map(|rings| driver(&memory, GuestAddress(rings), 16));
+    for (index, driver) in (0..).zip(&drivers) {
+        start(&mut session, index, driver);
     }
     for round in 0..50u64 {
         for (index, driver) in drivers.iter_mut().enumerate() {
@@ -193,7 +214,7 @@ fn two_queues_work_side_by_side() {
 
 #[test]
 fn a_driver_refuses_a_bad_place_and_names_it() {
-    let memory = guest(&[(0, 0x10000)]);
+    let memory = ram(&[(0, 0x10000)]);
     for size in [0, 1, 2, 3, 12, 0xffff] {
         let error = BlkDriver::new(&memory, RINGS, size).unwrap_err();
         assert!(

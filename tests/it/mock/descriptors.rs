@@ -5,18 +5,16 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::thread;
 use std::time::Duration;
 
-use guest_memory_shm::mock::{BlkDevice, BlkDriver, LoggedRequest, MockDaemon};
-use guest_memory_shm::{GuestMemoryShm, VhostUserShare};
+use guest_memory_shm::mock::MockDaemon;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use vhost::vhost_user::{Frontend, VhostUserFrontend, VhostUserProtocolFeatures as Features};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo};
-use vm_memory::GuestAddress;
 
+use crate::frontend::agree;
 use crate::isolation::in_own_process;
 
 /// For what comes at once unless something is wrong.
@@ -85,10 +83,8 @@ fn connect(daemon: &MockDaemon) -> UnixStream {
     stream
 }
 
-fn negotiate(daemon: &MockDaemon) -> (Frontend, BlkDevice) {
-    let mut frontend = Frontend::from_stream(connect(daemon), 1);
-    let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
-    (frontend, device)
+fn negotiate(daemon: &MockDaemon) -> Frontend {
+    agree(connect(daemon), Features::all()).unwrap().0
 }
 
 /// Asks for the features. By hand: vhost's `Frontend` waits indefinitely, whatever the socket
@@ -175,7 +171,7 @@ fn a_message_whose_descriptors_do_not_all_arrive_is_a_hang_up_and_leaves_none() 
         let (_files, table) = regions(4, 4096, 0);
         let before = descriptors();
         for left in [0, 1, 3] {
-            let (frontend, _) = negotiate(&daemon);
+            let frontend = negotiate(&daemon);
             let mut all = take_all();
             all.truncate(all.len() - left);
             frontend.set_mem_table(&table).unwrap_err();
@@ -184,7 +180,7 @@ fn a_message_whose_descriptors_do_not_all_arrive_is_a_hang_up_and_leaves_none() 
             drop((all, frontend));
             assert_eq!(descriptors(), before, "{left}");
         }
-        let (frontend, _) = negotiate(&daemon);
+        let frontend = negotiate(&daemon);
         frontend.set_mem_table(&table).unwrap();
         assert_eq!(daemon.table().len(), 4);
     });
@@ -193,7 +189,7 @@ fn a_message_whose_descriptors_do_not_all_arrive_is_a_hang_up_and_leaves_none() 
 #[test]
 fn regions_and_logs_that_are_longer_than_their_files_are_refused() {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
-    let (mut frontend, _) = negotiate(&daemon);
+    let mut frontend = negotiate(&daemon);
     for offset in [4096, 1 << 40, 0u64.wrapping_sub(4096)] {
         let (_files, infos) = regions(1, 4096, offset);
         assert!(frontend.add_mem_region(&infos[0]).is_err(), "{offset:#x}");
@@ -207,7 +203,7 @@ fn regions_and_logs_that_are_longer_than_their_files_are_refused() {
 
     // No answer to SET_LOG_BASE is a refusal: it hangs up.
     for (len, size, offset) in [(0, 8, 0), (8, 16, 0), (4096, 8, 4096), (8, 8, 1 << 62)] {
-        let (frontend, _) = negotiate(&daemon);
+        let frontend = negotiate(&daemon);
         frontend.set_mem_table(&infos).unwrap();
         let file = memfd(len);
         let log = VhostUserDirtyLogRegion {
@@ -219,7 +215,7 @@ fn regions_and_logs_that_are_longer_than_their_files_are_refused() {
         assert!(frontend.set_log_base(0, Some(log)).is_err(), "{case}");
         assert!(frontend.get_features().is_err(), "{case}");
     }
-    let (frontend, _) = negotiate(&daemon);
+    let frontend = negotiate(&daemon);
     let file = memfd(8);
     let log = VhostUserDirtyLogRegion {
         mmap_size: 8,
@@ -228,68 +224,4 @@ fn regions_and_logs_that_are_longer_than_their_files_are_refused() {
     };
     frontend.set_mem_table(&infos).unwrap();
     frontend.set_log_base(0, Some(log)).unwrap();
-}
-
-#[test]
-fn a_queue_is_kicked_when_a_daemon_without_acknowledgements_has_enabled_it() {
-    const SET_VRING_ENABLE: u32 = 18;
-    let memory = GuestMemoryShm::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-    let mut driver = BlkDriver::new(&memory, GuestAddress(0), 16).unwrap();
-
-    // The daemon's end: it looks at the kick while the question after the enabling is unanswered.
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    theirs.set_read_timeout(Some(PATIENCE)).unwrap();
-    let kick = driver.kick().try_clone().unwrap();
-    let kicked = move || kick.read().is_ok();
-    let daemon = thread::spawn(move || {
-        let mut requests = Vec::new();
-        let mut kicked_early = None;
-        loop {
-            let mut header = [0; 12];
-            if (&theirs).read_exact(&mut header).is_err() {
-                return (requests, kicked_early);
-            }
-            let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
-            let mut body = vec![0; word(8) as usize];
-            (&theirs).read_exact(&mut body).unwrap();
-            let enabled = requests.last() == Some(&SET_VRING_ENABLE);
-            requests.push(word(0));
-            let answer = match word(0) {
-                // GET_FEATURES: VERSION_1 and PROTOCOL_FEATURES; GET_PROTOCOL_FEATURES: none.
-                1 => 1u64 << 32 | 1 << 30,
-                15 => 0,
-                _ => continue,
-            };
-            if enabled {
-                kicked_early = Some(kicked());
-            }
-            let header = [word(0), 5, 8].map(u32::to_ne_bytes);
-            (&theirs)
-                .write_all(&[header.as_flattened(), &answer.to_ne_bytes()].concat())
-                .unwrap();
-        }
-    });
-    let mut frontend = Frontend::from_stream(ours, 1);
-    let device = BlkDevice::negotiate(&mut frontend, Features::REPLY_ACK).unwrap();
-    let started = device.start_queue(&mut frontend, 0, &driver, |addr| Some(addr.0));
-    drop(frontend);
-    let (requests, kicked_early) = daemon.join().unwrap();
-    started.unwrap();
-    assert_eq!(requests[requests.len() - 2..], [SET_VRING_ENABLE, 1]);
-    assert_eq!(kicked_early, Some(false));
-    assert_eq!(driver.kick().read().unwrap(), 1);
-
-    // With acknowledgements there is nothing to ask.
-    let daemon = MockDaemon::builder().start_unnamed().unwrap();
-    let (mut frontend, device) = negotiate(&daemon);
-    let mut share = VhostUserShare::new(&frontend, device.protocol_features()).unwrap();
-    share.update_table(&memory.memory_table()).unwrap();
-    let translate = |addr| share.table().user_addr(addr);
-    device
-        .start_queue(&mut frontend, 0, &driver, translate)
-        .unwrap();
-    let last = daemon.requests().pop();
-    assert_eq!(last, Some(LoggedRequest::Other(SET_VRING_ENABLE)));
-    memory.write_slice(&[7; 512], GuestAddress(0x8000)).unwrap();
-    driver.write(1, &[(GuestAddress(0x8000), 512)]).unwrap();
 }

@@ -79,18 +79,6 @@ fn driver(memory: &GuestMemoryMmap, rings: u64) -> Driver<'_> {
     driver.with_deadline(LIMIT)
 }
 
-fn start(
-    memory: &GuestMemoryMmap,
-    frontend: &mut Frontend,
-    device: &BlkDevice,
-    queue: usize,
-    driver: &Driver<'_>,
-) {
-    let translate = |addr| user_address(memory, addr);
-    let started = device.start_queue(frontend, queue, driver, translate);
-    started.unwrap();
-}
-
 /// Submits writes of a sector each, filled with 1 and more.
 fn submit(memory: &GuestMemoryMmap, driver: &mut Driver<'_>) {
     for index in 0..u64::from(REQUESTS) {
@@ -107,11 +95,11 @@ fn connect(
     kept: Option<&Kept>,
     driver: &Driver<'_>,
 ) -> (Frontend, Kept) {
-    let (mut frontend, device) = negotiated(daemon);
+    let (mut frontend, _) = negotiated(daemon);
     let fresh = Kept::new(&mut frontend, 1);
     kept.unwrap_or(&fresh).send(&mut frontend);
     frontend.set_mem_table(&infos(memory)).unwrap();
-    start(memory, &mut frontend, &device, 0, driver);
+    start(memory, &mut frontend, driver);
     (frontend, fresh)
 }
 
@@ -275,15 +263,15 @@ fn a_stopped_queue_goes_on_with_the_same_buffer() {
     let memory = guest(&[(0, 1 << 20)]);
     let mut driver = driver(&memory, 0);
     let daemon = with_inflight(vec![0; 4096]);
-    let (mut frontend, device) = negotiated(&daemon);
+    let (mut frontend, _) = negotiated(&daemon);
     let kept = Kept::new(&mut frontend, 1);
     kept.send(&mut frontend);
     frontend.set_mem_table(&infos(&memory)).unwrap();
     for round in 1..4 {
         submit(&memory, &mut driver);
-        start(&memory, &mut frontend, &device, 0, &driver);
+        start(&memory, &mut frontend, &driver);
         driver.wait_all().unwrap();
-        let base = device.stop_queue(&mut frontend, 0).unwrap();
+        let base = frontend.get_vring_base(0).unwrap();
         assert_eq!(base, round * u32::from(REQUESTS));
         // Else it would be started by its kick, and the messages after that wait while it is held.
         frontend.set_vring_enable(0, false).unwrap();
@@ -292,7 +280,7 @@ fn a_stopped_queue_goes_on_with_the_same_buffer() {
     driver.reset().unwrap();
     submit(&memory, &mut driver);
     daemon.hold_requests(1, RequestStep::Used);
-    start(&memory, &mut frontend, &device, 0, &driver);
+    start(&memory, &mut frontend, &driver);
     daemon.wait_held(LIMIT).unwrap();
     drop(daemon);
     let second = with_inflight(vec![0; 4096]);
@@ -310,12 +298,12 @@ fn held_requests_go_on_when_they_are_released_with_and_without_a_buffer() {
     for builder in [MockDaemon::builder(), MockDaemon::builder().with_inflight()] {
         let memory = guest(&[(0, 1 << 20)]);
         let daemon = builder.start_unnamed().unwrap();
-        let (mut frontend, device) = negotiated(&daemon);
+        let (mut frontend, _) = negotiated(&daemon);
         frontend.set_mem_table(&infos(&memory)).unwrap();
         let mut driver = driver(&memory, 0);
         submit(&memory, &mut driver);
         daemon.hold_requests(3, RequestStep::Used);
-        start(&memory, &mut frontend, &device, 0, &driver);
+        start(&memory, &mut frontend, &driver);
         daemon.wait_held(LIMIT).unwrap();
         assert_eq!(used(&memory, &driver).len(), 3);
         assert_eq!(sectors(&daemon), [1, 2, 3, 0], "no buffer was set");
@@ -330,8 +318,7 @@ fn held_requests_go_on_when_they_are_released_with_and_without_a_buffer() {
 #[test]
 fn the_buffer_is_a_sealed_memfd_of_exactly_the_size_that_its_queues_need() {
     let daemon = with_inflight(vec![0; 4096]);
-    let (mut frontend, device) = negotiated(&daemon);
-    let offered = device.protocol_features();
+    let (mut frontend, offered) = negotiated(&daemon);
     assert!(offered.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD));
     let kept = Kept::new(&mut frontend, 1);
     let shape = (
@@ -435,13 +422,13 @@ fn a_buffer_that_cannot_be_is_refused_by_an_answer_or_a_hang_up() {
 #[test]
 fn who_does_not_ask_for_it_is_offered_none_of_it() {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
-    let (mut frontend, device) = negotiated(&daemon);
+    let (mut frontend, offered) = negotiated(&daemon);
     let opt_in = VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::BACKEND_SEND_FD;
-    assert!(!device.protocol_features().intersects(opt_in));
+    assert!(!offered.intersects(opt_in));
     // A frontend that acknowledges it all the same is hung up on.
-    let all = device.protocol_features() | opt_in;
+    let all = offered | opt_in;
     frontend.set_protocol_features(all).unwrap();
     let wanted = VhostUserInflight::new(0, 0, 1, QUEUE_SIZE);
     assert!(frontend.get_inflight_fd(&wanted).is_err());

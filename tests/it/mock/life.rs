@@ -29,7 +29,7 @@ fn a_new_connection_has_an_empty_table_and_the_old_disk() {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     let data = pattern(4096, 3);
     for round in 0..3 {
-        let (mut frontend, device) = negotiated(&daemon);
+        let (mut frontend, _) = negotiated(&daemon);
         assert!(daemon.is_connected());
         assert!(daemon.table().is_empty());
         frontend.set_mem_table(&infos(&memory)).unwrap();
@@ -38,13 +38,7 @@ fn a_new_connection_has_an_empty_table_and_the_old_disk() {
             daemon.disk().read(0, &mut disk).unwrap();
             assert_eq!(disk, data);
         }
-        round_trip(
-            &memory,
-            &mut frontend,
-            &device,
-            GuestAddress(0x40000),
-            &data,
-        );
+        round_trip(&memory, &mut frontend, GuestAddress(0x40000), &data);
         drop(frontend);
         daemon.wait_disconnected(LIMIT).unwrap();
         assert_eq!(
@@ -68,24 +62,19 @@ fn requests_that_a_dead_daemon_left_behind_are_done_by_the_next_one() {
         .unwrap()
         .with_deadline(LIMIT);
     let buffer = GuestAddress(0x40000);
-    let translate = |addr| user_address(&memory, addr);
 
-    let (mut frontend, device) = negotiated(&daemon);
+    let (mut frontend, _) = negotiated(&daemon);
     frontend.set_mem_table(&infos(&memory)).unwrap();
-    device
-        .start_queue(&mut frontend, 0, &driver, translate)
-        .unwrap();
+    start(&memory, &mut frontend, &driver);
     driver.flush().unwrap();
     daemon.hang_up();
     daemon.wait_disconnected(LIMIT).unwrap();
     memory.write_slice(&[9; 512], buffer).unwrap();
     let request = driver.submit_write(0, &[(buffer, 512)]).unwrap();
 
-    let (mut frontend, device) = negotiated(&daemon);
+    let (mut frontend, _) = negotiated(&daemon);
     frontend.set_mem_table(&infos(&memory)).unwrap();
-    device
-        .start_queue(&mut frontend, 0, &driver, translate)
-        .unwrap();
+    start(&memory, &mut frontend, &driver);
     driver.wait(request).unwrap();
     let mut sector = [0; 512];
     daemon.disk().read(0, &mut sector).unwrap();
@@ -124,13 +113,9 @@ fn requests_that_a_daemon_overtook_before_it_died_are_done_by_the_next_one() {
     assert_eq!((driver.in_flight(), driver.used_index()), (2, 1));
     assert_eq!(memory.read_obj::<u8>(status(first)).unwrap(), 0xff);
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
-    let (mut frontend, device) = negotiated(&daemon);
+    let (mut frontend, _) = negotiated(&daemon);
     frontend.set_mem_table(&infos(&memory)).unwrap();
-    device
-        .start_queue(&mut frontend, 0, &driver, |addr| {
-            user_address(&memory, addr)
-        })
-        .unwrap();
+    start(&memory, &mut frontend, &driver);
     for request in requests {
         driver.wait(request).unwrap();
     }
@@ -161,14 +146,10 @@ fn a_drop_ends_every_kind_of_connection() {
     // Connected and idle, with a queue that runs; another frontend waits.
     let memory = guest(&[(0, 1 << 20)]);
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
-    let (mut frontend, device) = negotiated(&daemon);
+    let (mut frontend, _) = negotiated(&daemon);
     frontend.set_mem_table(&infos(&memory)).unwrap();
     let driver = BlkDriver::new(&memory, RINGS, 16).unwrap();
-    device
-        .start_queue(&mut frontend, 0, &driver, |addr| {
-            user_address(&memory, addr)
-        })
-        .unwrap();
+    start(&memory, &mut frontend, &driver);
     let waiting = daemon.connect().unwrap();
     drop_in_time(daemon);
     assert!(frontend.get_features().is_err());
@@ -287,19 +268,13 @@ fn a_dropped_daemon_leaves_no_descriptor() {
         .unwrap();
     let started = count();
     for round in 0..5 {
-        let (mut frontend, device) = negotiated(&daemon);
+        let (mut frontend, _) = negotiated(&daemon);
         frontend.set_mem_table(&infos(&memory)).unwrap();
         assert!(
             count() > started,
             "the negative control: a connection has descriptors"
         );
-        round_trip(
-            &memory,
-            &mut frontend,
-            &device,
-            GuestAddress(0x40000),
-            &[5; 512],
-        );
+        round_trip(&memory, &mut frontend, GuestAddress(0x40000), &[5; 512]);
         if round % 2 == 0 {
             daemon.inject(1, Fault::HangUpBefore);
             assert!(frontend.set_mem_table(&infos(&memory)).is_err());

@@ -1,4 +1,4 @@
-//! The daemon, the driver and the negotiation against each other and against a real daemon.
+//! The daemon and the driver against each other, and the driver against a real daemon.
 
 mod backend_channel;
 mod data;
@@ -14,15 +14,16 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vhost::vhost_user::Frontend;
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 };
 
-use guest_memory_shm::FileIdentity;
 use guest_memory_shm::mock::*;
+use guest_memory_shm::{FileIdentity, GuestMemoryShm, SessionOptions, VhostUserSession};
+
+use crate::frontend::{DISK, agree, start_queue};
 
 /// Long enough for a busy machine; no test that passes waits for it.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -76,25 +77,25 @@ fn user_address(memory: &GuestMemoryMmap, addr: GuestAddress) -> Option<u64> {
     Some(memory.get_host_address(addr).ok()? as u64)
 }
 
-fn negotiated(daemon: &MockDaemon) -> (Frontend, BlkDevice) {
-    let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 8);
-    let device = BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all()).unwrap();
-    (frontend, device)
+fn negotiated(daemon: &MockDaemon) -> (Frontend, VhostUserProtocolFeatures) {
+    agree(daemon.connect().unwrap(), VhostUserProtocolFeatures::all()).unwrap()
+}
+
+/// Starts queue 0 with `driver`.
+fn start(memory: &GuestMemoryMmap, frontend: &mut Frontend, driver: &BlkDriver<&GuestMemoryMmap>) {
+    start_queue(frontend, 0, driver, |addr| user_address(memory, addr));
 }
 
 /// A driver on queue 0, which the daemon has been told of.
 fn started<'a>(
     memory: &'a GuestMemoryMmap,
     frontend: &mut Frontend,
-    device: &BlkDevice,
     queue_size: u16,
 ) -> BlkDriver<&'a GuestMemoryMmap> {
     let driver = BlkDriver::new(memory, RINGS, queue_size)
         .unwrap()
         .with_deadline(LIMIT);
-    device
-        .start_queue(frontend, 0, &driver, |addr| user_address(memory, addr))
-        .unwrap();
+    start(memory, frontend, &driver);
     driver
 }
 
@@ -107,11 +108,10 @@ fn pattern(size: usize, seed: u8) -> Vec<u8> {
 fn round_trip(
     memory: &GuestMemoryMmap,
     frontend: &mut Frontend,
-    device: &BlkDevice,
     buffer: GuestAddress,
     data: &[u8],
 ) {
-    let mut driver = started(memory, frontend, device, 16);
+    let mut driver = started(memory, frontend, 16);
     let length = u32::try_from(data.len()).unwrap();
     memory.write_slice(data, buffer).unwrap();
     driver.write(0, &[(buffer, length)]).unwrap();
@@ -121,7 +121,7 @@ fn round_trip(
     let mut back = vec![0; data.len()];
     memory.read_slice(&mut back, buffer).unwrap();
     assert_eq!(back, data);
-    device.stop_queue(frontend, 0).unwrap();
+    frontend.get_vring_base(0).unwrap();
 }
 
 /// The changes of the table among the requests, by name and guest address.

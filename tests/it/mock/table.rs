@@ -38,7 +38,7 @@ fn regions_come_and_go_and_the_log_shows_their_order() {
     let memory = guest(&[(0, 1 << 20), (1 << 30, 1 << 16), (2 << 30, 1 << 16)]);
     let regions = infos(&memory);
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
-    let (mut frontend, device) = negotiated(&daemon);
+    let (mut frontend, _) = negotiated(&daemon);
     assert_eq!(frontend.get_max_mem_slots().unwrap(), 509);
     daemon.clear_requests();
     for region in &regions {
@@ -48,7 +48,6 @@ fn regions_come_and_go_and_the_log_shows_their_order() {
     round_trip(
         &memory,
         &mut frontend,
-        &device,
         GuestAddress(2 << 30),
         &pattern(4096, 1),
     );
@@ -68,7 +67,7 @@ fn regions_come_and_go_and_the_log_shows_their_order() {
         ]
     );
     // What was removed is out of the device's reach.
-    let mut driver = started(&memory, &mut frontend, &device, 16);
+    let mut driver = started(&memory, &mut frontend, 16);
     let error = driver.read(0, &[(GuestAddress(1 << 30), 512)]).unwrap_err();
     assert!(
         matches!(error, BlkError::Status { status: 1, .. }),
@@ -132,8 +131,11 @@ fn slots_are_counted_while_changes_are_under_way() {
         .start_unnamed()
         .unwrap();
     let socket = daemon.connect().unwrap();
-    let mut frontend = Frontend::from_stream(socket.try_clone().unwrap(), 1);
-    BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all()).unwrap();
+    agree(
+        socket.try_clone().unwrap(),
+        VhostUserProtocolFeatures::all(),
+    )
+    .unwrap();
     let (add, remove) = (FrontendReq::ADD_MEM_REG, FrontendReq::REM_MEM_REG);
     let adds: Vec<_> = regions.iter().map(|region| (add, region)).collect();
     assert_eq!(answers_to(&socket, &adds), [0, 0, 1]);
@@ -149,15 +151,18 @@ fn what_was_answered_before_a_hang_up_arrives_whatever_was_sent_since() {
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
     for _ in 0..100 {
         let socket = daemon.connect().unwrap();
-        let mut frontend = Frontend::from_stream(socket.try_clone().unwrap(), 1);
-        BlkDevice::negotiate(&mut frontend, VhostUserProtocolFeatures::all()).unwrap();
+        agree(
+            socket.try_clone().unwrap(),
+            VhostUserProtocolFeatures::all(),
+        )
+        .unwrap();
         // It refuses a region that it has, and hangs up, with the others in its way.
         let add = |at: usize| (FrontendReq::ADD_MEM_REG, &regions[at]);
         assert_eq!(
             answers_to(&socket, &[add(0), add(0), add(1), add(1)]),
             [0, 1]
         );
-        drop((socket, frontend));
+        drop(socket);
         daemon.wait_disconnected(LIMIT).unwrap();
     }
 }
@@ -190,9 +195,9 @@ fn protocol_features_can_be_withheld() {
         ),
     ] {
         let daemon = builder.start_unnamed().unwrap();
-        let (frontend, device) = negotiated(&daemon);
-        assert_eq!(device.protocol_features().contains(slots), has_slots);
-        assert_eq!(device.protocol_features().contains(acks), has_acks);
+        let (frontend, features) = negotiated(&daemon);
+        assert_eq!(features.contains(slots), has_slots);
+        assert_eq!(features.contains(acks), has_acks);
         let memory = guest(&[(0, 1 << 16)]);
         frontend.set_mem_table(&infos(&memory)).unwrap();
         // A barrier, as a frontend without acknowledgements needs it.
@@ -205,9 +210,9 @@ fn protocol_features_can_be_withheld() {
 fn the_device_marks_what_it_writes_in_the_dirty_log() {
     let memory = guest(&[(0, 1 << 20)]);
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
-    let (mut frontend, device) = negotiated(&daemon);
+    let (mut frontend, _) = negotiated(&daemon);
     frontend.set_mem_table(&infos(&memory)).unwrap();
-    let mut driver = started(&memory, &mut frontend, &device, 16);
+    let mut driver = started(&memory, &mut frontend, 16);
     let log = File::from(memfd_create("log", MFdFlags::MFD_CLOEXEC).unwrap());
     log.set_len(4096).unwrap();
     let region = VhostUserDirtyLogRegion {
@@ -241,9 +246,9 @@ fn the_table_changes_while_the_device_works() {
     let memory = guest(&[(0, 1 << 20), (1 << 30, 1 << 16)]);
     let regions = infos(&memory);
     let daemon = MockDaemon::builder().start_unnamed().unwrap();
-    let (mut frontend, device) = negotiated(&daemon);
+    let (mut frontend, _) = negotiated(&daemon);
     frontend.add_mem_region(&regions[0]).unwrap();
-    let mut driver = started(&memory, &mut frontend, &device, 64);
+    let mut driver = started(&memory, &mut frontend, 64);
     let (over, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
     std::thread::scope(|scope| {
         let working = scope.spawn(|| {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use guest_memory_shm::mock::{BlkDevice, MockDaemon, MockDaemonBuilder};
+use guest_memory_shm::mock::{MockDaemon, MockDaemonBuilder};
 use guest_memory_shm::receive::{ReceivePolicy, ReceivedRegion, ReceivedTable};
 use guest_memory_shm::{
     AddressSpace, AdoptPolicy, BackingSource, CoreDump, GuestMemoryShm, GuestRange,
@@ -19,6 +19,7 @@ use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::frontend::agree;
 use crate::kvm::new_vm;
 use crate::numa::nodes;
 use crate::support::ToldAll;
@@ -250,9 +251,8 @@ impl Disk {
     }
 
     fn connect(&mut self) {
-        let mut frontend = Frontend::from_stream(self.daemon.connect().unwrap(), 1);
-        let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
-        self.features = device.protocol_features();
+        let (frontend, features) = agree(self.daemon.connect().unwrap(), Features::all()).unwrap();
+        self.features = features;
         self.frontend = Some(frontend);
     }
 

@@ -24,7 +24,7 @@ fn update_disturbed(
         }
     });
     let vmm = Vmm::negotiate(stream);
-    assert!(vmm.features().contains(Features::CONFIGURE_MEM_SLOTS));
+    assert!(vmm.features.contains(Features::CONFIGURE_MEM_SLOTS));
     let mut share = vmm.share().with_deadline(limit);
     let error = share
         .update_table(&memory(&[0, 1, 2]).memory_table())

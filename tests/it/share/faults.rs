@@ -172,9 +172,8 @@ fn a_child_may_drop_what_its_parent_goes_on_using() {
     in_own_process(|| {
         let memory = memory(&[0, 1, 2]);
         let daemon = MockDaemon::builder().start_unnamed().unwrap();
-        let mut frontend = Frontend::from_stream(daemon.connect().unwrap(), 1);
-        let device = BlkDevice::negotiate(&mut frontend, Features::all()).unwrap();
-        let mut share = VhostUserShare::new(&frontend, device.protocol_features()).unwrap();
+        let (frontend, features) = agree(daemon.connect().unwrap(), Features::all()).unwrap();
+        let mut share = VhostUserShare::new(&frontend, features).unwrap();
         share
             .update_table(&without(&memory, &[2]).memory_table())
             .unwrap();

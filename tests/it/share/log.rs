@@ -8,6 +8,7 @@ use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
 use super::*;
+use crate::frontend;
 
 pub(super) const PAGE: u64 = 4096;
 /// VHOST_F_LOG_ALL.
@@ -391,13 +392,13 @@ fn qemu_storage_daemon_logs_what_it_writes_to_a_region_that_was_plugged() {
     };
     let stream = UnixStream::connect(&daemon.socket).unwrap();
     let mut vmm = Vmm::negotiate_also(stream, Features::LOG_SHMFD);
-    assert!(vmm.features().contains(Features::LOG_SHMFD));
+    assert!(vmm.features.contains(Features::LOG_SHMFD));
     let mut share = vmm.share();
     let first = memory(&[0, 10]);
     share.update_memory(&first).unwrap();
     let mut driver = vmm.driver(&first, &share);
     share.start_log().unwrap();
-    let features = vmm.device.features();
+    let features = vmm.frontend.get_features().unwrap() & frontend::DISK;
     vmm.frontend.set_features(features | LOG_ALL).unwrap();
     let mut written = BTreeSet::new();
     for round in 0..3 {

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use guest_memory_shm::mock::{
-    BlkDevice, BlkDriver, BlkError, Fault, LoggedRequest, MockDaemon, MockDaemonBuilder,
+    BlkDriver, BlkError, Fault, LoggedRequest, MockDaemon, MockDaemonBuilder,
 };
 use guest_memory_shm::{
     AddressSpace, BackingSource, DaemonFailure, GuestMemoryShm, GuestRange, GuestRegionShm,
@@ -21,6 +21,7 @@ use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Features};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::fork::dies_of;
+use crate::frontend::{agree, start_queue};
 use crate::isolation::in_own_process;
 use crate::support::{self, StorageDaemon, ToldAll};
 
@@ -47,7 +48,7 @@ const DISK: u64 = 64 << 10;
 /// What a VMM has of a daemon beside the share.
 struct Vmm {
     frontend: Frontend,
-    device: BlkDevice,
+    features: Features,
 }
 
 impl Vmm {
@@ -56,23 +57,18 @@ impl Vmm {
     }
 
     fn negotiate_also(stream: UnixStream, more: Features) -> Self {
-        let mut frontend = Frontend::from_stream(stream, 1);
-        let wanted = Features::CONFIG | Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS | more;
-        let device = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
-        Self { frontend, device }
-    }
-
-    fn features(&self) -> Features {
-        self.device.protocol_features()
+        let wanted = Features::REPLY_ACK | Features::CONFIGURE_MEM_SLOTS | more;
+        let (frontend, features) = agree(stream, wanted).unwrap();
+        Self { frontend, features }
     }
 
     fn share(&self) -> VhostUserShare {
-        let share = VhostUserShare::new(&self.frontend, self.features()).unwrap();
+        let share = VhostUserShare::new(&self.frontend, self.features).unwrap();
         share.with_deadline(PATIENCE)
     }
 
     fn reconnect(&self, share: &mut VhostUserShare) {
-        share.reconnect(&self.frontend, self.features()).unwrap();
+        share.reconnect(&self.frontend, self.features).unwrap();
     }
 
     /// Starts the queue in `memory`, which the share has sent.
@@ -85,10 +81,7 @@ impl Vmm {
             .unwrap()
             .with_deadline(PATIENCE);
         let translate = |addr| share.table().user_addr(addr);
-        let started = self
-            .device
-            .start_queue(&mut self.frontend, 0, &driver, translate);
-        started.unwrap();
+        start_queue(&mut self.frontend, 0, &driver, translate);
         driver
     }
 }

@@ -134,11 +134,10 @@ impl Postcopy {
     fn listen(image: &std::path::Path) -> Option<Self> {
         let daemon = StorageDaemon::start(image, None)?;
         let stream = UnixStream::connect(&daemon.socket).unwrap();
-        let mut frontend = Frontend::from_stream(stream, 1);
-        let wanted = Features::CONFIG | Features::REPLY_ACK | Features::PAGEFAULT;
-        let device = BlkDevice::negotiate(&mut frontend, wanted).unwrap();
-        let mut vmm = Vmm { frontend, device };
-        if !vmm.features().contains(Features::PAGEFAULT) {
+        let (frontend, features) =
+            agree(stream, Features::REPLY_ACK | Features::PAGEFAULT).unwrap();
+        let mut vmm = Vmm { frontend, features };
+        if !vmm.features.contains(Features::PAGEFAULT) {
             support::skip("qemu-storage-daemon may not use userfaultfd(2) here");
             return None;
         }

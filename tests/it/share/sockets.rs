@@ -106,7 +106,7 @@ fn what_is_no_connected_unix_stream_socket_is_refused_and_named() {
         // A share that has another one keeps it.
         let peer = Peer::start(MockDaemon::builder());
         let (mut share, vmm) = peer.share();
-        check(share.reconnect(copy(), vmm.features()).unwrap_err());
+        check(share.reconnect(copy(), vmm.features).unwrap_err());
         share.update_memory(&memory(&[0])).unwrap();
     }
 }
