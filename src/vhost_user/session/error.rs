@@ -134,13 +134,6 @@ pub enum SessionError {
     #[error("the daemon is being reconnected: go on with that first")]
     Reconnecting,
 
-    /// The guest has to reset the device first.
-    #[error(
-        "the device needs a reset: it is not known which requests the daemon that is gone had \
-         completed; have the guest reset it, then call VhostUserSession::forget_rings"
-    )]
-    NeedsReset,
-
     /// The message is one that the session sends by itself.
     #[error("message {code} is one that the session sends by itself: use its own calls")]
     #[non_exhaustive]
