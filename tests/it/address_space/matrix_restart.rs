@@ -104,6 +104,9 @@ pub(super) fn messages(case: &Case) -> Vec<Sent> {
     for name in ring_messages(kind) {
         say(Step::Rings, name, done, None);
     }
+    if kind.keeps_requests() && !kind.acks() {
+        say(Step::Rings, "GET_FEATURES", Reply::Body, None);
+    }
     say(Step::Rings, "GET_FEATURES", Reply::Body, None);
     all
 }
