@@ -21,7 +21,7 @@ impl Report {
     pub(crate) fn sandbox(&mut self, calls: Option<usize>) {
         if let Some(calls) = calls {
             self.section("Sandbox");
-            let value = format_args!("{calls} are allowed, any other ends this process");
+            let value = format!("{calls} are allowed, any other ends this process");
             self.line("system calls", value);
         }
     }

@@ -242,7 +242,9 @@ impl VhostUserSession {
             all.push(self.log_features());
         }
         all.extend(self.ring_messages(memory)?);
-        all.extend(self.status_message());
+        let status = self.status_message();
+        // The guest has to set it anew where it has to reset the device.
+        all.extend(status.filter(|_| !self.needs_reset));
         all.push(Message::barrier(DaemonRequest::Negotiate));
         Ok(all)
     }

@@ -60,25 +60,37 @@ impl InflightBuffer {
                 "it has {size} bytes, {needed} are needed"
             )));
         }
-        let file = File::from(file);
-        let stat = file.metadata();
-        let stat = stat.map_err(|error| unusable(error.to_string()))?;
-        if !stat.is_file() {
-            return Err(unusable("its descriptor is none of a file".to_owned()));
-        }
-        let len = stat.len();
-        if offset.checked_add(size).is_none_or(|end| end > len) {
-            return Err(unusable(format!(
-                "it is {size} bytes at {offset:#x}, and its file has {len}"
-            )));
-        }
-        Ok(Self {
-            file: Arc::new(file),
+        let buffer = Self {
+            file: Arc::new(File::from(file)),
             size,
             offset,
             rings,
             ring_size,
-        })
+        };
+        buffer.check_file()?;
+        Ok(buffer)
+    }
+
+    /// Whether its file is long enough: that of one without seals can become shorter.
+    pub(super) fn check_file(&self) -> Result<()> {
+        let unusable = |reason: String| SessionError::Inflight { reason };
+        let stat = self.file.metadata();
+        let stat = stat.map_err(|error| unusable(error.to_string()))?;
+        if !stat.is_file() {
+            return Err(unusable("its descriptor is none of a file".to_owned()));
+        }
+        let (size, offset, len) = (self.size, self.offset, stat.len());
+        match offset.checked_add(size).is_some_and(|end| end <= len) {
+            true => Ok(()),
+            false => Err(unusable(format!(
+                "it is {size} bytes at {offset:#x}, and its file has {len}"
+            ))),
+        }
+    }
+
+    /// How many rings it has room for.
+    pub(super) fn rings(&self) -> u64 {
+        self.rings.into()
     }
 
     /// What gives it to a daemon, before the rings.

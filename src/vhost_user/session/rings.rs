@@ -119,7 +119,9 @@ impl VhostUserSession {
     }
 
     fn check_index(&self, index: u32) -> Result<()> {
-        let rings = self.agreed.rings;
+        // The buffer was made when the daemon had so many.
+        let noted = self.inflight.as_ref().map(InflightBuffer::rings);
+        let rings = self.agreed.rings.min(noted.unwrap_or(u64::MAX));
         match u64::from(index) < rings {
             true => Ok(()),
             false => Err(SessionError::NoSuchRing { index, rings }),
@@ -169,7 +171,10 @@ impl VhostUserSession {
         let mut indices = self.rings.keys();
         indices.try_for_each(|index| self.check_index(*index))?;
         let (table, reply) = (self.share.table(), self.agreed.reply());
-        all.extend(self.inflight.as_ref().map(|buffer| buffer.message(reply)));
+        if let Some(buffer) = &self.inflight {
+            buffer.check_file()?;
+            all.push(buffer.message(reply));
+        }
         for (index, ring) in &mut self.rings {
             ring.base = ring.used_index(*index, memory)?;
             all.extend(ring.start_messages(*index, table, self.share.is_logging(), reply)?);

@@ -496,3 +496,48 @@ fn a_buffer_that_the_daemon_does_not_take_back_is_asked_for_anew() {
     assert_eq!(given.len(), 2);
     assert_ne!(given[0], given[1]);
 }
+
+/// A session with a hand-written daemon, and a ring that runs.
+fn noted(features: Features) -> (GuestMemoryShm, Peer, VhostUserSession) {
+    let memory = GuestMemoryShm::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let (peer, socket) = Peer::new(features, |_| None);
+    let mut session = VhostUserSession::on_socket(socket, options()).unwrap();
+    session.update_memory(&memory).unwrap();
+    let driver = BlkDriver::new(&memory, RINGS, 16).unwrap();
+    let ring = driver.session_ring().unwrap();
+    session.start_ring(0, ring).unwrap();
+    (memory, peer, session)
+}
+
+#[test]
+fn a_buffer_that_was_cut_off_is_not_handed_on() {
+    let features = Features::REPLY_ACK | Features::INFLIGHT_SHMFD;
+    let (memory, peer, mut session) = noted(features);
+    let told = peer.take_all(FrontendReq::SET_INFLIGHT_FD);
+    let file = told[0].file.as_ref().unwrap();
+    file.set_len(NEEDED - 1).unwrap();
+    let (_peer, socket) = Peer::new(features, |_| None);
+    session.reconnect_on(socket);
+    let refused = session.update_memory(&memory).unwrap_err();
+    assert!(
+        matches!(refused, SessionError::Inflight { .. }),
+        "{refused}"
+    );
+}
+
+#[test]
+fn a_ring_that_the_buffer_has_no_room_for_is_not_started() {
+    let features = Features::REPLY_ACK | Features::INFLIGHT_SHMFD;
+    let (memory, _peer, mut session) = noted(features);
+    let (_peer, socket) = Peer::new(features | Features::MQ, |told| {
+        let asks = told.is(FrontendReq::GET_QUEUE_NUM);
+        asks.then(|| peer::number(4))
+    });
+    session.reconnect_on(socket);
+    session.update_memory(&memory).unwrap();
+    assert_eq!(session.rings(), 4);
+    let driver = BlkDriver::new(&memory, GuestAddress(0x10000), 16).unwrap();
+    let refused = session.start_ring(1, driver.session_ring().unwrap());
+    let refused = refused.unwrap_err().to_string();
+    assert_eq!(refused, "there is no ring 1: the daemon has 1");
+}
