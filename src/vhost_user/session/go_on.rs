@@ -224,8 +224,9 @@ impl VhostUserSession {
                 self.agreed.protocol = Features::from_bits_truncate(first) & self.options.protocol;
             }
             Step::Agree => {
-                let rings = if self.agreed.counts_rings() { last } else { 1 };
-                self.agreed.settle(rings);
+                let counted = if self.agreed.counts_rings() { last } else { 1 };
+                let set = self.options.rings.map(u64::from);
+                self.agreed.settle(set.unwrap_or(counted));
                 self.share.set_protocol_features(self.agreed.protocol);
             }
             Step::Rings => self.wake_rings()?,

@@ -201,8 +201,8 @@ impl VhostUserSession {
         self.agreed.protocol
     }
 
-    /// How many rings the daemon has: what GET_QUEUE_NUM says, 1 if it has no such message; at
-    /// most 256, as messages name no more.
+    /// How many rings the daemon has: as [set](SessionOptions::with_rings), otherwise what
+    /// GET_QUEUE_NUM says, 1 if it has no such message; at most 256, as messages name no more.
     pub fn rings(&self) -> u64 {
         self.agreed.rings
     }

@@ -50,6 +50,7 @@ pub struct SessionOptions {
     pub(super) drain_deadline: Duration,
     pub(super) in_order: bool,
     pub(super) max_ring_size: u16,
+    pub(super) rings: Option<u16>,
     pub(super) channel: bool,
     pub(super) view: TableView,
 }
@@ -67,6 +68,7 @@ impl SessionOptions {
             drain_deadline: Duration::from_secs(60),
             in_order: false,
             max_ring_size: RING_SIZE,
+            rings: None,
             channel: false,
             view: TableView::default(),
         }
@@ -103,6 +105,15 @@ impl SessionOptions {
     pub fn with_backend_channel(mut self) -> Self {
         self.protocol |= CHANNEL;
         self.channel = true;
+        self
+    }
+
+    /// Sets how many rings the device has; unless set, as many as the daemon says (GET_QUEUE_NUM),
+    /// one if it has no such message. A network daemon counts pairs of rings: it says 1 for a
+    /// device with two. Others do not count, and have several all the same (vsock: 2).
+    #[must_use]
+    pub fn with_rings(mut self, rings: u16) -> Self {
+        self.rings = Some(rings);
         self
     }
 

@@ -173,3 +173,15 @@ fn what_does_not_pass_is_not_waited_for() {
     assert!(chain(&refused).contains("Not a directory"), "{refused}");
     assert!(begun.elapsed() < PATIENCE);
 }
+
+#[test]
+fn a_device_may_have_more_rings_than_its_daemon_counts() {
+    let place = Place::new();
+    let _daemon = place.serve(MockDaemon::builder());
+    let options = options().without_protocol_features(Features::MQ);
+    let one = VhostUserSession::connect(place.socket(), options.clone()).unwrap();
+    assert_eq!(one.rings(), 1);
+    drop(one);
+    let two = VhostUserSession::connect(place.socket(), options.with_rings(2)).unwrap();
+    assert_eq!(two.rings(), 2);
+}
