@@ -22,6 +22,8 @@ use std::time::Duration;
 
 use guest_memory_shm::mock::{Fault, MockDaemon};
 use guest_memory_shm::{AddressSpace, SessionOptions, VhostUserSession, VhostUserShare};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeValLike;
 
 use frontend::connect;
 use plug::{
@@ -53,6 +55,7 @@ fn main() -> Result<(), Failure> {
     for daemons in [1, 4, 16, 64] {
         busy(daemons, rounds.div_ceil(10), Some(LATE))?;
     }
+    cpu_of_change(64, rounds.div_ceil(20))?;
     println!();
     size_of_ram(rounds)?;
     println!();
@@ -81,6 +84,33 @@ fn busy(count: usize, rounds: usize, late: Option<Duration>) -> Result<(), Failu
         }
     }
     plug::plug(bare, &space, rounds)
+}
+
+/// How long a change takes under daemons that are late, and how much CPU time it costs, that of the
+/// daemons included.
+fn cpu_of_change(count: usize, rounds: usize) -> Result<(), Failure> {
+    let start = || MockDaemon::builder().start_unnamed();
+    let daemons: Vec<_> = (0..count).map(|_| start()).collect::<Result<_, _>>()?;
+    let space = attach(sockets(&daemons)?, memory(GIB)?)?;
+    for daemon in &daemons {
+        (1..=2 * rounds as u64).for_each(|change| daemon.inject(change, Fault::AnswerLate(LATE)));
+    }
+    let cpu = || -> Result<f64, Failure> {
+        let used = getrusage(UsageWho::RUSAGE_SELF)?;
+        let both = [used.user_time(), used.system_time()];
+        Ok(both.iter().map(|time| time.num_microseconds() as f64).sum())
+    };
+    let (before, mut times) = (cpu()?, Times::default());
+    for _ in 0..rounds {
+        times.0.push(timed(|| change(&space))?);
+    }
+    let changes = 2.0 * rounds as f64;
+    println!(
+        "a change under {count} of them: median {:.1} ms, with {:.1} ms of CPU time",
+        times.median() / 2e3,
+        (cpu()? - before) / changes / 1e3
+    );
+    Ok(())
 }
 
 fn sockets(daemons: &[MockDaemon]) -> Result<Vec<UnixStream>, Failure> {
