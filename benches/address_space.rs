@@ -86,8 +86,8 @@ fn busy(count: usize, rounds: usize, late: Option<Duration>) -> Result<(), Failu
     plug::plug(bare, &space, rounds)
 }
 
-/// How long a change takes under daemons that are late, and how much CPU time it costs, that of the
-/// daemons included.
+/// How long a change takes under daemons that are late, and how much CPU time it costs, that of
+/// the daemons included.
 fn cpu_of_change(count: usize, rounds: usize) -> Result<(), Failure> {
     let start = || MockDaemon::builder().start_unnamed();
     let daemons: Vec<_> = (0..count).map(|_| start()).collect::<Result<_, _>>()?;
