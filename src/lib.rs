@@ -111,7 +111,8 @@
 //!    so is one that could not be put back. They are told everything when they are back.
 //! 9. No wait for another process without a deadline. A change has one for all messages and all
 //!    daemons, and undoing it has another. *Except* for what a listener of the VMM's own does, or
-//!    [`AddressSpace::with_listener`] is given to do.
+//!    [`AddressSpace::with_listener`] is given to do; and a session that connects anew in a change
+//!    has one to connect and agree, one for the memory, and one for its rings.
 //! 10. No page that a daemon noted in its dirty log is missing from what is harvested until the
 //!     log is stopped, whatever becomes of the daemon or its connection. Too many pages is
 //!     allowed, and said.

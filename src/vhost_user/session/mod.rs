@@ -262,7 +262,9 @@ impl VhostUserSession {
     ///
     /// The next update is [`update_memory`](Self::update_memory), or one of an address space that
     /// the session is a listener of: its
-    /// [`reconnect_session`](crate::AddressSpace::reconnect_session) does both.
+    /// [`reconnect_session`](crate::AddressSpace::reconnect_session) does both. It may take the
+    /// [deadline](SessionOptions::with_deadline) three times: to connect and agree, for the
+    /// memory, and for all that follows it.
     ///
     /// # Errors
     ///

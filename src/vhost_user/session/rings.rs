@@ -36,11 +36,12 @@ impl VhostUserSession {
         }
         self.check_index(index)?;
         let notes = self.has(Features::INFLIGHT_SHMFD);
-        ring.check_size(if notes {
+        let limit = if notes {
             self.options.max_ring_size
         } else {
             MAX_SIZE
-        })?;
+        };
+        ring.check_size(limit)?;
         let logs = self.share.is_logging();
         let (table, reply) = (self.share.table(), self.reply());
         let mut messages = ring.start_messages(index, table, logs, reply)?;
@@ -53,10 +54,8 @@ impl VhostUserSession {
         let told = self.tell(messages, DaemonRequest::StartRing(index));
         if told.is_err() && self.share.broken().is_none() {
             // It may have taken what came after the message that it refused.
-            self.ask(
-                vec![SessionRing::stop_message(index)],
-                self.options.deadline,
-            )?;
+            let stop = vec![SessionRing::stop_message(index)];
+            self.ask(stop, self.options.deadline)?;
         }
         told?;
         // One that it refused is not kept.
